@@ -1,0 +1,46 @@
+"""harness: the training loop, checkpoint and tracking layer around Accelerate.
+
+What is public is named in ``__all__``; it is imported when it is first used, so that
+``import harness`` and the command line's ``--help`` never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.config import CheckpointConfig, RunConfig, TrackingConfig, TrainerConfig
+    from harness.errors import HarnessError
+    from harness.periodic import PeriodicLogger
+    from harness.task import StepOutput, Task
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointConfig": "harness.config",
+    "HarnessError": "harness.errors",
+    "PeriodicLogger": "harness.periodic",
+    "RunConfig": "harness.config",
+    "StepOutput": "harness.task",
+    "Task": "harness.task",
+    "TrackingConfig": "harness.config",
+    "TrainerConfig": "harness.config",
+}
+
+__all__ = [
+    "CheckpointConfig",
+    "HarnessError",
+    "PeriodicLogger",
+    "RunConfig",
+    "StepOutput",
+    "Task",
+    "TrackingConfig",
+    "TrainerConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

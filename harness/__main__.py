@@ -1,0 +1,71 @@
+"""``accelerate launch -m harness --config configs/digits.yaml``: what each rank runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from harness.config import RunConfig
+from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, LaunchError, PeerFailure
+from harness.options import parse_run_config
+
+
+def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
+    """Train; returns the exit code. Errors are told in one line, by one rank.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--print_config``.
+    """
+    try:
+        config = parse_run_config(argv, prog=prog)
+        return run(config)
+    except (HarnessError, KeyboardInterrupt) as error:
+        return tell(error)
+    except Exception as error:
+        traceback.print_exc()
+        return tell(error)
+
+
+def run(config: RunConfig) -> int:
+    """Train with a configuration that is parsed already, and say what came out."""
+    # Imported late: parsing, and its errors, take no torch.
+    from harness.app import train
+
+    logger = train(config)
+    logger.progress.stop()
+    if logger.topology.rank == 0 and logger.run_path is not None:
+        from harness.report import checkpoint_table, how_to_open
+
+        logger.progress.say(checkpoint_table(logger.run_path))
+        logger.progress.say(how_to_open(logger.run_path))
+    return EXIT_DONE
+
+
+def tell(error: BaseException) -> int:
+    """One line on standard error, from the rank whose line it is; returns the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    # What is wrong on every rank alike, and what another rank has said, is said by rank zero alone.
+    if rank == 0 or not isinstance(error, (ConfigError, LaunchError, PeerFailure)):
+        where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
+        print(f"harness: error{where}: {name}{error}", file=sys.stderr, flush=True)
+    return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after a failure without the interpreter's own end.
+
+    That end would run destructors of process groups whose other side is gone, and can wait for them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != EXIT_DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""What all ranks must decide alike: small objects over a gloo group of our own, from the main thread.
+
+Rare by design (a start, a due checkpoint, an end): nothing here runs at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+
+from harness.errors import PeerFailure
+
+T = TypeVar("T")
+
+
+class Agreement:
+    """Collective calls that carry small values, each with a time limit and a name.
+
+    Effects: collective on its own group, made here by all ranks; main thread; each call blocks until
+    the other ranks make the same call, at most `timeout_s`; nothing on disk.
+
+    Args:
+        rank: this rank.
+        world_size: number of ranks; with 1 nothing is communicated.
+        timeout_s: limit of each wait, in seconds.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float = 1800.0) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def from_rank_zero(self, what: str, make: Callable[[], T]) -> T:
+        """Call `make` on rank zero and give its result to all ranks.
+
+        Args:
+            what: names the wait, should it end badly.
+            make: called on rank zero only; the result must be picklable.
+
+        Raises:
+            Exception: on rank zero what `make` raised; on the other ranks `PeerFailure` with its text.
+        """
+        if self._group is None:
+            return make()
+        answer: list[object] = [None]
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                answer = [("ok", make())]
+            except Exception as error:
+                failure = error
+                answer = [("failed", str(error))]
+        try:
+            dist.broadcast_object_list(answer, src=0, group=self._group)
+        except RuntimeError as error:
+            raise PeerFailure(None, f"waiting for rank 0 to {what}: {error}") from (failure or error)
+        if failure is not None:
+            raise failure
+        status, value = cast(tuple[str, T], answer[0])
+        if status == "failed":
+            raise PeerFailure(0, str(value))
+        return value
+
+    def gather(self, what: str, value: T) -> list[T]:
+        """Each rank's value, in the order of ranks, on all ranks."""
+        if self._group is None:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise PeerFailure(None, f"exchanging {what}: {error}") from error
+        return cast(list[T], values)

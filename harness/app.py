@@ -1,0 +1,87 @@
+"""The composition root: the only file that knows all the parts, and puts a run together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from harness import build, data, runtime
+from harness.config import RunConfig
+from harness.loop import fit
+from harness.periodic import PeriodicLogger
+from harness.progress import Progress
+from harness.run_directory import write_config
+from harness.task import Task
+
+
+def train(config: RunConfig) -> PeriodicLogger:
+    """Train what the configuration says, on the ranks that the launcher started.
+
+    Effects: collective; main thread; returns when all is trained, written and, on rank zero,
+    delivered; leaves ``<run_dir>/<run_name>/``.
+
+    Raises:
+        HarnessError: for whatever a user should read as one line.
+    """
+    # What can be refused is refused before there is an MLflow run.
+    set_seed(config.seed)
+    task = build.build_task(config.task)
+    build.check_arguments("optimizer", config.optimizer, ("params",))
+    if config.scheduler is not None:
+        build.check_arguments("scheduler", config.scheduler, ("optimizer",))
+    accelerator = runtime.start(config.trainer, config.seed)
+    with make_logger(accelerator, config) as logger:
+        if accelerator.is_main_process and logger.run_path is not None:
+            write_config(logger.run_path, config)
+        model, optimizer, scheduler, train_loader, eval_loader = prepare(accelerator, task, config)
+        logger.watch(model, optimizer, scheduler)
+        with torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly):
+            fit(accelerator, task, config.trainer, logger, model, optimizer, scheduler, train_loader, eval_loader)
+    return logger
+
+
+def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
+    """The periodic logger that the configuration describes, not started."""
+    logger = PeriodicLogger(
+        accelerator,
+        every_n_epochs=config.checkpoint.every_n_epochs,
+        run_name=config.run_name,
+        run_dir=config.run_dir,
+        checkpoint=config.checkpoint,
+        tracking=config.tracking,
+        params=replace(config, tracking=replace(config.tracking, tracking_uri=None)),
+    )
+    logger.progress = Progress(enabled=accelerator.is_main_process, bar=config.trainer.progress_bar)
+    logger.progress.watch(logger.latest)
+    return logger
+
+
+def prepare(
+    accelerator: Accelerator, task: Task, config: RunConfig
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, Any, Any]:
+    """Make model, optimizer, scheduler and loaders, and let accelerate prepare them.
+
+    Effects: collective; main thread; blocks until the ranks have the same model; nothing on disk.
+    """
+    trainer, world_size = config.trainer, accelerator.num_processes
+    train_loader, eval_loader = task.train_data(), task.eval_data()
+    data.check_size(train_loader, world_size, "training")
+    if eval_loader is not None:
+        data.check_size(eval_loader, world_size, "evaluation")
+    if trainer.overfit_batches is not None:
+        train_loader = data.first_batches(train_loader, trainer.overfit_batches * world_size)
+    # Again, so that the model does not depend on how many random numbers the data took.
+    set_seed(config.seed)
+    model = task.model()
+    optimizer = build.build_optimizer(config.optimizer, model)
+    scheduler = build.build_scheduler(config.scheduler, optimizer)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    if eval_loader is not None:
+        eval_loader = accelerator.prepare(eval_loader)
+    # From here on ranks may differ (dropout), each by its own and repeatable random numbers.
+    set_seed(config.seed, device_specific=True)
+    return model, optimizer, scheduler, train_loader, eval_loader

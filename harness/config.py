@@ -1,0 +1,261 @@
+"""The configuration of a run, as frozen values. Importing this never imports torch.
+
+`RunConfig` is what the YAML file and the command line become (`harness.options`), and what every
+later stage takes. Each rule is checked where the value is made, so that a `RunConfig` that exists
+is valid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.errors import ConfigError
+
+Mode = Literal["min", "max"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _at_least(key: str, value: float | None, least: int, remedy: str) -> None:
+    if value is not None and value < least:
+        raise ConfigError(key, f"must be at least {least}, got {value}; {remedy}")
+
+
+@dataclass(frozen=True)
+class ClassSpec:
+    """A class to be built: where it is, and what its constructor is given.
+
+    Args:
+        class_path: importable path of the class, such as ``my_project.tasks.Segmentation``.
+        init_args: keyword arguments of its constructor.
+    """
+
+    class_path: str
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stop when a metric no longer gets better.
+
+    Args:
+        monitor: name of the evaluation metric, such as ``eval/loss``.
+        mode: ``min`` if smaller is better, ``max`` if larger is.
+        patience: number of evaluations without improvement that are tolerated.
+    """
+
+    monitor: str
+    mode: Mode = "min"
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.early_stopping.patience", self.patience, 1, "use 1 to stop at the first")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop.
+
+    Args:
+        max_epochs: passes over the training data.
+        max_steps: optimizer steps after which training ends, whatever the epoch.
+        mixed_precision: fp32, bf16 or fp16 (not `no`, which YAML reads as false).
+        gradient_accumulation_steps: batches for each optimizer step.
+        max_grad_norm: gradients are clipped to this norm; null: not clipped.
+        limit_train_batches: batches of each training epoch; null: all.
+        limit_eval_batches: batches of each evaluation; null: all.
+        overfit_batches: train again and again on only the first so many batches, not shuffled.
+        early_stopping: when to stop before max_epochs; null: never.
+        detect_anomaly: torch's anomaly detection; slow, for debugging.
+        progress_bar: a progress bar on rank zero, where there is a terminal.
+    """
+
+    max_epochs: int = 20
+    max_steps: int | None = None
+    mixed_precision: Precision = "fp32"
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float | None = None
+    limit_train_batches: int | None = None
+    limit_eval_batches: int | None = None
+    overfit_batches: int | None = None
+    early_stopping: EarlyStopping | None = None
+    detect_anomaly: bool = False
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        at = "trainer."
+        _at_least(at + "max_epochs", self.max_epochs, 1, "use 1 for a single pass over the data")
+        _at_least(at + "max_steps", self.max_steps, 1, "use null for no limit")
+        _at_least(at + "gradient_accumulation_steps", self.gradient_accumulation_steps, 1, "use 1 for none")
+        _at_least(at + "limit_train_batches", self.limit_train_batches, 1, "use null for all batches")
+        _at_least(at + "limit_eval_batches", self.limit_eval_batches, 1, "use null for all batches")
+        _at_least(at + "overfit_batches", self.overfit_batches, 1, "use null for ordinary training")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(
+                at + "max_grad_norm", f"must be more than 0, got {self.max_grad_norm}; use null for no clipping"
+            )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
+_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# The names that safetensors, and so this configuration, know floating-point types by.
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parse_size_bytes(key: str, text: str) -> int:
+    """Number of bytes in a size such as ``5GB`` (powers of ten, as Hugging Face counts them).
+
+    Raises:
+        ConfigError: if the text is no size, or is zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size_bytes = int(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
+    if size_bytes < 1:
+        raise ConfigError(key, f"must be a size such as 500MB or 5GB, got {text!r}")
+    return size_bytes
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and how checkpoints are written.
+
+    Args:
+        every_n_epochs: a checkpoint each so many epochs; null: not by epochs.
+        every_n_steps: a checkpoint each so many optimizer steps; null: not by steps.
+        save_weights_only: leave out the optimizer and what else only resuming needs.
+        dtype: cast floating-point weights to this type when saving: float32, bfloat16 or float16.
+        max_shard_size: split the weights into files of at most this size, such as 5GB.
+        transport: how bytes reach the disk; auto chooses. So far rank zero gathers (`gather`).
+        when_busy: when the checkpoint before is still being written: skip this one, or wait.
+        monitor: the metric that ranks checkpoints for save_top_k.
+        mode: ``min`` if a smaller monitor is better, ``max`` if a larger is.
+        save_top_k: keep so many of the best checkpoints; -1: all.
+        save_last: write one at the end of training too, wherever the cadence stands.
+    """
+
+    every_n_epochs: int | None = 5
+    every_n_steps: int | None = None
+    save_weights_only: bool = False
+    dtype: str | None = None
+    max_shard_size: str | None = None
+    transport: Literal["auto", "direct", "gather"] = "auto"
+    when_busy: Literal["skip", "wait"] = "skip"
+    monitor: str | None = None
+    mode: Mode = "min"
+    save_top_k: int = -1
+    save_last: bool = True
+
+    def __post_init__(self) -> None:
+        at = "checkpoint."
+        _at_least(at + "every_n_epochs", self.every_n_epochs, 1, "use 1 to save each epoch, null to save by steps only")
+        _at_least(at + "every_n_steps", self.every_n_steps, 1, "use 1 to save each step, null to save by epochs only")
+        if self.dtype is not None and self.dtype not in SAVE_DTYPES:
+            raise ConfigError(at + "dtype", f"must be one of {', '.join(SAVE_DTYPES)} or null, got {self.dtype!r}")
+        if self.max_shard_size is not None:
+            parse_size_bytes(at + "max_shard_size", self.max_shard_size)
+        # Said, not ignored: a key that does nothing would be found out on the day it was needed.
+        if self.transport == "direct":
+            raise ConfigError(at + "transport", "`direct` is not there yet; use auto or gather")
+        if self.save_top_k != -1:
+            raise ConfigError(
+                at + "save_top_k", f"only -1 (keep all) is there yet, got {self.save_top_k}; delete by hand"
+            )
+        if self.monitor is not None:
+            raise ConfigError(at + "monitor", "ranks checkpoints for save_top_k, which is not there yet; use null")
+
+    @property
+    def max_shard_size_bytes(self) -> int | None:
+        """The limit of one file in bytes, or None for a single file."""
+        if self.max_shard_size is None:
+            return None
+        return parse_size_bytes("checkpoint.max_shard_size", self.max_shard_size)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What goes to MLflow, and where MLflow is.
+
+    Args:
+        enabled: false: no MLflow run at all; metrics and checkpoints stay in the run directory.
+        tracking_uri: MLflow server or store; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.
+        experiment_name: null: MLFLOW_EXPERIMENT_NAME, else `default`.
+        log_every_n_steps: metrics are reduced and logged each so many optimizer steps.
+        log_models: publish each checkpoint as an MLflow LoggedModel.
+        log_datasets: record the data sets as inputs of the run.
+        log_system_metrics: processor, memory, disk and network of rank zero's node.
+        registered_model_name: register each published checkpoint under this name; null: do not.
+        tags: further tags of the run.
+        start_timeout_s: how long the store may take to answer at the start.
+        drain_timeout_s: how long the end of training waits for what is not yet delivered.
+    """
+
+    enabled: bool = True
+    tracking_uri: str | None = None
+    experiment_name: str | None = None
+    log_every_n_steps: int = 10
+    log_models: bool = True
+    log_datasets: bool = True
+    log_system_metrics: bool = False
+    registered_model_name: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_s: float = 15.0
+    drain_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        at = "tracking."
+        _at_least(at + "log_every_n_steps", self.log_every_n_steps, 1, "use 1 to log each step")
+        for name in ("start_timeout_s", "drain_timeout_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(at + name, f"must be more than 0 seconds, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run.
+
+    Args:
+        task: what is trained: a class that is a `harness.Task`.
+        optimizer: the optimizer's class; it is given the model's parameters.
+        scheduler: the learning rate scheduler's class, stepped with the optimizer; null: none.
+        seed: of model initialisation, data order and all else that is random.
+        run_dir: each run gets a directory of its own in here.
+        run_name: name of that directory and of the MLflow run; null: made up.
+        resume_from_checkpoint: auto, never or a path. So far a run always starts afresh.
+        trainer: the loop.
+        checkpoint: when and how checkpoints are written.
+        tracking: what goes to MLflow.
+    """
+
+    task: ClassSpec
+    optimizer: ClassSpec = field(default_factory=lambda: ClassSpec("torch.optim.AdamW", {"lr": 1e-3}))
+    scheduler: ClassSpec | None = None
+    seed: int = 17
+    run_dir: str = "runs"
+    run_name: str | None = None
+    resume_from_checkpoint: str = "auto"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError("seed", f"must be from 0 to 4294967295, got {self.seed}")
+        check_run_name(self.run_name)
+        if self.resume_from_checkpoint not in ("auto", "never"):
+            raise ConfigError(
+                "resume_from_checkpoint",
+                f"continuing from a path is not there yet, got {self.resume_from_checkpoint!r}; use never",
+            )
+
+
+def check_run_name(run_name: str | None) -> None:
+    """Refuse a run name that cannot be the name of a directory.
+
+    Raises:
+        ConfigError: if it holds anything but letters, digits, ``.``, ``_`` and ``-``.
+    """
+    if run_name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run_name):
+        raise ConfigError("run_name", f"must be letters, digits, '.', '_' and '-' only, got {run_name!r}")

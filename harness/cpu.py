@@ -1,0 +1,60 @@
+"""What a CPU needs so that every strategy runs on it, as it does on GPUs.
+
+Stock accelerate ignores an FSDP plugin on a CPU and uses DDP without a word, and takes
+``ACCELERATE_USE_CPU`` with DeepSpeed for plain DDP. For debugging, for tests and for the laptop we
+want the strategy that was asked for. Measured with accelerate 1.15.0, deepspeed 0.19.8, torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import os
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+    TorchDynamoPlugin,
+)
+
+
+def prepare_deepspeed() -> None:
+    """Let DeepSpeed start on this CPU: its CPU backend, and no compiler at start."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # With this variable accelerate would take the run for plain DDP.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    import deepspeed.ops
+
+    # Otherwise a C++ extension is built at the first start: 27 s, and it needs ninja and g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def prepare_fsdp2(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
+    """Make the state that `Accelerator()` will find, with FSDP2 in it instead of DDP.
+
+    Accelerate's state is a singleton that an `Accelerator` takes as it is found, so nothing of
+    accelerate is replaced: the state is made first, by its own constructor, and two fields corrected.
+
+    Args:
+        mixed_precision: accelerate's name: no, bf16 or fp16.
+        init: what the process group is made with.
+    """
+    plugin = FullyShardedDataParallelPlugin()
+    uses_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    state = AcceleratorState(
+        mixed_precision=mixed_precision,
+        cpu=True,
+        dynamo_plugin=TorchDynamoPlugin(),
+        fsdp_plugin=plugin,
+        parallelism_config=ParallelismConfig() if uses_mesh else None,
+        _from_accelerator=True,
+        **init.to_kwargs(),
+    )
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return  # a single process: there is nothing to shard
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
+    state.fsdp_plugin = plugin
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP

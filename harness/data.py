@@ -1,0 +1,124 @@
+"""Loaders: which samples a rank really has, and what cannot be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import find_batch_size, recursively_apply
+from torch.utils.data import DataLoader, SequentialSampler, Subset
+
+from harness.errors import DataError
+
+
+def check_size(loader: Any, world_size: int, what: str) -> None:
+    """Refuse a data set that does not give each rank a sample.
+
+    Args:
+        loader: a loader, prepared or not.
+        world_size: number of ranks.
+        what: ``training`` or ``evaluation``, for the message.
+
+    Raises:
+        DataError: if the data set is empty, or has fewer samples than there are ranks.
+    """
+    try:
+        length = len(loader.dataset)
+    except (TypeError, AttributeError):
+        return
+    if length < world_size:
+        raise DataError(
+            f"the {what} data set has {length} samples for {world_size} ranks; each rank needs at least one: "
+            f"start at most {max(1, length)} processes, or give it more data"
+        )
+    try:
+        num_batches = len(loader)
+    except TypeError:
+        return
+    if num_batches == 0:
+        raise DataError(
+            f"the {what} loader gives no batch: {length} samples, and its incomplete last batch is dropped; "
+            "use a smaller batch_size or drop_last=False"
+        )
+
+
+def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
+    """A loader of only the first batches of another, in the data set's order, not shuffled."""
+    if loader.batch_size is None:
+        raise DataError("trainer.overfit_batches: needs a loader with a batch_size")
+    count = min(num_batches * loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
+    subset = Subset(loader.dataset, range(count))
+    return DataLoader(
+        subset,
+        batch_size=loader.batch_size,
+        sampler=SequentialSampler(subset),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+    )
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples in a batch: the first dimension of the first tensor in it; 0 where none is."""
+    try:
+        found = find_batch_size(batch)
+    except (TypeError, IndexError):
+        return 0
+    return int(found or 0)
+
+
+def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
+    """The batches of a prepared evaluation loader, each sample of the data set on exactly one rank.
+
+    To keep the ranks in step accelerate fills the last round up with samples from the start. Those are
+    cut off here; a rank whose last batch has no sample of its own still runs it, as the strategies'
+    collectives in forward need every rank, but the batch is marked as not counting.
+
+    Effects: as the loader's own iteration; main thread.
+
+    Args:
+        accelerator: which rank of how many.
+        loader: a loader that went through `accelerator.prepare`.
+
+    Yields:
+        The batch, and whether it counts.
+
+    Raises:
+        DataError: on several ranks, if the loader does not tell which samples repeat.
+    """
+    if accelerator.num_processes > 1 and isinstance(loader, DataLoaderDispatcher):
+        raise DataError(
+            "an iterable data set does not tell which samples repeat in the last batch; evaluate on one with a "
+            "length, or use accelerator.gather_for_metrics in a loop of your own"
+        )
+    for batch in loader:
+        num_real = _num_real_samples(accelerator, loader, batch)
+        if num_real is None:
+            yield batch, True
+        elif num_real == 0:
+            yield batch, False
+        else:
+            yield _cut(batch, num_real), True
+
+
+def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:
+    """How many samples of this batch are this rank's own; None: all of them."""
+    sampler = getattr(loader, "batch_sampler", None)
+    fills_up = getattr(sampler, "even_batches", False) and getattr(sampler, "num_processes", 1) > 1
+    remainder = getattr(loader, "remainder", -1)
+    if not fills_up or not getattr(loader, "end_of_dataloader", False) or remainder <= 0:
+        return None
+    of_each_rank = loader.total_batch_size // accelerator.num_processes
+    return max(0, min(of_each_rank, remainder - accelerator.process_index * of_each_rank))
+
+
+def _cut(batch: Any, num_samples: int) -> Any:
+    size = batch_size(batch)
+
+    def first(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:num_samples] if tensor.ndim and tensor.shape[0] == size else tensor
+
+    return recursively_apply(first, batch)

@@ -1,0 +1,299 @@
+"""Metrics: weighted means over a window of steps and over all ranks, in one fused, asynchronous reduction.
+
+    log({...}, weight)  ->  WeightedSums      device tensors, no synchronisation, one window's worth
+    WeightedSums        ->  Reducer.start     packed into one float64 vector, copied to the host
+    Reducer.start       ->  all_reduce        gloo, a group of its own, in gloo's thread
+    Reducer.finish      ->  Reduced           one window later: by then nobody waits
+
+Ranks need not log the same names (a rank may have had no batch of some kind). Each reduction carries,
+beside the sums, the size of the list of names that a rank has and the others have not heard of; where
+that is not zero, all ranks exchange the lists and reduce what was held back. After the first window
+there is one collective for each window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harness.errors import MetricError, PeerFailure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# So many logged values are kept as they are; then they are summed up on their device.
+_MAX_PENDING = 256
+
+
+@dataclass
+class _Pending:
+    """Values of one name that are not summed up yet, with their weights."""
+
+    values: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+class WeightedSums:
+    """Sums of value x weight, and of the weights, for each name since the last `take`.
+
+    Effects: not collective; main thread; never synchronises with the device; nothing on disk.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, _Pending] = {}
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        """Take one batch's means.
+
+        Args:
+            values: name -> 0-d tensor (or of one element), any dtype and device, or number.
+            weight: how many items the means are over. With weight 0 nothing is taken.
+
+        Raises:
+            MetricError: if a tensor has more than one element, or the weight is negative.
+        """
+        if not weight >= 0:
+            raise MetricError(f"weight: must be 0 or more, got {weight}; give the number of items of the batch")
+        if weight == 0:
+            return
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self._hold(name, value, weight)
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
+                self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def _hold(self, name: str, value: Tensor, weight: float) -> None:
+        if value.ndim:
+            if value.numel() != 1:
+                raise MetricError(
+                    f"{name}: must be a single number, got a tensor of shape {tuple(value.shape)}; log its .mean()"
+                )
+            value = value.reshape(())
+        if value.requires_grad:
+            value = value.detach()  # or the whole graph would be kept
+        if value.is_inference():
+            value = value.clone()  # these have no version by which a change could be noticed
+            version = -1
+        else:
+            version = value._version
+        held = self._pending.get(name)
+        if held is None:
+            held = self._pending[name] = _Pending()
+        held.values.append(value)
+        held.versions.append(version)
+        held.weights.append(weight)
+        if len(held.values) >= _MAX_PENDING:
+            self._sum_up(name, held)
+
+    def _sum_up(self, name: str, held: _Pending) -> None:
+        for value, version in zip(held.values, held.versions, strict=True):
+            if version >= 0 and value._version != version:
+                raise MetricError(
+                    f"{name}: the tensor was changed in place after it was logged; log a copy ({name!r}: x.clone())"
+                )
+        device = held.values[-1].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        stacked = torch.stack([value.to(device, dtype) for value in held.values])
+        weights = torch.tensor(held.weights, dtype=dtype)
+        if device.type == "cuda":
+            weights = weights.pin_memory().to(device, non_blocking=True)
+        total = (stacked * weights.to(device)).sum()
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._weights[name] = self._weights.get(name, 0.0) + sum(held.weights)
+        self._pending[name] = _Pending()
+
+    def take(self) -> tuple[dict[str, Tensor | float], dict[str, float]]:
+        """The sums and the weights by name, and start again from nothing."""
+        for name, held in self._pending.items():
+            if held.values:
+                self._sum_up(name, held)
+        taken = self._sums, self._weights
+        self._pending, self._sums, self._weights = {}, {}, {}
+        return taken
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What all ranks together had in one window; the same on every rank.
+
+    Args:
+        step: the optimizer step at the window's end.
+        values: name -> weighted mean over the window and all ranks.
+        gauges: name -> each rank's own value, in the order of ranks.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    gauges: Mapping[str, tuple[float, ...]]
+
+
+@dataclass
+class _Window:
+    """One window on its way: first on this rank, then through the reduction."""
+
+    step: int
+    sums: dict[str, float]
+    device_sums: Tensor | None
+    device_names: tuple[str, ...]
+    copied: torch.cuda.Event | None
+    weights: dict[str, float]
+    gauges: dict[str, float]
+    work: dist.Work | None = None
+    vector: Tensor | None = None
+
+    def settle(self) -> None:
+        """Wait for the copy from the device, and read it."""
+        if self.device_sums is not None:
+            if self.copied is not None:
+                self.copied.synchronize()
+            self.sums.update(zip(self.device_names, self.device_sums.tolist(), strict=True))
+            self.device_sums = None
+
+
+class Reducer:
+    """Reduces windows over all ranks, one at a time, in the order in which they were started.
+
+    Effects: collective on its own group (every rank calls `start` and `finish` at the same steps);
+    main thread; `start` does not block, `poll` does not block, `finish` waits for the other ranks to
+    have started the same window, at most `timeout_s`; nothing on disk.
+
+    Args:
+        group: a gloo group for this alone, or None for a single process.
+        gauge_names: names of the values of which each rank has its own.
+        timeout_s: limit of each wait, in seconds.
+    """
+
+    def __init__(self, group: ProcessGroup | None, gauge_names: Sequence[str], timeout_s: float = 600.0) -> None:
+        self._group = group
+        self._world_size = 1 if group is None else dist.get_world_size(group)
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._gauge_names = tuple(gauge_names)
+        self._timeout_s = timeout_s
+        self._names: tuple[str, ...] = ()
+        self._window: _Window | None = None
+
+    def start(self, sums: WeightedSums, step: int, gauges: Mapping[str, float]) -> None:
+        """Begin the reduction of what was logged since the last one. `finish` must have been called."""
+        assert self._window is None, "a window was started before the one before it was finished"
+        by_name, weights = sums.take()
+        on_device = {name: value for name, value in by_name.items() if isinstance(value, Tensor)}
+        host = {name: value for name, value in by_name.items() if not isinstance(value, Tensor)}
+        device_sums, copied = _copy_to_host(list(on_device.values()))
+        self._window = _Window(
+            step, host, device_sums, tuple(on_device), copied, weights, {n: float(gauges[n]) for n in self._gauge_names}
+        )
+        self.poll()
+
+    def poll(self) -> None:
+        """Send the window off once its copy from the device is there. Cheap; call it each step."""
+        window = self._window
+        if window is None or window.work is not None or self._group is None:
+            return
+        if window.copied is None or window.copied.query():
+            self._send(window)
+
+    def _send(self, window: _Window) -> None:
+        window.settle()
+        unknown = _encode_names(window.sums.keys() - set(self._names))
+        window.vector = torch.zeros(1 + 2 * len(self._names) + self._world_size * len(self._gauge_names)).double()
+        window.vector[0] = len(unknown)
+        self._put(window.vector[1:], self._names, window)
+        gauges = window.vector[1 + 2 * len(self._names) :].view(len(self._gauge_names), self._world_size)
+        for row, name in enumerate(self._gauge_names):
+            gauges[row, self._rank] = window.gauges[name]
+        window.work = dist.all_reduce(window.vector, group=self._group, async_op=True)
+
+    def finish(self) -> Reduced | None:
+        """The result of the window that was started, or None if there was none."""
+        window, self._window = self._window, None
+        if window is None:
+            return None
+        if self._group is None:
+            window.settle()
+            means = {name: window.sums[name] / window.weights[name] for name in sorted(window.sums)}
+            return Reduced(window.step, means, {name: (value,) for name, value in window.gauges.items()})
+        if window.work is None:
+            self._send(window)
+        assert window.work is not None and window.vector is not None
+        self._wait(window.work, window.step, "the sums")
+        means = self._means(window.vector[1:], self._names)
+        num_gauges = self._world_size * len(self._gauge_names)
+        rows = window.vector[window.vector.numel() - num_gauges :].view(len(self._gauge_names), -1).tolist()
+        unknown_bytes = int(window.vector[0].item())
+        if unknown_bytes:
+            new_names = self._exchange_names(window, unknown_bytes)
+            vector = torch.zeros(2 * len(new_names), dtype=torch.float64)
+            self._put(vector, new_names, window)
+            self._wait(dist.all_reduce(vector, group=self._group, async_op=True), window.step, "new metrics")
+            means |= self._means(vector, new_names)
+            self._names = tuple(sorted({*self._names, *new_names}))
+        gauges = {name: tuple(row) for name, row in zip(self._gauge_names, rows, strict=True)}
+        return Reduced(window.step, dict(sorted(means.items())), gauges)
+
+    def _exchange_names(self, window: _Window, num_bytes: int) -> tuple[str, ...]:
+        """The names that some rank has and the agreed list lacks. Collective."""
+        mine = _encode_names(window.sums.keys() - set(self._names))
+        # Every rank's list fits into the sum of all their lengths, which every rank knows.
+        padded = torch.frombuffer(bytearray(mine.ljust(num_bytes)), dtype=torch.uint8)
+        gathered = [torch.empty_like(padded) for _ in range(self._world_size)]
+        work = dist.all_gather(gathered, padded, group=self._group, async_op=True)
+        self._wait(work, window.step, "the names of new metrics")
+        found: set[str] = set()
+        for part in gathered:
+            text = bytes(part.numpy()).strip()
+            found |= set(json.loads(text)) if text else set()
+        return tuple(sorted(found))
+
+    def _put(self, vector: Tensor, names: Sequence[str], window: _Window) -> None:
+        for position, name in enumerate(names):
+            if name in window.sums:
+                vector[2 * position] = window.sums[name]
+                vector[2 * position + 1] = window.weights[name]
+
+    def _means(self, vector: Tensor, names: Sequence[str]) -> dict[str, float]:
+        values = vector[: 2 * len(names)].tolist()
+        pairs = zip(names, values[0::2], values[1::2], strict=True)
+        return {name: total / weight for name, total, weight in pairs if weight}
+
+    def _wait(self, work: dist.Work | None, step: int, what: str) -> None:
+        assert work is not None
+        try:
+            work.wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            raise PeerFailure(
+                None, f"the reduction of {what} at step {step} did not complete ({_first_line(error)})"
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _encode_names(names: set[str]) -> bytes:
+    return json.dumps(sorted(names)).encode() if names else b""
+
+
+def _copy_to_host(values: list[Tensor]) -> tuple[Tensor | None, torch.cuda.Event | None]:
+    """0-d tensors as one host tensor, and the event after which it may be read (None: at once)."""
+    if not values:
+        return None, None
+    device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)
+    stacked = torch.stack([value.to(device) for value in values])
+    if device.type != "cuda":
+        return stacked.to("cpu", torch.float64), None
+    host = torch.empty(stacked.shape, dtype=torch.float64, pin_memory=True)
+    host.copy_(stacked, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event

@@ -1,0 +1,173 @@
+"""From the command line and YAML files to a `RunConfig`. Importing this never imports torch.
+
+jsonargparse does the parsing; what is ours is what it would let pass or lose: an override that
+stands before ``--config``, a key that stands twice in a YAML file, an error that shows a traceback.
+The classes that are named (`task`, `optimizer`, `scheduler`) are looked at later, in `harness.build`,
+since that imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.errors import ConfigError
+
+_CLASS_KEYS = {
+    "task": "the task: a class that is a harness.Task",
+    "optimizer": "the optimizer; it is given the model's parameters",
+    "scheduler": "the learning rate scheduler, stepped with the optimizer",
+}
+_DEFAULT_OPTIMIZER = ClassSpec("torch.optim.AdamW", {"lr": 1e-3})
+
+
+def make_parser(prog: str) -> ArgumentParser:
+    """The parser of everything in a `RunConfig`."""
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train a task. Values come from --config, then from the options, wherever they stand.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; given twice, the later one overrides")
+    parser.add_argument("--seed", type=int, default=17, help="of all that is random")
+    parser.add_argument("--run_dir", type=str, default="runs", help="each run gets a directory in here")
+    parser.add_argument("--run_name", type=str | None, default=None, help="name of the run; null: made up")
+    parser.add_argument("--resume_from_checkpoint", type=str, default="auto", help="auto, never or a path")
+    for key, what in _CLASS_KEYS.items():
+        default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
+        parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)
+        # init_args of the default optimizer are filled in below: here they would outlive a change of class.
+        parser.add_argument(f"--{key}.init_args", type=dict[str, Any], default={}, help="its keyword arguments")
+    parser.add_class_arguments(TrainerConfig, "trainer")
+    parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    parser.add_class_arguments(TrackingConfig, "tracking")
+    return parser
+
+
+def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> RunConfig:
+    """Parse arguments into a valid configuration.
+
+    Args:
+        argv: the arguments, without the program's name.
+        prog: the program's name, for ``--help``.
+
+    Raises:
+        ConfigError: one line with the place, the rule, what was given and the remedy.
+        SystemExit: after ``--help`` and ``--print_config``.
+    """
+    ordered = config_files_first(argv)
+    for path in config_files(ordered):
+        check_yaml(path)
+    parser = make_parser(prog)
+    try:
+        parsed = parser.parse_args(list(ordered))
+        return _to_run_config(parser.instantiate(parsed))
+    except ConfigError:
+        raise
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError("", _one_line(error)) from error
+
+
+def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
+    """Move each ``--config FILE`` to the front: jsonargparse drops overrides that stand before it."""
+    files: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            value = next(arguments, None)
+            if value is None:
+                raise ConfigError("--config", "needs a YAML file, such as --config configs/digits.yaml")
+            files += ["--config", value]
+        elif argument.startswith("--config="):
+            files += ["--config", argument.removeprefix("--config=")]
+        else:
+            rest.append(argument)
+    return (*files, *rest)
+
+
+def config_files(ordered: Sequence[str]) -> tuple[Path, ...]:
+    """The files named by ``--config FILE`` pairs."""
+    pairs = zip(ordered, ordered[1:], strict=False)
+    return tuple(Path(value) for key, value in pairs if key == "--config")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen:
+                mark = key_node.start_mark
+                raise ConfigError(
+                    f"{mark.name}:{mark.line + 1}", f"the key {key!r} stands twice in one mapping; keep one"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def check_yaml(path: Path) -> None:
+    """Refuse a file that is missing, is not a YAML mapping, or has a key twice.
+
+    Raises:
+        ConfigError: with the file and, where there is one, the line.
+    """
+    try:
+        with path.open(encoding="utf-8") as stream:
+            content = yaml.load(stream, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+    except FileNotFoundError as error:
+        raise ConfigError("--config", f"there is no file {path} (looked in {os.getcwd()})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--config", f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("--config", f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError("--config", f"{path} must hold keys and values, such as `seed: 17`")
+
+
+def _to_run_config(values: Namespace) -> RunConfig:
+    specs = {key: _to_class_spec(key, values.get(key)) for key in _CLASS_KEYS}
+    if specs["task"] is None:
+        raise ConfigError(
+            "task.class_path", "is missing; name a class, such as `task: {class_path: harness.tasks.Digits}`"
+        )
+    optimizer = specs["optimizer"] or _DEFAULT_OPTIMIZER
+    if optimizer.class_path == _DEFAULT_OPTIMIZER.class_path:
+        optimizer = ClassSpec(optimizer.class_path, {**_DEFAULT_OPTIMIZER.init_args, **optimizer.init_args})
+    return RunConfig(
+        task=specs["task"],
+        optimizer=optimizer,
+        scheduler=specs["scheduler"],
+        seed=values.seed,
+        run_dir=values.run_dir,
+        run_name=values.run_name,
+        resume_from_checkpoint=values.resume_from_checkpoint,
+        trainer=values.trainer,
+        checkpoint=values.checkpoint,
+        tracking=values.tracking,
+    )
+
+
+def _to_class_spec(key: str, value: Namespace | None) -> ClassSpec | None:
+    if value is None:
+        return None
+    class_path, init_args = value.get("class_path"), value.get("init_args") or {}
+    if class_path is None:
+        if init_args:
+            raise ConfigError(f"{key}.class_path", f"is missing, but {key}.init_args is given; name the class")
+        return None
+    return ClassSpec(class_path, dict(init_args))
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of a parser's error without its line breaks."""
+    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())

@@ -1,0 +1,515 @@
+"""PeriodicLogger: metrics, checkpoints and the MLflow run of anybody's Accelerate loop.
+
+    with PeriodicLogger(accelerator, every_n_epochs=5, experiment_name="vit") as logger:
+        logger.watch(model, optimizer)
+        for epoch in logger.epochs(100):
+            for batch in logger.batches(loader):
+                loss = loss_of(model, batch)
+                accelerator.backward(loss); optimizer.step(); optimizer.zero_grad()
+                logger.log({"train/loss": loss}, weight=len(batch))
+
+Every rank runs the same lines; what only rank zero does is hidden in here. The trainer of
+`harness.loop` is one user of this class among others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from harness import data, runtime, timing
+from harness.agreement import Agreement
+from harness.buffers import take_rank_zero_buffers
+from harness.checkpoint.commit import Manifest
+from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.config import CheckpointConfig, TrackingConfig
+from harness.errors import HarnessError, PeerFailure, Stopped
+from harness.metric_objects import compute_over_ranks
+from harness.metrics import Reducer, WeightedSums
+from harness.peers import Peers
+from harness.progress import Progress
+from harness.run_directory import make_run_directory
+from harness.schedule import Cadence
+from harness.signals import StopSignals
+from harness.tracking import provenance
+from harness.tracking.tracker import RunStatus, Tracker
+
+if TYPE_CHECKING:
+    import torchmetrics
+
+# After a failure, how long a checkpoint that is being written and the outbox are waited for.
+_FAILURE_WAIT_S = 20.0
+
+
+class PeriodicLogger:
+    """Logs, saves and publishes each so many epochs, from every rank's own loop.
+
+    Effects: `start`, `watch`, `epochs`, `batches`, `eval_batches`, `save` and `close` are collective:
+    every rank calls them alike, from the main thread. `log` and `update` are not, and never
+    synchronise. Leaves ``<run_dir>/<run_name>/``.
+
+    Args:
+        accelerator: of the loop.
+        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        run_name: of the run's directory and the MLflow run; None: made up.
+        run_dir: the directory that the runs' directories are in.
+        checkpoint: everything else about checkpoints; its `every_n_epochs` gives way to the one above.
+        tracking: everything else about tracking; its `experiment_name` gives way to the one above.
+        params: parameters to log, nested as you like: they become dotted names.
+
+    Attributes:
+        step: optimizer steps that are complete.
+        epoch: epochs that are complete.
+        latest: the latest reduced value of each metric; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        every_n_epochs: int | None = 5,
+        experiment_name: str | None = None,
+        run_name: str | None = None,
+        run_dir: str | Path = "runs",
+        checkpoint: CheckpointConfig | None = None,
+        tracking: TrackingConfig | None = None,
+        params: Any = None,
+    ) -> None:
+        checkpoint = checkpoint or CheckpointConfig()
+        tracking = tracking or TrackingConfig()
+        self.accelerator = accelerator
+        self.checkpoint_config = dataclasses.replace(checkpoint, every_n_epochs=every_n_epochs)
+        self.tracking_config = dataclasses.replace(
+            tracking, experiment_name=experiment_name or tracking.experiment_name
+        )
+        self.topology = runtime.describe(accelerator)
+        self.progress = Progress(enabled=False)
+        self.step = 0
+        self.epoch = 0
+        self.latest: dict[str, float] = {}
+        self.run_name = run_name
+        self.run_path: Path | None = None
+        self.last_save_status: str | None = None
+        self._runs_dir = Path(run_dir)
+        self._params = params
+        self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
+        self._train_sums = WeightedSums()
+        self._eval_sums = WeightedSums()
+        self._metric_objects: dict[str, torchmetrics.Metric] = {}
+        self._timer = timing.StepTimer()
+        # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
+        self._logging_to: WeightedSums | None = self._train_sums
+        self._watched: Watched | None = None
+        self._tracker: Tracker | None = None
+        self._point_times_ms: dict[str, tuple[int, int]] = {}
+        self._known_datasets: set[str] = set()
+        self._max_steps: int | None = None
+        self._ends = False
+        self._saved_at_step: int | None = None
+        self._batches_in_epoch = 0
+        self._samples_in_step = 0
+        self._started = False
+
+    # ---------------------------------------------------------------------- start and end
+
+    def __enter__(self) -> PeriodicLogger:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.fail(error)
+
+    def start(self) -> None:
+        """Make the run's directory and the MLflow run; its id is on disk when this returns.
+
+        Raises:
+            HarnessError: on all ranks, if the directory or the store cannot be used.
+        """
+        runtime.check_launch(self.accelerator)
+        rank, world_size = self.topology.rank, self.topology.world_size
+        self._agreement = Agreement(rank, world_size)
+        # A group of its own: its reductions are started when their copies are ready, which may be
+        # before a call of the agreement's on one rank and after it on another.
+        group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._reducer = Reducer(group, timing.GAUGES)
+        self._signals = StopSignals()
+        self._peers = Peers(rank, world_size, self._last_words)
+        self._started = True
+        try:
+            self.run_name, path = self._agreement.from_rank_zero("make the run directory", self._open_run)
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.run_path = Path(path)
+        self._saver = Saver(
+            self.accelerator,
+            self._agreement,
+            self.checkpoint_config,
+            self.run_path / "checkpoints",
+            self.topology.run_facts,
+            provenance.versions(),
+            self._publish,
+        )
+
+    def _open_run(self) -> tuple[str, str]:
+        """Rank zero: the directory, the outbox, the publisher and the run."""
+        name, path = make_run_directory(self._runs_dir, self.run_name, self.tracking_config.experiment_name)
+        self.run_path = path
+        self._tracker = Tracker(path, self.tracking_config)
+        self._tracker.start(name)
+        self._tracker.tags(provenance.tags(self.topology.run_facts, self.tracking_config.tags))
+        self.progress.say(f"run {name} in {path}")
+        if self._params is not None:
+            self._tracker.params(provenance.flatten_params(self._params))
+        return name, str(path)
+
+    def close(self) -> None:
+        """Write and deliver what is still on its way; the run is FINISHED.
+
+        Blocks for the write in flight, and then, on rank zero alone, for the delivery, at most
+        ``tracking.drain_timeout_s``.
+
+        Raises:
+            HarnessError: on all ranks, if the last checkpoint could not be written.
+        """
+        try:
+            self._collect()
+            self._flush_train(wait=True)
+            self._saver.close()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        self.last_save_status = self._saver.status
+        self._peers.close()
+        self._end_run("FINISHED", "training is complete", self.tracking_config.drain_timeout_s)
+        self._signals.restore()
+
+    def fail(self, error: BaseException) -> None:
+        """End the run because of an error: the other ranks are told, and MLflow shows how it ended.
+
+        Not collective: the other ranks may be anywhere.
+        """
+        if not self._started:
+            return
+        self._started = False
+        self._peers.report(error)
+        cause = self._peers.cause(error)
+        if self._tracker is not None:
+            if hasattr(self, "_saver"):
+                self._saver.abandon(_FAILURE_WAIT_S)
+            self._end_run(_status_of(cause), _reason_of(cause), _FAILURE_WAIT_S)
+        # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
+        self._signals.restore()
+
+    def _last_words(self, failure: PeerFailure) -> None:
+        """The watcher's thread, just before it ends a process that is stuck."""
+        self.progress.say(f"harness: error: {failure}")
+        if self._tracker is not None:
+            self._end_run(_status_of(failure), _reason_of(failure), _FAILURE_WAIT_S)
+
+    def _end_run(self, status: RunStatus, reason: str, timeout_s: float) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is None:
+            return
+        try:
+            done = tracker.end(status, reason, timeout_s, self.progress.delivering)
+        except HarnessError as error:
+            # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
+            tracker.abandon()
+            self.progress.say(f"harness: warning: {error}")
+            return
+        if not done and tracker.config.enabled:
+            self.progress.say(
+                f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
+            )
+
+    # ------------------------------------------------------------------------- the loop
+
+    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
+        """Say what checkpoints are of: the prepared model, optimizer and scheduler."""
+        self._watched = Watched(model, optimizer, scheduler)
+        if self._tracker is not None:
+            self._tracker.text("model_summary.txt", provenance.model_summary(model))
+
+    def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
+        """Count epochs; after each, reduce what was logged and save if a checkpoint is due.
+
+        Args:
+            max_epochs: number of epochs in all.
+            max_steps: optimizer steps after which `batches` ends, and this after it.
+
+        Yields:
+            The epoch's index, from 0.
+        """
+        self._max_steps = max_steps
+        for epoch in range(self.epoch, max_epochs):
+            self._batches_in_epoch = 0
+            yield epoch
+            self._collect()
+            self._flush_train(wait=True)
+            self.epoch = epoch + 1
+            self._batches_in_epoch = 0
+            self._emit({"epoch": float(self.epoch)}, self.step)
+            is_last = self.epoch == max_epochs or self._ends
+            if self._cadence.is_due_after_epoch(self.epoch) or (is_last and self.checkpoint_config.save_last):
+                self._save(f"epoch-{self.epoch:04d}")
+            self.progress.epoch_done(self.epoch, self.step, self.latest, self._saver.status)
+            if is_last:
+                return
+
+    def batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
+        """Iterate over a prepared training loader, counting steps and logging between them.
+
+        Args:
+            loader: a loader that went through `accelerator.prepare`.
+            limit: end after so many batches; None: all.
+
+        Raises:
+            PeerFailure: if another rank has failed.
+            Stopped: if a signal asked this rank to stop.
+        """
+        data.check_size(loader, self.topology.world_size, "training")
+        self._record_dataset(loader, "train")
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.epoch)
+        self.progress.epoch_begins(self.epoch, _length(loader, limit))
+        self._timer.resume()
+        iterator = iter(loader)
+        try:
+            for position, batch in enumerate(iterator, start=1):
+                if position == limit:
+                    # The last one that will be taken: an accumulation that is open must end with it.
+                    loader.end_of_dataloader = True
+                yield batch
+                self._after_batch(batch)
+                if position == limit or self._ends:
+                    return
+        finally:
+            _leave(loader, iterator)
+
+    def _after_batch(self, batch: Any) -> None:
+        self._batches_in_epoch += 1
+        self._samples_in_step += data.batch_size(batch)
+        self._check_stop()
+        if not self.accelerator.sync_gradients:
+            return
+        self.step += 1
+        self._timer.step(self._samples_in_step)
+        self._samples_in_step = 0
+        self._reducer.poll()
+        if self.step % self.tracking_config.log_every_n_steps == 0:
+            self._collect()
+            self._flush_train(wait=False)
+        self.progress.step_done(self._batches_in_epoch, self._saver.status)
+        if self._max_steps is not None and self.step >= self._max_steps:
+            self._ends = True
+        if self._cadence.is_due_after_step(self.step):
+            self._save(f"step-{self.step:08d}")
+            self._timer.resume()
+
+    def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
+        """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
+
+        Each sample of the data set is on exactly one rank, whatever the number of ranks: samples that
+        accelerate repeats to fill the last batch are cut off, and `log` and `update` take nothing from a
+        batch that has only such ones.
+
+        Args:
+            loader: a loader that went through `accelerator.prepare`.
+            limit: end after so many batches; None: all.
+        """
+        data.check_size(loader, self.topology.world_size, "evaluation")
+        self._record_dataset(loader, "eval")
+        self._collect()
+        if self._watched is not None:
+            take_rank_zero_buffers(self._watched.model, self.topology.world_size)
+        iterator = data.without_repeats(self.accelerator, loader)
+        try:
+            for position, (batch, counts) in enumerate(iterator, start=1):
+                self._logging_to = self._eval_sums if counts else None
+                yield batch
+                self._check_stop()
+                if position == limit:
+                    break
+        finally:
+            self._logging_to = self._train_sums
+            _leave(loader, iterator)
+        self._reducer.start(self._eval_sums, self.step, self._gauges())
+        self._collect()
+        self._emit(compute_over_ranks(self._agreement, self._metric_objects), self.step)
+        self._metric_objects = {}
+        self._timer.resume()
+
+    def _check_stop(self) -> None:
+        self._peers.check()
+        self._signals.check()
+
+    def stop(self) -> None:
+        """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
+        self._ends = True
+
+    def save(self) -> bool:
+        """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``)."""
+        self._collect()
+        return self._save(f"step-{self.step:08d}")
+
+    # ----------------------------------------------------------------------- logging
+
+    def log(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+        """Take the means of one batch. Nothing is synchronised, reduced or sent here.
+
+        The value that is published is the mean over all that was logged under the name, by any rank,
+        since the last time: weighted, so that uneven batches and ranks give what one process would.
+
+        Args:
+            values: name -> tensor of one element on any device, or number.
+            weight: how many items the means are over.
+
+        Raises:
+            MetricError: if a value is not a single number, or a tensor was changed after it was logged.
+        """
+        if self._logging_to is not None:
+            self._logging_to.add(values, weight)
+
+    def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:
+        """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.
+
+        Args:
+            metrics: name -> object; give the same objects for each batch.
+            args: passed to ``update`` of each.
+            kwargs: likewise.
+        """
+        self._metric_objects.update(metrics)
+        if self._logging_to is not None:
+            for metric in metrics.values():
+                metric.update(*args, **kwargs)
+
+    @property
+    def is_log_step_next(self) -> bool:
+        """Whether metrics will be reduced at the end of the optimizer step that is running."""
+        return (self.step + 1) % self.tracking_config.log_every_n_steps == 0
+
+    def _flush_train(self, *, wait: bool) -> None:
+        """Start the reduction of training's sums; read it now, or at the next one."""
+        self._reducer.start(self._train_sums, self.step, self._gauges())
+        if wait:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Finish the reduction that was started last: by now the other ranks have started it too."""
+        reduced = self._reducer.finish()
+        if reduced is None:
+            return
+        values = dict(reduced.values)
+        if any(reduced.gauges["steps_per_s"]):
+            values |= timing.over_ranks(reduced.gauges)
+            values |= self._learning_rates()
+        self._emit(values, reduced.step)
+
+    def _emit(self, values: Mapping[str, float], step: int) -> None:
+        if not values:
+            return
+        self.latest.update(values)
+        if self._tracker is not None:
+            time_ms = self._tracker.metrics(values, step)
+            self._point_times_ms.update(dict.fromkeys(values, (time_ms, step)))
+
+    def _gauges(self) -> dict[str, float]:
+        return {**self._timer.take(), "memory_bytes": runtime.memory_bytes(self.accelerator.device)}
+
+    def _learning_rates(self) -> dict[str, float]:
+        optimizer = None if self._watched is None else self._watched.optimizer
+        if optimizer is None:
+            return {}
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if len(set(rates)) == 1:
+            return {"train/lr": rates[0]}
+        return {f"train/lr/group{index}": rate for index, rate in enumerate(rates)}
+
+    def _record_dataset(self, loader: Any, context: str) -> None:
+        dataset = getattr(loader, "dataset", None)
+        if self._tracker is None or dataset is None or context in self._known_datasets:
+            return
+        self._known_datasets.add(context)
+        if self.tracking_config.log_datasets:
+            self._tracker.dataset(provenance.dataset_record(dataset, context))
+
+    # ------------------------------------------------------------------- checkpoints
+
+    def _save(self, name: str) -> bool:
+        if self._watched is None or self._saved_at_step == self.step:
+            return False
+        metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
+        moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
+        begun = self._saver.save(moment, self._watched)
+        if begun:
+            self._saved_at_step = self.step
+        return begun
+
+    def _publish(self, name: str, manifest: Manifest) -> None:
+        """Rank zero's writer thread: a checkpoint is committed."""
+        tracker = self._tracker
+        if tracker is None:
+            return
+        points = [
+            [key, value, *self._point_times_ms[key]]
+            for key, value in manifest.metrics.items()
+            if key in self._point_times_ms
+        ]
+        tracker.checkpoint(
+            {
+                "name": name,
+                "key": manifest.key,
+                "epoch": manifest.epoch,
+                "step": manifest.step,
+                "files": [*manifest.weight_files, "manifest.json"],
+                "metrics": points,
+            }
+        )
+
+
+def _status_of(error: BaseException) -> RunStatus:
+    """What MLflow shows: KILLED where somebody wanted it to stop, else FAILED."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return "KILLED"
+    return "KILLED" if isinstance(error, PeerFailure) and error.signal_name else "FAILED"
+
+
+def _reason_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+
+
+def _json_ready(values: Mapping[str, float]) -> dict[str, float]:
+    """Finite values alone: JSON has no NaN."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def _length(loader: Any, limit: int | None) -> int | None:
+    try:
+        length = len(loader)
+    except TypeError:
+        return limit
+    return length if limit is None else min(length, limit)
+
+
+def _leave(loader: Any, iterator: Any) -> None:
+    """End an iteration early in good order: accelerate clears its state only at the natural end."""
+    if hasattr(iterator, "close"):
+        iterator.close()
+    gradient_state = getattr(loader, "gradient_state", None)
+    if gradient_state is not None and loader in gradient_state.dataloader_references:
+        loader.end()

@@ -1,0 +1,64 @@
+"""What a run has left, as text and as JSON values. Importing this never imports torch or mlflow."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from harness.checkpoint.commit import list_checkpoints
+from harness.tracking.outbox import read_delivered
+
+_SHOWN_METRICS = 4
+
+
+def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
+    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None)."""
+    models = read_delivered(run_dir / "outbox").models
+    return [
+        {
+            "name": name,
+            "epoch": manifest.epoch,
+            "step": manifest.step,
+            "bytes": manifest.size_bytes,
+            "metrics": dict(manifest.metrics),
+            "mlflow_model_id": models.get(name),
+        }
+        for name, manifest in list_checkpoints(run_dir / "checkpoints")
+    ]
+
+
+def checkpoint_table(run_dir: Path) -> str:
+    """The same as a table of text, with the evaluation metrics."""
+    records = checkpoint_records(run_dir)
+    if not records:
+        return f"no checkpoints in {run_dir}"
+    metrics = sorted({name for record in records for name in record["metrics"] if name.startswith("eval/")})
+    metrics = (metrics or sorted({name for record in records for name in record["metrics"]}))[:_SHOWN_METRICS]
+    rows = [["epoch", "step", "bytes", *metrics, "on disk", "MLflow model"]]
+    for record in records:
+        shown = [f"{record['metrics'][name]:.4f}" if name in record["metrics"] else "-" for name in metrics]
+        model = record["mlflow_model_id"] or "not yet"
+        rows.append([str(record["epoch"]), str(record["step"]), f"{record['bytes']:,}", *shown, record["name"], model])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    text_columns = len(rows[0]) - 2
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column < text_columns else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def how_to_open(run_dir: Path) -> str:
+    """The one command that opens the MLflow page of a run, or what to do instead."""
+    record = json.loads((run_dir / "run.json").read_text())
+    if "run_id" not in record:
+        return f"no MLflow run (tracking.enabled is false); all is in {run_dir}"
+    uri = record["tracking_uri"]
+    if uri.startswith(("http://", "https://")):
+        return f"MLflow: {uri}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}"
+    return f"open the MLflow page with:  mlflow ui --backend-store-uri {shlex.quote(uri)}"

@@ -1,0 +1,50 @@
+"""Signals that ask a run to stop. The handlers only set a flag; the loop looks at it between steps."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from harness.errors import Stopped
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Installs handlers for SIGTERM and SIGINT, and puts the earlier ones back.
+
+    Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
+    A second SIGINT raises KeyboardInterrupt wherever the main thread is.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._earlier[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number).name
+        if number == signal.SIGINT and sys.stderr is not None:
+            sys.stderr.write("harness: stopping after this step; once more to stop at once\n")
+
+    def check(self) -> None:
+        """Raise if a signal has come. Costs one attribute.
+
+        Raises:
+            Stopped: with the signal's name.
+        """
+        if self._received is not None:
+            raise Stopped(self._received)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier = {}

@@ -1,0 +1,209 @@
+"""The only file that imports mlflow: what the publisher says, in MLflow's terms.
+
+Every method can be called again with the same arguments and leaves what one call would have left:
+runs and models are looked up by a tag of ours before they are made, and a metric point with equal
+key, step, time and value is stored once by MLflow itself (measured: sqlite).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# How long one request may take is our publisher's affair (it retries without end): with MLflow's own
+# defaults a call to a dead server blocks for 246 s. Set before the import, since it reads them then.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+RUN_TAG = "harness.run"
+CHECKPOINT_TAG = "harness.checkpoint"
+
+# MLflow's limits on one request and one value.
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_TAGS_PER_BATCH = 100
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 8000
+
+# Refusals that another try cannot mend.
+_PERMANENT_CODES = frozenset(
+    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
+)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether the store has said no for good, as against being away or slow."""
+    return isinstance(error, MlflowException) and error.error_code in _PERMANENT_CODES
+
+
+def resolve_tracking_uri(configured: str | None) -> str:
+    """The configured URI, else ``MLFLOW_TRACKING_URI``, else the embedded default."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+class MlflowStore:
+    """One run in one MLflow store.
+
+    Effects: not collective; the publisher's thread only; each method blocks on the network or on
+    sqlite; leaves nothing on disk but what a ``sqlite:`` store keeps.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._client = mlflow.MlflowClient(tracking_uri)
+        self.run_id = ""
+        self.experiment_id = ""
+
+    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
+        """Find the run that carries `run_key`, or make it."""
+        experiment = self._client.get_experiment_by_name(experiment_name)
+        if experiment is None:
+            try:
+                self.experiment_id = self._client.create_experiment(experiment_name)
+            except MlflowException:
+                # Another job made it at the same moment.
+                experiment = self._client.get_experiment_by_name(experiment_name)
+                if experiment is None:
+                    raise
+        if experiment is not None:
+            if experiment.lifecycle_stage == "deleted":
+                raise MlflowException(
+                    f"the experiment {experiment_name!r} is deleted; restore it or name another",
+                    error_code=3,  # INVALID_STATE
+                )
+            self.experiment_id = experiment.experiment_id
+        found = self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_key}'")
+        if found:
+            self.run_id = found[0].info.run_id
+            self._client.update_run(self.run_id, status="RUNNING")
+            return
+        run = self._client.create_run(self.experiment_id, run_name=run_name, tags={RUN_TAG: run_key})
+        self.run_id = run.info.run_id
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Log (key, value, time in ms, step) points, any number."""
+        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+            batch = [Metric(*point) for point in points[start : start + MAX_METRICS_PER_BATCH]]
+            self._client.log_batch(self.run_id, metrics=batch)
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        """Log parameters; a value that is too long is cut."""
+        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in values.items()]
+        for start in range(0, len(params), MAX_PARAMS_PER_BATCH):
+            self._client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS_PER_BATCH])
+
+    def set_tags(self, values: Mapping[str, str]) -> None:
+        """Set tags; a value that is too long is cut."""
+        tags = [RunTag(key, value[:MAX_TAG_CHARS]) for key, value in values.items()]
+        for start in range(0, len(tags), MAX_TAGS_PER_BATCH):
+            self._client.log_batch(self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
+
+    def log_dataset(self, record: Mapping[str, Any]) -> None:
+        """Record a data set as an input of the run."""
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"],
+            source_type=record["source_type"],
+            source=record["source"],
+            profile=record["profile"],
+        )
+        tags = [InputTag("mlflow.data.context", record["context"])]
+        self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+
+    def log_text(self, name: str, content: str) -> None:
+        """Put a text file among the run's artifacts."""
+        self._client.log_text(self.run_id, content, name)
+
+    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+        """Publish a committed checkpoint as a LoggedModel; returns the model's id.
+
+        Args:
+            record: name, key, epoch, step, files, and metrics as [key, value, time_ms, step].
+            directory: where the files are.
+            registered_model_name: also a version of this registered model, where given.
+        """
+        tag = f"tags.`{CHECKPOINT_TAG}` = '{record['key']}'"
+        found = self._client.search_logged_models([self.experiment_id], filter_string=tag)
+        if found:
+            model_id = found[0].model_id
+        else:
+            model_id = self._client.create_logged_model(
+                self.experiment_id,
+                name=record["name"],
+                source_run_id=self.run_id,
+                params={"epoch": str(record["epoch"]), "step": str(record["step"])},
+                tags={CHECKPOINT_TAG: record["key"], "epoch": str(record["epoch"]), "step": str(record["step"])},
+                model_type="checkpoint",
+            ).model_id
+        with _only(directory, record["files"]) as files_dir:
+            self._client.log_model_artifacts(model_id, files_dir)
+        # With the time of the original points: they are the same points, now linked to the model too.
+        linked = [
+            Metric(key, value, time_ms, step, model_id=model_id) for key, value, time_ms, step in record["metrics"]
+        ]
+        if linked:
+            self._client.log_batch(self.run_id, metrics=linked)
+        self._client.finalize_logged_model(model_id, "READY")
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, record["step"])])
+        if registered_model_name is not None:
+            self._register(registered_model_name, model_id)
+        return model_id
+
+    def _register(self, name: str, model_id: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        if not any(version.model_id == model_id for version in versions):
+            self._client.create_model_version(name, f"models:/{model_id}", run_id=self.run_id, model_id=model_id)
+
+    def end(self, status: str, end_time_ms: int) -> None:
+        """Set the run's final status: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status, end_time_ms)
+
+
+class SystemMonitor:
+    """Processor, memory, disk and network of this node, as MLflow names them."""
+
+    def __init__(self) -> None:
+        self._monitors: Iterable[BaseMetricsMonitor] = (CPUMonitor(), DiskMonitor(), NetworkMonitor())
+
+    def sample(self) -> dict[str, float]:
+        """One reading of each: name (``system/...``) -> value."""
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values.update(monitor.aggregate_metrics())
+            monitor.clear_metrics()
+        return {f"system/{name}": float(value) for name, value in values.items()}
+
+
+class _only:  # noqa: N801 - reads as a context manager
+    """A directory that shows only the named files of another, by hard or symbolic links."""
+
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+        self._directory = directory.resolve()
+        self._names = names
+
+    def __enter__(self) -> str:
+        self._temporary = tempfile.TemporaryDirectory(prefix="harness-upload-")
+        for name in self._names:
+            os.symlink(self._directory / name, Path(self._temporary.name) / name)
+        return self._temporary.name
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()

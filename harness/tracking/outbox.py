@@ -1,0 +1,169 @@
+"""The outbox: an append-only journal of what the tracking store has not acknowledged yet.
+
+One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A line whose checksum
+or newline is missing was being written when something died; the reader stops there, and the next
+writer cuts it off. Nothing here knows MLflow or the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.durable import replace_file
+from harness.errors import TrackingError
+
+JOURNAL = "journal.jsonl"
+DELIVERED = "delivered.json"
+
+Kind = Literal["params", "tags", "metrics", "dataset", "text", "checkpoint", "end"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to deliver.
+
+    Args:
+        kind: what `body` holds; see `harness.tracking.tracker` for each.
+        time_ms: when it happened, in milliseconds since the epoch. It is what MLflow is told, so
+            that a second delivery is the same point.
+        body: JSON values.
+        end_offset: bytes of the journal up to and with this entry.
+    """
+
+    kind: Kind
+    time_ms: int
+    body: Mapping[str, Any]
+    end_offset: int
+
+
+class Outbox:
+    """The writing end, held by rank zero's trainer alone.
+
+    Effects: not collective; any thread; blocks for one `write` into the page cache; leaves
+    ``<directory>/journal.jsonl``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / JOURNAL
+        self._lock = threading.Lock()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
+
+    def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
+        """Write one entry; returns its time in milliseconds since the epoch.
+
+        Raises:
+            TrackingError: if the disk refuses it. What was written of it is taken back.
+        """
+        stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+        text = json.dumps({"kind": kind, "time_ms": stamp, "body": body}, separators=(",", ":"))
+        payload = text.encode()
+        line = b"%08x %b\n" % (zlib.crc32(payload), payload)
+        with self._lock:
+            size_before = os.fstat(self._file).st_size
+            try:
+                num_written = os.write(self._file, line)
+                if num_written != len(line):
+                    raise OSError(28, "no space left for a whole line")
+            except OSError as error:
+                os.ftruncate(self._file, size_before)
+                raise TrackingError(
+                    f"{self.path}: cannot append to the outbox: {error.strerror}; free space there"
+                ) from error
+        return stamp
+
+    def sync(self) -> None:
+        """Wait until everything appended is on the disk itself."""
+        with self._lock:
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file. Appending afterwards is an error of ours."""
+        os.close(self._file)
+
+
+def read_entries(directory: Path, offset: int = 0) -> Iterator[Entry]:
+    """The whole entries behind `offset`, oldest first; ends at the end or at a line that is not whole.
+
+    Raises:
+        TrackingError: if a line in the middle of the journal is damaged.
+    """
+    path = directory / JOURNAL
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        for line in stream:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            checksum, _, payload = line[:-1].partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(payload):
+                raise TrackingError(f"{path}: the entry that ends at byte {offset} is damaged (checksum)")
+            record = json.loads(payload)
+            yield Entry(record["kind"], record["time_ms"], record["body"], offset)
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """How far the publisher has come.
+
+    Args:
+        offset: bytes of the journal that the store has acknowledged.
+        models: checkpoint name -> id of the LoggedModel it became.
+        refused: what the store said no to, for good.
+    """
+
+    offset: int = 0
+    models: Mapping[str, str] = ()  # type: ignore[assignment]
+    refused: tuple[str, ...] = ()
+
+
+def read_delivered(directory: Path) -> Delivered:
+    """The publisher's record, or the empty one where it has written none."""
+    try:
+        record = json.loads((directory / DELIVERED).read_text())
+    except FileNotFoundError:
+        return Delivered(models={})
+    return Delivered(record["offset"], record["models"], tuple(record["refused"]))
+
+
+def write_delivered(directory: Path, delivered: Delivered) -> None:
+    """Replace the publisher's record in one step."""
+    replace_file(
+        directory / DELIVERED,
+        json.dumps(
+            {"offset": delivered.offset, "models": dict(delivered.models), "refused": list(delivered.refused)}
+        ),
+    )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Take off what an earlier writer had not finished, so that the next line starts a line."""
+    if not path.exists():
+        return
+    with path.open("r+b") as stream:
+        content_end = stream.seek(0, os.SEEK_END)
+        position = content_end
+        while position > 0:
+            start = max(0, position - 65536)
+            stream.seek(start)
+            newline = stream.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position != content_end:
+            stream.truncate(position)

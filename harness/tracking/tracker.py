@@ -1,0 +1,205 @@
+"""Rank zero's side of tracking: what happened goes into the outbox; a process of its own delivers it.
+
+The trainer never imports mlflow and never touches the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.config import TrackingConfig
+from harness.errors import TrackingError
+from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
+
+LOG = "publisher.log"
+SETTINGS = "settings.json"
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+# What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Tracker:
+    """Appends to the outbox, and starts, feeds and ends the publisher.
+
+    Effects: rank zero only; not collective. `start` and `end` block (each has a time limit), all else
+    only appends to a file. Leaves ``<run_dir>/outbox/`` and, through the publisher, ``run.json``.
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.outbox = Outbox(run_dir / "outbox")
+        self.run_id: str | None = None
+        self._publisher: subprocess.Popen[bytes] | None = None
+
+    def start(self, run_name: str) -> None:
+        """Start the publisher and wait until the MLflow run exists and its id is on disk.
+
+        Raises:
+            TrackingError: if the store refuses or does not answer within ``tracking.start_timeout_s``.
+        """
+        if not self.config.enabled:
+            return
+        settings = {
+            "run_name": run_name,
+            "tracking_uri": self.config.tracking_uri,
+            "experiment_name": self.config.experiment_name,
+            "log_system_metrics": self.config.log_system_metrics,
+            "registered_model_name": self.config.registered_model_name,
+            "start_timeout_s": self.config.start_timeout_s,
+        }
+        self._publisher = _start_publisher(self.run_dir, settings)
+        try:
+            self.run_id = _read_answer(self._publisher, self.run_dir, self.config.start_timeout_s)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def params(self, values: Mapping[str, str]) -> None:
+        """Parameters of the run: name -> text."""
+        self.outbox.append("params", values)
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Tags of the run: name -> text."""
+        self.outbox.append("tags", values)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> int:
+        """Metrics at an optimizer step; returns their time in milliseconds since the epoch."""
+        return self.outbox.append("metrics", {"step": step, "values": dict(values)})
+
+    def dataset(self, record: Mapping[str, Any]) -> None:
+        """A data set: name, digest, source, context and profile."""
+        self.outbox.append("dataset", record)
+
+    def text(self, name: str, content: str) -> None:
+        """A small text file among the run's artifacts."""
+        self.outbox.append("text", {"name": name, "content": content})
+
+    def checkpoint(self, record: Mapping[str, Any]) -> None:
+        """A committed checkpoint: its directory's name, epoch, step and metrics. Any thread."""
+        if self.config.log_models:
+            self.outbox.append("checkpoint", record)
+            self.outbox.sync()
+
+    def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[float], None]) -> bool:
+        """Say how the run ended and wait until all is delivered, at most `timeout_s`.
+
+        Args:
+            status: the status that MLflow shall show.
+            reason: one line, for the tag ``harness.end_reason``.
+            timeout_s: the limit of the wait, in seconds.
+            waiting: called twice a second with the share delivered, 0 to 1.
+
+        Returns:
+            Whether everything was delivered.
+        """
+        self.outbox.append("end", {"status": status, "reason": reason})
+        self.outbox.sync()
+        size_bytes = self.outbox.path.stat().st_size
+        self.outbox.close()
+        if self._publisher is None:
+            return not self.config.enabled
+        deadline_s = time.monotonic() + timeout_s
+        while self._publisher.poll() is None and time.monotonic() < deadline_s:
+            waiting(read_delivered(self.run_dir / "outbox").offset / size_bytes)
+            try:
+                self._publisher.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                continue
+        self.abandon()
+        return read_delivered(self.run_dir / "outbox").offset == size_bytes
+
+    def abandon(self) -> None:
+        """Let go of the publisher: it delivers what it can for a while, and then ends by itself."""
+        if self._publisher is not None:
+            for stream in (self._publisher.stdin, self._publisher.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
+    """Deliver what is left in a run's outbox, in the foreground; returns a line for the user.
+
+    Effects: not collective; no trainer may be at work on the run; blocks until all is delivered or the
+    store has been away for a while; leaves what the publisher leaves.
+
+    Args:
+        run_dir: the run's directory.
+        tracking_uri: where to; None: where the run was to go.
+
+    Raises:
+        TrackingError: if not everything could be delivered.
+    """
+    outbox_dir = run_dir / "outbox"
+    settings = json.loads((outbox_dir / SETTINGS).read_text()) if (outbox_dir / SETTINGS).exists() else None
+    if settings is None:
+        raise TrackingError(f"{run_dir}: was run without tracking (tracking.enabled false); there is nothing to deliver")
+    uri = tracking_uri or settings["tracking_uri"]
+    # A password is never written down, so an address with one must be given again.
+    settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
+    publisher = _start_publisher(run_dir, settings)
+    run_id = _read_answer(publisher, run_dir, settings["start_timeout_s"])
+    assert publisher.stdin is not None
+    publisher.stdin.close()
+    code = publisher.wait()
+    delivered = read_delivered(outbox_dir)
+    total_bytes = (outbox_dir / JOURNAL).stat().st_size
+    if code or delivered.offset < total_bytes:
+        raise TrackingError(
+            f"{run_dir}: {total_bytes - delivered.offset} of {total_bytes} bytes are not delivered; "
+            f"see {outbox_dir / LOG}, and try again"
+        )
+    return f"all of {run_dir} is in MLflow run {run_id}"
+
+
+def _start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    with (run_dir / "outbox" / LOG).open("ab") as log:
+        publisher = subprocess.Popen(
+            [sys.executable, "-m", "harness.tracking.publisher", str(run_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_publisher_environment(),
+            # A session of its own: Ctrl-C at the trainer must not end what reports it.
+            start_new_session=True,
+        )
+    assert publisher.stdin is not None
+    # By pipe, not by command line: a tracking URI may hold a password. The pipe is kept open: its end
+    # tells the publisher that the trainer is gone.
+    publisher.stdin.write(json.dumps(settings).encode() + b"\n")
+    publisher.stdin.flush()
+    return publisher
+
+
+def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> str:
+    """The id of the MLflow run, or the publisher's own error."""
+    assert publisher.stdout is not None
+    # The publisher keeps the limit itself; the margin is for its own start.
+    limit_s = start_timeout_s + 60
+    ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
+    line = publisher.stdout.readline() if ready else b""
+    if not line:
+        raise TrackingError(f"tracking: the publisher gave no answer within {limit_s:.0f} s; see {run_dir}/outbox/{LOG}")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise TrackingError(answer["error"])
+    run_id: str = answer["run_id"]
+    return run_id
+
+
+def _publisher_environment() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+    environment.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    for key, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}.items():
+        environment.setdefault(key, value)
+    return environment

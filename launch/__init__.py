@@ -1,0 +1,1 @@
+"""The command line: `harness train`, `launch`, `debug`, `checkpoints`, `sync`. It imports `harness`, never the other way round."""

@@ -1,0 +1,142 @@
+"""`harness launch`: several processes on this machine, by the accelerate command that it prints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import EXIT_DONE, ConfigError, LaunchError
+from harness.options import parse_run_config
+
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be started.
+
+    Args:
+        strategy: one of `STRATEGIES`.
+        num_processes: ranks on this machine.
+        main_process_port: where the ranks meet; 0: a free one.
+        training_words: the options of the configuration.
+    """
+
+    strategy: str
+    num_processes: int
+    main_process_port: int
+    training_words: tuple[str, ...]
+
+
+def launch(words: Sequence[str]) -> int:
+    """Check everything that can be checked here, print the command, and become it.
+
+    Raises:
+        HarnessError: if a value is wrong or the port is taken.
+    """
+    plan, dry_run = _parse(words)
+    # A wrong configuration is told here, once, and not by N ranks under a launcher's traceback.
+    parse_run_config(plan.training_words, prog="harness launch")
+    command = accelerate_command(plan)
+    print(shlex.join(command), flush=True)
+    if dry_run:
+        return EXIT_DONE
+    if plan.main_process_port:
+        _require_free(plan.main_process_port)
+    environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(plan.num_processes)}
+    executable = Path(sys.executable).with_name("accelerate")
+    os.execve(executable, [str(executable), *command[1:]], environment)
+
+
+def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
+    parser = argparse.ArgumentParser(
+        prog="harness launch",
+        allow_abbrev=False,
+        description="Start several processes on this machine; all other options are those of `harness train --help`.",
+    )
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
+    parser.add_argument("--num_processes", type=int, default=None, help="default: one for each GPU, else 2")
+    parser.add_argument("--main_process_port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--dry_run", action="store_true", help="only print the command")
+    own, rest = parser.parse_known_args(list(words))
+    count = own.num_processes
+    if count is None:
+        count = 1 if own.strategy == "single" else _default_num_processes()
+    return Plan(own.strategy, count, own.main_process_port, tuple(rest)), own.dry_run
+
+
+def accelerate_command(plan: Plan) -> list[str]:
+    """The `accelerate launch` command line of a plan.
+
+    Raises:
+        LaunchError: if the strategy cannot run on so many processes.
+    """
+    strategy, count = plan.strategy, plan.num_processes
+    if count < 1:
+        raise LaunchError(f"--num_processes: must be at least 1, got {count}")
+    if strategy == "single" and count > 1:
+        raise LaunchError(f"--num_processes: --strategy single is one process, got {count}; use ddp")
+    if strategy == "ddp" and count == 1:
+        strategy = "single"  # accelerate refuses a single process otherwise
+    extra: list[str] = []
+    if strategy == "hsdp":
+        if count < 4 or count % 2:
+            raise LaunchError(
+                f"--num_processes: hsdp needs an even number of at least 4 (2 replicas of 2 shards), got {count}; "
+                "use fsdp2"
+            )
+        extra = ["--parallelism_config_dp_replicate_size", "2"]
+        extra += ["--parallelism_config_dp_shard_size", str(count // 2)]
+    elif strategy != "single" and count < 2:
+        raise LaunchError(f"--num_processes: {strategy} needs at least 2, got {count}; use --strategy single")
+    config_file = configs_dir() / "accelerate" / f"{strategy}.yaml"
+    return [
+        *("accelerate", "launch", "--config_file", _short(config_file)),
+        *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
+        *extra,
+        *("-m", "harness", *plan.training_words),
+    ]
+
+
+def configs_dir() -> Path:
+    """The directory ``configs/``: of the checkout, or as it was installed with the package.
+
+    Raises:
+        LaunchError: if there is none.
+    """
+    here = Path(__file__).resolve().parent
+    for candidate in (here.parent / "configs", here / "configs"):
+        if (candidate / "accelerate").is_dir():
+            return candidate
+    raise LaunchError(f"there is no configs/accelerate beside {here}; reinstall harness")
+
+
+def _short(path: Path) -> str:
+    """The path as one would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _default_num_processes() -> int:
+    # Devices by their files: importing torch to count them would take seconds.
+    num_gpus = len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
+    return num_gpus or 2
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                "--main_process_port", f"{port} is in use ({error.strerror}); leave it out for a free one"
+            ) from error
