@@ -93,7 +93,9 @@ def build_task(spec: ClassSpec) -> Task:
     task = build("task", spec)
     missing = [name for name in ("model", "train_data", "eval_data", "step") if not callable(getattr(task, name, None))]
     if missing:
-        raise ConfigError("task.class_path", f"{spec.class_path} is not a harness.Task: it lacks {', '.join(missing)}()")
+        raise ConfigError(
+            "task.class_path", f"{spec.class_path} is not a harness.Task: it lacks {', '.join(missing)}()"
+        )
     checked: Task = task
     return checked
 

@@ -111,8 +111,9 @@ def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int 
     remainder = getattr(loader, "remainder", -1)
     if not fills_up or not getattr(loader, "end_of_dataloader", False) or remainder <= 0:
         return None
-    of_each_rank = loader.total_batch_size // accelerator.num_processes
-    return max(0, min(of_each_rank, remainder - accelerator.process_index * of_each_rank))
+    of_each_rank: int = loader.total_batch_size // accelerator.num_processes
+    own: int = remainder - accelerator.process_index * of_each_rank
+    return max(0, min(of_each_rank, own))
 
 
 def _cut(batch: Any, num_samples: int) -> Any:

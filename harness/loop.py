@@ -91,7 +91,9 @@ def _named(prefix: str, output: StepOutput) -> dict[str, Tensor | float]:
     return {f"{prefix}/loss": output.loss, **{f"{prefix}/{name}": value for name, value in output.metrics.items()}}
 
 
-def _log_gradient_norm(accelerator: Accelerator, config: TrainerConfig, logger: PeriodicLogger, model: nn.Module) -> None:
+def _log_gradient_norm(
+    accelerator: Accelerator, config: TrainerConfig, logger: PeriodicLogger, model: nn.Module
+) -> None:
     """Clip if configured, and log the norm of the gradients before clipping."""
     if config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
         # DeepSpeed has clipped already, by its own configuration, and gives the norm that it found.

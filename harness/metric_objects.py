@@ -6,9 +6,10 @@ where one rank has no state of some kind (it had no sample). Merging whole state
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from harness.errors import MetricError
@@ -58,9 +59,7 @@ def _merge(metric: torchmetrics.Metric, states: list[dict[str, Any]]) -> None:
                 f"{type(metric).__name__}: its state {name!r} has no dist_reduce_fx, so ranks cannot be merged"
             )
         else:
-            import torch
-
-            setattr(metric, name, reduce(torch.stack(parts)))
+            setattr(metric, name, cast(Callable[[Tensor], Tensor], reduce)(torch.stack(parts)))
     metric._update_count = max(1, metric._update_count)
     metric._computed = None
 

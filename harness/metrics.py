@@ -200,7 +200,7 @@ class Reducer:
         window = self._window
         if window is None or window.work is not None or self._group is None:
             return
-        if window.copied is None or window.copied.query():
+        if window.copied is None or window.copied.query():  # type: ignore[no-untyped-call]
             self._send(window)
 
     def _send(self, window: _Window) -> None:
@@ -294,6 +294,6 @@ def _copy_to_host(values: list[Tensor]) -> tuple[Tensor | None, torch.cuda.Event
         return stacked.to("cpu", torch.float64), None
     host = torch.empty(stacked.shape, dtype=torch.float64, pin_memory=True)
     host.copy_(stacked, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return host, event

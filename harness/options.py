@@ -8,6 +8,7 @@ since that imports torch.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
 
 def config_files(ordered: Sequence[str]) -> tuple[Path, ...]:
     """The files named by ``--config FILE`` pairs."""
-    pairs = zip(ordered, ordered[1:], strict=False)
+    pairs = itertools.pairwise(ordered)
     return tuple(Path(value) for key, value in pairs if key == "--config")
 
 
@@ -105,7 +106,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
                 mark = key_node.start_mark
                 raise ConfigError(
@@ -123,7 +124,7 @@ def check_yaml(path: Path) -> None:
     """
     try:
         with path.open(encoding="utf-8") as stream:
-            content = yaml.load(stream, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+            content = yaml.load(stream, Loader=_UniqueKeyLoader)  # a SafeLoader
     except FileNotFoundError as error:
         raise ConfigError("--config", f"there is no file {path} (looked in {os.getcwd()})") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -11,11 +11,16 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from harness.errors import HarnessError, PeerFailure, Stopped
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _POLL_S = 0.5
 # How long a main thread has to come out of its collective by itself (gloo notices a dead peer at once).
@@ -61,11 +66,10 @@ class Peers:
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         signal_name = error.signal_name if isinstance(error, Stopped) else None
         record = json.dumps({"rank": self._rank, "reason": reason, "signal": signal_name})
-        try:
+        # A store that is gone went with the rank that kept it, and that rank is noticed missing.
+        with suppress(RuntimeError):
             # The first reason is the cause; what follows is its consequence.
             self._store.compare_set(self._key, "", record)
-        except RuntimeError:
-            pass  # the store is gone with the rank that kept it, and that rank is noticed missing
 
     def cause(self, error: BaseException) -> BaseException:
         """What really ended this rank: a peer's failure, where one was reported, rather than its echo."""
@@ -103,9 +107,9 @@ class Peers:
         return PeerFailure(record["rank"], record["reason"], record["signal"])
 
 
-def _connect() -> dist.Store | None:
+def _connect() -> Store | None:
     """A connection of our own to the store that the ranks met at, or None where it cannot be named."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:
         return None
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))
+    return TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=30))

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
 
 # Metrics that the one line has room for, in this order; whatever else the task has comes after.
 _FIRST = ("train/loss", "eval/loss", "eval/accuracy")
@@ -72,7 +73,9 @@ class Progress:
         """An epoch is complete: one line that stays."""
         if not self._enabled:
             return
-        names = [n for n in _FIRST if n in latest] + sorted(n for n in latest if n.startswith("eval/") and n not in _FIRST)
+        names = [n for n in _FIRST if n in latest] + sorted(
+            n for n in latest if n.startswith("eval/") and n not in _FIRST
+        )
         numbers = "  ".join(f"{name} {latest[name]:.4f}" for name in names)
         rate = f"{latest['perf/samples_per_s']:.0f} samples/s" if "perf/samples_per_s" in latest else ""
         self.say(f"epoch {epoch:>3}  step {step:>6}  {numbers}  {rate}  [{checkpoint_status}]")

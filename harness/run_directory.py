@@ -75,4 +75,6 @@ def write_config(path: Path, config: RunConfig) -> None:
     try:
         replace_file(path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
     except OSError as error:
-        raise RunDirError(f"run_dir: cannot write {path / 'config.yaml'}: {error.strerror}; free space there") from error
+        raise RunDirError(
+            f"run_dir: cannot write {path / 'config.yaml'}: {error.strerror}; free space there"
+        ) from error

@@ -261,5 +261,3 @@ def memory_bytes(device: torch.device) -> float:
         return float(torch.cuda.max_memory_allocated(device))
     with open("/proc/self/statm", encoding="ascii") as stream:
         return float(int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-
-

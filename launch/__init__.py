@@ -1,1 +1,1 @@
-"""The command line: `harness train`, `launch`, `debug`, `checkpoints`, `sync`. It imports `harness`, never the other way round."""
+"""The command line: what `harness` on a terminal does. It imports `harness`, never the other way round."""

@@ -65,8 +65,7 @@ def gather_state(
         gather(gathered, state, model, optimizer, keep)
     if dtype is not None:
         gathered.model = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in gathered.model.items()
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in gathered.model.items()
         }
     return gathered
 
@@ -160,7 +159,7 @@ def _zero_gatherer(
     trained = {id(p) for group in _full_groups(engine, is_stage_3) for p in group}
     in_group = [name for name, parameter in state.parameters.items() if id(parameter) in trained]
     gathered.param_groups.append({**_hyperparameters(inner.param_groups[0]), "params": in_group})
-    flat_state = next(iter(inner.state.values()), {})
+    flat_state: dict[str, Any] = next(iter(inner.state.values()), {})
     kinds = [kind for kind, value in flat_state.items() if isinstance(value, Tensor) and value.ndim]
     for name in in_group:
         parameter = state.parameters[name]

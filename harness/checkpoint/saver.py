@@ -1,7 +1,7 @@
 """One checkpoint from due to committed: who takes part, who writes, and what when it fails.
 
-    all ranks, main thread:   agree whether to save -> gather state and random states
-    rank zero, own thread:    write files -> manifest -> rename -> tell the caller
+all ranks, main thread:   agree whether to save -> gather state and random states
+rank zero, own thread:    write files -> manifest -> rename -> tell the caller
 """
 
 from __future__ import annotations

@@ -33,14 +33,15 @@ class Block(nn.Module):
         self.up = nn.Linear(d_model, 4 * d_model)
         self.down = nn.Linear(4 * d_model, d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:  # noqa: N803 - B batch, T time, D model, H heads
+    def forward(self, x_BTD: Tensor) -> Tensor:  # B batch, T time, D model, H heads
         """One layer."""
-        size_B, size_T, size_D = x_BTD.shape  # noqa: N806
+        size_B, size_T, size_D = x_BTD.shape
         qkv = self.qkv(self.norm_1(x_BTD)).view(size_B, size_T, 3, self.num_heads, size_D // self.num_heads)
-        q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4)  # noqa: N806
+        q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
         x_BTD = x_BTD + self.out(mixed.transpose(1, 2).reshape(size_B, size_T, size_D))
-        return x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD))))
+        x_BTD = x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD))))
+        return x_BTD
 
 
 class GPT(nn.Module):
@@ -60,13 +61,14 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         self.head.weight = self.embed.weight
 
-    def forward(self, bytes_BT: Tensor) -> Tensor:  # noqa: N803
+    def forward(self, bytes_BT: Tensor) -> Tensor:
         """Logits, shape (B, T, 256)."""
         places = torch.arange(bytes_BT.shape[1], device=bytes_BT.device)
-        x_BTD = self.embed(bytes_BT) + self.position(places)  # noqa: N806
+        x_BTD = self.embed(bytes_BT) + self.position(places)
         for block in self.blocks:
-            x_BTD = block(x_BTD)  # noqa: N806
-        return self.head(self.norm(x_BTD))  # type: ignore[no-any-return]
+            x_BTD = block(x_BTD)
+        logits: Tensor = self.head(self.norm(x_BTD))
+        return logits
 
 
 class ByteWindows(Dataset[Tensor]):

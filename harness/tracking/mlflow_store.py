@@ -137,7 +137,7 @@ class MlflowStore:
         tag = f"tags.`{CHECKPOINT_TAG}` = '{record['key']}'"
         found = self._client.search_logged_models([self.experiment_id], filter_string=tag)
         if found:
-            model_id = found[0].model_id
+            model_id: str = found[0].model_id
         else:
             model_id = self._client.create_logged_model(
                 self.experiment_id,
@@ -147,7 +147,7 @@ class MlflowStore:
                 tags={CHECKPOINT_TAG: record["key"], "epoch": str(record["epoch"]), "step": str(record["step"])},
                 model_type="checkpoint",
             ).model_id
-        with _only(directory, record["files"]) as files_dir:
+        with _Only(directory, record["files"]) as files_dir:
             self._client.log_model_artifacts(model_id, files_dir)
         # With the time of the original points: they are the same points, now linked to the model too.
         linked = [
@@ -192,7 +192,7 @@ class SystemMonitor:
         return {f"system/{name}": float(value) for name, value in values.items()}
 
 
-class _only:  # noqa: N801 - reads as a context manager
+class _Only:
     """A directory that shows only the named files of another, by hard or symbolic links."""
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:

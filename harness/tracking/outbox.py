@@ -144,9 +144,7 @@ def write_delivered(directory: Path, delivered: Delivered) -> None:
     """Replace the publisher's record in one step."""
     replace_file(
         directory / DELIVERED,
-        json.dumps(
-            {"offset": delivered.offset, "models": dict(delivered.models), "refused": list(delivered.refused)}
-        ),
+        json.dumps({"offset": delivered.offset, "models": dict(delivered.models), "refused": list(delivered.refused)}),
     )
 
 

@@ -51,16 +51,30 @@ class Store(Protocol):
     run_id: str
     experiment_id: str
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None: ...
-    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None: ...
-    def log_params(self, values: Mapping[str, str]) -> None: ...
-    def set_tags(self, values: Mapping[str, str]) -> None: ...
-    def log_dataset(self, record: Mapping[str, Any]) -> None: ...
-    def log_text(self, name: str, content: str) -> None: ...
-    def log_checkpoint(
-        self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None
-    ) -> str: ...
-    def end(self, status: str, end_time_ms: int) -> None: ...
+    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
+        """Find or make the run that carries `run_key`."""
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Log (key, value, time in ms, step) points."""
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        """Log parameters."""
+
+    def set_tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def log_dataset(self, record: Mapping[str, Any]) -> None:
+        """Record an input."""
+
+    def log_text(self, name: str, content: str) -> None:
+        """Put a text file among the artifacts."""
+
+    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+        """Publish a checkpoint; returns the model's id."""
+        ...
+
+    def end(self, status: str, end_time_ms: int) -> None:
+        """Set the final status."""
 
 
 @dataclass(frozen=True)
@@ -290,14 +304,22 @@ def _system_monitor() -> Any:
 def _standard_input_closed() -> bool:
     """Whether the trainer's end of the pipe is gone. It writes nothing after the settings."""
     readable, _, _ = select.select([sys.stdin], [], [], 0)
-    return bool(readable) and sys.stdin.buffer.raw.read(1) == b""  # type: ignore[attr-defined]
+    return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
+
+
+def _read_line(descriptor: int) -> bytes:
+    """One line, byte by byte: a buffered reader would hide the pipe's end from `select`."""
+    line = b""
+    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
+        line += byte
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Entry point of the process; 0 if all was delivered."""
     run_dir = Path(argv[0])
     os.nice(10)
-    raw = json.loads(sys.stdin.buffer.raw.readline())  # type: ignore[attr-defined]
+    raw = json.loads(_read_line(sys.stdin.fileno()))
     lock = (run_dir / "outbox" / "publisher.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

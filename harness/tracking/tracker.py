@@ -143,7 +143,9 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     outbox_dir = run_dir / "outbox"
     settings = json.loads((outbox_dir / SETTINGS).read_text()) if (outbox_dir / SETTINGS).exists() else None
     if settings is None:
-        raise TrackingError(f"{run_dir}: was run without tracking (tracking.enabled false); there is nothing to deliver")
+        raise TrackingError(
+            f"{run_dir}: was run without tracking (tracking.enabled false); there is nothing to deliver"
+        )
     uri = tracking_uri or settings["tracking_uri"]
     # A password is never written down, so an address with one must be given again.
     settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
@@ -189,7 +191,9 @@ def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeou
     ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
     line = publisher.stdout.readline() if ready else b""
     if not line:
-        raise TrackingError(f"tracking: the publisher gave no answer within {limit_s:.0f} s; see {run_dir}/outbox/{LOG}")
+        raise TrackingError(
+            f"tracking: the publisher gave no answer within {limit_s:.0f} s; see {run_dir}/outbox/{LOG}"
+        )
     answer = json.loads(line)
     if "error" in answer:
         raise TrackingError(answer["error"])
