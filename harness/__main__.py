@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harness.config import RunConfig
-from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, LaunchError, PeerFailure
+from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure
 from harness.options import parse_run_config
 
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
     except (HarnessError, KeyboardInterrupt) as error:
         return tell(error)
     except Exception as error:
+        # An error of the task's: the traceback is from the rank that has it.
         traceback.print_exc()
         return tell(error)
 
@@ -45,12 +46,15 @@ def run(config: RunConfig) -> int:
 
 
 def tell(error: BaseException) -> int:
-    """One line on standard error, from the rank whose line it is; returns the exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    # What is wrong on every rank alike, and what another rank has said, is said by rank zero alone.
-    if rank == 0 or not isinstance(error, (ConfigError, LaunchError, PeerFailure)):
-        where = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    """One line on standard error, from one rank; returns the exit code.
+
+    Rank zero speaks for all: it knows the other ranks' reasons. Another rank does only where nobody
+    could say whose fault it was, since that may be rank zero's.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0 or (isinstance(error, PeerFailure) and error.rank is None):
         name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
+        where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
         print(f"harness: error{where}: {name}{error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 

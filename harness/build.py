@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from harness.config import ClassSpec
 from harness.errors import ConfigError
+from harness.options import readable
 from harness.task import Task
 
 
@@ -28,7 +29,7 @@ def load_class(key: str, class_path: str) -> type[Any]:
     """
     module_path, _, name = class_path.rpartition(".")
     at = f"{key}.class_path"
-    if not module_path:
+    if not module_path or class_path.startswith("."):
         raise ConfigError(at, f"must be module and class, such as my_project.tasks.MyTask, got {class_path!r}")
     try:
         module = importlib.import_module(module_path)
@@ -70,8 +71,7 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
     try:
         return parser.instantiate(parser.parse_object(dict(spec.init_args)))
     except (ArgumentError, ValueError, TypeError) as error:
-        text = " ".join(part.strip() for part in str(error).splitlines())
-        raise ConfigError(f"{key}.init_args", f"{text} (for {spec.class_path})") from error
+        raise ConfigError("", f"{key}.init_args.{readable(error)} (for {spec.class_path})") from error
 
 
 def build(key: str, spec: ClassSpec, *given: Any, given_names: Sequence[str] = ()) -> Any:

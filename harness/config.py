@@ -200,7 +200,7 @@ class TrackingConfig:
     log_system_metrics: bool = False
     registered_model_name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
-    start_timeout_s: float = 15.0
+    start_timeout_s: float = 10.0
     drain_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:

@@ -8,8 +8,10 @@ since that imports torch.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,14 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
     parser = make_parser(prog)
     try:
         parsed = parser.parse_args(list(ordered))
+        for key in ("trainer", "checkpoint", "tracking"):
+            if parsed.get(key) is None:
+                raise ConfigError(key, "must hold keys and values, got null; leave it out for the defaults")
         return _to_run_config(parser.instantiate(parsed))
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError("", _one_line(error)) from error
+        raise ConfigError("", _with_nearest(readable(error), parser)) from error
 
 
 def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
@@ -106,8 +111,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):
+                continue  # PyYAML refuses it below, with its place
+            if key in seen:
                 mark = key_node.start_mark
                 raise ConfigError(
                     f"{mark.name}:{mark.line + 1}", f"the key {key!r} stands twice in one mapping; keep one"
@@ -130,7 +139,7 @@ def check_yaml(path: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--config", f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError("--config", f"{path} is not YAML: {_one_line(error)}") from error
+        raise ConfigError("--config", f"{path} is not YAML: {readable(error)}") from error
     if not isinstance(content, Mapping):
         raise ConfigError("--config", f"{path} must hold keys and values, such as `seed: 17`")
 
@@ -158,9 +167,11 @@ def _to_run_config(values: Namespace) -> RunConfig:
     )
 
 
-def _to_class_spec(key: str, value: Namespace | None) -> ClassSpec | None:
+def _to_class_spec(key: str, value: Any) -> ClassSpec | None:
     if value is None:
         return None
+    if not isinstance(value, Namespace):
+        raise ConfigError(key, f"must hold class_path and init_args, got {value!r}; write {key}: {{class_path: ...}}")
     class_path, init_args = value.get("class_path"), value.get("init_args") or {}
     if class_path is None:
         if init_args:
@@ -169,6 +180,32 @@ def _to_class_spec(key: str, value: Namespace | None) -> ClassSpec | None:
     return ClassSpec(class_path, dict(init_args))
 
 
-def _one_line(error: BaseException) -> str:
-    """The message of a parser's error without its line breaks."""
-    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+_JSONARGPARSE_WORDS = (
+    (re.compile(r'Parser key "([^"]+)":\s*'), r"\1: "),
+    (re.compile(r"Expected a <class '(?:\w+\.)*(\w+)'>"), r"must be of type \1"),
+    (re.compile(r"Expected a typing\.Literal\[([^]]+)\]"), r"must be one of \1"),
+    (re.compile(r"\. Got value: (.*)$"), r", got \1"),
+)
+
+
+def readable(error: BaseException) -> str:
+    """The message of a parser's error as one line, in the words of this project."""
+    text = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
+    for pattern, words in _JSONARGPARSE_WORDS:
+        text = pattern.sub(words, text)
+    return text
+
+
+_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '([\w.]+)'")
+
+
+def _with_nearest(message: str, parser: ArgumentParser) -> str:
+    """The message, and for an unknown key the name that was probably meant."""
+    match = _UNKNOWN.search(message)
+    if match is None:
+        return message
+    unknown = match[1] or f"{match[2]}.{match[3]}"
+    known = [action.dest for action in parser._actions]
+    near = difflib.get_close_matches(unknown, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "`harness train --help` lists the keys"
+    return f"{unknown}: there is no such key; {hint}"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from harness.errors import HarnessError, PeerFailure, Stopped
 
@@ -78,8 +78,16 @@ class Peers:
         try:
             found = self._read()
         except RuntimeError:
-            return error
-        return error if found is None or found.rank == self._rank else found
+            found = None
+        if found is not None and found.rank != self._rank:
+            return found
+        if _is_broken_collective(error):
+            return PeerFailure(
+                None,
+                "the connection to another rank broke; it was killed, or ran out of memory "
+                f"(see its own output): {_first_line(error)}",
+            )
+        return error
 
     def close(self) -> None:
         """Stop watching: from here on the ranks part in good order."""
@@ -105,6 +113,15 @@ class Peers:
             return None
         record = json.loads(self._store.get(self._key))
         return PeerFailure(record["rank"], record["reason"], record["signal"])
+
+
+def _is_broken_collective(error: BaseException) -> bool:
+    """Whether this is how gloo or NCCL say that the other side is gone."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].partition(". This is typically")[0]
 
 
 def _connect() -> Store | None:

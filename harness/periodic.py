@@ -130,8 +130,11 @@ class PeriodicLogger:
     ) -> None:
         if error is None:
             self.close()
-        else:
-            self.fail(error)
+            return
+        cause = self.fail(error)
+        if cause is not error:
+            # This rank's error is the echo of another's: what the user reads is the cause.
+            raise cause from error
 
     def start(self) -> None:
         """Make the run's directory and the MLflow run; its id is on disk when this returns.
@@ -152,8 +155,7 @@ class PeriodicLogger:
         try:
             self.run_name, path = self._agreement.from_rank_zero("make the run directory", self._open_run)
         except BaseException as error:
-            self.fail(error)
-            raise
+            raise self.fail(error) from None
         self.run_path = Path(path)
         self._saver = Saver(
             self.accelerator,
@@ -191,29 +193,32 @@ class PeriodicLogger:
             self._flush_train(wait=True)
             self._saver.close()
         except BaseException as error:
-            self.fail(error)
-            raise
+            raise self.fail(error) from error.__cause__
         self.last_save_status = self._saver.status
         self._peers.close()
         self._end_run("FINISHED", "training is complete", self.tracking_config.drain_timeout_s)
         self._signals.restore()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> BaseException:
         """End the run because of an error: the other ranks are told, and MLflow shows how it ended.
 
         Not collective: the other ranks may be anywhere.
+
+        Returns:
+            What really ended the run: another rank's failure, where this error is only its echo.
         """
         if not self._started:
-            return
+            return error
         self._started = False
-        self._peers.report(error)
         cause = self._peers.cause(error)
+        self._peers.report(cause)
         if self._tracker is not None:
             if hasattr(self, "_saver"):
                 self._saver.abandon(_FAILURE_WAIT_S)
             self._end_run(_status_of(cause), _reason_of(cause), _FAILURE_WAIT_S)
         # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
         self._signals.restore()
+        return cause
 
     def _last_words(self, failure: PeerFailure) -> None:
         """The watcher's thread, just before it ends a process that is stuck."""
@@ -232,7 +237,7 @@ class PeriodicLogger:
             tracker.abandon()
             self.progress.say(f"harness: warning: {error}")
             return
-        if not done and tracker.config.enabled:
+        if not done and tracker.run_id is not None:
             self.progress.say(
                 f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
             )

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit, urlunsplit
 
-_URI_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/@]+@")
-_SECRET_OPTION = re.compile(r"((?:password|secret|token|api_?key)[\w.]*[=\s]+)\S+", re.IGNORECASE)
+# Up to the last @ before the path: a password may hold one.
+_URI_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]+@")
+# `token` only where a name ends with it: `max_tokens` and `tokenizer` are no secrets.
+_SECRET = r"(?:(?:password|passwd|secret|api[-_]?key)[\w.-]*|token)"
+_SECRET_NAME = re.compile(_SECRET + r"\Z", re.IGNORECASE)
+_SECRET_OPTION = re.compile(rf"({_SECRET}[\"']?(?:\s*[=:]\s*|\s+))(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
     """The text with passwords in URIs, and the values of options named like secrets, replaced."""
     return _SECRET_OPTION.sub(r"\1***", _URI_PASSWORD.sub(r"\1:***@", text))
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value of this name, such as ``database.password``, must not be written down."""
+    return _SECRET_NAME.search(name) is not None
 
 
 def without_password(uri: str) -> str:

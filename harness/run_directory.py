@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from dataclasses import asdict
@@ -15,6 +16,9 @@ from harness.config import RunConfig, check_run_name
 from harness.durable import replace_file
 from harness.errors import RunDirError
 from harness.redact import without_password
+
+# Room for the outbox and the configuration; checkpoints are another matter, and say so themselves.
+_NEEDED_BYTES = 256 * 1024
 
 
 def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -> tuple[str, Path]:
@@ -46,6 +50,7 @@ def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -
             )
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_leftovers(path / "checkpoints")
+        _require_space(path)
         record = {"run_name": name, "run_key": f"{name}-{uuid.uuid4().hex}", "created_ms": time.time_ns() // 1_000_000}
         replace_file(path / "run.json", json.dumps(record, indent=2) + "\n")
     except OSError as error:
@@ -54,6 +59,18 @@ def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -
             "free space, change its permissions, or give another --run_dir"
         ) from error
     return name, path
+
+
+def _require_space(path: Path) -> None:
+    """Write a little and take it away again: on a full disk the run would end at its first metric."""
+    probe = path / ".space"
+    try:
+        with probe.open("wb") as stream:
+            stream.write(bytes(_NEEDED_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _word(stem: str | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness import __version__
 from harness.errors import EXIT_DONE, HarnessError, RunDirError
+from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
 Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
@@ -25,7 +26,11 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    return _told(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
+    parser = CommandParser(
         prog="harness", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
@@ -44,11 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sync.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
     if words and words[0] in _OWN_PARSERS:
-        return _told(lambda: _OWN_PARSERS[words[0]](words[1:]))
+        return _OWN_PARSERS[words[0]](words[1:])
     arguments = parser.parse_args(words)
     if arguments.command == "checkpoints":
-        return _told(lambda: _checkpoints(arguments.run_dir, as_json=arguments.json))
-    return _told(lambda: _sync(arguments.run_dir, arguments.tracking_uri))
+        return _checkpoints(arguments.run_dir, as_json=arguments.json)
+    return _sync(arguments.run_dir, arguments.tracking_uri)
 
 
 def _told(command: Callable[[], int]) -> int:

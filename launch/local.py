@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import parse_run_config
+from launch.command_parser import CommandParser
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
@@ -56,7 +56,7 @@ def launch(words: Sequence[str]) -> int:
 
 
 def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="harness launch",
         allow_abbrev=False,
         description="Start several processes on this machine; all other options are those of `harness train --help`.",

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import nn
 
-from harness.redact import redact
+from harness.redact import is_secret_name, redact
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
 _NUM_DIGEST_SAMPLES = 256
@@ -97,7 +97,9 @@ def flatten_params(config: Any, prefix: str = "") -> dict[str, str]:
         for key, value in config.items():
             flat |= flatten_params(value, f"{prefix}.{key}" if prefix else str(key))
         return flat
-    return {prefix: redact(f"{prefix}={config}").removeprefix(f"{prefix}=")} if prefix else {}
+    if not prefix:
+        return {}
+    return {prefix: "***" if is_secret_name(prefix) else redact(str(config))}
 
 
 def model_summary(model: nn.Module) -> str:

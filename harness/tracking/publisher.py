@@ -99,6 +99,7 @@ class Publisher:
         is_permanent: whether an error of the store means no for good.
         trainer_is_gone: asked between deliveries.
         sleep: how to pause, in seconds.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Publisher:
         is_permanent: Callable[[Exception], bool],
         trainer_is_gone: Callable[[], bool],
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.run_dir = run_dir
         self.settings = settings
@@ -117,6 +119,7 @@ class Publisher:
         self._is_permanent = is_permanent
         self._trainer_is_gone = trainer_is_gone
         self._sleep = sleep
+        self._clock = clock
         self._delivered = read_delivered(self._outbox_dir)
         self._gone_since_s: float | None = None
 
@@ -129,13 +132,13 @@ class Publisher:
         # The directory's name and a number drawn once name this run for good: after a crash between
         # making the run and writing its id, the next attempt finds it instead of making a second.
         record = read_run_record(self.run_dir)
-        deadline_s = time.monotonic() + self.settings.start_timeout_s
+        deadline_s = self._clock() + self.settings.start_timeout_s
         while True:
             try:
                 self.store.open_run(record["run_key"], self.settings.run_name, self.settings.experiment_name)
                 break
             except Exception as error:
-                if self._is_permanent(error) or time.monotonic() > deadline_s or self._trainer_is_gone():
+                if self._is_permanent(error) or self._clock() > deadline_s or self._trainer_is_gone():
                     raise
                 log(f"cannot open the run yet: {error}")
                 self._sleep(FIRST_PAUSE_S)
@@ -149,7 +152,7 @@ class Publisher:
 
     def run(self) -> bool:
         """Deliver until the run's end is delivered; whether it was."""
-        next_sample_s = time.monotonic()
+        next_sample_s = self._clock()
         monitor = _system_monitor() if self.settings.log_system_metrics else None
         while True:
             ended = False
@@ -164,8 +167,8 @@ class Publisher:
                 if next(iter(read_entries(self._outbox_dir, self._delivered.offset)), None) is None:
                     return self._mark_failed()
                 continue
-            if monitor is not None and time.monotonic() >= next_sample_s:
-                next_sample_s = time.monotonic() + SYSTEM_METRICS_EVERY_S
+            if monitor is not None and self._clock() >= next_sample_s:
+                next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
                 self._log_system_metrics(monitor.sample())
             self._sleep(POLL_S)
 
@@ -198,8 +201,9 @@ class Publisher:
     def _has_lingered(self) -> bool:
         if not self._trainer_is_gone():
             return False
-        now_s = time.monotonic()
-        self._gone_since_s = self._gone_since_s or now_s
+        now_s = self._clock()
+        if self._gone_since_s is None:
+            self._gone_since_s = now_s
         return now_s - self._gone_since_s > LINGER_S
 
     def _deliver(self, group: list[Entry]) -> dict[str, str]:
@@ -263,6 +267,13 @@ def absolute_sqlite(uri: str) -> str:
     if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
         return uri
     return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
+
+
+def root_cause(error: BaseException) -> str:
+    """What an error began with, as one line: the outer layers of HTTP clients repeat it at length."""
+    while (inner := error.__cause__ or error.__context__) is not None and str(inner):
+        error = inner
+    return " ".join(str(error).split())[:300]
 
 
 def log(message: str) -> None:
@@ -352,9 +363,8 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         log(f"no run: {error}")
         where = without_password(settings.tracking_uri)
-        reason = " ".join(str(error).split())
         answer = {
-            "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {reason[:400]}; start the "
+            "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; start the "
             "server, correct the address, or train without it with --tracking.enabled false"
         }
         print(json.dumps(answer), flush=True)

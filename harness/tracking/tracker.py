@@ -191,9 +191,8 @@ def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeou
     ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
     line = publisher.stdout.readline() if ready else b""
     if not line:
-        raise TrackingError(
-            f"tracking: the publisher gave no answer within {limit_s:.0f} s; see {run_dir}/outbox/{LOG}"
-        )
+        what = "ended before it had a run" if ready else f"gave no answer within {limit_s:.0f} s"
+        raise TrackingError(f"tracking: the publisher {what}; see {run_dir}/outbox/{LOG}")
     answer = json.loads(line)
     if "error" in answer:
         raise TrackingError(answer["error"])
