@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness.config import ClassSpec
 from harness.errors import ConfigError
@@ -113,4 +114,10 @@ def build_scheduler(spec: ClassSpec | None, optimizer: torch.optim.Optimizer) ->
     """Make the learning rate scheduler, or None where there is none."""
     if spec is None:
         return None
+    found = load_class("scheduler", spec.class_path)
+    if not issubclass(found, LRScheduler) or issubclass(found, ReduceLROnPlateau):
+        raise ConfigError(
+            "scheduler.class_path",
+            f"must be a torch LRScheduler that is stepped without a metric, got {spec.class_path}",
+        )
     return build("scheduler", spec, optimizer, given_names=("optimizer",))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher
-from accelerate.utils import find_batch_size, recursively_apply
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from accelerate.utils import honor_type
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
 
 from harness.errors import DataError
 
@@ -62,12 +62,14 @@ def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the first dimension of the first tensor in it; 0 where none is."""
-    try:
-        found = find_batch_size(batch)
-    except (TypeError, IndexError):
-        return 0
-    return int(found or 0)
+    """Number of samples in a batch: the first dimension of the first tensor in it; 0 where none is.
+
+    accelerate's `find_batch_size` looks at the first value alone, which may be a list of file names.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((size for size in map(batch_size, parts) if size), 0)
 
 
 def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
@@ -89,7 +91,8 @@ def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any
     Raises:
         DataError: on several ranks, if the loader does not tell which samples repeat.
     """
-    if accelerator.num_processes > 1 and isinstance(loader, DataLoaderDispatcher):
+    iterable = isinstance(loader, DataLoaderDispatcher) or isinstance(loader.dataset, IterableDataset)
+    if accelerator.num_processes > 1 and iterable:
         raise DataError(
             "an iterable data set does not tell which samples repeat in the last batch; evaluate on one with a "
             "length, or use accelerator.gather_for_metrics in a loop of your own"
@@ -117,9 +120,18 @@ def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int 
 
 
 def _cut(batch: Any, num_samples: int) -> Any:
+    """The first samples of a batch: of its tensors, and of its lists that have an item for each sample."""
     size = batch_size(batch)
 
-    def first(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:num_samples] if tensor.ndim and tensor.shape[0] == size else tensor
+    def first(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[:num_samples] if value.ndim and value.shape[0] == size else value
+        if isinstance(value, Mapping):
+            return type(value)({key: first(item) for key, item in value.items()})  # type: ignore[call-arg]
+        if not isinstance(value, (list, tuple)):
+            return value
+        if len(value) == size and not any(isinstance(item, (torch.Tensor, Mapping, list, tuple)) for item in value):
+            return value[:num_samples]
+        return honor_type(value, (first(item) for item in value))
 
-    return recursively_apply(first, batch)
+    return first(batch)

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from harness.agreement import Agreement
 
 
+def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
+    """Collections taken apart: ``name/part`` -> object."""
+    single: dict[str, torchmetrics.Metric] = {}
+    for name, metric in metrics.items():
+        if hasattr(metric, "compute_groups"):  # a MetricCollection, without importing torchmetrics for it
+            single |= {f"{name}/{part}": found for part, found in metric.items(copy_state=False)}
+        else:
+            single[name] = metric
+    return single
+
+
 def compute_over_ranks(agreement: Agreement, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
     """Compute each object from what all ranks have updated it with, and reset it.
 

@@ -66,8 +66,8 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
         SystemExit: after ``--help`` and ``--print_config``.
     """
     ordered = config_files_first(argv)
-    for path in config_files(ordered):
-        check_yaml(path)
+    contents = [check_yaml(path) for path in config_files(ordered)]
+    ordered = without_stale_arguments(ordered, contents)
     parser = make_parser(prog)
     try:
         parsed = parser.parse_args(list(ordered))
@@ -105,6 +105,35 @@ def config_files(ordered: Sequence[str]) -> tuple[Path, ...]:
     return tuple(Path(value) for key, value in pairs if key == "--config")
 
 
+def without_stale_arguments(ordered: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Drop a file's `init_args` where the command line names another class: they are not that class's.
+
+    Args:
+        ordered: arguments, ``--config`` pairs first.
+        contents: what those files hold.
+    """
+    num_file_words = 2 * len(contents)
+    files, rest = tuple(ordered[:num_file_words]), tuple(ordered[num_file_words:])
+    dropped: list[str] = []
+    for key in _CLASS_KEYS:
+        in_files = [c[key].get("class_path") for c in contents if isinstance(c.get(key), Mapping)]
+        typed = _last_value(rest, f"--{key}.class_path")
+        named = [class_path for class_path in in_files if class_path is not None]
+        if named and typed is not None and typed != named[-1]:
+            dropped += [f"--{key}.init_args", "{}"]
+    return (*files, *dropped, *rest)
+
+
+def _last_value(words: Sequence[str], option: str) -> str | None:
+    found = None
+    for position, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            found = word.partition("=")[2]
+        elif word == option and position + 1 < len(words):
+            found = words[position + 1]
+    return found
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice in one mapping."""
 
@@ -125,8 +154,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def check_yaml(path: Path) -> None:
-    """Refuse a file that is missing, is not a YAML mapping, or has a key twice.
+def check_yaml(path: Path) -> Mapping[str, Any]:
+    """What a file holds; refuses one that is missing, is not a YAML mapping, or has a key twice.
 
     Raises:
         ConfigError: with the file and, where there is one, the line.
@@ -142,6 +171,7 @@ def check_yaml(path: Path) -> None:
         raise ConfigError("--config", f"{path} is not YAML: {readable(error)}") from error
     if not isinstance(content, Mapping):
         raise ConfigError("--config", f"{path} must hold keys and values, such as `seed: 17`")
+    return content
 
 
 def _to_run_config(values: Namespace) -> RunConfig:
@@ -196,7 +226,11 @@ def readable(error: BaseException) -> str:
     return text
 
 
-_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '([\w.]+)'")
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: --([\w.]+)"
+    r"|Group '([\w.]+)' does not accept option '([\w.]+)'"
+    r"|Option '([\w.]+)' is not accepted"
+)
 
 
 def _with_nearest(message: str, parser: ArgumentParser) -> str:
@@ -204,7 +238,7 @@ def _with_nearest(message: str, parser: ArgumentParser) -> str:
     match = _UNKNOWN.search(message)
     if match is None:
         return message
-    unknown = match[1] or f"{match[2]}.{match[3]}"
+    unknown = match[1] or match[4] or f"{match[2]}.{match[3]}"
     known = [action.dest for action in parser._actions]
     near = difflib.get_close_matches(unknown, known, 1)
     hint = f"did you mean {near[0]}?" if near else "`harness train --help` lists the keys"

@@ -30,10 +30,11 @@ from harness import data, runtime, timing
 from harness.agreement import Agreement
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
+from harness.checkpoint.names import unwrapped
 from harness.checkpoint.saver import Moment, Saver, Watched
 from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import HarnessError, PeerFailure, Stopped
-from harness.metric_objects import compute_over_ranks
+from harness.metric_objects import compute_over_ranks, each_metric
 from harness.metrics import Reducer, WeightedSums
 from harness.peers import Peers
 from harness.progress import Progress
@@ -245,10 +246,16 @@ class PeriodicLogger:
     # ------------------------------------------------------------------------- the loop
 
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
-        """Say what checkpoints are of: the prepared model, optimizer and scheduler."""
-        self._watched = Watched(model, optimizer, scheduler)
+        """Say what checkpoints are of: the prepared model, optimizer and scheduler.
+
+        Raises:
+            CheckpointError: on all ranks, if their state could not be saved.
+        """
+        watched = Watched(model, optimizer, scheduler)
+        self._saver.check(watched)
+        self._watched = watched
         if self._tracker is not None:
-            self._tracker.text("model_summary.txt", provenance.model_summary(model))
+            self._tracker.text("model_summary.txt", provenance.model_summary(unwrapped(model)))
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
         """Count epochs; after each, reduce what was logged and save if a checkpoint is due.
@@ -394,13 +401,14 @@ class PeriodicLogger:
         """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.
 
         Args:
-            metrics: name -> object; give the same objects for each batch.
+            metrics: name -> object, or collection of them; give the same objects for each batch.
             args: passed to ``update`` of each.
             kwargs: likewise.
         """
-        self._metric_objects.update(metrics)
+        single = each_metric(metrics)
+        self._metric_objects.update(single)
         if self._logging_to is not None:
-            for metric in metrics.values():
+            for metric in single.values():
                 metric.update(*args, **kwargs)
 
     @property

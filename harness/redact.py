@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit, urlunsplit
 
 # Up to the last @ before the path: a password may hold one.
@@ -18,9 +19,23 @@ def redact(text: str) -> str:
     return _SECRET_OPTION.sub(r"\1***", _URI_PASSWORD.sub(r"\1:***@", text))
 
 
+def redact_words(words: Sequence[str]) -> list[str]:
+    """A command line with the values of options named like secrets replaced, however they are quoted."""
+    redacted: list[str] = []
+    for position, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if position and words[position - 1].startswith("--") and is_secret_name(words[position - 1].lstrip("-")):
+            redacted.append("***")
+        elif equals and is_secret_name(name.lstrip("-")):
+            redacted.append(f"{name}=***")
+        else:
+            redacted.append(redact(word))
+    return redacted
+
+
 def is_secret_name(name: str) -> bool:
     """Whether a value of this name, such as ``database.password``, must not be written down."""
-    return _SECRET_NAME.search(name) is not None
+    return any(_SECRET_NAME.search(part) for part in name.split("."))
 
 
 def without_password(uri: str) -> str:

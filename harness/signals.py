@@ -46,5 +46,6 @@ class StopSignals:
     def restore(self) -> None:
         """Put back the handlers that were there before."""
         for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was not installed from Python, and cannot be from here
+                signal.signal(number, handler)
         self._earlier = {}

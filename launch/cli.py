@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ def _run(words: list[str]) -> int:
     sync.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
     if words and words[0] in _OWN_PARSERS:
+        # As `python -m` has it: the user's own classes are found where the command is typed.
+        sys.path.insert(0, os.getcwd())
         return _OWN_PARSERS[words[0]](words[1:])
     arguments = parser.parse_args(words)
     if arguments.command == "checkpoints":

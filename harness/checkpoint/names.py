@@ -43,8 +43,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     module = unwrapped(module)
     yield prefix, module
-    for name, child in module.named_children():
-        yield from _modules(child, f"{prefix}{name}.")
+    # Not named_children(), which leaves out a module that stands a second time: it has aliases.
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _modules(child, f"{prefix}{name}.")
 
 
 @dataclass(frozen=True)

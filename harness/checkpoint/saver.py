@@ -27,7 +27,7 @@ from harness.checkpoint.commit import Manifest
 from harness.checkpoint.gather import GatheredState, gather_state
 from harness.checkpoint.write import write_state
 from harness.config import CheckpointConfig
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, HarnessError
 
 _WRITE_TIMEOUT_S = 1800.0
 
@@ -119,6 +119,22 @@ class Saver:
             self._writing = self._thread.submit(self._write, moment, state, trainer_state)
         return True
 
+    def check(self, watched: Watched) -> None:
+        """Refuse, before training and on all ranks alike, what could not be saved.
+
+        Raises:
+            CheckpointError: if the scheduler's state is not JSON.
+        """
+        if watched.scheduler is None or self._config.save_weights_only:
+            return
+        try:
+            json.dumps(watched.scheduler.state_dict())
+        except TypeError as error:
+            raise CheckpointError(
+                f"the state of {type(watched.scheduler).__name__} cannot be written as JSON ({error}); "
+                "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
+            ) from error
+
     def _may_begin(self) -> bool:
         """Rank zero: whether the write before is done, or, if configured so, once it is."""
         if self._writing is not None and not self._writing.done() and self._config.when_busy == "skip":
@@ -158,19 +174,24 @@ class Saver:
             except BaseException:
                 commit.discard(temporary)
                 raise
-            self.last_error = None
-            self.status = f"{moment.name} written in {time.monotonic() - begun_s:.1f} s"
-            self._committed(moment.name, manifest)
         except Exception as error:
             self.last_error = error
             self.status = f"{moment.name} FAILED: {error}"
+            return
+        self.last_error = None
+        self.status = f"{moment.name} written in {time.monotonic() - begun_s:.1f} s"
+        try:
+            self._committed(moment.name, manifest)
+        except HarnessError as error:
+            # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
+            self.status = f"{moment.name} written, but not published: {error}"
 
     def _trainer_state(
         self, moment: Moment, watched: Watched, state: GatheredState, random_states: list[dict[str, Any]]
     ) -> dict[str, Any]:
         scheduler = watched.scheduler
         scaler = self._accelerator.scaler
-        record = {
+        return {
             "epoch": moment.epoch,
             "step": moment.step,
             "position": {"epoch": moment.epoch, "batches": moment.batches_in_epoch},
@@ -179,14 +200,6 @@ class Saver:
             "scaler": None if scaler is None else scaler.state_dict(),
             "random_states": random_states,
         }
-        try:
-            json.dumps(record)
-        except TypeError as error:
-            raise CheckpointError(
-                f"the state of {type(scheduler).__name__} cannot be written as JSON ({error}); "
-                "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
-            ) from error
-        return record
 
     def close(self) -> None:
         """Wait for the write in flight.

@@ -34,11 +34,12 @@ def write_state(
 
     Raises:
         OSError: if the disk refuses.
+        SafetensorError: likewise, where it is a file of tensors.
     """
     sizes = {name: tensor.nbytes for name, tensor in state.model.items()}
     plans = plan_files(sizes, "model", max_shard_size_bytes)
     # The same convention as safetensors.torch.save_model: a tied name maps to the one that is stored.
-    metadata = {"format": "pt", **state.aliases}
+    metadata = {**state.aliases, "format": "pt"}
     records = [_write_tensors(directory, plan, state.model, metadata) for plan in plans]
     if len(plans) > 1:
         index = {

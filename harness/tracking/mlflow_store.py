@@ -62,6 +62,8 @@ class MlflowStore:
     """
 
     def __init__(self, tracking_uri: str) -> None:
+        # Embedded stores look the model of a new version up through the process's default.
+        mlflow.set_tracking_uri(tracking_uri)
         self._client = mlflow.MlflowClient(tracking_uri)
         self.run_id = ""
         self.experiment_id = ""
@@ -168,8 +170,10 @@ class MlflowStore:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         versions = self._client.search_model_versions(f"name = '{name}'")
-        if not any(version.model_id == model_id for version in versions):
-            self._client.create_model_version(name, f"models:/{model_id}", run_id=self.run_id, model_id=model_id)
+        # `model_id` of a version that was found is None (MLflow 3.17), its source is not.
+        source = f"models:/{model_id}"
+        if not any(version.source == source for version in versions):
+            self._client.create_model_version(name, source, run_id=self.run_id, model_id=model_id)
 
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED."""

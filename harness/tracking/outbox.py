@@ -13,7 +13,8 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +79,8 @@ class Outbox:
                 if num_written != len(line):
                     raise OSError(28, "no space left for a whole line")
             except OSError as error:
-                os.ftruncate(self._file, size_before)
+                with suppress(OSError):  # the disk may refuse this too; the next writer cuts the line off
+                    os.ftruncate(self._file, size_before)
                 raise TrackingError(
                     f"{self.path}: cannot append to the outbox: {error.strerror}; free space there"
                 ) from error
@@ -124,11 +126,13 @@ class Delivered:
         offset: bytes of the journal that the store has acknowledged.
         models: checkpoint name -> id of the LoggedModel it became.
         refused: what the store said no to, for good.
+        ended: whether the last thing delivered was the run's end.
     """
 
     offset: int = 0
-    models: Mapping[str, str] = ()  # type: ignore[assignment]
+    models: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
+    ended: bool = False
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -136,16 +140,13 @@ def read_delivered(directory: Path) -> Delivered:
     try:
         record = json.loads((directory / DELIVERED).read_text())
     except FileNotFoundError:
-        return Delivered(models={})
-    return Delivered(record["offset"], record["models"], tuple(record["refused"]))
+        return Delivered()
+    return Delivered(record["offset"], record["models"], tuple(record["refused"]), record["ended"])
 
 
 def write_delivered(directory: Path, delivered: Delivered) -> None:
     """Replace the publisher's record in one step."""
-    replace_file(
-        directory / DELIVERED,
-        json.dumps({"offset": delivered.offset, "models": dict(delivered.models), "refused": list(delivered.refused)}),
-    )
+    replace_file(directory / DELIVERED, json.dumps({**asdict(delivered), "models": dict(delivered.models)}))
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import nn
 
-from harness.redact import is_secret_name, redact
+from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
 _NUM_DIGEST_SAMPLES = 256
@@ -35,7 +35,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
         "mlflow.source.name": entry_file,
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
         "mlflow.user": getpass.getuser(),
-        "harness.command": redact(shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])),
+        "harness.command": shlex.join(redact_words([Path(sys.executable).name, *sys.orig_argv[1:]])),
         "harness.entry_file": entry_file,
         "harness.host": socket.gethostname(),
         "harness.python": platform.python_version(),

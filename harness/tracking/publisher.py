@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from harness.durable import replace_file
-from harness.redact import without_password
+from harness.errors import TrackingError
+from harness.redact import redact, without_password
 from harness.tracking.outbox import (
     Delivered,
     Entry,
@@ -152,6 +153,15 @@ class Publisher:
 
     def run(self) -> bool:
         """Deliver until the run's end is delivered; whether it was."""
+        try:
+            return self._run()
+        except TrackingError as error:
+            # What is behind a damaged entry cannot be trusted: the run must not look complete.
+            log(str(error))
+            self._mark_failed(str(error))
+            return False
+
+    def _run(self) -> bool:
         next_sample_s = self._clock()
         monitor = _system_monitor() if self.settings.log_system_metrics else None
         while True:
@@ -165,16 +175,15 @@ class Publisher:
             if self._trainer_is_gone():
                 # The end is written before standard input closes; look once more before concluding.
                 if next(iter(read_entries(self._outbox_dir, self._delivered.offset)), None) is None:
-                    return self._mark_failed()
+                    return self._mark_failed("the trainer ended without saying how (killed, or out of memory?)")
                 continue
             if monitor is not None and self._clock() >= next_sample_s:
                 next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
                 self._log_system_metrics(monitor.sample())
             self._sleep(POLL_S)
 
-    def _mark_failed(self) -> bool:
+    def _mark_failed(self, reason: str) -> bool:
         now_ms = time.time_ns() // 1_000_000
-        reason = "the trainer ended without saying how (killed, or out of memory?)"
         body = {"status": "FAILED", "reason": reason}
         return self._deliver_with_retries([Entry("end", now_ms, body, self._delivered.offset)])
 
@@ -189,7 +198,7 @@ class Publisher:
             except Exception as error:
                 if self._is_permanent(error):
                     log(f"refused for good: {group[0].kind}: {error}")
-                    self._acknowledge(group, {}, refused=f"{group[0].kind}: {error}")
+                    self._acknowledge(group, {}, refused=redact(f"{group[0].kind}: {error}"))
                     return True
                 log(f"cannot deliver yet: {group[0].kind}: {error}")
                 if self._has_lingered():
@@ -234,6 +243,7 @@ class Publisher:
             offset=group[-1].end_offset,
             models={**self._delivered.models, **models},
             refused=(*self._delivered.refused, refused) if refused else self._delivered.refused,
+            ended=group[-1].kind == "end",
         )
         write_delivered(self._outbox_dir, self._delivered)
 
@@ -273,13 +283,13 @@ def root_cause(error: BaseException) -> str:
     """What an error began with, as one line: the outer layers of HTTP clients repeat it at length."""
     while (inner := error.__cause__ or error.__context__) is not None and str(inner):
         error = inner
-    return " ".join(str(error).split())[:300]
+    return redact(" ".join(str(error).split()))[:300]
 
 
 def log(message: str) -> None:
     """One line for ``outbox/publisher.log``."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{stamp} {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{stamp} {redact(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 def _points(entry: Entry) -> Iterator[tuple[str, float, int, int]]:
@@ -331,13 +341,32 @@ def main(argv: list[str]) -> int:
     run_dir = Path(argv[0])
     os.nice(10)
     raw = json.loads(_read_line(sys.stdin.fileno()))
-    lock = (run_dir / "outbox" / "publisher.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        answer = {"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"}
-        print(json.dumps(answer), flush=True)
-        return 1
+    with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
+        if not _has_locked(lock, raw["lock_timeout_s"]):
+            answer = {"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"}
+            print(json.dumps(answer), flush=True)
+            return 1
+        return _deliver_run(run_dir, raw)
+
+
+def _has_locked(lock: TextIO, timeout_s: float) -> bool:
+    """Take the run for this publisher alone; whether that worked within the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(POLL_S)
+
+
+def _deliver_run(run_dir: Path, raw: dict[str, Any]) -> int:
+    delivered = read_delivered(run_dir / "outbox")
+    if delivered.ended and next(iter(read_entries(run_dir / "outbox", delivered.offset)), None) is None:
+        print(json.dumps({"run_id": read_run_record(run_dir)["run_id"]}), flush=True)
+        return 0
 
     from harness.tracking import mlflow_store
 

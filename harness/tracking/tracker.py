@@ -21,6 +21,7 @@ from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 
 LOG = "publisher.log"
 SETTINGS = "settings.json"
+_SYNC_LOCK_TIMEOUT_S = 60.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -57,6 +58,7 @@ class Tracker:
             "log_system_metrics": self.config.log_system_metrics,
             "registered_model_name": self.config.registered_model_name,
             "start_timeout_s": self.config.start_timeout_s,
+            "lock_timeout_s": 0.0,
         }
         self._publisher = _start_publisher(self.run_dir, settings)
         try:
@@ -149,8 +151,10 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     uri = tracking_uri or settings["tracking_uri"]
     # A password is never written down, so an address with one must be given again.
     settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
+    # The trainer's own publisher may still be at it, waiting for the store.
+    settings["lock_timeout_s"] = _SYNC_LOCK_TIMEOUT_S
     publisher = _start_publisher(run_dir, settings)
-    run_id = _read_answer(publisher, run_dir, settings["start_timeout_s"])
+    run_id = _read_answer(publisher, run_dir, settings["start_timeout_s"] + _SYNC_LOCK_TIMEOUT_S)
     assert publisher.stdin is not None
     publisher.stdin.close()
     code = publisher.wait()

@@ -1,0 +1,147 @@
+"""What our loop costs over a hand-written Accelerate loop on the same task, both in one run.
+
+    python benchmarks/loop_overhead.py --json                 one process
+    accelerate launch ... benchmarks/loop_overhead.py --json  several
+
+Short windows of each kind take turns (ABBA), so that whatever else the machine does hits both alike; the
+figure is the median over the rounds of the ratio of their times, with its 95 % interval (bootstrap). The
+hand-written loop is the plain one of Accelerate's examples: no metrics, no checkpoints, no tracking. Ours
+logs the loss of each step, reduces it every 10 steps and appends to the outbox, as users run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.config import TrainerConfig
+from harness.loop import fit
+from harness.runtime import start, strategy_of
+from harness.task import Task
+from harness.tasks import ByteLM, Digits
+
+
+def tasks() -> dict[str, Task]:
+    """The tasks by name: some 20 to 60 steps to an epoch, and a window is an epoch."""
+    return {
+        "digits": Digits(batch_size=64),
+        "byte_lm": ByteLM(max_text_bytes=40_000, context_length=64, d_model=128, num_layers=2, batch_size=8),
+    }
+
+
+def by_hand(accelerator: Any, task: Task, model: Any, optimizer: Any, loader: Any) -> None:
+    """One epoch of the loop that one writes oneself."""
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = task.step(model, batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def rounds(ours: Callable[[], float], theirs: Callable[[], float], num_rounds: int) -> Iterator[tuple[float, float]]:
+    """Times of both in seconds for each round, in the order ABBA."""
+    for _ in range(num_rounds):
+        first, second, third, fourth = ours(), theirs(), theirs(), ours()
+        yield first + fourth, second + third
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return medians[50], medians[1949]
+
+
+def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory: Path) -> dict[str, Any]:
+    """One task's figures."""
+    set_seed(0)
+    model = task.model()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, task.train_data())
+    checkpoint = CheckpointConfig(every_n_epochs=None, save_last=False)
+    tracking = TrackingConfig(enabled=False)
+    with PeriodicLogger(
+        accelerator, None, run_name=name, run_dir=directory, checkpoint=checkpoint, tracking=tracking
+    ) as logger:
+        logger.watch(model, optimizer)
+
+        def timed(epoch: Callable[[], None]) -> float:
+            accelerator.wait_for_everyone()
+            begun_s = time.perf_counter()
+            epoch()
+            return time.perf_counter() - begun_s
+
+        def ours() -> float:
+            config = TrainerConfig(max_epochs=logger.epoch + 1, max_grad_norm=1.0)
+            return timed(lambda: fit(accelerator, task, config, logger, model, optimizer, None, loader, None))
+
+        def theirs() -> float:
+            return timed(lambda: by_hand(accelerator, task, model, optimizer, loader))
+
+        list(rounds(ours, theirs, 1))  # warm
+        times = list(rounds(ours, theirs, num_rounds))
+    ratios = [mine / hand for mine, hand in times]
+    return {
+        "task": name,
+        "steps_per_epoch": len(loader),
+        "rounds": num_rounds,
+        "step_by_hand_ms": 1e3 * statistics.median(hand for _, hand in times) / (2 * len(loader)),
+        "ratio": statistics.median(ratios),
+        "ratio_95": interval(ratios),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ratio of our loop's time to a hand-written one's")
+    parser.add_argument("--task", choices=sorted(tasks()), action="append", help="default: all")
+    parser.add_argument("--rounds", type=int, default=40, help="of two epochs each, of each kind")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    accelerator = start(TrainerConfig(), seed=0)
+    with tempfile.TemporaryDirectory() as directory:
+        results = [
+            measure(accelerator, name, tasks()[name], arguments.rounds, Path(directory))
+            for name in arguments.task or sorted(tasks())
+        ]
+    if not accelerator.is_main_process:
+        return
+    record = {
+        "benchmark": "loop_overhead",
+        "strategy": strategy_of(accelerator),
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "machine": f"{platform.machine()}, {platform.processor() or 'CPU'}, {torch.get_num_threads()} thread(s)",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "results": results,
+    }
+    if arguments.json:
+        print(json.dumps(record, indent=2))
+        return
+    for result in results:
+        low, high = result["ratio_95"]
+        print(
+            f"{result['task']:8} {record['strategy']} x {record['num_processes']}: ours / by hand "
+            f"{result['ratio']:.4f} (95 %: {low:.4f} to {high:.4f}), step {result['step_by_hand_ms']:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

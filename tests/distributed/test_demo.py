@@ -1,0 +1,27 @@
+"""What `make demo` promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.report import checkpoint_records
+from tests.launching import ROOT, harness, run
+from tests.mlflow_reader import client, models, only_run
+
+
+def test_demo_reaches_97_percent_in_a_minute_and_ends_with_table_and_command(tmp_path: Path) -> None:
+    words = ("launch", "--strategy", "ddp", "--num_processes", "2", "--config", ROOT / "configs/digits.yaml")
+    done = run(harness(*words, "--checkpoint.every_n_epochs", "2"), tmp_path)
+    assert done.code == 0, done.output
+    assert done.seconds < 60
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    records = checkpoint_records(run_dir)
+    assert [record["epoch"] for record in records] == list(range(2, 21, 2))
+    assert records[-1]["metrics"]["eval/accuracy"] >= 0.97
+    table = done.output[done.output.index("epoch  step") :].splitlines()
+    assert table[0].split() == ["epoch", "step", "bytes", "eval/accuracy", "eval/loss", "on", "disk", "MLflow", "model"]
+    for line, record in zip(table[1:], records, strict=False):
+        assert line.split()[-1] == record["mlflow_model_id"]
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in table[-1]
+    found = models(client(tmp_path), only_run(tmp_path))
+    assert [model.model_id for model in found] == [record["mlflow_model_id"] for record in records]

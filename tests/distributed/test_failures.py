@@ -1,0 +1,89 @@
+"""Whatever goes wrong on one rank: all ranks stop within seconds, the reason is told once, MLflow has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, Done, harness, run
+from tests.mlflow_reader import only_run
+
+DIGITS = ROOT / "configs" / "digits.yaml"
+# Start (imports, rendezvous, the MLflow database) takes most of it; the failure itself seconds.
+LIMIT_S = 75
+
+
+def train(cwd: Path, *words: str) -> Done:
+    return run(
+        harness("launch", "--num_processes", "2", "--config", DIGITS, "--trainer.max_epochs", "3", *words),
+        cwd,
+        timeout_s=LIMIT_S,
+    )
+
+
+CASES = [
+    ("raise", 1, "rank 1 failed: RuntimeError: the disk of this rank fell out", "FAILED"),
+    ("raise", 0, "RuntimeError: the disk of this rank fell out", "FAILED"),
+    ("stuck", 1, "rank 1 failed: RuntimeError: the disk of this rank fell out", "FAILED"),
+    ("kill", 1, "the connection to another rank broke", "FAILED"),
+    ("kill", 0, "the trainer ended without saying how", "FAILED"),
+    ("term", 1, "rank 1 was stopped by SIGTERM", "KILLED"),
+]
+
+
+@pytest.mark.parametrize(("how", "rank", "reason", "status"), CASES, ids=[f"{c[0]}-rank{c[1]}" for c in CASES])
+def test_all_ranks_stop_and_mlflow_has_the_reason_when_one_rank(
+    tmp_path: Path, how: str, rank: int, reason: str, status: str
+) -> None:
+    task = (
+        "--task.class_path",
+        "tests.distributed.tasks.Breaks",
+        "--task.init_args",
+        f'{{"how": "{how}", "rank": {rank}}}',
+    )
+    done = train(tmp_path, *task)
+    assert done.code != 0
+    # A rank zero that is killed says nothing: then another says that a connection broke.
+    said = "the connection to another rank broke" if (how, rank) == ("kill", 0) else reason
+    assert [line for line in done.error_lines if said in line], done.output
+    assert len(done.error_lines) == 1, done.output
+    run_ = only_run(tmp_path, wait_for_end_s=40)
+    assert (run_.info.status, reason in run_.data.tags["harness.end_reason"]) == (status, True)
+    assert_nothing_half_written(tmp_path)
+
+
+def assert_nothing_half_written(cwd: Path) -> None:
+    """No directory without a manifest stands under a checkpoint's name."""
+    for checkpoint in cwd.glob("runs/*/checkpoints/[!.]*"):
+        assert (checkpoint / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("BecomesNaN", "train/loss: must be finite, is nan"),
+        ("OneSample", "the training data set has 1 samples for 2 ranks"),
+        ("CannotLoad", "rank 1 failed: FileNotFoundError: no such file: images.zip"),
+    ],
+)
+def test_run_is_failed_with_one_line_when_the_task(tmp_path: Path, task: str, reason: str) -> None:
+    done = train(tmp_path, "--task.class_path", f"tests.distributed.tasks.{task}")
+    assert done.code != 0
+    assert len(done.error_lines) == 1, done.output
+    assert reason in done.error_lines[0]
+    run_ = only_run(tmp_path, wait_for_end_s=40)
+    assert run_.info.status == "FAILED"
+    assert reason.removeprefix("rank 1 failed: ") in run_.data.tags["harness.end_reason"]
+
+
+def test_all_ranks_stop_with_the_address_when_the_server_is_unreachable(tmp_path: Path) -> None:
+    done = train(
+        tmp_path, "--tracking.tracking_uri", "http://user:secret@127.0.0.1:9", "--tracking.start_timeout_s", "2"
+    )
+    assert done.code != 0
+    assert len(done.error_lines) == 1, done.output
+    assert "tracking.tracking_uri: no MLflow run could be made at http://user:***@127.0.0.1:9" in done.error_lines[0]
+    assert "secret" not in done.output.replace("user:secret@127.0.0.1:9 --tracking.start_timeout_s", "")
+    for path in tmp_path.glob("runs/**/*"):
+        assert path.is_dir() or "secret" not in path.read_text(), path

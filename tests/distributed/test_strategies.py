@@ -1,0 +1,67 @@
+"""Every strategy trains both tasks to the losses of DDP, through our own accelerate configuration files."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from harness.checkpoint.commit import Manifest, list_checkpoints
+from tests.launching import ROOT, accelerate, run
+
+TASKS = {
+    "digits": ("--trainer.max_epochs", "2"),
+    "byte_lm": (
+        *("--trainer.max_steps", "12", "--trainer.limit_eval_batches", "4", "--tracking.log_every_n_steps", "4"),
+        *("--task.init_args.max_text_bytes", "200000", "--task.init_args.context_length", "32"),
+        *("--task.init_args.d_model", "64", "--task.init_args.num_layers", "2"),
+    ),
+}
+# accelerate's smallest hybrid mesh is 2 x 2; it is compared with DDP on as many ranks.
+NUM_PROCESSES = {"single": 1, "hsdp": 4}
+
+
+@cache
+def trained(strategy: str, task: str, num_processes: int) -> tuple[Manifest, dict[str, Tensor], dict[str, Tensor]]:
+    """The last checkpoint's manifest, weights and optimizer state."""
+    cwd = Path(mkdtemp(prefix=f"harness-{strategy}-"))
+    config = ROOT / "configs" / f"{task}.yaml"
+    words = ("-m", "harness", "--config", config, "--run_name", "it", "--tracking.enabled", "false", *TASKS[task])
+    done = run(accelerate(strategy, "--num_processes", str(num_processes), *words), cwd)
+    assert done.code == 0, done.output
+    checkpoints = cwd / "runs" / "it" / "checkpoints"
+    name, manifest = list_checkpoints(checkpoints)[-1]
+    return (
+        manifest,
+        load_file(checkpoints / name / "model.safetensors"),
+        load_file(checkpoints / name / "optimizer.safetensors"),
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("strategy", ["single", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
+def test_losses_and_checkpoint_equal_ddp_when_strategy_is(strategy: str, task: str) -> None:
+    num_processes = NUM_PROCESSES.get(strategy, 2)
+    manifest, weights, moments = trained(strategy, task, num_processes)
+    assert manifest.topology["strategy"] == strategy
+    assert manifest.topology["world_size"] == str(num_processes)
+    if strategy == "single":
+        assert manifest.metrics["eval/loss"] < 0.9 * {"digits": 2.3, "byte_lm": 5.6}[task]  # it has learned
+        return
+    expected, expected_weights, expected_moments = trained("ddp", task, num_processes)
+    for name in ("train/loss", "eval/loss", "train/grad_norm"):
+        assert manifest.metrics[name] == pytest.approx(expected.metrics[name], rel=2e-3 if "grad" in name else 2e-4), (
+            name
+        )
+    assert weights.keys() == expected_weights.keys()
+    assert moments.keys() == expected_moments.keys()
+    for mine, theirs in ((weights, expected_weights), (moments, expected_moments)):
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(
+                mine[name], tensor, rtol=2e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )

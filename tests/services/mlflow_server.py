@@ -1,0 +1,75 @@
+"""A real `mlflow server` on a free port of this machine, on sqlite and local files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tests.launching import BIN, descendants, environment
+
+_START_LIMIT_S = 90
+
+
+class MlflowServer:
+    """Started, stopped and started again at one address, over one store."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store = f"sqlite:///{self.directory / 'mlflow.db'}"
+        words = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        words += [
+            "--backend-store-uri",
+            store,
+            "--serve-artifacts",
+            "--artifacts-destination",
+            self.directory / "files",
+        ]
+        with (self.directory / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                words,
+                env=environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline_s = time.monotonic() + _START_LIMIT_S
+        while not self._answers():
+            assert self._process.poll() is None and time.monotonic() < deadline_s, self._log()
+            time.sleep(0.1)  # a server says that it is up by answering, and in no other way
+
+    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        if self._process is None:
+            return
+        members = descendants(self._process.pid)
+        for member in members:
+            try:
+                os.kill(member, number)
+            except ProcessLookupError:
+                continue
+        self._process.wait(30)
+        self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _log(self) -> str:
+        return (self.directory / "server.log").read_text()[-3000:]

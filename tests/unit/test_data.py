@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+
+from harness import data
+from harness.errors import DataError
+
+
+class Letters(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(5))
+
+
+def dataset(num_samples: int) -> TensorDataset:
+    return TensorDataset(torch.arange(num_samples))
+
+
+def rank_of(num_ranks: int, rank: int) -> Any:
+    """The two facts of an Accelerator that `data` asks for."""
+    return SimpleNamespace(num_processes=num_ranks, process_index=rank)
+
+
+topologies = st.tuples(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5)).filter(lambda t: t[0] >= t[2])
+
+
+# ------------------------------------------------------------------------- each sample once
+
+
+@given(topologies, st.booleans())
+def test_each_sample_is_on_one_rank_when_accelerate_fills_up_the_last_round(
+    topology: tuple[int, int, int], shuffle: bool
+) -> None:
+    num_samples, batch_size, num_ranks = topology
+    seen: list[int] = []
+    rounds: set[int] = set()
+    for rank in range(num_ranks):
+        # The order must be the same on all ranks, as accelerate's seedable sampler makes it.
+        own = DataLoader(dataset(num_samples), batch_size, shuffle=shuffle, generator=torch.Generator().manual_seed(3))
+        loader = prepare_data_loader(own, num_processes=num_ranks, process_index=rank, put_on_device=False)
+        taken = list(data.without_repeats(rank_of(num_ranks, rank), loader))
+        rounds.add(len(taken))
+        for (values,), counts in taken:
+            assert len(values) > 0  # a batch that does not count still goes through forward
+            seen += values.tolist() if counts else []
+    assert sorted(seen) == list(range(num_samples))
+    assert len(rounds) == 1
+
+
+@given(topologies.filter(lambda t: t[2] > 1))
+def test_own_samples_are_counted_when_asked_of_the_shard_itself(topology: tuple[int, int, int]) -> None:
+    num_samples, batch_size, num_ranks = topology
+    seen: list[int] = []
+    for rank in range(num_ranks):
+        sampler = BatchSampler(SequentialSampler(range(num_samples)), batch_size, drop_last=False)
+        shard = BatchSamplerShard(sampler, num_ranks, rank, even_batches=True)
+        batches = list(shard)
+        total = batch_size * num_ranks
+        for index, batch in enumerate(batches):
+            loader = SimpleNamespace(
+                batch_sampler=shard,
+                remainder=num_samples % total,
+                total_batch_size=total,
+                end_of_dataloader=index == len(batches) - 1,
+            )
+            num_real = data._num_real_samples(rank_of(num_ranks, rank), loader, batch)
+            seen += batch if num_real is None else batch[:num_real]
+    assert sorted(seen) == list(range(num_samples))
+
+
+def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
+    seen: list[int] = []
+    for rank in range(2):
+        own = DataLoader(dataset(11), 2, drop_last=True)
+        loader = prepare_data_loader(own, num_processes=2, process_index=rank, put_on_device=False)
+        for (values,), counts in data.without_repeats(rank_of(2, rank), loader):
+            assert counts
+            seen += values.tolist()
+    assert sorted(seen) == list(range(8))
+
+
+def test_second_pass_is_the_same_when_the_loader_is_iterated_again() -> None:
+    loader = prepare_data_loader(DataLoader(dataset(5), 2), num_processes=2, process_index=1, put_on_device=False)
+    passes = [[(b[0].tolist(), c) for b, c in data.without_repeats(rank_of(2, 1), loader)] for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert [counts for _, counts in passes[0]] == [True, False]
+
+
+def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
+    def collate(items: list[tuple[torch.Tensor]]) -> dict[str, Any]:
+        values = torch.stack([item[0] for item in items])
+        return {
+            "file": ["a"] * len(items),
+            "x": values,
+            "pair": [values + 10, values.unsqueeze(1)],
+            "scale": torch.tensor(2.0),
+        }
+
+    own = DataLoader(dataset(5), 4, collate_fn=collate)
+    loader = prepare_data_loader(own, num_processes=2, process_index=1, put_on_device=False)
+    ((batch, counts),) = data.without_repeats(rank_of(2, 1), loader)
+    assert counts
+    assert batch["x"].tolist() == [4]
+    assert batch["pair"][0].tolist() == [14]
+    assert batch["pair"][1].shape == (1, 1)
+    assert batch["scale"].item() == 2.0
+
+
+def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
+    loader = prepare_data_loader(
+        DataLoader(Letters(), 2),
+        torch.device("cpu"),
+        num_processes=2,
+        process_index=0,
+        put_on_device=True,
+        dispatch_batches=True,
+    )
+    with pytest.raises(DataError, match="iterable data set"):
+        next(data.without_repeats(rank_of(2, 0), loader))
+
+
+# ------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(("length", "world_size"), [(0, 1), (1, 2), (7, 8)])
+def test_error_has_both_numbers_when_there_are_fewer_samples_than_ranks(length: int, world_size: int) -> None:
+    loader = DataLoader(dataset(length), sampler=SequentialSampler(range(length)))
+    with pytest.raises(DataError, match=f"evaluation data set has {length} samples for {world_size} ranks"):
+        data.check_size(loader, world_size, "evaluation")
+
+
+def test_error_is_told_when_the_only_batch_is_dropped() -> None:
+    with pytest.raises(DataError, match="training loader gives no batch: 3 samples"):
+        data.check_size(DataLoader(dataset(3), 4, drop_last=True), 1, "training")
+
+
+def test_size_passes_when_each_rank_has_a_sample_or_it_is_unknown() -> None:
+    data.check_size(DataLoader(dataset(2), 4), 2, "training")
+    data.check_size(DataLoader(Letters(), 4), 2, "training")
+    data.check_size([1, 2], 2, "training")
+
+
+@pytest.mark.parametrize(("num_batches", "expected"), [(1, [0, 1, 2]), (2, [0, 1, 2, 3, 4, 5]), (9, list(range(7)))])
+def test_first_batches_are_in_order_when_the_loader_shuffles(num_batches: int, expected: list[int]) -> None:
+    loader = data.first_batches(DataLoader(dataset(7), 3, shuffle=True), num_batches)
+    for _ in range(2):
+        assert [value for (batch,) in loader for value in batch.tolist()] == expected
+    assert loader.batch_size == 3
+
+
+def test_error_is_told_when_first_batches_have_no_size() -> None:
+    with pytest.raises(DataError, match="overfit_batches"):
+        data.first_batches(DataLoader(dataset(3), batch_size=None), 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (torch.zeros(4, 2), 4),
+        ([torch.zeros(3), torch.zeros(3, 3)], 3),
+        ({"a": {"b": torch.zeros(5)}}, 5),
+        ({"file": ["a", "b"], "scale": torch.tensor(1.0), "x": torch.zeros(2)}, 2),
+        ([], 0),
+        ({"text": "words"}, 0),
+        (torch.tensor(1.0), 0),
+    ],
+)
+def test_batch_size_is_the_first_dimension_when_there_is_a_tensor(batch: Any, size: int) -> None:
+    assert data.batch_size(batch) == size

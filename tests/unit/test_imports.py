@@ -1,0 +1,139 @@
+"""The arrows between the modules, read from the sources; and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for package in ("harness", "launch") for path in (ROOT / package).rglob("*.py"))
+WITHOUT_TORCH = (
+    "harness",
+    "harness.config",
+    "harness.errors",
+    "harness.task",
+    "harness.schedule",
+    "harness.options",
+    "harness.report",
+    "harness.checkpoint.commit",
+    "harness.tracking.outbox",
+    "launch.cli",
+    "launch.local",
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def import_nodes(path: Path, *, only_when_imported: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements; `only_when_imported`: those that run when the module itself is imported."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(), str(path))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        if only_when_imported:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                continue
+            if is_type_checking(node):  # type: ignore[arg-type]
+                assert isinstance(node, ast.If)
+                waiting += node.orelse
+                continue
+        waiting += ast.iter_child_nodes(node)
+
+
+def imported(path: Path, *, only_when_imported: bool = False) -> set[str]:
+    """Full names of the modules that a file imports (`from a import b`: a.b where that is a module)."""
+    found = set()
+    for node in import_nodes(path, only_when_imported=only_when_imported):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            assert node.level == 0 and node.module is not None, f"{path}: a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def importers_of(package: str) -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name.partition(".")[0] == package for name in imported(path))
+    }
+
+
+def test_sources_are_found_when_read() -> None:
+    assert {"harness", "harness.config", "harness.checkpoint.commit", "launch.cli"} <= set(MODULES)
+
+
+def test_harness_never_imports_launch_when_read() -> None:
+    assert {path for path in importers_of("launch") if path.startswith("harness/")} == set()
+    assert "launch/cli.py" in importers_of("harness")
+
+
+def test_one_file_imports_mlflow_when_read() -> None:
+    assert importers_of("mlflow") == {"harness/tracking/mlflow_store.py"}
+
+
+def test_strategy_files_alone_import_deepspeed_when_read() -> None:
+    assert importers_of("deepspeed") == {"harness/cpu.py", "harness/checkpoint/gather.py"}
+
+
+def test_there_is_no_circle_when_modules_import_each_other() -> None:
+    graph = {name: imported(path, only_when_imported=True) & set(MODULES) - {name} for name, path in MODULES.items()}
+    assert graph["harness.app"] >= {"harness.loop", "harness.periodic"}  # the graph is not empty
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
+    assert order.index("harness.errors") < order.index("harness.config") < order.index("harness.app")
+
+
+def test_composition_root_is_imported_late_when_imported_at_all() -> None:
+    for name, path in MODULES.items():
+        assert "harness.app" not in imported(path, only_when_imported=True), name
+
+
+def import_alone(module: str) -> subprocess.CompletedProcess[str]:
+    """Import it in a fresh process, which fails if anything heavy came along."""
+    heavy = "{'torch', 'accelerate', 'mlflow', 'numpy'}"
+    code = f"import sys, {module}; found = {heavy} & set(sys.modules); sys.exit(f'imported: {{found}}' if found else 0)"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_torch_is_not_imported_when_a_light_module_is(module: str) -> None:
+    done = import_alone(module)
+    assert done.returncode == 0, done.stderr
+
+
+def test_heavy_module_is_noticed_when_it_is_imported() -> None:
+    done = import_alone("numpy")
+    assert done.returncode == 1
+    assert done.stderr == "imported: {'numpy'}\n"
+
+
+def test_help_is_there_at_once_when_asked() -> None:
+    durations_s = []
+    for _ in range(5):
+        begun_s = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        durations_s.append(time.perf_counter() - begun_s)
+        assert "harness train" in done.stdout
+    assert min(durations_s) < 0.5

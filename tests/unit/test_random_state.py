@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from harness import random_state
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _generators_as_they_were() -> Iterator[None]:
+    record = random_state.capture(CPU)
+    yield
+    random_state.restore(record, CPU)
+
+
+def draw() -> tuple[object, ...]:
+    return (
+        [random.random() for _ in range(5)],
+        random.gauss(0, 1),
+        np.random.standard_normal(5).tolist(),
+        torch.rand(5).tolist(),
+        torch.randperm(7).tolist(),
+    )
+
+
+def test_same_numbers_follow_when_the_state_went_through_json() -> None:
+    # An odd number of normal draws, so that each generator holds one back.
+    random.gauss(0, 1), np.random.standard_normal(3), torch.randn(3)
+    text = json.dumps(random_state.capture(CPU))
+    expected = draw()
+    assert draw() != expected
+    random_state.restore(json.loads(text), CPU)
+    assert draw() == expected
+
+
+def test_nothing_is_drawn_when_captured() -> None:
+    assert random_state.capture(CPU) == random_state.capture(CPU)
+
+
+def test_device_state_is_left_alone_when_the_device_is_a_cpu() -> None:
+    record = random_state.capture(CPU)
+    assert "cuda" not in record
+    random_state.restore({**record, "cuda": "AAAA"}, CPU)  # from a GPU; must not be looked at here
+    assert random_state.capture(CPU) == record

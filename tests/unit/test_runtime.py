@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from harness.errors import LaunchError
+from harness.runtime import check_launch, describe, processes_asked
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("accelerate launch --num_processes 4 -m harness --config c.yaml", "4"),
+        ("python /v/bin/accelerate launch --num-processes=3 train.py", "3"),
+        ("accelerate launch --config_file conf.yaml train.py", "8"),
+        ("accelerate launch --config_file conf.yaml --num_processes 2 train.py", "2"),
+        ("accelerate launch --config_file missing.yaml train.py", None),
+        ("accelerate launch train.py --num_processes 4", None),
+        ("accelerate launch -m harness --num_processes 4", None),
+        ("accelerate test --num_processes 4", None),
+        ("bash -c launch --num_processes 4", None),
+        ("", None),
+    ],
+)
+def test_number_of_processes_is_read_when_the_launcher_was_given_it(
+    tmp_path: Path, command: str, expected: str | None
+) -> None:
+    (tmp_path / "conf.yaml").write_text("num_processes: 8\n")
+    assert processes_asked(command.split(" "), tmp_path) == expected
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1", "", "other: 1"])
+def test_number_is_unknown_when_the_file_does_not_tell(tmp_path: Path, content: str) -> None:
+    (tmp_path / "conf.yaml").write_text(content)
+    assert processes_asked(["accelerate", "launch", "--config_file", "conf.yaml", "train.py"], tmp_path) is None
+
+
+def test_topology_is_single_when_there_is_one_process(accelerator: Accelerator) -> None:
+    topology = describe(accelerator)
+    assert (topology.strategy, topology.rank, topology.world_size, topology.num_nodes) == ("single", 0, 1, 1)
+    assert topology.mixed_precision == "fp32"
+    assert topology.run_facts["device"] == "cpu"
+    assert "rank" not in topology.run_facts
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("WORLD_SIZE", "4", "4 processes were started, but each trains alone"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed was asked for"),
+    ],
+)
+def test_error_has_the_remedy_when_accelerate_runs_less_than_asked(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    check_launch(accelerator)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(LaunchError, match=expected) as caught:
+        check_launch(accelerator)
+    assert "harness launch" in str(caught.value)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.config import Mode
+from harness.schedule import Cadence, Patience, is_better
+
+
+@given(st.integers(1, 9), st.integers(1, 60))
+def test_due_each_n_when_counting_up(every_n: int, num_done: int) -> None:
+    due = [n for n in range(1, num_done + 1) if Cadence(every_n, None).is_due_after_epoch(n)]
+    assert due == list(range(every_n, num_done + 1, every_n))
+    assert due == [n for n in range(1, num_done + 1) if Cadence(None, every_n).is_due_after_step(n)]
+
+
+def test_nothing_is_due_when_no_cadence_is_given() -> None:
+    never = Cadence(None, None)
+    assert not any(never.is_due_after_epoch(n) or never.is_due_after_step(n) for n in range(1, 50))
+
+
+def test_epochs_and_steps_are_counted_apart_when_both_are_given() -> None:
+    both = Cadence(every_n_epochs=2, every_n_steps=3)
+    assert both.is_due_after_epoch(2) and not both.is_due_after_epoch(3)
+    assert both.is_due_after_step(3) and not both.is_due_after_step(2)
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "mode", "expected"),
+    [
+        (1.0, None, "min", True),
+        (1.0, 2.0, "min", True),
+        (2.0, 1.0, "min", False),
+        (2.0, 1.0, "max", True),
+        (1.0, 1.0, "min", False),
+        (1.0, 1.0, "max", False),
+        (math.nan, None, "min", False),
+        (math.nan, 1.0, "max", False),
+    ],
+)
+def test_better_is_strict_and_never_nan_when_compared(
+    value: float, best: float | None, mode: Mode, expected: bool
+) -> None:
+    assert is_better(value, best, mode) is expected
+
+
+def test_stops_after_patience_evaluations_when_nothing_improves() -> None:
+    patience = Patience("min", 2)
+    assert [patience.is_exhausted_by(v) for v in (3.0, 4.0, 2.0, 2.0, math.nan)] == [False, False, False, False, True]
+    assert patience.best == 2.0
+
+
+def test_stops_at_the_first_when_patience_is_one() -> None:
+    patience = Patience("max", 1)
+    assert [patience.is_exhausted_by(v) for v in (1.0, 2.0, 1.5)] == [False, False, True]

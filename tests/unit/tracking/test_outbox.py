@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.errors import TrackingError
+from harness.tracking.outbox import (
+    JOURNAL,
+    Delivered,
+    Entry,
+    Outbox,
+    read_delivered,
+    read_entries,
+    write_delivered,
+)
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=20)
+    | st.text(' \n\r\u2028\x00"\\ä', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+bodies = st.dictionaries(st.text(max_size=8), values, max_size=4)
+kinds = st.sampled_from(["params", "tags", "metrics", "dataset", "text", "checkpoint", "end"])
+appended = st.lists(st.tuples(kinds, bodies, st.integers(0, 2**45)), max_size=6)
+
+
+def fill(directory: Path, entries: list[Any]) -> list[Entry]:
+    """Append all; what should be read back."""
+    outbox = Outbox(directory)
+    expected = []
+    for kind, body, time_ms in entries:
+        outbox.append(kind, body, time_ms)
+        expected.append(Entry(kind, time_ms, body, outbox.path.stat().st_size))
+    outbox.close()
+    return expected
+
+
+def in_a_new_directory(check: Callable[[Path], None]) -> None:
+    """For hypothesis, where a fixture would be shared by all examples."""
+    with TemporaryDirectory() as name:
+        check(Path(name) / "outbox")
+
+
+@given(appended, st.data())
+def test_whole_entries_alone_are_read_when_the_file_is_cut_anywhere(entries: list[Any], data: st.DataObject) -> None:
+    def check(directory: Path) -> None:
+        expected = fill(directory, entries)
+        content = (directory / JOURNAL).read_bytes()
+        cut = data.draw(st.integers(0, len(content)))
+        (directory / JOURNAL).write_bytes(content[:cut])
+        whole = [entry for entry in expected if entry.end_offset <= cut]
+
+        assert list(read_entries(directory)) == whole
+
+        # Another writer takes the torn line off, and its own line is whole.
+        outbox = Outbox(directory)
+        assert outbox.path.stat().st_size == (whole[-1].end_offset if whole else 0)
+        outbox.append("end", {"status": "FINISHED"}, 7)
+        outbox.close()
+        after = list(read_entries(directory))
+        assert after[:-1] == whole
+        assert (after[-1].kind, after[-1].body) == ("end", {"status": "FINISHED"})
+
+    in_a_new_directory(check)
+
+
+@given(appended.filter(bool), st.data())
+def test_wrong_entry_is_never_read_when_a_byte_is_flipped(entries: list[Any], data: st.DataObject) -> None:
+    def check(directory: Path) -> None:
+        expected = fill(directory, entries)
+        content = bytearray((directory / JOURNAL).read_bytes())
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] ^= data.draw(st.integers(1, 255))
+        (directory / JOURNAL).write_bytes(content)
+        unharmed = [entry for entry in expected if entry.end_offset <= position]
+        read: list[Entry] = []
+        try:
+            read.extend(read_entries(directory))
+        except TrackingError as error:
+            assert str(directory / JOURNAL) in str(error)
+            read = []
+            with pytest.raises(TrackingError):
+                for entry in read_entries(directory):
+                    read.append(entry)
+        else:
+            # Untold only where the end looks like a line that was being written.
+            assert expected[-1].end_offset - 1 == position
+        assert read == unharmed
+
+    in_a_new_directory(check)
+
+
+@given(appended)
+def test_rest_alone_is_read_when_an_offset_is_given(entries: list[Any]) -> None:
+    def check(directory: Path) -> None:
+        expected = fill(directory, entries)
+        for index, entry in enumerate(expected):
+            assert list(read_entries(directory, entry.end_offset)) == expected[index + 1 :]
+
+    in_a_new_directory(check)
+
+
+def test_nothing_is_read_when_there_is_no_journal(tmp_path: Path) -> None:
+    assert list(read_entries(tmp_path)) == []
+
+
+@pytest.mark.parametrize("length", [65_534, 65_535, 65_536, 65_537, 200_000])
+def test_torn_line_is_taken_off_when_it_is_longer_than_a_block(tmp_path: Path, length: int) -> None:
+    (whole,) = fill(tmp_path, [("tags", {"a": "b"}, 1)])
+    with (tmp_path / JOURNAL).open("ab") as stream:
+        stream.write(b"x" * length)
+    Outbox(tmp_path).close()
+    assert (tmp_path / JOURNAL).stat().st_size == whole.end_offset
+    assert list(read_entries(tmp_path)) == [whole]
+
+
+def test_journal_is_empty_when_its_only_line_is_torn(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(b"x" * 100_000)
+    Outbox(tmp_path).close()
+    assert (tmp_path / JOURNAL).read_bytes() == b""
+
+
+def test_time_is_now_when_none_is_given(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    stamps = [outbox.append("metrics", {"step": step, "values": {}}) for step in range(3)]
+    outbox.sync()
+    outbox.close()
+    assert [entry.time_ms for entry in read_entries(tmp_path)] == stamps == sorted(stamps)
+
+
+def test_entries_are_whole_when_threads_append_together(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+
+    def append(thread: int) -> None:
+        for index in range(50):
+            outbox.append("metrics", {"thread": thread, "index": index, "padding": "x" * 3000})
+
+    threads = [threading.Thread(target=append, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    outbox.close()
+    read = [(entry.body["thread"], entry.body["index"]) for entry in read_entries(tmp_path)]
+    assert len(read) == 200
+    for number in range(4):
+        assert [index for thread, index in read if thread == number] == list(range(50))
+
+
+def test_nan_and_infinity_are_kept_when_a_metric_is_one(tmp_path: Path) -> None:
+    fill(tmp_path, [("metrics", {"step": 1, "values": {"a": float("nan"), "b": float("-inf")}}, 1)])
+    (entry,) = read_entries(tmp_path)
+    assert repr(entry.body["values"]) == "{'a': nan, 'b': -inf}"
+
+
+@contextmanager
+def file_size_limit(limit_bytes: int) -> Iterator[None]:
+    """The system refuses what lies behind it, after writing what lies before: as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("extra_bytes", [0, 1, 60])
+def test_line_is_taken_back_when_the_disk_is_full_in_the_middle_of_it(tmp_path: Path, extra_bytes: int) -> None:
+    (first,) = fill(tmp_path, [("tags", {"a": "b"}, 1)])
+    outbox = Outbox(tmp_path)
+    with (
+        file_size_limit(first.end_offset + extra_bytes),
+        pytest.raises(TrackingError, match=rf"{outbox.path}: cannot append to the outbox: .*free space there"),
+    ):
+        outbox.append("tags", {"long": "x" * 100}, 2)
+    assert outbox.path.stat().st_size == first.end_offset
+    outbox.append("tags", {"c": "d"}, 3)
+    outbox.close()
+    assert [entry.body for entry in read_entries(tmp_path)] == [{"a": "b"}, {"c": "d"}]
+
+
+def test_error_has_path_and_reason_when_not_even_taking_back_works(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).symlink_to("/dev/full")
+    with pytest.raises(TrackingError, match=rf"{tmp_path}/{JOURNAL}: .*No space left"):
+        Outbox(tmp_path).append("tags", {"a": "b"})
+
+
+def test_error_has_the_path_when_the_directory_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrackingError, match=r"file/outbox/journal\.jsonl: cannot open the outbox"):
+        Outbox(tmp_path / "file" / "outbox")
+
+
+def test_record_is_empty_when_nothing_was_delivered(tmp_path: Path) -> None:
+    assert read_delivered(tmp_path) == Delivered(0, {}, ())
+
+
+def test_record_reads_back_the_same_when_written(tmp_path: Path) -> None:
+    record = Delivered(42, {"epoch-0001": "m-1"}, ("tags: no",), ended=True)
+    write_delivered(tmp_path, Delivered(1, {}, ()))
+    write_delivered(tmp_path, record)
+    assert read_delivered(tmp_path) == record
+    assert os.listdir(tmp_path) == ["delivered.json"]
+
+
+def test_lines_are_ascii_text_when_read_by_hand(tmp_path: Path) -> None:
+    fill(tmp_path, [("text", {"name": "ä\n", "content": "\u2028"}, 5)])
+    (line,) = (tmp_path / JOURNAL).read_bytes().splitlines()
+    assert json.loads(line[9:]) == {"kind": "text", "time_ms": 5, "body": {"name": "ä\n", "content": "\u2028"}}

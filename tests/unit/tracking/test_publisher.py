@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
+from harness.tracking.publisher import (
+    LINGER_S,
+    LONGEST_PAUSE_S,
+    MAX_POINTS_PER_DELIVERY,
+    Publisher,
+    RefusedError,
+    Settings,
+    absolute_sqlite,
+)
+
+
+class Refusal(Exception):
+    """The store says no for good."""
+
+
+class Killed(BaseException):
+    """The publisher is killed at this moment."""
+
+
+class FaultyStore:
+    """Records what it is told; fails as the script says, one line of it for each call.
+
+    Args:
+        failures: for each call in turn: None (it works), an error (nothing is stored), or a pair of
+            "stored" and an error (it is stored, and the answer is lost).
+    """
+
+    def __init__(self, *failures: BaseException | tuple[str, BaseException] | None) -> None:
+        self.run_id = ""
+        self.experiment_id = ""
+        self.calls: list[tuple[str, Any]] = []
+        self.num_tries = 0
+        self._failures = list(failures)
+
+    def _call(self, name: str, value: Any) -> None:
+        self.num_tries += 1
+        failure = self._failures.pop(0) if self._failures else None
+        if isinstance(failure, BaseException):
+            raise failure
+        self.calls.append((name, value))
+        if failure is not None:
+            raise failure[1]
+
+    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
+        self._call("open_run", (run_key, run_name, experiment_name))
+        self.run_id, self.experiment_id = "run-1", "exp-1"
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        self._call("metrics", list(points))
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        self._call("params", dict(values))
+
+    def set_tags(self, values: Mapping[str, str]) -> None:
+        self._call("tags", dict(values))
+
+    def log_dataset(self, record: Mapping[str, Any]) -> None:
+        self._call("dataset", dict(record))
+
+    def log_text(self, name: str, content: str) -> None:
+        self._call("text", (name, content))
+
+    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+        self._call("checkpoint", (record["name"], directory, registered_model_name))
+        return f"m-{record['name']}"
+
+    def end(self, status: str, end_time_ms: int) -> None:
+        self._call("end", (status, end_time_ms))
+
+    @property
+    def kinds(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+class Clock:
+    """Time that passes only where the publisher sleeps."""
+
+    def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
+        self.now_s = 0.0
+        self.pauses_s: list[float] = []
+        self._wake = wake
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, pause_s: float) -> None:
+        self.now_s += pause_s
+        self.pauses_s.append(pause_s)
+        assert len(self.pauses_s) < 1000, "the publisher waits for ever"
+        self._wake()
+
+
+SETTINGS = Settings("run", "http://me:hunter2@host:5000", "exp", False, "registered", start_timeout_s=10.0)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "run.json").write_text(json.dumps({"run_name": "run", "run_key": "key-1"}))
+    return tmp_path
+
+
+@pytest.fixture
+def outbox(run_dir: Path) -> Outbox:
+    return Outbox(run_dir / "outbox")
+
+
+def publisher(
+    run_dir: Path, store: FaultyStore, clock: Clock | None = None, gone: Callable[[], bool] = lambda: False
+) -> Publisher:
+    clock = clock or Clock()
+    return Publisher(
+        run_dir,
+        SETTINGS,
+        store,
+        lambda error: isinstance(error, (Refusal, RefusedError)),
+        gone,
+        sleep=clock.sleep,
+        clock=clock,
+    )
+
+
+def end(outbox: Outbox, status: str = "FINISHED") -> None:
+    outbox.append("end", {"status": status, "reason": "done"}, 99)
+
+
+def journal_bytes(run_dir: Path) -> int:
+    return (run_dir / "outbox" / JOURNAL).stat().st_size
+
+
+# ------------------------------------------------------------------------- deliveries
+
+
+def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox: Outbox) -> None:
+    (run_dir / "checkpoints" / "epoch-0001").mkdir(parents=True)
+    outbox.append("tags", {"a": "b"}, 1)
+    outbox.append("params", {"lr": "0.1"}, 2)
+    outbox.append("metrics", {"step": 1, "values": {"x": 0.5, "y": 2.0}}, 3)
+    outbox.append("dataset", {"name": "digits"}, 4)
+    outbox.append("text", {"name": "t.txt", "content": "words"}, 5)
+    outbox.append("checkpoint", {"name": "epoch-0001"}, 6)
+    end(outbox)
+    store = FaultyStore()
+
+    assert publisher(run_dir, store).run()
+
+    assert store.calls == [
+        ("tags", {"a": "b"}),
+        ("params", {"lr": "0.1"}),
+        ("metrics", [("x", 0.5, 3, 1), ("y", 2.0, 3, 1)]),
+        ("dataset", {"name": "digits"}),
+        ("text", ("t.txt", "words")),
+        ("checkpoint", ("epoch-0001", run_dir / "checkpoints" / "epoch-0001", "registered")),
+        ("tags", {"harness.end_reason": "done"}),
+        ("end", ("FINISHED", 99)),
+    ]
+    delivered = read_delivered(run_dir / "outbox")
+    assert delivered.offset == journal_bytes(run_dir)
+    assert delivered.models == {"epoch-0001": "m-epoch-0001"}
+    assert delivered.refused == ()
+
+
+def test_later_entries_arrive_when_they_are_appended_while_it_waits(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "1"}, 1)
+    script: list[Callable[[], Any]] = [lambda: outbox.append("tags", {"b": "2"}, 2), lambda: end(outbox)]
+    clock = Clock(lambda: script.pop(0)())
+    store = FaultyStore()
+    assert publisher(run_dir, store, clock).run()
+    assert store.kinds == ["tags", "tags", "tags", "end"]
+    assert script == []
+
+
+def test_metrics_go_together_up_to_the_limit_when_they_follow_each_other(run_dir: Path, outbox: Outbox) -> None:
+    for step in range(1050):
+        outbox.append("metrics", {"step": step, "values": {"x": 1.0, "y": 2.0}}, step)
+    outbox.append("tags", {"a": "b"}, 5)
+    outbox.append("metrics", {"step": 2000, "values": {"x": 1.0}}, 6)
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    sizes = [len(value) for name, value in store.calls if name == "metrics"]
+    assert sizes == [1000, 1000, 100, 1]
+    assert max(sizes) <= MAX_POINTS_PER_DELIVERY
+    assert store.kinds == ["metrics", "metrics", "metrics", "tags", "metrics", "tags", "end"]
+    assert [point[3] for name, value in store.calls[:3] for point in value] == [s for s in range(1050) for _ in "xy"]
+
+
+def test_entry_is_not_divided_when_it_alone_is_over_the_limit(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("metrics", {"step": 1, "values": {"small": 1.0}}, 1)
+    outbox.append("metrics", {"step": 2, "values": {f"m{i}": 1.0 for i in range(1200)}}, 2)
+    outbox.append("metrics", {"step": 3, "values": {"small": 1.0}}, 3)
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    assert [len(value) for name, value in store.calls if name == "metrics"] == [1, 1200, 1]
+
+
+# ------------------------------------------------------------------------- faults
+
+
+def test_same_entry_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "b"}, 1)
+    outbox.append("params", {"c": "d"}, 2)
+    end(outbox)
+    away = [ConnectionError(f"away {number}") for number in range(12)]
+    store, clock = FaultyStore(*away), Clock()
+
+    assert publisher(run_dir, store, clock).run()
+
+    assert store.kinds == ["tags", "params", "tags", "end"]
+    assert store.num_tries == 12 + 4
+    assert len(clock.pauses_s) == 12
+    assert all(later > 0.5 * earlier for earlier, later in itertools.pairwise(clock.pauses_s))
+    assert clock.pauses_s[0] <= 0.5
+    assert 0.5 * LONGEST_PAUSE_S <= clock.pauses_s[-1] <= LONGEST_PAUSE_S
+    assert read_delivered(run_dir / "outbox").refused == ()
+
+
+def test_entry_is_dropped_and_recorded_when_the_store_refuses_for_good(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("params", {"lr": "0.1"}, 1)
+    outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
+    end(outbox)
+    store = FaultyStore(Refusal("changing param values is not allowed"))
+    clock = Clock()
+    assert publisher(run_dir, store, clock).run()
+    assert store.kinds == ["metrics", "tags", "end"]
+    assert clock.pauses_s == []
+    delivered = read_delivered(run_dir / "outbox")
+    assert delivered.refused == ("params: changing param values is not allowed",)
+    assert delivered.offset == journal_bytes(run_dir)
+
+
+def test_password_is_left_out_when_the_refusal_has_it(
+    run_dir: Path, outbox: Outbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outbox.append("params", {"lr": "0.1"}, 1)
+    end(outbox)
+    store = FaultyStore(ConnectionError("GET http://me:hunter2@host"), Refusal("PUT http://me:hunter2@host"))
+    assert publisher(run_dir, store).run()
+    assert read_delivered(run_dir / "outbox").refused == ("params: PUT http://me:***@host",)
+    logged = capsys.readouterr().err
+    assert "cannot deliver yet: params" in logged
+    assert "refused for good: params" in logged
+    assert "hunter2" not in logged
+
+
+def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("checkpoint", {"name": "epoch-0001"}, 1)
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    assert store.kinds == ["tags", "end"]
+    (refused,) = read_delivered(run_dir / "outbox").refused
+    assert "epoch-0001 is gone" in refused
+
+
+def test_last_group_alone_is_repeated_when_killed_before_acknowledging(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "b"}, 1)
+    outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
+    outbox.append("metrics", {"step": 2, "values": {"x": 2.0}}, 3)
+    outbox.append("params", {"c": "d"}, 4)
+    end(outbox)
+    first = FaultyStore(None, ("stored", Killed()))
+    with pytest.raises(Killed):
+        publisher(run_dir, first).run()
+    second = FaultyStore()
+    assert publisher(run_dir, second).run()
+    group = ("metrics", [("x", 1.0, 2, 1), ("x", 2.0, 3, 2)])
+    assert first.calls == [("tags", {"a": "b"}), group]
+    assert second.calls[0] == group
+    assert second.kinds == ["metrics", "params", "tags", "end"]
+
+
+def test_nothing_is_repeated_when_all_was_acknowledged(run_dir: Path, outbox: Outbox) -> None:
+    end(outbox)
+    assert publisher(run_dir, FaultyStore()).run()
+    assert read_delivered(run_dir / "outbox").ended
+    outbox.append("tags", {"resumed": "yes"}, 1)
+    end(outbox, "KILLED")
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    assert store.calls == [
+        ("tags", {"resumed": "yes"}),
+        ("tags", {"harness.end_reason": "done"}),
+        ("end", ("KILLED", 99)),
+    ]
+
+
+# ------------------------------------------------------------------------- the trainer is gone
+
+
+def test_run_is_failed_when_the_trainer_is_gone_without_an_end(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "b"}, 1)
+    store = FaultyStore()
+    assert publisher(run_dir, store, gone=lambda: True).run()
+    assert store.kinds == ["tags", "tags", "end"]
+    assert store.calls[-1][1][0] == "FAILED"
+    assert "without saying how" in store.calls[-2][1]["harness.end_reason"]
+    assert read_delivered(run_dir / "outbox").offset == journal_bytes(run_dir)
+
+
+def test_end_is_the_trainers_own_when_it_was_written_just_before(run_dir: Path, outbox: Outbox) -> None:
+    def gone() -> bool:
+        # The last thing a trainer does: its end, and only then its standard input closes.
+        if journal_bytes(run_dir) == 0:
+            end(outbox)
+        return True
+
+    store = FaultyStore()
+    assert publisher(run_dir, store, gone=gone).run()
+    assert store.calls[-1] == ("end", ("FINISHED", 99))
+
+
+def test_torn_line_is_left_out_when_the_trainer_was_killed_in_it(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "b"}, 1)
+    whole = journal_bytes(run_dir)
+    with outbox.path.open("ab") as stream:
+        stream.write(b'1234abcd {"kind":"metr')
+    store = FaultyStore()
+    assert publisher(run_dir, store, gone=lambda: True).run()
+    assert store.calls[0] == ("tags", {"a": "b"})
+    assert store.calls[-1][1][0] == "FAILED"
+    assert read_delivered(run_dir / "outbox").offset == whole
+
+
+def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, outbox: Outbox) -> None:
+    outbox.append("tags", {"a": "b"}, 1)
+    end(outbox)
+    store = FaultyStore(None, *[ConnectionError("away")] * 1000)
+    clock = Clock()
+    assert not publisher(run_dir, store, clock, gone=lambda: True).run()
+    assert store.kinds == ["tags"]
+    assert LINGER_S < clock.now_s <= LINGER_S + LONGEST_PAUSE_S
+    # Nothing is forgotten: a later `harness sync` delivers the rest.
+    later = FaultyStore()
+    assert publisher(run_dir, later, gone=lambda: True).run()
+    assert later.kinds == ["tags", "end"]
+
+
+def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: Outbox) -> None:
+    end(outbox)
+    store = FaultyStore(*[ConnectionError("away")] * 100)
+    clock = Clock()
+    assert publisher(run_dir, store, clock).run()
+    assert clock.now_s > 10 * LINGER_S
+    assert store.kinds == ["tags", "end"]
+
+
+# ------------------------------------------------------------------------- opening the run
+
+
+def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, outbox: Outbox) -> None:
+    store = FaultyStore(ConnectionError("not up yet"), ConnectionError("not up yet"))
+    publisher(run_dir, store).open_run()
+    assert store.calls == [("open_run", ("key-1", "run", "exp"))]
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record == {
+        "run_name": "run",
+        "run_key": "key-1",
+        "run_id": "run-1",
+        "experiment_id": "exp-1",
+        "experiment_name": "exp",
+        "tracking_uri": "http://me:***@host:5000",
+    }
+
+
+def test_error_is_the_stores_when_it_does_not_answer_in_time(run_dir: Path, outbox: Outbox) -> None:
+    clock = Clock()
+    with pytest.raises(ConnectionError, match="away"):
+        publisher(run_dir, FaultyStore(*[ConnectionError("away")] * 1000), clock).open_run()
+    assert SETTINGS.start_timeout_s < clock.now_s < SETTINGS.start_timeout_s + 1
+    assert "run_id" not in json.loads((run_dir / "run.json").read_text())
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox: Outbox, gone: bool) -> None:
+    error = ConnectionError("away") if gone else Refusal("the experiment is deleted")
+    clock = Clock()
+    with pytest.raises(type(error)):
+        publisher(run_dir, FaultyStore(error), clock, gone=lambda: gone).open_run()
+    assert clock.pauses_s == []
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////a/b.db", "sqlite:///:memory:", "http://host:5000", "postgresql://u@h/db"])
+def test_uri_is_unchanged_when_it_is_absolute(uri: str) -> None:
+    assert absolute_sqlite(uri) == uri
+
+
+def test_uri_holds_from_any_directory_when_sqlite_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_sqlite("sqlite:///sub/mlflow.db") == f"sqlite:///{tmp_path}/sub/mlflow.db"
