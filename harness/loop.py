@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from harness.config import EarlyStopping, TrainerConfig
 from harness.errors import ConfigError, NonFiniteLossError
@@ -49,6 +50,8 @@ def fit(
         NonFiniteLossError: if the training loss became NaN or infinite.
         ConfigError: if early stopping monitors what is not there.
     """
+    # DeepSpeed clips by its own configuration, and gives the norm that it found for nothing.
+    clips = config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED
     patience = _Stopping(config.early_stopping, eval_loader)
     for _ in logger.epochs(config.max_epochs, config.max_steps):
         model.train()
@@ -57,7 +60,7 @@ def fit(
                 output = task.step(model, batch)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
-                    _log_gradient_norm(accelerator, config, logger, model)
+                    _log_gradient_norm(accelerator, clips, config.max_grad_norm, logger, model)
                 optimizer.step()
                 if scheduler is not None and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
@@ -92,22 +95,18 @@ def _named(prefix: str, output: StepOutput) -> dict[str, Tensor | float]:
 
 
 def _log_gradient_norm(
-    accelerator: Accelerator, config: TrainerConfig, logger: PeriodicLogger, model: nn.Module
+    accelerator: Accelerator, clips: bool, max_norm: float | None, logger: PeriodicLogger, model: nn.Module
 ) -> None:
-    """Clip if configured, and log the norm of the gradients before clipping."""
-    if config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # DeepSpeed has clipped already, by its own configuration, and gives the norm that it found.
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    elif logger.is_log_step_next:
-        # Not clipped: the norm costs a pass over the gradients, so only where it will be logged.
+    """Clip if configured, and log the norm before clipping, of each step at whose end metrics are logged."""
+    is_logged = logger.is_log_step_next
+    if clips:
+        norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
+    elif is_logged:
+        # Not clipped: the norm costs a pass over the gradients.
         accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    else:
-        return
-    if norm is None:
-        return
-    full_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    logger.log({"train/grad_norm": full_norm})
+    if is_logged and norm is not None:
+        logger.log({"train/grad_norm": norm.full_tensor() if isinstance(norm, DTensor) else norm})
 
 
 def _check_finite(logger: PeriodicLogger) -> None:

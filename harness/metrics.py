@@ -45,9 +45,13 @@ class WeightedSums:
     """Sums of value x weight, and of the weights, for each name since the last `take`.
 
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
+
+    Args:
+        holds_all: treat tensors in host memory like a device's (so that tests reach that path anywhere).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, holds_all: bool = False) -> None:
+        self._holds_all = holds_all
         self._pending: dict[str, _Pending] = {}
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
@@ -68,18 +72,19 @@ class WeightedSums:
             return
         for name, value in values.items():
             if isinstance(value, Tensor):
-                self._hold(name, value, weight)
-            else:
-                self._sums[name] = self._sums.get(name, 0.0) + float(value) * weight
-                self._weights[name] = self._weights.get(name, 0.0) + weight
+                if value.ndim and value.numel() != 1:
+                    raise MetricError(
+                        f"{name}: must be a single number, got a tensor of shape {tuple(value.shape)}; log its .mean()"
+                    )
+                if self._holds_all or not value.is_cpu:
+                    self._hold(name, value.reshape(()) if value.ndim else value, weight)
+                    continue
+                value = value.item()  # in host memory it is there already: nothing is waited for
+            self._sums[name] = self._sums.get(name, 0.0) + value * weight
+            self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def _hold(self, name: str, value: Tensor, weight: float) -> None:
-        if value.ndim:
-            if value.numel() != 1:
-                raise MetricError(
-                    f"{name}: must be a single number, got a tensor of shape {tuple(value.shape)}; log its .mean()"
-                )
-            value = value.reshape(())
+        """Keep a device's value for later: reading it now would wait for all that is queued there."""
         if value.requires_grad:
             value = value.detach()  # or the whole graph would be kept
         if value.is_inference():
@@ -104,7 +109,9 @@ class WeightedSums:
                 )
         device = held.values[-1].device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        stacked = torch.stack([value.to(device, dtype) for value in held.values])
+        # One conversion where all values are of one type, which they nearly always are.
+        same = len({value.dtype for value in held.values}) == 1
+        stacked = torch.stack(held.values if same else [value.to(dtype) for value in held.values]).to(dtype)
         weights = torch.tensor(held.weights, dtype=dtype)
         if device.type == "cuda":
             weights = weights.pin_memory().to(device, non_blocking=True)

@@ -271,13 +271,15 @@ class PeriodicLogger:
         for epoch in range(self.epoch, max_epochs):
             self._batches_in_epoch = 0
             yield epoch
-            self._collect()
-            self._flush_train(wait=True)
             self.epoch = epoch + 1
             self._batches_in_epoch = 0
-            self._emit({"epoch": float(self.epoch)}, self.step)
             is_last = self.epoch == max_epochs or self._ends
-            if self._cadence.is_due_after_epoch(self.epoch) or (is_last and self.checkpoint_config.save_last):
+            saves = self._cadence.is_due_after_epoch(self.epoch) or (is_last and self.checkpoint_config.save_last)
+            self._collect()
+            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
+            self._flush_train(wait=saves or is_last)
+            self._emit({"epoch": float(self.epoch)}, self.step)
+            if saves:
                 self._save(f"epoch-{self.epoch:04d}")
             self.progress.epoch_done(self.epoch, self.step, self.latest, self._saver.status)
             if is_last:

@@ -6,6 +6,7 @@ process instead of N, DDP instead of FSDP2), the run stops here, with the remedy
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,7 @@ from harness.errors import LaunchError
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # What `harness launch` leaves for its ranks to check against.
 NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -259,5 +261,10 @@ def memory_bytes(device: torch.device) -> float:
     """Peak of device memory that tensors took (CUDA), or the resident memory of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    with open("/proc/self/statm", encoding="ascii") as stream:
-        return float(int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    return float(int(os.pread(_statm(), 256, 0).split()[1]) * _PAGE_BYTES)
+
+
+@functools.cache
+def _statm() -> int:
+    """This process's memory figures, opened once: they are read at each window."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)

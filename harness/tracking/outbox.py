@@ -7,6 +7,7 @@ writer cuts it off. Nothing here knows MLflow or the network.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -23,6 +24,8 @@ from harness.errors import TrackingError
 
 JOURNAL = "journal.jsonl"
 DELIVERED = "delivered.json"
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 Kind = Literal["params", "tags", "metrics", "dataset", "text", "checkpoint", "end"]
 
@@ -59,6 +62,8 @@ class Outbox:
             directory.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self.path)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._size_bytes = os.fstat(self._file).st_size
+            self._is_torn = False
         except OSError as error:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
@@ -69,18 +74,21 @@ class Outbox:
             TrackingError: if the disk refuses it. What was written of it is taken back.
         """
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-        text = json.dumps({"kind": kind, "time_ms": stamp, "body": body}, separators=(",", ":"))
-        payload = text.encode()
+        payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         with self._lock:
-            size_before = os.fstat(self._file).st_size
             try:
-                num_written = os.write(self._file, line)
-                if num_written != len(line):
-                    raise OSError(28, "no space left for a whole line")
+                if self._is_torn:
+                    os.ftruncate(self._file, self._size_bytes)
+                    self._is_torn = False
+                if os.write(self._file, line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._size_bytes += len(line)
             except OSError as error:
-                with suppress(OSError):  # the disk may refuse this too; the next writer cuts the line off
-                    os.ftruncate(self._file, size_before)
+                self._is_torn = True  # should the disk refuse this too, the next append tries again
+                with suppress(OSError):
+                    os.ftruncate(self._file, self._size_bytes)
+                    self._is_torn = False
                 raise TrackingError(
                     f"{self.path}: cannot append to the outbox: {error.strerror}; free space there"
                 ) from error

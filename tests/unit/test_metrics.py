@@ -23,9 +23,16 @@ def reduce(sums: WeightedSums, step: int = 1) -> dict[str, float]:
     return dict(reduced.values)
 
 
+@pytest.fixture(params=[False, True], ids=["host", "device"])
+def sums(request: pytest.FixtureRequest) -> WeightedSums:
+    """Both ways: tensors in host memory are read at once, a device's are held."""
+    return WeightedSums(holds_all=request.param)
+
+
 @given(points)
-def test_mean_equals_float64_reference_when_weighted(logged: list[tuple[str, float, float, bool]]) -> None:
-    sums = WeightedSums()
+def test_mean_equals_float64_reference_when_weighted(
+    logged: list[tuple[str, float, float, bool]], sums: WeightedSums
+) -> None:
     for name, value, weight, as_tensor in logged:
         sums.add({name: torch.tensor(value) if as_tensor else value}, weight)
     means = reduce(sums)
@@ -49,30 +56,26 @@ def test_mean_equals_reference_when_more_is_logged_than_is_held_back() -> None:
     assert reduce(sums)["x"] == pytest.approx(expected.item(), rel=1e-12)
 
 
-def test_mean_is_not_a_mean_of_means_when_batches_are_uneven() -> None:
-    sums = WeightedSums()
+def test_mean_is_not_a_mean_of_means_when_batches_are_uneven(sums: WeightedSums) -> None:
     sums.add({"loss": torch.tensor(1.0)}, 3)
     sums.add({"loss": torch.tensor(5.0)}, 1)
     assert reduce(sums) == {"loss": 2.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool])
-def test_any_dtype_is_taken_when_logged(dtype: torch.dtype) -> None:
-    sums = WeightedSums()
+def test_any_dtype_is_taken_when_logged(dtype: torch.dtype, sums: WeightedSums) -> None:
     sums.add({"x": torch.tensor(1, dtype=dtype)}, 2)
     sums.add({"x": torch.tensor(0, dtype=dtype)}, 2)
     assert reduce(sums) == {"x": 0.5}
 
 
-def test_no_precision_is_lost_when_16_bit_losses_are_summed() -> None:
-    sums = WeightedSums()
+def test_no_precision_is_lost_when_16_bit_losses_are_summed(sums: WeightedSums) -> None:
     for _ in range(300):
         sums.add({"x": torch.tensor(1.0009765625, dtype=torch.float16)}, 16)
     assert reduce(sums) == {"x": 1.0009765625}
 
 
-def test_tensor_of_one_element_is_taken_when_it_has_dimensions() -> None:
-    sums = WeightedSums()
+def test_tensor_of_one_element_is_taken_when_it_has_dimensions(sums: WeightedSums) -> None:
     sums.add({"x": torch.full((1, 1), 3.0)})
     assert reduce(sums) == {"x": 3.0}
 
@@ -102,8 +105,7 @@ def test_graph_is_let_go_when_a_loss_is_logged() -> None:
     assert reduce(sums) == {"loss": 2.0}
 
 
-def test_value_is_kept_when_an_inference_tensor_changes_afterwards() -> None:
-    sums = WeightedSums()
+def test_value_is_kept_when_an_inference_tensor_changes_afterwards(sums: WeightedSums) -> None:
     with torch.inference_mode():
         value = torch.tensor(2.0)
         sums.add({"x": value})
@@ -112,12 +114,20 @@ def test_value_is_kept_when_an_inference_tensor_changes_afterwards() -> None:
 
 
 def test_error_names_the_metric_when_a_tensor_was_changed_in_place() -> None:
-    sums = WeightedSums()
+    sums = WeightedSums(holds_all=True)
     running = torch.tensor(1.0)
     sums.add({"train/loss": running})
     running.add_(1.0)
     with pytest.raises(MetricError, match=r"train/loss: the tensor was changed in place"):
         sums.take()
+
+
+def test_value_at_the_time_of_logging_is_taken_when_a_host_tensor_is_changed_afterwards() -> None:
+    sums = WeightedSums()
+    running = torch.tensor(1.0)
+    sums.add({"train/loss": running})
+    running.add_(1.0)
+    assert reduce(sums) == {"train/loss": 1.0}
 
 
 def test_error_names_metric_and_shape_when_a_tensor_is_no_single_number() -> None:
@@ -131,22 +141,19 @@ def test_error_is_told_when_a_weight_is_negative_or_nan(weight: float) -> None:
         WeightedSums().add({"x": 1.0}, weight)
 
 
-def test_nothing_is_taken_when_the_weight_is_zero() -> None:
-    sums = WeightedSums()
+def test_nothing_is_taken_when_the_weight_is_zero(sums: WeightedSums) -> None:
     sums.add({"x": math.nan, "y": torch.tensor(math.inf)}, 0)
     assert reduce(sums) == {}
 
 
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_nan_reaches_the_mean_when_one_value_is_nan(as_tensor: bool) -> None:
-    sums = WeightedSums()
+def test_nan_reaches_the_mean_when_one_value_is_nan(as_tensor: bool, sums: WeightedSums) -> None:
     sums.add({"x": 1.0})
     sums.add({"x": torch.tensor(math.nan) if as_tensor else math.nan})
     assert math.isnan(reduce(sums)["x"])
 
 
-def test_sums_start_from_nothing_when_taken() -> None:
-    sums = WeightedSums()
+def test_sums_start_from_nothing_when_taken(sums: WeightedSums) -> None:
     sums.add({"x": torch.tensor(1.0), "y": 2.0})
     assert reduce(sums) == {"x": 1.0, "y": 2.0}
     sums.add({"x": torch.tensor(5.0)})
