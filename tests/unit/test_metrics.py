@@ -29,10 +29,11 @@ def sums(request: pytest.FixtureRequest) -> WeightedSums:
     return WeightedSums(holds_all=request.param)
 
 
-@given(points)
+@given(points, st.booleans())
 def test_mean_equals_float64_reference_when_weighted(
-    logged: list[tuple[str, float, float, bool]], sums: WeightedSums
+    logged: list[tuple[str, float, float, bool]], holds_all: bool
 ) -> None:
+    sums = WeightedSums(holds_all=holds_all)
     for name, value, weight, as_tensor in logged:
         sums.add({name: torch.tensor(value) if as_tensor else value}, weight)
     means = reduce(sums)
