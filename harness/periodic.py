@@ -117,6 +117,7 @@ class PeriodicLogger:
         self._ends = False
         self._saved_at_step: int | None = None
         self._batches_in_epoch = 0
+        self._skip_batches = 0
         self._samples_in_step = 0
         self._started = False
 
@@ -269,7 +270,6 @@ class PeriodicLogger:
         """
         self._max_steps = max_steps
         for epoch in range(self.epoch, max_epochs):
-            self._batches_in_epoch = 0
             yield epoch
             self.epoch = epoch + 1
             self._batches_in_epoch = 0
@@ -302,9 +302,13 @@ class PeriodicLogger:
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
         self._timer.resume()
+        num_taken, self._skip_batches = self._skip_batches, 0
+        if num_taken:
+            # In the middle of an epoch: the sampler, whose order is the epoch's, goes on where it was.
+            loader = self.accelerator.skip_first_batches(loader, num_taken)
         iterator = iter(loader)
         try:
-            for position, batch in enumerate(iterator, start=1):
+            for position, batch in enumerate(iterator, start=num_taken + 1):
                 if position == limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
@@ -367,6 +371,19 @@ class PeriodicLogger:
         self._emit(compute_over_ranks(self._agreement, self._metric_objects), self.step)
         self._metric_objects = {}
         self._timer.resume()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is: complete epochs and steps, and the batches of the running epoch."""
+        return {"epoch": self.epoch, "step": self.step, "batches_in_epoch": self._batches_in_epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from there: `epochs` starts at that epoch, and the first `batches` at the next batch.
+
+        The order of the data is the same as without the interruption where the sampler's order follows
+        from seed and epoch (accelerate's ``use_seedable_sampler``, which `harness.runtime.start` sets).
+        """
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._batches_in_epoch = self._skip_batches = state["batches_in_epoch"]
 
     def _check_stop(self) -> None:
         self._peers.check()

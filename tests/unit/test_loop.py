@@ -1,0 +1,167 @@
+"""The loop and the periodic logger in one process: steps, accumulation, limits, stopping, position."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from harness.checkpoint.commit import list_checkpoints
+from harness.config import CheckpointConfig, EarlyStopping, TrackingConfig, TrainerConfig
+from harness.errors import ConfigError
+from harness.loop import fit
+from harness.periodic import PeriodicLogger
+from harness.runtime import start
+from harness.task import StepOutput
+from harness.tracking.outbox import read_entries
+
+NUM_SAMPLES = 20
+
+
+class Line:
+    """Fits a line; keeps which samples it saw."""
+
+    def __init__(self, batch_size: int = 4, eval_losses: list[float] | None = None) -> None:
+        self.batch_size = batch_size
+        self.eval_losses = eval_losses
+        self.seen: list[list[int]] = []
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(1, 1)
+
+    def train_data(self) -> DataLoader[Any]:
+        index = torch.arange(float(NUM_SAMPLES)).unsqueeze(1)
+        return DataLoader(TensorDataset(index, 3 * index / NUM_SAMPLES), self.batch_size, shuffle=True)
+
+    def eval_data(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.ones(3, 1), torch.ones(3, 1)), 2)
+
+    def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
+        index, target = batch
+        if model.training:
+            self.seen.append(index.flatten().int().tolist())
+        loss = F.mse_loss(model(index / NUM_SAMPLES), target)
+        if not model.training and self.eval_losses is not None:
+            loss = torch.tensor(self.eval_losses[0])
+        return StepOutput(loss, weight=len(index))
+
+
+Run = tuple[Line, PeriodicLogger, nn.Module]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Trains a line with a configuration; each call is a run of its own."""
+    names = iter("abcdefgh")
+
+    def run(
+        config: TrainerConfig, task: Line | None = None, state: dict[str, int] | None = None, **checkpoint: Any
+    ) -> Run:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        task = task or Line()
+        accelerator: Accelerator = start(config, seed=3)
+        model = task.model()
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05)
+        model, optimizer, loader, eval_loader = accelerator.prepare(
+            model, optimizer, task.train_data(), task.eval_data()
+        )
+        checkpoint.setdefault("every_n_epochs", None)
+        with PeriodicLogger(
+            accelerator,
+            checkpoint["every_n_epochs"],
+            run_name=next(names),
+            run_dir=tmp_path,
+            checkpoint=CheckpointConfig(**checkpoint),
+            tracking=TrackingConfig(enabled=False, log_every_n_steps=2),
+        ) as logger:
+            logger.watch(model, optimizer)
+            if state is not None:
+                logger.load_state_dict(state)
+            fit(accelerator, task, config, logger, model, optimizer, None, loader, eval_loader)
+        return task, logger, copy.deepcopy(model)
+
+    yield run
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def checkpoint_names(logger: PeriodicLogger) -> list[str]:
+    assert logger.run_path is not None
+    return [name for name, _ in list_checkpoints(logger.run_path / "checkpoints")]
+
+
+def test_weights_equal_larger_batches_when_gradients_are_accumulated(train: Callable[..., Run]) -> None:
+    _, whole, expected = train(TrainerConfig(max_epochs=2), Line(batch_size=10))
+    _, split, model = train(TrainerConfig(max_epochs=2, gradient_accumulation_steps=2), Line(batch_size=5))
+    assert whole.step == split.step == 4
+    torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()))
+
+
+def test_open_accumulation_is_stepped_when_the_limit_ends_the_epoch(train: Callable[..., Run]) -> None:
+    task, logger, _ = train(TrainerConfig(max_epochs=2, gradient_accumulation_steps=2, limit_train_batches=3))
+    assert len(task.seen) == 6
+    assert logger.step == 4  # two whole, and the rest of each epoch
+
+
+def test_training_ends_and_is_saved_when_max_steps_is_reached_within_an_epoch(train: Callable[..., Run]) -> None:
+    task, logger, _ = train(TrainerConfig(max_epochs=9, max_steps=7))
+    assert (len(task.seen), logger.step, logger.epoch) == (7, 7, 2)
+    assert checkpoint_names(logger) == ["epoch-0002"]
+
+
+def test_checkpoints_follow_both_cadences_when_both_are_set(train: Callable[..., Run]) -> None:
+    _, logger, _ = train(TrainerConfig(max_epochs=4), every_n_epochs=2, every_n_steps=4, when_busy="wait")
+    # Five steps an epoch. Step 20 is the fourth epoch's end: one checkpoint, not two.
+    assert checkpoint_names(logger) == [
+        *("step-00000004", "step-00000008", "epoch-0002", "step-00000012", "step-00000016", "step-00000020")
+    ]
+
+
+def test_training_stops_when_the_monitored_metric_gets_no_better(train: Callable[..., Run]) -> None:
+    stopping = EarlyStopping(monitor="eval/loss", mode="min", patience=2)
+    _, logger, _ = train(TrainerConfig(max_epochs=9, early_stopping=stopping), Line(eval_losses=[1.0]))
+    assert logger.epoch == 3  # one that is the best, two that are no better
+
+
+def test_error_names_the_metrics_when_the_monitored_one_is_not_there(train: Callable[..., Run]) -> None:
+    stopping = EarlyStopping(monitor="eval/f1")
+    with pytest.raises(ConfigError, match="there is no metric 'eval/f1'; there are eval/loss"):
+        train(TrainerConfig(max_epochs=9, early_stopping=stopping))
+
+
+def test_order_is_new_each_epoch_and_the_same_each_run(train: Callable[..., Run]) -> None:
+    first, _, _ = train(TrainerConfig(max_epochs=2))
+    second, _, _ = train(TrainerConfig(max_epochs=2))
+    assert first.seen == second.seen
+    assert first.seen[:5] != first.seen[5:]
+    assert sorted(index for batch in first.seen[:5] for index in batch) == list(range(NUM_SAMPLES))
+
+
+def test_data_goes_on_in_the_same_order_when_position_is_loaded(train: Callable[..., Run]) -> None:
+    whole, _, _ = train(TrainerConfig(max_epochs=3))
+    rest, logger, _ = train(TrainerConfig(max_epochs=3), state={"epoch": 1, "step": 8, "batches_in_epoch": 3})
+    assert rest.seen == whole.seen[8:]
+    assert (logger.epoch, logger.step) == (3, 15)
+
+
+def test_points_are_where_steps_and_epochs_end_when_logged(train: Callable[..., Run]) -> None:
+    _, logger, _ = train(TrainerConfig(max_epochs=2))
+    assert logger.run_path is not None
+    steps = [
+        entry.body["step"]
+        for entry in read_entries(logger.run_path / "outbox")
+        if entry.kind == "metrics" and "train/loss" in entry.body["values"]
+    ]
+    assert steps == [2, 4, 5, 6, 8, 10]
+    assert {"train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_time_p99_s"} <= logger.latest.keys()
