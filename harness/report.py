@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,4 +63,11 @@ def how_to_open(run_dir: Path) -> str:
     uri = record["tracking_uri"]
     if uri.startswith(("http://", "https://")):
         return f"MLflow: {uri}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}"
-    return f"open the MLflow page with:  mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"open the MLflow page with:  {_mlflow_command()} ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _mlflow_command() -> str:
+    """How this environment's `mlflow` is typed here: by its path, unless the shell finds the same one."""
+    ours = Path(sys.executable).with_name("mlflow")
+    found = shutil.which("mlflow")
+    return "mlflow" if found is not None and Path(found).resolve() == ours.resolve() else shlex.quote(str(ours))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from harness.report import checkpoint_records
-from tests.launching import ROOT, harness, run
+from tests.launching import BIN, ROOT, harness, run
 from tests.mlflow_reader import client, models, only_run
 
 
@@ -22,6 +24,8 @@ def test_demo_reaches_97_percent_in_a_minute_and_ends_with_table_and_command(tmp
     assert table[0].split() == ["epoch", "step", "bytes", "eval/accuracy", "eval/loss", "on", "disk", "MLflow", "model"]
     for line, record in zip(table[1:], records, strict=False):
         assert line.split()[-1] == record["mlflow_model_id"]
-    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" in table[-1]
+    command = table[-1].partition(":  ")[2]
+    assert command.endswith(f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert shutil.which(command.split()[0], path=f"{BIN}:{os.environ['PATH']}") is not None
     found = models(client(tmp_path), only_run(tmp_path))
     assert [model.model_id for model in found] == [record["mlflow_model_id"] for record in records]
