@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -11,6 +12,8 @@ from typing import NoReturn
 from harness.config import RunConfig
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure
 from harness.options import parse_run_config
+
+_RANK_ZERO_FIRST_S = 3.0
 
 
 def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
@@ -52,7 +55,13 @@ def tell(error: BaseException) -> int:
     could say whose fault it was, since that may be rank zero's.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank == 0 or (isinstance(error, PeerFailure) and error.rank is None):
+    nobody_knows = isinstance(error, PeerFailure) and error.rank is None
+    if rank > 0 and not isinstance(error, PeerFailure) and not getattr(error, "is_told_to_peers", False):
+        # From before the ranks could tell each other. Where rank zero has the same error, it says so and
+        # ends, and the launcher ends this rank within the pause.
+        time.sleep(_RANK_ZERO_FIRST_S)
+        nobody_knows = True
+    if rank == 0 or nobody_knows:
         name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
         print(f"harness: error{where}: {name}{error}", file=sys.stderr, flush=True)

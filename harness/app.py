@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from harness import build, data, runtime
+from harness import build, data, precision, runtime
 from harness.config import RunConfig
 from harness.loop import fit
 from harness.periodic import PeriodicLogger
@@ -77,9 +77,11 @@ def prepare(
     # Again, so that the model does not depend on how many random numbers the data took.
     set_seed(config.seed)
     model = task.model()
+    precision.refuse_what_fails(accelerator, model)
     optimizer = build.build_optimizer(config.optimizer, model)
     scheduler = build.build_scheduler(config.scheduler, optimizer)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    precision.cast_inputs(accelerator, model)
     if eval_loader is not None:
         eval_loader = accelerator.prepare(eval_loader)
     # From here on ranks may differ (dropout), each by its own and repeatable random numbers.

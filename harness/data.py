@@ -109,10 +109,20 @@ def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any
 
 def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:
     """How many samples of this batch are this rank's own; None: all of them."""
-    sampler = getattr(loader, "batch_sampler", None)
-    fills_up = getattr(sampler, "even_batches", False) and getattr(sampler, "num_processes", 1) > 1
-    remainder = getattr(loader, "remainder", -1)
-    if not fills_up or not getattr(loader, "end_of_dataloader", False) or remainder <= 0:
+    shard: Any = getattr(loader, "batch_sampler", None)
+    fills_up = getattr(shard, "even_batches", False) and getattr(shard, "num_processes", 1) > 1
+    if not fills_up or getattr(shard, "drop_last", False) or not getattr(loader, "end_of_dataloader", False):
+        return None
+    # Not accelerate's own `remainder`: that counts the data set, of which a sampler may take a part.
+    try:
+        num_samples = len(shard.batch_sampler.sampler)
+    except (TypeError, AttributeError) as error:
+        raise DataError(
+            "the evaluation loader's sampler has no length, so the samples that repeat in the last batch cannot be "
+            "told; give it a sampler with a length"
+        ) from error
+    remainder = num_samples % loader.total_batch_size
+    if remainder == 0:
         return None
     of_each_rank: int = loader.total_batch_size // accelerator.num_processes
     own: int = remainder - accelerator.process_index * of_each_rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,8 @@ def fit(
     # DeepSpeed clips by its own configuration, and gives the norm that it found for nothing.
     clips = config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED
     patience = _Stopping(config.early_stopping, eval_loader)
+    # The reduced loss, not each batch's: it is the same on all ranks, and reading it waits for nothing.
+    logger.on_reduced(_check_finite)
     for _ in logger.epochs(config.max_epochs, config.max_steps):
         model.train()
         for batch in logger.batches(train_loader, config.limit_train_batches):
@@ -66,7 +69,6 @@ def fit(
                     scheduler.step()
                 optimizer.zero_grad()
             logger.log(_named("train", output), output.weight)
-            _check_finite(logger)
         if eval_loader is not None:
             evaluate(task, config, logger, model, eval_loader)
             if patience.is_exhausted(logger):
@@ -109,11 +111,10 @@ def _log_gradient_norm(
         logger.log({"train/grad_norm": norm.full_tensor() if isinstance(norm, DTensor) else norm})
 
 
-def _check_finite(logger: PeriodicLogger) -> None:
-    # The reduced loss, not this batch's: it is the same on all ranks, and reading it waits for nothing.
-    loss = logger.latest.get("train/loss")
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    loss = values.get("train/loss")
     if loss is not None and not math.isfinite(loss):
-        raise NonFiniteLossError("train/loss", loss, logger.step)
+        raise NonFiniteLossError("train/loss", loss, step)
 
 
 class _Stopping:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import MetricError
+from harness.metrics import check_name
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -48,6 +49,8 @@ def compute_over_ranks(agreement: Agreement, metrics: Mapping[str, torchmetrics.
     """
     if not metrics:
         return {}
+    for name in metrics:
+        check_name(name)
     mine = {name: _to_host(metric.metric_state) for name, metric in metrics.items()}
     by_rank = agreement.gather("torchmetrics states", mine)
     values: dict[str, float] = {}
@@ -66,9 +69,8 @@ def _merge(metric: torchmetrics.Metric, states: list[dict[str, Any]]) -> None:
         if isinstance(parts[0], list):
             setattr(metric, name, [tensor for part in parts for tensor in part])
         elif reduce is None:
-            raise MetricError(
-                f"{type(metric).__name__}: its state {name!r} has no dist_reduce_fx, so ranks cannot be merged"
-            )
+            # torchmetrics' own meaning of it: one rank's state as it is, several stacked for `compute`.
+            setattr(metric, name, parts[0] if len(parts) == 1 else torch.stack(parts))
         else:
             setattr(metric, name, cast(Callable[[Tensor], Tensor], reduce)(torch.stack(parts)))
     metric._update_count = max(1, metric._update_count)

@@ -14,6 +14,7 @@ there is one collective for each window.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,6 +31,22 @@ if TYPE_CHECKING:
 
 # So many logged values are kept as they are; then they are summed up on their device.
 _MAX_PENDING = 256
+
+
+_NAME = re.compile(r"[\w\-. :/]{1,250}")
+
+
+def check_name(name: str) -> None:
+    """Refuse a metric's name that MLflow would refuse, with all that is sent along with it.
+
+    Raises:
+        MetricError: with what a name may hold.
+    """
+    if not _NAME.fullmatch(name) or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
+        raise MetricError(
+            f"{name!r}: must be a metric's name of letters, digits, '_', '-', '.', ' ', ':' and '/' (at most 250, as a "
+            "path without empty parts); rename it, such as acc@1 to acc_at_1"
+        )
 
 
 @dataclass
@@ -52,6 +69,7 @@ class WeightedSums:
 
     def __init__(self, *, holds_all: bool = False) -> None:
         self._holds_all = holds_all
+        self._checked_names: set[str] = set()
         self._pending: dict[str, _Pending] = {}
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, float] = {}
@@ -71,6 +89,9 @@ class WeightedSums:
         if weight == 0:
             return
         for name, value in values.items():
+            if name not in self._checked_names:
+                check_name(name)
+                self._checked_names.add(name)
             if isinstance(value, Tensor):
                 if value.ndim and value.numel() != 1:
                     raise MetricError(

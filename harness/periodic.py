@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ from harness.run_directory import make_run_directory
 from harness.schedule import Cadence
 from harness.signals import StopSignals
 from harness.tracking import provenance
-from harness.tracking.tracker import RunStatus, Tracker
+from harness.tracking.outbox import read_delivered
+from harness.tracking.tracker import RunStatus, Tracker, refused_line
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -118,8 +119,12 @@ class PeriodicLogger:
         self._saved_at_step: int | None = None
         self._batches_in_epoch = 0
         self._skip_batches = 0
+        self._is_cut_short = False
+        self._step_save_is_due = False
         self._samples_in_step = 0
         self._started = False
+        self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
+        self._window_rates: dict[str, float] = {}
 
     # ---------------------------------------------------------------------- start and end
 
@@ -198,7 +203,13 @@ class PeriodicLogger:
             raise self.fail(error) from error.__cause__
         self.last_save_status = self._saver.status
         self._peers.close()
-        self._end_run("FINISHED", "training is complete", self.tracking_config.drain_timeout_s)
+        # All is trained and written: a signal now ends the wait for MLflow, and nothing else.
+        self._end_run(
+            "FINISHED",
+            "training is complete",
+            self.tracking_config.drain_timeout_s,
+            may_wait=lambda: not self._signals.is_set,
+        )
         self._signals.restore()
 
     def fail(self, error: BaseException) -> BaseException:
@@ -214,6 +225,7 @@ class PeriodicLogger:
         self._started = False
         cause = self._peers.cause(error)
         self._peers.report(cause)
+        cause.is_told_to_peers = True  # type: ignore[attr-defined]
         if self._tracker is not None:
             if hasattr(self, "_saver"):
                 self._saver.abandon(_FAILURE_WAIT_S)
@@ -228,12 +240,19 @@ class PeriodicLogger:
         if self._tracker is not None:
             self._end_run(_status_of(failure), _reason_of(failure), _FAILURE_WAIT_S)
 
-    def _end_run(self, status: RunStatus, reason: str, timeout_s: float) -> None:
+    def _end_run(
+        self, status: RunStatus, reason: str, timeout_s: float, may_wait: Callable[[], bool] = lambda: True
+    ) -> None:
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
+
+        def waiting(share: float) -> bool:
+            self.progress.delivering(share)
+            return may_wait()
+
         try:
-            done = tracker.end(status, reason, timeout_s, self.progress.delivering)
+            done = tracker.end(status, reason, timeout_s, waiting)
         except HarnessError as error:
             # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
             tracker.abandon()
@@ -243,6 +262,8 @@ class PeriodicLogger:
             self.progress.say(
                 f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
             )
+        if refused := read_delivered(tracker.run_dir / "outbox").refused:
+            self.progress.say(f"harness: warning: {refused_line(tracker.run_dir, refused)}")
 
     # ------------------------------------------------------------------------- the loop
 
@@ -270,18 +291,25 @@ class PeriodicLogger:
         """
         self._max_steps = max_steps
         for epoch in range(self.epoch, max_epochs):
+            self._is_cut_short = self._step_save_is_due = False
             yield epoch
-            self.epoch = epoch + 1
-            self._batches_in_epoch = 0
+            is_whole = not self._is_cut_short
+            if is_whole:
+                self.epoch, self._batches_in_epoch = epoch + 1, 0
             is_last = self.epoch == max_epochs or self._ends
-            saves = self._cadence.is_due_after_epoch(self.epoch) or (is_last and self.checkpoint_config.save_last)
+            epoch_save_is_due = is_whole and self._cadence.is_due_after_epoch(self.epoch)
+            saves = epoch_save_is_due or self._step_save_is_due or (is_last and self.checkpoint_config.save_last)
             self._collect()
             # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
             self._flush_train(wait=saves or is_last)
-            self._emit({"epoch": float(self.epoch)}, self.step)
+            if is_whole:
+                self._emit({"epoch": float(self.epoch)}, self.step)
             if saves:
-                self._save(f"epoch-{self.epoch:04d}")
-            self.progress.epoch_done(self.epoch, self.step, self.latest, self._saver.status)
+                by_epoch = epoch_save_is_due or (is_whole and not self._step_save_is_due)
+                name = f"epoch-{self.epoch:04d}" if by_epoch else f"step-{self.step:08d}"
+                # The last one is what the training was for: it is not skipped because the disk is busy.
+                self._save(name, must=is_last)
+            self.progress.epoch_done(epoch + 1, self.step, self.latest, self._saver.status)
             if is_last:
                 return
 
@@ -313,13 +341,16 @@ class PeriodicLogger:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
                 yield batch
-                self._after_batch(batch)
+                is_epochs_last = position == limit or getattr(loader, "end_of_dataloader", False)
+                self._after_batch(batch, is_epochs_last)
+                if self._ends:
+                    self._is_cut_short = not is_epochs_last
                 if position == limit or self._ends:
                     return
         finally:
             _leave(loader, iterator)
 
-    def _after_batch(self, batch: Any) -> None:
+    def _after_batch(self, batch: Any, is_epochs_last: bool) -> None:
         self._batches_in_epoch += 1
         self._samples_in_step += data.batch_size(batch)
         self._check_stop()
@@ -336,8 +367,13 @@ class PeriodicLogger:
         if self._max_steps is not None and self.step >= self._max_steps:
             self._ends = True
         if self._cadence.is_due_after_step(self.step):
-            self._save(f"step-{self.step:08d}")
-            self._timer.resume()
+            if is_epochs_last:
+                self._step_save_is_due = True  # after this epoch's evaluation, with its metrics
+            else:
+                self._collect()
+                self._flush_train(wait=True)
+                self._save(f"step-{self.step:08d}")
+                self._timer.resume()
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
@@ -372,6 +408,13 @@ class PeriodicLogger:
         self._metric_objects = {}
         self._timer.resume()
 
+    def on_reduced(self, callback: Callable[[Mapping[str, float], int], None]) -> None:
+        """Have `callback` called with each window's reduced values and its step, on every rank alike.
+
+        It is called before a checkpoint is taken that would hold that window's steps; it may raise.
+        """
+        self._callbacks.append(callback)
+
     def state_dict(self) -> dict[str, int]:
         """Where training is: complete epochs and steps, and the batches of the running epoch."""
         return {"epoch": self.epoch, "step": self.step, "batches_in_epoch": self._batches_in_epoch}
@@ -396,6 +439,7 @@ class PeriodicLogger:
     def save(self) -> bool:
         """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``)."""
         self._collect()
+        self._flush_train(wait=True)
         return self._save(f"step-{self.step:08d}")
 
     # ----------------------------------------------------------------------- logging
@@ -425,7 +469,9 @@ class PeriodicLogger:
             kwargs: likewise.
         """
         single = each_metric(metrics)
-        self._metric_objects.update(single)
+        for name, metric in single.items():
+            if name not in self._metric_objects:
+                self._metric_objects[name] = metric.to(self.accelerator.device)
         if self._logging_to is not None:
             for metric in single.values():
                 metric.update(*args, **kwargs)
@@ -437,6 +483,7 @@ class PeriodicLogger:
 
     def _flush_train(self, *, wait: bool) -> None:
         """Start the reduction of training's sums; read it now, or at the next one."""
+        self._window_rates = self._learning_rates()
         self._reducer.start(self._train_sums, self.step, self._gauges())
         if wait:
             self._collect()
@@ -449,8 +496,10 @@ class PeriodicLogger:
         values = dict(reduced.values)
         if any(reduced.gauges["steps_per_s"]):
             values |= timing.over_ranks(reduced.gauges)
-            values |= self._learning_rates()
+            values |= self._window_rates
         self._emit(values, reduced.step)
+        for callback in self._callbacks:
+            callback(values, reduced.step)
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
         if not values:
@@ -482,14 +531,16 @@ class PeriodicLogger:
 
     # ------------------------------------------------------------------- checkpoints
 
-    def _save(self, name: str) -> bool:
+    def _save(self, name: str, *, must: bool = False) -> bool:
         if self._watched is None or self._saved_at_step == self.step:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
         moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
-        begun = self._saver.save(moment, self._watched)
+        begun = self._saver.save(moment, self._watched, must=must)
         if begun:
             self._saved_at_step = self.step
+        else:
+            self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
         return begun
 
     def _publish(self, name: str, manifest: Manifest) -> None:

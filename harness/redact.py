@@ -8,6 +8,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 # Up to the last @ before the path: a password may hold one.
 _URI_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]+@")
+# A user alone is often a token: https://TOKEN@host.
+_URI_TOKEN = re.compile(r"(://)[^\s/:@]+@")
 # `token` only where a name ends with it: `max_tokens` and `tokenizer` are no secrets.
 _SECRET = r"(?:(?:password|passwd|secret|api[-_]?key)[\w.-]*|token)"
 _SECRET_NAME = re.compile(_SECRET + r"\Z", re.IGNORECASE)
@@ -16,7 +18,8 @@ _SECRET_OPTION = re.compile(rf"({_SECRET}[\"']?(?:\s*[=:]\s*|\s+))(?:'[^']*'|\"[
 
 def redact(text: str) -> str:
     """The text with passwords in URIs, and the values of options named like secrets, replaced."""
-    return _SECRET_OPTION.sub(r"\1***", _URI_PASSWORD.sub(r"\1:***@", text))
+    without = _URI_TOKEN.sub(r"\1***@", _URI_PASSWORD.sub(r"\1:***@", text))
+    return _SECRET_OPTION.sub(r"\1***", without)
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
@@ -41,7 +44,8 @@ def is_secret_name(name: str) -> bool:
 def without_password(uri: str) -> str:
     """The URI with a password in it replaced, fit to be written down."""
     parts = urlsplit(uri)
-    if parts.password is None:
+    if parts.username is None and parts.password is None:
         return uri
     host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{host}"))
+    user = "***" if parts.password is None else f"{parts.username}:***"
+    return urlunsplit(parts._replace(netloc=f"{user}@{host}"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -126,6 +128,8 @@ def _deepspeed_plugin(trainer: TrainerConfig, on_cpu: bool) -> DeepSpeedPlugin:
         gradient_accumulation_steps=trainer.gradient_accumulation_steps,
         gradient_clipping=trainer.max_grad_norm,
     )
+    # Left to accelerate, no clipping becomes "auto", and "auto" becomes 1.0. DeepSpeed takes 0 for none.
+    plugin.deepspeed_config["gradient_clipping"] = trainer.max_grad_norm or 0.0
     if on_cpu:
         # DeepSpeed would insist on its own compiled CPU Adam.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
@@ -261,6 +265,8 @@ def memory_bytes(device: torch.device) -> float:
     """Peak of device memory that tensors took (CUDA), or the resident memory of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
+    if sys.platform != "linux":
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     return float(int(os.pread(_statm(), 256, 0).split()[1]) * _PAGE_BYTES)
 
 

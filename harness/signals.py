@@ -34,6 +34,11 @@ class StopSignals:
         if number == signal.SIGINT and sys.stderr is not None:
             sys.stderr.write("harness: stopping after this step; once more to stop at once\n")
 
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
     def check(self) -> None:
         """Raise if a signal has come. Costs one attribute.
 

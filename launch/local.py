@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.config import RunConfig
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import parse_run_config
 from launch.command_parser import CommandParser
@@ -43,16 +44,31 @@ def launch(words: Sequence[str]) -> int:
     """
     plan, dry_run = _parse(words)
     # A wrong configuration is told here, once, and not by N ranks under a launcher's traceback.
-    parse_run_config(plan.training_words, prog="harness launch")
+    config = parse_run_config(plan.training_words, prog="harness launch")
     command = accelerate_command(plan)
     print(shlex.join(command), flush=True)
     if dry_run:
         return EXIT_DONE
     if plan.main_process_port:
         _require_free(plan.main_process_port)
+    check_classes(config)
     environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(plan.num_processes)}
     executable = Path(sys.executable).with_name("accelerate")
     os.execve(executable, [str(executable), *command[1:]], environment)
+
+
+def check_classes(config: RunConfig) -> None:
+    """Import the classes that the configuration names and check their arguments (this takes torch).
+
+    Raises:
+        ConfigError: as each rank would, but once, and with the exit code that it should have.
+    """
+    from harness.build import check_arguments
+
+    check_arguments("task", config.task)
+    check_arguments("optimizer", config.optimizer, ("params",))
+    if config.scheduler is not None:
+        check_arguments("scheduler", config.scheduler, ("optimizer",))
 
 
 def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
@@ -136,6 +152,8 @@ def _require_free(port: int) -> None:
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
+        except OverflowError as error:
+            raise ConfigError("--main_process_port", f"must be from 0 to 65535, got {port}") from error
         except OSError as error:
             raise ConfigError(
                 "--main_process_port", f"{port} is in use ({error.strerror}); leave it out for a free one"

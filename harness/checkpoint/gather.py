@@ -151,11 +151,6 @@ def _zero_gatherer(
         return
     inner = engine.optimizer.optimizer
     names = {id(parameter): name for name, parameter in state.parameters.items()}
-    if len(inner.param_groups) > 1:
-        raise CheckpointError(
-            "optimizer: with DeepSpeed ZeRO only one parameter group can be saved so far, "
-            f"got {len(inner.param_groups)}; use one, or checkpoint.save_weights_only"
-        )
     trained = {id(p) for group in _full_groups(engine, is_stage_3) for p in group}
     in_group = [name for name, parameter in state.parameters.items() if id(parameter) in trained]
     gathered.param_groups.append({**_hyperparameters(inner.param_groups[0]), "params": in_group})

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from harness import random_state
@@ -100,12 +101,14 @@ class Saver:
         self.num_skipped = 0
         self.last_error: Exception | None = None
 
-    def save(self, moment: Moment, watched: Watched) -> bool:
+    def save(self, moment: Moment, watched: Watched, *, must: bool = False) -> bool:
         """Take a checkpoint of this moment; whether it was begun (not skipped, being busy).
+
+        With `must` it waits where it would be skipped.
 
         Blocks until the state is gathered on rank zero; the writing goes on behind.
         """
-        if not self._agreement.from_rank_zero("decide on the checkpoint", self._may_begin):
+        if not self._agreement.from_rank_zero("decide on the checkpoint", lambda: self._may_begin(must)):
             self.num_skipped += 1
             return False
         weights_only = self._config.save_weights_only
@@ -123,9 +126,17 @@ class Saver:
         """Refuse, before training and on all ranks alike, what could not be saved.
 
         Raises:
-            CheckpointError: if the scheduler's state is not JSON.
+            CheckpointError: if the scheduler's state is not JSON, or ZeRO has several parameter groups.
         """
-        if watched.scheduler is None or self._config.save_weights_only:
+        if self._config.save_weights_only:
+            return
+        is_zero = self._accelerator.distributed_type == DistributedType.DEEPSPEED
+        if is_zero and watched.optimizer is not None and len(watched.optimizer.param_groups) > 1:
+            raise CheckpointError(
+                "optimizer: with DeepSpeed ZeRO only one parameter group can be saved so far, "
+                f"got {len(watched.optimizer.param_groups)}; use one, or checkpoint.save_weights_only"
+            )
+        if watched.scheduler is None:
             return
         try:
             json.dumps(watched.scheduler.state_dict())
@@ -135,9 +146,10 @@ class Saver:
                 "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
             ) from error
 
-    def _may_begin(self) -> bool:
+    def _may_begin(self, must: bool) -> bool:
         """Rank zero: whether the write before is done, or, if configured so, once it is."""
-        if self._writing is not None and not self._writing.done() and self._config.when_busy == "skip":
+        skips = self._config.when_busy == "skip" and not must
+        if self._writing is not None and not self._writing.done() and skips:
             self.status = "skipped one: the one before is still being written"
             return False
         self._await_write()

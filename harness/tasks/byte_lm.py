@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from harness.errors import DataError
 from harness.task import StepOutput
 
 _NUM_BYTES = 256
@@ -155,5 +156,5 @@ class ByteLM:
             if self.max_text_bytes is not None and len(content) >= self.max_text_bytes:
                 break
         if not content:
-            raise ValueError(f"there is no text: no file {self.pattern} in {self.text_dir}")
+            raise DataError(f"text_dir: there is no file {self.pattern} in {self.text_dir}; name another directory")
         return torch.frombuffer(content[: self.max_text_bytes], dtype=torch.uint8)

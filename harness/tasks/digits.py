@@ -57,7 +57,7 @@ class Digits:
         images, labels = batch
         logits = model(images)
         accuracy = (logits.argmax(-1) == labels).float().mean()
-        return StepOutput(F.cross_entropy(logits, labels), weight=len(labels), metrics={"accuracy": accuracy})
+        return StepOutput(F.cross_entropy(logits.float(), labels), weight=len(labels), metrics={"accuracy": accuracy})
 
     def _images(self, *, evaluation: bool) -> TensorDataset:
         data = load_digits()

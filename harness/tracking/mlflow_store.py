@@ -8,6 +8,7 @@ key, step, time and value is stored once by MLflow itself (measured: sqlite).
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,13 +103,13 @@ class MlflowStore:
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""
-        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in values.items()]
+        params = [Param(_key(key), value[:MAX_PARAM_CHARS]) for key, value in values.items()]
         for start in range(0, len(params), MAX_PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS_PER_BATCH])
 
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a value that is too long is cut."""
-        tags = [RunTag(key, value[:MAX_TAG_CHARS]) for key, value in values.items()]
+        tags = [RunTag(_key(key), value[:MAX_TAG_CHARS]) for key, value in values.items()]
         for start in range(0, len(tags), MAX_TAGS_PER_BATCH):
             self._client.log_batch(self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
 
@@ -178,6 +179,11 @@ class MlflowStore:
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status, end_time_ms)
+
+
+def _key(name: str) -> str:
+    """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
 
 
 class SystemMonitor:

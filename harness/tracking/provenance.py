@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
+from torch.utils.data import IterableDataset
 
+from harness import random_state
 from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
@@ -34,7 +36,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
     record = {
         "mlflow.source.name": entry_file,
         "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "harness.command": shlex.join(redact_words([Path(sys.executable).name, *sys.orig_argv[1:]])),
         "harness.entry_file": entry_file,
         "harness.host": socket.gethostname(),
@@ -46,6 +48,13 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
     if "SLURM_JOB_ID" in os.environ:
         record["harness.slurm_job_id"] = os.environ["SLURM_JOB_ID"]
     return {**record, **extra}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user without an entry in passwd
+        return str(os.getuid())
 
 
 def versions() -> dict[str, str]:
@@ -154,11 +163,16 @@ def dataset_record(dataset: Any, context: str) -> dict[str, Any]:
 
 def _sample_digest(dataset: Any, length: int | None, name: str) -> str:
     state = xxhash.xxh3_64(f"{name}:{length}".encode())
-    if length and hasattr(dataset, "__getitem__"):
+    if length and not isinstance(dataset, IterableDataset):
         # Reading samples draws from the random state where a data set augments: put it back after.
-        with torch.random.fork_rng(devices=[]):
+        before = random_state.capture(torch.device("cpu"))
+        try:
             for position in range(min(length, _NUM_DIGEST_SAMPLES)):
                 _update_digest(state, dataset[position * length // min(length, _NUM_DIGEST_SAMPLES)])
+        except Exception:  # a data set that cannot be indexed, or not now: no reason to end a training
+            state = xxhash.xxh3_64(f"{name}:{length}".encode())
+        finally:
+            random_state.restore(before, torch.device("cpu"))
     return state.hexdigest()
 
 

@@ -196,6 +196,9 @@ class Publisher:
                 self._acknowledge(group, models)
                 return True
             except Exception as error:
+                if self._is_permanent(error) and len(group) > 1:
+                    # One of them is refused, not all: the others must not go with it.
+                    return all(self._deliver_with_retries([entry]) for entry in group)
                 if self._is_permanent(error):
                     log(f"refused for good: {group[0].kind}: {error}")
                     self._acknowledge(group, {}, refused=redact(f"{group[0].kind}: {error}"))

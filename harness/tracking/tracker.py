@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 LOG = "publisher.log"
 SETTINGS = "settings.json"
 _SYNC_LOCK_TIMEOUT_S = 60.0
+_REVIVE_EVERY_S = 10.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -42,6 +43,8 @@ class Tracker:
         self.outbox = Outbox(run_dir / "outbox")
         self.run_id: str | None = None
         self._publisher: subprocess.Popen[bytes] | None = None
+        self._settings: dict[str, Any] = {}
+        self._started_s = 0.0
 
     def start(self, run_name: str) -> None:
         """Start the publisher and wait until the MLflow run exists and its id is on disk.
@@ -60,6 +63,8 @@ class Tracker:
             "start_timeout_s": self.config.start_timeout_s,
             "lock_timeout_s": 0.0,
         }
+        self._settings = settings
+        self._started_s = time.monotonic()
         self._publisher = _start_publisher(self.run_dir, settings)
         try:
             self.run_id = _read_answer(self._publisher, self.run_dir, self.config.start_timeout_s)
@@ -77,7 +82,19 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int) -> int:
         """Metrics at an optimizer step; returns their time in milliseconds since the epoch."""
+        self._revive()
         return self.outbox.append("metrics", {"step": step, "values": dict(values)})
+
+    def _revive(self) -> None:
+        """Start the publisher again if it has died. Costs one system call."""
+        if self._publisher is None or self._publisher.poll() is None:
+            return
+        if time.monotonic() - self._started_s < _REVIVE_EVERY_S:
+            return
+        self.abandon()
+        self._started_s = time.monotonic()
+        # It finds the run by its key. Its answer is not waited for: training goes on meanwhile.
+        self._publisher = _start_publisher(self.run_dir, self._settings)
 
     def dataset(self, record: Mapping[str, Any]) -> None:
         """A data set: name, digest, source, context and profile."""
@@ -93,14 +110,14 @@ class Tracker:
             self.outbox.append("checkpoint", record)
             self.outbox.sync()
 
-    def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[float], None]) -> bool:
+    def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[float], bool]) -> bool:
         """Say how the run ended and wait until all is delivered, at most `timeout_s`.
 
         Args:
             status: the status that MLflow shall show.
             reason: one line, for the tag ``harness.end_reason``.
             timeout_s: the limit of the wait, in seconds.
-            waiting: called twice a second with the share delivered, 0 to 1.
+            waiting: called twice a second with the share delivered, 0 to 1; whether to wait on.
 
         Returns:
             Whether everything was delivered.
@@ -113,7 +130,8 @@ class Tracker:
             return not self.config.enabled
         deadline_s = time.monotonic() + timeout_s
         while self._publisher.poll() is None and time.monotonic() < deadline_s:
-            waiting(read_delivered(self.run_dir / "outbox").offset / size_bytes)
+            if not waiting(read_delivered(self.run_dir / "outbox").offset / size_bytes):
+                break
             try:
                 self._publisher.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
@@ -165,7 +183,17 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
             f"{run_dir}: {total_bytes - delivered.offset} of {total_bytes} bytes are not delivered; "
             f"see {outbox_dir / LOG}, and try again"
         )
+    if delivered.refused:
+        raise TrackingError(refused_line(run_dir, delivered.refused))
     return f"all of {run_dir} is in MLflow run {run_id}"
+
+
+def refused_line(run_dir: Path, refused: Sequence[str]) -> str:
+    """What to say where the store has said no to something for good."""
+    return (
+        f"{run_dir}: MLflow refused {len(refused)} entries for good, the first: {refused[0]}; "
+        f"see {run_dir / 'outbox' / LOG}"
+    )
 
 
 def _start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:

@@ -65,3 +65,59 @@ def test_losses_and_checkpoint_equal_ddp_when_strategy_is(strategy: str, task: s
             torch.testing.assert_close(
                 mine[name], tensor, rtol=2e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_gradients_are_not_clipped_when_max_grad_norm_is_null(tmp_path: Path, strategy: str) -> None:
+    # SGD, so that a gradient's length shows in the weights; a loss this large would be clipped to 1.
+    words = (
+        "--trainer.max_grad_norm",
+        "null",
+        "--optimizer.class_path",
+        "torch.optim.SGD",
+        "--optimizer.init_args.lr",
+        "0.5",
+    )
+    weights = {}
+    for name in ("ddp", strategy):
+        task = ("--task.class_path", "tests.distributed.tasks.Steep", "--trainer.max_steps", "1")
+        line = (
+            "-m",
+            "harness",
+            "--config",
+            ROOT / "configs/digits.yaml",
+            "--run_name",
+            name,
+            "--tracking.enabled",
+            "false",
+        )
+        done = run(accelerate(name, *line, *task, *words), tmp_path)
+        assert done.code == 0, done.output
+        weights[name] = load_file(tmp_path / "runs" / name / "checkpoints/step-00000001/model.safetensors")
+    for key, tensor in weights["ddp"].items():
+        torch.testing.assert_close(weights[strategy][key], tensor, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_bf16_trains_with_fp32_optimizer_state_when_sharded(tmp_path: Path, strategy: str) -> None:
+    line = (
+        "-m",
+        "harness",
+        "--config",
+        ROOT / "configs/byte_lm.yaml",
+        "--run_name",
+        "it",
+        "--tracking.enabled",
+        "false",
+    )
+    done = run(accelerate(strategy, *line, *TASKS["byte_lm"], "--trainer.mixed_precision", "bf16"), tmp_path)
+    assert done.code == 0, done.output
+    ((name, manifest),) = list_checkpoints(tmp_path / "runs/it/checkpoints")
+    assert manifest.metrics["train/loss"] < 5.5
+    optimizer = load_file(tmp_path / "runs/it/checkpoints" / name / "optimizer.safetensors")
+    assert {tensor.dtype for tensor in optimizer.values()} == {torch.float32}
+    weights = load_file(tmp_path / "runs/it/checkpoints" / name / "model.safetensors")
+    if strategy == "zero3":  # the weights are 16-bit, and their fp32 masters go along
+        for key, tensor in weights.items():
+            assert tensor.dtype == torch.bfloat16
+            torch.testing.assert_close(optimizer[f"master.{key}"].bfloat16(), tensor, rtol=0, atol=0)

@@ -15,8 +15,9 @@ settings.load_profile("unit")
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
     """A real Accelerator of one process, on the CPU."""
+    AcceleratorState._reset_state(True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(True)

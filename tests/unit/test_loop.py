@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.checkpoint.commit import list_checkpoints
 from harness.config import CheckpointConfig, EarlyStopping, TrackingConfig, TrainerConfig
-from harness.errors import ConfigError
+from harness.errors import ConfigError, MetricError, NonFiniteLossError
 from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.runtime import start
@@ -116,22 +116,61 @@ def test_open_accumulation_is_stepped_when_the_limit_ends_the_epoch(train: Calla
 
 def test_training_ends_and_is_saved_when_max_steps_is_reached_within_an_epoch(train: Callable[..., Run]) -> None:
     task, logger, _ = train(TrainerConfig(max_epochs=9, max_steps=7))
-    assert (len(task.seen), logger.step, logger.epoch) == (7, 7, 2)
-    assert checkpoint_names(logger) == ["epoch-0002"]
+    # In the second epoch: one is complete, and the name says so.
+    assert (len(task.seen), logger.step, logger.epoch) == (7, 7, 1)
+    assert logger.state_dict() == {"epoch": 1, "step": 7, "batches_in_epoch": 2}
+    assert checkpoint_names(logger) == ["step-00000007"]
+
+
+def test_epoch_is_complete_when_max_steps_is_reached_at_its_end(train: Callable[..., Run]) -> None:
+    _, logger, _ = train(TrainerConfig(max_epochs=9, max_steps=10))
+    assert (logger.epoch, checkpoint_names(logger)) == (2, ["epoch-0002"])
 
 
 def test_checkpoints_follow_both_cadences_when_both_are_set(train: Callable[..., Run]) -> None:
     _, logger, _ = train(TrainerConfig(max_epochs=4), every_n_epochs=2, every_n_steps=4, when_busy="wait")
-    # Five steps an epoch. Step 20 is the fourth epoch's end: one checkpoint, not two.
+    # Five steps an epoch. Step 20 is the fourth epoch's end: one checkpoint, with that epoch's evaluation.
     assert checkpoint_names(logger) == [
-        *("step-00000004", "step-00000008", "epoch-0002", "step-00000012", "step-00000016", "step-00000020")
+        *("step-00000004", "step-00000008", "epoch-0002", "step-00000012", "step-00000016", "epoch-0004")
     ]
+    assert logger.run_path is not None
+    last = list_checkpoints(logger.run_path / "checkpoints")[-1][1]
+    assert last.metrics["eval/loss"] == logger.latest["eval/loss"]
 
 
 def test_training_stops_when_the_monitored_metric_gets_no_better(train: Callable[..., Run]) -> None:
     stopping = EarlyStopping(monitor="eval/loss", mode="min", patience=2)
     _, logger, _ = train(TrainerConfig(max_epochs=9, early_stopping=stopping), Line(eval_losses=[1.0]))
     assert logger.epoch == 3  # one that is the best, two that are no better
+
+
+def test_no_checkpoint_is_taken_when_the_loss_of_its_window_is_nan(train: Callable[..., Run], tmp_path: Path) -> None:
+    class Breaks(Line):
+        def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
+            output = super().step(model, batch)
+            is_last_batch = model.training and len(self.seen) == 5
+            return StepOutput(output.loss * float("nan"), output.weight) if is_last_batch else output
+
+    with pytest.raises(NonFiniteLossError, match="train/loss: must be finite, is nan in the steps up to 5"):
+        train(TrainerConfig(max_epochs=1), Breaks(), every_n_epochs=1)
+    assert list(tmp_path.glob("*/checkpoints/*")) == []
+
+
+def test_last_checkpoint_is_there_when_the_one_before_keeps_the_disk_busy(train: Callable[..., Run]) -> None:
+    _, logger, _ = train(TrainerConfig(max_epochs=6), every_n_epochs=1, when_busy="skip")
+    assert checkpoint_names(logger)[-1] == "epoch-0006"
+    skipped = 6 - len(checkpoint_names(logger))
+    assert logger.latest.get("checkpoint/num_skipped", 0) == skipped
+
+
+def test_metric_is_refused_when_mlflow_would_refuse_its_name(train: Callable[..., Run]) -> None:
+    class Odd(Line):
+        def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
+            output = super().step(model, batch)
+            return StepOutput(output.loss, output.weight, {"acc@1": 1.0})
+
+    with pytest.raises(MetricError, match="'train/acc@1': must be a metric's name"):
+        train(TrainerConfig(max_epochs=1), Odd())
 
 
 def test_error_names_the_metrics_when_the_monitored_one_is_not_there(train: Callable[..., Run]) -> None:
