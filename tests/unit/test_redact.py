@@ -25,7 +25,6 @@ def test_password_is_gone_when_it_stands_in_a_uri(user: str, password: str, host
         "sqlite:///mlflow.db",
         "sqlite:////absolute/mlflow.db",
         "http://localhost:5000",
-        "https://user@host/path",
         "databricks",
         "file:///tmp/a:b@c",
         "https://host:5000/#/a@b",
@@ -59,3 +58,9 @@ def test_value_stays_when_tokens_are_those_of_a_language_model(text: str) -> Non
 @pytest.mark.parametrize("name", ["max_tokens", "tokenizer.name", "tokens.all", "trainer.max_epochs", "pad_token_id"])
 def test_name_is_no_secret_when_it_only_resembles_one(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_user_alone_is_replaced_when_a_uri_has_no_password() -> None:
+    # It is often a token.
+    assert without_password("https://hf_abc@host/path") == "https://***@host/path"
+    assert redact("see https://hf_abc@host/path") == "see https://***@host/path"
