@@ -29,27 +29,18 @@ from torch import Tensor, nn
 from harness import data, runtime, timing
 from harness.agreement import Agreement
 from harness.buffers import take_rank_zero_buffers
-from harness.checkpoint.commit import Manifest
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.saver import Moment, Saver, Watched
 from harness.config import CheckpointConfig, TrackingConfig
-from harness.errors import HarnessError, PeerFailure, Stopped
 from harness.metric_objects import compute_over_ranks, each_metric
 from harness.metrics import Reducer, WeightedSums
-from harness.peers import Peers
 from harness.progress import Progress
-from harness.run_directory import make_run_directory
+from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.schedule import Cadence
-from harness.signals import StopSignals
 from harness.tracking import provenance
-from harness.tracking.outbox import read_delivered
-from harness.tracking.tracker import RunStatus, Tracker, refused_line
 
 if TYPE_CHECKING:
     import torchmetrics
-
-# After a failure, how long a checkpoint that is being written and the outbox are waited for.
-_FAILURE_WAIT_S = 20.0
 
 
 class PeriodicLogger:
@@ -100,7 +91,6 @@ class PeriodicLogger:
         self.latest: dict[str, float] = {}
         self.run_name = run_name
         self.run_path: Path | None = None
-        self.last_save_status: str | None = None
         self._runs_dir = Path(run_dir)
         self._params = params
         self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
@@ -111,9 +101,6 @@ class PeriodicLogger:
         # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
         self._logging_to: WeightedSums | None = self._train_sums
         self._watched: Watched | None = None
-        self._tracker: Tracker | None = None
-        self._point_times_ms: dict[str, tuple[int, int]] = {}
-        self._known_datasets: set[str] = set()
         self._max_steps: int | None = None
         self._ends = False
         self._saved_at_step: int | None = None
@@ -156,14 +143,12 @@ class PeriodicLogger:
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._reducer = Reducer(group, timing.GAUGES)
-        self._signals = StopSignals()
-        self._peers = Peers(rank, world_size, self._last_words)
+        self._run = RunLifetime(self.topology, self.tracking_config, self.progress)
         self._started = True
         try:
-            self.run_name, path = self._agreement.from_rank_zero("make the run directory", self._open_run)
+            self.run_name, self.run_path = self._run.open(self._agreement, self._runs_dir, self.run_name, self._params)
         except BaseException as error:
             raise self.fail(error) from None
-        self.run_path = Path(path)
         self._saver = Saver(
             self.accelerator,
             self._agreement,
@@ -171,20 +156,8 @@ class PeriodicLogger:
             self.run_path / "checkpoints",
             self.topology.run_facts,
             provenance.versions(),
-            self._publish,
+            self._run.publish,
         )
-
-    def _open_run(self) -> tuple[str, str]:
-        """Rank zero: the directory, the outbox, the publisher and the run."""
-        name, path = make_run_directory(self._runs_dir, self.run_name, self.tracking_config.experiment_name)
-        self.run_path = path
-        self._tracker = Tracker(path, self.tracking_config)
-        self._tracker.start(name)
-        self._tracker.tags(provenance.tags(self.topology.run_facts, self.tracking_config.tags))
-        self.progress.say(f"run {name} in {path}")
-        if self._params is not None:
-            self._tracker.params(provenance.flatten_params(self._params))
-        return name, str(path)
 
     def close(self) -> None:
         """Write and deliver what is still on its way; the run is FINISHED.
@@ -201,16 +174,7 @@ class PeriodicLogger:
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
-        self.last_save_status = self._saver.status
-        self._peers.close()
-        # All is trained and written: a signal now ends the wait for MLflow, and nothing else.
-        self._end_run(
-            "FINISHED",
-            "training is complete",
-            self.tracking_config.drain_timeout_s,
-            may_wait=lambda: not self._signals.is_set,
-        )
-        self._signals.restore()
+        self._run.finish()
 
     def fail(self, error: BaseException) -> BaseException:
         """End the run because of an error: the other ranks are told, and MLflow shows how it ended.
@@ -223,47 +187,8 @@ class PeriodicLogger:
         if not self._started:
             return error
         self._started = False
-        cause = self._peers.cause(error)
-        self._peers.report(cause)
-        cause.is_told_to_peers = True  # type: ignore[attr-defined]
-        if self._tracker is not None:
-            if hasattr(self, "_saver"):
-                self._saver.abandon(_FAILURE_WAIT_S)
-            self._end_run(_status_of(cause), _reason_of(cause), _FAILURE_WAIT_S)
-        # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
-        self._signals.restore()
-        return cause
-
-    def _last_words(self, failure: PeerFailure) -> None:
-        """The watcher's thread, just before it ends a process that is stuck."""
-        self.progress.say(f"harness: error: {failure}")
-        if self._tracker is not None:
-            self._end_run(_status_of(failure), _reason_of(failure), _FAILURE_WAIT_S)
-
-    def _end_run(
-        self, status: RunStatus, reason: str, timeout_s: float, may_wait: Callable[[], bool] = lambda: True
-    ) -> None:
-        tracker, self._tracker = self._tracker, None
-        if tracker is None:
-            return
-
-        def waiting(share: float) -> bool:
-            self.progress.delivering(share)
-            return may_wait()
-
-        try:
-            done = tracker.end(status, reason, timeout_s, waiting)
-        except HarnessError as error:
-            # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
-            tracker.abandon()
-            self.progress.say(f"harness: warning: {error}")
-            return
-        if not done and tracker.run_id is not None:
-            self.progress.say(
-                f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
-            )
-        if refused := read_delivered(tracker.run_dir / "outbox").refused:
-            self.progress.say(f"harness: warning: {refused_line(tracker.run_dir, refused)}")
+        saver = getattr(self, "_saver", None)
+        return self._run.fail(error, before_end=lambda: None if saver is None else saver.abandon(FAILURE_WAIT_S))
 
     # ------------------------------------------------------------------------- the loop
 
@@ -276,8 +201,7 @@ class PeriodicLogger:
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
-        if self._tracker is not None:
-            self._tracker.text("model_summary.txt", provenance.model_summary(unwrapped(model)))
+        self._run.describe_model(unwrapped(model))
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
         """Count epochs; after each, reduce what was logged and save if a checkpoint is due.
@@ -325,7 +249,7 @@ class PeriodicLogger:
             Stopped: if a signal asked this rank to stop.
         """
         data.check_size(loader, self.topology.world_size, "training")
-        self._record_dataset(loader, "train")
+        self._run.describe_dataset(loader, "train")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
@@ -353,7 +277,7 @@ class PeriodicLogger:
     def _after_batch(self, batch: Any, is_epochs_last: bool) -> None:
         self._batches_in_epoch += 1
         self._samples_in_step += data.batch_size(batch)
-        self._check_stop()
+        self._run.check()
         if not self.accelerator.sync_gradients:
             return
         self.step += 1
@@ -387,7 +311,7 @@ class PeriodicLogger:
             limit: end after so many batches; None: all.
         """
         data.check_size(loader, self.topology.world_size, "evaluation")
-        self._record_dataset(loader, "eval")
+        self._run.describe_dataset(loader, "eval")
         self._collect()
         if self._watched is not None:
             take_rank_zero_buffers(self._watched.model, self.topology.world_size)
@@ -396,7 +320,7 @@ class PeriodicLogger:
             for position, (batch, counts) in enumerate(iterator, start=1):
                 self._logging_to = self._eval_sums if counts else None
                 yield batch
-                self._check_stop()
+                self._run.check()
                 if position == limit:
                     break
         finally:
@@ -427,10 +351,6 @@ class PeriodicLogger:
         """
         self.epoch, self.step = state["epoch"], state["step"]
         self._batches_in_epoch = self._skip_batches = state["batches_in_epoch"]
-
-    def _check_stop(self) -> None:
-        self._peers.check()
-        self._signals.check()
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
@@ -502,12 +422,9 @@ class PeriodicLogger:
             callback(values, reduced.step)
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
-        if not values:
-            return
-        self.latest.update(values)
-        if self._tracker is not None:
-            time_ms = self._tracker.metrics(values, step)
-            self._point_times_ms.update(dict.fromkeys(values, (time_ms, step)))
+        if values:
+            self.latest.update(values)
+            self._run.log_metrics(values, step)
 
     def _gauges(self) -> dict[str, float]:
         return {**self._timer.take(), "memory_bytes": runtime.memory_bytes(self.accelerator.device)}
@@ -521,14 +438,6 @@ class PeriodicLogger:
             return {"train/lr": rates[0]}
         return {f"train/lr/group{index}": rate for index, rate in enumerate(rates)}
 
-    def _record_dataset(self, loader: Any, context: str) -> None:
-        dataset = getattr(loader, "dataset", None)
-        if self._tracker is None or dataset is None or context in self._known_datasets:
-            return
-        self._known_datasets.add(context)
-        if self.tracking_config.log_datasets:
-            self._tracker.dataset(provenance.dataset_record(dataset, context))
-
     # ------------------------------------------------------------------- checkpoints
 
     def _save(self, name: str, *, must: bool = False) -> bool:
@@ -536,44 +445,13 @@ class PeriodicLogger:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
         moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
+        self._run.keep_points(name, moment.metrics)
         begun = self._saver.save(moment, self._watched, must=must)
         if begun:
             self._saved_at_step = self.step
         else:
             self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
         return begun
-
-    def _publish(self, name: str, manifest: Manifest) -> None:
-        """Rank zero's writer thread: a checkpoint is committed."""
-        tracker = self._tracker
-        if tracker is None:
-            return
-        points = [
-            [key, value, *self._point_times_ms[key]]
-            for key, value in manifest.metrics.items()
-            if key in self._point_times_ms
-        ]
-        tracker.checkpoint(
-            {
-                "name": name,
-                "key": manifest.key,
-                "epoch": manifest.epoch,
-                "step": manifest.step,
-                "files": [*manifest.weight_files, "manifest.json"],
-                "metrics": points,
-            }
-        )
-
-
-def _status_of(error: BaseException) -> RunStatus:
-    """What MLflow shows: KILLED where somebody wanted it to stop, else FAILED."""
-    if isinstance(error, (Stopped, KeyboardInterrupt)):
-        return "KILLED"
-    return "KILLED" if isinstance(error, PeerFailure) and error.signal_name else "FAILED"
-
-
-def _reason_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
 
 
 def _json_ready(values: Mapping[str, float]) -> dict[str, float]:
