@@ -94,7 +94,7 @@ def test_names_have_no_wrapper_when_model_is_compiled_and_checkpoints_activation
     assert done.code == 0, done.output
     from safetensors import safe_open
 
-    with safe_open(tmp_path / "runs/it/checkpoints/epoch-0001/model.safetensors", "pt") as stream:
+    with safe_open(tmp_path / "runs/it/checkpoints/step-00000002/model.safetensors", "pt") as stream:
         names = set(stream.keys())
     assert "blocks.0.qkv.weight" in names
     assert not [name for name in names if "_orig_mod" in name or "_checkpoint_wrapped" in name]
