@@ -30,9 +30,7 @@ def train(config: RunConfig) -> PeriodicLogger:
     # What can be refused is refused before there is an MLflow run.
     set_seed(config.seed)
     task = build.build_task(config.task)
-    build.check_arguments("optimizer", config.optimizer, ("params",))
-    if config.scheduler is not None:
-        build.check_arguments("scheduler", config.scheduler, ("optimizer",))
+    build.check_optimization(config)
     accelerator = runtime.start(config.trainer, config.seed)
     with make_logger(accelerator, config) as logger:
         if accelerator.is_main_process and logger.run_path is not None:

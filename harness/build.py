@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from harness.config import ClassSpec
+from harness.config import ClassSpec, RunConfig
 from harness.errors import ConfigError
 from harness.options import readable
 from harness.task import Task
@@ -73,6 +73,17 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
         return parser.instantiate(parser.parse_object(dict(spec.init_args)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError("", f"{key}.init_args.{readable(error)} (for {spec.class_path})") from error
+
+
+def check_optimization(config: RunConfig) -> None:
+    """Check the arguments of the optimizer and the scheduler, which are built much later.
+
+    Raises:
+        ConfigError: as `check_arguments`.
+    """
+    check_arguments("optimizer", config.optimizer, ("params",))
+    if config.scheduler is not None:
+        check_arguments("scheduler", config.scheduler, ("optimizer",))
 
 
 def build(key: str, spec: ClassSpec, *given: Any, given_names: Sequence[str] = ()) -> Any:

@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from harness.errors import ConfigError
 
+# What `harness launch` leaves for its ranks to check against.
+NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
+
 Mode = Literal["min", "max"]
 Precision = Literal["fp32", "bf16", "fp16"]
 

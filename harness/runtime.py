@@ -27,12 +27,10 @@ from accelerate.utils import (
 )
 
 from harness import cpu
-from harness.config import TrainerConfig
+from harness.config import NUM_PROCESSES_VARIABLE, TrainerConfig
 from harness.errors import LaunchError
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# What `harness launch` leaves for its ranks to check against.
-NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 

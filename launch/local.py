@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import RunConfig
+from harness.config import NUM_PROCESSES_VARIABLE, RunConfig
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import parse_run_config
 from launch.command_parser import CommandParser
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,10 @@ def check_classes(config: RunConfig) -> None:
     Raises:
         ConfigError: as each rank would, but once, and with the exit code that it should have.
     """
-    from harness.build import check_arguments
+    from harness.build import check_arguments, check_optimization
 
     check_arguments("task", config.task)
-    check_arguments("optimizer", config.optimizer, ("params",))
-    if config.scheduler is not None:
-        check_arguments("scheduler", config.scheduler, ("optimizer",))
+    check_optimization(config)
 
 
 def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
