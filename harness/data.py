@@ -68,6 +68,9 @@ def batch_size(batch: Any) -> int:
     """
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 0
+    # At each step: the usual batch, a list of tensors, is told at its first item.
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
+        return batch[0].shape[0]
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
     return next((size for size in map(batch_size, parts) if size), 0)
 

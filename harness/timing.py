@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 
 # Percentiles are over so many of the latest steps.
-_NUM_KEPT = 256
+_NUM_KEPT = 128
 
 
 class StepTimer:
