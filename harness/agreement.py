@@ -5,10 +5,11 @@ Rare by design (a start, a due checkpoint, an end): nothing here runs at each st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from harness.errors import PeerFailure
@@ -76,3 +77,15 @@ class Agreement:
         except RuntimeError as error:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
         return cast(list[T], values)
+
+    def gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
+        """Each rank's whole numbers, as many on each, in the order of ranks, on all ranks. One round trip."""
+        if self._group is None:
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        values = [torch.empty_like(mine) for _ in range(self.world_size)]
+        try:
+            dist.all_gather(values, mine, group=self._group)
+        except RuntimeError as error:
+            raise PeerFailure(None, f"agreeing on {what}: {error}") from error
+        return [value.tolist() for value in values]

@@ -130,8 +130,12 @@ class CheckpointConfig:
         save_weights_only: leave out the optimizer and what else only resuming needs.
         dtype: cast floating-point weights to this type when saving: float32, bfloat16 or float16.
         max_shard_size: split the weights into files of at most this size, such as 5GB.
-        transport: how bytes reach the disk; auto chooses. So far rank zero gathers (`gather`).
+        transport: how bytes reach the disk: every rank writes its own (`direct`), or rank zero writes for
+            all (`gather`); auto finds out whether all ranks share a file system on which direct is right.
         when_busy: when the checkpoint before is still being written: skip this one, or wait.
+        when_failed: when a checkpoint could not be written (a full disk, say): continue training, or stop.
+            At the end of training a missing last checkpoint is an error in either case.
+        timeout_s: a checkpoint that is not on disk after so many seconds is given up.
         monitor: the metric that ranks checkpoints for save_top_k.
         mode: ``min`` if a smaller monitor is better, ``max`` if a larger is.
         save_top_k: keep so many of the best checkpoints; -1: all.
@@ -145,6 +149,8 @@ class CheckpointConfig:
     max_shard_size: str | None = None
     transport: Literal["auto", "direct", "gather"] = "auto"
     when_busy: Literal["skip", "wait"] = "skip"
+    when_failed: Literal["continue", "stop"] = "continue"
+    timeout_s: float = 1800.0
     monitor: str | None = None
     mode: Mode = "min"
     save_top_k: int = -1
@@ -159,8 +165,8 @@ class CheckpointConfig:
         if self.max_shard_size is not None:
             parse_size_bytes(at + "max_shard_size", self.max_shard_size)
         # Said, not ignored: a key that does nothing would be found out on the day it was needed.
-        if self.transport == "direct":
-            raise ConfigError(at + "transport", "`direct` is not there yet; use auto or gather")
+        if not self.timeout_s > 0:
+            raise ConfigError(at + "timeout_s", f"must be more than 0 seconds, got {self.timeout_s}")
         if self.save_top_k != -1:
             raise ConfigError(
                 at + "save_top_k", f"only -1 (keep all) is there yet, got {self.save_top_k}; delete by hand"

@@ -45,7 +45,7 @@ class Peers:
         self._closing = threading.Event()
         self._failure: PeerFailure | None = None
         self._key = f"harness/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self._store = _connect() if world_size > 1 else None
+        self._store = connect() if world_size > 1 else None
         if self._store is not None:
             threading.Thread(target=self._watch, name="harness-peers", daemon=True).start()
 
@@ -124,7 +124,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].partition(". This is typically")[0]
 
 
-def _connect() -> Store | None:
+def connect() -> Store | None:
     """A connection of our own to the store that the ranks met at, or None where it cannot be named."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:

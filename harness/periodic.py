@@ -101,6 +101,7 @@ class PeriodicLogger:
         # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
         self._logging_to: WeightedSums | None = self._train_sums
         self._watched: Watched | None = None
+        self._prepares = False
         self._max_steps: int | None = None
         self._ends = False
         self._saved_at_step: int | None = None
@@ -108,6 +109,7 @@ class PeriodicLogger:
         self._skip_batches = 0
         self._is_cut_short = False
         self._step_save_is_due = False
+        self._save_is_asked = False
         self._samples_in_step = 0
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
@@ -201,6 +203,8 @@ class PeriodicLogger:
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
+        # Memory for saving is made once the optimizer has a state: after its first step.
+        self._prepares = True
         self._run.describe_model(unwrapped(model))
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
@@ -284,13 +288,18 @@ class PeriodicLogger:
         self._timer.step(self._samples_in_step)
         self._samples_in_step = 0
         self._reducer.poll()
+        if self._prepares:
+            self._prepares = False
+            self._saver.prepare()
+            self._timer.resume()
         if self.step % self.tracking_config.log_every_n_steps == 0:
             self._collect()
             self._flush_train(wait=False)
         self.progress.step_done(self._batches_in_epoch, self._saver.status)
         if self._max_steps is not None and self.step >= self._max_steps:
             self._ends = True
-        if self._cadence.is_due_after_step(self.step):
+        if self._cadence.is_due_after_step(self.step) or self._save_is_asked:
+            self._save_is_asked = False
             if is_epochs_last:
                 self._step_save_is_due = True  # after this epoch's evaluation, with its metrics
             else:
@@ -357,7 +366,10 @@ class PeriodicLogger:
         self._ends = True
 
     def save(self) -> bool:
-        """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``)."""
+        """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``).
+
+        From outside, the signal SIGUSR2 at any one rank does the same at all ranks' next window of metrics.
+        """
         self._collect()
         self._flush_train(wait=True)
         return self._save(f"step-{self.step:08d}")
@@ -413,13 +425,23 @@ class PeriodicLogger:
         reduced = self._reducer.finish()
         if reduced is None:
             return
+        self._save_is_asked |= any(reduced.gauges["save_request"])
         values = dict(reduced.values)
         if any(reduced.gauges["steps_per_s"]):
             values |= timing.over_ranks(reduced.gauges)
             values |= self._window_rates
         self._emit(values, reduced.step)
+        self._report_save(reduced.step)
         for callback in self._callbacks:
             callback(values, reduced.step)
+
+    def _report_save(self, step: int) -> None:
+        """What the last save has cost, and what went wrong with it, in the run: rank zero's."""
+        costs, failure = self._saver.take_report()
+        if costs:
+            self._run.log_metrics(costs, step)
+        if failure is not None and self.topology.rank == 0:
+            self.progress.say(f"harness: warning: {failure}")
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
         if values:
@@ -427,7 +449,12 @@ class PeriodicLogger:
             self._run.log_metrics(values, step)
 
     def _gauges(self) -> dict[str, float]:
-        return {**self._timer.take(), "memory_bytes": runtime.memory_bytes(self.accelerator.device)}
+        return {
+            **self._timer.take(),
+            "memory_bytes": runtime.memory_bytes(self.accelerator.device),
+            # One rank is told by a signal; all learn of it with the window's metrics, at the same step.
+            "save_request": float(self._run.take_save_request()),
+        }
 
     def _learning_rates(self) -> dict[str, float]:
         optimizer = None if self._watched is None else self._watched.optimizer
@@ -446,7 +473,7 @@ class PeriodicLogger:
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
         moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
         self._run.keep_points(name, moment.metrics)
-        begun = self._saver.save(moment, self._watched, must=must)
+        begun = self._saver.save(moment, must=must)
         if begun:
             self._saved_at_step = self.step
         else:

@@ -83,6 +83,10 @@ class RunLifetime:
         self._peers.check()
         self._signals.check()
 
+    def take_save_request(self) -> bool:
+        """Whether this rank was asked by a signal to save since the last call."""
+        return self._signals.take_save_request()
+
     # ---------------------------------------------------------------------- what happens
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:

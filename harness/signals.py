@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. The handlers only set a flag; the loop looks at it between steps."""
+"""Signals that ask a run to stop, or to save. The handlers only set a flag; the loop looks at it between steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 from harness.errors import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Not USR1, which batch systems send ahead of a time limit.
+_SAVE_SIGNAL = signal.SIGUSR2
 
 
 class StopSignals:
-    """Installs handlers for SIGTERM and SIGINT, and puts the earlier ones back.
+    """Installs handlers for SIGTERM, SIGINT and SIGUSR2 (save now), and puts the earlier ones back.
 
     Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
     A second SIGINT raises KeyboardInterrupt wherever the main thread is.
@@ -22,10 +24,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._received: str | None = None
+        self._save_is_asked = False
         self._earlier: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._earlier[number] = signal.signal(number, self._handle)
+            self._earlier[_SAVE_SIGNAL] = signal.signal(_SAVE_SIGNAL, self._ask_for_save)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None and number == signal.SIGINT:
@@ -33,6 +37,14 @@ class StopSignals:
         self._received = signal.Signals(number).name
         if number == signal.SIGINT and sys.stderr is not None:
             sys.stderr.write("harness: stopping after this step; once more to stop at once\n")
+
+    def _ask_for_save(self, number: int, frame: FrameType | None) -> None:
+        self._save_is_asked = True
+
+    def take_save_request(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked, self._save_is_asked = self._save_is_asked, False
+        return asked
 
     @property
     def is_set(self) -> bool:

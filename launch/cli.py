@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import __version__
-from harness.errors import EXIT_DONE, HarnessError, RunDirError
+from harness.config import SAVE_DTYPES, parse_size_bytes
+from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, RunDirError
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
@@ -21,6 +22,9 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
   harness debug  --config configs/digits.yaml
   harness checkpoints runs/RUN [--json]
   harness sync   runs/RUN
+  harness verify  runs/RUN/checkpoints/epoch-0005
+  harness inspect runs/RUN/checkpoints/epoch-0005 [--json]
+  harness export  runs/RUN/checkpoints/epoch-0005 --output DIR [--dtype bfloat16] [--max_shard_size 5GB]
 """
 
 
@@ -49,14 +53,22 @@ def _run(words: list[str]) -> int:
     sync = commands.add_parser("sync", help="deliver what MLflow has not had")
     sync.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
+    verify = commands.add_parser("verify", help="whether every byte of a checkpoint is what was written")
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect = commands.add_parser("inspect", help="what is in a checkpoint: names, types, shapes, bytes, who wrote it")
+    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    export = commands.add_parser("export", help="a checkpoint's weights in a directory of their own, verified")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="is made")
+    export.add_argument("--dtype", choices=SAVE_DTYPES, default=None, help="cast floating-point tensors to it")
+    export.add_argument("--max_shard_size", default=None, metavar="SIZE", help="split into files of at most it: 5GB")
     if words and words[0] in _OWN_PARSERS:
         # As `python -m` has it: the user's own classes are found where the command is typed.
         sys.path.insert(0, os.getcwd())
         return _OWN_PARSERS[words[0]](words[1:])
     arguments = parser.parse_args(words)
-    if arguments.command == "checkpoints":
-        return _checkpoints(arguments.run_dir, as_json=arguments.json)
-    return _sync(arguments.run_dir, arguments.tracking_uri)
+    return _COMMANDS[arguments.command](arguments)
 
 
 def _told(command: Callable[[], int]) -> int:
@@ -67,7 +79,11 @@ def _told(command: Callable[[], int]) -> int:
         print(f"harness: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 1
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # Who reads, such as `head`, has had enough. What is still to be flushed goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
 
 
 def _train(words: Sequence[str]) -> int:
@@ -92,20 +108,64 @@ def _debug(words: Sequence[str]) -> int:
 _OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "launch": _launch, "debug": _debug}
 
 
-def _checkpoints(run_dir: Path, *, as_json: bool) -> int:
+def _checkpoints(arguments: argparse.Namespace) -> int:
     from harness.report import checkpoint_records, checkpoint_table
 
+    run_dir: Path = arguments.run_dir
     _require_run(run_dir)
-    print(json.dumps(checkpoint_records(run_dir), indent=2) if as_json else checkpoint_table(run_dir))
+    print(json.dumps(checkpoint_records(run_dir), indent=2) if arguments.json else checkpoint_table(run_dir))
     return EXIT_DONE
 
 
-def _sync(run_dir: Path, tracking_uri: str | None) -> int:
+def _sync(arguments: argparse.Namespace) -> int:
     from harness.tracking.tracker import deliver_rest
 
-    _require_run(run_dir)
-    print(deliver_rest(run_dir, tracking_uri))
+    _require_run(arguments.run_dir)
+    print(deliver_rest(arguments.run_dir, arguments.tracking_uri))
     return EXIT_DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from harness.checkpoint.verify import require_checkpoint, summary, verify
+
+    require_checkpoint(arguments.checkpoint)
+    found = verify(arguments.checkpoint)
+    print(summary(arguments.checkpoint, found))
+    return EXIT_FAILED if found.problems else EXIT_DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from harness.checkpoint import inspect
+    from harness.checkpoint.verify import require_checkpoint
+
+    require_checkpoint(arguments.checkpoint)
+    print(
+        json.dumps(inspect.contents(arguments.checkpoint), indent=1)
+        if arguments.json
+        else inspect.text(arguments.checkpoint)
+    )
+    return EXIT_DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    size = arguments.max_shard_size
+    size_bytes = None if size is None else parse_size_bytes("--max_shard_size", size)
+    from harness.checkpoint.export import export
+    from harness.checkpoint.verify import require_checkpoint
+
+    require_checkpoint(arguments.checkpoint)
+    written = export(arguments.checkpoint, arguments.output, dtype=arguments.dtype, max_shard_size_bytes=size_bytes)
+    print(f"{written:,} bytes in {arguments.output}")
+    return EXIT_DONE
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "checkpoints": _checkpoints,
+    "sync": _sync,
+    "verify": _verify,
+    "inspect": _inspect,
+    "export": _export,
+}
 
 
 def _require_run(run_dir: Path) -> None:

@@ -1,6 +1,8 @@
 """From sharded state to a committed directory of safetensors.
 
-Read in this order: `names` (what a tensor is called), `layout` (which file it goes into), `gather`
-(the full state on rank zero), `write` (files, in the background), `commit` (the manifest, last),
-`saver` (when, and who does what).
+Read in this order: `names` (what a tensor is called), `layout` (which byte of which file it is), `shards`
+(what a rank holds), `plan` (who writes what), `snapshot` (the copy, and the fence), `write` and `writer`
+(to the disk, by a process of its own), `transport` and `gather` (where ranks share no disk), `board` (who
+is done), `commit` (the manifest, last), `saver` (when, and in which thread). Afterwards: `verify`,
+`inspect`, `export`.
 """

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.durable import replace_file, sync_directory
 from harness.errors import CheckpointError
@@ -23,19 +23,28 @@ VERSION = 1
 _TEMPORARY_PREFIX = ".tmp-"
 
 
+class Range(NamedTuple):
+    """Bytes `start` to `end` of a file: the rank that wrote them, and their XXH3-128 digest in hex."""
+
+    start: int
+    end: int
+    rank: int
+    digest: str
+
+
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its size, and the XXH3-128 digest of each range of its bytes.
+    """One file: its size, and the digest of each range of its bytes.
 
     Args:
         name: file name in the checkpoint's directory.
         size_bytes: length of the file.
-        ranges: (start, end, digest in hex), together the whole file.
+        ranges: in order, together the whole file.
     """
 
     name: str
     size_bytes: int
-    ranges: tuple[tuple[int, int, str], ...]
+    ranges: tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,7 @@ class Manifest:
         files: what is in it.
         topology: strategy, world size and the like of the ranks that wrote it.
         versions: package -> version.
+        save: how it was saved: seconds of each stage, snapshot mode, transport.
     """
 
     key: str
@@ -61,6 +71,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     topology: Mapping[str, Any]
     versions: Mapping[str, str]
+    save: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -73,12 +84,12 @@ class Manifest:
         return tuple(file.name for file in self.files if file.name.startswith("model"))
 
 
-def begin(final: Path) -> Path:
-    """Make the temporary directory in which the checkpoint `final` is written."""
-    temporary = final.with_name(f"{_TEMPORARY_PREFIX}{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+def temporary_of(final: Path, attempt: str) -> Path:
+    """The directory in which the checkpoint `final` is written; `attempt` makes it nobody else's.
+
+    A writer that an earlier job has left behind writes into that job's directory, not into this one.
+    """
+    return final.with_name(f"{_TEMPORARY_PREFIX}{final.name}-{attempt}")
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
@@ -132,11 +143,12 @@ def read_manifest(checkpoint: Path) -> Manifest:
             time_ms=record["time_ms"],
             metrics=record["metrics"],
             files=tuple(
-                FileRecord(f["name"], f["size_bytes"], tuple((r[0], r[1], r[2]) for r in f["ranges"]))
+                FileRecord(f["name"], f["size_bytes"], tuple(Range(*part) for part in f["ranges"]))
                 for f in record["files"]
             ),
             topology=record["topology"],
             versions=record["versions"],
+            save=record.get("save", {}),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path}: is damaged: {error!r}") from error

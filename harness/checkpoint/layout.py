@@ -1,40 +1,222 @@
-"""Which tensor goes into which file, from names and sizes alone."""
+"""Which byte of which file each tensor's data is, from names, types and shapes alone.
+
+The safetensors header fixes every tensor's place before any data moves, so that every rank finds the
+same places by itself, and writes into them without asking. Format:
+https://github.com/huggingface/safetensors#format. Importing this never imports torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from harness.errors import CheckpointError
+
+Section = Literal["model", "optimizer"]
+Key = tuple[Section, str]
+
+# Type -> bytes of an element, in the order in which `safetensors.serialize` puts tensors (then by name).
+ITEM_BYTES = {
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+    "F32": 4,
+    "U32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "U16": 2,
+    "I16": 2,
+    "F8_E5M2FNUZ": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_ORDER = {dtype: position for position, dtype in enumerate(ITEM_BYTES)}
+_HEADER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class FilePlan:
-    """One safetensors file: its name, and the tensors in it, in order."""
-
-    name: str
-    tensors: tuple[str, ...]
-
-
-def plan_files(sizes_bytes: Mapping[str, int], stem: str, max_shard_size_bytes: int | None) -> tuple[FilePlan, ...]:
-    """Divide tensors among files of at most a given size, keeping their order.
+class TensorSpec:
+    """One logical tensor: as if nothing were sharded.
 
     Args:
-        sizes_bytes: tensor name -> bytes of its data.
-        stem: ``model`` gives ``model.safetensors``, or ``model-00001-of-00002.safetensors`` and so on.
-        max_shard_size_bytes: limit of a file's tensor data; a tensor that is larger gets a file of its
-            own. None: one file.
+        section: whether it is of the weights or of the optimizer's state.
+        name: in its file.
+        dtype: by safetensors' name, such as ``F32``: what is in the file.
+        shape: logical.
     """
-    files: list[list[str]] = [[]]
+
+    section: Section
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        """Its name in the whole checkpoint."""
+        return self.section, self.name
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def num_items(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data."""
+        return self.num_items * self.item_bytes
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One safetensors file.
+
+    Args:
+        name: file name.
+        header: the bytes before the tensors' data.
+        size_bytes: length of the file.
+        tensors: what is in it, in the order of the data.
+    """
+
+    name: str
+    header: bytes
+    size_bytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of tensors of a checkpoint.
+
+    Args:
+        files: the weights' first.
+        places: tensor -> (index into `files`, byte in the file at which its data begins).
+        index: content of ``model.safetensors.index.json``, or None where one file holds the weights.
+    """
+
+    files: tuple[FileLayout, ...]
+    places: Mapping[Key, tuple[int, int]]
+    index: Mapping[str, Any] | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a file on disk: type, shape, and the bytes of the file that its data is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, in the order of its data, and its metadata.
+
+    Raises:
+        CheckpointError: if it is not such a file, or is cut off.
+    """
+    try:
+        with path.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little")
+            size_bytes = os.fstat(stream.fileno()).st_size
+            if begin > size_bytes:
+                raise ValueError(f"its header would end at byte {begin} of {size_bytes}")
+            entries = json.loads(stream.read(begin - 8))
+        metadata: dict[str, str] = entries.pop("__metadata__", {})
+        tensors = {
+            name: StoredTensor(
+                entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
+            )
+            for name, entry in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from error
+    last = max((tensor.end for tensor in tensors.values()), default=begin)
+    if last != size_bytes:
+        raise CheckpointError(f"{path}: has {size_bytes} bytes, but its header tells of {last}")
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
+
+
+def plan_layout(
+    tensors: Sequence[TensorSpec], aliases: Mapping[str, str], max_shard_size_bytes: int | None = None
+) -> Layout:
+    """Place tensors in files, the same on every rank that is given the same.
+
+    Args:
+        tensors: in the order of the model, which decides what stands in which file.
+        aliases: tied name -> the name under which the tensor is stored; kept in the metadata, by the
+            convention of `safetensors.torch.save_model`.
+        max_shard_size_bytes: limit of the tensors' data in one file of weights; a tensor that is larger
+            has a file of its own. None: one file.
+    """
+    model = [tensor for tensor in tensors if tensor.section == "model"]
+    optimizer = [tensor for tensor in tensors if tensor.section == "optimizer"]
+    parts = _split(model, max_shard_size_bytes)
+    names = [
+        "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        for number in range(1, len(parts) + 1)
+    ]
+    metadata = {**aliases, "format": "pt"}
+    files = [_file(name, part, metadata) for name, part in zip(names, parts, strict=True)]
+    index = None
+    if len(parts) > 1:
+        weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in model)}, "weight_map": weight_map}
+    if optimizer:
+        files.append(_file("optimizer.safetensors", optimizer, {"format": "pt"}))
+    places: dict[Key, tuple[int, int]] = {}
+    for position, file in enumerate(files):
+        offset = len(file.header)
+        for tensor in file.tensors:
+            places[tensor.key] = (position, offset)
+            offset += tensor.size_bytes
+    return Layout(tuple(files), places, index)
+
+
+def _split(tensors: Sequence[TensorSpec], max_size_bytes: int | None) -> list[list[TensorSpec]]:
+    parts: list[list[TensorSpec]] = [[]]
     used_bytes = 0
-    for name, size_bytes in sizes_bytes.items():
-        if max_shard_size_bytes is not None and files[-1] and used_bytes + size_bytes > max_shard_size_bytes:
-            files.append([])
+    for tensor in tensors:
+        if max_size_bytes is not None and parts[-1] and used_bytes + tensor.size_bytes > max_size_bytes:
+            parts.append([])
             used_bytes = 0
-        files[-1].append(name)
-        used_bytes += size_bytes
-    if len(files) == 1:
-        return (FilePlan(f"{stem}.safetensors", tuple(files[0])),)
-    count = len(files)
-    return tuple(
-        FilePlan(f"{stem}-{index:05d}-of-{count:05d}.safetensors", tuple(names))
-        for index, names in enumerate(files, start=1)
-    )
+        parts[-1].append(tensor)
+        used_bytes += tensor.size_bytes
+    return parts
+
+
+def _file(name: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    ordered = sorted(tensors, key=lambda tensor: (_ORDER[tensor.dtype], tensor.name.encode()))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in ordered:
+        if tensor.name in entries:
+            raise CheckpointError(f"{tensor.name}: is a name that the safetensors format keeps for itself; rename it")
+        end = offset + tensor.size_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return FileLayout(name, header, len(header) + offset, tuple(ordered))

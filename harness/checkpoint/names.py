@@ -1,15 +1,19 @@
 """What a tensor is called in a checkpoint: its path in the user's own model, without any wrapper.
 
 A wrapper is recognised by its class, not by the name of its attribute: a user's own submodule that is
-called ``module`` keeps its name.
+called ``module`` keeps its name. A model that PEFT has wrapped keeps the names that it had before, and
+an adapter's tensors stand beside the weight that they adapt: ``fc.weight``, ``fc.lora_A.default.weight``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+
+from harness.errors import CheckpointError
 
 # Class name -> the attribute under which it holds what it wraps. By name, so that none is imported.
 _WRAPPERS = {
@@ -21,21 +25,23 @@ _WRAPPERS = {
     "OffloadWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
+# These hold, beside what they wrap, tensors of their own, which stand under the same path.
+_ADAPTERS = {
+    "PeftModel": "base_model",
+    "BaseTuner": "model",
+    "BaseTunerLayer": "base_layer",
+    "AuxiliaryTrainingWrapper": "original_module",
+}
 
 
-def _wrapped_attribute(module: nn.Module) -> str | None:
+def _attribute_of(module: nn.Module, table: Mapping[str, str]) -> str | None:
     # FSDP2 makes a subclass on the fly, so look at the bases too.
-    for base in type(module).__mro__:
-        if base is nn.Module:
-            return None
-        if base.__name__ in _WRAPPERS:
-            return _WRAPPERS[base.__name__]
-    return None
+    return next((table[base.__name__] for base in type(module).__mro__ if base.__name__ in table), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's own module inside any number of wrappers at the top."""
-    while (attribute := _wrapped_attribute(module)) is not None:
+    while (attribute := _attribute_of(module, _WRAPPERS)) is not None:
         module = getattr(module, attribute)
     return module
 
@@ -43,10 +49,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     module = unwrapped(module)
     yield prefix, module
+    adapted = _attribute_of(module, _ADAPTERS)
     # Not named_children(), which leaves out a module that stands a second time: it has aliases.
     for name, child in module._modules.items():
         if child is not None:
-            yield from _modules(child, f"{prefix}{name}.")
+            yield from _modules(child, prefix if name == adapted else f"{prefix}{name}.")
 
 
 @dataclass(frozen=True)
@@ -57,33 +64,56 @@ class NamedState:
         parameters: name -> parameter, in the order of the model.
         buffers: name -> persistent buffer.
         aliases: further name -> the name under which the same tensor stands above (tied weights).
+        holders: name -> the module's dictionary that the tensor is in, and its key there.
+        sizes: dictionaries of the modules, with their lengths: if one changes, so has the model.
+        members: (dictionary, key, value) of submodules, and of places that are empty: likewise.
     """
 
     parameters: Mapping[str, nn.Parameter]
     buffers: Mapping[str, Tensor]
     aliases: Mapping[str, str]
+    holders: Mapping[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
+    sizes: tuple[tuple[Any, int], ...] = ()
+    members: tuple[tuple[Any, Any, Any], ...] = ()
 
 
 def named_state(model: nn.Module) -> NamedState:
     """Name every parameter and persistent buffer of a model, wrapped or not.
 
     Effects: not collective; any thread, outside of forward; reads only.
+
+    Raises:
+        CheckpointError: if two tensors would have the same name.
     """
     parameters: dict[str, nn.Parameter] = {}
     buffers: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
+    holders: dict[str, tuple[dict[str, Any], str]] = {}
+    sizes: list[tuple[Any, int]] = []
+    members: list[tuple[Any, Any, Any]] = []
     first_name: dict[int, str] = {}
     for prefix, module in _modules(model):
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if (first := first_name.setdefault(id(parameter), prefix + name)) == prefix + name:
-                parameters[first] = parameter
-            else:
-                aliases[prefix + name] = first
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name in module._non_persistent_buffers_set:
-                continue
-            if (first := first_name.setdefault(id(buffer), prefix + name)) == prefix + name:
-                buffers[first] = buffer
-            else:
-                aliases[prefix + name] = first
-    return NamedState(parameters, buffers, aliases)
+        sizes.append((module._modules, len(module._modules)))
+        members += [(module._modules, key, child) for key, child in module._modules.items()]
+        tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (module._parameters, parameters),
+            (module._buffers, buffers),
+        )
+        for held, into in tables:
+            sizes.append((held, len(held)))
+            for key, tensor in held.items():
+                if tensor is None:
+                    members.append((held, key, None))
+                if tensor is None or (into is buffers and key in module._non_persistent_buffers_set):
+                    continue
+                name = prefix + key
+                if (first := first_name.setdefault(id(tensor), name)) != name:
+                    aliases[name] = first
+                elif name in holders and holders[name][0] is not held:
+                    raise CheckpointError(f"{name}: two tensors of the model would have this name; rename one of them")
+                else:
+                    into[name], holders[name] = tensor, (held, key)
+    for alias in aliases:
+        if alias in holders:
+            raise CheckpointError(f"{alias}: two tensors of the model would have this name; rename one of them")
+    return NamedState(parameters, buffers, aliases, holders, tuple(sizes), tuple(members))

@@ -1,36 +1,43 @@
-"""One checkpoint from due to committed: who takes part, who writes, and what when it fails.
+"""One checkpoint from due to committed: who takes part, in which thread, and what when it fails.
 
-all ranks, main thread:   agree whether to save -> gather state and random states
-rank zero, own thread:    write files -> manifest -> rename -> tell the caller
+every rank, main thread        decide alike -> look tensors up -> copy what may change at once
+every rank, background thread  copy the rest -> write -> say so on the board
+rank zero, background thread   wait for the board -> manifest -> rename -> tell the caller
+every rank, main thread        the next optimizer step waits until the copy is done
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from harness import random_state
 from harness.agreement import Agreement
 from harness.checkpoint import commit
-from harness.checkpoint.commit import Manifest
-from harness.checkpoint.gather import GatheredState, gather_state
-from harness.checkpoint.write import write_state
+from harness.checkpoint.board import Board
+from harness.checkpoint.commit import FileRecord, Manifest
+from harness.checkpoint.gather import Gatherer
+from harness.checkpoint.plan import Plan, make_plan
+from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.snapshot import Fence, ModeChoice, Snapshot, StagingMemory
+from harness.checkpoint.transport import Transport, choose
+from harness.checkpoint.write import WriterProcess, file_records, make_files, sync_files, write_json
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError, HarnessError
-
-_WRITE_TIMEOUT_S = 1800.0
+from harness.peers import connect
 
 
 @dataclass(frozen=True)
@@ -61,17 +68,45 @@ class Watched:
     scheduler: Any
 
 
+@dataclass(frozen=True)
+class _Engine:
+    """What is made once for a structure: of the model, of the optimizer's state."""
+
+    held: Held
+    plan: Plan
+    staging: StagingMemory
+    snapshot: Snapshot
+    writer: WriterProcess
+    mode: ModeChoice
+
+
+@dataclass
+class _Save:
+    """One save on its way."""
+
+    number: int
+    moment: Moment
+    final: Path
+    temporary: Path
+    engine: _Engine
+    trainer_state: str | None
+    random_state: dict[str, Any]
+    begun_s: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
 class Saver:
     """Saves when told to, at most one at a time.
 
-    Effects: `save` and `close` are collective and for the main thread, `save` between steps; they
-    block as said there. One background thread, on rank zero. Leaves ``<checkpoints_dir>/<name>/``.
+    Effects: `prepare`, `check`, `save` and `close` are collective and for the main thread, between steps;
+    they block as said there. One background thread and one writer process on each rank; a hook on
+    optimizer steps. Leaves ``<checkpoints_dir>/<name>/``.
 
     Args:
         accelerator: which ranks and which strategy.
         agreement: for what the ranks decide alike.
         config: what to save, and what if busy.
-        checkpoints_dir: where to.
+        checkpoints_dir: where to; it exists on rank zero.
         topology: for the manifest.
         versions: for the manifest.
         committed: called in the background thread, on rank zero, with each committed checkpoint.
@@ -94,147 +129,357 @@ class Saver:
         self._topology = topology
         self._versions = versions
         self._committed = committed
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="harness-writer")
-        self._writing: Future[None] | None = None
+        self._rank = agreement.rank
+        self._transport: Transport = choose(config.transport, checkpoints_dir, agreement)
+        self._attempt = agreement.from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
+        store = connect() if agreement.world_size > 1 else None
+        self._board = Board(self._rank, agreement.world_size, store, self._attempt)
+        self._gatherer: Gatherer | None = None
+        if self._transport == "gather" and agreement.world_size > 1:
+            self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
+        self._fence = Fence()
         self._dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="harness-checkpoint")
+        self._saving: Future[None] | None = None
+        self._watched: Watched | None = None
+        self._engine: _Engine | None = None
+        self._number = 0
+        self._steps_at_prepare = 0
+        self._measured: _Save | None = None
         self.status = "no checkpoint yet"
         self.num_skipped = 0
+        self.num_failed = 0
         self.last_error: Exception | None = None
+        self.last_seconds: Mapping[str, float] = {}
+        self._is_reported = True
 
-    def save(self, moment: Moment, watched: Watched, *, must: bool = False) -> bool:
-        """Take a checkpoint of this moment; whether it was begun (not skipped, being busy).
-
-        With `must` it waits where it would be skipped.
-
-        Blocks until the state is gathered on rank zero; the writing goes on behind.
-        """
-        if not self._agreement.from_rank_zero("decide on the checkpoint", lambda: self._may_begin(must)):
-            self.num_skipped += 1
-            return False
-        weights_only = self._config.save_weights_only
-        state = gather_state(
-            self._accelerator, watched.model, None if weights_only else watched.optimizer, dtype=self._dtype
-        )
-        random_states = self._agreement.gather("random states", random_state.capture(self._accelerator.device))
-        if self._accelerator.is_main_process:
-            trainer_state = None if weights_only else self._trainer_state(moment, watched, state, random_states)
-            self.status = f"writing {moment.name}"
-            self._writing = self._thread.submit(self._write, moment, state, trainer_state)
-        return True
+    # ------------------------------------------------------------------ before training
 
     def check(self, watched: Watched) -> None:
         """Refuse, before training and on all ranks alike, what could not be saved.
 
         Raises:
-            CheckpointError: if the scheduler's state is not JSON, or ZeRO has several parameter groups.
+            CheckpointError: if the model's sharding, or what there is of the optimizer's state, is not
+                understood, or the scheduler's state is not JSON.
         """
-        if self._config.save_weights_only:
-            return
-        is_zero = self._accelerator.distributed_type == DistributedType.DEEPSPEED
-        if is_zero and watched.optimizer is not None and len(watched.optimizer.param_groups) > 1:
-            raise CheckpointError(
-                "optimizer: with DeepSpeed ZeRO only one parameter group can be saved so far, "
-                f"got {len(watched.optimizer.param_groups)}; use one, or checkpoint.save_weights_only"
-            )
-        if watched.scheduler is None:
+        self._watched = watched
+        self._drop_engine()
+        held = self._find(watched)
+        make_plan(held, self._agreement, self._config.max_shard_size_bytes)
+        if self._config.save_weights_only or watched.scheduler is None:
             return
         try:
-            json.dumps(watched.scheduler.state_dict())
+            json.dumps(watched.scheduler.state_dict(), default=_number)
         except TypeError as error:
             raise CheckpointError(
                 f"the state of {type(watched.scheduler).__name__} cannot be written as JSON ({error}); "
                 "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
             ) from error
 
-    def _may_begin(self, must: bool) -> bool:
-        """Rank zero: whether the write before is done, or, if configured so, once it is."""
-        skips = self._config.when_busy == "skip" and not must
-        if self._writing is not None and not self._writing.done() and skips:
+    def prepare(self) -> None:
+        """Plan, and allocate what saving needs, once the optimizer has a state: after the first step.
+
+        Blocks for the allocation, and for one copy, by which later ones are measured.
+        """
+        assert self._watched is not None
+        self._await_save()
+        self._drop_engine()
+        held = self._find(self._watched)
+        plan = make_plan(held, self._agreement, self._config.max_shard_size_bytes)
+        device = self._accelerator.device
+        staging = StagingMemory(plan.staging_bytes[self._rank], pinned=device.type == "cuda")
+        snapshot = Snapshot(held, plan, staging, device)
+        writer = WriterProcess(staging, plan.layout, plan.ranges[self._rank])
+        writer.start()
+        snapshot.look_up()
+        begun_s = time.perf_counter()
+        if (event := snapshot.begin()()) is not None:
+            event.synchronize()
+        mode = ModeChoice(time.perf_counter() - begun_s)
+        self._engine = _Engine(held, plan, staging, snapshot, writer, mode)
+        self._steps_at_prepare = self._fence.num_steps
+        # The first save shall cost what the later ones do: its thread is there, its collective is connected.
+        self._thread.submit(_nothing).result()
+        self._agreement.gather_numbers("the preparation of checkpoints", [0, 0, 0])
+
+    def _find(self, watched: Watched) -> Held:
+        weights_only = self._config.save_weights_only
+        return find_held(
+            self._accelerator, watched.model, watched.optimizer, weights_only=weights_only, dtype=self._dtype
+        )
+
+    def _drop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.writer.close()
+            self._engine.staging.close()
+            self._engine = None
+
+    # ------------------------------------------------------------------------- one save
+
+    def save(self, moment: Moment, *, must: bool = False) -> bool:
+        """Take a checkpoint of this moment; whether it was begun (not skipped, being busy).
+
+        Blocks until the ranks have agreed and what may change at once is copied; the next optimizer step
+        waits for the rest. With `must` it waits where it would be skipped.
+
+        Raises:
+            CheckpointError: on all ranks, if the one before failed and ``checkpoint.when_failed`` is stop.
+        """
+        begun_s = time.perf_counter()
+        self._learn_mode()
+        if must or self._config.when_busy == "wait":
+            self._await_save()
+        is_busy = self._saving is not None and not self._saving.done()
+        # Not while it is being copied from: looking up may have to make another snapshot.
+        is_changed = not is_busy and (self._engine is None or not self._engine.snapshot.look_up())
+        has_failed = self.last_error is not None and self._config.when_failed == "stop"
+        states = self._agreement.gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
+        busy, changed, failed = (any(column) for column in zip(*states, strict=True))
+        if failed:
+            raise CheckpointError(
+                f"{self._checkpoints_dir}: a checkpoint could not be written, and checkpoint.when_failed is stop: "
+                f"{self.last_error or 'rank 0 has the reason'}"
+            )
+        if busy:
+            self.num_skipped += 1
             self.status = "skipped one: the one before is still being written"
             return False
-        self._await_write()
+        if changed:
+            self.prepare()
+        self._begin(moment, begun_s)
         return True
 
-    def _await_write(self) -> None:
-        if self._writing is not None:
-            try:
-                self._writing.result(timeout=_WRITE_TIMEOUT_S)
-            except FutureTimeoutError as error:
-                raise CheckpointError(
-                    f"{self._checkpoints_dir}: the checkpoint before is not written after {_WRITE_TIMEOUT_S:.0f} s"
-                ) from error
-
-    def _write(self, moment: Moment, state: GatheredState, trainer_state: Mapping[str, Any] | None) -> None:
-        """The background thread: never raises; a failed save leaves the checkpoints before it."""
+    def _begin(self, moment: Moment, begun_s: float) -> None:
+        assert self._engine is not None and self._watched is not None
+        engine = self._engine
+        self._number += 1
         final = self._checkpoints_dir / moment.name
-        begun_s = time.monotonic()
+        temporary = commit.temporary_of(final, f"{self._attempt}-{self._number}")
+        weights_only = self._config.save_weights_only
+        save = _Save(
+            number=self._number,
+            moment=moment,
+            final=final,
+            temporary=temporary,
+            engine=engine,
+            trainer_state=None if weights_only or self._rank else self._trainer_state(moment, engine.held),
+            random_state={} if weights_only else random_state.capture(self._accelerator.device),
+            begun_s=begun_s,
+        )
+        copy_rest = engine.snapshot.begin()
+        # Overlapped only where torch has been seen to call the hook before this optimizer's steps.
+        is_overlapped = engine.mode.mode == "overlapped" and self._fence.num_steps > self._steps_at_prepare
+        save.seconds["overlapped"] = float(is_overlapped)
+        if is_overlapped:
+            self._fence.raise_()
+            self._measured = save
+        else:
+            event = copy_rest()
+            if event is not None:
+                event.synchronize()
+            copy_rest = _nothing
+        self.status = f"writing {moment.name}"
+        self._saving = self._thread.submit(self._run, save, copy_rest)
+        save.seconds["blocked_s"] = time.perf_counter() - begun_s
+
+    def take_report(self) -> tuple[dict[str, float], str | None]:
+        """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
+
+        ``checkpoint/blocked_s`` is all that the trainer's thread has waited: for the call, and at the fence.
+        """
+        if self._is_reported or (self._measured is not None and not self._fence.is_passed):
+            return {}, None
+        self._is_reported = True
+        self._learn_mode()
+        seconds = self.last_seconds
+        found = {
+            "checkpoint/blocked_s": seconds["blocked_s"] + seconds.get("fence_s", 0.0),
+            "checkpoint/num_failed": float(self.num_failed),
+        }
+        if "durable_s" in seconds:
+            found["checkpoint/durable_s"] = seconds["durable_s"]
+        return found, None if self.last_error is None else self.status
+
+    def _learn_mode(self) -> None:
+        """Take what the last overlapped save has cost into account, once its fence is passed."""
+        if self._measured is not None and self._fence.is_passed:
+            self._measured.seconds["fence_s"] = self._fence.waited_s
+            self._measured.engine.mode.add(self._fence.delayed_s)
+            self._measured = None
+
+    def _trainer_state(self, moment: Moment, held: Held) -> str:
+        """As text, now: the scheduler goes on while it is written."""
+        assert self._watched is not None
+        scheduler, scaler = self._watched.scheduler, self._accelerator.scaler
+        return json.dumps(
+            {
+                "epoch": moment.epoch,
+                "step": moment.step,
+                "position": {"epoch": moment.epoch, "batches": moment.batches_in_epoch},
+                "optimizer": {"param_groups": held.hyperparameters()},
+                "scheduler": None if scheduler is None else scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            },
+            default=_number,
+        )
+
+    # ------------------------------------------------------------ the background thread
+
+    def _run(self, save: _Save, copy_rest: Callable[[], torch.cuda.Event | None]) -> None:
+        """Never raises; a failed save leaves the checkpoints before it."""
+        record: dict[str, Any]
         try:
-            temporary = commit.begin(final)
-            try:
-                files = write_state(temporary, state, trainer_state, self._config.max_shard_size_bytes)
-                manifest = Manifest(
-                    key=uuid.uuid4().hex,
-                    epoch=moment.epoch,
-                    step=moment.step,
-                    time_ms=time.time_ns() // 1_000_000,
-                    metrics=moment.metrics,
-                    files=files,
-                    topology=self._topology,
-                    versions=self._versions,
-                )
-                commit.commit(temporary, final, manifest)
-            except BaseException:
-                commit.discard(temporary)
-                raise
+            record = self._copy_and_write(save, copy_rest)
+        except Exception as error:
+            record = {"error": _told(error)}
+        finally:
+            self._fence.lower()
+        record["random_state"] = save.random_state
+        try:
+            self._board.put(save.number, json.dumps(record).encode())
+            if self._rank == 0:
+                self._finish(save)
+            self.last_error = None
         except Exception as error:
             self.last_error = error
-            self.status = f"{moment.name} FAILED: {error}"
-            return
-        self.last_error = None
-        self.status = f"{moment.name} written in {time.monotonic() - begun_s:.1f} s"
+            self.num_failed += 1
+            self.status = f"{save.moment.name} FAILED: {_told(error)}"
+        self.last_seconds = save.seconds
+        self._is_reported = False
+
+    def _copy_and_write(self, save: _Save, copy_rest: Callable[[], torch.cuda.Event | None]) -> dict[str, Any]:
+        engine, begun_s = save.engine, time.perf_counter()
+        if torch.cuda.is_available():
+            # Otherwise this thread would make a context on the first GPU.
+            torch.cuda.set_device(self._accelerator.device)
+        event = copy_rest()
+        self._fence.lower(event)
+        if event is not None:
+            event.synchronize()
+        save.seconds["copy_s"] = time.perf_counter() - begun_s
+        if self._rank == 0 or self._gatherer is None:
+            save.temporary.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            make_files(save.temporary, engine.plan.layout)
+        engine.writer.ask(save.temporary if self._rank == 0 or self._gatherer is None else None)
+        if self._gatherer is not None:
+            if self._rank == 0:
+                self._gatherer.receive(engine.plan, save.temporary)
+            else:
+                self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
+        digests, seconds = engine.writer.answer()
+        save.seconds.update(seconds)
+        return {"digests": digests}
+
+    def _finish(self, save: _Save) -> None:
+        """Rank zero: commit once every rank has written."""
         try:
-            self._committed(moment.name, manifest)
+            records = [json.loads(text) for text in self._board.collect(save.number, self._config.timeout_s)]
+            for rank, record in enumerate(records):
+                if "error" in record:
+                    raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
+            manifest = self._manifest(save, records)
+            commit.commit(save.temporary, save.final, manifest)
+        except BaseException:
+            commit.discard(save.temporary)
+            raise
+        self.status = f"{save.moment.name} written in {time.perf_counter() - save.begun_s:.1f} s"
+        try:
+            self._committed(save.moment.name, manifest)
         except HarnessError as error:
             # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
-            self.status = f"{moment.name} written, but not published: {error}"
+            self.status = f"{save.moment.name} written, but not published: {error}"
 
-    def _trainer_state(
-        self, moment: Moment, watched: Watched, state: GatheredState, random_states: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        scheduler = watched.scheduler
-        scaler = self._accelerator.scaler
-        return {
-            "epoch": moment.epoch,
-            "step": moment.step,
-            "position": {"epoch": moment.epoch, "batches": moment.batches_in_epoch},
-            "optimizer": {"param_groups": state.param_groups},
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "random_states": random_states,
-        }
+    def _manifest(self, save: _Save, records: list[dict[str, Any]]) -> Manifest:
+        plan = save.engine.plan
+        files: list[FileRecord] = file_records(plan, [record["digests"] for record in records])
+        if plan.layout.index is not None:
+            files.append(write_json(save.temporary / "model.safetensors.index.json", plan.layout.index))
+        if save.trainer_state is not None:
+            state = json.loads(save.trainer_state)
+            for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
+                group["params"] = names
+            state["random_states"] = [record["random_state"] for record in records]
+            files.append(write_json(save.temporary / "trainer_state.json", state))
+        sync_files(save.temporary, plan.layout)
+        save.seconds["durable_s"] = time.perf_counter() - save.begun_s
+        return Manifest(
+            key=uuid.uuid4().hex,
+            epoch=save.moment.epoch,
+            step=save.moment.step,
+            time_ms=time.time_ns() // 1_000_000,
+            metrics=save.moment.metrics,
+            files=tuple(files),
+            topology=self._topology,
+            versions=self._versions,
+            save={"transport": self._transport, **save.seconds},
+        )
+
+    # -------------------------------------------------------------------------- the end
+
+    def _await_save(self) -> None:
+        if self._saving is not None:
+            try:
+                self._saving.result(timeout=self._config.timeout_s + 60)
+            except FutureTimeoutError as error:
+                raise CheckpointError(
+                    f"{self._checkpoints_dir}: the checkpoint before is not done after {self._config.timeout_s:.0f} s"
+                ) from error
 
     def close(self) -> None:
-        """Wait for the write in flight.
+        """Wait for the save in flight.
 
         Raises:
             CheckpointError: on all ranks, if the last checkpoint could not be written.
         """
-        self._agreement.from_rank_zero("finish the last checkpoint", self._finish)
+        try:
+            self._await_save()
+            self._agreement.from_rank_zero("finish the last checkpoint", self._require_success)
+        finally:
+            self._fence.close()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._drop_engine()
 
-    def _finish(self) -> None:
-        self._await_write()
-        self._thread.shutdown()
+    def _require_success(self) -> None:
         if self.last_error is not None:
             raise CheckpointError(
-                f"{self._checkpoints_dir}: the last checkpoint could not be written: {self.last_error}; free space "
-                "there or use another run_dir"
+                f"{self._checkpoints_dir}: the last checkpoint could not be written: {self.last_error}"
             ) from self.last_error
 
     def abandon(self, timeout_s: float) -> None:
-        """After a failure: let a write in flight finish for so many seconds. Not collective."""
-        if self._writing is not None:
+        """After a failure: let a save in flight finish for so many seconds. Not collective."""
+        deadline_s = time.monotonic() + timeout_s
+        if self._saving is not None:
+            # Half of it for the other ranks' part: they may be gone.
+            timer = threading.Timer(timeout_s / 2, self._board.stop)
+            timer.daemon = True
+            timer.start()
             try:
-                self._writing.result(timeout=timeout_s)
+                self._saving.result(timeout=max(0.0, deadline_s - time.monotonic()))
             except FutureTimeoutError:
                 self.status = "the last checkpoint was not finished"
+            timer.cancel()
+        self._board.stop()
+        self._fence.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._saving is None or self._saving.done():
+            self._drop_engine()
+
+
+def _nothing() -> None:
+    """All is copied already."""
+
+
+def _number(value: object) -> float:
+    """A learning rate may be a tensor of one element."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.filename or 'a file of the checkpoint'}: {error.strerror}; free space there or use another run_dir"
+        )
+    return str(error) or type(error).__name__

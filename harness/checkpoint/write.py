@@ -1,79 +1,165 @@
-"""Gathered tensors to safetensors files, each on the disk itself before this returns."""
+"""The trainer's side of the writer process: started with the staging memory, asked once for each save."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors.torch import save_file
-from torch import Tensor
 
-from harness.checkpoint.commit import FileRecord
-from harness.checkpoint.gather import GatheredState
-from harness.checkpoint.layout import FilePlan, plan_files
+from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.layout import Layout
+from harness.checkpoint.plan import FileRange, Plan
+from harness.checkpoint.snapshot import StagingMemory
+from harness.checkpoint.writer import split_digests, write_at
+from harness.errors import CheckpointError
 
-_CHUNK_BYTES = 4 << 20
 
+class WriterProcess:
+    """One rank's writer.
 
-def write_state(
-    directory: Path, state: GatheredState, trainer_state: Mapping[str, Any] | None, max_shard_size_bytes: int | None
-) -> tuple[FileRecord, ...]:
-    """Write model, optimizer and trainer state into an existing directory.
-
-    Effects: not collective; any thread; blocks until the disk has all of it; leaves the files.
+    Effects: not collective; one thread at a time; `start` does not block, `ask` only until the request is
+    sent, `answer` until the writer is done; leaves the ranges' bytes in the files, on the disk itself.
 
     Args:
-        directory: where to; nothing else writes there.
-        state: what to write; without optimizer tensors there is no ``optimizer.safetensors``.
-        trainer_state: JSON values for ``trainer_state.json``, or None for weights alone.
-        max_shard_size_bytes: limit of one file of weights, or None.
+        memory: that the ranges lie in.
+        layout: the files.
+        ranges: this rank's.
+    """
+
+    def __init__(self, memory: StagingMemory, layout: Layout, ranges: tuple[FileRange, ...]) -> None:
+        self._memory = memory
+        self._names = [file.name for file in layout.files]
+        self._ranges = ranges
+        self._process: subprocess.Popen[bytes] | None = None
+        self._num_unread = 0
+
+    def start(self) -> None:
+        """Start the process, or start it again if it has died."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        descriptor = self._memory.descriptor
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "harness.checkpoint.writer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(descriptor,),
+            # Ctrl-C at the trainer lets a write in flight end.
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        plan = {"memory": descriptor, "size": self._memory.size_bytes, "files": self._names, "ranges": self._ranges}
+        self._send(plan)
+
+    def ask(self, directory: Path | None) -> None:
+        """Have all ranges written into `directory`, which exists, or (None) only digested."""
+        self.start()
+        while self._num_unread and self._read_line():
+            pass  # the answer to a request that somebody gave up on
+        self.start()
+        self._num_unread += 1
+        self._send({"directory": None if directory is None else str(directory.absolute())})
+
+    def answer(self) -> tuple[list[str], dict[str, float]]:
+        """Wait for what was asked: the ranges' digests, and seconds of each stage.
+
+        Raises:
+            CheckpointError: if the disk refused, or the process died.
+        """
+        line = self._read_line()
+        if not line:
+            assert self._process is not None
+            code = self._process.wait()
+            raise CheckpointError(f"the writer process ended with code {code} in the middle of a save")
+        record: dict[str, Any] = json.loads(line)
+        if "error" in record:
+            raise CheckpointError(f"{record['error']}; free space there or use another run_dir")
+        return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
+
+    def _read_line(self) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
+        self._num_unread = self._num_unread - 1 if line else 0
+        return line
+
+    def _send(self, record: dict[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(record).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise CheckpointError("the writer process is gone; see its output above") from error
+
+    def close(self) -> None:
+        """End the process, after what it is at."""
+        if self._process is not None:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    with suppress(BrokenPipeError):  # a request that it did not take is still in the buffer
+                        stream.close()
+            self._process.wait()
+            self._process = None
+            self._num_unread = 0
+
+
+def make_files(directory: Path, layout: Layout) -> None:
+    """Make each file with its header and its final length.
+
+    Effects: rank zero; any thread; blocks for the headers alone; leaves files of holes and headers.
 
     Raises:
         OSError: if the disk refuses.
-        SafetensorError: likewise, where it is a file of tensors.
     """
-    sizes = {name: tensor.nbytes for name, tensor in state.model.items()}
-    plans = plan_files(sizes, "model", max_shard_size_bytes)
-    # The same convention as safetensors.torch.save_model: a tied name maps to the one that is stored.
-    metadata = {**state.aliases, "format": "pt"}
-    records = [_write_tensors(directory, plan, state.model, metadata) for plan in plans]
-    if len(plans) > 1:
-        index = {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {name: plan.name for plan in plans for name in plan.tensors},
-        }
-        records.append(_write_json(directory / "model.safetensors.index.json", index))
-    if state.optimizer:
-        plan = FilePlan("optimizer.safetensors", tuple(state.optimizer))
-        records.append(_write_tensors(directory, plan, state.optimizer, {"format": "pt"}))
-    if trainer_state is not None:
-        records.append(_write_json(directory / "trainer_state.json", trainer_state))
-    return tuple(records)
+    for file in layout.files:
+        descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.ftruncate(descriptor, file.size_bytes)
+            write_at(descriptor, memoryview(file.header), 0)
+        finally:
+            os.close(descriptor)
 
 
-def _write_tensors(
-    directory: Path, plan: FilePlan, tensors: Mapping[str, Tensor], metadata: dict[str, str]
-) -> FileRecord:
-    path = directory / plan.name
-    save_file({name: tensors[name] for name in plan.tensors}, path, metadata)
-    return _sync_and_describe(path)
+def sync_files(directory: Path, layout: Layout) -> None:
+    """Wait until the disk has the headers too; the writers have waited for the rest, so little is left.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    for file in layout.files:
+        descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> FileRecord:
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    return _sync_and_describe(path)
-
-
-def _sync_and_describe(path: Path) -> FileRecord:
-    digest = xxhash.xxh3_128()
-    size_bytes = 0
-    with path.open("rb") as stream:
+def write_json(path: Path, values: Any) -> FileRecord:
+    """Write one file of JSON, on the disk itself when this returns; see `make_files`."""
+    data = (json.dumps(values, indent=1) + "\n").encode()
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
         os.fsync(stream.fileno())
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            size_bytes += len(chunk)
-    return FileRecord(path.name, size_bytes, ((0, size_bytes, digest.hexdigest()),))
+    return FileRecord(path.name, len(data), (Range(0, len(data), 0, xxhash.xxh3_128_hexdigest(data)),))
+
+
+def file_records(plan: Plan, digests: list[list[str]]) -> list[FileRecord]:
+    """What the manifest says of the files of tensors, given each rank's digests of its ranges."""
+    by_file = [[Range(0, len(file.header), 0, xxhash.xxh3_128_hexdigest(file.header))] for file in plan.layout.files]
+    for rank, (ranges, of_rank) in enumerate(zip(plan.ranges, digests, strict=True)):
+        for part, digest in zip(ranges, of_rank, strict=True):
+            by_file[part.file].append(Range(part.offset, part.offset + part.size, rank, digest))
+    records = []
+    for file, ranges_of_file in zip(plan.layout.files, by_file, strict=True):
+        ordered = sorted(ranges_of_file)
+        ends = [0, *(part.end for part in ordered)]
+        # An invariant of ours, and cheap beside what a wrong file would cost.
+        assert [part.start for part in ordered] == ends[:-1] and ends[-1] == file.size_bytes, file.name
+        records.append(FileRecord(file.name, file.size_bytes, tuple(ordered)))
+    return records

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import settings
+from torch import Tensor
+
+from harness.checkpoint.commit import Manifest, commit, temporary_of
+from harness.checkpoint.layout import TensorSpec
+from harness.checkpoint.plan import Holdings, hash_of, plan_of
+from harness.checkpoint.shards.source import DTYPE_NAMES, whole
+from harness.checkpoint.write import file_records, make_files, write_json
+from harness.checkpoint.writer import RangeWriter, split_digests
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.
 settings.register_profile("unit", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -21,3 +30,50 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(True)
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A committed checkpoint of given tensors, each of which all ranks hold, so that they divide its bytes."""
+
+    def make(
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor] | None = None,
+        *,
+        aliases: Mapping[str, str] | None = None,
+        num_ranks: int = 1,
+        max_shard_size_bytes: int | None = None,
+        name: str = "epoch-0001",
+    ) -> Path:
+        tensors = [*model.values(), *(optimizer or {}).values()]
+        specs = [TensorSpec("model", key, DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in model.items()]
+        specs += [
+            TensorSpec("optimizer", key, DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in (optimizer or {}).items()
+        ]
+        holdings = [Holdings(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
+        final = tmp_path / "checkpoints" / name
+        temporary = temporary_of(final, "test")
+        temporary.mkdir(parents=True)
+        digests = []
+        for rank in range(num_ranks):
+            plan = plan_of(specs, aliases or {}, holdings, rank, max_shard_size_bytes)
+            if rank == 0:
+                make_files(temporary, plan.layout)
+            memory = bytearray(plan.staging_bytes[rank])
+            for piece in plan.pieces:
+                item = specs[piece.source].item_bytes
+                data = tensors[piece.source].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                part = data[piece.local * item : (piece.local + piece.num_items) * item]
+                memory[piece.staging : piece.staging + len(part)] = part
+            writer = RangeWriter(memoryview(memory), [file.name for file in plan.layout.files], plan.ranges[rank])
+            digests.append(split_digests(writer.write(temporary)["digests"]))
+        files = file_records(plan, digests)
+        if plan.layout.index is not None:
+            files.append(write_json(temporary / "model.safetensors.index.json", plan.layout.index))
+        topology = {"strategy": "ddp", "world_size": num_ranks}
+        commit(
+            temporary, final, Manifest("key", 1, 10, 1, {"eval/loss": 0.5}, tuple(files), topology, {}, {"copy_s": 1})
+        )
+        return final
+
+    return make

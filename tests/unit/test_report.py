@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import FileRecord, Manifest, begin, commit
+from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, temporary_of
 from harness.report import checkpoint_records, checkpoint_table, how_to_open
 from harness.tracking.outbox import Delivered, write_delivered
 
 
 def save(run_dir: Path, name: str, step: int, metrics: dict[str, float]) -> None:
     final = run_dir / "checkpoints" / name
-    files = (FileRecord("model.safetensors", 1_234_567, ((0, 1_234_567, "ab"),)),)
-    commit(begin(final), final, Manifest(f"key-{step}", step // 10, step, step, metrics, files, {}, {}))
+    files = (FileRecord("model.safetensors", 1_234_567, (Range(0, 1_234_567, 0, "ab"),)),)
+    temporary = temporary_of(final, "test")
+    temporary.mkdir(parents=True)
+    commit(temporary, final, Manifest(f"key-{step}", step // 10, step, step, metrics, files, {}, {}))
 
 
 @pytest.fixture

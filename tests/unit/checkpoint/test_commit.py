@@ -12,12 +12,13 @@ from harness.checkpoint.commit import (
     MANIFEST,
     FileRecord,
     Manifest,
-    begin,
+    Range,
     commit,
     discard,
     list_checkpoints,
     read_manifest,
     remove_leftovers,
+    temporary_of,
 )
 from harness.errors import CheckpointError
 
@@ -30,13 +31,20 @@ def manifest(step: int = 1, time_ms: int = 1) -> Manifest:
         time_ms=time_ms,
         metrics={"eval/loss": 0.25},
         files=(
-            FileRecord("model-00001-of-00002.safetensors", 10, ((0, 4, "aa"), (4, 10, "bb"))),
-            FileRecord("model.safetensors.index.json", 5, ((0, 5, "cc"),)),
-            FileRecord("optimizer.safetensors", 7, ((0, 7, "dd"),)),
+            FileRecord("model-00001-of-00002.safetensors", 10, (Range(0, 4, 0, "aa"), Range(4, 10, 1, "bb"))),
+            FileRecord("model.safetensors.index.json", 5, (Range(0, 5, 0, "cc"),)),
+            FileRecord("optimizer.safetensors", 7, (Range(0, 7, 0, "dd"),)),
         ),
         topology={"strategy": "single"},
         versions={"torch": "2"},
+        save={"transport": "direct", "copy_s": 0.25},
     )
+
+
+def begin(final: Path) -> Path:
+    temporary = temporary_of(final, "attempt-1")
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 def save(final: Path, record: Manifest) -> None:
@@ -78,26 +86,40 @@ def test_order_is_by_step_then_time_when_listed(tmp_path: Path) -> None:
 def test_earlier_checkpoint_stays_when_the_name_is_taken(tmp_path: Path) -> None:
     final = tmp_path / "epoch-0001"
     save(final, manifest(step=1))
+    temporary = temporary_of(final, "attempt-2")
+    temporary.mkdir()
     with pytest.raises(CheckpointError, match=f"{final}: there is a checkpoint of that name already"):
-        save(final, manifest(step=2))
+        commit(temporary, final, manifest(step=2))
     assert read_manifest(final).step == 1
 
 
-def test_temporary_directory_is_empty_when_an_earlier_save_was_cut_off(tmp_path: Path) -> None:
-    first = begin(tmp_path / "epoch-0001")
-    (first / "old").write_text("")
-    second = begin(tmp_path / "epoch-0001")
-    assert second == first
-    assert list(second.iterdir()) == []
+def test_temporary_directories_differ_when_attempts_or_checkpoints_do(tmp_path: Path) -> None:
+    directories = {temporary_of(tmp_path / name, attempt) for name in ("a", "b") for attempt in ("1", "2")}
+    assert len(directories) == 4
+    assert {path.parent for path in directories} == {tmp_path}
+
+
+def test_checkpoint_is_unseen_when_it_is_not_committed_yet(tmp_path: Path) -> None:
+    temporary = begin(tmp_path / "epoch-0001")
+    assert not (tmp_path / "epoch-0001").exists()
+    commit(temporary, tmp_path / "epoch-0001", manifest())
+    assert not temporary.exists()
 
 
 def test_leftovers_alone_are_removed_when_cleaning_up(tmp_path: Path) -> None:
     save(tmp_path / "epoch-0001", manifest())
     begin(tmp_path / "epoch-0002")
-    discard(begin(tmp_path / "epoch-0003"))
-    assert not (tmp_path / ".tmp-epoch-0003").exists()
+    third = begin(tmp_path / "epoch-0003")
+    discard(third)
+    assert not third.exists()
     remove_leftovers(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001"]
+
+
+def test_manifest_is_read_when_it_does_not_say_how_it_was_saved(tmp_path: Path) -> None:
+    record = {key: value for key, value in WHOLE.items() if key != "save"}
+    (tmp_path / MANIFEST).write_text(json.dumps(record))
+    assert read_manifest(tmp_path) == dataclasses.replace(manifest(), save={})
 
 
 def test_error_has_the_path_when_there_is_no_manifest(tmp_path: Path) -> None:
@@ -122,6 +144,7 @@ WHOLE: dict[str, Any] = {"format": FORMAT, "version": 1, **dataclasses.asdict(ma
         (json.dumps({**WHOLE, "files": 3}), "is damaged"),
         (json.dumps({**WHOLE, "files": [{"name": "x"}]}), "is damaged"),
         (json.dumps({**WHOLE, "files": [{"name": "x", "size_bytes": 1, "ranges": [[0]]}]}), "is damaged"),
+        (json.dumps({**WHOLE, "files": [{"name": "x", "size_bytes": 1, "ranges": [[0, 1, "aa"]]}]}), "is damaged"),
     ],
 )
 def test_error_has_the_path_when_the_manifest_is_damaged_or_newer(tmp_path: Path, content: str, expected: str) -> None:

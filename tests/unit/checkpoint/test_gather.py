@@ -1,151 +1,101 @@
 from __future__ import annotations
 
-from typing import Any
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from harness.checkpoint.gather import gather_state
+from harness.checkpoint.gather import CHUNK_BYTES, Gatherer
+from harness.checkpoint.layout import TensorSpec
+from harness.checkpoint.plan import Holdings, Plan, plan_of
+from harness.checkpoint.shards.source import Run
+from harness.checkpoint.write import make_files
 from harness.errors import CheckpointError
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(4, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.head = nn.Linear(3, 4, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.embed(x)))
-        return out
-
-
-class Odd(torch.optim.SGD):
-    """Keeps something that is neither a tensor nor a number."""
-
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter]["history"] = ["a"]
-        return result
+@pytest.fixture
+def groups() -> Iterator[list[dist.ProcessGroup]]:
+    """Two real gloo endpoints in two threads."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        made = [
+            threads.submit(dist.ProcessGroupGloo, store, rank, 2, timedelta(seconds=30))  # type: ignore[attr-defined]
+            for rank in range(2)
+        ]
+        yield [group.result(timeout=60) for group in made]
 
 
-def trained(accelerator: Accelerator, make: type[torch.optim.Optimizer] = torch.optim.AdamW, **values: Any) -> Any:
-    torch.manual_seed(0)
-    model = Tied()
-    model, optimizer = accelerator.prepare(model, make(model.parameters(), **values))
-    for _ in range(2):
-        model(torch.tensor([0, 1, 2])).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-def test_every_tensor_is_there_once_when_weights_are_tied(accelerator: Accelerator) -> None:
-    model, _ = trained(accelerator, lr=0.1)
-    state = gather_state(accelerator, model, None, dtype=None)
-    expected = model.state_dict()
-    assert state.aliases == {"head.weight": "embed.weight"}
-    assert {*state.model, *state.aliases} == set(expected)
-    for name, tensor in state.model.items():
-        assert tensor.dtype == expected[name].dtype
-        assert torch.equal(tensor, expected[name])
-    assert state.model["norm.num_batches_tracked"].shape == ()
-    assert state.model["norm.num_batches_tracked"].item() == 2
-
-
-def test_moments_have_the_names_of_parameters_when_adam_has_stepped(accelerator: Accelerator) -> None:
-    model, optimizer = trained(accelerator, lr=0.1)
-    state = gather_state(accelerator, model, optimizer, dtype=None)
-    names = ["embed.weight", "norm.weight", "norm.bias"]
-    assert set(state.optimizer) == {f"{kind}.{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in names}
-    inner = optimizer.optimizer.state
-    for name in names:
-        own = inner[model.get_parameter(name)]
-        assert torch.equal(state.optimizer[f"exp_avg.{name}"], own["exp_avg"])
-        assert torch.equal(state.optimizer[f"exp_avg_sq.{name}"], own["exp_avg_sq"])
-        assert state.optimizer[f"step.{name}"].item() == 2
-    (group,) = state.param_groups
-    assert group["params"] == names
-    assert (group["lr"], tuple(group["betas"])) == (0.1, (0.9, 0.999))
-
-
-def test_tensors_are_copies_when_training_goes_on(accelerator: Accelerator) -> None:
-    model, optimizer = trained(accelerator, lr=0.1)
-    state = gather_state(accelerator, model, optimizer, dtype=None)
-    before = {name: tensor.clone() for name, tensor in {**state.model, **state.optimizer}.items()}
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.fill_(7)
-        for values in optimizer.optimizer.state.values():
-            for value in values.values():
-                value.fill_(7)
-    for name, tensor in {**state.model, **state.optimizer}.items():
-        assert torch.equal(tensor, before[name]), name
-
-
-def test_tensors_are_contiguous_when_the_model_is_channels_last(accelerator: Accelerator) -> None:
-    model = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = gather_state(accelerator, model, None, dtype=None)
-    assert not model.weight.is_contiguous()
-    assert state.model["weight"].is_contiguous()
-    assert torch.equal(state.model["weight"], model.weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_floats_alone_are_cast_when_a_dtype_is_given(accelerator: Accelerator, dtype: torch.dtype) -> None:
-    model, optimizer = trained(accelerator, lr=0.1)
-    state = gather_state(accelerator, model, optimizer, dtype=dtype)
-    assert torch.equal(state.model["embed.weight"], model.embed.weight.to(dtype))
-    assert state.model["norm.running_var"].dtype == dtype
-    assert state.model["norm.num_batches_tracked"].dtype == torch.int64
-    assert state.optimizer["exp_avg.embed.weight"].dtype == torch.float32
-
-
-def test_optimizer_is_left_out_when_not_given_or_not_stepped(accelerator: Accelerator) -> None:
-    model = Tied()
-    assert gather_state(accelerator, model, None, dtype=None).param_groups == []
-    fresh = gather_state(accelerator, model, torch.optim.AdamW(model.parameters(), lr=0.5), dtype=None)
-    assert fresh.optimizer == {}
-    assert fresh.param_groups[0]["lr"] == 0.5
-
-
-def test_groups_keep_their_parameters_apart_when_there_are_two(accelerator: Accelerator) -> None:
-    model = Tied()
-    groups = [{"params": [model.embed.weight], "lr": 0.1}, {"params": list(model.norm.parameters()), "lr": 0.2}]
-    state = gather_state(accelerator, model, torch.optim.SGD(groups), dtype=None)
-    assert [(g["lr"], g["params"]) for g in state.param_groups] == [
-        (0.1, ["embed.weight"]),
-        (0.2, ["norm.weight", "norm.bias"]),
+def plan_for(sizes: list[int]) -> Plan:
+    """Tensors of bytes; even ones are on rank zero, odd ones on rank one."""
+    specs = [TensorSpec("model", f"t{number:03}", "U8", (size,)) for number, size in enumerate(sizes)]
+    holdings = [
+        Holdings(0, [(Run(0, 0, size),) if number % 2 == rank else () for number, size in enumerate(sizes)])
+        for rank in range(2)
     ]
+    return plan_of(specs, {}, holdings, 1, None)
 
 
-def test_learning_rate_is_a_number_when_the_optimizer_keeps_a_tensor(accelerator: Accelerator) -> None:
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.5))
-    assert gather_state(accelerator, model, optimizer, dtype=None).param_groups[0]["lr"] == 0.5
+def memory_for(plan: Plan) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (plan.staging_bytes[1],), generator=generator, dtype=torch.uint8)
 
 
-def test_moment_is_left_out_when_it_is_none(accelerator: Accelerator) -> None:
-    model, optimizer = trained(accelerator, torch.optim.SGD, lr=0.1)
-    assert gather_state(accelerator, model, optimizer, dtype=None).optimizer == {}
-    model, optimizer = trained(accelerator, torch.optim.SGD, lr=0.1, momentum=0.9)
-    state = gather_state(accelerator, model, optimizer, dtype=None)
-    assert set(state.optimizer) == {f"momentum_buffer.{n}" for n in ("embed.weight", "norm.weight", "norm.bias")}
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [3, 5],
+        [3, 0],  # rank one has nothing
+        [7, 100, 1, 200, 3, 300],
+        [5, CHUNK_BYTES],
+        [5, CHUNK_BYTES - 3, 6, 2 * CHUNK_BYTES, 1, 11],  # chunks end inside ranges
+    ],
+)
+def test_ranges_are_where_they_belong_when_received(
+    tmp_path: Path, groups: list[dist.ProcessGroup], sizes: list[int]
+) -> None:
+    plan = plan_for(sizes)
+    memory = memory_for(plan)
+    make_files(tmp_path, plan.layout)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory, plan.staging_bytes[1])
+        Gatherer(groups[0], 0, 30.0).receive(plan, tmp_path)
+        sending.result(timeout=30)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert len(content) == plan.layout.size_bytes
+    expected = bytearray(plan.layout.files[0].header.ljust(len(content), b"\0"))
+    for _, offset, staging, size in plan.ranges[1]:
+        expected[offset : offset + size] = memory[staging : staging + size].numpy().tobytes()
+    assert content == expected  # and nothing where rank zero's writer writes
 
 
-def test_error_is_told_when_the_optimizer_is_another_models(accelerator: Accelerator) -> None:
-    stranger = torch.optim.SGD(nn.Linear(5, 2).parameters(), lr=0.1)
-    with pytest.raises(CheckpointError, match=r"group 0 with shape \(2, 5\) is not the model's"):
-        gather_state(accelerator, Tied(), stranger, dtype=None)
+def test_sender_is_let_go_when_the_disk_of_rank_zero_is_full(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
+    plan = plan_for([1, 4 * CHUNK_BYTES])
+    make_files(tmp_path, plan.layout)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ThreadPoolExecutor(1) as thread:
+        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory_for(plan), plan.staging_bytes[1])
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK_BYTES // 2, limits[1]))
+            with pytest.raises(OSError, match="File too large"):
+                Gatherer(groups[0], 0, 30.0).receive(plan, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sending.result(timeout=30)
 
 
-def test_error_names_the_state_when_it_cannot_be_saved(accelerator: Accelerator) -> None:
-    model, optimizer = trained(accelerator, Odd, lr=0.1)
-    with pytest.raises(CheckpointError, match=r"Odd: cannot save its state 'history' of embed\.weight: a list"):
-        gather_state(accelerator, model, optimizer, dtype=None)
+def test_error_names_the_rank_when_it_does_not_send(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
+    plan = plan_for([1, 10])
+    make_files(tmp_path, plan.layout)
+    with pytest.raises(CheckpointError, match="waited for rank 1 to send its part of the checkpoint"):
+        Gatherer(groups[0], 0, 0.1).receive(plan, tmp_path)
+
+
+def test_error_names_rank_zero_when_it_does_not_take(groups: list[dist.ProcessGroup]) -> None:
+    with pytest.raises(CheckpointError, match="waited for rank 0 to take a part of the checkpoint"):
+        Gatherer(groups[1], 1, 0.1).send(torch.zeros(10, dtype=torch.uint8), 10)

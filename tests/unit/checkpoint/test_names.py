@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
 from harness.checkpoint.names import named_state, unwrapped
+from harness.errors import CheckpointError
 
 
 class DistributedDataParallel(nn.Module):
@@ -144,3 +149,131 @@ def test_alias_is_found_when_the_tied_module_is_wrapped() -> None:
     model = Tied()
     model.head = checkpoint_wrapper(model.head)
     assert named_state(torch.compile(model, backend="eager")).aliases["head.weight"] == "embed.weight"
+
+
+class BaseTunerLayer(nn.Module):
+    """As PEFT's own: known by its class's name, holds the adapted layer under `base_layer`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+
+def test_error_names_both_when_an_adapter_has_the_name_of_what_it_adapts() -> None:
+    layer = BaseTunerLayer(nn.Linear(2, 2))
+    layer.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(CheckpointError, match=r"0\.weight: two tensors of the model would have this name"):
+        named_state(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_error_names_both_when_a_tied_tensor_has_the_name_of_another(tied_first: bool) -> None:
+    layer, other = BaseTunerLayer(nn.Linear(2, 2)), nn.Linear(2, 2)
+    layer.weight = other.weight
+    model = nn.Module()
+    for name, module in [("other", other), ("layer", layer)][:: 1 if tied_first else -1]:
+        model.add_module(name, module)
+    with pytest.raises(CheckpointError, match="would have this name"):
+        named_state(model)
+
+
+def test_tensors_are_found_where_they_are_held_when_looked_up() -> None:
+    model = Tied()
+    model.head = checkpoint_wrapper(model.head)
+    state = named_state(torch.compile(model, backend="eager"))
+    held = {**state.parameters, **state.buffers}
+    assert set(state.holders) == set(held)
+    assert all(state.holders[name][0][state.holders[name][1]] is tensor for name, tensor in held.items())
+
+
+def test_sizes_change_when_the_model_does() -> None:
+    changes: list[Callable[[Net], object]] = [
+        lambda model: model.register_parameter("extra", nn.Parameter(torch.zeros(1))),
+        lambda model: model.norm.register_buffer("extra", torch.zeros(1)),
+        lambda model: model.head.append(nn.ReLU()),
+        lambda model: model.norm.__delattr__("running_mean"),
+    ]
+    for change in changes:
+        model = Net()
+        sizes = named_state(model).sizes
+        assert all(len(container) == size for container, size in sizes)
+        change(model)
+        assert not all(len(container) == size for container, size in sizes)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(embed=nn.Embedding(8, 4), norm=nn.BatchNorm1d(4), fc=nn.Linear(4, 6), head=nn.Linear(6, 3))
+    )
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, DistributedDataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_names_are_those_before_wrapping_when_peft_has_adapted_the_model(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = plain()
+    before = dict(model.state_dict(keep_vars=True))
+    config = peft.LoraConfig(r=2, target_modules=["fc", "embed"], modules_to_save=["head"], bias="all")
+    state = named_state(wrap(peft.get_peft_model(model, config)))
+    held = {**state.parameters, **state.buffers}
+    assert all(held[name] is tensor for name, tensor in before.items())
+    assert set(held) - set(before) == {
+        "fc.lora_A.default.weight",
+        "fc.lora_B.default.weight",
+        "embed.lora_embedding_A.default",
+        "embed.lora_embedding_B.default",
+        "head.modules_to_save.default.weight",
+        "head.modules_to_save.default.bias",
+    }
+    assert state.aliases == {}
+
+
+def test_adapters_stand_beside_each_other_when_peft_has_added_two() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["fc"]))
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["fc", "head"]))
+    adapters = {name for name in names(model) if "lora" in name}
+    assert adapters == {
+        *(f"fc.lora_{side}.{adapter}.weight" for side in "AB" for adapter in ("default", "second")),
+        *(f"head.lora_{side}.second.weight" for side in "AB"),
+    }
+    assert set(plain().state_dict()) <= names(model)
+
+
+@pytest.mark.parametrize("kind", ["DoraConfig", "IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "RandLoraConfig"])
+def test_every_tensor_has_one_name_when_another_adapter_of_peft_is_used(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    values: dict[str, Any] = {"target_modules": ["fc"]}
+    if kind == "DoraConfig":
+        config = peft.LoraConfig(r=2, use_dora=True, **values)
+    elif kind == "IA3Config":
+        config = peft.IA3Config(feedforward_modules=[], **values)
+    elif kind == "OFTConfig":
+        config = peft.OFTConfig(oft_block_size=2, **values)
+    else:
+        config = getattr(peft, kind)(r=2, **values)
+    model = peft.get_peft_model(plain(), config)
+    state = named_state(model)
+    assert set(plain().state_dict()) <= {*state.parameters, *state.buffers}
+    found = {id(tensor) for tensor in [*state.parameters.values(), *state.buffers.values()]}
+    assert found >= {id(parameter) for parameter in model.parameters()}
+    assert found >= {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft with transformers 5
+def test_no_trained_tensor_is_left_out_when_peft_learns_a_prompt() -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    model = peft.get_peft_model(
+        transformers.GPT2LMHeadModel(config), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    try:
+        state = named_state(model)
+    except CheckpointError:
+        return  # said, not left out
+    found = {id(parameter) for parameter in state.parameters.values()}
+    assert found >= {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

@@ -1,0 +1,494 @@
+"""What a checkpoint costs the training: ours, its peers and the limits, in turn within one run.
+
+    python benchmarks/checkpoint.py --json                        FSDP2, 2 ranks, 100 MB of weights
+    python benchmarks/checkpoint.py --strategy zero3 --json
+    python benchmarks/checkpoint.py --strategy ddp --num_processes 4 --peers ours memcpy --rounds 20
+
+Each round has one window of a few training steps for each peer, in an order that changes, and one without
+any save. A window begins with the save. Measured for each rank, and reported of the rank it was worst for:
+
+    blocked_s  the trainer's thread: the call, and for ours the wait at the fence before the next step
+    added_s    the window's time less the mean of the windows without a save in the same round
+    durable_s  from the call until all of it is on the disk (for the gathered ones until it is uploaded)
+
+Between windows the writes are waited for, outside of the measured time. `memcpy` is a blocking copy of the
+rank's share into memory that is there already; `pwrite` writes and syncs it, from every rank at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.config import TrainerConfig
+from harness.runtime import start
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 1024
+
+
+class Layer(nn.Module):
+    """4 MB of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+class Stack(nn.Module):
+    """As many layers as the size asks for."""
+
+    _no_split_modules = ("Layer",)
+
+    def __init__(self, size_mb: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(max(1, size_mb * 10**6 // (4 * WIDTH * WIDTH)))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Peer:
+    """One way to save. `save` is measured; `finish` waits until it is durable."""
+
+    def save(self, directory: Path) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Nothing is left to wait for."""
+
+    def fence_s(self) -> float:
+        """What the save has cost the trainer's thread after it returned, so far."""
+        return 0.0
+
+    def durable_s(self, begun_s: float) -> float:
+        return time.perf_counter() - begun_s
+
+
+class Ours(Peer):
+    def __init__(self, logger: PeriodicLogger) -> None:
+        self.logger = logger
+        self.saver = logger._saver
+        self.number = 0
+
+    def save(self, directory: Path) -> None:
+        self.number += 1
+        self.logger._saved_at_step = None
+        self.logger._save(f"step-{self.number:08d}")
+
+    def finish(self) -> None:
+        self.saver._await_save()
+        self.saver._learn_mode()
+        self.seconds = dict(self.saver.last_seconds)
+        dist_barrier()
+        if self.logger.accelerator.is_main_process:
+            assert self.saver.last_error is None, self.saver.last_error
+            shutil.rmtree(self.logger.run_path / "checkpoints" / f"step-{self.number:08d}")  # type: ignore[operator]
+
+    def fence_s(self) -> float:
+        return self.saver._fence.waited_s
+
+    def durable_s(self, begun_s: float) -> float:
+        return self.seconds.get("durable_s", 0.0)
+
+
+def dist_barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class WriterThread:
+    """The writer process's work in a thread of the trainer instead: what the choice between them rests on."""
+
+    def __init__(self, memory: Any, layout: Any, ranges: Any) -> None:
+        import mmap
+
+        from harness.checkpoint.writer import RangeWriter
+
+        mapped = memoryview(mmap.mmap(memory.descriptor, memory.size_bytes, prot=mmap.PROT_READ))
+        self.writer = RangeWriter(mapped, [file.name for file in layout.files], ranges)
+
+    def start(self) -> None:
+        """Nothing is to be started."""
+
+    def ask(self, directory: Path | None) -> None:
+        self.directory = directory
+
+    def answer(self) -> tuple[list[str], dict[str, float]]:
+        from harness.checkpoint.writer import split_digests
+
+        assert self.directory is not None
+        record = self.writer.write(self.directory)
+        return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
+
+class Memcpy(Peer):
+    """The limit: a copy of what this rank owns, at once."""
+
+    def __init__(self, share: list[Tensor]) -> None:
+        self.share = share
+        self.target = [torch.zeros_like(part) for part in share]
+
+    def save(self, directory: Path) -> None:
+        torch._foreach_copy_(self.target, self.share)
+
+
+class Pwrite(Memcpy):
+    """The limit: the same bytes on the disk."""
+
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        descriptor = os.open(directory / f"{os.environ.get('RANK', '0')}.bin", os.O_WRONLY | os.O_CREAT)
+        for part in self.target:
+            os.write(descriptor, memoryview(part.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+class Dcp(Peer):
+    """`torch.distributed.checkpoint.async_save`, on a group of its own."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, kind: str) -> None:
+        self.model, self.optimizer, self.kind = model, optimizer, kind
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.future: Any = None
+
+    def save(self, directory: Path) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        weights, moments = get_state_dict(self.model, inner)
+        arguments: dict[str, Any] = {"process_group": self.group}
+        state: dict[str, Any] = {"model": weights, "optimizer": moments}
+        if self.kind == "safetensors":
+            state = dict(weights)
+            for name, values in moments["state"].items():
+                state |= {f"{kind}.{name}": value for kind, value in values.items() if value.ndim}
+            arguments["storage_writer"] = dcp.HuggingFaceStorageWriter(
+                str(directory), save_distributed=True, enable_consolidation=True
+            )
+        else:
+            arguments["checkpoint_id"] = str(directory)
+        if self.kind == "process":
+            arguments["async_checkpointer_type"] = AsyncCheckpointerType.PROCESS
+        self.future = dcp.async_save(state, **arguments)
+
+    def finish(self) -> None:
+        getattr(self.future, "upload_completion", self.future).result()
+
+
+class Gathered(Peer):
+    """The usual: gather on rank zero, save, upload, in the loop."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Any, kind: str, run_id: str, uri: str) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.kind, self.run_id, self.uri = kind, run_id, uri
+
+    def save(self, directory: Path) -> None:
+        sys.path.insert(0, str(ROOT))
+        from tests.distributed.gathered import gather_state
+
+        state = gather_state(self.accelerator, self.model, self.optimizer)
+        if not self.accelerator.is_main_process:
+            return
+        tensors = state.model | state.optimizer
+        path = directory / f"model.{'pt' if self.kind == 'torch_save' else 'safetensors'}"
+        if self.kind == "torch_save":
+            torch.save(tensors, path)
+        else:
+            from safetensors.torch import save_file
+
+            save_file(tensors, path)
+        from mlflow import MlflowClient
+
+        MlflowClient(self.uri).log_artifact(self.run_id, str(path))
+
+
+PEERS = ("none", "ours", "memcpy", "pwrite", "dcp_thread", "dcp_process", "dcp_safetensors", "save_file", "torch_save")
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    if arguments.writer == "thread":
+        from harness.checkpoint import saver as saver_module
+
+        saver_module.WriterProcess = WriterThread  # type: ignore[assignment, misc]
+    accelerator = start(TrainerConfig(), seed=0)
+    set_seed(0)
+    model: Any = Stack(arguments.size_mb)
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    loader = DataLoader(torch.randn(4096, WIDTH), batch_size=arguments.batch_size)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    directory = Path(arguments.directory)
+    checkpoint = CheckpointConfig(every_n_epochs=None, save_last=False, when_busy="wait", transport=arguments.transport)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.peers}
+    with PeriodicLogger(
+        accelerator,
+        None,
+        run_dir=directory,
+        run_name="ours",
+        checkpoint=checkpoint,
+        tracking=TrackingConfig(enabled=False),
+    ) as logger:
+        logger.watch(model, optimizer)
+        batches = _forever(logger, loader)
+
+        def step() -> float:
+            begun_s = time.perf_counter()
+            accelerator.backward(model(next(batches)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - begun_s
+
+        for _ in range(3):
+            step()
+        resident_before = _resident_bytes()
+        peers = _make_peers(arguments, accelerator, model, optimizer, logger, directory)
+        engine = logger._saver._engine
+        assert engine is not None
+        share_bytes = engine.plan.staging_bytes[accelerator.process_index]
+        order = random.Random(0)
+        for round_number in range(arguments.rounds + 1):
+            names = list(arguments.peers)
+            order.shuffle(names)
+            for name in names:
+                found = _window(name, peers.get(name), step, arguments.steps, directory / f"{name}-{round_number}")
+                if round_number or name == "ours":
+                    found["first"] = float(round_number == 0)
+                    results[name].append(found)
+        mode = engine.mode.mode
+    gathered: list[Any] = [None] * accelerator.num_processes
+    if dist.is_initialized():
+        dist.all_gather_object(gathered, results)
+    else:
+        gathered = [results]
+    if accelerator.is_main_process:
+        record = {
+            "share_bytes": share_bytes,
+            "mode": mode,
+            "transport": logger._saver._transport,
+            "logical_bytes": engine.plan.layout.size_bytes,
+            "written_bytes": sum(part.size for ranges in engine.plan.ranges for part in ranges)
+            + sum(len(file.header) for file in engine.plan.layout.files),
+            "resident_before_bytes": resident_before,
+            "ranks": gathered,
+        }
+        Path(arguments.output).write_text(json.dumps(record))
+
+
+def _window(
+    name: str, peer: Peer | None, step: Callable[[], float], num_steps: int, directory: Path
+) -> dict[str, float]:
+    """One window: a save and some steps; then, not measured, until the save is durable."""
+    if dist.is_initialized():
+        dist.barrier()
+    directory.mkdir(parents=True, exist_ok=True)
+    dist_barrier()
+    begun_s = time.perf_counter()
+    if peer is not None:
+        peer.save(directory)
+    call_s = time.perf_counter() - begun_s
+    steps_s = [step() for _ in range(num_steps)]
+    wall_s = time.perf_counter() - begun_s
+    fence_s = 0.0 if peer is None else peer.fence_s()
+    if peer is not None:
+        peer.finish()
+    durable_s = call_s if type(peer) in (Memcpy, Pwrite, Gathered) else 0.0 if peer is None else peer.durable_s(begun_s)
+    dist_barrier()
+    shutil.rmtree(directory, ignore_errors=True)
+    return {
+        "blocked_s": call_s + fence_s,
+        "call_s": call_s,
+        "wall_s": wall_s,
+        "durable_s": durable_s,
+        "step_max_s": max(steps_s),
+        "step_p50_s": statistics.median(steps_s),
+        "resident_bytes": _resident_bytes(),
+    }
+
+
+def _make_peers(
+    arguments: argparse.Namespace, accelerator: Any, model: Any, optimizer: Any, logger: PeriodicLogger, directory: Path
+) -> dict[str, Peer]:
+    peers: dict[str, Peer] = {"ours": Ours(logger)}
+    saver = logger._saver
+    if saver._engine is None:
+        saver.prepare()
+    engine = saver._engine
+    assert engine is not None
+    share: list[Tensor] = []
+    for piece in engine.plan.pieces:
+        value = engine.held.sources[piece.source].live()
+        if isinstance(value, Tensor):
+            share.append(value.detach().reshape(-1)[piece.local : piece.local + piece.num_items])
+    for name in arguments.peers:
+        if name in ("memcpy", "pwrite"):
+            peers[name] = (Memcpy if name == "memcpy" else Pwrite)(share)
+        elif name.startswith("dcp_"):
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise SystemExit(f"{name}: torch DCP does not know DeepSpeed's shards; leave it out with --peers")
+            peers[name] = Dcp(model, optimizer, name.removeprefix("dcp_"))
+        elif name in ("save_file", "torch_save"):
+            run_id, uri = "", f"sqlite:///{directory}/peers.db"
+            if accelerator.is_main_process:
+                from mlflow import MlflowClient
+
+                client = MlflowClient(uri)
+                experiment = client.create_experiment(name, artifact_location=str(directory / "artifacts"))
+                run_id = client.create_run(experiment).info.run_id
+            peers[name] = Gathered(accelerator, model, optimizer, name, run_id, uri)
+    return peers
+
+
+def _forever(logger: PeriodicLogger, loader: Any) -> Iterator[Tensor]:
+    """Batches without end."""
+    for _ in logger.epochs(10**6):
+        yield from logger.batches(loader)
+
+
+def _resident_bytes() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+# ------------------------------------------------------------------------------------------ the figures
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(1000))
+    return medians[25], medians[974]
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """For each peer: medians over the rounds of the worst rank's figures."""
+    ranks = record["ranks"]
+    names = list(ranks[0])
+    without = [max(rank["none"][i]["wall_s"] for rank in ranks) for i in range(len(ranks[0]["none"]))]
+    base = statistics.median(without)
+    p50 = statistics.median(w["step_p50_s"] for rank in ranks for w in rank["none"])
+    peers = {}
+    for name in names:
+        windows = [[rank[name][i] for rank in ranks] for i in range(len(ranks[0][name]))]
+        first = [window for window in windows if window[0]["first"]]
+        later = [window for window in windows if not window[0]["first"]]
+        worst = {key: [max(rank[key] for rank in window) for window in later] for key in later[0][0]}
+        # Against the window without a save of the same round: the machine's pace changes from round to round.
+        added = [wall - other for wall, other in zip(worst["wall_s"], without, strict=False)]
+        peers[name] = {
+            "saves": len(later),
+            "blocked_ms": 1e3 * statistics.median(worst["blocked_s"]),
+            "blocked_ms_95": [1e3 * bound for bound in interval(worst["blocked_s"])],
+            "added_ms": 1e3 * statistics.median(added),
+            "added_ms_95": [1e3 * bound for bound in interval(added)],
+            "durable_ms": 1e3 * statistics.median(worst["durable_s"]),
+            "step_max_over_p50": max(worst["step_max_s"]) / p50,
+            "first_blocked_ms": 1e3 * max(rank["blocked_s"] for rank in first[0]) if first else None,
+        }
+    memcpy = peers["memcpy"]["blocked_ms"] if "memcpy" in peers else float("nan")
+    for figures in peers.values():
+        figures["blocked_over_memcpy"] = figures["blocked_ms"] / memcpy
+        figures["added_over_memcpy"] = figures["added_ms"] / memcpy
+    return {
+        "window_without_save_ms": 1e3 * base,
+        "step_p50_ms": 1e3 * p50,
+        **{key: value for key, value in record.items() if key != "ranks"},
+        "peers": peers,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what a checkpoint costs the training")
+    parser.add_argument("--strategy", default="fsdp2")
+    parser.add_argument("--num_processes", type=int, default=2)
+    parser.add_argument("--size_mb", type=int, default=100, help="of fp32 weights; with AdamW three times as much")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="of each window")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--writer", choices=["process", "thread"], default="process", help="of ours")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=None, help="default: all that know the strategy")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--directory", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--output", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    known = [name for name in PEERS if not (arguments.strategy.startswith("zero") and name.startswith("dcp"))]
+    arguments.peers = arguments.peers or known
+    if "none" not in arguments.peers:
+        arguments.peers.insert(0, "none")
+    if arguments.output is not None:
+        worker(arguments)
+        return
+    with tempfile.TemporaryDirectory(prefix="harness-checkpoint-") as directory:
+        output = Path(directory) / "record.json"
+        words = [sys.executable, "-m", "accelerate.commands.launch"]
+        words += [
+            "--config_file",
+            str(ROOT / f"configs/accelerate/{arguments.strategy}.yaml"),
+            "--main_process_port",
+            "0",
+        ]
+        words += ["--num_processes", str(arguments.num_processes), __file__, *sys.argv[1:]]
+        words += ["--directory", directory, "--output", str(output)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        subprocess.run(words, check=True, env=environment, stdout=sys.stderr)
+        record = json.loads(output.read_text())
+    result = {
+        "benchmark": "checkpoint",
+        "strategy": arguments.strategy,
+        "num_processes": arguments.num_processes,
+        "size_mb": arguments.size_mb,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **summary(record),
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{arguments.strategy} x {arguments.num_processes}, window {result['window_without_save_ms']:.0f} ms")
+    for name, figures in result["peers"].items():
+        print(
+            f"{name:16} blocked {figures['blocked_ms']:8.2f} ms  added {figures['added_ms']:8.1f} ms "
+            f"({figures['added_ms_95'][0]:.0f} to {figures['added_ms_95'][1]:.0f})  "
+            f"durable {figures['durable_ms']:8.0f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Everything that a rank holds of one training state, whatever the strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from harness.checkpoint.names import NamedState, named_state
+from harness.checkpoint.shards.source import Source
+from harness.errors import CheckpointError
+
+
+@dataclass
+class Held:
+    """What there is to save, as this rank holds it.
+
+    Args:
+        sources: every logical tensor, in the same order on every rank, also those of which this rank
+            holds nothing.
+        aliases: tied name -> the name under which the tensor is stored.
+        groups: the optimizer's parameter groups: the live dictionary, and the names of its parameters.
+        sharded_modules: FSDP2's modules, which may hold unsharded parameters for a while.
+        sizes: containers whose length must stay for all this to hold.
+        members: (mapping, key, value): what must stay where it is.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
+    sharded_modules: tuple[Any, ...] = ()
+    sizes: list[tuple[Any, int]] = field(default_factory=list)
+    members: list[tuple[Any, Any, Any]] = field(default_factory=list)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model and the optimizer still have the structure that was found."""
+        return all(len(container) == size for container, size in self.sizes) and all(
+            mapping.get(key) is value for mapping, key, value in self.members
+        )
+
+    def reshard(self) -> None:
+        """Make FSDP2 hold its sharded parameters.
+
+        After a forward without a backward (an evaluation) the root keeps the unsharded ones, which are
+        other tensors than those that the optimizer updates.
+        """
+        for module in self.sharded_modules:
+            module.reshard()
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Of each parameter group, as they are now, as JSON values."""
+        return [_hyperparameters(group) for group, _ in self.groups]
+
+    def group_names(self) -> list[list[str]]:
+        """Names of the parameters in each group; they stay for as long as all this holds."""
+        return [names for _, names in self.groups]
+
+
+def find_held(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    weights_only: bool,
+    dtype: torch.dtype | None,
+) -> Held:
+    """Find what this rank holds of weights, buffers and optimizer state.
+
+    Effects: not collective; main thread, between steps; reads metadata only.
+
+    Args:
+        accelerator: which ranks and which strategy.
+        model: the prepared model.
+        optimizer: the prepared optimizer, or None.
+        weights_only: leave the optimizer's state out.
+        dtype: floating-point weights are written as this type; None: as they are.
+
+    Raises:
+        CheckpointError: if something is not understood; nothing is guessed.
+    """
+    from harness.checkpoint.shards import plain, zero
+
+    _refuse_fsdp1(model)
+    sharded = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
+    for module in sharded:
+        module.reshard()
+    state = named_state(model)
+    held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
+    find = zero.find if accelerator.distributed_type == DistributedType.DEEPSPEED else plain.find
+    find(held, state, model, optimizer, weights_only, dtype, accelerator.is_main_process)
+    return held
+
+
+def _refuse_fsdp1(model: nn.Module) -> None:
+    for module in model.modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise CheckpointError(
+                "FSDP1 cannot be saved: it holds flat ranges with gaps that no name belongs to; "
+                "put `fsdp_version: 2` into the accelerate configuration (see configs/accelerate/fsdp2.yaml)"
+            )
+
+
+def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> str:
+    """The name of an optimizer's parameter.
+
+    Raises:
+        CheckpointError: if it is none of the model's.
+    """
+    name = names.get(id(parameter))
+    if name is None:
+        raise CheckpointError(
+            f"optimizer: a parameter of group {group_index} with shape {tuple(parameter.shape)} is not the model's; "
+            "pass the optimizer that belongs to the model to watch()"
+        )
+    return name
+
+
+def names_by_id(state: NamedState) -> dict[int, str]:
+    """Identity of a parameter -> its name."""
+    return {id(parameter): name for name, parameter in state.parameters.items()}
+
+
+def refuse_state(optimizer: Any, kind: str, name: str, what: str) -> CheckpointError:
+    """The error for optimizer state that is not understood."""
+    return CheckpointError(
+        f"{type(optimizer).__name__}: cannot save its state {kind!r} of {name}: {what}; "
+        "use checkpoint.save_weights_only, or another optimizer"
+    )
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a parameter group that JSON can hold: learning rate, betas, ..."""
+    values = {key: _plain(value) for key, value in group.items() if key != "params"}
+    return {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def trained_ids(parameters: Sequence[Tensor], optimizer: Any) -> set[int]:
+    """Which parameters change in an optimizer's step and nowhere else."""
+    if optimizer is None:
+        return {id(parameter) for parameter in parameters if parameter.requires_grad}
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -1,0 +1,93 @@
+"""Single process, DDP, FSDP2, HSDP: parameters and moments are tensors or DTensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from harness.checkpoint.layout import Section
+from harness.checkpoint.names import NamedState
+from harness.checkpoint.shards.dtensor import runs_of
+from harness.checkpoint.shards.held import Held, name_of, names_by_id, refuse_state, trained_ids
+from harness.checkpoint.shards.source import Source, number_spec, source_of, spec_of, whole, whole_number
+
+
+def find(
+    held: Held,
+    state: NamedState,
+    model: nn.Module,
+    optimizer: Any,
+    weights_only: bool,
+    dtype: torch.dtype | None,
+    is_main_process: bool,
+) -> None:
+    """Fill `held`: what a rank has of each tensor follows from the tensor itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    trained = trained_ids(list(state.parameters.values()), inner)
+    for name, parameter in state.parameters.items():
+        is_fenced = id(parameter) in trained
+        held.sources.append(_source("model", name, parameter, state.holders[name], dtype, at_once=not is_fenced))
+    add_buffers(held, state, dtype, is_main_process)
+    if inner is None:
+        return
+    names = names_by_id(state)
+    held.members.append((inner.__dict__, "state", inner.state))
+    held.sizes.append((inner.state, len(inner.state)))
+    held.sizes.append((inner.param_groups, len(inner.param_groups)))
+    for index, group in enumerate(inner.param_groups):
+        in_group = [name_of(parameter, names, index) for parameter in group["params"]]
+        held.groups.append((group, in_group))
+        held.sizes.append((group["params"], len(in_group)))
+        if weights_only:
+            continue
+        for parameter, name in zip(group["params"], in_group, strict=True):
+            values = inner.state.get(parameter)
+            if values is None:
+                continue
+            held.members.append((inner.state, parameter, values))
+            held.sizes.append((values, len(values)))
+            for kind, value in values.items():
+                _add_state(held, inner, kind, name, value, values, parameter)
+
+
+def _add_state(
+    held: Held, optimizer: Any, kind: str, name: str, value: Any, values: dict[str, Any], parameter: Tensor
+) -> None:
+    full_name = f"{kind}.{name}"
+    if value is None:
+        held.members.append((values, kind, None))
+        return
+    if isinstance(value, (int, float)):
+        spec = number_spec("optimizer", full_name, value)
+        held.sources.append(source_of(spec, (values, kind), whole_number(), at_once=True))
+    elif isinstance(value, Tensor):
+        if value.ndim and isinstance(parameter, DTensor) and not isinstance(value, DTensor) and _is_sharded(parameter):
+            raise refuse_state(optimizer, kind, name, "a plain tensor, though the parameter is sharded")
+        held.sources.append(_source("optimizer", full_name, value, (values, kind), None, at_once=False))
+    else:
+        raise refuse_state(optimizer, kind, name, f"a {type(value).__name__}, not a tensor or a number")
+
+
+def _is_sharded(parameter: DTensor) -> bool:
+    return any(not placement.is_replicate() for placement in parameter.placements)
+
+
+def add_buffers(held: Held, state: NamedState, dtype: torch.dtype | None, is_main_process: bool) -> None:
+    """Buffers are rank zero's, which is what DDP and our evaluation take them for."""
+    for name, buffer in state.buffers.items():
+        source = _source("model", name, buffer, state.holders[name], dtype, at_once=True)
+        if not is_main_process and not isinstance(buffer, DTensor):
+            source = replace(source, runs=())
+        held.sources.append(source)
+
+
+def _source(
+    section: Section, name: str, value: Tensor, place: tuple[Any, Any], dtype: torch.dtype | None, *, at_once: bool
+) -> Source:
+    spec = spec_of(section, name, value, tuple(value.shape), dtype)
+    runs = runs_of(name, value) if isinstance(value, DTensor) else whole(value)
+    return source_of(spec, place, runs, at_once=at_once)

@@ -1,0 +1,130 @@
+"""Whether every byte of a checkpoint is what was written. Importing this never imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from harness.checkpoint.commit import FileRecord, Range, read_manifest
+from harness.errors import CheckpointError, RunDirError
+
+_CHUNK_BYTES = 4 << 20
+_NUM_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` has read.
+
+    Args:
+        num_files: files of the manifest.
+        num_ranges: ranges of all of them.
+        size_bytes: bytes of all of them.
+        problems: one line for each thing that is not as it was written; empty: all is well.
+    """
+
+    num_files: int
+    num_ranges: int
+    size_bytes: int
+    problems: tuple[str, ...]
+
+
+def verify(checkpoint: Path, *, weights_only: bool = False) -> Verified:
+    """Read every range of a checkpoint against its digest.
+
+    Effects: not collective; any thread; blocks for reading all of it, a few threads at a time, each with
+    4 MiB of memory; nothing on disk.
+
+    Args:
+        checkpoint: its directory.
+        weights_only: only the files of weights.
+
+    Raises:
+        CheckpointError: if there is no manifest, or it is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    files = [file for file in manifest.files if not weights_only or file.name in manifest.weight_files]
+    problems: list[str] = []
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for file in files:
+            problems += _problems(checkpoint / file.name, file, threads)
+    return Verified(
+        len(files), sum(len(file.ranges) for file in files), sum(file.size_bytes for file in files), tuple(problems)
+    )
+
+
+def require_whole(checkpoint: Path, *, weights_only: bool = False) -> None:
+    """Verify, and refuse what is not as it was written.
+
+    Raises:
+        CheckpointError: with the first problem.
+    """
+    problems = verify(checkpoint, weights_only=weights_only).problems
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{checkpoint}: is damaged: {problems[0]}{more}; use another checkpoint")
+
+
+def _problems(path: Path, file: FileRecord, threads: ThreadPoolExecutor) -> Iterable[str]:
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        return [f"{file.name}: {error.strerror}"]
+    if size_bytes != file.size_bytes:
+        return [f"{file.name}: has {size_bytes} bytes, was written with {file.size_bytes}"]
+    covered = 0
+    for part in file.ranges:
+        if part.start != covered:
+            return [f"{file.name}: the manifest has no digest of the bytes from {covered} to {part.start}"]
+        covered = part.end
+    if covered != size_bytes:
+        return [f"{file.name}: the manifest has no digest of the bytes from {covered} to {size_bytes}"]
+    return [problem for problem in threads.map(lambda part: _problem(path, part), file.ranges) if problem]
+
+
+def _problem(path: Path, part: Range) -> str | None:
+    digest = xxhash.xxh3_128()
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            position = part.start
+            while position < part.end:
+                chunk = os.pread(descriptor, min(_CHUNK_BYTES, part.end - position), position)
+                if not chunk:
+                    return f"{path.name}: ends at byte {position}"
+                digest.update(chunk)
+                position += len(chunk)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return f"{path.name}: bytes {part.start} to {part.end} cannot be read: {error.strerror}"
+    if digest.hexdigest() != part.digest:
+        return f"{path.name}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what was written"
+    return None
+
+
+def summary(checkpoint: Path, found: Verified) -> str:
+    """For the user."""
+    if found.problems:
+        return "\n".join((f"{checkpoint}: is damaged:", *(f"  {problem}" for problem in found.problems)))
+    return (
+        f"{checkpoint}: {found.size_bytes:,} bytes in {found.num_files} files, {found.num_ranges} ranges: "
+        "every byte is what was written"
+    )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a path that is no checkpoint directory, with what to give instead.
+
+    Raises:
+        RunDirError: if it is no directory.
+        CheckpointError: if it has no manifest.
+    """
+    if not path.is_dir():
+        raise RunDirError(f"{path}: is not a directory; give runs/<run_name>/checkpoints/<name>")
+    read_manifest(path)

@@ -1,0 +1,140 @@
+"""The writer process: puts a rank's staging memory on the disk, out of the trainer's way.
+
+A process of its own, beside each rank: with thousands of small tensors a thread would take the GIL from
+the training thousands of times. It maps the rank's staging memory, knows nothing of torch, runs at low
+priority, and ends when its standard input does. One JSON line each way:
+
+    {"memory": fd, "size": bytes, "files": [name, ...], "ranges": [[file, offset, staging, size], ...]}
+    {"directory": path}      write all ranges there      ->  {"digests": hex, "write_s": s, "sync_s": s}
+    {"directory": null}      digests alone               ->  {"digests": hex, ...}
+                                                             {"error": text, "errno": number}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_NICENESS = 10
+# Linux: best effort, the lowest of its levels. https://www.kernel.org/doc/Documentation/block/ioprio.txt
+_IOPRIO_CLASS_BE_LOWEST = (2 << 13) | 7
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+_DIGEST_HEX_CHARS = 32
+# Start the disk on what is written so far, so that the fsync at the end has little left to do.
+_FLUSH_BYTES = 32 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class WriteError(Exception):
+    """A range could not be written."""
+
+
+class RangeWriter:
+    """Writes ranges of a memory into files and digests them.
+
+    Effects: not collective; any thread; blocks until the disk has everything; leaves the files' ranges.
+
+    Args:
+        memory: staging memory.
+        files: names.
+        ranges: (index into `files`, offset in the file, offset in the memory, size), in bytes.
+    """
+
+    def __init__(self, memory: memoryview, files: Sequence[str], ranges: Sequence[Sequence[int]]) -> None:
+        self._memory = memory
+        self._files = files
+        self._ranges = ranges
+        self._libc = ctypes.CDLL(None, use_errno=True)
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write and digest all ranges.
+
+        Raises:
+            OSError: if the disk refuses.
+        """
+        begun_s = time.perf_counter()
+        opened: dict[int, int] = {}
+        digests = []
+        try:
+            unflushed_bytes = 0
+            for file, offset, staging, size in self._ranges:
+                if file not in opened:
+                    path = directory / self._files[file]
+                    opened[file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                part = self._memory[staging : staging + size]
+                write_at(opened[file], part, offset)
+                digests.append(xxhash.xxh3_128_hexdigest(part))
+                unflushed_bytes += size
+                if unflushed_bytes >= _FLUSH_BYTES:
+                    self._start_flush(opened[file])
+                    unflushed_bytes = 0
+            written_s = time.perf_counter()
+            for descriptor in opened.values():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
+        return {
+            "digests": "".join(digests),
+            "write_s": written_s - begun_s,
+            "sync_s": time.perf_counter() - written_s,
+        }
+
+    def digest(self) -> dict[str, Any]:
+        """Digest all ranges, and write nothing."""
+        begun_s = time.perf_counter()
+        digests = [xxhash.xxh3_128_hexdigest(self._memory[s : s + size]) for _, _, s, size in self._ranges]
+        return {"digests": "".join(digests), "write_s": time.perf_counter() - begun_s, "sync_s": 0.0}
+
+    def _start_flush(self, descriptor: int) -> None:
+        # Advice: where the system does not know it, the fsync does it all.
+        self._libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """`pwrite` all of it."""
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def split_digests(text: str) -> list[str]:
+    """The digests that a writer has put one after another."""
+    return [text[at : at + _DIGEST_HEX_CHARS] for at in range(0, len(text), _DIGEST_HEX_CHARS)]
+
+
+def _lower_priority() -> None:
+    os.nice(_NICENESS)
+    number = _IOPRIO_SET.get(os.uname().machine)
+    if sys.platform == "linux" and number is not None:
+        ctypes.CDLL(None).syscall(number, 1, 0, _IOPRIO_CLASS_BE_LOWEST)
+
+
+def main() -> None:
+    """Serve one rank until it is gone."""
+    _lower_priority()
+    plan = json.loads(sys.stdin.readline())
+    memory = memoryview(mmap.mmap(plan["memory"], plan["size"], prot=mmap.PROT_READ))
+    writer = RangeWriter(memory, plan["files"], plan["ranges"])
+    for line in sys.stdin:
+        directory = json.loads(line)["directory"]
+        answer: dict[str, Any]
+        try:
+            answer = writer.digest() if directory is None else writer.write(Path(directory))
+        except OSError as error:
+            answer = {"error": f"{error.filename or directory}: {error.strerror}", "errno": error.errno}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

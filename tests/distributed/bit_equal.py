@@ -1,0 +1,67 @@
+"""A run that saves with the engine while it trains, and beside it gathers the same moment, the slow way.
+
+accelerate launch ... -m tests.distributed.bit_equal OUT MODEL,MODEL,... NUM_GROUPS [TRANSPORT]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.config import TrainerConfig
+from harness.runtime import start
+from tests.distributed.gathered import gather_state
+from tests.distributed.saved_models import MODELS, groups_of, logits_of
+
+
+def main() -> None:
+    accelerator = start(TrainerConfig(mixed_precision="fp32"), seed=0)
+    for name in sys.argv[2].split(","):
+        save_and_gather(accelerator, Path(sys.argv[1]) / name, name, int(sys.argv[3]), *sys.argv[4:])
+        accelerator.free_memory()
+
+
+def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, transport: Any = "auto") -> None:
+    set_seed(1)
+    model = MODELS[name]()
+    optimizer = torch.optim.AdamW(groups_of(model, num_groups), lr=0.05)
+    loader = DataLoader(torch.randint(0, 13, (96, 8)), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    checkpoint = CheckpointConfig(every_n_epochs=None, save_last=False, when_busy="wait", transport=transport)
+    with PeriodicLogger(
+        accelerator, None, run_dir=out, run_name="it", checkpoint=checkpoint, tracking=TrackingConfig(enabled=False)
+    ) as logger:
+        logger.watch(model, optimizer)
+        for _ in logger.epochs(1):
+            for batch in logger.batches(loader):
+                logits = logits_of(model(batch))
+                loss = F.cross_entropy(logits.flatten(0, -2).float(), batch.flatten())
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                logger.log({"train/loss": loss}, len(batch))
+                if (
+                    2 <= logger.step <= 4
+                ):  # the step that has just been taken is counted when the next batch is asked for
+                    expected = gather_state(accelerator, model, optimizer, dtype=None, has_groups=num_groups == 1)
+                    assert logger.save()
+                    # The copy goes on while the next batch is trained on.
+                    if accelerator.is_main_process:
+                        directory = out / "expected" / f"step-{logger.step:08d}"
+                        directory.mkdir(parents=True)
+                        metadata = {**expected.aliases, "format": "pt"}
+                        save_file(expected.model, directory / "model.safetensors", metadata)
+                        if expected.optimizer:
+                            save_file(expected.optimizer, directory / "optimizer.safetensors", {"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The full state on rank zero, gathered by the strategies' own means: what the engine is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from harness.checkpoint.names import NamedState, named_state
+from harness.errors import CheckpointError
+
+
+@dataclass
+class GatheredState:
+    """Logical tensors in host memory, their own copies; empty on all ranks but zero.
+
+    Args:
+        model: name -> tensor.
+        aliases: tied name -> the name under which it stands in `model`.
+        optimizer: ``<kind>.<name>`` -> tensor, such as ``exp_avg.fc.weight``, ``master.fc.weight``.
+        param_groups: the optimizer's groups: hyperparameters, and ``params``, the names in it.
+    """
+
+    model: dict[str, Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    param_groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+def gather_state(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    dtype: torch.dtype | None = None,
+    has_groups: bool = True,
+) -> GatheredState:
+    """Gather weights, buffers and optimizer state.
+
+    Effects: collective on the default group (sharded strategies); main thread, between steps; blocks
+    until all is copied; nothing on disk.
+
+    Args:
+        accelerator: which ranks and which strategy.
+        model: the prepared model.
+        optimizer: the prepared optimizer, or None to leave its state out.
+        dtype: floating-point weights are cast to it; None: as they are.
+        has_groups: false: leave DeepSpeed's optimizer state out.
+
+    Raises:
+        CheckpointError: if the state cannot be named, or a strategy cannot give it.
+    """
+    _reshard(model)
+    state = named_state(model)
+    keep = _Keeper(accelerator.is_main_process)
+    gathered = GatheredState(aliases=state.aliases)
+    with torch.no_grad():
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and not has_groups:
+            optimizer = None  # DeepSpeed's own accessors fail where there are several parameter groups
+        gather = _zero_gatherer if accelerator.distributed_type == DistributedType.DEEPSPEED else _torch_gatherer
+        gather(gathered, state, model, optimizer, keep)
+    if dtype is not None:
+        gathered.model = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in gathered.model.items()
+        }
+    return gathered
+
+
+def _reshard(model: nn.Module) -> None:
+    """Make an FSDP2 model hold its sharded parameters again.
+
+    After a forward without a backward (an evaluation) its root keeps the unsharded ones, which are other
+    tensors than those that the optimizer updates.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class _Keeper:
+    """Copies a tensor to host memory of its own on rank zero, and nothing elsewhere."""
+
+    def __init__(self, is_main_process: bool) -> None:
+        self._is_main_process = is_main_process
+
+    def __call__(self, into: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if self._is_main_process:
+            into[name] = full.detach().to("cpu", copy=True).contiguous()
+
+
+def _torch_gatherer(
+    gathered: GatheredState,
+    state: NamedState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    keep: _Keeper,
+) -> None:
+    """Single process, DDP, FSDP2, HSDP: parameters and moments are tensors or DTensors."""
+    for name, tensor in {**state.parameters, **state.buffers}.items():
+        keep(gathered.model, name, tensor)
+    if optimizer is None:
+        return
+    inner = getattr(optimizer, "optimizer", optimizer)
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    for index, group in enumerate(inner.param_groups):
+        in_group = [_name_of(parameter, names, index) for parameter in group["params"]]
+        gathered.param_groups.append({**_hyperparameters(group), "params": in_group})
+        for parameter, name in zip(group["params"], in_group, strict=True):
+            for kind, value in inner.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    keep(gathered.optimizer, f"{kind}.{name}", value)
+                elif isinstance(value, (int, float)):
+                    keep(gathered.optimizer, f"{kind}.{name}", torch.tensor(value))
+                elif value is not None:
+                    raise CheckpointError(
+                        f"{type(inner).__name__}: cannot save its state {kind!r} of {name}: a {type(value).__name__}, "
+                        "not a tensor or a number; use checkpoint.save_weights_only, or another optimizer"
+                    )
+
+
+def _zero_gatherer(
+    gathered: GatheredState,
+    state: NamedState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    keep: _Keeper,
+) -> None:
+    """DeepSpeed ZeRO-1, 2, 3, through DeepSpeed's own accessors (each is collective)."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine: Any = model
+    is_stage_3 = engine.zero_optimization_stage() == 3
+
+    @contextmanager
+    def whole(parameter: nn.Parameter) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_stage_3):
+            yield
+
+    for name, parameter in state.parameters.items():
+        with whole(parameter):
+            keep(gathered.model, name, parameter)
+    for name, buffer in state.buffers.items():
+        keep(gathered.model, name, buffer)
+    if optimizer is None:
+        return
+    inner = engine.optimizer.optimizer
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    trained = {id(p) for group in _full_groups(engine, is_stage_3) for p in group}
+    in_group = [name for name, parameter in state.parameters.items() if id(parameter) in trained]
+    gathered.param_groups.append({**_hyperparameters(inner.param_groups[0]), "params": in_group})
+    flat_state: dict[str, Any] = next(iter(inner.state.values()), {})
+    kinds = [kind for kind, value in flat_state.items() if isinstance(value, Tensor) and value.ndim]
+    for name in in_group:
+        parameter = state.parameters[name]
+        if parameter.dtype != torch.float32:
+            keep(gathered.optimizer, f"master.{name}", _present(safe_get_full_fp32_param(parameter), names, name))
+        for kind in kinds:
+            moment = safe_get_full_optimizer_state(parameter, kind)
+            keep(gathered.optimizer, f"{kind}.{name}", _present(moment, names, name))
+        for kind, value in flat_state.items():
+            if kind not in kinds and value is not None:
+                keep(gathered.optimizer, f"{kind}.{name}", torch.as_tensor(value))
+
+
+def _full_groups(engine: Any, is_stage_3: bool) -> list[list[nn.Parameter]]:
+    """The 16-bit (or fp32) parameters that the ZeRO optimizer updates."""
+    return list(engine.optimizer.fp16_groups if is_stage_3 else engine.optimizer.bit16_groups)
+
+
+def _present(value: Tensor | None, names: Mapping[int, str], name: str) -> Tensor:
+    if value is None:
+        raise CheckpointError(f"{name}: DeepSpeed gave no optimizer state for it ({len(names)} parameters known)")
+    return value
+
+
+def _name_of(parameter: nn.Parameter, names: Mapping[int, str], group_index: int) -> str:
+    name = names.get(id(parameter))
+    if name is None:
+        raise CheckpointError(
+            f"optimizer: a parameter of group {group_index} with shape {tuple(parameter.shape)} is not the model's; "
+            "pass the optimizer that belongs to the model to watch()"
+        )
+    return name
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a parameter group that JSON can hold: learning rate, betas, ..."""
+    convert: Callable[[Any], Any] = lambda v: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v  # noqa: E731
+    values = {key: convert(value) for key, value in group.items() if key != "params"}
+    return {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}

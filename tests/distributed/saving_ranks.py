@@ -1,0 +1,92 @@
+"""Ranks that save all the time: each weight's value is the step, so that a torn checkpoint shows."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from harness.agreement import Agreement
+from harness.checkpoint.commit import Manifest
+from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.config import CheckpointConfig
+
+NUM_WEIGHTS = 3_000_001
+
+
+class Counting(torch.optim.Optimizer):
+    """Adds one to each weight, and to a state of the same shape, in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["count"] = torch.zeros_like(parameter)
+                parameter.add_(1)
+                state["count"].add_(1)
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(NUM_WEIGHTS))
+        self.second = nn.Parameter(torch.zeros(7, 11))
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """What a launcher would have set."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
+
+
+def save_for_ever(rank: int, world_size: int, port: int, directory: Path, transport: str, num_saves: int) -> None:
+    """One rank, started by `multiprocessing`. Each has `directory`/<rank> where `transport` is gather."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    own = directory / str(rank) if transport == "gather" else directory
+    checkpoints = own / "checkpoints"
+    if rank == 0:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    model = Weights()
+    optimizer = Counting(model)
+    # Not prepared: DDP would want gradients. Every rank does the same, as DDP's ranks do.
+    config = CheckpointConfig(when_busy="wait", transport=transport, timeout_s=20)  # type: ignore[arg-type]
+    saver = Saver(accelerator, Agreement(rank, world_size), config, checkpoints, {}, {}, ignore)
+    saver.check(Watched(model, optimizer, None))
+    for step in range(1, num_saves + 1):
+        optimizer.step()
+        model.steps.fill_(step)
+        saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
+        if step == 1:
+            (directory / f"ready-{rank}").touch()
+    saver.close()
+
+
+def ignore(name: str, manifest: Manifest) -> None:
+    """Nothing is published."""

@@ -1,0 +1,71 @@
+"""Ranks with FSDP2 and tensor parallelism in one model, saved by the engine and gathered beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from harness.agreement import Agreement
+from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.config import CheckpointConfig
+from tests.distributed.saving_ranks import become_rank, ignore
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.down(torch.relu(self.up(x))))
+
+
+def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """One rank of a 2 x 2 mesh, started by `multiprocessing`."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = Mlp()
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    config = CheckpointConfig(when_busy="wait")
+    saver = Saver(accelerator, Agreement(rank, world_size), config, directory / "checkpoints", {}, {}, ignore)
+    saver.check(Watched(model, optimizer, None))
+    for step in range(1, 4):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        full = {name: _full(value) for name, value in model.named_parameters()}
+        moments = {
+            f"{kind}.{name}": _full(value)
+            for name, parameter in model.named_parameters()
+            for kind, value in optimizer.state[parameter].items()
+        }
+        saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
+        if rank == 0:
+            (directory / "expected" / f"step-{step:08d}").mkdir(parents=True)
+            save_file(full, directory / "expected" / f"step-{step:08d}" / "model.safetensors")
+            save_file(moments, directory / "expected" / f"step-{step:08d}" / "optimizer.safetensors")
+    if rank == 0:
+        (directory / "placements").write_text(
+            "\n".join(f"{name} {value.placements}" for name, value in model.named_parameters())  # type: ignore[attr-defined]
+        )
+    saver.close()
+
+
+def _full(value: Tensor) -> Tensor:
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.detach().clone().contiguous()

@@ -1,0 +1,430 @@
+from __future__ import annotations
+
+import io
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from harness.agreement import Agreement
+from harness.checkpoint.plan import make_plan
+from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.snapshot import Fence, ModeChoice, Snapshot, StagingMemory
+
+
+class Net(nn.Module):
+    ema: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.register_buffer("ema", torch.zeros(6, 6))
+        self.register_buffer("queue", torch.zeros(0))
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.frozen(self.norm(self.fc(x)))
+        return out
+
+
+class Taken:
+    """A model, an optimizer, and the snapshot of both."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, dtype: torch.dtype | None = None):
+        held = find_held(accelerator, model, optimizer, weights_only=False, dtype=dtype)
+        self.plan = make_plan(held, Agreement(0, 1), None)
+        self.staging = StagingMemory(self.plan.staging_bytes[0], pinned=False)
+        self.snapshot = Snapshot(held, self.plan, self.staging, torch.device("cpu"))
+
+    def content(self) -> dict[str, Tensor]:
+        """What would be on disk: weights by name, optimizer state by kind and name."""
+        loaded: dict[str, Tensor] = {}
+        for index, file in enumerate(self.plan.layout.files):
+            content = io.BytesIO(file.header.ljust(file.size_bytes, b"\0"))
+            for part in self.plan.ranges[0]:
+                if part.file == index:
+                    content.seek(part.offset)
+                    content.write(self.staging.bytes[part.staging : part.staging + part.size].numpy().tobytes())
+            loaded |= safetensors.torch.load(content.getvalue())
+        return loaded
+
+    def taken(self) -> dict[str, Tensor]:
+        assert self.snapshot.look_up()
+        assert self.snapshot.begin()() is None
+        return self.content()
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint should hold."""
+    expected = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                expected[f"{kind}.{name}"] = value.detach().clone()
+            elif value is not None:
+                dtype = torch.float64 if isinstance(value, float) else torch.int64
+                expected[f"{kind}.{name}"] = torch.tensor(value, dtype=dtype)
+    return expected
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def optimizer(model: Net) -> torch.optim.Optimizer:
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step(model, made)
+    return made
+
+
+@pytest.fixture
+def taken(accelerator: Accelerator, model: Net, optimizer: torch.optim.Optimizer) -> Taken:
+    return Taken(accelerator, model, optimizer)
+
+
+def test_copy_is_the_state_when_taken_again_and_again(
+    taken: Taken, model: Net, optimizer: torch.optim.Optimizer
+) -> None:
+    for _ in range(3):
+        assert_same(taken.taken(), state_of(model, optimizer))
+        step(model, optimizer)
+
+
+def test_copy_is_of_the_moment_when_forward_and_backward_run_on(
+    taken: Taken, model: Net, optimizer: torch.optim.Optimizer
+) -> None:
+    expected = state_of(model, optimizer)
+    assert taken.snapshot.look_up()
+    copy_rest = taken.snapshot.begin()
+    model(torch.randn(4, 6)).sum().backward()  # moves the norm's statistics
+    with torch.no_grad():
+        model.ema.lerp_(model.fc.weight, 0.5)
+        model.frozen.weight.add_(1)
+    copy_rest()
+    assert not torch.equal(model.norm.running_mean, expected["norm.running_mean"])
+    assert_same(taken.content(), expected)
+
+
+def test_numbers_are_of_the_moment_when_the_state_has_plain_ones(accelerator: Accelerator, model: Net) -> None:
+    optimizer = torch.optim.SGD([model.fc.weight], lr=0.1)
+    optimizer.state[model.fc.weight] = {"count": 3, "scale": 0.1, "flag": True, "tensor": torch.tensor(5)}
+    taken = Taken(accelerator, model, optimizer)
+    assert taken.snapshot.look_up()
+    copy_rest = taken.snapshot.begin()
+    optimizer.state[model.fc.weight]["count"] = 4
+    copy_rest()
+    found = taken.content()
+    assert (found["count.fc.weight"].dtype, found["count.fc.weight"].item()) == (torch.int64, 3)
+    assert (found["scale.fc.weight"].dtype, found["scale.fc.weight"].item()) == (torch.float64, 0.1)
+    assert found["flag.fc.weight"].item() == 1
+    assert found["tensor.fc.weight"].item() == 5
+
+
+def test_copy_follows_when_tensors_have_moved(taken: Taken, model: Net, optimizer: torch.optim.Optimizer) -> None:
+    taken.taken()
+    model.fc.weight.data = torch.full_like(model.fc.weight, 3.0)
+    model.norm.running_mean = torch.full((6,), 4.0)
+    model.frozen.bias = nn.Parameter(torch.full((6,), 5.0), requires_grad=False)
+    optimizer.state[model.fc.weight]["exp_avg"] = torch.full((6, 6), 6.0)
+    found = taken.taken()
+    assert_same(found, state_of(model, optimizer))
+    assert found["exp_avg.fc.weight"].eq(6).all()
+
+
+@pytest.mark.parametrize("format_", [torch.channels_last, torch.contiguous_format])
+def test_elements_are_in_logical_order_when_they_do_not_lie_so(
+    accelerator: Accelerator, format_: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 2).to(memory_format=format_)  # type: ignore[call-overload]
+    model.register_buffer("turned", torch.randn(3, 5).t())
+    model.register_buffer("spread", torch.randn(1).expand(7))
+    model.register_buffer("phase", torch.randn(3, dtype=torch.complex64).conj())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(1, 3, 4, 4)).square().sum().backward()
+        optimizer.step()
+    taken = Taken(accelerator, model, optimizer)
+    for _ in range(2):
+        assert_same(taken.taken(), {name: t.resolve_conj() for name, t in state_of(model, optimizer).items()})
+        with torch.no_grad():
+            model.weight.add_(1)
+
+
+def test_copy_is_of_the_moment_when_elements_do_not_lie_in_order(accelerator: Accelerator) -> None:
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    taken = Taken(accelerator, model, None)
+    expected = model.weight.detach().clone()
+    assert taken.snapshot.look_up()
+    copy_rest = taken.snapshot.begin()
+    copy_rest()
+    assert torch.equal(taken.content()["weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_floats_of_the_model_alone_are_cast_when_a_dtype_is_given(
+    accelerator: Accelerator, model: Net, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> None:
+    taken = Taken(accelerator, model, optimizer, dtype)
+    names = set(model.state_dict())
+    expected = {
+        name: tensor.to(dtype) if name in names and tensor.is_floating_point() else tensor
+        for name, tensor in state_of(model, optimizer).items()
+    }
+    assert_same(taken.taken(), expected)
+
+
+# Each leaves another state than was planned, as training does now and then.
+CHANGES: dict[str, Callable[[Net, torch.optim.Optimizer], object]] = {
+    "a parameter is added": lambda model, _: model.register_parameter("new", nn.Parameter(torch.zeros(1))),
+    "a buffer is added": lambda model, _: model.norm.register_buffer("new", torch.zeros(1)),
+    "a buffer is taken away": lambda model, _: model.norm.__delattr__("running_var"),
+    "a module is added": lambda model, _: model.add_module("new", nn.Linear(1, 1)),
+    "a module is replaced": lambda model, _: setattr(model, "frozen", nn.Linear(6, 6).requires_grad_(False)),
+    "a module is replaced by one of another size": lambda model, _: setattr(model, "frozen", nn.Linear(6, 9)),
+    "a module of a module is replaced": lambda model, _: setattr(model.inner, "a", nn.Linear(1, 1)),
+    "a buffer grows": lambda model, _: setattr(model, "ema", torch.zeros(7, 6)),
+    "a buffer grows where it is": lambda model, _: model.ema.resize_(12, 6),
+    "a buffer shrinks where it is": lambda model, _: model.ema.resize_(2, 6),
+    "an empty buffer is filled": lambda model, _: setattr(model, "queue", torch.ones(3)),
+    "a buffer that was None is filled": lambda model, _: setattr(model, "late", torch.ones(3)),
+    "a buffer becomes None": lambda model, _: setattr(model, "ema", None),
+    "a buffer has another name": lambda model, _: (model.register_buffer("other", model._buffers.pop("ema")),),
+    "a parameter has another name": lambda model, _: model.fc.register_parameter(
+        "other", model.fc._parameters.pop("bias")
+    ),
+    "state has another name": lambda model, optimizer: optimizer.state[model.fc.bias].update(
+        other=optimizer.state[model.fc.bias].pop("exp_avg")
+    ),
+    "a buffer has another shape": lambda model, _: setattr(model, "ema", torch.zeros(36)),
+    "a buffer has another type": lambda model, _: setattr(model, "ema", torch.zeros(6, 6, dtype=torch.float64)),
+    "the model has another type": lambda model, _: model.double(),
+    "a parameter is turned where it is": lambda model, _: setattr(model.wide, "data", model.wide.data.t()),
+    "weights are tied": lambda model, _: setattr(model.frozen, "weight", model.fc.weight),
+    "the optimizer's state is loaded": lambda _, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "the optimizer's state is dropped": lambda _, optimizer: optimizer.state.clear(),
+    "a parameter has a state now": lambda model, optimizer: optimizer.state[model.frozen.weight].update(a=1),
+    "a parameter's state is replaced": lambda model, optimizer: optimizer.state.update({model.fc.bias: {"step": 1}}),
+    "a parameter has more state": lambda model, optimizer: optimizer.state[model.fc.bias].update(more=1.0),
+    "state that was None is filled": lambda model, optimizer: optimizer.state[model.fc.bias].update(
+        none=torch.zeros(6)
+    ),
+    "a whole number becomes a fraction": lambda model, optimizer: optimizer.state[model.fc.bias].update(number=0.5),
+    "a number becomes a tensor": lambda model, optimizer: optimizer.state[model.fc.bias].update(number=torch.ones(3)),
+    "a group is added": lambda model, optimizer: optimizer.add_param_group({"params": [model.frozen.weight]}),
+    "a group has one more parameter": lambda model, optimizer: optimizer.param_groups[0]["params"].append(
+        model.frozen.weight
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_is_noticed_when(accelerator: Accelerator, change: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    model.inner = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+    model.wide = nn.Parameter(torch.randn(2, 18), requires_grad=False)
+    optimizer = torch.optim.AdamW([p for p in model.fc.parameters()], lr=0.1)
+    step(model, optimizer)
+    optimizer.state[model.fc.bias].update(none=None, number=1)
+    taken = Taken(accelerator, model, optimizer)
+    assert taken.snapshot.look_up()
+    taken.snapshot.begin()()
+    CHANGES[change](model, optimizer)
+    if taken.snapshot.look_up():
+        # Not noticed: then what is taken must be right all the same.
+        taken.snapshot.begin()()
+        assert_same(taken.content(), state_of(model, optimizer))
+        groups = sum(len(group["params"]) for group in optimizer.param_groups)
+        assert groups == 2, "the optimizer's groups are others"
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
+def test_memory_is_zeros_of_at_least_the_size_when_made(size: int) -> None:
+    staging = StagingMemory(size, pinned=False)
+    assert staging.size_bytes == staging.bytes.numel() >= size
+    assert staging.bytes.dtype == torch.uint8
+    assert not staging.bytes.any()
+    staging.close()
+
+
+def test_memory_is_seen_by_others_when_they_map_its_descriptor() -> None:
+    staging = StagingMemory(5000, pinned=False)
+    with mmap.mmap(staging.descriptor, staging.size_bytes, prot=mmap.PROT_READ) as other:
+        staging.bytes[4999] = 7
+        assert other[4999] == 7
+    staging.close()
+    staging.bytes[0] = 1  # whoever has mapped it keeps it
+
+
+# ----------------------------------------------------------------------------- the fence
+
+
+@pytest.fixture
+def fence() -> Iterator[Fence]:
+    made = Fence()
+    yield made
+    made.close()
+
+
+def one_parameter() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    return parameter, torch.optim.SGD([parameter], lr=1.0)
+
+
+def stepping(optimizer: torch.optim.Optimizer) -> threading.Thread:
+    thread = threading.Thread(target=optimizer.step, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
+    parameter, optimizer = one_parameter()
+    fence.raise_()
+    thread = stepping(optimizer)
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert parameter.eq(0).all()
+    assert not fence.is_passed
+    fence.lower()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert parameter.eq(-1).all()
+    assert fence.is_passed
+    assert fence.delayed_s >= fence.waited_s > 0.1
+
+
+def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
+    optimizers = [one_parameter()[1] for _ in range(3)]
+    fence.raise_()
+    threads = [stepping(optimizer) for optimizer in optimizers]
+    threads[0].join(0.2)
+    assert all(thread.is_alive() for thread in threads)
+    fence.lower()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert fence.num_steps == 3
+
+
+def test_steps_are_free_when_the_fence_is_down(fence: Fence) -> None:
+    parameter, optimizer = one_parameter()
+    optimizer.step()
+    fence.raise_()
+    fence.lower()
+    assert not fence.is_passed
+    optimizer.step()
+    optimizer.step()
+    assert fence.is_passed
+    assert parameter.eq(-3).all()
+    assert fence.num_steps == 3
+    assert fence.waited_s < 5
+
+
+def test_fence_stands_again_when_raised_again(fence: Fence) -> None:
+    parameter, optimizer = one_parameter()
+    for number in range(1, 4):
+        fence.raise_()
+        thread = stepping(optimizer)
+        thread.join(0.05)
+        assert thread.is_alive()
+        fence.lower()
+        thread.join(30)
+        assert parameter.eq(-number).all()
+
+
+def test_step_goes_on_when_the_fence_is_closed() -> None:
+    fence = Fence()
+    parameter, optimizer = one_parameter()
+    fence.raise_()
+    thread = stepping(optimizer)
+    thread.join(0.1)
+    assert thread.is_alive()
+    fence.close()
+    thread.join(30)
+    assert parameter.eq(-1).all()
+    optimizer.step()
+    assert fence.num_steps == 1  # the hook is gone
+    fence.close()
+
+
+def test_backward_waits_when_the_step_is_fused_into_it(fence: Fence) -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    fence.raise_()
+    thread = threading.Thread(target=lambda: parameter.sum().backward(), daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert parameter.eq(0).all()
+    fence.lower()
+    thread.join(30)
+    assert parameter.eq(-1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
+def test_fence_holds_when_the_optimizer_is_compiled(fence: Fence) -> None:
+    parameter, optimizer = one_parameter()
+    compiled = torch.compile(optimizer.step, backend="eager")
+    compiled()
+    compiled()
+    seen = fence.num_steps
+    assert seen >= 2
+    before = parameter.detach().clone()
+    fence.raise_()
+    thread = threading.Thread(target=compiled, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    assert torch.equal(parameter, before)
+    fence.lower()
+    thread.join(60)
+    assert torch.equal(parameter, before - 1)
+
+
+# --------------------------------------------------------------------- overlapped or not
+
+
+@pytest.mark.parametrize(
+    ("delays_s", "expected"),
+    [
+        ([], "overlapped"),
+        ([9.0, 9.0], "overlapped"),  # too few to tell
+        ([2.0, 2.0, 0.1], "blocking"),
+        ([0.1, 0.1, 9.0], "overlapped"),  # one outlier is none
+        ([1.0, 1.0, 1.0], "overlapped"),
+        ([0.1, 0.1, 0.1, 9.0, 9.0, 9.0], "overlapped"),  # it is decided once
+        ([9.0, 9.0, 9.0, 0.1, 0.1, 0.1], "blocking"),
+    ],
+)
+def test_mode_is_what_has_cost_less_when_three_were_measured(delays_s: list[float], expected: str) -> None:
+    choice = ModeChoice(blocking_s=1.0)
+    for delay_s in delays_s:
+        choice.add(delay_s)
+    assert choice.mode == expected

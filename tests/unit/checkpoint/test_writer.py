@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from harness.checkpoint.commit import Manifest, commit
+from harness.checkpoint.layout import TensorSpec
+from harness.checkpoint.plan import Holdings, Plan, plan_of
+from harness.checkpoint.shards.source import Run
+from harness.checkpoint.snapshot import StagingMemory
+from harness.checkpoint.verify import verify
+from harness.checkpoint.write import WriterProcess, file_records, make_files, write_json
+from harness.checkpoint.writer import RangeWriter, split_digests
+from harness.errors import CheckpointError
+
+
+def plan_for(sizes: dict[str, int], limit: int | None = None) -> Plan:
+    specs = [TensorSpec("model", name, "U8", (size,)) for name, size in sizes.items()]
+    return plan_of(specs, {}, [Holdings(0, [(Run(0, 0, size),) if size else () for size in sizes.values()])], 0, limit)
+
+
+@pytest.fixture
+def staging() -> Iterator[Callable[[Plan], StagingMemory]]:
+    made: list[StagingMemory] = []
+
+    def make(plan: Plan) -> StagingMemory:
+        memory = StagingMemory(plan.staging_bytes[0], pinned=False)
+        memory.bytes.random_(256, generator=torch.Generator().manual_seed(0))
+        made.append(memory)
+        return memory
+
+    yield make
+    for memory in made:
+        memory.close()
+
+
+@pytest.fixture
+def start(staging: Callable[[Plan], StagingMemory]) -> Iterator[Callable[[Plan], tuple[WriterProcess, StagingMemory]]]:
+    started: list[WriterProcess] = []
+
+    def make(plan: Plan) -> tuple[WriterProcess, StagingMemory]:
+        memory = staging(plan)
+        started.append(WriterProcess(memory, plan.layout, plan.ranges[0]))
+        started[-1].start()
+        return started[-1], memory
+
+    yield make
+    for writer in started:
+        writer.close()
+
+
+Start = Callable[[Plan], tuple[WriterProcess, StagingMemory]]
+
+
+def expected_digests(plan: Plan, memory: StagingMemory) -> list[str]:
+    data = memory.bytes.numpy().tobytes()
+    return [xxhash.xxh3_128_hexdigest(data[p.staging : p.staging + p.size]) for p in plan.ranges[0]]
+
+
+def expected_data(plan: Plan, memory: StagingMemory, file: int) -> bytes:
+    data = memory.bytes.numpy().tobytes()
+    content = bytearray(plan.layout.files[file].header.ljust(plan.layout.files[file].size_bytes, b"\0"))
+    for part in plan.ranges[0]:
+        if part.file == file:
+            content[part.offset : part.offset + part.size] = data[part.staging : part.staging + part.size]
+    return bytes(content)
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that are not yet gone."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+def test_files_are_the_memory_and_digests_are_theirs_when_written(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 70_000, "b": 3, "empty": 0, "c": 5_000_000}, limit=100_000)
+    writer, memory = start(plan)
+    for name in ("first", "second"):  # the same process for each save
+        memory.bytes[:100] += 1
+        (tmp_path / name).mkdir()
+        make_files(tmp_path / name, plan.layout)
+        writer.ask(tmp_path / name)
+        digests, seconds = writer.answer()
+        assert digests == expected_digests(plan, memory)
+        assert set(seconds) == {"write_s", "sync_s"}
+        for index, file in enumerate(plan.layout.files):
+            assert (tmp_path / name / file.name).read_bytes() == expected_data(plan, memory, index)
+
+
+def test_nothing_is_written_when_digests_alone_are_asked_for(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 100})
+    writer, memory = start(plan)
+    writer.ask(None)
+    assert writer.answer()[0] == expected_digests(plan, memory)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_stand_up_to_verification_when_made_of_the_answers(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 1000, "b": 7}, limit=500)
+    writer, _ = start(plan)
+    make_files(tmp_path, plan.layout)
+    writer.ask(tmp_path)
+    records = [*file_records(plan, [writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
+    commit(tmp_path, tmp_path.with_name("final"), Manifest("", 0, 0, 0, {}, tuple(records), {}, {}))
+    assert verify(tmp_path.with_name("final")).problems == ()
+
+
+def test_error_has_the_file_when_the_disk_is_full(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 1000})
+    writer, memory = start(plan)
+    (tmp_path / "model.safetensors").symlink_to("/dev/full")
+    writer.ask(tmp_path)
+    with pytest.raises(CheckpointError, match="No space left on device; free space there or use another run_dir"):
+        writer.answer()
+    (tmp_path / "model.safetensors").unlink()
+    writer.ask(tmp_path)  # the process serves on
+    assert writer.answer()[0] == expected_digests(plan, memory)
+
+
+def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callable[[Plan], StagingMemory]) -> None:
+    plan = plan_for({"a": 100_000})
+    memory = staging(plan)
+    make_files(tmp_path, plan.layout)
+    writer = WriterProcess(memory, plan.layout, plan.ranges[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        writer.start()  # it inherits the limit
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.ask(tmp_path)
+    with pytest.raises(CheckpointError, match="File too large"):
+        writer.answer()
+    writer.close()
+
+
+def test_error_has_the_directory_when_it_is_missing(tmp_path: Path, start: Start) -> None:
+    writer, _ = start(plan_for({"a": 10}))
+    writer.ask(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match=str(tmp_path / "missing")):
+        writer.answer()
+
+
+def test_process_is_started_again_when_it_was_killed(tmp_path: Path, start: Start) -> None:
+    before = children()
+    plan = plan_for({"a": 100})
+    writer, memory = start(plan)
+    (pid,) = children() - before
+    writer.ask(None)
+    assert writer.answer()[0] == expected_digests(plan, memory)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="the writer process ended with code -9"):
+        writer.answer()
+    writer.ask(None)
+    assert writer.answer()[0] == expected_digests(plan, memory)
+    assert children() - before - {pid}
+
+
+def test_error_is_told_when_the_process_is_killed_in_the_middle_of_a_save(tmp_path: Path, start: Start) -> None:
+    before = children()
+    writer, memory = start(plan := plan_for({"a": 1000}))
+    (pid,) = children() - before
+    os.mkfifo(tmp_path / "model.safetensors")  # to open it waits for a reader: there the process is
+    writer.ask(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(CheckpointError, match="the writer process ended with code -9 in the middle of a save"):
+        writer.answer()
+    (tmp_path / "model.safetensors").unlink()
+    writer.ask(tmp_path)
+    assert writer.answer()[0] == expected_digests(plan, memory)
+
+
+def test_answer_is_of_the_last_request_when_the_one_before_was_not_awaited(tmp_path: Path, start: Start) -> None:
+    # As after a save that failed between the two: a rank that did not send its part, say.
+    plan = plan_for({"a": 1000})
+    writer, memory = start(plan)
+    make_files(tmp_path, plan.layout)
+    writer.ask(tmp_path / "missing")
+    writer.ask(tmp_path)
+    assert writer.answer()[0] == expected_digests(plan, memory)
+    assert (tmp_path / "model.safetensors").read_bytes() == expected_data(plan, memory, 0)
+
+
+def test_process_is_gone_when_closed(start: Start) -> None:
+    before = children()
+    writer, _ = start(plan_for({"a": 10}))
+    assert children() - before
+    writer.close()
+    assert children() - before == set()
+    writer.close()
+
+
+def test_closing_is_quiet_when_the_process_took_no_more_requests(
+    tmp_path: Path, staging: Callable[[Plan], StagingMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As when it dies between two saves, just when it is asked: its end of the pipe is closed.
+    reached, leave, deaf = (tmp_path / name for name in ("reached", "leave", "deaf"))
+    os.mkfifo(reached)
+    os.mkfifo(leave)
+    deaf.write_text(f"#!/bin/sh\nread plan\nexec 0<&-\n: > {reached}\n: < {leave}\n")
+    deaf.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(deaf))
+    plan = plan_for({"a": 10})
+    writer = WriterProcess(staging(plan), plan.layout, plan.ranges[0])
+    writer.start()
+    reached.read_bytes()
+    with pytest.raises(CheckpointError, match="the writer process is gone"):
+        writer.ask(tmp_path)
+    leave.write_bytes(b"")
+    writer.close()
+
+
+def test_process_runs_at_low_priority_when_started(start: Start) -> None:
+    before = children()
+    writer, _ = start(plan_for({"a": 10}))
+    writer.ask(None)
+    writer.answer()
+    (pid,) = children() - before
+    assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_ranges_are_written_alike_when_there_is_no_process(tmp_path: Path) -> None:
+    memory = bytes(range(256)) * 400_000  # more than is flushed at once
+    ranges = [(0, 3, 0, 50_000_000), (1, 0, 60_000_000, 7), (0, 50_000_003, 50_000_000, 100)]
+    answer = RangeWriter(memoryview(memory), ["a", "b"], ranges).write(tmp_path)
+    assert (tmp_path / "a").read_bytes() == b"\0\0\0" + memory[:50_000_100]
+    assert (tmp_path / "b").read_bytes() == memory[60_000_000:60_000_007]
+    assert split_digests(answer["digests"]) == [xxhash.xxh3_128_hexdigest(memory[s : s + n]) for _, _, s, n in ranges]
+
+
+def test_files_have_headers_and_their_length_when_made(tmp_path: Path) -> None:
+    plan = plan_for({"a": 100, "b": 50}, limit=100)
+    make_files(tmp_path, plan.layout)
+    for file in plan.layout.files:
+        assert (tmp_path / file.name).read_bytes() == file.header.ljust(file.size_bytes, b"\0")
+
+
+def test_error_is_of_the_system_when_files_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        make_files(tmp_path / "missing", plan_for({"a": 1}).layout)
