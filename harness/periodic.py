@@ -282,7 +282,8 @@ class PeriodicLogger:
         self._batches_in_epoch += 1
         self._samples_in_step += data.batch_size(batch)
         self._run.check()
-        if not self.accelerator.sync_gradients:
+        # A step that fp16's overflow has skipped has changed nothing, and is none.
+        if not self.accelerator.sync_gradients or self.accelerator.optimizer_step_was_skipped:
             return
         self.step += 1
         self._timer.step(self._samples_in_step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
 from pathlib import Path
 
@@ -86,6 +88,46 @@ def save_for_ever(rank: int, world_size: int, port: int, directory: Path, transp
         if step == 1:
             (directory / f"ready-{rank}").touch()
     saver.close()
+
+
+def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, trouble: str) -> None:
+    """Four saves; at the third, rank 1's writer meets a full disk (``full``), dies (``dead``) or hangs (``hung``)."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    model = Weights()
+    optimizer = Counting(model)
+    config = CheckpointConfig(when_busy="wait", timeout_s=3 if trouble == "hung" else 60)
+    agreement = Agreement(rank, world_size)
+    saver = Saver(accelerator, agreement, config, directory / "checkpoints", {}, {}, ignore)
+    saver.check(Watched(model, optimizer, None))
+    for step in range(1, 5):
+        optimizer.step()
+        model.steps.fill_(step)
+        is_troubled = step == 3 and rank == 1
+        if is_troubled:
+            writer = writer_of(saver)
+            if trouble == "full":
+                limits = resource.prlimit(writer, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            else:
+                os.kill(writer, signal.SIGSTOP if trouble == "hung" else signal.SIGKILL)
+        saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
+        if rank == 0:
+            saver._await_save()
+            (directory / f"status-{step}").write_text(saver.status)
+        agreement.gather_numbers("the end of a save", [step])
+        if is_troubled and trouble == "full":
+            resource.prlimit(writer, resource.RLIMIT_FSIZE, limits)
+        if is_troubled and trouble == "hung":
+            os.kill(writer, signal.SIGCONT)
+    saver.close()
+
+
+def writer_of(saver: Saver) -> int:
+    """The process id of a rank's writer."""
+    engine = saver._engine
+    assert engine is not None and engine.writer._process is not None
+    return engine.writer._process.pid
 
 
 def ignore(name: str, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from harness.checkpoint.commit import MANIFEST, list_checkpoints, remove_leftovers
 from harness.checkpoint.verify import verify
-from tests.distributed.saving_ranks import free_port, save_for_ever
+from tests.distributed.saving_ranks import free_port, save_for_ever, save_with_trouble
 from tests.distributed.two_dimensional import save_two_dimensional
 
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
@@ -99,6 +100,31 @@ def test_what_has_a_manifest_is_whole_when_a_rank_is_killed_at_any_moment(tmp_pa
     print(f"killed while {phases}, {num_committed} checkpoints committed before")
     assert num_committed > 50
     assert phases.get("writing", 0) > 5
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("full", "rank 1: .*model.safetensors|rank 1: .*checkpoints/.tmp.*; free space there"),
+        ("dead", "rank 1: the writer process"),
+        ("hung", "rank 1 had not written their part after 3 s"),
+    ],
+)
+def test_training_and_later_saves_go_on_when_a_writer_is(tmp_path: Path, trouble: str, said: str) -> None:
+    with ranks(2, save_with_trouble, tmp_path, trouble) as processes:
+        for process in processes:
+            process.join(90)
+        assert [process.exitcode for process in processes] == [0, 0]
+    statuses = {step: (tmp_path / f"status-{step}").read_text() for step in range(1, 5)}
+    committed = check_all(tmp_path / "checkpoints")
+    if trouble == "dead":
+        # It is started again where the save has not begun with it; else this one save fails.
+        assert set(committed) >= {f"step-{step:08d}" for step in (1, 2, 4)}, statuses
+        assert len(committed) == 4 or re.search(said, statuses[3]), statuses
+    else:
+        assert committed == [f"step-{step:08d}" for step in (1, 2, 4)], statuses
+        assert re.search(said, statuses[3]), statuses
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
