@@ -110,6 +110,7 @@ class PeriodicLogger:
         self._is_cut_short = False
         self._step_save_is_due = False
         self._save_is_asked = False
+        self._is_in_batch = False
         self._samples_in_step = 0
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
@@ -140,7 +141,8 @@ class PeriodicLogger:
         """
         runtime.check_launch(self.accelerator)
         rank, world_size = self.topology.rank, self.topology.world_size
-        self._agreement = Agreement(rank, world_size)
+        # Longer than any wait of a checkpoint's, so that a save that is given up ends no run.
+        self._agreement = Agreement(rank, world_size, timeout_s=self.checkpoint_config.timeout_s + 600)
         # A group of its own: its reductions are started when their copies are ready, which may be
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
@@ -149,17 +151,17 @@ class PeriodicLogger:
         self._started = True
         try:
             self.run_name, self.run_path = self._run.open(self._agreement, self._runs_dir, self.run_name, self._params)
+            self._saver = Saver(
+                self.accelerator,
+                self._agreement,
+                self.checkpoint_config,
+                self.run_path / "checkpoints",
+                self.topology.run_facts,
+                provenance.versions(),
+                self._run.publish,
+            )
         except BaseException as error:
             raise self.fail(error) from None
-        self._saver = Saver(
-            self.accelerator,
-            self._agreement,
-            self.checkpoint_config,
-            self.run_path / "checkpoints",
-            self.topology.run_facts,
-            provenance.versions(),
-            self._run.publish,
-        )
 
     def close(self) -> None:
         """Write and deliver what is still on its way; the run is FINISHED.
@@ -268,7 +270,9 @@ class PeriodicLogger:
                 if position == limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
+                self._is_in_batch = True
                 yield batch
+                self._is_in_batch = False
                 is_epochs_last = position == limit or getattr(loader, "end_of_dataloader", False)
                 self._after_batch(batch, is_epochs_last)
                 if self._ends:
@@ -276,6 +280,7 @@ class PeriodicLogger:
                 if position == limit or self._ends:
                     return
         finally:
+            self._is_in_batch = False
             _leave(loader, iterator)
 
     def _after_batch(self, batch: Any, is_epochs_last: bool) -> None:
@@ -369,8 +374,14 @@ class PeriodicLogger:
     def save(self) -> bool:
         """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``).
 
+        Within a batch of `batches` it is done when that batch's optimizer step is counted, so that step and
+        data position are those of the weights: true then.
+
         From outside, the signal SIGUSR2 at any one rank does the same at all ranks' next window of metrics.
         """
+        if self._is_in_batch:
+            self._save_is_asked = True
+            return True
         self._collect()
         self._flush_train(wait=True)
         return self._save(f"step-{self.step:08d}")

@@ -148,7 +148,7 @@ class RunLifetime:
 
         Args:
             error: what this rank ran into.
-            before_end: called on rank zero before the run's end is recorded.
+            before_end: called before the run's end is recorded.
 
         Returns:
             What really ended the run: another rank's failure, where this error is only its echo.
@@ -156,8 +156,8 @@ class RunLifetime:
         cause = self._peers.cause(error)
         self._peers.report(cause)
         cause.is_told_to_peers = True  # type: ignore[attr-defined]
+        before_end()
         if self._tracker is not None:
-            before_end()
             self._end(_status_of(cause), _reason_of(cause), FAILURE_WAIT_S)
         # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
         self._signals.restore()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ class Gatherer:
         self._timeout = timedelta(seconds=timeout_s)
         self._slots: list[Tensor] = []
         self._writer: ThreadPoolExecutor | None = None
+        self._broken: str | None = None
 
     def send(self, memory: Tensor, size_bytes: int) -> None:
         """Every rank but zero: send the first `size_bytes` of its staging memory.
@@ -59,24 +60,32 @@ class Gatherer:
         Raises:
             CheckpointError: if rank zero does not take it in time.
         """
+        self._require_connection()
         for begin, end in _chunks(size_bytes):
             self._await(self._group.send([memory[begin:end]], 0, 0), "rank 0 to take a part of the checkpoint")
 
-    def receive(self, plan: Plan, directory: Path) -> None:
-        """Rank zero: receive every other rank's memory, and write it.
+    def receive(self, plan: Plan, directory: Path | None) -> None:
+        """Rank zero: receive every other rank's memory, and write it; without a directory it is dropped.
 
         Raises:
             CheckpointError: if a rank does not send in time.
             OSError: if the disk refuses; what the ranks send is taken all the same, so that none waits.
         """
+        self._require_connection()
         if not self._slots:
             self._slots = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(_NUM_SLOTS)]
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="harness-gather")
         assert self._writer is not None
-        files = [os.open(directory / file.name, os.O_WRONLY | os.O_CLOEXEC) for file in plan.layout.files]
+        files: list[int] = []
         writing: list[Future[None] | None] = [None] * _NUM_SLOTS
         failures: list[BaseException] = []
         turn = 0
+        if directory is not None:
+            try:
+                for file in plan.layout.files:
+                    files.append(os.open(directory / file.name, os.O_WRONLY | os.O_CLOEXEC))
+            except OSError as error:
+                failures.append(error)
         try:
             for rank, size_bytes in enumerate(plan.staging_bytes):
                 if rank == 0:
@@ -87,16 +96,15 @@ class Gatherer:
                     _settle(writing[slot], failures)
                     part = self._slots[slot][: end - begin]
                     self._await(self._group.recv([part], rank, 0), f"rank {rank} to send its part of the checkpoint")
-                    if not failures:
+                    if directory is not None and not failures:
                         writing[slot] = self._writer.submit(_write, files, part, plan.ranges[rank], begin, end)
             for future in writing:
                 _settle(future, failures)
             for descriptor in files:
                 os.fsync(descriptor)
         finally:
-            for future in writing:
-                if future is not None:
-                    future.cancel()
+            # A write that runs still needs its file.
+            wait([future for future in writing if future is not None])
             for descriptor in files:
                 os.close(descriptor)
         if failures:
@@ -106,7 +114,13 @@ class Gatherer:
         try:
             work.wait(self._timeout)  # type: ignore[attr-defined]
         except RuntimeError as error:
-            raise CheckpointError(f"waited for {what}: {str(error).splitlines()[0]}") from error
+            # gloo closes the connection, so there is nothing to be waited for another time.
+            self._broken = f"waited for {what}: {str(error).splitlines()[0]}"
+            raise CheckpointError(self._broken) from error
+
+    def _require_connection(self) -> None:
+        if self._broken is not None:
+            raise CheckpointError(f"the connection to rank 0 is lost since an earlier save: {self._broken}")
 
 
 def _chunks(size_bytes: int) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +35,9 @@ from harness.checkpoint.shards.held import Held, find_held
 from harness.checkpoint.snapshot import Fence, ModeChoice, Snapshot, StagingMemory
 from harness.checkpoint.transport import Transport, choose
 from harness.checkpoint.write import WriterProcess, file_records, make_files, sync_files, write_json
+from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
-from harness.errors import CheckpointError, HarnessError
+from harness.errors import CheckpointError
 from harness.peers import connect
 
 
@@ -133,13 +134,22 @@ class Saver:
         self._transport: Transport = choose(config.transport, checkpoints_dir, agreement)
         self._attempt = agreement.from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
         store = connect() if agreement.world_size > 1 else None
+        if store is None and agreement.world_size > 1:
+            raise CheckpointError(
+                "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot say when their part is written; start "
+                "them with accelerate launch, torchrun or srun with these variables"
+            )
+        # accelerate's device of a single process has no index.
+        device = accelerator.device
+        self._cuda_index = None
+        if device.type == "cuda":
+            self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
         self._board = Board(self._rank, agreement.world_size, store, self._attempt)
         self._gatherer: Gatherer | None = None
         if self._transport == "gather" and agreement.world_size > 1:
             self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
         self._fence = Fence()
         self._dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="harness-checkpoint")
         self._saving: Future[None] | None = None
         self._watched: Watched | None = None
         self._engine: _Engine | None = None
@@ -162,10 +172,10 @@ class Saver:
             CheckpointError: if the model's sharding, or what there is of the optimizer's state, is not
                 understood, or the scheduler's state is not JSON.
         """
+        self._await_save()
         self._watched = watched
         self._drop_engine()
-        held = self._find(watched)
-        make_plan(held, self._agreement, self._config.max_shard_size_bytes)
+        self._plan(watched)
         if self._config.save_weights_only or watched.scheduler is None:
             return
         try:
@@ -184,35 +194,70 @@ class Saver:
         assert self._watched is not None
         self._await_save()
         self._drop_engine()
-        held = self._find(self._watched)
-        plan = make_plan(held, self._agreement, self._config.max_shard_size_bytes)
+        held, plan = self._plan(self._watched)
+        failure: Exception | None = None
+        try:
+            self._engine = self._make_engine(held, plan)
+        except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
+            failure = error
+        # All or none: a rank without memory must not leave the others waiting at the first save.
+        states = self._agreement.gather_numbers("the preparation of checkpoints", [failure is not None])
+        failed = [rank for rank, (has_failed,) in enumerate(states) if has_failed]
+        if failed:
+            self._drop_engine()
+            needed = f"{plan.staging_bytes[failed[0]]:,} bytes of host memory"
+            raise CheckpointError(
+                f"rank {failed[0]} cannot prepare to save ({needed}): {failure or 'see its own output'}; give the node "
+                "more memory, more ranks, or use checkpoint.save_weights_only"
+            ) from failure
+        self._steps_at_prepare = self._fence.num_steps
+
+    def _make_engine(self, held: Held, plan: Plan) -> _Engine:
         device = self._accelerator.device
         staging = StagingMemory(plan.staging_bytes[self._rank], pinned=device.type == "cuda")
-        snapshot = Snapshot(held, plan, staging, device)
         writer = WriterProcess(staging, plan.layout, plan.ranges[self._rank])
-        writer.start()
-        snapshot.look_up()
-        begun_s = time.perf_counter()
-        if (event := snapshot.begin()()) is not None:
-            event.synchronize()
-        mode = ModeChoice(time.perf_counter() - begun_s)
-        self._engine = _Engine(held, plan, staging, snapshot, writer, mode)
-        self._steps_at_prepare = self._fence.num_steps
-        # The first save shall cost what the later ones do: its thread is there, its collective is connected.
-        self._thread.submit(_nothing).result()
-        self._agreement.gather_numbers("the preparation of checkpoints", [0, 0, 0])
+        try:
+            snapshot = Snapshot(held, plan, staging, device)
+            writer.start()
+            snapshot.look_up()
+            begun_s = time.perf_counter()
+            if (event := snapshot.begin()()) is not None:
+                event.synchronize()
+            mode = ModeChoice(time.perf_counter() - begun_s)
+        except BaseException:
+            writer.close()
+            staging.close()
+            raise
+        return _Engine(held, plan, staging, snapshot, writer, mode)
 
-    def _find(self, watched: Watched) -> Held:
-        weights_only = self._config.save_weights_only
-        return find_held(
-            self._accelerator, watched.model, watched.optimizer, weights_only=weights_only, dtype=self._dtype
-        )
+    def _plan(self, watched: Watched) -> tuple[Held, Plan]:
+        """Find what this rank holds, and plan; if one rank does not understand its state, all say so."""
+        held, failure = None, None
+        try:
+            held = find_held(
+                self._accelerator,
+                watched.model,
+                watched.optimizer,
+                weights_only=self._config.save_weights_only,
+                dtype=self._dtype,
+            )
+        except CheckpointError as error:
+            failure = error
+        told = self._agreement.gather("whether the state is understood", None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise CheckpointError(f"rank {rank}: {text}")
+        assert held is not None
+        return held, make_plan(held, self._agreement, self._config.max_shard_size_bytes)
 
     def _drop_engine(self) -> None:
         if self._engine is not None:
             self._engine.writer.close()
             self._engine.staging.close()
             self._engine = None
+        self._measured = None
 
     # ------------------------------------------------------------------------- one save
 
@@ -229,6 +274,9 @@ class Saver:
         self._learn_mode()
         if must or self._config.when_busy == "wait":
             self._await_save()
+        if self._engine is not None:
+            # On every rank, busy or not: FSDP2's next forward gathers only on ranks that hold shards.
+            self._engine.held.reshard()
         is_busy = self._saving is not None and not self._saving.done()
         # Not while it is being copied from: looking up may have to make another snapshot.
         is_changed = not is_busy and (self._engine is None or not self._engine.snapshot.look_up())
@@ -279,7 +327,7 @@ class Saver:
                 event.synchronize()
             copy_rest = _nothing
         self.status = f"writing {moment.name}"
-        self._saving = self._thread.submit(self._run, save, copy_rest)
+        self._saving = _in_background(lambda: self._run(save, copy_rest))
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
@@ -295,6 +343,7 @@ class Saver:
         found = {
             "checkpoint/blocked_s": seconds["blocked_s"] + seconds.get("fence_s", 0.0),
             "checkpoint/num_failed": float(self.num_failed),
+            "checkpoint/overlapped": seconds["overlapped"],
         }
         if "durable_s" in seconds:
             found["checkpoint/durable_s"] = seconds["durable_s"]
@@ -304,7 +353,7 @@ class Saver:
         """Take what the last overlapped save has cost into account, once its fence is passed."""
         if self._measured is not None and self._fence.is_passed:
             self._measured.seconds["fence_s"] = self._fence.waited_s
-            self._measured.engine.mode.add(self._fence.delayed_s)
+            self._measured.engine.mode.add(self._fence.waited_s)
             self._measured = None
 
     def _trainer_state(self, moment: Moment, held: Held) -> str:
@@ -349,25 +398,34 @@ class Saver:
 
     def _copy_and_write(self, save: _Save, copy_rest: Callable[[], torch.cuda.Event | None]) -> dict[str, Any]:
         engine, begun_s = save.engine, time.perf_counter()
-        if torch.cuda.is_available():
-            # Otherwise this thread would make a context on the first GPU.
-            torch.cuda.set_device(self._accelerator.device)
-        event = copy_rest()
-        self._fence.lower(event)
-        if event is not None:
-            event.synchronize()
-        save.seconds["copy_s"] = time.perf_counter() - begun_s
-        if self._rank == 0 or self._gatherer is None:
-            save.temporary.mkdir(parents=True, exist_ok=True)
-        if self._rank == 0:
-            make_files(save.temporary, engine.plan.layout)
-        engine.writer.ask(save.temporary if self._rank == 0 or self._gatherer is None else None)
-        if self._gatherer is not None:
+        writes_itself = self._rank == 0 or self._gatherer is None
+        failure: Exception | None = None
+        try:
+            if self._cuda_index is not None:
+                # Otherwise this thread would make a context on the first GPU.
+                torch.cuda.set_device(self._cuda_index)
+            event = copy_rest()
+            self._fence.lower(event)
+            if event is not None:
+                event.synchronize()
+            save.seconds["copy_s"] = time.perf_counter() - begun_s
+            if writes_itself:
+                save.temporary.mkdir(parents=True, exist_ok=True)
             if self._rank == 0:
-                self._gatherer.receive(engine.plan, save.temporary)
+                make_files(save.temporary, engine.plan.layout)
+            engine.writer.ask(save.temporary if writes_itself else None)
+        except Exception as error:
+            failure = error
+        if self._gatherer is not None:
+            # Also after a failure of this rank's: the others wait for it. The digests tell that nothing holds.
+            if self._rank == 0:
+                self._gatherer.receive(engine.plan, None if failure is not None else save.temporary)
             else:
                 self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
-        digests, seconds = engine.writer.answer()
+        if failure is not None:
+            raise failure
+        remaining_s = self._config.timeout_s - (time.perf_counter() - save.begun_s)
+        digests, seconds = engine.writer.answer(max(1.0, remaining_s))
         save.seconds.update(seconds)
         return {"digests": digests}
 
@@ -386,7 +444,7 @@ class Saver:
         self.status = f"{save.moment.name} written in {time.perf_counter() - save.begun_s:.1f} s"
         try:
             self._committed(save.moment.name, manifest)
-        except HarnessError as error:
+        except Exception as error:
             # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
             self.status = f"{save.moment.name} written, but not published: {error}"
 
@@ -437,7 +495,6 @@ class Saver:
             self._agreement.from_rank_zero("finish the last checkpoint", self._require_success)
         finally:
             self._fence.close()
-            self._thread.shutdown(wait=False, cancel_futures=True)
             self._drop_engine()
 
     def _require_success(self) -> None:
@@ -461,7 +518,6 @@ class Saver:
             timer.cancel()
         self._board.stop()
         self._fence.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._saving is None or self._saving.done():
             self._drop_engine()
 
@@ -477,9 +533,19 @@ def _number(value: object) -> float:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
+def _in_background(run: Callable[[], None]) -> Future[None]:
+    """Run it in a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def work() -> None:
+        run()
+        future.set_result(None)
+
+    threading.Thread(target=work, name="harness-checkpoint", daemon=True).start()
+    return future
+
+
 def _told(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return (
-            f"{error.filename or 'a file of the checkpoint'}: {error.strerror}; free space there or use another run_dir"
-        )
+        return told(error, "a file of the checkpoint")
     return str(error) or type(error).__name__

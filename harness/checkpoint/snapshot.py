@@ -15,9 +15,9 @@ import mmap
 import operator
 import os
 import statistics
+import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class StagingMemory:
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
         self.size_bytes = max(size_bytes, mmap.PAGESIZE)
-        self.descriptor = os.memfd_create("harness-staging", os.MFD_CLOEXEC)
+        self.descriptor = _anonymous_file()
         os.ftruncate(self.descriptor, self.size_bytes)
         self._map = mmap.mmap(self.descriptor, self.size_bytes)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -67,6 +67,13 @@ class StagingMemory:
             _cudart("cudaHostUnregister", self.bytes.data_ptr())
             self._pinned = False
         os.close(self.descriptor)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("harness-staging", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux
+        return os.dup(file.fileno())
 
 
 def _cudart(function: str, *arguments: int) -> None:
@@ -106,7 +113,6 @@ class Snapshot:
         """Find everything where it lies now; whether all of it still has the shape that was planned."""
         if not self._held.is_current:
             return False
-        self._held.reshard()
         try:
             return self._look_up()
         except (KeyError, IndexError, AttributeError):
@@ -143,16 +149,16 @@ class Snapshot:
             values += copies.values
         with torch.no_grad():
             if targets:
-                torch._foreach_copy_(targets, values, non_blocking=True)
+                torch._foreach_copy_(targets, values, non_blocking=self._stream is not None)
         batches, stream = self._batches, self._stream
         if stream is None:
-            return lambda: _copy(batches)
+            return lambda: _copy(batches, non_blocking=False)
         ready = torch.cuda.current_stream(self._device).record_event()
 
         def enqueue() -> torch.cuda.Event:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                _copy(batches)
+                _copy(batches, non_blocking=True)
                 event: torch.cuda.Event = stream.record_event()
                 return event
 
@@ -241,12 +247,12 @@ def _batches(copies: Sequence[_Copies]) -> list[tuple[list[Tensor], list[Tensor]
     ]
 
 
-def _copy(batches: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
+def _copy(batches: Sequence[tuple[list[Tensor], list[Tensor]]], *, non_blocking: bool) -> None:
     """All batches, each in one call: ATen copies tensor after tensor without the GIL."""
     # In a thread of its own, grad mode is on again.
     with torch.no_grad():
         for targets, values in batches:
-            torch._foreach_copy_(targets, values, non_blocking=True)
+            torch._foreach_copy_(targets, values, non_blocking=non_blocking)
 
 
 class Fence:
@@ -260,24 +266,19 @@ class Fence:
         self._copied = threading.Event()
         self._copied.set()
         self._event: torch.cuda.Event | None = None
-        self._is_up = False
         # Not traced into a compiled optimizer: it must run, each time.
         before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hook = register_optimizer_step_pre_hook(before_step)
-        self._steps_s: deque[float] = deque(maxlen=16)
-        self._last_step_s: float | None = None
-        self._begun_s = 0.0
+        self.is_passed = True
         self.num_steps = 0
         self.waited_s = 0.0
-        self.delayed_s = 0.0
 
     def raise_(self) -> None:
         """From here on no optimizer steps until `lower`."""
         self._copied.clear()
         self._event = None
-        self.waited_s = self.delayed_s = 0.0
-        self._begun_s = time.perf_counter()
-        self._is_up = True
+        self.waited_s = 0.0
+        self.is_passed = False
 
     def lower(self, event: torch.cuda.Event | None = None) -> None:
         """The copy is done, or (CUDA) will be when `event` is: any thread. The first call counts."""
@@ -285,34 +286,26 @@ class Fence:
             self._event = event
             self._copied.set()
 
-    @property
-    def is_passed(self) -> bool:
-        """Whether an optimizer has stepped, or tried to, since `raise_`."""
-        return not self._is_up
-
     def _before_step(self, *_: Any) -> None:
         self.num_steps += 1
-        now_s = time.perf_counter()
-        if self._is_up:
-            self._wait(now_s)
-        elif self._last_step_s is not None:
-            self._steps_s.append(now_s - self._last_step_s)
-        self._last_step_s = time.perf_counter()
+        if not self.is_passed:
+            self._wait()
+        event = self._event
+        if event is not None:
+            # Each step on its own stream, in its own thread: all of them wait until the copy is over.
+            torch.cuda.current_stream().wait_event(event)
+            if event.query():  # type: ignore[no-untyped-call]
+                self._event = None
 
-    def _wait(self, now_s: float) -> None:
+    def _wait(self) -> None:
+        begun_s = time.perf_counter()
         if not self._copied.wait(_FENCE_TIMEOUT_S):
             raise CheckpointError(
                 f"the copy of a checkpoint into host memory was not done {_FENCE_TIMEOUT_S:.0f} s after the next step "
                 "was due; look at this node's memory"
             )
-        self._is_up = False
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
-        passed_s = time.perf_counter()
-        self.waited_s = passed_s - now_s
-        usual_s = statistics.median(self._steps_s) if self._steps_s else passed_s - self._begun_s
-        # By how much the step was late, for what it waited and for what the copy took from it.
-        self.delayed_s = max(self.waited_s, passed_s - self._begun_s - usual_s)
+        self.waited_s = time.perf_counter() - begun_s
+        self.is_passed = True
 
     def close(self) -> None:
         """Take the hook away."""
@@ -323,8 +316,8 @@ class Fence:
 class ModeChoice:
     """Overlapped or blocking, by what the first saves have cost this rank.
 
-    Overlapping can lose: on a machine whose cores all train, or whose memory is the limit, the copy takes
-    from the step what it would have taken from the pause, and the step waits for it at the fence.
+    Overlapping can lose: where the step's own work is shorter than the copy, or memory is the limit, the
+    next step waits at the fence for longer than a copy takes while nothing else runs.
 
     Args:
         blocking_s: what a copy took while nothing else ran.
@@ -333,11 +326,11 @@ class ModeChoice:
     def __init__(self, blocking_s: float) -> None:
         self.blocking_s = blocking_s
         self.mode: Mode = "overlapped"
-        self._delays_s: list[float] = []
+        self._waits_s: list[float] = []
 
-    def add(self, delayed_s: float) -> None:
-        """What an overlapped save delayed its step by."""
-        if len(self._delays_s) < _NUM_TRIALS:
-            self._delays_s.append(delayed_s)
-            if len(self._delays_s) == _NUM_TRIALS and statistics.median(self._delays_s) > self.blocking_s:
+    def add(self, waited_s: float) -> None:
+        """How long the step after an overlapped save has waited."""
+        if len(self._waits_s) < _NUM_TRIALS:
+            self._waits_s.append(waited_s)
+            if len(self._waits_s) == _NUM_TRIALS and statistics.median(self._waits_s) > self.blocking_s:
                 self.mode = "blocking"

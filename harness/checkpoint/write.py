@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 from contextlib import suppress
@@ -18,6 +19,8 @@ from harness.checkpoint.plan import FileRange, Plan
 from harness.checkpoint.snapshot import StagingMemory
 from harness.checkpoint.writer import split_digests, write_at
 from harness.errors import CheckpointError
+
+_END_TIMEOUT_S = 30.0
 
 
 class WriterProcess:
@@ -66,20 +69,30 @@ class WriterProcess:
         self._num_unread += 1
         self._send({"directory": None if directory is None else str(directory.absolute())})
 
-    def answer(self) -> tuple[list[str], dict[str, float]]:
+    def answer(self, timeout_s: float = 3600.0) -> tuple[list[str], dict[str, float]]:
         """Wait for what was asked: the ranges' digests, and seconds of each stage.
 
         Raises:
-            CheckpointError: if the disk refused, or the process died.
+            CheckpointError: if the disk refused, or the process died, or did not answer in time; it is ended
+                then.
         """
+        assert self._process is not None and self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            self._process.kill()
+            self.close()
+            raise CheckpointError(
+                f"the writer process had not written after {timeout_s:.0f} s; look at this node's disk"
+            )
         line = self._read_line()
         if not line:
             assert self._process is not None
             code = self._process.wait()
-            raise CheckpointError(f"the writer process ended with code {code} in the middle of a save")
+            raise CheckpointError(
+                f"the writer process ended with code {code} in the middle of a save; look at this node's memory"
+            )
         record: dict[str, Any] = json.loads(line)
         if "error" in record:
-            raise CheckpointError(f"{record['error']}; free space there or use another run_dir")
+            raise CheckpointError(record["error"])
         return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
 
     def _read_line(self) -> bytes:
@@ -88,7 +101,7 @@ class WriterProcess:
         self._num_unread = self._num_unread - 1 if line else 0
         return line
 
-    def _send(self, record: dict[str, Any]) -> None:
+    def _send(self, record: dict[str, Any] | None) -> None:
         assert self._process is not None and self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(record).encode() + b"\n")
@@ -99,11 +112,18 @@ class WriterProcess:
     def close(self) -> None:
         """End the process, after what it is at."""
         if self._process is not None:
+            with suppress(CheckpointError):
+                # Not by closing the pipe alone: a child of this process, a data loader's worker, may hold it open.
+                self._send(None)
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
                     with suppress(BrokenPipeError):  # a request that it did not take is still in the buffer
                         stream.close()
-            self._process.wait()
+            try:
+                self._process.wait(_END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = None
             self._num_unread = 0
 

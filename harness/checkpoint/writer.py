@@ -7,12 +7,14 @@ priority, and ends when its standard input does. One JSON line each way:
     {"memory": fd, "size": bytes, "files": [name, ...], "ranges": [[file, offset, staging, size], ...]}
     {"directory": path}      write all ranges there      ->  {"digests": hex, "write_s": s, "sync_s": s}
     {"directory": null}      digests alone               ->  {"digests": hex, ...}
-                                                             {"error": text, "errno": number}
+                                                             {"error": text}
+    null                     the end, also where somebody else has inherited the pipe
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -34,8 +36,13 @@ _FLUSH_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-class WriteError(Exception):
-    """A range could not be written."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def told(error: OSError, place: str) -> str:
+    """What the disk has refused, where, and what helps."""
+    remedy = "; free space there or use another run_dir" if error.errno in _NO_SPACE else ""
+    return f"{error.filename or place}: {error.strerror}{remedy}"
 
 
 class RangeWriter:
@@ -126,12 +133,15 @@ def main() -> None:
     memory = memoryview(mmap.mmap(plan["memory"], plan["size"], prot=mmap.PROT_READ))
     writer = RangeWriter(memory, plan["files"], plan["ranges"])
     for line in sys.stdin:
-        directory = json.loads(line)["directory"]
+        request = json.loads(line)
+        if request is None:
+            return
+        directory = request["directory"]
         answer: dict[str, Any]
         try:
             answer = writer.digest() if directory is None else writer.write(Path(directory))
         except OSError as error:
-            answer = {"error": f"{error.filename or directory}: {error.strerror}", "errno": error.errno}
+            answer = {"error": told(error, str(directory))}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -55,7 +55,8 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
                     assert logger.save()
                     # The copy goes on while the next batch is trained on.
                     if accelerator.is_main_process:
-                        directory = out / "expected" / f"step-{logger.step:08d}"
+                        # Counted, and so saved, when the next batch is asked for.
+                        directory = out / "expected" / f"step-{logger.step + 1:08d}"
                         directory.mkdir(parents=True)
                         metadata = {**expected.aliases, "format": "pt"}
                         save_file(expected.model, directory / "model.safetensors", metadata)

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -119,7 +120,8 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
         if is_troubled and trouble == "full":
             resource.prlimit(writer, resource.RLIMIT_FSIZE, limits)
         if is_troubled and trouble == "hung":
-            os.kill(writer, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it was given up, and ended
+                os.kill(writer, signal.SIGCONT)
     saver.close()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from harness.checkpoint.commit import read_manifest
 from tests.launching import accelerate, run
 
-STEPS = ("step-00000002", "step-00000003", "step-00000004")
+STEPS = ("step-00000003", "step-00000004", "step-00000005")
 
 
 def parts(path: Path) -> tuple[dict[str, object], bytes]:

@@ -107,7 +107,7 @@ def test_what_has_a_manifest_is_whole_when_a_rank_is_killed_at_any_moment(tmp_pa
     [
         ("full", "rank 1: .*model.safetensors|rank 1: .*checkpoints/.tmp.*; free space there"),
         ("dead", "rank 1: the writer process"),
-        ("hung", "rank 1 had not written their part after 3 s"),
+        ("hung", "rank 1: the writer process had not written after|rank 1 had not written their part after"),
     ],
 )
 def test_training_and_later_saves_go_on_when_a_writer_is(tmp_path: Path, trouble: str, said: str) -> None:

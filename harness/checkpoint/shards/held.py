@@ -88,6 +88,7 @@ def find_held(
     from harness.checkpoint.shards import plain, zero
 
     _refuse_fsdp1(model)
+    _refuse_extra_state(model)
     sharded = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
     for module in sharded:
         module.reshard()
@@ -104,6 +105,15 @@ def _refuse_fsdp1(model: nn.Module) -> None:
             raise CheckpointError(
                 "FSDP1 cannot be saved: it holds flat ranges with gaps that no name belongs to; "
                 "put `fsdp_version: 2` into the accelerate configuration (see configs/accelerate/fsdp2.yaml)"
+            )
+
+
+def _refuse_extra_state(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise CheckpointError(
+                f"{name or 'the model'}: {type(module).__name__} keeps state that is neither a parameter nor a buffer "
+                "(get_extra_state), which cannot be saved; make it a buffer"
             )
 
 

@@ -192,6 +192,10 @@ class _Stage3:
         self._zero = zero
         if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
             raise CheckpointError("DeepSpeed: state that is offloaded to NVMe cannot be saved; offload to cpu instead")
+        if getattr(zero, "backup_optimizer", None) is not None:
+            raise CheckpointError(
+                "DeepSpeed: an optimizer that is offloaded in part cannot be saved; set offload_optimizer's ratio to 1"
+            )
         self.flats = [self._flat(index) for index in range(len(zero.fp16_groups))]
 
     def _flat(self, index: int) -> _Flat:
@@ -218,6 +222,8 @@ class _Stage3:
         """Where the weight is looked up, and which part of it this rank holds."""
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise CheckpointError("DeepSpeed: hierarchical partitions (zero_hpz_partition_size) cannot be saved yet")
+        if parameter.ds_tensor.dtype != parameter.dtype:
+            raise CheckpointError("DeepSpeed: quantized weights (zero_quantized_nontrainable_weights) cannot be saved")
         return parameter.__dict__, "ds_tensor", self._runs(parameter, 0)
 
     def group(self, index: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_same_logits_come_out_when_transformers_loads_a_checkpoint(
         logger.watch(model, optimizer)
         accelerator.backward(model(tokens, labels=tokens).loss)
         optimizer.step()
-        assert logger.save()
+        assert logger.save()  # outside of batches(): at once
     (directory,) = (tmp_path / "it/checkpoints").iterdir()
     config.save_pretrained(directory)
     loaded, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -49,7 +49,7 @@ def test_same_logits_come_out_when_transformers_loads_a_checkpoint(
     torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens).logits, rtol=0, atol=0)
 
 
-def test_checkpoint_is_of_the_last_step_when_taken_between_accumulated_batches(tmp_path: Path) -> None:
+def test_checkpoint_is_of_the_whole_step_when_asked_for_between_accumulated_batches(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
@@ -70,10 +70,12 @@ def test_checkpoint_is_of_the_last_step_when_taken_between_accumulated_batches(t
                     accelerator.backward(model(batch).square().mean())
                     optimizer.step()
                     optimizer.zero_grad()
-                if position in (4, 7):  # two batches of three
+                if position in (4, 7):  # in the middle of the second step, and of the third
                     assert logger.save()
-                    expected[logger.step] = model.weight.detach().clone()
-    assert set(expected) == {1, 2}
+                if position in (5, 8):
+                    expected[logger.step + 1] = model.weight.detach().clone()
+    assert sorted(path.name for path in (tmp_path / "it/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert set(expected) == {2, 3}
     for step, weight in expected.items():
         saved = load_file(tmp_path / f"it/checkpoints/step-{step:08d}/model.safetensors")
         assert torch.equal(saved["weight"], weight)

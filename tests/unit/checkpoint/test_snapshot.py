@@ -316,7 +316,7 @@ def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
     assert not thread.is_alive()
     assert parameter.eq(-1).all()
     assert fence.is_passed
-    assert fence.delayed_s >= fence.waited_s > 0.1
+    assert fence.waited_s > 0.1
 
 
 def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
