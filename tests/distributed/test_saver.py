@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from harness.checkpoint.commit import MANIFEST, list_checkpoints, remove_leftovers
 from harness.checkpoint.verify import verify
 from tests.distributed.saving_ranks import free_port, save_for_ever, save_with_trouble
-from tests.distributed.two_dimensional import save_two_dimensional
+from tests.distributed.two_dimensional import save_two_dimensional, train_on_while_one_rank_is_busy
 
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -159,3 +159,12 @@ def test_files_equal_gathered_state_when_fsdp2_meets_tensor_parallelism(tmp_path
             assert mine.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(mine[name], value), name
+
+
+def test_training_goes_on_when_a_save_is_skipped_because_one_rank_is_busy(tmp_path: Path) -> None:
+    with ranks(2, train_on_while_one_rank_is_busy, tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    names = [name for name, _ in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000001", "step-00000002"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from harness.agreement import Agreement
 from harness.checkpoint.saver import Moment, Saver, Watched
 from harness.config import CheckpointConfig
-from tests.distributed.saving_ranks import become_rank, ignore
+from tests.distributed.saving_ranks import become_rank, ignore, writer_of
 
 
 class Mlp(nn.Module):
@@ -63,6 +65,41 @@ def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path)
         (directory / "placements").write_text(
             "\n".join(f"{name} {value.placements}" for name, value in model.named_parameters())  # type: ignore[attr-defined]
         )
+    saver.close()
+
+
+def train_on_while_one_rank_is_busy(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """FSDP2, an evaluation, then a save that is skipped because rank zero's writer is not done; then training."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = Mlp()
+    fully_shard(model.up)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    agreement = Agreement(rank, world_size)
+    saver = Saver(accelerator, agreement, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
+    saver.check(Watched(model, optimizer, None))
+    for step in range(1, 4):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(torch.randn(4, 6))  # its root keeps what it has gathered
+        if step == 1:
+            saver.prepare()
+        if step == 2 and rank == 0:
+            saver._await_save()
+            os.kill(writer_of(saver), signal.SIGSTOP)
+        begun = saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}), must=step < 3)
+        if step == 2 and rank == 1:
+            saver._await_save()  # this rank is done, and rank zero is not
+        assert begun == (step != 3)
+        agreement.gather_numbers("the end of a save", [step])
+    model(torch.randn(4, 6)).square().mean().backward()
+    if rank == 0:
+        os.kill(writer_of(saver), signal.SIGCONT)
     saver.close()
 
 
