@@ -98,7 +98,6 @@ class Snapshot:
 
     def __init__(self, held: Held, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
         self._held = held
-        self._staging = staging
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         by_source: dict[int, list[Piece]] = {}

@@ -51,7 +51,7 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
                 if (
                     2 <= logger.step <= 4
                 ):  # the step that has just been taken is counted when the next batch is asked for
-                    expected = gather_state(accelerator, model, optimizer, dtype=None, has_groups=num_groups == 1)
+                    expected = gather_state(accelerator, model, optimizer, has_groups=num_groups == 1)
                     assert logger.save()
                     # The copy goes on while the next batch is trained on.
                     if accelerator.is_main_process:

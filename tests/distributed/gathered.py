@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,13 +26,11 @@ class GatheredState:
         model: name -> tensor.
         aliases: tied name -> the name under which it stands in `model`.
         optimizer: ``<kind>.<name>`` -> tensor, such as ``exp_avg.fc.weight``, ``master.fc.weight``.
-        param_groups: the optimizer's groups: hyperparameters, and ``params``, the names in it.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    param_groups: list[dict[str, Any]] = field(default_factory=list)
 
 
 def gather_state(
@@ -40,7 +38,6 @@ def gather_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     *,
-    dtype: torch.dtype | None = None,
     has_groups: bool = True,
 ) -> GatheredState:
     """Gather weights, buffers and optimizer state.
@@ -52,7 +49,6 @@ def gather_state(
         accelerator: which ranks and which strategy.
         model: the prepared model.
         optimizer: the prepared optimizer, or None to leave its state out.
-        dtype: floating-point weights are cast to it; None: as they are.
         has_groups: false: leave DeepSpeed's optimizer state out.
 
     Raises:
@@ -67,10 +63,6 @@ def gather_state(
             optimizer = None  # DeepSpeed's own accessors fail where there are several parameter groups
         gather = _zero_gatherer if accelerator.distributed_type == DistributedType.DEEPSPEED else _torch_gatherer
         gather(gathered, state, model, optimizer, keep)
-    if dtype is not None:
-        gathered.model = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in gathered.model.items()
-        }
     return gathered
 
 
@@ -111,10 +103,9 @@ def _torch_gatherer(
         return
     inner = getattr(optimizer, "optimizer", optimizer)
     names = {id(parameter): name for name, parameter in state.parameters.items()}
-    for index, group in enumerate(inner.param_groups):
-        in_group = [_name_of(parameter, names, index) for parameter in group["params"]]
-        gathered.param_groups.append({**_hyperparameters(group), "params": in_group})
-        for parameter, name in zip(group["params"], in_group, strict=True):
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
             for kind, value in inner.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
                     keep(gathered.optimizer, f"{kind}.{name}", value)
@@ -154,19 +145,17 @@ def _zero_gatherer(
     if optimizer is None:
         return
     inner = engine.optimizer.optimizer
-    names = {id(parameter): name for name, parameter in state.parameters.items()}
     trained = {id(p) for group in _full_groups(engine, is_stage_3) for p in group}
     in_group = [name for name, parameter in state.parameters.items() if id(parameter) in trained]
-    gathered.param_groups.append({**_hyperparameters(inner.param_groups[0]), "params": in_group})
     flat_state: dict[str, Any] = next(iter(inner.state.values()), {})
     kinds = [kind for kind, value in flat_state.items() if isinstance(value, Tensor) and value.ndim]
     for name in in_group:
         parameter = state.parameters[name]
         if parameter.dtype != torch.float32:
-            keep(gathered.optimizer, f"master.{name}", _present(safe_get_full_fp32_param(parameter), names, name))
+            keep(gathered.optimizer, f"master.{name}", _present(safe_get_full_fp32_param(parameter), name))
         for kind in kinds:
             moment = safe_get_full_optimizer_state(parameter, kind)
-            keep(gathered.optimizer, f"{kind}.{name}", _present(moment, names, name))
+            keep(gathered.optimizer, f"{kind}.{name}", _present(moment, name))
         for kind, value in flat_state.items():
             if kind not in kinds and value is not None:
                 keep(gathered.optimizer, f"{kind}.{name}", torch.as_tensor(value))
@@ -177,24 +166,7 @@ def _full_groups(engine: Any, is_stage_3: bool) -> list[list[nn.Parameter]]:
     return list(engine.optimizer.fp16_groups if is_stage_3 else engine.optimizer.bit16_groups)
 
 
-def _present(value: Tensor | None, names: Mapping[int, str], name: str) -> Tensor:
+def _present(value: Tensor | None, name: str) -> Tensor:
     if value is None:
-        raise CheckpointError(f"{name}: DeepSpeed gave no optimizer state for it ({len(names)} parameters known)")
+        raise CheckpointError(f"{name}: DeepSpeed gave no optimizer state for it")
     return value
-
-
-def _name_of(parameter: nn.Parameter, names: Mapping[int, str], group_index: int) -> str:
-    name = names.get(id(parameter))
-    if name is None:
-        raise CheckpointError(
-            f"optimizer: a parameter of group {group_index} with shape {tuple(parameter.shape)} is not the model's; "
-            "pass the optimizer that belongs to the model to watch()"
-        )
-    return name
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a parameter group that JSON can hold: learning rate, betas, ..."""
-    convert: Callable[[Any], Any] = lambda v: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v  # noqa: E731
-    values = {key: convert(value) for key, value in group.items() if key != "params"}
-    return {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}

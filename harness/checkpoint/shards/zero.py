@@ -6,7 +6,7 @@ Read with deepspeed 0.19.8; each is checked for what is expected of it, and an e
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -127,20 +127,13 @@ def _add_groups(held: Held, stage: _Stage12 | _Stage3, names: dict[int, str]) ->
         held.groups.append((stage.group(index), sorted(in_group, key=order.__getitem__)))
 
 
-class _Flat:
+class _Flat(NamedTuple):
     """One flat partition of this rank: the tensor, where it is looked up, and what of whom is in it."""
 
-    def __init__(
-        self,
-        group_index: int,
-        tensor: Tensor,
-        place: tuple[Any, Any],
-        members: list[tuple[nn.Parameter, tuple[Run, ...]]],
-    ) -> None:
-        self.group_index = group_index
-        self.tensor = tensor
-        self.place = place
-        self.members = members
+    group_index: int
+    tensor: Tensor
+    place: tuple[Any, Any]
+    members: list[tuple[nn.Parameter, tuple[Run, ...]]]
 
 
 class _Stage12:

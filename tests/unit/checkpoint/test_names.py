@@ -213,7 +213,8 @@ def plain() -> nn.Module:
 def test_names_are_those_before_wrapping_when_peft_has_adapted_the_model(
     wrap: Callable[[nn.Module], nn.Module],
 ) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = plain()
     before = dict(model.state_dict(keep_vars=True))
     config = peft.LoraConfig(r=2, target_modules=["fc", "embed"], modules_to_save=["head"], bias="all")
@@ -232,7 +233,8 @@ def test_names_are_those_before_wrapping_when_peft_has_adapted_the_model(
 
 
 def test_adapters_stand_beside_each_other_when_peft_has_added_two() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["fc"]))
     model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["fc", "head"]))
     adapters = {name for name in names(model) if "lora" in name}
@@ -245,7 +247,8 @@ def test_adapters_stand_beside_each_other_when_peft_has_added_two() -> None:
 
 @pytest.mark.parametrize("kind", ["DoraConfig", "IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "RandLoraConfig"])
 def test_every_tensor_has_one_name_when_another_adapter_of_peft_is_used(kind: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     values: dict[str, Any] = {"target_modules": ["fc"]}
     if kind == "DoraConfig":
         config = peft.LoraConfig(r=2, use_dora=True, **values)
@@ -265,8 +268,9 @@ def test_every_tensor_has_one_name_when_another_adapter_of_peft_is_used(kind: st
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft with transformers 5
 def test_no_trained_tensor_is_left_out_when_peft_learns_a_prompt() -> None:
-    peft = pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
+    import peft
+    import transformers
+
     config = transformers.GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1)
     model = peft.get_peft_model(
         transformers.GPT2LMHeadModel(config), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
