@@ -7,18 +7,25 @@
 Each round has one window of a few training steps for each peer, in an order that changes, and one without
 any save. A window begins with the save. Measured for each rank, and reported of the rank it was worst for:
 
-    blocked_s  the trainer's thread: the call, and for ours the wait at the fence before the next step
-    added_s    the window's time less the mean of the windows without a save in the same round
-    durable_s  from the call until all of it is on the disk (for the gathered ones until it is uploaded)
+    blocked_s    the trainer's thread: the call, and for ours the wait at the fence before the next step
+    added_s      the window's time less that of the window without a save in the same round
+    durable_s    from the call until all of it is on the disk (for the gathered ones until it is uploaded)
+    in flight    the 99th percentile of the steps that began before the save was durable, over the median of
+                 the steps of windows without one; beside it the same of all steps without one: the noise
+    host memory  what ours takes beside the training: the rank's peak while it saves, less what it had before,
+                 and the writer process's own
 
 Between windows the writes are waited for, outside of the measured time. `memcpy` is a blocking copy of the
-rank's share into memory that is there already; `pwrite` writes and syncs it, from every rank at once.
+rank's share into memory that is there already; `pwrite` writes and syncs it, from every rank at once. One
+process trains on one core: with two cores it has one to spare, as two processes have none.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -28,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +145,7 @@ class WriterThread:
     def ask(self, directory: Path | None) -> None:
         self.directory = directory
 
-    def answer(self) -> tuple[list[str], dict[str, float]]:
+    def answer(self, timeout_s: float) -> tuple[list[str], dict[str, float]]:
         from harness.checkpoint.writer import split_digests
 
         assert self.directory is not None
@@ -160,13 +167,15 @@ class Memcpy(Peer):
         torch._foreach_copy_(self.target, self.share)
 
 
-class Pwrite(Memcpy):
-    """The limit: the same bytes on the disk."""
+class Pwrite(Peer):
+    """The limit: the same bytes on the disk, straight from where they are, each rank in a file of its own."""
+
+    def __init__(self, share: list[Tensor]) -> None:
+        self.share = share
 
     def save(self, directory: Path) -> None:
-        super().save(directory)
         descriptor = os.open(directory / f"{os.environ.get('RANK', '0')}.bin", os.O_WRONLY | os.O_CREAT)
-        for part in self.target:
+        for part in self.share:
             os.write(descriptor, memoryview(part.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         os.fsync(descriptor)
         os.close(descriptor)
@@ -251,7 +260,18 @@ def worker(arguments: argparse.Namespace) -> None:
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     directory = Path(arguments.directory)
     checkpoint = CheckpointConfig(every_n_epochs=None, save_last=False, when_busy="wait", transport=arguments.transport)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.peers}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.peers}
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def step() -> float:
+        begun_s = time.perf_counter()
+        accelerator.backward(model(next(batches)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - begun_s
+
+    for _ in range(3):
+        step()
     with PeriodicLogger(
         accelerator,
         None,
@@ -261,37 +281,35 @@ def worker(arguments: argparse.Namespace) -> None:
         tracking=TrackingConfig(enabled=False),
     ) as logger:
         logger.watch(model, optimizer)
-        batches = _forever(logger, loader)
-
-        def step() -> float:
-            begun_s = time.perf_counter()
-            accelerator.backward(model(next(batches)).square().mean())
-            optimizer.step()
-            optimizer.zero_grad()
-            return time.perf_counter() - begun_s
-
-        for _ in range(3):
-            step()
-        resident_before = _resident_bytes()
+        without_bytes = _peak_bytes(lambda: [step() for _ in range(3)])
+        logger._saver.prepare()
+        step()
+        ours = Ours(logger)
+        first = [_window("ours", ours, step, arguments.steps, directory / "ours-first")]
+        with_bytes = _peak_bytes(
+            lambda: [_window("ours", ours, step, arguments.steps, directory / "ours-warm") for _ in range(2)]
+        )
+        memory = {"bytes": with_bytes - without_bytes + _writer_bytes(logger)}
         peers = _make_peers(arguments, accelerator, model, optimizer, logger, directory)
+        peers["ours"] = ours
         engine = logger._saver._engine
         assert engine is not None
         share_bytes = engine.plan.staging_bytes[accelerator.process_index]
+        memory["share_bytes"] = share_bytes
         order = random.Random(0)
-        for round_number in range(arguments.rounds + 1):
+        for round_number in range(arguments.rounds + 1):  # the first is to warm the peers up
             names = list(arguments.peers)
             order.shuffle(names)
             for name in names:
                 found = _window(name, peers.get(name), step, arguments.steps, directory / f"{name}-{round_number}")
-                if round_number or name == "ours":
-                    found["first"] = float(round_number == 0)
+                if round_number:
                     results[name].append(found)
         mode = engine.mode.mode
     gathered: list[Any] = [None] * accelerator.num_processes
     if dist.is_initialized():
-        dist.all_gather_object(gathered, results)
+        dist.all_gather_object(gathered, {"windows": results, "first": first, "memory": memory})
     else:
-        gathered = [results]
+        gathered = [{"windows": results, "first": first, "memory": memory}]
     if accelerator.is_main_process:
         record = {
             "share_bytes": share_bytes,
@@ -300,15 +318,12 @@ def worker(arguments: argparse.Namespace) -> None:
             "logical_bytes": engine.plan.layout.size_bytes,
             "written_bytes": sum(part.size for ranges in engine.plan.ranges for part in ranges)
             + sum(len(file.header) for file in engine.plan.layout.files),
-            "resident_before_bytes": resident_before,
             "ranks": gathered,
         }
         Path(arguments.output).write_text(json.dumps(record))
 
 
-def _window(
-    name: str, peer: Peer | None, step: Callable[[], float], num_steps: int, directory: Path
-) -> dict[str, float]:
+def _window(name: str, peer: Peer | None, step: Callable[[], float], num_steps: int, directory: Path) -> dict[str, Any]:
     """One window: a save and some steps; then, not measured, until the save is durable."""
     if dist.is_initialized():
         dist.barrier()
@@ -318,7 +333,10 @@ def _window(
     if peer is not None:
         peer.save(directory)
     call_s = time.perf_counter() - begun_s
-    steps_s = [step() for _ in range(num_steps)]
+    starts_s, steps_s = [], []
+    for _ in range(num_steps):
+        starts_s.append(time.perf_counter() - begun_s)
+        steps_s.append(step())
     wall_s = time.perf_counter() - begun_s
     fence_s = 0.0 if peer is None else peer.fence_s()
     if peer is not None:
@@ -329,11 +347,11 @@ def _window(
     return {
         "blocked_s": call_s + fence_s,
         "call_s": call_s,
+        "fence_s": fence_s,
         "wall_s": wall_s,
         "durable_s": durable_s,
-        "step_max_s": max(steps_s),
-        "step_p50_s": statistics.median(steps_s),
-        "resident_bytes": _resident_bytes(),
+        "steps_s": steps_s,
+        "in_flight_s": [step_s for start_s, step_s in zip(starts_s, steps_s, strict=True) if start_s < durable_s],
     }
 
 
@@ -353,7 +371,7 @@ def _make_peers(
             share.append(value.detach().reshape(-1)[piece.local : piece.local + piece.num_items])
     for name in arguments.peers:
         if name in ("memcpy", "pwrite"):
-            peers[name] = (Memcpy if name == "memcpy" else Pwrite)(share)
+            peers[name] = Memcpy(share) if name == "memcpy" else Pwrite(share)
         elif name.startswith("dcp_"):
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise SystemExit(f"{name}: torch DCP does not know DeepSpeed's shards; leave it out with --peers")
@@ -370,18 +388,35 @@ def _make_peers(
     return peers
 
 
-def _forever(logger: PeriodicLogger, loader: Any) -> Iterator[Tensor]:
-    """Batches without end."""
-    for _ in logger.epochs(10**6):
-        yield from logger.batches(loader)
+def _peak_bytes(run: Callable[[], Any]) -> int:
+    """Most memory that this process has had while something ran, shared memory included."""
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return _kilobytes("/proc/self/status", "VmHWM:")
 
 
-def _resident_bytes() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+def _writer_bytes(logger: PeriodicLogger) -> int:
+    """What the writer process has for itself alone."""
+    engine = logger._saver._engine
+    process = None if engine is None else getattr(engine.writer, "_process", None)
+    if process is None:
+        return 0
+    rollup = f"/proc/{process.pid}/smaps_rollup"
+    return _kilobytes(rollup, "Private_Clean:") + _kilobytes(rollup, "Private_Dirty:")
+
+
+def _kilobytes(file: str, label: str) -> int:
+    line = next(line for line in Path(file).read_text().splitlines() if line.startswith(label))
+    return 1024 * int(line.split()[1])
 
 
 # ------------------------------------------------------------------------------------------ the figures
+
+
+def percentile(values: list[float], part: float) -> float:
+    """The value below which that part of the values lies, by the nearest rank."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -393,33 +428,55 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """For each peer: medians over the rounds of the worst rank's figures."""
-    ranks = record["ranks"]
+    ranks = [rank["windows"] for rank in record["ranks"]]
     names = list(ranks[0])
     without = [max(rank["none"][i]["wall_s"] for rank in ranks) for i in range(len(ranks[0]["none"]))]
     base = statistics.median(without)
-    p50 = statistics.median(w["step_p50_s"] for rank in ranks for w in rank["none"])
+    quiet_s = [step_s for rank in ranks for window in rank["none"] for step_s in window["steps_s"]]
+    p50 = statistics.median(quiet_s)
     peers = {}
     for name in names:
         windows = [[rank[name][i] for rank in ranks] for i in range(len(ranks[0][name]))]
-        first = [window for window in windows if window[0]["first"]]
-        later = [window for window in windows if not window[0]["first"]]
-        worst = {key: [max(rank[key] for rank in window) for window in later] for key in later[0][0]}
+        worst = {
+            key: [max(rank[key] for rank in window) for window in windows]
+            for key, value in windows[0][0].items()
+            if isinstance(value, float)
+        }
+        in_flight_s = [step_s for window in windows for rank in window for step_s in rank["in_flight_s"]]
         # Against the window without a save of the same round: the machine's pace changes from round to round.
         added = [wall - other for wall, other in zip(worst["wall_s"], without, strict=False)]
         peers[name] = {
-            "saves": len(later),
+            "saves": len(windows),
             "blocked_ms": 1e3 * statistics.median(worst["blocked_s"]),
             "blocked_ms_95": [1e3 * bound for bound in interval(worst["blocked_s"])],
             "added_ms": 1e3 * statistics.median(added),
             "added_ms_95": [1e3 * bound for bound in interval(added)],
+            "call_ms": 1e3 * statistics.median(worst["call_s"]),
+            "fence_ms": 1e3 * statistics.median(worst["fence_s"]),
             "durable_ms": 1e3 * statistics.median(worst["durable_s"]),
-            "step_max_over_p50": max(worst["step_max_s"]) / p50,
-            "first_blocked_ms": 1e3 * max(rank["blocked_s"] for rank in first[0]) if first else None,
+            "steps_in_flight": len(in_flight_s),
+            "in_flight_p99_over_p50": percentile(in_flight_s, 0.99) / p50 if in_flight_s else None,
+        }
+    peers["none"]["p99_over_p50"] = percentile(quiet_s, 0.99) / p50
+    if "ours" in peers:
+        first_ms = 1e3 * max(rank["first"][0]["blocked_s"] for rank in record["ranks"])
+        peers["ours"] |= {
+            "first_blocked_ms": first_ms,
+            "first_over_later": first_ms / peers["ours"]["blocked_ms"],
+            "host_memory_over_share": [
+                rank["memory"]["bytes"] / rank["memory"]["share_bytes"] for rank in record["ranks"]
+            ],
+            "host_memory_less_share_mib": [
+                (rank["memory"]["bytes"] - 1.1 * rank["memory"]["share_bytes"]) / 2**20 for rank in record["ranks"]
+            ],
         }
     memcpy = peers["memcpy"]["blocked_ms"] if "memcpy" in peers else float("nan")
     for figures in peers.values():
         figures["blocked_over_memcpy"] = figures["blocked_ms"] / memcpy
         figures["added_over_memcpy"] = figures["added_ms"] / memcpy
+        if "pwrite" in peers:
+            figures["added_over_memcpy_and_pwrite"] = figures["added_ms"] / (memcpy + peers["pwrite"]["durable_ms"])
+            figures["durable_over_pwrite"] = figures["durable_ms"] / peers["pwrite"]["durable_ms"]
     return {
         "window_without_save_ms": 1e3 * base,
         "step_p50_ms": 1e3 * p50,

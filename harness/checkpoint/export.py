@@ -15,7 +15,6 @@ from harness.checkpoint.commit import read_manifest
 from harness.checkpoint.layout import FileLayout, StoredTensor, TensorSpec, plan_layout, read_header
 from harness.checkpoint.shards.source import DTYPE_NAMES, DTYPES
 from harness.checkpoint.verify import require_whole
-from harness.checkpoint.writer import write_at
 from harness.durable import sync_directory
 from harness.errors import CheckpointError
 
@@ -80,10 +79,8 @@ def _written_as(dtype: str, target: torch.dtype | None) -> str:
 
 
 def _write(path: Path, file: FileLayout, stored: dict[str, tuple[Path, StoredTensor]]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        write_at(descriptor, memoryview(file.header), 0)
-        offset = len(file.header)
+    with path.open("wb") as output:
+        output.write(file.header)
         for spec in file.tensors:
             source, place = stored[spec.name]
             if not spec.num_items:
@@ -97,8 +94,6 @@ def _write(path: Path, file: FileLayout, stored: dict[str, tuple[Path, StoredTen
                     if spec.dtype != place.dtype:
                         cast = torch.frombuffer(part, dtype=DTYPES[place.dtype]).to(DTYPES[spec.dtype])
                         part = bytearray(cast.view(torch.uint8).numpy().tobytes())
-                    write_at(descriptor, memoryview(part), offset)
-                    offset += len(part)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                    output.write(part)
+        output.flush()
+        os.fsync(output.fileno())

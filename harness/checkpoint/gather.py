@@ -7,7 +7,7 @@ written. A sender's chunk waits until rank zero has room for it, so memory is bo
 
 from __future__ import annotations
 
-import os
+import mmap
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.checkpoint.direct_io import RangeFile
 from harness.checkpoint.plan import FileRange, Plan
-from harness.checkpoint.writer import write_at
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -73,17 +73,18 @@ class Gatherer:
         """
         self._require_connection()
         if not self._slots:
-            self._slots = [torch.empty(CHUNK_BYTES, dtype=torch.uint8) for _ in range(_NUM_SLOTS)]
+            # Of whole pages, as the senders' memory: what the disk takes directly there, it takes from here.
+            self._slots = [torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=torch.uint8) for _ in range(_NUM_SLOTS)]
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="harness-gather")
         assert self._writer is not None
-        files: list[int] = []
+        files: list[RangeFile] = []
         writing: list[Future[None] | None] = [None] * _NUM_SLOTS
         failures: list[BaseException] = []
         turn = 0
         if directory is not None:
             try:
                 for file in plan.layout.files:
-                    files.append(os.open(directory / file.name, os.O_WRONLY | os.O_CLOEXEC))
+                    files.append(RangeFile(directory / file.name))
             except OSError as error:
                 failures.append(error)
         try:
@@ -100,13 +101,13 @@ class Gatherer:
                         writing[slot] = self._writer.submit(_write, files, part, plan.ranges[rank], begin, end)
             for future in writing:
                 _settle(future, failures)
-            for descriptor in files:
-                os.fsync(descriptor)
+            for output in files:
+                output.sync()
         finally:
             # A write that runs still needs its file.
             wait([future for future in writing if future is not None])
-            for descriptor in files:
-                os.close(descriptor)
+            for output in files:
+                output.close()
         if failures:
             raise failures[0]
 
@@ -133,12 +134,12 @@ def _settle(future: Future[None] | None, failures: list[BaseException]) -> None:
         failures.append(error)
 
 
-def _write(files: Sequence[int], part: Tensor, ranges: Sequence[FileRange], begin: int, end: int) -> None:
+def _write(files: Sequence[RangeFile], part: Tensor, ranges: Sequence[FileRange], begin: int, end: int) -> None:
     """Write the bytes `begin` to `end` of a rank's memory, which `part` holds, where they belong."""
     data = memoryview(part.numpy())  # type: ignore[arg-type]
     position = bisect_right(ranges, begin, key=lambda part: part.staging + part.size)
     while position < len(ranges) and ranges[position].staging < end:
         file, offset, staging, size = ranges[position]
         first, last = max(begin, staging), min(end, staging + size)
-        write_at(files[file], data[first - begin : last - begin], offset + first - staging)
+        files[file].write(data, first - begin, last - begin, offset + first - staging)
         position += 1

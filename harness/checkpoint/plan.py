@@ -16,6 +16,7 @@ from typing import NamedTuple
 import xxhash
 
 from harness.agreement import Agreement
+from harness.checkpoint.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.layout import Layout, TensorSpec, plan_layout
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import Run
@@ -23,6 +24,8 @@ from harness.errors import CheckpointError
 
 # A digest is of at most so many bytes, so that a part of a large file can be verified by itself.
 MAX_RANGE_BYTES = 64 << 20
+# No type of safetensors has larger elements.
+_ELEMENT_ALIGNMENT_BYTES = 16
 
 
 class Piece(NamedTuple):
@@ -248,23 +251,28 @@ def _stage(
     found.sort()
     pieces: list[Piece] = []
     ranges: list[FileRange] = []
-    end = 0
-    for file, offset, index, run in found:
-        item = specs[index].item_bytes
-        size = run.num_items * item
-        staging = end + -end % item  # an element must lie where its type may lie
-        end = staging + size
-        pieces.append(Piece(index, run.local, run.num_items, staging))
-        last = ranges[-1] if ranges else None
-        if last and last.file == file and last.offset + last.size == offset and last.staging + last.size == staging:
-            ranges[-1] = last._replace(size=last.size + size)
-        else:
-            ranges.append(FileRange(file, offset, staging, size))
-    return pieces, [part for whole in ranges for part in _parts(whole)], end
+    end = position = 0
+    while position < len(found):
+        file, begin = found[position][:2]
+        offset, members = begin, []
+        while position < len(found) and found[position][:2] == (file, offset):
+            _, _, index, run = found[position]
+            members.append((index, run, offset - begin))
+            offset += run.num_items * specs[index].item_bytes
+            position += 1
+        # In the memory as far into a page as in the file, so that the disk can take whole pages from it. A
+        # small range is not worth the gap; but an element must lie where its type may lie.
+        alignment = PAGE_BYTES if offset - begin >= MIN_DIRECT_BYTES else _ELEMENT_ALIGNMENT_BYTES
+        staging = end + (begin - end) % alignment
+        pieces += [Piece(index, run.local, run.num_items, staging + place) for index, run, place in members]
+        ranges += _parts(FileRange(file, begin, staging, offset - begin))
+        end = staging + offset - begin
+    return pieces, ranges, end
 
 
 def _parts(whole: FileRange) -> Iterable[FileRange]:
-    """A range as ranges of at most `MAX_RANGE_BYTES`."""
-    cuts = [*range(0, whole.size, MAX_RANGE_BYTES), whole.size]
-    for first, last in pairwise(cuts):
-        yield FileRange(whole.file, whole.offset + first, whole.staging + first, last - first)
+    """A range as ranges of at most `MAX_RANGE_BYTES`, cut where pages begin."""
+    end = whole.offset + whole.size
+    first_cut = whole.offset + MAX_RANGE_BYTES - whole.offset % MAX_RANGE_BYTES
+    for start, stop in pairwise([whole.offset, *range(first_cut, end, MAX_RANGE_BYTES), end]):
+        yield FileRange(whole.file, start, whole.staging + start - whole.offset, stop - start)

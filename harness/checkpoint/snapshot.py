@@ -259,9 +259,14 @@ class Fence:
 
     Effects: not collective; one hook on every optimizer's step of this process until `close`; a step
     blocks while a copy on the CPU runs, and never on CUDA beyond the enqueueing; nothing on disk.
+
+    Attributes:
+        watched: the optimizer whose steps `num_steps` counts; None: every optimizer's.
+        num_steps: how often torch has called the hook.
     """
 
     def __init__(self) -> None:
+        self.watched: Any = None
         self._copied = threading.Event()
         self._copied.set()
         self._event: torch.cuda.Event | None = None
@@ -285,8 +290,8 @@ class Fence:
             self._event = event
             self._copied.set()
 
-    def _before_step(self, *_: Any) -> None:
-        self.num_steps += 1
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        self.num_steps += self.watched is None or optimizer is self.watched
         if not self.is_passed:
             self._wait()
         event = self._event

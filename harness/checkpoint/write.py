@@ -17,7 +17,7 @@ from harness.checkpoint.commit import FileRecord, Range
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.plan import FileRange, Plan
 from harness.checkpoint.snapshot import StagingMemory
-from harness.checkpoint.writer import split_digests, write_at
+from harness.checkpoint.writer import split_digests
 from harness.errors import CheckpointError
 
 _END_TIMEOUT_S = 30.0
@@ -138,11 +138,9 @@ def make_files(directory: Path, layout: Layout) -> None:
     """
     for file in layout.files:
         descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
+        with open(descriptor, "wb") as stream:
             os.ftruncate(descriptor, file.size_bytes)
-            write_at(descriptor, memoryview(file.header), 0)
-        finally:
-            os.close(descriptor)
+            stream.write(file.header)
 
 
 def sync_files(directory: Path, layout: Layout) -> None:

@@ -21,10 +21,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from harness.checkpoint.direct_io import RangeFile
 
 _NICENESS = 10
 # Linux: best effort, the lowest of its levels. https://www.kernel.org/doc/Documentation/block/ioprio.txt
@@ -51,7 +54,7 @@ class RangeWriter:
     Effects: not collective; any thread; blocks until the disk has everything; leaves the files' ranges.
 
     Args:
-        memory: staging memory.
+        memory: staging memory; it begins at a page.
         files: names.
         ranges: (index into `files`, offset in the file, offset in the memory, size), in bytes.
     """
@@ -69,49 +72,43 @@ class RangeWriter:
             OSError: if the disk refuses.
         """
         begun_s = time.perf_counter()
-        opened: dict[int, int] = {}
-        digests = []
-        try:
-            unflushed_bytes = 0
-            for file, offset, staging, size in self._ranges:
-                if file not in opened:
-                    path = directory / self._files[file]
-                    opened[file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                part = self._memory[staging : staging + size]
-                write_at(opened[file], part, offset)
-                digests.append(xxhash.xxh3_128_hexdigest(part))
-                unflushed_bytes += size
-                if unflushed_bytes >= _FLUSH_BYTES:
-                    self._start_flush(opened[file])
-                    unflushed_bytes = 0
-            written_s = time.perf_counter()
-            for descriptor in opened.values():
-                os.fsync(descriptor)
-        finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
-        return {
-            "digests": "".join(digests),
-            "write_s": written_s - begun_s,
-            "sync_s": time.perf_counter() - written_s,
-        }
+        opened: dict[int, RangeFile] = {}
+        with ThreadPoolExecutor(1) as digesting:
+            # While the disk is at it.
+            digests = digesting.submit(self._digests)
+            try:
+                for number, offset, staging, size in self._ranges:
+                    if number not in opened:
+                        opened[number] = RangeFile(directory / self._files[number])
+                    file = opened[number]
+                    file.write(self._memory, staging, staging + size, offset)
+                    if file.cached_bytes >= _FLUSH_BYTES:
+                        self._start_flush(file)
+                written_s = time.perf_counter()
+                for file in opened.values():
+                    file.sync()
+            finally:
+                for file in opened.values():
+                    file.close()
+            return {
+                "digests": digests.result(),
+                "write_s": written_s - begun_s,
+                "sync_s": time.perf_counter() - written_s,
+            }
 
     def digest(self) -> dict[str, Any]:
         """Digest all ranges, and write nothing."""
         begun_s = time.perf_counter()
-        digests = [xxhash.xxh3_128_hexdigest(self._memory[s : s + size]) for _, _, s, size in self._ranges]
-        return {"digests": "".join(digests), "write_s": time.perf_counter() - begun_s, "sync_s": 0.0}
+        digests = self._digests()
+        return {"digests": digests, "write_s": time.perf_counter() - begun_s, "sync_s": 0.0}
 
-    def _start_flush(self, descriptor: int) -> None:
+    def _digests(self) -> str:
+        return "".join(xxhash.xxh3_128_hexdigest(self._memory[s : s + size]) for _, _, s, size in self._ranges)
+
+    def _start_flush(self, file: RangeFile) -> None:
         # Advice: where the system does not know it, the fsync does it all.
-        self._libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-def write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    """`pwrite` all of it."""
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
+        self._libc.sync_file_range(file.descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+        file.cached_bytes = 0
 
 
 def split_digests(text: str) -> list[str]:

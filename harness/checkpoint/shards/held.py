@@ -155,6 +155,13 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
+def innermost(optimizer: Any) -> Any:
+    """The user's optimizer inside accelerate's and DeepSpeed's: the one whose steps torch tells of."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
 def trained_ids(parameters: Sequence[Tensor], optimizer: Any) -> set[int]:
     """Which parameters change in an optimizer's step and nowhere else."""
     if optimizer is None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from harness.checkpoint.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.plan import MAX_RANGE_BYTES, FileRange, Holdings, Plan, hash_of, plan_of
 from harness.checkpoint.shards.source import DTYPES, Run
@@ -201,10 +202,28 @@ def test_ranges_are_cut_when_they_are_long() -> None:
     specs = [TensorSpec("model", "a", "U8", (size,))]
     plan = plan_of(specs, {}, [Holdings(0, [(Run(0, 0, size),)])], 0, None)
     begin = len(plan.layout.files[0].header)
-    assert plan.ranges[0] == tuple(
-        FileRange(0, begin + first, first, last - first)
-        for first, last in [(0, MAX_RANGE_BYTES), (MAX_RANGE_BYTES, 2 * MAX_RANGE_BYTES), (2 * MAX_RANGE_BYTES, size)]
+    # Where pages of the file begin; and the memory is as far into a page as the file.
+    cuts = [begin, MAX_RANGE_BYTES, 2 * MAX_RANGE_BYTES, begin + size]
+    expected = [FileRange(0, start, start, stop - start) for start, stop in pairwise(cuts)]
+    assert plan.ranges[0] == tuple(expected)
+
+
+@given(st.data())
+def test_memory_and_file_agree_on_where_pages_begin_when_a_range_is_large(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 3 * MIN_DIRECT_BYTES), min_size=1, max_size=6))
+    owned = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    specs = [TensorSpec("model", f"t{number}", "U8", (size,)) for number, size in enumerate(sizes)]
+    mine, other = (
+        [(Run(0, 0, size),) if size and held else () for size, held in zip(sizes, flags, strict=True)]
+        for flags in (owned, [not held for held in owned])
     )
+    plan = plan_of(specs, {}, [Holdings(0, mine), Holdings(0, other)], 0, None)
+    for part in plan.ranges[0]:
+        if part.size >= MIN_DIRECT_BYTES:
+            assert (part.staging - part.offset) % PAGE_BYTES == 0
+    num_bytes = sum(part.size for part in plan.ranges[0])
+    num_large = sum(part.size >= MIN_DIRECT_BYTES for part in plan.ranges[0])
+    assert plan.staging_bytes[0] <= num_bytes + PAGE_BYTES * num_large + 16 * len(specs)
 
 
 def test_neighbours_are_one_range_when_they_lie_together() -> None:
