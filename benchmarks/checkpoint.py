@@ -36,7 +36,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -131,29 +133,35 @@ def dist_barrier() -> None:
 class WriterThread:
     """The writer process's work in a thread of the trainer instead: what the choice between them rests on."""
 
-    def __init__(self, memory: Any, layout: Any, ranges: Any) -> None:
+    def __init__(self, memory: Any, layout: Any, ranges: Any, *, makes_files: bool) -> None:
         import mmap
 
+        from harness.checkpoint.write import output_files
         from harness.checkpoint.writer import RangeWriter
 
         mapped = memoryview(mmap.mmap(memory.descriptor, memory.size_bytes, prot=mmap.PROT_READ))
-        self.writer = RangeWriter(mapped, [file.name for file in layout.files], ranges)
+        self.writer = RangeWriter(mapped, output_files(layout, with_headers=makes_files), ranges)
+        self.marks: SimpleQueue[int] = SimpleQueue()
+        self.thread = ThreadPoolExecutor(1)
 
     def start(self) -> None:
         """Nothing is to be started."""
 
-    def ask(self, directory: Path | None) -> None:
-        self.directory = directory
+    def ask(self, directory: Path | None, ready_bytes: int) -> None:
+        self.marks = SimpleQueue()
+        self.answers = self.thread.submit(self.writer.write, directory, iter(self.marks.get, None))
+
+    def ready(self, num_bytes: int) -> None:
+        self.marks.put(num_bytes)
 
     def answer(self, timeout_s: float) -> tuple[list[str], dict[str, float]]:
         from harness.checkpoint.writer import split_digests
 
-        assert self.directory is not None
-        record = self.writer.write(self.directory)
+        record = self.answers.result(timeout_s)
         return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
 
     def close(self) -> None:
-        """Nothing is to be ended."""
+        self.thread.shutdown()
 
 
 class Memcpy(Peer):

@@ -15,7 +15,9 @@ from harness.errors import CheckpointError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-_POLL_S = 0.01
+# Asked again after a twentieth of the time waited so far: neither late nor often.
+_POLL_PART = 0.05
+_MIN_POLL_S = 0.005
 _MAX_POLL_S = 0.25
 
 
@@ -66,13 +68,14 @@ class Board:
 
     def _await(self, save: int, ranks: range, timeout_s: float) -> None:
         assert self._store is not None
-        deadline_s = time.monotonic() + timeout_s
+        begun_s = time.monotonic()
+        deadline_s = begun_s + timeout_s
         missing = list(ranks)
-        poll_s = _POLL_S
         while missing:
             if self._store.check([self._key(save, missing[0])]):
                 missing.pop(0)
                 continue
+            poll_s = min(max(_MIN_POLL_S, _POLL_PART * (time.monotonic() - begun_s)), _MAX_POLL_S)
             if time.monotonic() > deadline_s or self._stopping.wait(poll_s):
                 missing = [rank for rank in missing if not self._store.check([self._key(save, rank)])]
                 if missing:
@@ -81,7 +84,6 @@ class Board:
                         f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:8]))}"
                         f"{' and more' if len(missing) > 8 else ''} had not written their part {why}"
                     )
-            poll_s = min(2 * poll_s, _MAX_POLL_S)
 
     def stop(self) -> None:
         """End a wait: the run is over."""

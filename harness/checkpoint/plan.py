@@ -22,8 +22,9 @@ from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import Run
 from harness.errors import CheckpointError
 
-# A digest is of at most so many bytes, so that a part of a large file can be verified by itself.
-MAX_RANGE_BYTES = 64 << 20
+# A digest is of at most so many bytes, so that a part of a large file can be verified by itself, and is
+# written while the next is copied.
+MAX_RANGE_BYTES = 16 << 20
 # No type of safetensors has larger elements.
 _ELEMENT_ALIGNMENT_BYTES = 16
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,9 +34,9 @@ from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.plan import Plan, make_plan
 from harness.checkpoint.shards.held import Held, find_held, innermost
-from harness.checkpoint.snapshot import Fence, ModeChoice, Snapshot, StagingMemory
+from harness.checkpoint.snapshot import CopyRest, Fence, Lower, ModeChoice, Ready, Snapshot, StagingMemory
 from harness.checkpoint.transport import Transport, choose
-from harness.checkpoint.write import WriterProcess, file_records, make_files, sync_files, write_json
+from harness.checkpoint.write import WriterProcess, file_records, sync_files, write_json
 from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -219,14 +220,13 @@ class Saver:
     def _make_engine(self, held: Held, plan: Plan) -> _Engine:
         device = self._accelerator.device
         staging = StagingMemory(plan.staging_bytes[self._rank], pinned=device.type == "cuda")
-        writer = WriterProcess(staging, plan.layout, plan.ranges[self._rank])
+        writer = WriterProcess(staging, plan.layout, plan.ranges[self._rank], makes_files=self._rank == 0)
         try:
             snapshot = Snapshot(held, plan, staging, device)
             writer.start()
             snapshot.look_up()
             begun_s = time.perf_counter()
-            if (event := snapshot.begin()()) is not None:
-                event.synchronize()
+            snapshot.begin()(_no_matter, _no_matter)
             mode = ModeChoice(time.perf_counter() - begun_s)
         except BaseException:
             writer.close()
@@ -326,10 +326,8 @@ class Saver:
             self._fence.raise_()
             self._measured = save
         else:
-            event = copy_rest()
-            if event is not None:
-                event.synchronize()
-            copy_rest = _nothing
+            copy_rest(_no_matter, _no_matter)
+            copy_rest = _copied
         self.status = f"writing {moment.name}"
         self._saving = self._background.submit(lambda: self._run(save, copy_rest))
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
@@ -378,7 +376,7 @@ class Saver:
 
     # ------------------------------------------------------------ the background thread
 
-    def _run(self, save: _Save, copy_rest: Callable[[], torch.cuda.Event | None]) -> None:
+    def _run(self, save: _Save, copy_rest: CopyRest) -> None:
         """Never raises; a failed save leaves the checkpoints before it."""
         record: dict[str, Any]
         try:
@@ -400,7 +398,7 @@ class Saver:
         self.last_seconds = save.seconds
         self._is_reported = False
 
-    def _copy_and_write(self, save: _Save, copy_rest: Callable[[], torch.cuda.Event | None]) -> dict[str, Any]:
+    def _copy_and_write(self, save: _Save, copy_rest: CopyRest) -> dict[str, Any]:
         engine, begun_s = save.engine, time.perf_counter()
         writes_itself = self._rank == 0 or self._gatherer is None
         failure: Exception | None = None
@@ -408,16 +406,12 @@ class Saver:
             if self._cuda_index is not None:
                 # Otherwise this thread would make a context on the first GPU.
                 torch.cuda.set_device(self._cuda_index)
-            event = copy_rest()
-            self._fence.lower(event)
-            if event is not None:
-                event.synchronize()
+            engine.writer.ask(save.temporary if writes_itself else None, 0)
+            copy_rest(self._fence.lower, engine.writer.ready)
+            engine.writer.ready(engine.staging.size_bytes)
             save.seconds["copy_s"] = time.perf_counter() - begun_s
-            if writes_itself:
+            if self._gatherer is not None and self._rank == 0:
                 save.temporary.mkdir(parents=True, exist_ok=True)
-            if self._rank == 0:
-                make_files(save.temporary, engine.plan.layout)
-            engine.writer.ask(save.temporary if writes_itself else None)
         except Exception as error:
             failure = error
         if self._gatherer is not None:
@@ -427,6 +421,8 @@ class Saver:
             else:
                 self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
         if failure is not None:
+            with suppress(CheckpointError):
+                engine.writer.ready(None)
             raise failure
         digests, seconds = engine.writer.answer(self._remaining_s(save))
         save.seconds.update(seconds)
@@ -531,8 +527,12 @@ class Saver:
             self._drop_engine()
 
 
-def _nothing() -> None:
+def _copied(lower: Lower, ready: Ready) -> None:
     """All is copied already."""
+
+
+def _no_matter(_: object) -> None:
+    """Nobody waits for it."""
 
 
 def _number(value: object) -> float:

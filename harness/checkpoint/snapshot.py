@@ -11,6 +11,7 @@ too. Parameters and moments change in a step and nowhere else; what may change e
 
 from __future__ import annotations
 
+import functools
 import mmap
 import operator
 import os
@@ -18,8 +19,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +32,15 @@ from harness.checkpoint.shards.source import DTYPES, Source
 from harness.errors import CheckpointError
 
 Mode = Literal["overlapped", "blocking"]
+# Says that the next step may come, on CUDA after an event; and how much of the memory is copied.
+Lower = Callable[["torch.cuda.Event | None"], None]
+Ready = Callable[[int], None]
+CopyRest = Callable[[Lower, Ready], None]
 
 # One call copies so many tensors: while it takes their list apart it holds the GIL.
 _CALL_TENSORS = 256
+# And no more than this, so that the disk has something to do soon.
+_CALL_BYTES = 16 << 20
 _LOCAL_OF = operator.attrgetter("_local_tensor")
 _FENCE_TIMEOUT_S = 600.0
 _NUM_TRIALS = 3
@@ -99,6 +106,7 @@ class Snapshot:
     def __init__(self, held: Held, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
         self._held = held
         self._device = device
+        self._staging_bytes = staging.size_bytes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         by_source: dict[int, list[Piece]] = {}
         for piece in plan.pieces:
@@ -132,14 +140,13 @@ class Snapshot:
         self._known = _Known([copies for copies in self._copies if copies.local is not None])
         self._unknown = [copies for copies in self._copies if copies.local is None]
         self._at_once = [copies for copies in self._copies if copies.is_at_once]
-        self._batches = _batches([copies for copies in self._copies if not copies.is_at_once])
+        self._batches = _batches([copies for copies in self._copies if not copies.is_at_once], self._staging_bytes)
 
-    def begin(self) -> Callable[[], torch.cuda.Event | None]:
+    def begin(self) -> CopyRest:
         """Copy at once what may change before the next optimizer step. `look_up` comes first.
 
         Returns:
-            What copies the rest, for the copying thread: on the CPU it returns when all is copied; on CUDA
-            it only enqueues, and returns the event after which the memory may be read.
+            What copies the rest, for the copying thread. It blocks until the memory holds everything.
         """
         targets: list[Tensor] = []
         values: list[Tensor] = []
@@ -151,17 +158,9 @@ class Snapshot:
                 torch._foreach_copy_(targets, values, non_blocking=self._stream is not None)
         batches, stream = self._batches, self._stream
         if stream is None:
-            return lambda: _copy(batches, non_blocking=False)
-        ready = torch.cuda.current_stream(self._device).record_event()
-
-        def enqueue() -> torch.cuda.Event:
-            with torch.cuda.stream(stream):
-                stream.wait_event(ready)
-                _copy(batches, non_blocking=True)
-                event: torch.cuda.Event = stream.record_event()
-                return event
-
-        return enqueue
+            return functools.partial(_copy, batches)
+        at_once = torch.cuda.current_stream(self._device).record_event()
+        return functools.partial(_copy_on, stream, at_once, batches)
 
 
 class _Copies:
@@ -188,6 +187,10 @@ class _Copies:
         self.is_at_once = source.at_once
         self._local_shape: torch.Size | None = None
         self.look_up()
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Each piece with its target and its value."""
+        return zip(self._pieces, self.targets, self.values, strict=True)
 
     def look_up(self) -> bool:
         """Find the values as they are now; whether they are of the kind that was planned."""
@@ -238,20 +241,58 @@ class _Known:
         )
 
 
-def _batches(copies: Sequence[_Copies]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    pairs = [pair for copy in copies for pair in zip(copy.targets, copy.values, strict=True)]
-    return [
-        ([target for target, _ in part], [value for _, value in part])
-        for part in (pairs[at : at + _CALL_TENSORS] for at in range(0, len(pairs), _CALL_TENSORS))
-    ]
+class _Batch(NamedTuple):
+    """One call's copies; after it, the first `ready_bytes` of the memory are copied."""
+
+    targets: list[Tensor]
+    values: list[Tensor]
+    ready_bytes: int
 
 
-def _copy(batches: Sequence[tuple[list[Tensor], list[Tensor]]], *, non_blocking: bool) -> None:
+def _batches(copies: Sequence[_Copies], staging_bytes: int) -> list[_Batch]:
+    """In the order of the memory, so that its beginning can be written while its end is copied."""
+    parts = sorted(
+        ((piece.staging, target, value) for copy in copies for piece, target, value in copy.pieces()),
+        key=operator.itemgetter(0),
+    )
+    batches: list[_Batch] = []
+    first = size_bytes = 0
+    for position, (_, target, _) in enumerate(parts, start=1):
+        size_bytes += target.nbytes
+        if position < len(parts) and position - first < _CALL_TENSORS and size_bytes < _CALL_BYTES:
+            continue
+        _, targets, values = zip(*parts[first:position], strict=True)
+        ready_bytes = parts[position][0] if position < len(parts) else staging_bytes
+        batches.append(_Batch(list(targets), list(values), ready_bytes))
+        first, size_bytes = position, 0
+    return batches
+
+
+def _copy(batches: Sequence[_Batch], lower: Lower, ready: Ready) -> None:
     """All batches, each in one call: ATen copies tensor after tensor without the GIL."""
     # In a thread of its own, grad mode is on again.
     with torch.no_grad():
-        for targets, values in batches:
-            torch._foreach_copy_(targets, values, non_blocking=non_blocking)
+        for batch in batches:
+            torch._foreach_copy_(batch.targets, batch.values)
+            ready(batch.ready_bytes)
+    lower(None)
+
+
+def _copy_on(
+    stream: torch.cuda.Stream, at_once: torch.cuda.Event, batches: Sequence[_Batch], lower: Lower, ready: Ready
+) -> None:
+    """The same on a stream; the next step may be enqueued as soon as the copies are."""
+    events = [at_once]
+    with torch.cuda.stream(stream), torch.no_grad():
+        stream.wait_event(at_once)
+        for batch in batches:
+            torch._foreach_copy_(batch.targets, batch.values, non_blocking=True)
+            events.append(stream.record_event())
+    lower(events[-1])
+    at_once.synchronize()
+    for batch, event in zip(batches, events[1:], strict=True):
+        event.synchronize()
+        ready(batch.ready_bytes)
 
 
 class Fence:

@@ -17,30 +17,36 @@ from harness.checkpoint.commit import FileRecord, Range
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.plan import FileRange, Plan
 from harness.checkpoint.snapshot import StagingMemory
-from harness.checkpoint.writer import split_digests
+from harness.checkpoint.writer import OutputFile, split_digests
 from harness.errors import CheckpointError
 
 _END_TIMEOUT_S = 30.0
+# The copy must not wait for the disk: so many lines the pipe holds, however far behind the writer is.
+_MAX_MARKS = 512
 
 
 class WriterProcess:
     """One rank's writer.
 
-    Effects: not collective; one thread at a time; `start` does not block, `ask` only until the request is
-    sent, `answer` until the writer is done; leaves the ranges' bytes in the files, on the disk itself.
+    Effects: not collective; one thread at a time; `start` does not block, `ask` and `ready` only until the
+    request is sent, `answer` until the writer is done; leaves the ranges' bytes in the files, on the disk itself.
 
     Args:
         memory: that the ranges lie in.
         layout: the files.
         ranges: this rank's.
+        makes_files: whether it is the one that makes the files; the others write into them.
     """
 
-    def __init__(self, memory: StagingMemory, layout: Layout, ranges: tuple[FileRange, ...]) -> None:
+    def __init__(
+        self, memory: StagingMemory, layout: Layout, ranges: tuple[FileRange, ...], *, makes_files: bool
+    ) -> None:
         self._memory = memory
-        self._names = [file.name for file in layout.files]
+        self._files = output_files(layout, with_headers=makes_files)
         self._ranges = ranges
         self._process: subprocess.Popen[bytes] | None = None
         self._num_unread = 0
+        self._told_bytes = 0
 
     def start(self) -> None:
         """Start the process, or start it again if it has died."""
@@ -57,17 +63,34 @@ class WriterProcess:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        plan = {"memory": descriptor, "size": self._memory.size_bytes, "files": self._names, "ranges": self._ranges}
+        plan = {"memory": descriptor, "size": self._memory.size_bytes, "files": self._files, "ranges": self._ranges}
         self._send(plan)
 
-    def ask(self, directory: Path | None) -> None:
-        """Have all ranges written into `directory`, which exists, or (None) only digested."""
+    def ask(self, directory: Path | None, ready_bytes: int | None = None) -> None:
+        """Have all ranges written into `directory`, or (None) only digested.
+
+        Args:
+            directory: is made if it is not there.
+            ready_bytes: so many bytes of the memory are there already, and `ready` tells of the others;
+                None: all are.
+        """
         self.start()
         while self._num_unread and self._read_line():
             pass  # the answer to a request that somebody gave up on
         self.start()
         self._num_unread += 1
-        self._send({"directory": None if directory is None else str(directory.absolute())})
+        self._told_bytes = 0
+        ready_bytes = self._memory.size_bytes if ready_bytes is None else ready_bytes
+        self._send({"directory": None if directory is None else str(directory.absolute()), "ready": ready_bytes})
+
+    def ready(self, num_bytes: int | None) -> None:
+        """The first so many bytes of the memory are copied; None: the rest will not come."""
+        size_bytes = self._memory.size_bytes
+        if num_bytes is not None:
+            if num_bytes < min(size_bytes, self._told_bytes + size_bytes // _MAX_MARKS):
+                return
+            self._told_bytes = num_bytes
+        self._send({"ready": num_bytes})
 
     def answer(self, timeout_s: float = 3600.0) -> tuple[list[str], dict[str, float]]:
         """Wait for what was asked: the ranges' digests, and seconds of each stage.
@@ -128,19 +151,12 @@ class WriterProcess:
             self._num_unread = 0
 
 
-def make_files(directory: Path, layout: Layout) -> None:
-    """Make each file with its header and its final length.
-
-    Effects: rank zero; any thread; blocks for the headers alone; leaves files of holes and headers.
-
-    Raises:
-        OSError: if the disk refuses.
-    """
-    for file in layout.files:
-        descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with open(descriptor, "wb") as stream:
-            os.ftruncate(descriptor, file.size_bytes)
-            stream.write(file.header)
+def output_files(layout: Layout, *, with_headers: bool) -> list[OutputFile]:
+    """The files as the writer process is told of them."""
+    return [
+        OutputFile(file.name, file.size_bytes, file.header.decode("latin-1") if with_headers else None)
+        for file in layout.files
+    ]
 
 
 def sync_files(directory: Path, layout: Layout) -> None:
@@ -158,7 +174,11 @@ def sync_files(directory: Path, layout: Layout) -> None:
 
 
 def write_json(path: Path, values: Any) -> FileRecord:
-    """Write one file of JSON, on the disk itself when this returns; see `make_files`."""
+    """Write one file of JSON, on the disk itself when this returns.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
     data = (json.dumps(values, indent=1) + "\n").encode()
     with path.open("wb") as stream:
         stream.write(data)

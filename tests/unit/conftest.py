@@ -14,7 +14,7 @@ from harness.checkpoint.commit import Manifest, commit, temporary_of
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.plan import Holdings, hash_of, plan_of
 from harness.checkpoint.shards.source import DTYPE_NAMES, whole
-from harness.checkpoint.write import file_records, make_files, write_json
+from harness.checkpoint.write import file_records, output_files, write_json
 from harness.checkpoint.writer import RangeWriter, split_digests
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.
@@ -57,22 +57,21 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         digests = []
         for rank in range(num_ranks):
             plan = plan_of(specs, aliases or {}, holdings, rank, max_shard_size_bytes)
-            if rank == 0:
-                make_files(temporary, plan.layout)
             memory = bytearray(plan.staging_bytes[rank])
             for piece in plan.pieces:
                 item = specs[piece.source].item_bytes
                 data = tensors[piece.source].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                 part = data[piece.local * item : (piece.local + piece.num_items) * item]
                 memory[piece.staging : piece.staging + len(part)] = part
-            writer = RangeWriter(memoryview(memory), [file.name for file in plan.layout.files], plan.ranges[rank])
-            digests.append(split_digests(writer.write(temporary)["digests"]))
-        files = file_records(plan, digests)
+            files = output_files(plan.layout, with_headers=rank == 0)
+            writer = RangeWriter(memoryview(memory), files, plan.ranges[rank])
+            digests.append(split_digests(writer.write(temporary, iter([len(memory)]))["digests"]))
+        records = file_records(plan, digests)
         if plan.layout.index is not None:
-            files.append(write_json(temporary / "model.safetensors.index.json", plan.layout.index))
+            records.append(write_json(temporary / "model.safetensors.index.json", plan.layout.index))
         topology = {"strategy": "ddp", "world_size": num_ranks}
         commit(
-            temporary, final, Manifest("key", 1, 10, 1, {"eval/loss": 0.5}, tuple(files), topology, {}, {"copy_s": 1})
+            temporary, final, Manifest("key", 1, 10, 1, {"eval/loss": 0.5}, tuple(records), topology, {}, {"copy_s": 1})
         )
         return final
 

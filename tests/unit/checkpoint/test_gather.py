@@ -15,7 +15,8 @@ from harness.checkpoint.gather import CHUNK_BYTES, Gatherer
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.plan import Holdings, Plan, plan_of
 from harness.checkpoint.shards.source import Run
-from harness.checkpoint.write import make_files
+from harness.checkpoint.write import output_files
+from harness.checkpoint.writer import make_files
 from harness.errors import CheckpointError
 
 
@@ -61,7 +62,7 @@ def test_ranges_are_where_they_belong_when_received(
 ) -> None:
     plan = plan_for(sizes)
     memory = memory_for(plan)
-    make_files(tmp_path, plan.layout)
+    make_files(tmp_path, output_files(plan.layout, with_headers=True))
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory, plan.staging_bytes[1])
         Gatherer(groups[0], 0, 30.0).receive(plan, tmp_path)
@@ -76,7 +77,7 @@ def test_ranges_are_where_they_belong_when_received(
 
 def test_sender_is_let_go_when_the_disk_of_rank_zero_is_full(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
     plan = plan_for([1, 4 * CHUNK_BYTES])
-    make_files(tmp_path, plan.layout)
+    make_files(tmp_path, output_files(plan.layout, with_headers=True))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory_for(plan), plan.staging_bytes[1])
@@ -91,7 +92,7 @@ def test_sender_is_let_go_when_the_disk_of_rank_zero_is_full(tmp_path: Path, gro
 
 def test_error_names_the_rank_when_it_does_not_send(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
     plan = plan_for([1, 10])
-    make_files(tmp_path, plan.layout)
+    make_files(tmp_path, output_files(plan.layout, with_headers=True))
     with pytest.raises(CheckpointError, match="waited for rank 1 to send its part of the checkpoint"):
         Gatherer(groups[0], 0, 0.1).receive(plan, tmp_path)
 

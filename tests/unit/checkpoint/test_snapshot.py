@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harness.agreement import Agreement
 from harness.checkpoint.plan import make_plan
 from harness.checkpoint.shards.held import find_held
-from harness.checkpoint.snapshot import Fence, ModeChoice, Snapshot, StagingMemory
+from harness.checkpoint.snapshot import CopyRest, Fence, ModeChoice, Snapshot, StagingMemory
 
 
 class Net(nn.Module):
@@ -58,8 +58,17 @@ class Taken:
 
     def taken(self) -> dict[str, Tensor]:
         assert self.snapshot.look_up()
-        assert self.snapshot.begin()() is None
+        copied(self.snapshot.begin())
         return self.content()
+
+
+def copied(copy_rest: CopyRest) -> list[int]:
+    """Copy, and return what was said of how much is ready."""
+    said: list[int] = []
+    lowered: list[None] = []
+    copy_rest(lowered.append, said.append)  # type: ignore[arg-type]
+    assert lowered == [None]
+    return said
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -124,8 +133,32 @@ def test_copy_is_of_the_moment_when_forward_and_backward_run_on(
     with torch.no_grad():
         model.ema.lerp_(model.fc.weight, 0.5)
         model.frozen.weight.add_(1)
-    copy_rest()
+    copied(copy_rest)
     assert not torch.equal(model.norm.running_mean, expected["norm.running_mean"])
+    assert_same(taken.content(), expected)
+
+
+def test_beginning_of_the_memory_is_told_to_be_ready_when_the_rest_is_not(accelerator: Accelerator) -> None:
+    model = nn.Module()
+    for number in range(700):
+        model.register_parameter(f"p{number:03}", nn.Parameter(torch.randn(3, 5)))
+    model.large = nn.Parameter(torch.randn(5 << 20))
+    taken = Taken(accelerator, model, None)
+    assert taken.snapshot.look_up()
+    taken.staging.bytes.fill_(255)
+    expected = taken.taken()
+    whole = taken.staging.bytes.clone()
+    taken.staging.bytes.fill_(255)
+    marks: list[int] = []
+
+    def ready(num_bytes: int) -> None:
+        marks.append(num_bytes)
+        assert torch.equal(taken.staging.bytes[:num_bytes], whole[:num_bytes])
+
+    taken.snapshot.begin()(lambda event: None, ready)
+    assert len(marks) > 2
+    assert marks == sorted(marks)
+    assert marks[-1] == taken.staging.size_bytes
     assert_same(taken.content(), expected)
 
 
@@ -136,7 +169,7 @@ def test_numbers_are_of_the_moment_when_the_state_has_plain_ones(accelerator: Ac
     assert taken.snapshot.look_up()
     copy_rest = taken.snapshot.begin()
     optimizer.state[model.fc.weight]["count"] = 4
-    copy_rest()
+    copied(copy_rest)
     found = taken.content()
     assert (found["count.fc.weight"].dtype, found["count.fc.weight"].item()) == (torch.int64, 3)
     assert (found["scale.fc.weight"].dtype, found["scale.fc.weight"].item()) == (torch.float64, 0.1)
@@ -181,7 +214,7 @@ def test_copy_is_of_the_moment_when_elements_do_not_lie_in_order(accelerator: Ac
     expected = model.weight.detach().clone()
     assert taken.snapshot.look_up()
     copy_rest = taken.snapshot.begin()
-    copy_rest()
+    copied(copy_rest)
     assert torch.equal(taken.content()["weight"], expected)
 
 
@@ -253,11 +286,11 @@ def test_change_is_noticed_when(accelerator: Accelerator, change: str) -> None:
     optimizer.state[model.fc.bias].update(none=None, number=1)
     taken = Taken(accelerator, model, optimizer)
     assert taken.snapshot.look_up()
-    taken.snapshot.begin()()
+    copied(taken.snapshot.begin())
     CHANGES[change](model, optimizer)
     if taken.snapshot.look_up():
         # Not noticed: then what is taken must be right all the same.
-        taken.snapshot.begin()()
+        copied(taken.snapshot.begin())
         assert_same(taken.content(), state_of(model, optimizer))
         groups = sum(len(group["params"]) for group in optimizer.param_groups)
         assert groups == 2, "the optimizer's groups are others"

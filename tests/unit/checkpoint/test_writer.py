@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import xxhash
 
 from harness.checkpoint.commit import Manifest, commit
 from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import Holdings, Plan, plan_of
+from harness.checkpoint.plan import MAX_RANGE_BYTES, Holdings, Plan, plan_of
 from harness.checkpoint.shards.source import Run
 from harness.checkpoint.snapshot import StagingMemory
 from harness.checkpoint.verify import verify
-from harness.checkpoint.write import WriterProcess, file_records, make_files, write_json
-from harness.checkpoint.writer import RangeWriter, split_digests
+from harness.checkpoint.write import WriterProcess, file_records, output_files, write_json
+from harness.checkpoint.writer import OutputFile, RangeWriter, make_files, split_digests
 from harness.errors import CheckpointError
 
 
@@ -48,7 +49,7 @@ def start(staging: Callable[[Plan], StagingMemory]) -> Iterator[Callable[[Plan],
 
     def make(plan: Plan) -> tuple[WriterProcess, StagingMemory]:
         memory = staging(plan)
-        started.append(WriterProcess(memory, plan.layout, plan.ranges[0]))
+        started.append(WriterProcess(memory, plan.layout, plan.ranges[0], makes_files=True))
         started[-1].start()
         return started[-1], memory
 
@@ -87,8 +88,6 @@ def test_files_are_the_memory_and_digests_are_theirs_when_written(tmp_path: Path
     writer, memory = start(plan)
     for name in ("first", "second"):  # the same process for each save
         memory.bytes[:100] += 1
-        (tmp_path / name).mkdir()
-        make_files(tmp_path / name, plan.layout)
         writer.ask(tmp_path / name)
         digests, seconds = writer.answer()
         assert digests == expected_digests(plan, memory)
@@ -108,7 +107,6 @@ def test_nothing_is_written_when_digests_alone_are_asked_for(tmp_path: Path, sta
 def test_records_stand_up_to_verification_when_made_of_the_answers(tmp_path: Path, start: Start) -> None:
     plan = plan_for({"a": 1000, "b": 7}, limit=500)
     writer, _ = start(plan)
-    make_files(tmp_path, plan.layout)
     writer.ask(tmp_path)
     records = [*file_records(plan, [writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
     commit(tmp_path, tmp_path.with_name("final"), Manifest("", 0, 0, 0, {}, tuple(records), {}, {}))
@@ -130,8 +128,7 @@ def test_error_has_the_file_when_the_disk_is_full(tmp_path: Path, start: Start) 
 def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callable[[Plan], StagingMemory]) -> None:
     plan = plan_for({"a": 100_000})
     memory = staging(plan)
-    make_files(tmp_path, plan.layout)
-    writer = WriterProcess(memory, plan.layout, plan.ranges[0])
+    writer = WriterProcess(memory, plan.layout, plan.ranges[0], makes_files=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -144,11 +141,71 @@ def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callabl
     writer.close()
 
 
-def test_error_has_the_directory_when_it_is_missing(tmp_path: Path, start: Start) -> None:
+def test_error_has_the_directory_when_it_cannot_be_made(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "file").touch()
     writer, _ = start(plan_for({"a": 10}))
-    writer.ask(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match=str(tmp_path / "missing")):
+    writer.ask(tmp_path / "file" / "missing")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/file/missing: Not a directory"):
         writer.answer()
+
+
+def test_ranges_are_written_as_the_copy_goes_on_when_it_takes_long(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 3 * MAX_RANGE_BYTES})
+    writer, memory = start(plan)
+    expected = expected_digests(plan, memory)
+    begin = len(plan.layout.files[0].header)
+    whole = memory.bytes.clone()
+    rest = memory.bytes[MAX_RANGE_BYTES:]
+    rest.zero_()
+    writer.ask(tmp_path, 0)
+    writer.ready(MAX_RANGE_BYTES)
+    # What is ready is written before the rest is there.
+    while first_bytes(tmp_path / "model.safetensors", MAX_RANGE_BYTES)[begin:] != bytes(
+        whole[begin:MAX_RANGE_BYTES].numpy()
+    ):
+        time.sleep(0.01)
+    memory.bytes.copy_(whole)
+    writer.ready(memory.size_bytes)
+    assert writer.answer(60)[0] == expected
+    assert (tmp_path / "model.safetensors").read_bytes() == expected_data(plan, memory, 0)
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    if not path.exists():
+        return b""
+    with path.open("rb") as stream:
+        return stream.read(count)
+
+
+def test_next_request_is_answered_when_the_copy_of_the_one_before_has_failed(tmp_path: Path, start: Start) -> None:
+    plan = plan_for({"a": 1000})
+    writer, memory = start(plan)
+    writer.ask(tmp_path / "first", 0)
+    writer.ready(None)
+    with pytest.raises(CheckpointError, match="the copy into host memory has failed"):
+        writer.answer(60)
+    writer.ask(tmp_path / "second", 0)
+    writer.ready(None)
+    writer.ask(tmp_path / "third")
+    assert writer.answer(60)[0] == expected_digests(plan, memory)
+    writer.ready(None)  # too late to matter
+    writer.ask(tmp_path / "fourth")
+    assert writer.answer(60)[0] == expected_digests(plan, memory)
+
+
+def test_copy_does_not_wait_for_the_writer_when_it_is_far_behind(tmp_path: Path, start: Start) -> None:
+    before = children()
+    plan = plan_for({"a": 100_000})
+    writer, memory = start(plan)
+    writer.ask(None)
+    writer.answer(60)
+    (pid,) = children() - before
+    os.kill(pid, signal.SIGSTOP)
+    writer.ask(tmp_path, 0)
+    for num_bytes in range(1, memory.size_bytes + 1):  # more lines than a pipe holds
+        writer.ready(num_bytes)
+    os.kill(pid, signal.SIGCONT)
+    assert writer.answer(60)[0] == expected_digests(plan, memory)
 
 
 def test_process_is_started_again_when_it_was_killed(tmp_path: Path, start: Start) -> None:
@@ -184,7 +241,6 @@ def test_answer_is_of_the_last_request_when_the_one_before_was_not_awaited(tmp_p
     # As after a save that failed between the two: a rank that did not send its part, say.
     plan = plan_for({"a": 1000})
     writer, memory = start(plan)
-    make_files(tmp_path, plan.layout)
     writer.ask(tmp_path / "missing")
     writer.ask(tmp_path)
     assert writer.answer()[0] == expected_digests(plan, memory)
@@ -211,7 +267,7 @@ def test_closing_is_quiet_when_the_process_took_no_more_requests(
     deaf.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(deaf))
     plan = plan_for({"a": 10})
-    writer = WriterProcess(staging(plan), plan.layout, plan.ranges[0])
+    writer = WriterProcess(staging(plan), plan.layout, plan.ranges[0], makes_files=True)
     writer.start()
     reached.read_bytes()
     with pytest.raises(CheckpointError, match="the writer process is gone"):
@@ -231,8 +287,9 @@ def test_process_runs_at_low_priority_when_started(start: Start) -> None:
 
 def test_ranges_are_written_alike_when_there_is_no_process(tmp_path: Path) -> None:
     memory = bytes(range(256)) * 400_000  # more than is flushed at once
-    ranges = [(0, 3, 0, 50_000_000), (1, 0, 60_000_000, 7), (0, 50_000_003, 50_000_000, 100)]
-    answer = RangeWriter(memoryview(memory), ["a", "b"], ranges).write(tmp_path)
+    ranges = [(0, 3, 0, 50_000_000), (0, 50_000_003, 50_000_000, 100), (1, 0, 60_000_000, 7)]
+    files = [OutputFile("a", 50_000_103, None), OutputFile("b", 7, None)]
+    answer = RangeWriter(memoryview(memory), files, ranges).write(tmp_path, iter([50_000_000, 60_000_007]))
     assert (tmp_path / "a").read_bytes() == b"\0\0\0" + memory[:50_000_100]
     assert (tmp_path / "b").read_bytes() == memory[60_000_000:60_000_007]
     assert split_digests(answer["digests"]) == [xxhash.xxh3_128_hexdigest(memory[s : s + n]) for _, _, s, n in ranges]
@@ -240,11 +297,12 @@ def test_ranges_are_written_alike_when_there_is_no_process(tmp_path: Path) -> No
 
 def test_files_have_headers_and_their_length_when_made(tmp_path: Path) -> None:
     plan = plan_for({"a": 100, "b": 50}, limit=100)
-    make_files(tmp_path, plan.layout)
+    make_files(tmp_path, output_files(plan.layout, with_headers=True))
     for file in plan.layout.files:
         assert (tmp_path / file.name).read_bytes() == file.header.ljust(file.size_bytes, b"\0")
 
 
 def test_error_is_of_the_system_when_files_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        make_files(tmp_path / "missing", plan_for({"a": 1}).layout)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        make_files(tmp_path / "file" / "missing", output_files(plan_for({"a": 1}).layout, with_headers=True))
