@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import resource
@@ -43,7 +44,7 @@ def test_file_is_the_memory_when_ranges_are_written(
     directory: str, cuts: list[int], shift: int, backwards: bool
 ) -> None:
     bounds = sorted({0, *cuts, SIZE})
-    parts = list(zip(bounds, bounds[1:], strict=False))
+    parts = list(itertools.pairwise(bounds))
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         path = Path(folder) / "file"
         # Neighbours, each with a part of a page that the other has a part of.
