@@ -30,7 +30,8 @@ from harness import data, runtime, timing
 from harness.agreement import Agreement
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.names import unwrapped
-from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
 from harness.metric_objects import compute_over_ranks, each_metric
 from harness.metrics import Reducer, WeightedSums

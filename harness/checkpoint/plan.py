@@ -18,6 +18,7 @@ import xxhash
 from harness.agreement import Agreement
 from harness.checkpoint.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.layout import Layout, TensorSpec, plan_layout
+from harness.checkpoint.replicas import check_replicas
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import Run
 from harness.errors import CheckpointError
@@ -78,14 +79,16 @@ def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None
         max_shard_size_bytes: limit of one file of weights, or None.
 
     Raises:
-        CheckpointError: on all ranks alike, if they hold different tensors, if bytes are held by none, or
-            if ranks hold parts that overlap without being the same.
+        CheckpointError: on all ranks alike, if they hold different tensors, if bytes are held by none, if
+            ranks hold parts that overlap without being the same, or the same part with other values.
     """
     specs = tuple(source.spec for source in held.sources)
     mine = Holdings(hash_of(specs, held.aliases), [source.runs for source in held.sources])
     packed = agreement.gather("what each rank holds", mine.packed())
     holdings = [Holdings.unpacked(part) for part in packed]
-    return plan_of(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
+    plan = plan_of(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
+    check_replicas(held.sources, [part.runs for part in holdings], agreement)
+    return plan
 
 
 def plan_of(

@@ -24,51 +24,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
 
 from harness import random_state
 from harness.agreement import Agreement
-from harness.checkpoint import commit
+from harness.checkpoint import commit, trainer_state
 from harness.checkpoint.board import Board
 from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.plan import Plan, make_plan
 from harness.checkpoint.shards.held import Held, find_held, innermost
 from harness.checkpoint.snapshot import CopyRest, Fence, Lower, ModeChoice, Ready, Snapshot, StagingMemory
+from harness.checkpoint.trainer_state import Moment, Watched, check_scheduler, take_trainer_state
 from harness.checkpoint.transport import Transport, choose
 from harness.checkpoint.write import WriterProcess, file_records, sync_files, write_json
 from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
 from harness.peers import connect
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Which moment of training a checkpoint is of.
-
-    Args:
-        name: of its directory: ``epoch-0005`` or ``step-00001200``.
-        epoch: epochs that are complete.
-        step: optimizer steps that are complete.
-        batches_in_epoch: batches of the running epoch that each rank has taken.
-        metrics: the latest reduced metrics.
-    """
-
-    name: str
-    epoch: int
-    step: int
-    batches_in_epoch: int
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What a checkpoint is of: the prepared objects."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | None
-    scheduler: Any
 
 
 @dataclass(frozen=True)
@@ -92,7 +64,7 @@ class _Save:
     final: Path
     temporary: Path
     engine: _Engine
-    trainer_state: str | None
+    trainer_state: Any
     random_state: dict[str, Any]
     begun_s: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -158,6 +130,7 @@ class Saver:
         self._engine: _Engine | None = None
         self._number = 0
         self._steps_at_prepare = 0
+        self._is_stale = False
         self._measured: _Save | None = None
         self.status = "no checkpoint yet"
         self.num_skipped = 0
@@ -179,15 +152,8 @@ class Saver:
         self._watched = watched
         self._drop_engine()
         self._plan(watched)
-        if self._config.save_weights_only or watched.scheduler is None:
-            return
-        try:
-            json.dumps(watched.scheduler.state_dict(), default=_number)
-        except TypeError as error:
-            raise CheckpointError(
-                f"the state of {type(watched.scheduler).__name__} cannot be written as JSON ({error}); "
-                "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
-            ) from error
+        if not self._config.save_weights_only:
+            check_scheduler(watched)
 
     def prepare(self) -> None:
         """Plan, and allocate what saving needs, once the optimizer has a state: after the first step.
@@ -216,6 +182,7 @@ class Saver:
         # That torch calls the hook before another optimizer's steps says nothing of this one's.
         self._fence.watched = innermost(self._watched.optimizer)
         self._steps_at_prepare = self._fence.num_steps
+        self._is_stale = False
 
     def _make_engine(self, held: Held, plan: Plan) -> _Engine:
         device = self._accelerator.device
@@ -283,7 +250,7 @@ class Saver:
             self._engine.held.reshard()
         is_busy = self._saving is not None and not self._saving.done()
         # Not while it is being copied from: looking up may have to make another snapshot.
-        is_changed = not is_busy and (self._engine is None or not self._engine.snapshot.look_up())
+        is_changed = not is_busy and (self._engine is None or self._is_stale or not self._engine.snapshot.look_up())
         has_failed = self.last_error is not None and self._config.when_failed == "stop"
         states = self._agreement.gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
         busy, changed, failed = (any(column) for column in zip(*states, strict=True))
@@ -314,7 +281,7 @@ class Saver:
             final=final,
             temporary=temporary,
             engine=engine,
-            trainer_state=None if weights_only or self._rank else self._trainer_state(moment, engine.held),
+            trainer_state=None if weights_only or self._rank else self._take_trainer_state(moment, engine.held),
             random_state={} if weights_only else random_state.capture(self._accelerator.device),
             begun_s=begun_s,
         )
@@ -326,11 +293,14 @@ class Saver:
             self._fence.raise_()
             self._measured = save
         else:
-            copy_rest(_no_matter, _no_matter)
-            copy_rest = _copied
+            copy_rest = _copied(copy_rest)
         self.status = f"writing {moment.name}"
         self._saving = self._background.submit(lambda: self._run(save, copy_rest))
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
+
+    def _take_trainer_state(self, moment: Moment, held: Held) -> Any:
+        assert self._watched is not None
+        return take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
         """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
@@ -357,22 +327,6 @@ class Saver:
             self._measured.seconds["fence_s"] = self._fence.waited_s
             self._measured.engine.mode.add(self._fence.waited_s)
             self._measured = None
-
-    def _trainer_state(self, moment: Moment, held: Held) -> str:
-        """As text, now: the scheduler goes on while it is written."""
-        assert self._watched is not None
-        scheduler, scaler = self._watched.scheduler, self._accelerator.scaler
-        return json.dumps(
-            {
-                "epoch": moment.epoch,
-                "step": moment.step,
-                "position": {"epoch": moment.epoch, "batches": moment.batches_in_epoch},
-                "optimizer": {"param_groups": held.hyperparameters()},
-                "scheduler": None if scheduler is None else scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-            },
-            default=_number,
-        )
 
     # ------------------------------------------------------------ the background thread
 
@@ -407,7 +361,12 @@ class Saver:
                 # Otherwise this thread would make a context on the first GPU.
                 torch.cuda.set_device(self._cuda_index)
             engine.writer.ask(save.temporary if writes_itself else None, 0)
-            copy_rest(self._fence.lower, engine.writer.ready)
+            try:
+                copy_rest(self._fence.lower, engine.writer.ready)
+            except RuntimeError:
+                # A tensor has another shape than a moment ago, without being another.
+                self._is_stale = True
+                raise
             engine.writer.ready(engine.staging.size_bytes)
             save.seconds["copy_s"] = time.perf_counter() - begun_s
             if self._gatherer is not None and self._rank == 0:
@@ -457,11 +416,11 @@ class Saver:
         if plan.layout.index is not None:
             files.append(write_json(save.temporary / "model.safetensors.index.json", plan.layout.index))
         if save.trainer_state is not None:
-            state = json.loads(save.trainer_state)
+            state = save.trainer_state
             for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
                 group["params"] = names
             state["random_states"] = [record["random_state"] for record in records]
-            files.append(write_json(save.temporary / "trainer_state.json", state))
+            files.append(write_json(save.temporary / trainer_state.FILE, state))
         sync_files(save.temporary, plan.layout)
         save.seconds["durable_s"] = time.perf_counter() - save.begun_s
         return Manifest(
@@ -527,19 +486,23 @@ class Saver:
             self._drop_engine()
 
 
-def _copied(lower: Lower, ready: Ready) -> None:
-    """All is copied already."""
+def _copied(copy_rest: CopyRest) -> CopyRest:
+    """Copy now; what remains for the other thread is to fail if this did."""
+    failure: list[RuntimeError] = []
+    try:
+        copy_rest(_no_matter, _no_matter)
+    except RuntimeError as error:  # this rank's alone
+        failure.append(error)
+
+    def remains(lower: Lower, ready: Ready) -> None:
+        if failure:
+            raise failure[0]
+
+    return remains
 
 
 def _no_matter(_: object) -> None:
     """Nobody waits for it."""
-
-
-def _number(value: object) -> float:
-    """A learning rate may be a tensor of one element."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 class _Background:

@@ -15,8 +15,10 @@ from torch import nn
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest
-from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig
+from harness.errors import CheckpointError
 
 NUM_WEIGHTS = 3_000_001
 
@@ -122,6 +124,30 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
         if is_troubled and trouble == "hung":
             with suppress(ProcessLookupError):  # it was given up, and ended
                 os.kill(writer, signal.SIGCONT)
+    saver.close()
+
+
+def save_what_differs(rank: int, world_size: int, port: int, directory: Path, where: str) -> None:
+    """A weight, or a moment, of the last rank alone is changed by one bit; the file `said-<rank>` says what came."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    model = Weights()
+    optimizer = Counting(model)
+    saver = Saver(
+        accelerator, Agreement(rank, world_size), CheckpointConfig(), directory / "checkpoints", {}, {}, ignore
+    )
+    saver.check(Watched(model, optimizer, None))
+    optimizer.step()
+    if rank == world_size - 1 and where != "nowhere":
+        held = model.second if where == "model" else optimizer.state[model.second]["count"]
+        held.data[3, 4] = torch.nextafter(held.data[3, 4], torch.tensor(9.0))
+    said = "nothing"
+    try:
+        saver.prepare()
+    except CheckpointError as error:
+        said = str(error)
+    (directory / f"said-{rank}").write_text(said)
     saver.close()
 
 

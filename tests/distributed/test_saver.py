@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from harness.checkpoint.commit import MANIFEST, list_checkpoints, remove_leftovers
 from harness.checkpoint.verify import verify
-from tests.distributed.saving_ranks import free_port, save_for_ever, save_with_trouble
+from tests.distributed.saving_ranks import free_port, save_for_ever, save_what_differs, save_with_trouble
 from tests.distributed.two_dimensional import save_two_dimensional, train_on_while_one_rank_is_busy
 
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
@@ -159,6 +159,24 @@ def test_files_equal_gathered_state_when_fsdp2_meets_tensor_parallelism(tmp_path
             assert mine.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(mine[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("model", "second: rank 2 holds other values than rank 0"),
+        ("optimizer", "count.second: rank 2 holds other values than rank 0"),
+        ("nowhere", "nothing"),
+    ],
+)
+def test_error_has_the_tensor_on_all_ranks_when_a_rank_holds_other_values(
+    tmp_path: Path, where: str, said: str
+) -> None:
+    with ranks(3, save_what_differs, tmp_path, where) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 3
+    assert all((tmp_path / f"said-{rank}").read_text().startswith(said) for rank in range(3))
 
 
 def test_training_goes_on_when_a_save_is_skipped_because_one_rank_is_busy(tmp_path: Path) -> None:

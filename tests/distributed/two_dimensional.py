@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from harness.agreement import Agreement
-from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig
 from tests.distributed.saving_ranks import become_rank, ignore, writer_of
 

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from harness.agreement import Agreement
-from harness.checkpoint.saver import Moment, Saver, Watched
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.trainer_state import Moment, Watched
 from harness.checkpoint.verify import require_whole
 from harness.config import CheckpointConfig
 from tests.distributed.saving_ranks import Counting, Weights, ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from harness.checkpoint.json_values import encode
 from harness.checkpoint.names import NamedState, named_state
 from harness.checkpoint.shards.source import Source
 from harness.errors import CheckpointError
@@ -110,11 +112,12 @@ def _refuse_fsdp1(model: nn.Module) -> None:
 
 def _refuse_extra_state(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            raise CheckpointError(
-                f"{name or 'the model'}: {type(module).__name__} keeps state that is neither a parameter nor a buffer "
-                "(get_extra_state), which cannot be saved; make it a buffer"
-            )
+        for method in ("get_extra_state", "_save_to_state_dict"):
+            if getattr(type(module), method) is not getattr(nn.Module, method):
+                raise CheckpointError(
+                    f"{name or 'the model'}: {type(module).__name__} keeps state that is neither a parameter nor a "
+                    f"buffer, or keeps it in a form of its own ({method}), which cannot be saved; make it a buffer"
+                )
 
 
 def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> str:
@@ -147,12 +150,12 @@ def refuse_state(optimizer: Any, kind: str, name: str, what: str) -> CheckpointE
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a parameter group that JSON can hold: learning rate, betas, ..."""
-    values = {key: _plain(value) for key, value in group.items() if key != "params"}
-    return {k: v for k, v in values.items() if isinstance(v, (int, float, str, bool, list, tuple, type(None)))}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    values = {}
+    for key, value in group.items():
+        if key != "params":
+            with suppress(TypeError):  # a function, say: it comes from the code
+                values[key] = encode(value)
+    return values
 
 
 def innermost(optimizer: Any) -> Any:

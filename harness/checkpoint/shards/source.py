@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harness.checkpoint.layout import Section, TensorSpec
 from harness.errors import CheckpointError
@@ -96,8 +97,14 @@ def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dty
     """The specification of a tensor that is written as `dtype` (None, or not floating point: as it is).
 
     Raises:
-        CheckpointError: if safetensors has no such type.
+        CheckpointError: if safetensors has no such type, or it is made of several tensors.
     """
+    local = value._local_tensor if isinstance(value, DTensor) else value
+    if is_traceable_wrapper_subclass(local):
+        raise CheckpointError(
+            f"{name}: is a {type(local).__name__}, a tensor made of others, which cannot be saved; convert it to a "
+            "plain tensor, or leave it out"
+        )
     kept: torch.dtype = value.dtype
     if dtype is not None and kept.is_floating_point:
         kept = dtype

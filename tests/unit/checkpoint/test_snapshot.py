@@ -257,6 +257,9 @@ CHANGES: dict[str, Callable[[Net, torch.optim.Optimizer], object]] = {
     "a buffer has another type": lambda model, _: setattr(model, "ema", torch.zeros(6, 6, dtype=torch.float64)),
     "the model has another type": lambda model, _: model.double(),
     "a parameter is turned where it is": lambda model, _: setattr(model.wide, "data", model.wide.data.t()),
+    "a parameter is turned and keeps its shape": lambda model, _: setattr(
+        model.fc.weight, "data", model.fc.weight.data.t()
+    ),
     "weights are tied": lambda model, _: setattr(model.frozen, "weight", model.fc.weight),
     "the optimizer's state is loaded": lambda _, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "the optimizer's state is dropped": lambda _, optimizer: optimizer.state.clear(),
