@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
@@ -223,6 +224,51 @@ class Dcp(Peer):
         getattr(self.future, "upload_completion", self.future).result()
 
 
+class TorchCheckpointing(Peer):
+    """`torch_checkpointing` with its defaults: staged in a thread, written by a process, each rank its own file.
+
+    What it stages must not change meanwhile, which it leaves to the caller: so the next step waits for it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        from torch_checkpointing.builder import make_async_checkpoint_saver
+        from torch_checkpointing.checkpoint_base import CheckpointBase, CheckpointItem
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        class State(CheckpointBase):
+            def get_items(self) -> dict[str, Any]:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                return {name: CheckpointItem(value=value) for name, value in state.items()}
+
+            def load_state_dict(self, state_dict: Any) -> None:
+                raise NotImplementedError
+
+        self.state = State()
+        # Its default, O_DIRECT through a buffered file, fails on ext4 with EINVAL.
+        self.saver = make_async_checkpoint_saver(storage_config=LocalFileSystemStorageConfig(use_direct_io=False))
+        self.staged: Any = None
+        self.written: Any = None
+        self.waited_s = 0.0
+        register_optimizer_step_pre_hook(lambda *_: self._wait())
+
+    def save(self, directory: Path) -> None:
+        self.waited_s = 0.0
+        self.staged, self.written = self.saver.save(str(directory), self.state)
+
+    def _wait(self) -> None:
+        if self.staged is not None:
+            begun_s = time.perf_counter()
+            self.staged.result()
+            self.staged = None
+            self.waited_s = time.perf_counter() - begun_s
+
+    def fence_s(self) -> float:
+        return self.waited_s
+
+    def finish(self) -> None:
+        self.written.result()
+
+
 class Gathered(Peer):
     """The usual: gather on rank zero, save, upload, in the loop."""
 
@@ -251,6 +297,8 @@ class Gathered(Peer):
 
 
 PEERS = ("none", "ours", "memcpy", "pwrite", "dcp_thread", "dcp_process", "dcp_safetensors", "save_file", "torch_save")
+# Installed by hand, where it is to be compared with: pip install --no-deps torch_checkpointing
+OPTIONAL_PEERS = ("torch_checkpointing",)
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -384,6 +432,8 @@ def _make_peers(
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise SystemExit(f"{name}: torch DCP does not know DeepSpeed's shards; leave it out with --peers")
             peers[name] = Dcp(model, optimizer, name.removeprefix("dcp_"))
+        elif name == "torch_checkpointing":
+            peers[name] = TorchCheckpointing(model, optimizer)
         elif name in ("save_file", "torch_save"):
             run_id, uri = "", f"sqlite:///{directory}/peers.db"
             if accelerator.is_main_process:
@@ -503,7 +553,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--writer", choices=["process", "thread"], default="process", help="of ours")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=None, help="default: all that know the strategy")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS + OPTIONAL_PEERS, default=None, help="default: all that know the strategy"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--directory", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--output", default=None, help=argparse.SUPPRESS)

@@ -80,12 +80,28 @@ class Agreement:
 
     def gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
         """Each rank's whole numbers, as many on each, in the order of ranks, on all ranks. One round trip."""
+        return self.begin_gather_numbers(what, numbers)()
+
+    def begin_gather_numbers(self, what: str, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Begin what `gather_numbers` does; the call of what it returns waits for the others' numbers.
+
+        Effects: as the class's, except that this call does not block. No other call of this object may
+        come between the two.
+        """
         if self._group is None:
-            return [list(numbers)]
+            return lambda: [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.int64)
         values = [torch.empty_like(mine) for _ in range(self.world_size)]
+
+        def wait() -> list[list[int]]:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise PeerFailure(None, f"agreeing on {what}: {error}") from error
+            return [value.tolist() for value in values]
+
         try:
-            dist.all_gather(values, mine, group=self._group)
+            work = dist.all_gather(values, mine, group=self._group, async_op=True)
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
-        return [value.tolist() for value in values]
+        return wait

@@ -55,6 +55,14 @@ class _Engine:
     mode: ModeChoice
 
 
+@dataclass(frozen=True)
+class _Small:
+    """What of a rank's state is no tensor: rank zero's trainer state, and the random numbers."""
+
+    trainer_state: Any
+    random_state: dict[str, Any]
+
+
 @dataclass
 class _Save:
     """One save on its way."""
@@ -64,8 +72,7 @@ class _Save:
     final: Path
     temporary: Path
     engine: _Engine
-    trainer_state: Any
-    random_state: dict[str, Any]
+    small: _Small
     begun_s: float
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -252,8 +259,10 @@ class Saver:
         # Not while it is being copied from: looking up may have to make another snapshot.
         is_changed = not is_busy and (self._engine is None or self._is_stale or not self._engine.snapshot.look_up())
         has_failed = self.last_error is not None and self._config.when_failed == "stop"
-        states = self._agreement.gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
-        busy, changed, failed = (any(column) for column in zip(*states, strict=True))
+        others = self._agreement.begin_gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
+        # While the others answer, as what they say is nearly always that it goes on.
+        small = None if is_busy or self._engine is None else self._take_small(moment, self._engine.held)
+        busy, changed, failed = (any(column) for column in zip(*others(), strict=True))
         if failed:
             raise CheckpointError(
                 f"{self._checkpoints_dir}: a checkpoint could not be written, and checkpoint.when_failed is stop: "
@@ -265,24 +274,22 @@ class Saver:
             return False
         if changed:
             self.prepare()
-        self._begin(moment, begun_s)
+            small = None
+        assert self._engine is not None
+        self._begin(moment, self._engine, small or self._take_small(moment, self._engine.held), begun_s)
         return True
 
-    def _begin(self, moment: Moment, begun_s: float) -> None:
-        assert self._engine is not None and self._watched is not None
-        engine = self._engine
+    def _begin(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> None:
         self._number += 1
         final = self._checkpoints_dir / moment.name
         temporary = commit.temporary_of(final, f"{self._attempt}-{self._number}")
-        weights_only = self._config.save_weights_only
         save = _Save(
             number=self._number,
             moment=moment,
             final=final,
             temporary=temporary,
             engine=engine,
-            trainer_state=None if weights_only or self._rank else self._take_trainer_state(moment, engine.held),
-            random_state={} if weights_only else random_state.capture(self._accelerator.device),
+            small=small,
             begun_s=begun_s,
         )
         copy_rest = engine.snapshot.begin()
@@ -298,9 +305,15 @@ class Saver:
         self._saving = self._background.submit(lambda: self._run(save, copy_rest))
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
 
-    def _take_trainer_state(self, moment: Moment, held: Held) -> Any:
+    def _take_small(self, moment: Moment, held: Held) -> _Small:
+        """What is no tensor, as it is now."""
+        if self._config.save_weights_only:
+            return _Small(None, {})
         assert self._watched is not None
-        return take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
+        state = None
+        if self._rank == 0:
+            state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
+        return _Small(state, random_state.capture(self._accelerator.device))
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
         """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
@@ -339,7 +352,7 @@ class Saver:
             record = {"error": _told(error)}
         finally:
             self._fence.lower()
-        record["random_state"] = save.random_state
+        record["random_state"] = save.small.random_state
         try:
             self._board.put(save.number, json.dumps(record).encode())
             if self._rank == 0:
@@ -415,8 +428,7 @@ class Saver:
         files: list[FileRecord] = file_records(plan, [record["digests"] for record in records])
         if plan.layout.index is not None:
             files.append(write_json(save.temporary / "model.safetensors.index.json", plan.layout.index))
-        if save.trainer_state is not None:
-            state = save.trainer_state
+        if (state := save.small.trainer_state) is not None:
             for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
                 group["params"] = names
             state["random_states"] = [record["random_state"] for record in records]
