@@ -90,18 +90,20 @@ class Agreement:
         """
         if self._group is None:
             return lambda: [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.int64)
-        values = [torch.empty_like(mine) for _ in range(self.world_size)]
+        # Everybody to everybody, at once: a gather goes around a ring, and each round waits for every rank's thread.
+        mine = torch.tensor([numbers] * self.world_size, dtype=torch.int64)
+        values = torch.empty_like(mine)
 
         def wait() -> list[list[int]]:
             try:
                 work.wait()
             except RuntimeError as error:
                 raise PeerFailure(None, f"agreeing on {what}: {error}") from error
-            return [value.tolist() for value in values]
+            found: list[list[int]] = values.tolist()
+            return found
 
         try:
-            work = dist.all_gather(values, mine, group=self._group, async_op=True)
+            work = dist.all_to_all_single(values, mine, group=self._group, async_op=True)
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
         return wait

@@ -9,6 +9,8 @@ every rank, main thread        the next optimizer step waits until the copy is d
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 import uuid
@@ -41,6 +43,8 @@ from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
 from harness.peers import connect
+
+_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -538,6 +542,11 @@ class _Background:
         self._queue.put(None)
 
     def _serve(self) -> None:
+        # Where there are more threads than cores, the next forward comes first. When it waits at the fence, the
+        # core is free.
+        if sys.platform == "linux":
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (task := self._queue.get()) is not None:
             run, future = task
             run()
