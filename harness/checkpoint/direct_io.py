@@ -4,7 +4,7 @@ Through the page cache each byte is copied once more by a processor that the tra
 out what the data loader will read next. `O_DIRECT` has the disk fetch it from the staging memory: on a
 machine with two cores 6 ms of processor time for 144 MB instead of 45 to 190. It wants memory, place
 and length in whole pages, so a range's first and last page, which a neighbour may have a part in, go
-through the cache, as does all of a small range, and everything where it is refused (tmpfs, NFS).
+through the cache, as does all of a small range, and everything where the file system refuses.
 
 Importing this never imports torch.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PAGE_BYTES = 4096
 # Below it the wait for the disk at each call costs more than the copy.
 MIN_DIRECT_BYTES = 256 << 10
+_REFUSALS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class RangeFile:
@@ -36,12 +38,8 @@ class RangeFile:
         self._direct: int | None = None
         flag = getattr(os, "O_DIRECT", 0)
         if flag:
-            try:
+            with suppress(OSError):
                 self._direct = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    self.close()
-                    raise
 
     def write(self, memory: memoryview, start: int, end: int, offset: int) -> None:
         """Write ``memory[start:end]`` at `offset`.
@@ -70,7 +68,7 @@ class RangeFile:
             try:
                 count = os.pwrite(self._direct, memory[start:end], offset)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _REFUSALS:
                     raise
                 # Its pages are larger than ours, or it takes the flag and not the writes.
                 os.close(self._direct)

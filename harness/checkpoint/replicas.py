@@ -36,12 +36,20 @@ def check_replicas(sources: Sequence[Source], held: Sequence[Sequence[tuple[Run,
     """
     shared = [(index, ranks) for index in range(len(sources)) for ranks in _sharers([part[index] for part in held])]
     mine = [sources[index] for index, ranks in shared if agreement.rank in ranks]
-    with torch.no_grad():
-        sums = [_sum(source) for source in mine]
-    told = agreement.gather("sums of what ranks hold in common", _numbers(sums))
+    sums: list[int] = []
+    failure: Exception | None = None
+    try:
+        with torch.no_grad():
+            sums = _numbers([_sum(source) for source in mine])
+    except (RuntimeError, struct.error) as error:
+        failure = error
+    told = agreement.gather("sums of what ranks hold in common", (sums, None if failure is None else str(failure)))
+    for rank, (_, text) in enumerate(told):
+        if text is not None:
+            raise CheckpointError(f"rank {rank}: cannot compare its tensors with other ranks': {text}") from failure
     position = [0] * agreement.world_size
     for index, ranks in shared:
-        values = [told[rank][position[rank]] for rank in ranks]
+        values = [told[rank][0][position[rank]] for rank in ranks]
         for rank in ranks:
             position[rank] += 1
         for rank, value in zip(ranks, values, strict=True):
@@ -49,7 +57,8 @@ def check_replicas(sources: Sequence[Source], held: Sequence[Sequence[tuple[Run,
                 raise CheckpointError(
                     f"{sources[index].spec.name}: rank {rank} holds other values than rank {ranks[0]}, though the "
                     "same part of it, so a checkpoint would be of no rank's state; make the model alike on all ranks "
-                    "(one seed, one file) and change it only in ways that are the same on all of them"
+                    "(one seed, one file) and change it only in ways that are the same on all of them (stochastic "
+                    "rounding is not)"
                 )
 
 

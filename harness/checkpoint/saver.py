@@ -61,10 +61,11 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Small:
-    """What of a rank's state is no tensor: rank zero's trainer state, and the random numbers."""
+    """What of a rank's state is no tensor: rank zero's trainer state, and the random numbers; or why not."""
 
     trainer_state: Any
     random_state: dict[str, Any]
+    failure: Exception | None = None
 
 
 @dataclass
@@ -141,7 +142,6 @@ class Saver:
         self._engine: _Engine | None = None
         self._number = 0
         self._steps_at_prepare = 0
-        self._is_stale = False
         self._measured: _Save | None = None
         self.status = "no checkpoint yet"
         self.num_skipped = 0
@@ -193,7 +193,6 @@ class Saver:
         # That torch calls the hook before another optimizer's steps says nothing of this one's.
         self._fence.watched = innermost(self._watched.optimizer)
         self._steps_at_prepare = self._fence.num_steps
-        self._is_stale = False
 
     def _make_engine(self, held: Held, plan: Plan) -> _Engine:
         device = self._accelerator.device
@@ -261,7 +260,7 @@ class Saver:
             self._engine.held.reshard()
         is_busy = self._saving is not None and not self._saving.done()
         # Not while it is being copied from: looking up may have to make another snapshot.
-        is_changed = not is_busy and (self._engine is None or self._is_stale or not self._engine.snapshot.look_up())
+        is_changed = not is_busy and (self._engine is None or not self._engine.snapshot.look_up())
         has_failed = self.last_error is not None and self._config.when_failed == "stop"
         others = self._agreement.begin_gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
         # While the others answer, as what they say is nearly always that it goes on.
@@ -315,9 +314,13 @@ class Saver:
             return _Small(None, {})
         assert self._watched is not None
         state = None
-        if self._rank == 0:
-            state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
-        return _Small(state, random_state.capture(self._accelerator.device))
+        try:
+            if self._rank == 0:
+                state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
+            return _Small(state, random_state.capture(self._accelerator.device))
+        except Exception as error:
+            # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
+            return _Small(None, {}, error)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
         """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
@@ -363,7 +366,8 @@ class Saver:
                 self._finish(save)
             self.last_error = None
         except Exception as error:
-            self.last_error = error
+            # Its frames would keep the snapshot and the staging memory.
+            self.last_error = error.with_traceback(None)
             self.num_failed += 1
             self.status = f"{save.moment.name} FAILED: {_told(error)}"
         self.last_seconds = save.seconds
@@ -377,28 +381,30 @@ class Saver:
             if self._cuda_index is not None:
                 # Otherwise this thread would make a context on the first GPU.
                 torch.cuda.set_device(self._cuda_index)
+            if save.small.failure is not None:
+                raise save.small.failure
             engine.writer.ask(save.temporary if writes_itself else None, 0)
-            try:
-                copy_rest(self._fence.lower, engine.writer.ready)
-            except RuntimeError:
-                # A tensor has another shape than a moment ago, without being another.
-                self._is_stale = True
-                raise
+            copy_rest(self._fence.lower, engine.writer.ready)
             engine.writer.ready(engine.staging.size_bytes)
             save.seconds["copy_s"] = time.perf_counter() - begun_s
             if self._gatherer is not None and self._rank == 0:
                 save.temporary.mkdir(parents=True, exist_ok=True)
         except Exception as error:
             failure = error
-        if self._gatherer is not None:
-            # Also after a failure of this rank's: the others wait for it. The digests tell that nothing holds.
-            if self._rank == 0:
-                self._gatherer.receive(engine.plan, None if failure is not None else save.temporary)
-            else:
-                self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
+            # What follows may take long, and has nothing to do with the next step.
+            self._fence.lower()
+        try:
+            if self._gatherer is not None:
+                # Also after a failure of this rank's: the others wait for it. The digests tell that nothing holds.
+                if self._rank == 0:
+                    self._gatherer.receive(engine.plan, None if failure is not None else save.temporary)
+                else:
+                    self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
+        except Exception as error:
+            failure = failure or error
         if failure is not None:
-            with suppress(CheckpointError):
-                engine.writer.ready(None)
+            # Before anybody removes what it writes: afterwards it would make it again.
+            engine.writer.give_up()
             raise failure
         digests, seconds = engine.writer.answer(self._remaining_s(save))
         save.seconds.update(seconds)
@@ -542,6 +548,7 @@ class _Background:
         self._queue.put(None)
 
     def _serve(self) -> None:
+        """What a task holds is not held any longer than it runs: a snapshot, the staging memory."""
         # Where there are more threads than cores, the next forward comes first. When it waits at the fence, the
         # core is free.
         if sys.platform == "linux":
@@ -550,7 +557,9 @@ class _Background:
         while (task := self._queue.get()) is not None:
             run, future = task
             run()
+            del task, run
             future.set_result(None)
+            del future
 
 
 def _told(error: BaseException) -> str:

@@ -22,14 +22,15 @@ from harness.errors import CheckpointError
 
 _END_TIMEOUT_S = 30.0
 # The copy must not wait for the disk: so many lines the pipe holds, however far behind the writer is.
-_MAX_MARKS = 512
+_MAX_MARKS = 64
 
 
 class WriterProcess:
     """One rank's writer.
 
-    Effects: not collective; one thread at a time; `start` does not block, `ask` and `ready` only until the
-    request is sent, `answer` until the writer is done; leaves the ranges' bytes in the files, on the disk itself.
+    Effects: not collective; one thread at a time; `start` blocks until the interpreter is there if there are
+    many files or long headers, `ask` and `ready` until the request is sent, `answer` until the writer is
+    done; leaves the ranges' bytes in the files, on the disk itself.
 
     Args:
         memory: that the ranges lie in.
@@ -45,7 +46,7 @@ class WriterProcess:
         self._files = output_files(layout, with_headers=makes_files)
         self._ranges = ranges
         self._process: subprocess.Popen[bytes] | None = None
-        self._num_unread = 0
+        self._is_asked = False
         self._told_bytes = 0
 
     def start(self) -> None:
@@ -75,10 +76,7 @@ class WriterProcess:
                 None: all are.
         """
         self.start()
-        while self._num_unread and self._read_line():
-            pass  # the answer to a request that somebody gave up on
-        self.start()
-        self._num_unread += 1
+        self._is_asked = True
         self._told_bytes = 0
         ready_bytes = self._memory.size_bytes if ready_bytes is None else ready_bytes
         self._send({"directory": None if directory is None else str(directory.absolute()), "ready": ready_bytes})
@@ -106,9 +104,9 @@ class WriterProcess:
             raise CheckpointError(
                 f"the writer process had not written after {timeout_s:.0f} s; look at this node's disk"
             )
-        line = self._read_line()
+        line = self._process.stdout.readline()
+        self._is_asked = False
         if not line:
-            assert self._process is not None
             code = self._process.wait()
             raise CheckpointError(
                 f"the writer process ended with code {code} in the middle of a save; look at this node's memory"
@@ -118,11 +116,15 @@ class WriterProcess:
             raise CheckpointError(record["error"])
         return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
 
-    def _read_line(self) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        self._num_unread = self._num_unread - 1 if line else 0
-        return line
+    def give_up(self) -> None:
+        """After a failure elsewhere: have it end what it was asked for, and wait until it has.
+
+        Blocks at most 30 s; a process that is at it for longer is ended.
+        """
+        if self._is_asked:
+            with suppress(CheckpointError):
+                self.ready(None)
+                self.answer(_END_TIMEOUT_S)
 
     def _send(self, record: dict[str, Any] | None) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -146,9 +148,10 @@ class WriterProcess:
                 self._process.wait(_END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                with suppress(subprocess.TimeoutExpired):  # the disk does not let it go
+                    self._process.wait(_END_TIMEOUT_S)
             self._process = None
-            self._num_unread = 0
+            self._is_asked = False
 
 
 def output_files(layout: Layout, *, with_headers: bool) -> list[OutputFile]:

@@ -98,7 +98,7 @@ class RangeWriter:
         self._memory = memory
         self._files = files
         self._ranges = ranges
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
     def write(self, directory: Path | None, marks: Iterator[int]) -> dict[str, Any]:
         """Digest all ranges, and write them.
@@ -149,7 +149,8 @@ class RangeWriter:
 
     def _start_flush(self, file: RangeFile) -> None:
         # Advice: where the system does not know it, the fsync does it all.
-        self._libc.sync_file_range(file.descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
+        if self._sync_file_range is not None:
+            self._sync_file_range(file.descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
         file.cached_bytes = 0
 
 
@@ -196,11 +197,13 @@ class _CopyFailedError(Exception):
 def _marks(ready_bytes: int) -> Iterator[int]:
     yield ready_bytes
     for line in sys.stdin:
-        mark = json.loads(line)["ready"]
-        if mark is None:
+        record = json.loads(line)
+        if record is None:
+            break
+        if record["ready"] is None:
             raise _CopyFailedError
-        yield mark
-    sys.exit()  # the trainer is gone
+        yield record["ready"]
+    sys.exit()  # the trainer is gone, or wants this to end
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ class Held:
         groups: the optimizer's parameter groups: the live dictionary, and the names of its parameters.
         sharded_modules: FSDP2's modules, which may hold unsharded parameters for a while.
         sizes: containers whose length must stay for all this to hold.
-        members: (mapping, key, value): what must stay where it is.
+        members: (dictionary, key, value): what must stay where it is; None: there is nothing.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -43,8 +45,20 @@ class Held:
     @property
     def is_current(self) -> bool:
         """Whether the model and the optimizer still have the structure that was found."""
-        return all(len(container) == size for container, size in self.sizes) and all(
-            mapping.get(key) is value for mapping, key, value in self.members
+        (containers, sizes), (mappings, keys, values) = self._columns
+        found = map(dict.get, mappings, keys)
+        return list(map(len, containers)) == sizes and all(map(operator.is_, found, values))
+
+    @cached_property
+    def _columns(self) -> tuple[tuple[list[Any], list[int]], tuple[list[Any], list[Any], list[Any]]]:
+        """Sizes and members by columns, so that the loops are in C: asked at each save, once all is found."""
+        return (
+            ([container for container, _ in self.sizes], [size for _, size in self.sizes]),
+            (
+                [mapping for mapping, _, _ in self.members],
+                [key for _, key, _ in self.members],
+                [value for _, _, value in self.members],
+            ),
         )
 
     def reshard(self) -> None:

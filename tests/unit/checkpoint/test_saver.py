@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -362,20 +364,43 @@ def test_new_structure_is_saved_when_the_model_changes_between_saves(
     assert "extra.weight" not in loaded(checkpoints / "step-00000010")
 
 
-def test_next_save_is_right_when_a_parameter_was_turned_where_it_is(
+def test_shape_is_the_new_one_when_a_parameter_was_turned_where_it_is(
     make: Make, watched: Watched, checkpoints: Path
 ) -> None:
     saver = make(watched, when_busy="wait")
     saver.save(moment(10))
     watched.model.embed.weight.data = watched.model.embed.weight.data.t()
+    weights = weights_of(watched.model)
+    saver.save(moment(20))
+    saver.close()
+    assert_same(loaded(checkpoints / "step-00000020"), weights)
+
+
+def test_save_fails_and_the_next_one_does_not_when_the_schedulers_state_is_odd_for_once(
+    make: Make, watched: Watched, checkpoints: Path
+) -> None:
+    saver = make(watched, when_busy="wait")
+    saver.save(moment(10))
+    watched.scheduler.odd = object()
     saver.save(moment(20))
     saver._await_save()
-    assert "step-00000020 FAILED: The size of tensor a" in saver.status
-    weights = weights_of(watched.model)
+    assert "step-00000020 FAILED: builtins.object is no number" in saver.status
+    del watched.scheduler.odd
     saver.save(moment(30))
     saver.close()
-    assert not (checkpoints / "step-00000020").exists()
-    assert_same(loaded(checkpoints / "step-00000030"), weights)
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000010", "step-00000030"}
+
+
+def test_memory_is_given_back_when_a_new_structure_takes_its_place(make: Make, watched: Watched) -> None:
+    saver = make(watched, when_busy="wait")
+    saver.save(moment(10))
+    saver._await_save()
+    staging = weakref.ref(saver._engine.staging)  # type: ignore[union-attr]
+    watched.model.extra = nn.Linear(3, 3)
+    saver.prepare()
+    gc.collect()
+    assert staging() is None
+    saver.close()
 
 
 def test_groups_are_those_of_the_moment_when_one_was_added(make: Make, checkpoints: Path) -> None:

@@ -162,6 +162,18 @@ def test_beginning_of_the_memory_is_told_to_be_ready_when_the_rest_is_not(accele
     assert_same(taken.content(), expected)
 
 
+def test_copy_is_of_the_moment_when_parameters_get_other_memory_before_it(
+    taken: Taken, model: Net, optimizer: torch.optim.Optimizer
+) -> None:
+    expected = state_of(model, optimizer)
+    assert taken.snapshot.look_up()
+    copy_rest = taken.snapshot.begin()
+    model.fc.weight.data = torch.zeros(6, 6)
+    model.to(torch.bfloat16)  # as for an export after the last save
+    copied(copy_rest)
+    assert_same(taken.content(), expected)
+
+
 def test_numbers_are_of_the_moment_when_the_state_has_plain_ones(accelerator: Accelerator, model: Net) -> None:
     optimizer = torch.optim.SGD([model.fc.weight], lr=0.1)
     optimizer.state[model.fc.weight] = {"count": 3, "scale": 0.1, "flag": True, "tensor": torch.tensor(5)}
