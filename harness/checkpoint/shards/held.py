@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,15 @@ from harness.checkpoint.json_values import encode
 from harness.checkpoint.names import NamedState, named_state
 from harness.checkpoint.shards.source import Source
 from harness.errors import CheckpointError
+
+
+class Selection(NamedTuple):
+    """Which part of a state is looked for; see `find_held`."""
+
+    weights_only: bool
+    dtype: torch.dtype | None
+    is_main_process: bool
+    restoring: bool
 
 
 @dataclass
@@ -86,6 +95,7 @@ def find_held(
     *,
     weights_only: bool,
     dtype: torch.dtype | None,
+    restoring: bool = False,
 ) -> Held:
     """Find what this rank holds of weights, buffers and optimizer state.
 
@@ -97,6 +107,8 @@ def find_held(
         optimizer: the prepared optimizer, or None.
         weights_only: leave the optimizer's state out.
         dtype: floating-point weights are written as this type; None: as they are.
+        restoring: find all that is to be filled, rather than all that is to be written: buffers on every
+            rank, and the masters of weights that are fp32 themselves.
 
     Raises:
         CheckpointError: if something is not understood; nothing is guessed.
@@ -111,7 +123,7 @@ def find_held(
     state = named_state(model)
     held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
     find = zero.find if accelerator.distributed_type == DistributedType.DEEPSPEED else plain.find
-    find(held, state, model, optimizer, weights_only, dtype, accelerator.is_main_process)
+    find(held, state, model, optimizer, Selection(weights_only, dtype, accelerator.is_main_process, restoring))
     return held
 
 

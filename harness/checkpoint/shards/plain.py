@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
 from harness.checkpoint.shards.dtensor import runs_of
-from harness.checkpoint.shards.held import Held, name_of, names_by_id, refuse_state, trained_ids
+from harness.checkpoint.shards.held import Held, Selection, name_of, names_by_id, refuse_state, trained_ids
 from harness.checkpoint.shards.source import Source, number_spec, source_of, spec_of, whole, whole_number
 
 
@@ -21,17 +21,17 @@ def find(
     state: NamedState,
     model: nn.Module,
     optimizer: Any,
-    weights_only: bool,
-    dtype: torch.dtype | None,
-    is_main_process: bool,
+    selection: Selection,
 ) -> None:
     """Fill `held`: what a rank has of each tensor follows from the tensor itself."""
     inner = getattr(optimizer, "optimizer", optimizer)
     trained = trained_ids(list(state.parameters.values()), inner)
     for name, parameter in state.parameters.items():
         is_fenced = id(parameter) in trained
-        held.sources.append(_source("model", name, parameter, state.holders[name], dtype, at_once=not is_fenced))
-    add_buffers(held, state, dtype, is_main_process)
+        held.sources.append(
+            _source("model", name, parameter, state.holders[name], selection.dtype, at_once=not is_fenced)
+        )
+    add_buffers(held, state, selection)
     if inner is None:
         return
     names = names_by_id(state)
@@ -42,7 +42,7 @@ def find(
         in_group = [name_of(parameter, names, index) for parameter in group["params"]]
         held.groups.append((group, in_group))
         held.sizes.append((group["params"], len(in_group)))
-        if weights_only:
+        if selection.weights_only:
             continue
         for parameter, name in zip(group["params"], in_group, strict=True):
             values = inner.state.get(parameter)
@@ -76,11 +76,12 @@ def _is_sharded(parameter: DTensor) -> bool:
     return any(not placement.is_replicate() for placement in parameter.placements)
 
 
-def add_buffers(held: Held, state: NamedState, dtype: torch.dtype | None, is_main_process: bool) -> None:
-    """Buffers are rank zero's, which is what DDP and our evaluation take them for."""
+def add_buffers(held: Held, state: NamedState, selection: Selection) -> None:
+    """Buffers are rank zero's, which is what DDP and our evaluation take them for; all ranks get them back."""
+    is_writer = selection.is_main_process or selection.restoring
     for name, buffer in state.buffers.items():
-        source = _source("model", name, buffer, state.holders[name], dtype, at_once=True)
-        if not is_main_process and not isinstance(buffer, DTensor):
+        source = _source("model", name, buffer, state.holders[name], selection.dtype, at_once=True)
+        if not is_writer and not isinstance(buffer, DTensor):
             source = replace(source, runs=())
         held.sources.append(source)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
-from harness.checkpoint.shards.held import Held, name_of, names_by_id, refuse_state
+from harness.checkpoint.shards.held import Held, Selection, name_of, names_by_id, refuse_state
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import (
     Run,
@@ -33,9 +33,7 @@ def find(
     state: NamedState,
     model: nn.Module,
     optimizer: Any,
-    weights_only: bool,
-    dtype: torch.dtype | None,
-    is_main_process: bool,
+    selection: Selection,
 ) -> None:
     """Fill `held` from a DeepSpeed engine and its ZeRO optimizer."""
     engine: Any = model
@@ -45,12 +43,12 @@ def find(
     for name, parameter in state.parameters.items():
         shape = stage.shape(parameter)
         holder, key, runs = stage.weight(parameter, state.holders[name])
-        spec = spec_of("model", name, parameter, shape, dtype)
+        spec = spec_of("model", name, parameter, shape, selection.dtype)
         held.sources.append(source_of(spec, (holder, key), runs, at_once=id(parameter) not in trained))
-    add_buffers(held, state, dtype, is_main_process)
+    add_buffers(held, state, selection)
     names = names_by_id(state)
     _add_groups(held, stage, names)
-    if weights_only or optimizer is None:
+    if optimizer is None or (selection.weights_only and not selection.restoring):
         return
     inner = zero.optimizer
     held.members.append((inner.__dict__, "state", inner.state))
@@ -60,8 +58,10 @@ def find(
         held.sizes.append((values, len(values)))
         for parameter, runs in flat.members:
             name, shape = name_of(parameter, names, flat.group_index), stage.shape(parameter)
-            if parameter.dtype != torch.float32:
+            if parameter.dtype != torch.float32 or selection.restoring:
                 _add(held, "optimizer", f"master.{name}", flat.tensor, shape, flat.place, runs)
+            if selection.weights_only:
+                continue
             for kind, value in values.items():
                 _add_state(held, inner, kind, name, value, values, flat.tensor, shape, runs)
 

@@ -1,0 +1,192 @@
+"""Reading the bytes that a rank wants out of one file, with the digests of what it has read whole.
+
+A digest covers a range of a file, of which a rank on another topology may want a part only. So a range is
+checked here where all of it is wanted, at no cost but the hashing, and the ranks divide what is left.
+
+`pread` and not a memory map: a page that cannot be read, or a file that is cut off meanwhile, is an error
+here and not a SIGBUS, and what has been read does not count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.shards.source import DTYPES
+from harness.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHUNK_BYTES = 8 << 20
+
+
+class Want(NamedTuple):
+    """Elements of a file that a rank wants.
+
+    Args:
+        start: their first byte in the file.
+        dtype: that they are stored as, by safetensors' name.
+        target: shape (num_items,), contiguous, of any type and on any device: they are cast where the types
+            differ.
+    """
+
+    start: int
+    dtype: str
+    target: Tensor
+
+    @property
+    def end(self) -> int:
+        """Byte after the last."""
+        return self.start + self.target.numel() * DTYPES[self.dtype].itemsize
+
+
+@dataclass
+class Reading:
+    """What came of reading one file.
+
+    Attributes:
+        read_bytes: from the file.
+        unchecked: numbers of the ranges that were not read whole, so that their digests are not checked.
+    """
+
+    read_bytes: int = 0
+    unchecked: list[int] = field(default_factory=list)
+
+
+def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
+    """Fill the targets.
+
+    Effects: not collective; any thread; blocks for reading; nothing on disk; at most 8 MiB of memory beside
+    the targets. After an error the targets hold anything.
+
+    Args:
+        path: of the file.
+        record: what the manifest says of it.
+        wants: in any order.
+
+    Raises:
+        CheckpointError: if a range is not what was written, or the file is cut off or cannot be read.
+    """
+    digests = _Digests(path, record.ranges)
+    scratch = bytearray(CHUNK_BYTES)
+    found = Reading()
+    with _opened(path) as descriptor:
+        for want in sorted(wants, key=lambda want: want.start):
+            item = DTYPES[want.dtype].itemsize
+            num_items = CHUNK_BYTES // item
+            straight = _bytes_of(want.target) if want.target.dtype == DTYPES[want.dtype] else None
+            for first in range(0, want.target.numel(), num_items):
+                last = min(first + num_items, want.target.numel())
+                size_bytes = (last - first) * item
+                if straight is None:
+                    part = memoryview(scratch)[:size_bytes]
+                else:
+                    part = straight[first * item : first * item + size_bytes]
+                _fill(descriptor, path, part, want.start + first * item)
+                digests.add(want.start + first * item, part)
+                found.read_bytes += size_bytes
+                if straight is None:
+                    want.target[first:last].copy_(torch.frombuffer(part, dtype=DTYPES[want.dtype]))
+    found.unchecked = digests.unchecked()
+    return found
+
+
+def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int]) -> int:
+    """Read some ranges of a file for their digests alone; the number of bytes.
+
+    Effects: as `read`'s.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    digests = _Digests(path, record.ranges)
+    scratch = memoryview(bytearray(CHUNK_BYTES))
+    read_bytes = 0
+    with _opened(path) as descriptor:
+        for number in numbers:
+            part = record.ranges[number]
+            for start in range(part.start, part.end, CHUNK_BYTES):
+                chunk = scratch[: min(CHUNK_BYTES, part.end - start)]
+                _fill(descriptor, path, chunk, start)
+                digests.add(start, chunk)
+                read_bytes += len(chunk)
+    return read_bytes
+
+
+class _Digests:
+    """The digests of a file's ranges, as their bytes come by."""
+
+    def __init__(self, path: Path, ranges: Sequence[Range]) -> None:
+        self._path = path
+        self._ranges = ranges
+        self._begun: dict[int, xxhash.xxh3_128] = {}
+        self._reached = [part.start for part in ranges]
+        self._number = 0
+
+    def add(self, start: int, data: memoryview) -> None:
+        """Bytes from `start` on; those that do not follow what came before are left out."""
+        end = start + len(data)
+        # They come nearly in order: from where the last began.
+        while self._number > 0 and self._ranges[self._number].start > start:
+            self._number -= 1
+        while self._number < len(self._ranges) - 1 and self._ranges[self._number].end <= start:
+            self._number += 1
+        for number in range(self._number, len(self._ranges)):
+            part = self._ranges[number]
+            if part.start >= end:
+                return
+            reached, last = self._reached[number], min(end, part.end)
+            if start <= reached < last:
+                digest = self._begun.setdefault(number, xxhash.xxh3_128())
+                digest.update(data[reached - start : last - start])
+                self._reached[number] = last
+                if last == part.end and self._begun.pop(number).hexdigest() != part.digest:
+                    raise CheckpointError(
+                        f"{self._path}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what "
+                        "was written; use another checkpoint"
+                    )
+
+    def unchecked(self) -> list[int]:
+        """Numbers of the ranges that did not come by as a whole."""
+        return [number for number, part in enumerate(self._ranges) if self._reached[number] != part.end]
+
+
+def _bytes_of(target: Tensor) -> memoryview | None:
+    """Its memory, where a file can be read straight into it."""
+    if target.device.type != "cpu" or not target.numel():
+        return None
+    return memoryview(target.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; use another checkpoint") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _fill(descriptor: int, path: Path, part: memoryview, start: int) -> None:
+    position = 0
+    while position < len(part):
+        try:
+            count = os.preadv(descriptor, [part[position:]], start + position)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read at byte {start + position}: {error.strerror}") from error
+        if not count:
+            raise CheckpointError(f"{path}: ends at byte {start + position}; use another checkpoint")
+        position += count

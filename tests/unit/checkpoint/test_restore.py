@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from harness.agreement import Agreement
+from harness.checkpoint.restore import Restored, materialize, restore_tensors
+from harness.checkpoint.saver import Saver
+from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.trainer_state import Moment, Watched
+from harness.config import CheckpointConfig
+from harness.errors import CheckpointError
+
+
+class Net(nn.Module):
+    """Tied weights, statistics, a frozen layer, and weights that do not lie in order."""
+
+    def __init__(self, words: int = 16, layers: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.mix = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)])
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.conv = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head = nn.Linear(8, words, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.frozen(self.mix(self.norm(self.embed(x))))
+        out: Tensor = self.head(mixed) + self.conv(mixed.reshape(-1, 2, 2, 2)).sum()
+        return out
+
+
+MAKE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "AdamW with a tensor for lr": lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.1), foreach=False),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.001),
+    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.001, momentum=0.9, weight_decay=0.1),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.1, centered=True, momentum=0.5),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.1),
+    "ASGD": lambda parameters: torch.optim.ASGD(parameters, lr=0.001),
+}
+
+
+def made(kind: str = "AdamW", seed: int = 0, **shape: int) -> Watched:
+    torch.manual_seed(seed)
+    model = Net(**shape)
+    return Watched(model, MAKE[kind]([p for p in model.parameters() if p.requires_grad]), None)
+
+
+def train(watched: Watched, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = watched.model(torch.arange(16)).square().mean()
+        loss.backward()
+        watched.optimizer.step()  # type: ignore[union-attr]
+        watched.optimizer.zero_grad()  # type: ignore[union-attr]
+        losses.append(loss.item())
+    return losses
+
+
+def saved(watched: Watched, accelerator: Accelerator, directory: Path, **config: Any) -> Path:
+    saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda *_: None)
+    saver.check(watched)
+    saver.save(Moment("step-1", 0, 1, 0, {}))
+    saver.close()
+    return directory / "step-1"
+
+
+def restored(watched: Watched, accelerator: Accelerator, checkpoint: Path, *, weights_only: bool = False) -> Restored:
+    if not weights_only:
+        materialize(watched.optimizer)  # type: ignore[arg-type]
+    held = find_held(
+        accelerator, watched.model, watched.optimizer, weights_only=weights_only, dtype=None, restoring=True
+    )
+    return restore_tensors(held, checkpoint, Agreement(0, 1))
+
+
+def state_of(watched: Watched) -> dict[str, Any]:
+    names = {id(parameter): name for name, parameter in watched.model.named_parameters()}
+    moments = {
+        f"{kind}.{names[id(parameter)]}": value
+        for parameter, values in watched.optimizer.state.items()  # type: ignore[union-attr]
+        for kind, value in values.items()
+    }
+    return {**watched.model.state_dict(), **moments}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert type(found[name]) is type(value), name
+        if isinstance(value, Tensor):
+            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+            assert torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_training_goes_on_bit_for_bit_when_restored(accelerator: Accelerator, tmp_path: Path, kind: str) -> None:
+    first, second = made(kind), made(kind, seed=1)
+    train(first, 3)
+    checkpoint = saved(first, accelerator, tmp_path)
+    found = restored(second, accelerator, checkpoint)
+    assert_same(state_of(second), state_of(first))
+    # Each byte once; the headers for their digests alone.
+    assert found.read_bytes == sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert found.wanted_bytes < found.read_bytes
+    assert second.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert train(second, 4) == train(first, 4)
+    assert_same(state_of(second), state_of(first))
+
+
+def test_nothing_but_the_state_is_there_when_an_optimizer_has_made_it() -> None:
+    watched = made("SGD with momentum")
+    before = {name: value.clone() for name, value in watched.model.state_dict().items()}
+    materialize(watched.optimizer)  # type: ignore[arg-type]
+    assert_same(dict(watched.model.state_dict()), before)
+    assert all(parameter.grad is None for parameter in watched.model.parameters())
+    assert watched.optimizer.param_groups[0]["lr"] == 0.001  # type: ignore[union-attr]
+    state = dict(watched.optimizer.state)  # type: ignore[union-attr]
+    materialize(watched.optimizer)  # type: ignore[arg-type]  # there is nothing to be made
+    assert dict(watched.optimizer.state) == state  # type: ignore[union-attr]
+
+
+def test_error_names_the_optimizer_when_it_needs_a_closure() -> None:
+    optimizer = torch.optim.LBFGS([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(CheckpointError, match="LBFGS: cannot make its state before training"):
+        materialize(optimizer)
+
+
+def test_weights_are_cast_when_the_model_has_another_type(accelerator: Accelerator, tmp_path: Path) -> None:
+    first, second = made(), made(seed=1)
+    train(first, 2)
+    checkpoint = saved(first, accelerator, tmp_path, dtype="bfloat16", save_weights_only=True)
+    restored(second, accelerator, checkpoint, weights_only=True)
+    for name, value in first.model.state_dict().items():
+        expected = value.bfloat16().to(value.dtype) if value.is_floating_point() else value
+        assert torch.equal(second.model.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"words": 17}, r"embed.weight: has shape \[16, 8\] in the checkpoint and \[17, 8\] in the model"),
+        ({"layers": 2}, "the checkpoint has no mix.1.weight, mix.1.bias, step.mix.1.weight and 5 more"),
+    ],
+)
+def test_error_has_the_tensor_when_the_model_is_another(
+    accelerator: Accelerator, tmp_path: Path, shape: dict[str, int], said: str
+) -> None:
+    first = made()
+    train(first, 1)
+    checkpoint = saved(first, accelerator, tmp_path)
+    with pytest.raises(CheckpointError, match=said):
+        restored(made(**shape), accelerator, checkpoint)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "cut off", "header", "missing"])
+def test_error_has_the_file_when_it_is_damaged(
+    accelerator: Accelerator, tmp_path: Path, file: str, damage: str
+) -> None:
+    first = made()
+    train(first, 1)
+    path = saved(first, accelerator, tmp_path) / file
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(content[:-1])
+    else:
+        # In the header: a space becomes a tab, which JSON takes for the same.
+        place = content.index(b" ") if damage == "header" and b" " in content[8:4000] else len(content) - 1
+        content[place] = 9 if damage == "header" and place < 4000 else content[place] ^ 1
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=file):
+        restored(made(), accelerator, path.parent)
