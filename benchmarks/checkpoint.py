@@ -111,6 +111,7 @@ class Ours(Peer):
         self.logger._save(f"step-{self.number:08d}")
 
     def finish(self) -> None:
+        self.logger._settle_save()
         self.saver._await_save()
         self.saver._learn_mode()
         self.seconds = dict(self.saver.last_seconds)

@@ -85,8 +85,8 @@ class Agreement:
     def begin_gather_numbers(self, what: str, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
         """Begin what `gather_numbers` does; the call of what it returns waits for the others' numbers.
 
-        Effects: as the class's, except that this call does not block. No other call of this object may
-        come between the two.
+        Effects: as the class's, except that this call does not block. Other calls may come between the two, if
+        they do on every rank.
         """
         if self._group is None:
             return lambda: [list(numbers)]

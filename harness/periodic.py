@@ -106,6 +106,7 @@ class PeriodicLogger:
         self._max_steps: int | None = None
         self._ends = False
         self._saved_at_step: int | None = None
+        self._is_save_open = False
         self._batches_in_epoch = 0
         self._skip_batches = 0
         self._is_cut_short = False
@@ -291,6 +292,7 @@ class PeriodicLogger:
         # A step that fp16's overflow has skipped has changed nothing, and is none.
         if not self.accelerator.sync_gradients or self.accelerator.optimizer_step_was_skipped:
             return
+        self._settle_save()
         self.step += 1
         self._timer.step(self._samples_in_step)
         self._samples_in_step = 0
@@ -385,7 +387,8 @@ class PeriodicLogger:
             return True
         self._collect()
         self._flush_train(wait=True)
-        return self._save(f"step-{self.step:08d}")
+        # What this returns may be branched on: it is the same on every rank.
+        return self._save(f"step-{self.step:08d}") and self._settle_save()
 
     # ----------------------------------------------------------------------- logging
 
@@ -481,17 +484,26 @@ class PeriodicLogger:
     # ------------------------------------------------------------------- checkpoints
 
     def _save(self, name: str, *, must: bool = False) -> bool:
+        self._settle_save()
         if self._watched is None or self._saved_at_step == self.step:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
         moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
         self._run.keep_points(name, moment.metrics)
-        begun = self._saver.save(moment, must=must)
-        if begun:
-            self._saved_at_step = self.step
-        else:
-            self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
-        return begun
+        self._saver.save(moment, must=must)
+        self._saved_at_step, self._is_save_open = self.step, True
+        return True
+
+    def _settle_save(self) -> bool:
+        """Whether the last save goes on on every rank: by the next step the others have said so."""
+        if not self._is_save_open:
+            return self._saved_at_step is not None
+        self._is_save_open = False
+        if self._saver.settle():
+            return True
+        self._saved_at_step = None
+        self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
+        return False
 
 
 def _json_ready(values: Mapping[str, float]) -> dict[str, float]:

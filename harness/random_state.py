@@ -11,21 +11,36 @@ import numpy as np
 import torch
 
 
-def capture(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and, on CUDA, the device's generator.
+def take(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and, on CUDA, the device's generator, as they come.
 
     Effects: not collective; main thread; on CUDA it synchronises with the device; nothing on disk.
     """
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def encoded(states: dict[str, Any]) -> dict[str, Any]:
+    """What `take` gave, as JSON values; from any thread. Of nothing, nothing."""
+    if not states:
+        return {}
+    version, words, gauss = states["python"]
+    kind, keys, position, has_gauss, cached = states["numpy"]
     record: dict[str, Any] = {
         "python": [version, _encode(array("I", words).tobytes()), gauss],
         "numpy": [kind, _encode(np.asarray(keys, dtype=np.uint32).tobytes()), position, has_gauss, cached],
-        "torch": _encode(torch.get_rng_state().numpy().tobytes()),
     }
-    if device.type == "cuda":
-        record["cuda"] = _encode(torch.cuda.get_rng_state(device).numpy().tobytes())
+    for name in ("torch", "cuda"):
+        if name in states:
+            record[name] = _encode(states[name].numpy().tobytes())
     return record
+
+
+def capture(device: torch.device) -> dict[str, Any]:
+    """What `take` takes, encoded at once."""
+    return encoded(take(device))
 
 
 def restore(record: dict[str, Any], device: torch.device) -> None:

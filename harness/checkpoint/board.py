@@ -1,11 +1,13 @@
 """Where the ranks say that their part is written: a key-value store, and no collective.
 
-Each rank's background thread puts one record for each save; rank zero's waits for all of them. The
-trainers' main threads take no part.
+Each rank's background thread puts one record for each save; rank zero's waits for all of them, and then
+tells the others how the save ended, so that all are busy, or not, alike. The trainers' main threads take
+no part.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -22,10 +24,10 @@ _MAX_POLL_S = 0.25
 
 
 class Board:
-    """One record of each rank for each save.
+    """One record of each rank for each save, and how it ended.
 
-    Effects: not collective; background threads; `collect` blocks until all ranks have put theirs, at
-    most as long as it is told; nothing on disk.
+    Effects: not collective; background threads; `collect` blocks until all ranks have put theirs, and `hear`
+    until rank zero has told, at most as long as they are told; nothing on disk.
 
     Args:
         rank: this rank.
@@ -56,8 +58,13 @@ class Board:
             CheckpointError: if ranks have put none in time; it names them.
         """
         others = range(1, self._world_size)
-        if self._store is not None:
-            self._await(save, others, timeout_s)
+        missing = self._await([self._key(save, rank) for rank in others], timeout_s)
+        if missing:
+            ranks = [rank for rank in others if self._key(save, rank) in missing]
+            raise CheckpointError(
+                f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}"
+                f"{' and more' if len(ranks) > 8 else ''} had not written their part {self._why(timeout_s)}"
+            )
         records = [self._own.pop(save)]
         for rank in others:
             assert self._store is not None
@@ -66,24 +73,44 @@ class Board:
             self._store.delete_key(key)
         return records
 
-    def _await(self, save: int, ranks: range, timeout_s: float) -> None:
+    def tell(self, save: int, outcome: str | None) -> None:
+        """Rank zero: how a save ended; None: it is committed."""
+        if self._store is not None:
+            self._store.set(self._key(save, 0), json.dumps(outcome))
+            # Every rank has put its record of this save after it had heard of the one before.
+            self._store.delete_key(self._key(save - 1, 0))
+
+    def hear(self, save: int, timeout_s: float) -> str | None:
+        """The other ranks: what rank zero tells of a save.
+
+        Raises:
+            CheckpointError: if it tells nothing in time.
+        """
         assert self._store is not None
+        key = self._key(save, 0)
+        if self._await([key], timeout_s):
+            raise CheckpointError(f"rank 0 had not finished the checkpoint {self._why(timeout_s)}")
+        outcome: str | None = json.loads(self._store.get(key))
+        return outcome
+
+    def _await(self, keys: list[str], timeout_s: float) -> list[str]:
+        """Wait until all of them are there; those that are still missing when there is no more time."""
         begun_s = time.monotonic()
-        deadline_s = begun_s + timeout_s
-        missing = list(ranks)
+        missing = list(keys)
         while missing:
-            if self._store.check([self._key(save, missing[0])]):
+            assert self._store is not None
+            if self._store.check([missing[0]]):
                 missing.pop(0)
                 continue
-            poll_s = min(max(_MIN_POLL_S, _POLL_PART * (time.monotonic() - begun_s)), _MAX_POLL_S)
-            if time.monotonic() > deadline_s or self._stopping.wait(poll_s):
-                missing = [rank for rank in missing if not self._store.check([self._key(save, rank)])]
-                if missing:
-                    why = f"after {timeout_s:.0f} s" if time.monotonic() > deadline_s else "when the run ended"
-                    raise CheckpointError(
-                        f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing[:8]))}"
-                        f"{' and more' if len(missing) > 8 else ''} had not written their part {why}"
-                    )
+            waited_s = time.monotonic() - begun_s
+            poll_s = min(max(_MIN_POLL_S, _POLL_PART * waited_s), _MAX_POLL_S)
+            if waited_s > timeout_s or self._stopping.wait(poll_s):
+                store = self._store
+                return [key for key in missing if not store.check([key])]
+        return []
+
+    def _why(self, timeout_s: float) -> str:
+        return "when the run ended" if self._stopping.is_set() else f"after {timeout_s:.0f} s"
 
     def stop(self) -> None:
         """End a wait: the run is over."""

@@ -1,9 +1,13 @@
 """One checkpoint from due to committed: who takes part, in which thread, and what when it fails.
 
-every rank, main thread        decide alike -> look tensors up -> copy what may change at once
+every rank, main thread        look tensors up -> say whether it can -> copy what may change at once
 every rank, background thread  copy the rest -> write -> say so on the board
-rank zero, background thread   wait for the board -> manifest -> rename -> tell the caller
+rank zero, background thread   wait for the board -> manifest -> rename -> tell the caller and the others
 every rank, main thread        the next optimizer step waits until the copy is done
+every rank, main thread        after that step: read what the others have said
+
+A rank that can begin does so before it knows what the others have said, which is nearly always the same.
+Where it is not, those that could not put that on the board, and nothing is committed.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ from harness.errors import CheckpointError
 from harness.peers import connect
 
 _NICENESS = 5
+# How long rank zero may take from the last rank's record to a committed checkpoint, published included.
+_COMMIT_S = 120.0
+_CALLED_OFF = "called off"
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class _Small:
     trainer_state: Any
     random_state: dict[str, Any]
     failure: Exception | None = None
+
+
+class _CalledOff(Exception):
+    """A save that some ranks had begun when another could not."""
 
 
 @dataclass
@@ -140,6 +151,10 @@ class Saver:
         self._saving: Future[None] | None = None
         self._watched: Watched | None = None
         self._engine: _Engine | None = None
+        # What the others have said to the last save, until it is read; and what came of it.
+        self._others: Callable[[], list[list[int]]] | None = None
+        self._goes_on = True
+        self._must_prepare = False
         self._number = 0
         self._steps_at_prepare = 0
         self._measured: _Save | None = None
@@ -172,8 +187,10 @@ class Saver:
         Blocks for the allocation, and for one copy, by which later ones are measured.
         """
         assert self._watched is not None
+        self.settle()
         self._await_save()
         self._drop_engine()
+        self._must_prepare = False
         held, plan = self._plan(self._watched)
         failure: Exception | None = None
         try:
@@ -243,15 +260,18 @@ class Saver:
     # ------------------------------------------------------------------------- one save
 
     def save(self, moment: Moment, *, must: bool = False) -> bool:
-        """Take a checkpoint of this moment; whether it was begun (not skipped, being busy).
+        """Take a checkpoint of this moment; whether this rank has begun it (`settle`: whether it goes on).
 
-        Blocks until the ranks have agreed and what may change at once is copied; the next optimizer step
-        waits for the rest. With `must` it waits where it would be skipped.
+        Blocks until what may change at once is copied; the next optimizer step waits for the rest. Only a
+        rank that cannot begin at once waits for what the others say. With `must` it waits for the save
+        before, where this one would be skipped.
 
         Raises:
-            CheckpointError: on all ranks, if the one before failed and ``checkpoint.when_failed`` is stop.
+            CheckpointError: on all ranks, here or from `settle`, if the one before failed and
+                ``checkpoint.when_failed`` is stop.
         """
         begun_s = time.perf_counter()
+        self.settle()
         self._learn_mode()
         if must or self._config.when_busy == "wait":
             self._await_save()
@@ -260,33 +280,65 @@ class Saver:
             self._engine.held.reshard()
         is_busy = self._saving is not None and not self._saving.done()
         # Not while it is being copied from: looking up may have to make another snapshot.
-        is_changed = not is_busy and (self._engine is None or not self._engine.snapshot.look_up())
+        is_changed = not is_busy and (self._engine is None or self._must_prepare or not self._engine.snapshot.look_up())
         has_failed = self.last_error is not None and self._config.when_failed == "stop"
-        others = self._agreement.begin_gather_numbers("the checkpoint", [is_busy, is_changed, has_failed])
-        # While the others answer, as what they say is nearly always that it goes on.
-        small = None if is_busy or self._engine is None else self._take_small(moment, self._engine.held)
-        busy, changed, failed = (any(column) for column in zip(*others(), strict=True))
-        if failed:
+        mine = [is_busy, is_changed, has_failed]
+        self._others = self._agreement.begin_gather_numbers("the checkpoint", mine)
+        # What a gatherer sends, it sends to a rank that receives.
+        if not any(mine) and self._gatherer is None:
+            assert self._engine is not None
+            self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
+            return True
+        answers = self._read_answers()
+        if self._goes_on:
+            if self._must_prepare:
+                self.prepare()
+            assert self._engine is not None
+            self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
+        elif self._gatherer is None and not all(any(answer) for answer in answers):
+            # Others have begun: they learn on the board, too, that this rank has not.
+            assert self._engine is not None
+            self._call_off(moment, self._engine, begun_s)
+        return self._goes_on
+
+    def settle(self) -> bool:
+        """Whether the save that was begun last goes on; the same on every rank.
+
+        Effects: collective; blocks until the other ranks have called `save`, which they have where a step
+        lies between.
+
+        Raises:
+            CheckpointError: as `save`.
+        """
+        if self._others is not None:
+            self._read_answers()
+        return self._goes_on
+
+    def _read_answers(self) -> list[list[int]]:
+        """What each rank has said to the last save, and what follows from that, alike on every rank."""
+        assert self._others is not None
+        others, self._others = self._others, None
+        answers = others()
+        busy, changed, failed = zip(*answers, strict=True)
+        if any(failed):
             raise CheckpointError(
                 f"{self._checkpoints_dir}: a checkpoint could not be written, and checkpoint.when_failed is stop: "
-                f"{self.last_error or 'rank 0 has the reason'}"
+                f"{self.last_error}"
             )
-        if busy:
+        self._must_prepare |= any(changed)
+        # Where all ranks have seen a change, it is planned for at once; where some have, the others have begun.
+        self._goes_on = not any(busy) and (not any(changed) or all(changed) or self._gatherer is not None)
+        if not self._goes_on:
             self.num_skipped += 1
-            self.status = "skipped one: the one before is still being written"
-            return False
-        if changed:
-            self.prepare()
-            small = None
-        assert self._engine is not None
-        self._begin(moment, self._engine, small or self._take_small(moment, self._engine.held), begun_s)
-        return True
+            what = "the one before is still being written" if any(busy) else "tensors of some ranks have changed"
+            self.status = f"skipped one: {what}"
+        return answers
 
-    def _begin(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> None:
+    def _next_save(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> _Save:
         self._number += 1
         final = self._checkpoints_dir / moment.name
         temporary = commit.temporary_of(final, f"{self._attempt}-{self._number}")
-        save = _Save(
+        return _Save(
             number=self._number,
             moment=moment,
             final=final,
@@ -295,6 +347,14 @@ class Saver:
             small=small,
             begun_s=begun_s,
         )
+
+    def _call_off(self, moment: Moment, engine: _Engine, begun_s: float) -> None:
+        """Say, after what this rank is at, that it takes no part in a save."""
+        save = self._next_save(moment, engine, _Small(None, {}, _CalledOff()), begun_s)
+        self._saving = self._background.submit(lambda: self._run(save, _copied_nothing))
+
+    def _begin(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> None:
+        save = self._next_save(moment, engine, small, begun_s)
         copy_rest = engine.snapshot.begin()
         # Overlapped only where torch has been seen to call the hook before this optimizer's steps.
         is_overlapped = engine.mode.mode == "overlapped" and self._fence.num_steps > self._steps_at_prepare
@@ -317,7 +377,7 @@ class Saver:
         try:
             if self._rank == 0:
                 state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
-            return _Small(state, random_state.capture(self._accelerator.device))
+            return _Small(state, random_state.take(self._accelerator.device))
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
             return _Small(None, {}, error)
@@ -356,22 +416,35 @@ class Saver:
         try:
             record = self._copy_and_write(save, copy_rest)
         except Exception as error:
-            record = {"error": _told(error)}
+            record = {"error": _told(error), "called_off": isinstance(error, _CalledOff)}
         finally:
             self._fence.lower()
-        record["random_state"] = save.small.random_state
         try:
+            record["random_state"] = random_state.encoded(save.small.random_state)
             self._board.put(save.number, json.dumps(record).encode())
             if self._rank == 0:
                 self._finish(save)
+            elif (outcome := self._board.hear(save.number, self._remaining_s(save) + _COMMIT_S)) is not None:
+                raise _CalledOff if outcome == _CALLED_OFF else CheckpointError(outcome)
             self.last_error = None
+        except _CalledOff:
+            self._tell(save, _CALLED_OFF)
+            return
         except Exception as error:
             # Its frames would keep the snapshot and the staging memory.
             self.last_error = error.with_traceback(None)
             self.num_failed += 1
             self.status = f"{save.moment.name} FAILED: {_told(error)}"
+        self._tell(save, None if self.last_error is None else _told(self.last_error))
         self.last_seconds = save.seconds
         self._is_reported = False
+
+    def _tell(self, save: _Save, outcome: str | None) -> None:
+        """Rank zero: let the others know how it ended."""
+        if self._rank == 0:
+            # A store that is gone went with the run.
+            with suppress(RuntimeError):
+                self._board.tell(save.number, outcome)
 
     def _copy_and_write(self, save: _Save, copy_rest: CopyRest) -> dict[str, Any]:
         engine, begun_s = save.engine, time.perf_counter()
@@ -419,6 +492,8 @@ class Saver:
         try:
             records = [json.loads(text) for text in self._board.collect(save.number, self._remaining_s(save))]
             for rank, record in enumerate(records):
+                if record.get("called_off"):
+                    raise _CalledOff
                 if "error" in record:
                     raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
             manifest = self._manifest(save, records)
@@ -475,6 +550,7 @@ class Saver:
             CheckpointError: on all ranks, if the last checkpoint could not be written.
         """
         try:
+            self.settle()
             self._await_save()
             self._agreement.from_rank_zero("finish the last checkpoint", self._require_success)
         finally:
@@ -521,6 +597,10 @@ def _copied(copy_rest: CopyRest) -> CopyRest:
             raise failure[0]
 
     return remains
+
+
+def _copied_nothing(lower: Lower, ready: Ready) -> None:
+    """There is nothing to copy."""
 
 
 def _no_matter(_: object) -> None:

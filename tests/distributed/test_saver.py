@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from harness.checkpoint.commit import MANIFEST, list_checkpoints, remove_leftovers
 from harness.checkpoint.verify import verify
 from tests.distributed.saving_ranks import free_port, save_for_ever, save_what_differs, save_with_trouble
-from tests.distributed.two_dimensional import save_two_dimensional, train_on_while_one_rank_is_busy
+from tests.distributed.two_dimensional import save_two_dimensional, train_on_while_saves_are_skipped
 
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -179,10 +179,11 @@ def test_error_has_the_tensor_on_all_ranks_when_a_rank_holds_other_values(
     assert all((tmp_path / f"said-{rank}").read_text().startswith(said) for rank in range(3))
 
 
-def test_training_goes_on_when_a_save_is_skipped_because_one_rank_is_busy(tmp_path: Path) -> None:
-    with ranks(2, train_on_while_one_rank_is_busy, tmp_path) as processes:
+def test_ranks_stay_alike_when_a_save_is_skipped_that_some_have_begun(tmp_path: Path) -> None:
+    with ranks(2, train_on_while_saves_are_skipped, tmp_path) as processes:
         for process in processes:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
     names = [name for name, _ in list_checkpoints(tmp_path / "checkpoints")]
-    assert names == ["step-00000001", "step-00000002"]
+    assert names == ["step-00000001", "step-00000002", "step-00000006"]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -69,8 +70,8 @@ def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path)
     saver.close()
 
 
-def train_on_while_one_rank_is_busy(rank: int, world_size: int, port: int, directory: Path) -> None:
-    """FSDP2, an evaluation, then a save that is skipped because rank zero's writer is not done; then training."""
+def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """FSDP2, an evaluation before each save; three saves of six are skipped, each for another reason."""
     become_rank(rank, world_size, port)
     accelerator = Accelerator(cpu=True)
     (directory / "checkpoints").mkdir(exist_ok=True)
@@ -82,26 +83,51 @@ def train_on_while_one_rank_is_busy(rank: int, world_size: int, port: int, direc
     agreement = Agreement(rank, world_size)
     saver = Saver(accelerator, agreement, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
-    for step in range(1, 4):
+
+    def train() -> None:
         model(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    def save(step: int) -> tuple[bool, bool]:
+        """Whether this rank has begun, and, after the next step, whether the save goes on."""
+        train()
         with torch.no_grad():
             model(torch.randn(4, 6))  # its root keeps what it has gathered
         if step == 1:
             saver.prepare()
-        if step == 2 and rank == 0:
-            saver._await_save()
-            os.kill(writer_of(saver), signal.SIGSTOP)
-        begun = saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}), must=step < 3)
-        if step == 2 and rank == 1:
-            saver._await_save()  # this rank is done, and rank zero is not
-        assert begun == (step != 3)
-        agreement.gather_numbers("the end of a save", [step])
-    model(torch.randn(4, 6)).square().mean().backward()
+        begun = saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
+        train()
+        return begun, saver.settle()
+
+    assert save(1) == (True, True)
+    saver._await_save()
+    if rank == 0:
+        os.kill(writer_of(saver), signal.SIGSTOP)
+    assert save(2) == (True, True)
+    # Rank zero has not committed, so all are busy.
+    assert save(3) == (False, False)
     if rank == 0:
         os.kill(writer_of(saver), signal.SIGCONT)
+    saver._await_save()
+    goes_on = threading.Event()
+    if rank == 0:
+        saver._saving = saver._background.submit(lambda: _wait(goes_on))
+    # Rank zero alone is busy: the other has begun before it could know.
+    assert save(4) == (rank == 1, False)
+    goes_on.set()
+    saver._await_save()
+    saver._must_prepare = rank == 1
+    assert save(5) == (rank == 0, False)
+    saver._await_save()
+    assert save(6) == (True, True)
+    assert saver.num_skipped == 3
+    assert saver.num_failed == 0
     saver.close()
+
+
+def _wait(event: threading.Event) -> None:
+    event.wait()
 
 
 def _full(value: Tensor) -> Tensor:
