@@ -152,7 +152,7 @@ class Saver:
         self._watched: Watched | None = None
         self._engine: _Engine | None = None
         # What the others have said to the last save, until it is read; and what came of it.
-        self._others: Callable[[], list[list[int]]] | None = None
+        self._others: Callable[[], list[int]] | None = None
         self._goes_on = True
         self._must_prepare = False
         self._number = 0
@@ -283,19 +283,19 @@ class Saver:
         is_changed = not is_busy and (self._engine is None or self._must_prepare or not self._engine.snapshot.look_up())
         has_failed = self.last_error is not None and self._config.when_failed == "stop"
         mine = [is_busy, is_changed, has_failed]
-        self._others = self._agreement.begin_gather_numbers("the checkpoint", mine)
+        self._others = self._agreement.begin_count("the checkpoint", [*mine, any(mine)])
         # What a gatherer sends, it sends to a rank that receives.
         if not any(mine) and self._gatherer is None:
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
             return True
-        answers = self._read_answers()
+        num_hindered = self._read_answers()
         if self._goes_on:
             if self._must_prepare:
                 self.prepare()
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
-        elif self._gatherer is None and not all(any(answer) for answer in answers):
+        elif self._gatherer is None and num_hindered < self._agreement.world_size:
             # Others have begun: they learn on the board, too, that this rank has not.
             assert self._engine is not None
             self._call_off(moment, self._engine, begun_s)
@@ -314,25 +314,25 @@ class Saver:
             self._read_answers()
         return self._goes_on
 
-    def _read_answers(self) -> list[list[int]]:
-        """What each rank has said to the last save, and what follows from that, alike on every rank."""
+    def _read_answers(self) -> int:
+        """What follows from what the ranks have said to the last save; how many could not begin at once."""
         assert self._others is not None
         others, self._others = self._others, None
-        answers = others()
-        busy, changed, failed = zip(*answers, strict=True)
-        if any(failed):
+        num_busy, num_changed, num_failed, num_hindered = others()
+        if num_failed:
             raise CheckpointError(
                 f"{self._checkpoints_dir}: a checkpoint could not be written, and checkpoint.when_failed is stop: "
                 f"{self.last_error}"
             )
-        self._must_prepare |= any(changed)
+        self._must_prepare |= num_changed > 0
         # Where all ranks have seen a change, it is planned for at once; where some have, the others have begun.
-        self._goes_on = not any(busy) and (not any(changed) or all(changed) or self._gatherer is not None)
+        is_alike = num_changed in (0, self._agreement.world_size) or self._gatherer is not None
+        self._goes_on = not num_busy and is_alike
         if not self._goes_on:
             self.num_skipped += 1
-            what = "the one before is still being written" if any(busy) else "tensors of some ranks have changed"
+            what = "the one before is still being written" if num_busy else "tensors of some ranks have changed"
             self.status = f"skipped one: {what}"
-        return answers
+        return num_hindered
 
     def _next_save(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> _Save:
         self._number += 1
