@@ -10,7 +10,7 @@
     ├── CheckpointError          a checkpoint could not be written or read             exit 1
     ├── TrackingError            the tracking server or the outbox                     exit 1
     ├── PeerFailure              another rank failed; this one stops with it           exit 1
-    └── Stopped                  a signal asked the run to stop                        exit 1
+    └── Stopped                  a signal asked the run to stop                        exit 75
 
 A message has the place, the rule, what was given, and the remedy.
 """
@@ -106,13 +106,16 @@ class PeerFailure(HarnessError):
         self.signal_name = signal_name
 
 
-class Stopped(HarnessError):
-    """A signal asked the run to stop.
+class Stopped(HarnessError, SystemExit):
+    """A signal asked the run to stop. Not caught, it ends the process with exit code 75 and no traceback.
 
     Attributes:
         signal_name: such as ``SIGTERM``.
     """
 
+    exit_code = EXIT_REQUEUE
+
     def __init__(self, signal_name: str) -> None:
         super().__init__(f"stopped by {signal_name}")
         self.signal_name = signal_name
+        self.code = EXIT_REQUEUE

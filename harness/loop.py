@@ -54,6 +54,8 @@ def fit(
     # DeepSpeed clips by its own configuration, and gives the norm that it found for nothing.
     clips = config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED
     patience = _Stopping(config.early_stopping, eval_loader)
+    if patience.counter is not None:
+        logger.register("early_stopping", patience.counter)
     # The reduced loss, not each batch's: it is the same on all ranks, and reading it waits for nothing.
     logger.on_reduced(_check_finite)
     for _ in logger.epochs(config.max_epochs, config.max_steps):
@@ -122,17 +124,18 @@ class _Stopping:
 
     def __init__(self, config: EarlyStopping | None, eval_loader: Any) -> None:
         self._config = config
+        self.counter: Patience | None = None
         if config is not None:
-            self._patience = Patience(config.mode, config.patience)
+            self.counter = Patience(config.mode, config.patience)
             if eval_loader is None:
                 raise ConfigError("trainer.early_stopping", "needs evaluation data, and the task has none; use null")
 
     def is_exhausted(self, logger: PeriodicLogger) -> bool:
-        if self._config is None:
+        if self._config is None or self.counter is None:
             return False
         if self._config.monitor not in logger.latest:
             known = ", ".join(sorted(name for name in logger.latest if name.startswith("eval/")))
             raise ConfigError(
                 "trainer.early_stopping.monitor", f"there is no metric {self._config.monitor!r}; there are {known}"
             )
-        return self._patience.is_exhausted_by(logger.latest[self._config.monitor])
+        return self.counter.is_exhausted_by(logger.latest[self._config.monitor])

@@ -150,6 +150,18 @@ class WeightedSums:
         self._pending, self._sums, self._weights = {}, {}, {}
         return taken
 
+    def partial(self) -> dict[str, tuple[float, float]]:
+        """Sum and weight of each name so far; they stay. Values on a device are waited for."""
+        for name, held in self._pending.items():
+            if held.values:
+                self._sum_up(name, held)
+        return {name: (float(total), self._weights[name]) for name, total in self._sums.items()}
+
+    def put_back(self, partial: Mapping[str, tuple[float, float]]) -> None:
+        """Go on from what `partial` gave."""
+        for name, (total, weight) in partial.items():
+            self._sums[name], self._weights[name] = total, weight
+
 
 @dataclass(frozen=True)
 class Reduced:

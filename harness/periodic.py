@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,19 +27,25 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness import data, runtime, timing
+from harness import data, random_state, runtime, timing
 from harness.agreement import Agreement
+from harness.batches import Continuation, TrainingBatches
 from harness.buffers import take_rank_zero_buffers
+from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.names import unwrapped
+from harness.checkpoint.rank_state import RankState
+from harness.checkpoint.resume import Resumed, find_checkpoints, resume
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
+from harness.errors import CheckpointError, Stopped
 from harness.metric_objects import compute_over_ranks, each_metric
 from harness.metrics import Reducer, WeightedSums
 from harness.progress import Progress
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.schedule import Cadence
 from harness.tracking import provenance
+from harness.votes import Votes
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -60,6 +67,8 @@ class PeriodicLogger:
         checkpoint: everything else about checkpoints; its `every_n_epochs` gives way to the one above.
         tracking: everything else about tracking; its `experiment_name` gives way to the one above.
         params: parameters to log, nested as you like: they become dotted names.
+        resume_from_checkpoint: ``auto``: where a run of this name is there already, `watch` puts its newest
+            checkpoint back, and `epochs` goes on from it; ``never``: it is refused.
 
     Attributes:
         step: optimizer steps that are complete.
@@ -77,6 +86,7 @@ class PeriodicLogger:
         checkpoint: CheckpointConfig | None = None,
         tracking: TrackingConfig | None = None,
         params: Any = None,
+        resume_from_checkpoint: str = "auto",
     ) -> None:
         checkpoint = checkpoint or CheckpointConfig()
         tracking = tracking or TrackingConfig()
@@ -94,6 +104,7 @@ class PeriodicLogger:
         self.run_path: Path | None = None
         self._runs_dir = Path(run_dir)
         self._params = params
+        self._resume_from = resume_from_checkpoint
         self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
         self._train_sums = WeightedSums()
         self._eval_sums = WeightedSums()
@@ -107,8 +118,14 @@ class PeriodicLogger:
         self._ends = False
         self._saved_at_step: int | None = None
         self._is_save_open = False
+        self._batches = TrainingBatches(accelerator)
         self._batches_in_epoch = 0
-        self._skip_batches = 0
+        self._samples_per_batch: int | None = None
+        self._resumed: Resumed | None = None
+        # Random numbers as they were when the evaluation that is running began.
+        self._random_before_eval: dict[str, Any] | None = None
+        self._registered: dict[str, Any] = {}
+        self._is_stopped = False
         self._is_cut_short = False
         self._step_save_is_due = False
         self._save_is_asked = False
@@ -149,10 +166,13 @@ class PeriodicLogger:
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._reducer = Reducer(group, timing.GAUGES)
+        self._votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         self._run = RunLifetime(self.topology, self.tracking_config, self.progress)
         self._started = True
         try:
-            self.run_name, self.run_path = self._run.open(self._agreement, self._runs_dir, self.run_name, self._params)
+            self.run_name, self.run_path = self._run.open(
+                self._agreement, self._runs_dir, self.run_name, self._params, resume=self._resume_from != "never"
+            )
             self._saver = Saver(
                 self.accelerator,
                 self._agreement,
@@ -161,6 +181,7 @@ class PeriodicLogger:
                 self.topology.run_facts,
                 provenance.versions(),
                 self._run.publish,
+                self._take_rank_state,
             )
         except BaseException as error:
             raise self.fail(error) from None
@@ -177,6 +198,7 @@ class PeriodicLogger:
         try:
             self._collect()
             self._flush_train(wait=True)
+            self._votes.read()
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
@@ -201,12 +223,16 @@ class PeriodicLogger:
     def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
         """Say what checkpoints are of: the prepared model, optimizer and scheduler.
 
+        Where the run goes on, they hold what its newest checkpoint holds when this returns.
+
         Raises:
-            CheckpointError: on all ranks, if their state could not be saved.
+            CheckpointError: on all ranks, if their state could not be saved, or none of the run's checkpoints
+                can be put back.
         """
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
+        self._resume(watched)
         # Memory for saving is made once the optimizer has a state: after its first step.
         self._prepares = True
         self._run.describe_model(unwrapped(model))
@@ -222,12 +248,18 @@ class PeriodicLogger:
             The epoch's index, from 0.
         """
         self._max_steps = max_steps
+        if self._is_stopped or (max_steps is not None and self.step >= max_steps):
+            # A run that was complete goes on: there is nothing left to do.
+            return
+        if self._resumed is not None and self._resumed.rank_state is not None:
+            random_state.put_back(self._resumed.rank_state.random, self.accelerator.device)
         for epoch in range(self.epoch, max_epochs):
             self._is_cut_short = self._step_save_is_due = False
             yield epoch
             is_whole = not self._is_cut_short
             if is_whole:
                 self.epoch, self._batches_in_epoch = epoch + 1, 0
+                self._batches.end()
             is_last = self.epoch == max_epochs or self._ends
             epoch_save_is_due = is_whole and self._cadence.is_due_after_epoch(self.epoch)
             saves = epoch_save_is_due or self._step_save_is_due or (is_last and self.checkpoint_config.save_last)
@@ -262,12 +294,15 @@ class PeriodicLogger:
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
         self._timer.resume()
-        num_taken, self._skip_batches = self._skip_batches, 0
-        if num_taken:
-            # In the middle of an epoch: the sampler, whose order is the epoch's, goes on where it was.
-            loader = self.accelerator.skip_first_batches(loader, num_taken)
-        iterator = iter(loader)
+        continuation = self._take_continuation(loader)
+        num_taken = self._batches_in_epoch = 0 if continuation is None else continuation.num_taken
+        loader, iterator = self._batches.begin(loader, continuation)
         try:
+            if continuation is not None and limit is not None and num_taken >= limit:
+                # All that will be taken is done. What the loader draws as an epoch begins is drawn all the same.
+                next(iterator, None)
+                random_state.put_back(continuation.random, self.accelerator.device)
+                return
             for position, batch in enumerate(iterator, start=num_taken + 1):
                 if position == limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
@@ -307,8 +342,8 @@ class PeriodicLogger:
         self.progress.step_done(self._batches_in_epoch, self._saver.status)
         if self._max_steps is not None and self.step >= self._max_steps:
             self._ends = True
-        if self._cadence.is_due_after_step(self.step) or self._save_is_asked:
-            self._save_is_asked = False
+        self._read_votes()
+        if self._cadence.is_due_after_step(self.step):
             if is_epochs_last:
                 self._step_save_is_due = True  # after this epoch's evaluation, with its metrics
             else:
@@ -316,6 +351,41 @@ class PeriodicLogger:
                 self._flush_train(wait=True)
                 self._save(f"step-{self.step:08d}")
                 self._timer.resume()
+        elif self._save_is_asked:
+            # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
+            self._save(f"step-{self.step:08d}")
+            self._timer.resume()
+        self._save_is_asked = False
+        if self._votes.is_due():
+            self._cast_vote()
+
+    def _cast_vote(self) -> None:
+        self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
+
+    def _read_votes(self) -> None:
+        """Do what any rank was asked for: save, or stop.
+
+        Raises:
+            Stopped: on all ranks, once the checkpoint is on disk.
+        """
+        asked = self._votes.read()
+        if asked is None:
+            return
+        signal_number, save_is_asked = asked
+        self._save_is_asked |= bool(save_is_asked)
+        if signal_number:
+            self._stop(signal_number)
+
+    def _stop(self, signal_number: int) -> None:
+        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop."""
+        name = signal.Signals(signal_number).name
+        self._collect()
+        if self._watched is not None and not self._prepares:
+            self._save(f"step-{self.step:08d}", must=True)
+            self._settle_save()
+            self._saver.wait()
+        self._say(f"{name}: stops after step {self.step} ({self._saver.status}); run it again to go on")
+        raise Stopped(name)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
@@ -333,17 +403,23 @@ class PeriodicLogger:
         self._collect()
         if self._watched is not None:
             take_rank_zero_buffers(self._watched.model, self.topology.world_size)
+        self._random_before_eval = random_state.take(self.accelerator.device)
         iterator = data.without_repeats(self.accelerator, loader)
         try:
             for position, (batch, counts) in enumerate(iterator, start=1):
                 self._logging_to = self._eval_sums if counts else None
                 yield batch
                 self._run.check()
+                self._read_votes()
+                if self._votes.is_due():
+                    self._cast_vote()
                 if position == limit:
                     break
         finally:
             self._logging_to = self._train_sums
             _leave(loader, iterator)
+        self._random_before_eval = None
+        self._window_rates = {}
         self._reducer.start(self._eval_sums, self.step, self._gauges())
         self._collect()
         self._emit(compute_over_ranks(self._agreement, self._metric_objects), self.step)
@@ -357,22 +433,30 @@ class PeriodicLogger:
         """
         self._callbacks.append(callback)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where training is: complete epochs and steps, and the batches of the running epoch."""
-        return {"epoch": self.epoch, "step": self.step, "batches_in_epoch": self._batches_in_epoch}
+    def register(self, name: str, thing: Any) -> None:
+        """Have checkpoints hold the state of something else that goes on where it was.
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from there: `epochs` starts at that epoch, and the first `batches` at the next batch.
+        Effects: not collective; main thread, after `watch`.
 
-        The order of the data is the same as without the interruption where the sampler's order follows
-        from seed and epoch (accelerate's ``use_seedable_sampler``, which `harness.runtime.start` sets).
+        Args:
+            name: of its own.
+            thing: with `state_dict`, of numbers, text, lists and dicts, the same on every rank, and
+                `load_state_dict`, which is called here if the run goes on.
+
+        Raises:
+            CheckpointError: if its state cannot be written as JSON.
         """
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._batches_in_epoch = self._skip_batches = state["batches_in_epoch"]
+        try:
+            encode(thing.state_dict())
+        except TypeError as error:
+            raise CheckpointError(f"register({name!r}): its state cannot be written as JSON: {error}") from error
+        self._registered[name] = thing
+        if self._resumed is not None and name in self._resumed.states:
+            thing.load_state_dict(decode(self._resumed.states[name]))
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
-        self._ends = True
+        self._ends = self._is_stopped = True
 
     def save(self) -> bool:
         """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``).
@@ -380,7 +464,7 @@ class PeriodicLogger:
         Within a batch of `batches` it is done when that batch's optimizer step is counted, so that step and
         data position are those of the weights: true then.
 
-        From outside, the signal SIGUSR2 at any one rank does the same at all ranks' next window of metrics.
+        From outside, the signal SIGUSR2 at any one rank does the same on all of them.
         """
         if self._is_in_batch:
             self._save_is_asked = True
@@ -441,11 +525,11 @@ class PeriodicLogger:
         reduced = self._reducer.finish()
         if reduced is None:
             return
-        self._save_is_asked |= any(reduced.gauges["save_request"])
         values = dict(reduced.values)
         if any(reduced.gauges["steps_per_s"]):
             values |= timing.over_ranks(reduced.gauges)
-            values |= self._window_rates
+            self._votes.pace(values["perf/step_time_p50_s"])
+        values |= self._window_rates
         self._emit(values, reduced.step)
         self._report_save(reduced.step)
         for callback in self._callbacks:
@@ -456,8 +540,8 @@ class PeriodicLogger:
         costs, failure = self._saver.take_report()
         if costs:
             self._run.log_metrics(costs, step)
-        if failure is not None and self.topology.rank == 0:
-            self.progress.say(f"harness: warning: {failure}")
+        if failure is not None:
+            self._say(f"harness: warning: {failure}")
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
         if values:
@@ -468,8 +552,6 @@ class PeriodicLogger:
         return {
             **self._timer.take(),
             "memory_bytes": runtime.memory_bytes(self.accelerator.device),
-            # One rank is told by a signal; all learn of it with the window's metrics, at the same step.
-            "save_request": float(self._run.take_save_request()),
         }
 
     def _learning_rates(self) -> dict[str, float]:
@@ -488,11 +570,69 @@ class PeriodicLogger:
         if self._watched is None or self._saved_at_step == self.step:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
-        moment = Moment(name, self.epoch, self.step, self._batches_in_epoch, _json_ready(metrics))
+        states = {key: encode(thing.state_dict()) for key, thing in self._registered.items()}
+        states["harness"] = {"is_stopped": self._is_stopped}
+        moment = Moment(
+            name,
+            self.epoch,
+            self.step,
+            self._batches_in_epoch,
+            _json_ready(metrics),
+            self._samples_per_batch,
+            states,
+        )
         self._run.keep_points(name, moment.metrics)
         self._saver.save(moment, must=must)
         self._saved_at_step, self._is_save_open = self.step, True
         return True
+
+    def _say(self, line: str) -> None:
+        """A line for the user, from rank zero, of what all ranks know."""
+        if self.topology.rank == 0:
+            self.progress.say(line)
+
+    def _take_rank_state(self) -> RankState:
+        """This rank's own part of a checkpoint of now."""
+        # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
+        now = self._random_before_eval or random_state.take(self.accelerator.device)
+        return RankState(now, self._batches.state, self._train_sums.partial())
+
+    def _resume(self, watched: Watched) -> None:
+        assert self.run_path is not None
+        checkpoints_dir = self.run_path / "checkpoints"
+        found = self._agreement.from_rank_zero("find the checkpoints", lambda: find_checkpoints(checkpoints_dir))
+        resumed = resume(found, self.accelerator, self._agreement, watched, self._say)
+        if resumed is None:
+            return
+        self._resumed = resumed
+        self.epoch, self.step = resumed.epoch, resumed.step
+        self._batches_in_epoch = resumed.batches_in_epoch
+        self._saved_at_step = self.step
+        self._is_stopped = bool(resumed.states["harness"]["is_stopped"])
+        self._train_sums.put_back(resumed.sums)
+        self.latest.update(resumed.metrics)
+        self._run.resumed(resumed.step, resumed.name)
+        self._say(f"goes on from {resumed.name}: epoch {resumed.epoch + 1}, step {resumed.step}")
+
+    def _take_continuation(self, loader: Any) -> Continuation | None:
+        """Where the epoch that begins goes on, once after a resume: at its batch by this loader's size."""
+        self._samples_per_batch = getattr(loader, "total_batch_size", None)
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            return None
+        num_taken = resumed.batches_in_epoch
+        if resumed.samples_per_batch is not None and self._samples_per_batch not in (None, resumed.samples_per_batch):
+            assert self._samples_per_batch is not None
+            num_taken, left = divmod(num_taken * resumed.samples_per_batch, self._samples_per_batch)
+            again = f"; {left} samples come again" if left else ""
+            self._say(
+                f"harness: a batch of all ranks has {self._samples_per_batch} samples, and had "
+                f"{resumed.samples_per_batch}: the epoch goes on at batch {num_taken}{again}"
+            )
+        own = resumed.rank_state
+        if own is None:
+            return Continuation(num_taken, None, random_state.take(self.accelerator.device))
+        return Continuation(num_taken, own.data, own.random)
 
     def _settle_save(self) -> bool:
         """Whether the last save goes on on every rank: by the next step the others have said so."""

@@ -21,7 +21,9 @@ from harness.redact import without_password
 _NEEDED_BYTES = 256 * 1024
 
 
-def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -> tuple[str, Path]:
+def make_run_directory(
+    runs_dir: Path, run_name: str | None, stem: str | None, resume: bool = False
+) -> tuple[str, Path]:
     """Make ``<runs_dir>/<run_name>/`` with ``run.json`` in it; returns name and path.
 
     Effects: not collective, rank zero only; any thread; blocks on fsync; leaves the directory.
@@ -30,6 +32,7 @@ def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -
         runs_dir: where runs are.
         run_name: its name, or None to make one up from `stem` and the time.
         stem: what a made-up name begins with.
+        resume: go on where there is a run of that name.
 
     Raises:
         RunDirError: if it cannot be made or written, or holds a run already.
@@ -43,6 +46,9 @@ def make_run_directory(runs_dir: Path, run_name: str | None, stem: str | None) -
         if made_up and path.exists():
             name = f"{name}-{uuid.uuid4().hex[:4]}"
             path = runs_dir / name
+        if (path / "run.json").exists() and resume:
+            remove_leftovers(path / "checkpoints")
+            return name, path
         if (path / "run.json").exists():
             raise RunDirError(
                 f"run_name: {path} holds a run already, and continuing one is not there yet; "

@@ -52,7 +52,9 @@ class RunLifetime:
         self._signals = StopSignals()
         self._peers = Peers(topology.rank, topology.world_size, self._last_words)
 
-    def open(self, agreement: Agreement, runs_dir: Path, run_name: str | None, params: Any) -> tuple[str, Path]:
+    def open(
+        self, agreement: Agreement, runs_dir: Path, run_name: str | None, params: Any, *, resume: bool
+    ) -> tuple[str, Path]:
         """Make the directory and the MLflow run, on rank zero; its name and path, on all ranks.
 
         Collective; blocks until the MLflow run's id is on disk.
@@ -62,7 +64,7 @@ class RunLifetime:
         """
 
         def make() -> tuple[str, Path]:
-            name, path = make_run_directory(runs_dir, run_name, self._config.experiment_name)
+            name, path = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
             self._tracker = Tracker(path, self._config)
             self._tracker.start(name)
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
@@ -74,14 +76,20 @@ class RunLifetime:
         return agreement.from_rank_zero("make the run directory", make)
 
     def check(self) -> None:
-        """Raise if this rank was asked to stop, or another has failed. Costs two attributes.
+        """Raise if another rank has failed. Costs one attribute.
 
         Raises:
             PeerFailure: if another rank has failed.
-            Stopped: if a signal asked this rank to stop.
         """
         self._peers.check()
-        self._signals.check()
+
+    @property
+    def stop_signal(self) -> int:
+        """Number of the signal that asked this rank to stop; 0: none has."""
+        return self._signals.received
+
+    def resumed(self, step: int, checkpoint: str) -> None:
+        """The run goes on from a checkpoint."""
 
     def take_save_request(self) -> bool:
         """Whether this rank was asked by a signal to save since the last call."""

@@ -6,7 +6,9 @@ Pure counting, the same on every rank because every rank counts the same steps. 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harness.config import Mode
 
@@ -56,3 +58,11 @@ class Patience:
         else:
             self.num_without_improvement += 1
         return self.num_without_improvement >= self.patience
+
+    def state_dict(self) -> dict[str, float | int | None]:
+        """What it has counted."""
+        return {"best": self.best, "num_without_improvement": self.num_without_improvement}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from what `state_dict` gave."""
+        self.best, self.num_without_improvement = state["best"], state["num_without_improvement"]

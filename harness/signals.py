@@ -8,22 +8,20 @@ import threading
 from types import FrameType
 from typing import Any
 
-from harness.errors import Stopped
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Not USR1, which batch systems send ahead of a time limit.
+# USR1 is what batch systems send ahead of a time limit.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAVE_SIGNAL = signal.SIGUSR2
 
 
 class StopSignals:
-    """Installs handlers for SIGTERM, SIGINT and SIGUSR2 (save now), and puts the earlier ones back.
+    """Installs handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and puts the earlier ones back.
 
     Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
     A second SIGINT raises KeyboardInterrupt wherever the main thread is.
     """
 
     def __init__(self) -> None:
-        self._received: str | None = None
+        self.received = 0
         self._save_is_asked = False
         self._earlier: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -32,9 +30,9 @@ class StopSignals:
             self._earlier[_SAVE_SIGNAL] = signal.signal(_SAVE_SIGNAL, self._ask_for_save)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._received = signal.Signals(number).name
+        self.received = int(number)
         if number == signal.SIGINT and sys.stderr is not None:
             sys.stderr.write("harness: stopping after this step; once more to stop at once\n")
 
@@ -49,16 +47,7 @@ class StopSignals:
     @property
     def is_set(self) -> bool:
         """Whether a signal has come."""
-        return self._received is not None
-
-    def check(self) -> None:
-        """Raise if a signal has come. Costs one attribute.
-
-        Raises:
-            Stopped: with the signal's name.
-        """
-        if self._received is not None:
-            raise Stopped(self._received)
+        return self.received != 0
 
     def restore(self) -> None:
         """Put back the handlers that were there before."""

@@ -54,7 +54,7 @@ class StepTimer:
         return gauges
 
 
-GAUGES = ("steps_per_s", "samples_per_s", "step_time_p50_s", "step_time_p99_s", "memory_bytes", "save_request")
+GAUGES = ("steps_per_s", "samples_per_s", "step_time_p50_s", "step_time_p99_s", "memory_bytes")
 
 
 def percentile(ordered: list[float], share: float) -> float:

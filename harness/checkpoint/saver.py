@@ -38,6 +38,7 @@ from harness.checkpoint.board import Board
 from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.plan import Plan, make_plan
+from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.shards.held import Held, find_held, innermost
 from harness.checkpoint.snapshot import CopyRest, Fence, Lower, ModeChoice, Ready, Snapshot, StagingMemory
 from harness.checkpoint.trainer_state import Moment, Watched, check_scheduler, take_trainer_state
@@ -68,10 +69,10 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Small:
-    """What of a rank's state is no tensor: rank zero's trainer state, and the random numbers; or why not."""
+    """What of a rank's state is no tensor: rank zero's trainer state, and each rank's own; or why not."""
 
     trainer_state: Any
-    random_state: dict[str, Any]
+    rank_state: RankState | None
     failure: Exception | None = None
 
 
@@ -108,6 +109,7 @@ class Saver:
         topology: for the manifest.
         versions: for the manifest.
         committed: called in the background thread, on rank zero, with each committed checkpoint.
+        take_rank_state: called in the main thread at each save; None: only random numbers are taken.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Saver:
         topology: Mapping[str, str],
         versions: Mapping[str, str],
         committed: Callable[[str, Manifest], None],
+        take_rank_state: Callable[[], RankState] | None = None,
     ) -> None:
         self._accelerator = accelerator
         self._agreement = agreement
@@ -127,6 +130,7 @@ class Saver:
         self._topology = topology
         self._versions = versions
         self._committed = committed
+        self._take_rank_state = take_rank_state or (lambda: RankState(random_state.take(accelerator.device)))
         self._rank = agreement.rank
         self._transport: Transport = choose(config.transport, checkpoints_dir, agreement)
         self._attempt = agreement.from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
@@ -350,7 +354,7 @@ class Saver:
 
     def _call_off(self, moment: Moment, engine: _Engine, begun_s: float) -> None:
         """Say, after what this rank is at, that it takes no part in a save."""
-        save = self._next_save(moment, engine, _Small(None, {}, _CalledOff()), begun_s)
+        save = self._next_save(moment, engine, _Small(None, None, _CalledOff()), begun_s)
         self._saving = self._background.submit(lambda: self._run(save, _copied_nothing))
 
     def _begin(self, moment: Moment, engine: _Engine, small: _Small, begun_s: float) -> None:
@@ -371,16 +375,16 @@ class Saver:
     def _take_small(self, moment: Moment, held: Held) -> _Small:
         """What is no tensor, as it is now."""
         if self._config.save_weights_only:
-            return _Small(None, {})
+            return _Small(None, None)
         assert self._watched is not None
         state = None
         try:
             if self._rank == 0:
                 state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
-            return _Small(state, random_state.take(self._accelerator.device))
+            return _Small(state, self._take_rank_state())
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
-            return _Small(None, {}, error)
+            return _Small(None, None, error)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
         """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
@@ -420,7 +424,8 @@ class Saver:
         finally:
             self._fence.lower()
         try:
-            record["random_state"] = random_state.encoded(save.small.random_state)
+            rank_state = save.small.rank_state
+            record["rank_state"] = None if rank_state is None else rank_state.encoded()
             self._board.put(save.number, json.dumps(record).encode())
             if self._rank == 0:
                 self._finish(save)
@@ -516,7 +521,7 @@ class Saver:
         if (state := save.small.trainer_state) is not None:
             for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
                 group["params"] = names
-            state["random_states"] = [record["random_state"] for record in records]
+            state["ranks"] = [record["rank_state"] for record in records]
             files.append(write_json(save.temporary / trainer_state.FILE, state))
         sync_files(save.temporary, plan.layout)
         save.seconds["durable_s"] = time.perf_counter() - save.begun_s
@@ -542,6 +547,10 @@ class Saver:
                 raise CheckpointError(
                     f"{self._checkpoints_dir}: the checkpoint before is not done after {self._config.timeout_s:.0f} s"
                 ) from error
+
+    def wait(self) -> None:
+        """Wait until the save in flight is on disk, or has failed."""
+        self._await_save()
 
     def close(self) -> None:
         """Wait for the save in flight.

@@ -20,7 +20,7 @@ ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[tuple[RunLifetime, Path]]:
     run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    _, path = run.open(Agreement(0, 1), tmp_path, "it", {"lr": 0.1})
+    _, path = run.open(Agreement(0, 1), tmp_path, "it", {"lr": 0.1}, resume=False)
     yield run, path
     run.finish()
 
@@ -57,7 +57,7 @@ def test_end_is_recorded_as_it_was_when_run_fails_by(
     tmp_path: Path, error: BaseException, status: str, reason: str
 ) -> None:
     run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    _, path = run.open(Agreement(0, 1), tmp_path, "it", None)
+    _, path = run.open(Agreement(0, 1), tmp_path, "it", None, resume=False)
     called: list[str] = []
     assert run.fail(error, lambda: called.append("before")) is error
     (end,) = entries(path, "end")

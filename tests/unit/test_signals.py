@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from harness.errors import Stopped
 from harness.signals import StopSignals
 
 
@@ -18,17 +19,20 @@ def stop_signals() -> Iterator[StopSignals]:
     installed.restore()
 
 
-def test_nothing_is_raised_when_no_signal_came(stop_signals: StopSignals) -> None:
-    stop_signals.check()
+def test_nothing_is_received_when_no_signal_came(stop_signals: StopSignals) -> None:
+    assert (stop_signals.received, stop_signals.is_set) == (0, False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_check_raises_with_the_name_when_a_signal_came(stop_signals: StopSignals, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_number_is_kept_when_a_signal_came(stop_signals: StopSignals, number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
-    with pytest.raises(Stopped, match=number.name) as caught:
-        stop_signals.check()
-    assert caught.value.signal_name == number.name
-    assert caught.value.exit_code == 1
+    assert (stop_signals.received, stop_signals.is_set) == (number, True)
+
+
+def test_process_ends_to_be_requeued_when_nobody_catches_the_stop() -> None:
+    script = "from harness.errors import Stopped; raise Stopped('SIGTERM')"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (75, "")
 
 
 def test_user_is_told_when_interrupted_once(stop_signals: StopSignals, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +52,7 @@ def test_main_thread_is_interrupted_when_a_further_sigint_comes(
 def test_run_still_stops_in_good_order_when_sigterm_comes_twice(stop_signals: StopSignals) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(Stopped):
-        stop_signals.check()
+    assert stop_signals.received == signal.SIGTERM
 
 
 def test_earlier_handlers_are_back_when_restored() -> None:

@@ -42,7 +42,7 @@ def test_rates_are_of_the_window_when_taken() -> None:
     gauges = timer.take()
     assert gauges["samples_per_s"] == pytest.approx(8 * gauges["steps_per_s"])
     assert 0 < gauges["step_time_p50_s"] <= gauges["step_time_p99_s"]
-    assert {*gauges, "memory_bytes", "save_request"} == set(GAUGES)
+    assert {*gauges, "memory_bytes"} == set(GAUGES)
     empty = timer.take()
     assert empty["steps_per_s"] == empty["samples_per_s"] == 0.0
     assert empty["step_time_p50_s"] == gauges["step_time_p50_s"]  # over the latest steps, not the window

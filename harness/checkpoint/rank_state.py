@@ -1,0 +1,63 @@
+"""What only one rank has at a moment: its random numbers, its place in the data, what it has logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import random_state
+from harness.batches import DataState
+from harness.checkpoint.json_values import decode, encode
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Of one rank.
+
+    Args:
+        random: random numbers after the step, as `random_state.take` gives them.
+        data: what else is needed to go on in the middle of an epoch; None: the epoch is over.
+        sums: name -> (sum, weight) of what was logged since metrics were reduced last.
+    """
+
+    random: dict[str, Any]
+    data: DataState | None = None
+    sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def encoded(self) -> dict[str, Any]:
+        """As JSON values; from any thread."""
+        return {
+            "random": random_state.encoded(self.random),
+            "data": None if self.data is None else self.data.encoded(),
+            "sums": {name: encode(list(pair)) for name, pair in self.sums.items()},
+        }
+
+
+def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> RankState | None:
+    """What this rank goes on with; None where the ranks are not as many as they were.
+
+    Args:
+        records: of each rank, as `RankState.encoded` made them.
+        rank: this rank.
+        world_size: number of ranks now.
+    """
+    if len(records) != world_size:
+        return None
+    data = records[rank]["data"]
+    return RankState(
+        random_state.decoded(records[rank]["random"]),
+        None if data is None else DataState.decoded(data),
+        sums_of([records[rank]]),
+    )
+
+
+def sums_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """What these ranks together had logged."""
+    found: dict[str, tuple[float, float]] = {}
+    for record in records:
+        for name, pair in record["sums"].items():
+            total, weight = decode(pair)
+            had = found.get(name, (0.0, 0.0))
+            found[name] = (had[0] + total, had[1] + weight)
+    return found

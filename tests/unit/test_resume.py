@@ -1,0 +1,235 @@
+"""A run that was cut off and goes on ends as one that was not: on one process, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.errors import CheckpointError, Stopped
+from harness.tracking.outbox import read_entries
+
+NUM_EPOCHS = 3
+
+
+class Noisy(Dataset[Any]):
+    """Each sample draws from every generator, as augmentation does."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, Tensor]:
+        noise = 0.1 * torch.randn(3) + 0.1 * random.random() + 0.1 * float(np.random.randn())
+        return index, torch.full((3,), index / 22) + noise, torch.tensor(float(index % 3))
+
+
+class Stream(IterableDataset[Any]):
+    """The same, without an index. What it draws is its own."""
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for index in range(22):
+            yield index, torch.full((3,), index / 22), torch.tensor(float(index % 3))
+
+
+@dataclass
+class Setting:
+    """How one training runs, and where it is cut off: at a step by an error or a signal, or in an evaluation."""
+
+    num_workers: int = 0
+    persistent: bool = False
+    accumulation: int = 1
+    seedable: bool = True
+    stream: bool = False
+    limit: int | None = None
+    crash_at: tuple[int, ...] = ()
+    signal_at: tuple[int, ...] = ()
+    signal_in_evaluation_of: tuple[int, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """What a training has at its end; `seen` has an entry for each batch that was trained on."""
+
+    weights: Tensor
+    moments: Tensor
+    rates: list[float]
+    next_numbers: tuple[float, float, float]
+    latest: dict[str, float]
+    seen: list[tuple[int, list[int]]] = field(default_factory=list)
+
+
+class Crash(Exception):
+    pass
+
+
+def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
+    """One attempt; what is in `ignore` has happened already, and does not again."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    set_seed(1)
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=setting.accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=setting.seedable),
+    )
+    model: Any = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    dataset: Any = Stream() if setting.stream else Noisy()
+    loader: Any = DataLoader(
+        dataset,
+        batch_size=4,
+        shuffle=None if setting.stream else True,
+        num_workers=setting.num_workers,
+        persistent_workers=setting.persistent,
+    )
+    eval_loader: Any = DataLoader(Noisy(), batch_size=8)
+    model, optimizer, loader, eval_loader = accelerator.prepare(model, optimizer, loader, eval_loader)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer.optimizer, 4, 0.7)
+    seen: list[tuple[int, list[int]]] = []
+
+    def happens(at: tuple[int, ...], number: int, offset: int = 0) -> bool:
+        if number in at and number + offset not in ignore:
+            ignore.add(number + offset)
+            return True
+        return False
+
+    with PeriodicLogger(
+        accelerator,
+        every_n_epochs=1,
+        run_name="run",
+        run_dir=run_dir,
+        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait"),
+        tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
+    ) as logger:
+        logger.watch(model, optimizer, scheduler)
+        for epoch in logger.epochs(NUM_EPOCHS):
+            model.train()
+            for indices, inputs, targets in logger.batches(loader, setting.limit):
+                with accelerator.accumulate(model):
+                    loss = (model(inputs).squeeze(-1) - targets).square().mean()
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    if accelerator.sync_gradients:
+                        scheduler.step()
+                    optimizer.zero_grad()
+                logger.log({"train/loss": loss}, weight=len(targets))
+                seen.append((epoch, indices.tolist()))
+                if accelerator.sync_gradients and happens(setting.crash_at, logger.step + 1):
+                    raise Crash
+                if accelerator.sync_gradients and happens(setting.signal_at, logger.step + 1):
+                    os.kill(os.getpid(), signal.SIGUSR1)
+            model.eval()
+            with torch.no_grad():
+                for _, inputs, targets in logger.eval_batches(eval_loader):
+                    loss = (model(inputs).squeeze(-1) - targets).square().mean()
+                    logger.log({"eval/loss": loss}, weight=len(targets))
+                    if happens(setting.signal_in_evaluation_of, epoch, offset=1000):
+                        os.kill(os.getpid(), signal.SIGTERM)
+    moments = [state[key].flatten() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return Outcome(
+        torch.cat([value.detach().double().flatten() for value in model.state_dict().values()]),
+        torch.cat(moments),
+        scheduler.get_last_lr(),
+        (random.random(), float(np.random.rand()), torch.rand(1).item()),
+        {key: value for key, value in logger.latest.items() if key.startswith(("train", "eval"))},
+        seen,
+    )
+
+
+def train_to_the_end(run_dir: Path, setting: Setting) -> tuple[Outcome, int]:
+    """As often as it takes; how it ended, and how many attempts there were."""
+    ignore: set[int] = set()
+    for attempt in range(1, 10):
+        try:
+            return train(run_dir, setting, ignore), attempt
+        except (Crash, Stopped):
+            continue
+    raise AssertionError("it does not come to an end")
+
+
+def points(run_dir: Path) -> dict[tuple[str, int], set[float]]:
+    """The values of each metric at each step that any attempt had."""
+    found: dict[tuple[str, int], set[float]] = {}
+    for entry in read_entries(run_dir / "run" / "outbox"):
+        if entry.kind == "metrics":
+            for key, value in entry.body["values"].items():
+                if key.startswith(("train", "eval")):
+                    found.setdefault((key, entry.body["step"]), set()).add(value)
+    return found
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(crash_at=(3, 6, 11)),
+        Setting(signal_at=(1, 7, 11)),
+        Setting(num_workers=2, crash_at=(7,), signal_at=(10,)),
+        Setting(num_workers=2, persistent=True, seedable=False, crash_at=(9,), signal_at=(11,)),
+        Setting(seedable=False, crash_at=(6,), signal_at=(11,)),
+        Setting(accumulation=2, signal_at=(2, 4), crash_at=(7,)),
+        Setting(accumulation=4, num_workers=2, signal_at=(3,)),
+        Setting(limit=4, crash_at=(6,), signal_at=(9,)),
+        Setting(signal_in_evaluation_of=(0, 1)),
+        Setting(limit=4, seedable=False, signal_in_evaluation_of=(1,)),
+        Setting(stream=True, crash_at=(9,), signal_at=(11,)),
+    ],
+    ids=lambda setting: ",".join(f"{k}={v}" for k, v in vars(setting).items() if v != getattr(Setting(), k)),
+)
+def test_end_is_the_same_when_the_run_was_cut_off(tmp_path: Path, setting: Setting) -> None:
+    plain = Setting(**{**vars(setting), "crash_at": (), "signal_at": (), "signal_in_evaluation_of": ()})
+    expected, _ = train_to_the_end(tmp_path / "whole", plain)
+    found, attempts = train_to_the_end(tmp_path / "cut", setting)
+    assert attempts == 1 + len(setting.crash_at) + len(setting.signal_at) + len(setting.signal_in_evaluation_of)
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.moments, expected.moments)
+    assert (found.rates, found.next_numbers, found.latest) == (expected.rates, expected.next_numbers, expected.latest)
+    assert expected.seen[-len(found.seen) :] == found.seen
+    # Every point of the whole run, and no other value for any of them.
+    assert points(tmp_path / "cut") == points(tmp_path / "whole")
+
+
+def test_nothing_is_trained_when_the_run_was_complete(tmp_path: Path) -> None:
+    first, _ = train_to_the_end(tmp_path, Setting())
+    again, _ = train_to_the_end(tmp_path, Setting())
+    assert again.seen == []
+    assert torch.equal(first.weights, again.weights)
+
+
+def test_the_one_before_is_taken_when_the_newest_checkpoint_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, _ = train_to_the_end(tmp_path / "whole", Setting())
+    with pytest.raises(Crash):
+        train(tmp_path / "cut", Setting(crash_at=(10,)), set())
+    path = tmp_path / "cut" / "run" / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    found = train(tmp_path / "cut", Setting(), set())
+    assert torch.equal(found.weights, expected.weights)
+    told = capsys.readouterr().err
+    assert "step-00000008 cannot be used, trying the one before" in told
+    assert "goes on from epoch-0001" in told
+
+
+def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(7,)), set())
+    for path in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* can be used; the newest: .*model"):
+        train(tmp_path, Setting(), set())
