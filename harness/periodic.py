@@ -127,7 +127,6 @@ class PeriodicLogger:
         self._registered: dict[str, Any] = {}
         self._is_stopped = False
         self._is_cut_short = False
-        self._step_save_is_due = False
         self._save_is_asked = False
         self._is_in_batch = False
         self._samples_in_step = 0
@@ -254,7 +253,7 @@ class PeriodicLogger:
         if self._resumed is not None and self._resumed.rank_state is not None:
             random_state.put_back(self._resumed.rank_state.random, self.accelerator.device)
         for epoch in range(self.epoch, max_epochs):
-            self._is_cut_short = self._step_save_is_due = False
+            self._is_cut_short = False
             yield epoch
             is_whole = not self._is_cut_short
             if is_whole:
@@ -262,14 +261,15 @@ class PeriodicLogger:
                 self._batches.end()
             is_last = self.epoch == max_epochs or self._ends
             epoch_save_is_due = is_whole and self._cadence.is_due_after_epoch(self.epoch)
-            saves = epoch_save_is_due or self._step_save_is_due or (is_last and self.checkpoint_config.save_last)
+            step_save_is_due = is_whole and self._cadence.is_due_after_step(self.step)
+            saves = epoch_save_is_due or step_save_is_due or (is_last and self.checkpoint_config.save_last)
             self._collect()
             # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
             self._flush_train(wait=saves or is_last)
             if is_whole:
                 self._emit({"epoch": float(self.epoch)}, self.step)
             if saves:
-                by_epoch = epoch_save_is_due or (is_whole and not self._step_save_is_due)
+                by_epoch = epoch_save_is_due or (is_whole and not step_save_is_due)
                 name = f"epoch-{self.epoch:04d}" if by_epoch else f"step-{self.step:08d}"
                 # The last one is what the training was for: it is not skipped because the disk is busy.
                 self._save(name, must=is_last)
@@ -342,42 +342,41 @@ class PeriodicLogger:
         self.progress.step_done(self._batches_in_epoch, self._saver.status)
         if self._max_steps is not None and self.step >= self._max_steps:
             self._ends = True
-        self._read_votes()
-        if self._cadence.is_due_after_step(self.step):
-            if is_epochs_last:
-                self._step_save_is_due = True  # after this epoch's evaluation, with its metrics
-            else:
-                self._collect()
-                self._flush_train(wait=True)
-                self._save(f"step-{self.step:08d}")
-                self._timer.resume()
+        asked_signal = self._read_votes()
+        # At the epoch's last step it is saved after the evaluation, with its metrics.
+        if self._cadence.is_due_after_step(self.step) and not is_epochs_last:
+            self._collect()
+            self._flush_train(wait=True)
+            self._save(f"step-{self.step:08d}")
+            self._timer.resume()
         elif self._save_is_asked:
             # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
             self._save(f"step-{self.step:08d}")
             self._timer.resume()
         self._save_is_asked = False
+        if asked_signal:
+            self._stop(asked_signal)
         if self._votes.is_due():
             self._cast_vote()
 
     def _cast_vote(self) -> None:
         self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
 
-    def _read_votes(self) -> None:
-        """Do what any rank was asked for: save, or stop.
-
-        Raises:
-            Stopped: on all ranks, once the checkpoint is on disk.
-        """
+    def _read_votes(self) -> int:
+        """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
         asked = self._votes.read()
         if asked is None:
-            return
+            return 0
         signal_number, save_is_asked = asked
         self._save_is_asked |= bool(save_is_asked)
-        if signal_number:
-            self._stop(signal_number)
+        return signal_number
 
     def _stop(self, signal_number: int) -> None:
-        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop."""
+        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop.
+
+        Raises:
+            Stopped: on all ranks alike.
+        """
         name = signal.Signals(signal_number).name
         self._collect()
         if self._watched is not None and not self._prepares:
@@ -410,7 +409,8 @@ class PeriodicLogger:
                 self._logging_to = self._eval_sums if counts else None
                 yield batch
                 self._run.check()
-                self._read_votes()
+                if asked_signal := self._read_votes():
+                    self._stop(asked_signal)
                 if self._votes.is_due():
                     self._cast_vote()
                 if position == limit:

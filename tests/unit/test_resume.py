@@ -231,5 +231,5 @@ def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
         train(tmp_path, Setting(crash_at=(7,)), set())
     for path in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints in .* can be used; the newest: .*model"):
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model"):
         train(tmp_path, Setting(), set())
