@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from harness import build, data, precision, runtime
 from harness.config import RunConfig
+from harness.elastic import plan_batches
 from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
@@ -35,7 +36,7 @@ def train(config: RunConfig) -> PeriodicLogger:
     with make_logger(accelerator, config) as logger:
         if accelerator.is_main_process and logger.run_path is not None:
             write_config(logger.run_path, config)
-        model, optimizer, scheduler, train_loader, eval_loader = prepare(accelerator, task, config)
+        model, optimizer, scheduler, train_loader, eval_loader = prepare(accelerator, task, config, logger)
         logger.watch(model, optimizer, scheduler)
         with torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly):
             fit(accelerator, task, config.trainer, logger, model, optimizer, scheduler, train_loader, eval_loader)
@@ -60,9 +61,11 @@ def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
 
 
 def prepare(
-    accelerator: Accelerator, task: Task, config: RunConfig
+    accelerator: Accelerator, task: Task, config: RunConfig, logger: PeriodicLogger
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, Any, Any]:
     """Make model, optimizer, scheduler and loaders, and let accelerate prepare them.
+
+    A run that goes on keeps its global batch, where it can be divided among the ranks that there are now.
 
     Effects: collective; main thread; blocks until the ranks have the same model; nothing on disk.
     """
@@ -73,6 +76,7 @@ def prepare(
         data.check_size(eval_loader, world_size, "evaluation")
     if trainer.overfit_batches is not None:
         train_loader = data.first_batches(train_loader, trainer.overfit_batches * world_size)
+    train_loader = _keep_global_batch(accelerator, train_loader, logger)
     # Again, so that the model does not depend on how many random numbers the data took.
     set_seed(config.seed)
     model = task.model()
@@ -86,3 +90,30 @@ def prepare(
     # From here on ranks may differ (dropout), each by its own and repeatable random numbers.
     set_seed(config.seed, device_specific=True)
     return model, optimizer, scheduler, train_loader, eval_loader
+
+
+def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLogger) -> Any:
+    """The loader with the batches, and the accelerator with the accumulation, of the run that goes on."""
+    before = logger.samples_per_step_before
+    if before is None or loader.batch_size is None:
+        return loader
+    world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    now = world_size * loader.batch_size * accumulation
+    if now == before:
+        return loader
+    plan = plan_batches(before, world_size, loader.batch_size, accumulation)
+    if not plan.is_kept:
+        logger.say(
+            f"harness: warning: an optimizer step takes {now} samples from here on, and took {before}, which cannot be "
+            f"divided among {world_size} ranks; to keep it, give a number of ranks that divides {before}"
+        )
+        return loader
+    logger.say(
+        f"an optimizer step takes {before} samples, as before: {world_size} ranks x {plan.batch_size} x "
+        f"{plan.accumulation} accumulated (configured: {loader.batch_size} x {accumulation})"
+    )
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Its engine, which is made of this, counts batches itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
+    return loader if plan.batch_size == loader.batch_size else data.with_batch_size(loader, plan.batch_size)

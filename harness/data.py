@@ -61,6 +61,25 @@ def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
     )
 
 
+def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
+    """The same loader with batches of another size, over the same samples in the same order."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=size,
+        sampler=loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
 def batch_size(batch: Any) -> int:
     """Number of samples in a batch: the first dimension of the first tensor in it; 0 where none is.
 

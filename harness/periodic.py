@@ -34,7 +34,7 @@ from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.resume import Resumed, find_checkpoints, resume
+from harness.checkpoint.resume import Resumed, find_checkpoints, resume, samples_per_step
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
@@ -74,6 +74,7 @@ class PeriodicLogger:
         step: optimizer steps that are complete.
         epoch: epochs that are complete.
         latest: the latest reduced value of each metric; the same on every rank.
+        samples_per_step_before: of all ranks together, of the run that goes on; None: it begins, or is not known.
     """
 
     def __init__(
@@ -121,6 +122,8 @@ class PeriodicLogger:
         self._batches = TrainingBatches(accelerator)
         self._batches_in_epoch = 0
         self._samples_per_batch: int | None = None
+        self._found: list[Path] = []
+        self.samples_per_step_before: int | None = None
         self._resumed: Resumed | None = None
         # Random numbers as they were when the evaluation that is running began.
         self._random_before_eval: dict[str, Any] | None = None
@@ -181,6 +184,9 @@ class PeriodicLogger:
                 provenance.versions(),
                 self._run.publish,
                 self._take_rank_state,
+            )
+            self._found, self.samples_per_step_before = self._agreement.from_rank_zero(
+                "find the checkpoints", self._find_checkpoints
             )
         except BaseException as error:
             raise self.fail(error) from None
@@ -383,7 +389,7 @@ class PeriodicLogger:
             self._save(f"step-{self.step:08d}", must=True)
             self._settle_save()
             self._saver.wait()
-        self._say(f"{name}: stops after step {self.step} ({self._saver.status}); run it again to go on")
+        self.say(f"{name}: stops after step {self.step} ({self._saver.status}); run it again to go on")
         raise Stopped(name)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
@@ -474,6 +480,11 @@ class PeriodicLogger:
         # What this returns may be branched on: it is the same on every rank.
         return self._save(f"step-{self.step:08d}") and self._settle_save()
 
+    def say(self, line: str) -> None:
+        """A line for the user, from rank zero, of what all ranks know."""
+        if self.topology.rank == 0:
+            self.progress.say(line)
+
     # ----------------------------------------------------------------------- logging
 
     def log(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
@@ -541,7 +552,7 @@ class PeriodicLogger:
         if costs:
             self._run.log_metrics(costs, step)
         if failure is not None:
-            self._say(f"harness: warning: {failure}")
+            self.say(f"harness: warning: {failure}")
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
         if values:
@@ -579,6 +590,7 @@ class PeriodicLogger:
             self._batches_in_epoch,
             _json_ready(metrics),
             self._samples_per_batch,
+            self.accelerator.gradient_accumulation_steps,
             states,
         )
         self._run.keep_points(name, moment.metrics)
@@ -586,22 +598,19 @@ class PeriodicLogger:
         self._saved_at_step, self._is_save_open = self.step, True
         return True
 
-    def _say(self, line: str) -> None:
-        """A line for the user, from rank zero, of what all ranks know."""
-        if self.topology.rank == 0:
-            self.progress.say(line)
-
     def _take_rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
         now = self._random_before_eval or random_state.take(self.accelerator.device)
         return RankState(now, self._batches.state, self._train_sums.partial())
 
-    def _resume(self, watched: Watched) -> None:
+    def _find_checkpoints(self) -> tuple[list[Path], int | None]:
         assert self.run_path is not None
-        checkpoints_dir = self.run_path / "checkpoints"
-        found = self._agreement.from_rank_zero("find the checkpoints", lambda: find_checkpoints(checkpoints_dir))
-        resumed = resume(found, self.accelerator, self._agreement, watched, self._say)
+        found = find_checkpoints(self.run_path / "checkpoints")
+        return found, samples_per_step(found)
+
+    def _resume(self, watched: Watched) -> None:
+        resumed = resume(self._found, self.accelerator, self._agreement, watched, self.say)
         if resumed is None:
             return
         self._resumed = resumed
@@ -612,7 +621,7 @@ class PeriodicLogger:
         self._train_sums.put_back(resumed.sums)
         self.latest.update(resumed.metrics)
         self._run.resumed(resumed.step, resumed.name)
-        self._say(f"goes on from {resumed.name}: epoch {resumed.epoch + 1}, step {resumed.step}")
+        self.say(f"goes on from {resumed.name}: epoch {resumed.epoch + 1}, step {resumed.step}")
 
     def _take_continuation(self, loader: Any) -> Continuation | None:
         """Where the epoch that begins goes on, once after a resume: at its batch by this loader's size."""
@@ -625,7 +634,7 @@ class PeriodicLogger:
             assert self._samples_per_batch is not None
             num_taken, left = divmod(num_taken * resumed.samples_per_batch, self._samples_per_batch)
             again = f"; {left} samples come again" if left else ""
-            self._say(
+            self.say(
                 f"harness: a batch of all ranks has {self._samples_per_batch} samples, and had "
                 f"{resumed.samples_per_batch}: the epoch goes on at batch {num_taken}{again}"
             )

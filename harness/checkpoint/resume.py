@@ -58,6 +58,17 @@ def find_checkpoints(checkpoints_dir: Path) -> list[Path]:
     ]
 
 
+def samples_per_step(checkpoints: Sequence[Path]) -> int | None:
+    """What an optimizer step of all ranks took, by the first of the checkpoints that tells. Not verified yet."""
+    for path in checkpoints:
+        try:
+            position = json.loads((path / FILE).read_text())["position"]
+            return int(position["samples_per_batch"] * position["accumulation"])
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # it is told when it is to be put back
+    return None
+
+
 def resume(
     checkpoints: Sequence[Path],
     accelerator: Accelerator,

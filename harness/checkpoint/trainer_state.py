@@ -26,6 +26,7 @@ class Moment:
         batches_in_epoch: batches of the running epoch that each rank has taken.
         metrics: the latest reduced metrics.
         samples_per_batch: of all ranks together; None: not known.
+        accumulation: batches for an optimizer step.
         states: name -> state, as JSON values, of what else goes on where it was.
     """
 
@@ -35,6 +36,7 @@ class Moment:
     batches_in_epoch: int
     metrics: Mapping[str, float]
     samples_per_batch: int | None = None
+    accumulation: int = 1
     states: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +83,7 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
             "epoch": moment.epoch,
             "batches": moment.batches_in_epoch,
             "samples_per_batch": moment.samples_per_batch,
+            "accumulation": moment.accumulation,
         },
         "metrics": dict(moment.metrics),
         "states": dict(moment.states),

@@ -24,7 +24,9 @@ from tests.distributed.two_dimensional import save_two_dimensional, train_on_whi
 
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.distributed.saving_ranks", "tests.distributed.two_dimensional"])
+CONTEXT.set_forkserver_preload(
+    ["tests.distributed.saving_ranks", "tests.distributed.two_dimensional", "tests.distributed.resuming_ranks"]
+)
 
 
 @contextmanager

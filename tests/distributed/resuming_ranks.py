@@ -1,0 +1,79 @@
+"""Ranks that train what a configuration says, are stopped or killed, and go on as more or fewer of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from harness.app import train
+from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.errors import Stopped
+from harness.task import StepOutput
+from tests.distributed.saving_ranks import become_rank
+
+NUM_SAMPLES = 48
+NUM_EPOCHS = 4
+
+
+class Line:
+    """A line through noise; each rank writes down which samples it has had, and may be stopped at a batch."""
+
+    def __init__(self, directory: str, batch_size: int, signal_at: int = 0, signalled_rank: int = 0) -> None:
+        self.directory, self.batch_size = Path(directory), batch_size
+        self.signal_at, self.signalled_rank = signal_at, signalled_rank
+        self.num_batches = 0
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def _data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(5)
+        inputs = torch.randn(NUM_SAMPLES, 3, generator=generator)
+        return TensorDataset(torch.arange(NUM_SAMPLES), inputs, inputs.sum(1, keepdim=True))
+
+    def train_data(self) -> DataLoader[Any]:
+        return DataLoader(self._data(), self.batch_size, shuffle=True)
+
+    def eval_data(self) -> DataLoader[Any]:
+        return DataLoader(self._data(), self.batch_size)
+
+    def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
+        indices, inputs, targets = batch
+        if model.training:
+            self.num_batches += 1
+            rank = int(os.environ["RANK"])
+            with (self.directory / f"seen-{rank}.jsonl").open("a") as log:
+                log.write(json.dumps(indices.tolist()) + "\n")
+            if self.num_batches == self.signal_at and rank == self.signalled_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+        loss = (model(inputs) - targets).square().mean()
+        return StepOutput(loss, len(inputs), {})
+
+
+def train_some(rank: int, world_size: int, port: int, directory: Path, attempt: str, task: dict[str, Any]) -> None:
+    """One attempt; ends with the exit code of the program, and leaves the final metrics of rank zero."""
+    become_rank(rank, world_size, port)
+    own = directory / attempt
+    own.mkdir(exist_ok=True)
+    config = RunConfig(
+        task=ClassSpec("tests.distributed.resuming_ranks.Line", {"directory": str(own), **task}),
+        run_dir=str(directory),
+        run_name="run",
+        trainer=TrainerConfig(max_epochs=NUM_EPOCHS, progress_bar=False),
+        checkpoint=CheckpointConfig(every_n_epochs=1, when_busy="wait"),
+        tracking=TrackingConfig(enabled=False, log_every_n_steps=1),
+    )
+    try:
+        logger = train(config)
+    except Stopped as error:
+        # The gloo groups' destructors would wait for ranks that are gone.
+        os._exit(error.exit_code)
+    if rank == 0:
+        (directory / "end.json").write_text(json.dumps({"step": logger.step, **logger.latest}))
