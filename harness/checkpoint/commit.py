@@ -14,13 +14,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.checkpoint import strict_json
+from harness.checkpoint.strict_json import is_count, is_number, is_texts
 from harness.durable import replace_file, sync_directory
 from harness.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = "harness-checkpoint"
 VERSION = 1
-_TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_PREFIX = ".tmp-"
+# A thousand ranks with a thousand tensors each write less.
+_LIMIT_BYTES = 1 << 30
 
 
 class Range(NamedTuple):
@@ -89,7 +93,7 @@ def temporary_of(final: Path, attempt: str) -> Path:
 
     A writer that an earlier job has left behind writes into that job's directory, not into this one.
     """
-    return final.with_name(f"{_TEMPORARY_PREFIX}{final.name}-{attempt}")
+    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{attempt}")
 
 
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
@@ -98,11 +102,15 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     Effects: not collective; any thread; blocks until the disk has it; leaves `final`, complete.
 
     Raises:
-        CheckpointError: if there is a checkpoint of that name already.
+        CheckpointError: if there is a checkpoint of that name already, or the manifest would not be JSON.
     """
     if final.exists():
         raise CheckpointError(f"{final}: there is a checkpoint of that name already")
-    replace_file(temporary / MANIFEST, json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1))
+    try:
+        text = manifest_text(manifest)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{final}: its manifest cannot be written: {error}") from error
+    replace_file(temporary / MANIFEST, text)
     os.rename(temporary, final)
     sync_directory(final.parent)
 
@@ -114,51 +122,158 @@ def discard(temporary: Path) -> None:
 
 def remove_leftovers(checkpoints_dir: Path) -> None:
     """Remove what saves that were cut off have left."""
-    for path in checkpoints_dir.glob(f"{_TEMPORARY_PREFIX}*"):
+    for path in checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"):
         discard(path)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """What ``manifest.json`` holds: strict JSON, with a checksum of all the rest of it.
+
+    The digests in the manifest cover every other file; this covers the digests.
+
+    Raises:
+        TypeError: if something in it is no JSON.
+        ValueError: if a number in it is not finite.
+    """
+    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    return json.dumps({**record, "checksum": strict_json.checksum(record)}, indent=1)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read the manifest of one checkpoint directory.
 
+    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+
     Raises:
-        CheckpointError: if there is none, it is damaged, or of a format that this version cannot read.
+        CheckpointError: if there is none, it is not what was written, or is of a format that this version
+            cannot read.
     """
     path = checkpoint / MANIFEST
     try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        record = strict_json.read(path, _LIMIT_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _NoManifest(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not the manifest of a {FORMAT}")
-    if record.get("version") != VERSION:
+    if record.get("version") != VERSION or not is_count(record["version"]):
         raise CheckpointError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
     try:
-        return Manifest(
-            key=record["key"],
-            epoch=record["epoch"],
-            step=record["step"],
-            time_ms=record["time_ms"],
-            metrics=record["metrics"],
-            files=tuple(
-                FileRecord(f["name"], f["size_bytes"], tuple(Range(*part) for part in f["ranges"]))
-                for f in record["files"]
-            ),
-            topology=record["topology"],
-            versions=record["versions"],
-            save=record.get("save", {}),
-        )
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error!r}") from error
+        manifest = _manifest(record)
+        checksum = record.pop("checksum")
+        _require(checksum == strict_json.checksum(record), "its checksum is not that of what it holds")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+    return manifest
+
+
+class _NoManifest(CheckpointError):
+    """What is no checkpoint at all, as against a damaged one."""
+
+
+class Scan(NamedTuple):
+    """What is in a directory of checkpoints.
+
+    Args:
+        good: name and manifest of each committed checkpoint, oldest first.
+        bad: name of each that has a manifest which cannot be taken, with the reason; by name.
+    """
+
+    good: Sequence[tuple[str, Manifest]]
+    bad: Sequence[tuple[str, str]]
+
+
+def scan_checkpoints(checkpoints_dir: Path) -> Scan:
+    """Find the committed checkpoints; one that is damaged does not hide the others.
+
+    Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
+
+    Raises:
+        CheckpointError: if the directory itself cannot be read.
+    """
+    good: list[tuple[str, Manifest]] = []
+    bad: list[tuple[str, str]] = []
+    try:
+        names = sorted(os.listdir(checkpoints_dir))
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise CheckpointError(f"{checkpoints_dir}: cannot be read: {error.strerror}") from error
+    for name in names:
+        if name.startswith(TEMPORARY_PREFIX):
+            continue
+        try:
+            good.append((name, read_manifest(checkpoints_dir / name)))
+        except _NoManifest:
+            continue
+        except CheckpointError as error:
+            bad.append((name, str(error)))
+    return Scan(sorted(good, key=lambda item: (item[1].step, item[1].time_ms)), bad)
 
 
 def list_checkpoints(checkpoints_dir: Path) -> Sequence[tuple[str, Manifest]]:
-    """Name and manifest of each committed checkpoint, oldest first."""
-    found = [
-        (path.name, read_manifest(path))
-        for path in checkpoints_dir.glob("*")
-        if not path.name.startswith(_TEMPORARY_PREFIX) and (path / MANIFEST).exists()
-    ]
-    return sorted(found, key=lambda item: (item[1].step, item[1].time_ms))
+    """Name and manifest of each good checkpoint, oldest first; `scan_checkpoints` tells of the others too."""
+    return scan_checkpoints(checkpoints_dir).good
+
+
+def _manifest(record: dict[str, Any]) -> Manifest:
+    """The record as what it is, each value looked at.
+
+    Raises:
+        ValueError: if something is missing, of another type, or cannot be.
+    """
+    missing = {"checksum", *(key for key in Manifest.__dataclass_fields__)} - record.keys()
+    _require(not missing, f"it has no {', '.join(sorted(missing))}")
+    _require(isinstance(record["key"], str), "key is no text")
+    for name in ("epoch", "step", "time_ms"):
+        _require(is_count(record[name]), f"{name} is no whole number from 0 on")
+    for name in ("metrics", "topology", "versions", "save"):
+        _require(isinstance(record[name], dict), f"{name} is no object")
+    _require(all(is_number(value) for value in record["metrics"].values()), "metrics hold what is no number")
+    _require(is_texts(record["versions"]), "versions hold what is no text")
+    _require(isinstance(record["files"], list), "files is no list")
+    files = tuple(_file(file) for file in record["files"])
+    _require(len({file.name for file in files}) == len(files), "it names a file twice")
+    return Manifest(
+        key=record["key"],
+        epoch=record["epoch"],
+        step=record["step"],
+        time_ms=record["time_ms"],
+        metrics=record["metrics"],
+        files=files,
+        topology=record["topology"],
+        versions=record["versions"],
+        save=record["save"],
+    )
+
+
+def _file(record: Any) -> FileRecord:
+    is_file = isinstance(record, dict) and {"name", "size_bytes", "ranges"} <= record.keys()
+    _require(is_file, "a file has no name, size_bytes or ranges")
+    name, size_bytes, ranges = record["name"], record["size_bytes"], record["ranges"]
+    # It is joined to the directory's path: it must not lead out of it.
+    is_name = isinstance(name, str) and name not in ("", ".", "..", MANIFEST) and not set(name) & set("/\\\0")
+    _require(is_name, f"{name!r} is no name of a file in it")
+    _require(is_count(size_bytes), f"{name}: size_bytes is no whole number from 0 on")
+    _require(isinstance(ranges, list), f"{name}: ranges is no list")
+    covered = 0
+    parts = []
+    # There may be millions: nothing is put together here that is not needed.
+    for part in ranges:
+        if not isinstance(part, list) or [type(value) for value in part] != [int, int, int, str] or part[2] < 0:
+            raise ValueError(f"{name}: {part!r} is not the start, end, rank and digest of a range")
+        start, end, rank, digest = part
+        if start != covered or end < start:
+            raise ValueError(f"{name}: a range from {start} to {end} follows one that ends at {covered}")
+        covered = end
+        parts.append(Range(start, end, rank, digest))
+    _require(covered == size_bytes, f"{name}: its ranges end at {covered}, the file at {size_bytes}")
+    return FileRecord(name, size_bytes, tuple(parts))
+
+
+def _require(is_so: bool, otherwise: str) -> None:
+    if not is_so:
+        raise ValueError(otherwise)

@@ -45,10 +45,11 @@ def export(checkpoint: Path, output: Path, *, dtype: str | None = None, max_shar
     require_whole(checkpoint, weights_only=True)
     stored: dict[str, tuple[Path, StoredTensor]] = {}
     aliases: dict[str, str] = {}
-    for name in read_manifest(checkpoint).weight_files:
-        if name.endswith(".safetensors"):
-            tensors, metadata = read_header(checkpoint / name)
-            stored |= {tensor: (checkpoint / name, place) for tensor, place in tensors.items()}
+    manifest = read_manifest(checkpoint)
+    for record in manifest.files:
+        if record.name in manifest.weight_files and record.name.endswith(".safetensors"):
+            tensors, metadata = read_header(checkpoint / record.name, record)
+            stored |= {tensor: (checkpoint / record.name, place) for tensor, place in tensors.items()}
             aliases |= metadata
     aliases = {alias: first for alias, first in aliases.items() if first in stored}
     target = None if dtype is None else getattr(torch, dtype)

@@ -23,7 +23,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     for file in manifest.files:
         if not file.name.endswith(".safetensors"):
             continue
-        stored, metadata = read_header(checkpoint / file.name)
+        stored, metadata = read_header(checkpoint / file.name, file)
         aliases |= {name: first for name, first in metadata.items() if name != "format" and first in stored}
         starts = [part.start for part in file.ranges]
         for name, tensor in stored.items():

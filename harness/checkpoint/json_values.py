@@ -59,41 +59,72 @@ def _items(value: Mapping[Any, Any]) -> list[list[Any]]:
 def decode(value: Any) -> Any:
     """What `encode` was given.
 
+    Effects: not collective; any thread; nothing on disk.
+
     Raises:
         ValueError: if it is not of `encode`'s making.
     """
+    try:
+        return _decode(value)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+
+
+def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [_decode(item) for item in value]
     if not isinstance(value, dict):
         return value
     mark = next((key for key in value if key.startswith(_MARK)), None)
     if mark is None:
-        return {key: decode(item) for key, item in value.items()}
+        return {key: _decode(item) for key, item in value.items()}
     content = value[mark]
     try:
         if len(value) == 1:
             return _MADE[mark](content)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{mark}: is not understood: {content!r}") from error
+    except RecursionError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{mark}: is not understood: {str(content)[:200]}") from error
     raise ValueError(f"{mark}: stands beside other keys")
 
 
-def _tensor(content: list[Any]) -> torch.Tensor:
+def _float(content: Any) -> float:
+    # Those that JSON has stand as such.
+    if content not in ("inf", "-inf", "nan"):
+        raise TypeError(content)
+    return float(content)
+
+
+def _items_of(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise TypeError(content)
+    return [_decode(item) for item in content]
+
+
+def _tensor(content: Any) -> torch.Tensor:
     number, dtype, shape = content
     kind = getattr(torch, dtype)
     if not isinstance(kind, torch.dtype):
         raise TypeError(dtype)
-    return torch.tensor(decode(number), dtype=kind).reshape(shape)
+    if not isinstance(shape, list) or any(type(length) is not int or length != 1 for length in shape):
+        raise TypeError(shape)
+    value = _decode(number)
+    if not isinstance(value, (bool, int, float)):
+        raise TypeError(value)
+    return torch.tensor(value, dtype=kind).reshape(shape)
 
 
-def _dict(content: list[Any]) -> dict[Any, Any]:
-    return {decode(key): decode(item) for key, item in content}
+def _dict(content: Any) -> dict[Any, Any]:
+    if not isinstance(content, list):
+        raise TypeError(content)
+    return {_decode(key): _decode(item) for key, item in content}
 
 
 _MADE: dict[str, Callable[[Any], Any]] = {
-    "$float": float,
-    "$tuple": lambda content: tuple(decode(content)),
-    "$set": lambda content: set(decode(content)),
+    "$float": _float,
+    "$tuple": lambda content: tuple(_items_of(content)),
+    "$set": lambda content: set(_items_of(content)),
     "$counter": lambda content: Counter(_dict(content)),
     "$dict": _dict,
     "$tensor": _tensor,

@@ -16,6 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import xxhash
+
+from harness.checkpoint import strict_json
+from harness.checkpoint.commit import FileRecord
 from harness.errors import CheckpointError
 
 Section = Literal["model", "optimizer"]
@@ -45,6 +49,8 @@ ITEM_BYTES = {
 }
 _ORDER = {dtype: position for position, dtype in enumerate(ITEM_BYTES)}
 _HEADER_ALIGNMENT = 8
+_PREFIX_BYTES = 8
+_HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own
 
 
 @dataclass(frozen=True)
@@ -130,32 +136,91 @@ class StoredTensor(NamedTuple):
     end: int
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(path: Path, record: FileRecord | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file, in the order of its data, and its metadata.
 
+    Effects: not collective; any thread; blocks for reading the header; nothing on disk.
+
+    Args:
+        path: of the file.
+        record: what the manifest says of it: the header is then read against its digest. None: there is none.
+
     Raises:
-        CheckpointError: if it is not such a file, or is cut off.
+        CheckpointError: if it is not such a file, is cut off, or has another header than was written.
     """
     try:
         with path.open("rb") as stream:
-            begin = 8 + int.from_bytes(stream.read(8), "little")
             size_bytes = os.fstat(stream.fileno()).st_size
-            if begin > size_bytes:
+            prefix = stream.read(_PREFIX_BYTES)
+            begin = _PREFIX_BYTES + int.from_bytes(prefix, "little")
+            if len(prefix) < _PREFIX_BYTES or begin > size_bytes:
                 raise ValueError(f"its header would end at byte {begin} of {size_bytes}")
-            entries = json.loads(stream.read(begin - 8))
+            if begin > _PREFIX_BYTES + _HEADER_LIMIT_BYTES:
+                raise ValueError(f"its header would have {begin:,} bytes, more than safetensors allows")
+            text = stream.read(begin - _PREFIX_BYTES)
+        if record is not None:
+            _check_digest(prefix + text, record, size_bytes)
+        entries = strict_json.parse(text)
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no object")
         metadata: dict[str, str] = entries.pop("__metadata__", {})
-        tensors = {
-            name: StoredTensor(
-                entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
-            )
-            for name, entry in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not strict_json.is_texts(metadata):
+            raise ValueError("its metadata hold what is no text")
+        tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from error
-    last = max((tensor.end for tensor in tensors.values()), default=begin)
-    if last != size_bytes:
-        raise CheckpointError(f"{path}: has {size_bytes} bytes, but its header tells of {last}")
-    return dict(sorted(tensors.items(), key=lambda item: item[1].start)), metadata
+    found = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    end = begin
+    for name, tensor in found.items():
+        if tensor.start != end:
+            raise CheckpointError(f"{path}: the data of {name} begin at byte {tensor.start}, not at {end}")
+        end = tensor.end
+    if end != size_bytes:
+        raise CheckpointError(f"{path}: has {size_bytes} bytes, but its header tells of {end}")
+    return found, metadata
+
+
+def _check_digest(header: bytes, record: FileRecord, size_bytes: int) -> None:
+    """Refuse a header that is not the one that was written: it says what all the other bytes are.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if size_bytes != record.size_bytes:
+        raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
+    # Rank zero writes headers, each as a range of its own.
+    first = next(iter(record.ranges), None)
+    if first is None or first.end != len(header) or first.digest != xxhash.xxh3_128_hexdigest(header):
+        raise ValueError("its header is not what was written; use another checkpoint")
+
+
+def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
+    """One entry of a header, each value looked at.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} is not given by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"{name} has the type {dtype!r}, which is none of safetensors'")
+    if not isinstance(shape, list) or not all(strict_json.is_count(length) and length < 1 << 63 for length in shape):
+        raise ValueError(f"{name} has a shape that is not of whole numbers from 0 on, of 64 bits")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(strict_json.is_count, offsets)):
+        raise ValueError(f"{name} has data_offsets that are not two whole numbers from 0 on")
+    first, last = offsets
+    num_items = 0 if 0 in shape else 1
+    for length in shape:
+        num_items *= length
+        # Before the product of thousands of long numbers takes longer than anybody waits.
+        if num_items > size_bytes:
+            raise ValueError(f"{name} has more elements than the file has bytes")
+    if last - first != num_items * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name} has bytes {first} to {last}, which are not those of {dtype} of shape {shape[:8]}")
+    return StoredTensor(dtype, tuple(shape), begin + first, begin + last)
 
 
 def plan_layout(

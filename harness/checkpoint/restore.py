@@ -115,14 +115,12 @@ class _Stored:
         places: dict[tuple[Section, str], tuple[str, StoredTensor]] = {}
         for file, record in records.items():
             section: Section = "optimizer" if file == _OPTIMIZER_FILE else "model"
-            tensors, metadata = read_header(checkpoint / file)
+            tensors, metadata = read_header(checkpoint / file, record)
             places |= {(section, name): (file, tensor) for name, tensor in tensors.items()}
             # A name that was tied when it was written may stand for itself now.
             for alias, name in metadata.items():
                 if section == "model" and name in tensors:
                     places.setdefault((section, alias), (file, tensors[name]))
-            if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
-                raise CheckpointError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
         return cls(records, places)
 
     def find(self, source: Source) -> tuple[str, StoredTensor] | None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
+from harness.checkpoint import strict_json
+from harness.checkpoint.commit import Manifest
 from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError
 
 FILE = "trainer_state.json"
@@ -90,7 +95,7 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
         "optimizer": {"param_groups": list(groups)},
         "scheduler": encode(None if watched.scheduler is None else watched.scheduler.state_dict()),
         "scaler": encode(None if scaler is None else scaler.state_dict()),
-        "loss_scale": _loss_scale(watched.model),
+        "loss_scale": encode(_loss_scale(watched.model)),
     }
 
 
@@ -102,13 +107,122 @@ def _loss_scale(model: Any) -> dict[str, float] | None:
     return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float))}
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """What ``trainer_state.json`` of a checkpoint holds, as the objects that it was taken from have it.
+
+    Args:
+        epoch: epochs that were complete.
+        step: optimizer steps that were complete.
+        epoch_of_data: the epoch of the next batch.
+        batches_in_epoch: batches of it that each rank had taken.
+        param_groups: hyperparameters of each of the optimizer's parameter groups; ``params`` are names.
+        scheduler: its state, or None.
+        scaler: the state of accelerate's gradient scaler, or None.
+        loss_scale: numbers of DeepSpeed's scaler, or None.
+        samples_per_batch: of all ranks together, or None.
+        accumulation: batches for an optimizer step.
+        metrics: the latest reduced metrics.
+        states: name -> state, as JSON values, of what else goes on.
+        ranks: of each rank that saved, as `RankState.encoded` made it.
+    """
+
+    epoch: int
+    step: int
+    epoch_of_data: int
+    batches_in_epoch: int
+    param_groups: Sequence[Mapping[str, Any]]
+    scheduler: Any
+    scaler: Any
+    loss_scale: Mapping[str, float] | None
+    samples_per_batch: int | None
+    accumulation: int
+    metrics: Mapping[str, float]
+    states: Mapping[str, Any]
+    ranks: Sequence[dict[str, Any]]
+
+
+def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
+    """Read ``trainer_state.json`` of a checkpoint against its digest.
+
+    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+
+    Args:
+        checkpoint: its directory.
+        manifest: the checkpoint's.
+
+    Raises:
+        CheckpointError: if the checkpoint has none, or it is not what was written.
+    """
+    path = checkpoint / FILE
+    record = next((file for file in manifest.files if file.name == FILE), None)
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds weights alone (checkpoint.save_weights_only), so training cannot go on from it; "
+            "use another checkpoint"
+        )
+    try:
+        data = strict_json.read_bytes(path, record.size_bytes)
+        digests = [xxhash.xxh3_128_hexdigest(data[part.start : part.end]) for part in record.ranges]
+        if len(data) != record.size_bytes or digests != [part.digest for part in record.ranges]:
+            raise ValueError("it is not what was written")
+        return _state(strict_json.parse(data))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; use another checkpoint") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+
+
+def _state(record: Any) -> TrainerState:
+    """The record as what it is, each value looked at.
+
+    Raises:
+        ValueError: if something is missing or of another type.
+    """
+    try:
+        position, groups, scale = record["position"], record["optimizer"]["param_groups"], decode(record["loss_scale"])
+        found = TrainerState(
+            epoch=record["epoch"],
+            step=record["step"],
+            epoch_of_data=position["epoch"],
+            batches_in_epoch=position["batches"],
+            param_groups=decode(groups),
+            scheduler=decode(record["scheduler"]),
+            scaler=decode(record["scaler"]),
+            loss_scale=scale,
+            samples_per_batch=position["samples_per_batch"],
+            accumulation=position["accumulation"],
+            metrics=record["metrics"],
+            states=record["states"],
+            ranks=record["ranks"],
+        )
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError("it is of another structure") from error
+    if not all(map(is_count, (found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch))):
+        raise ValueError("epochs, steps or batches are no whole numbers from 0 on")
+    if not is_count(found.accumulation) or not (found.samples_per_batch is None or is_count(found.samples_per_batch)):
+        raise ValueError("samples and accumulated batches are no whole numbers from 0 on")
+    if not isinstance(found.states, dict) or not isinstance(found.metrics, dict):
+        raise ValueError("states and metrics are no objects")
+    if not all(map(is_number, found.metrics.values())):
+        raise ValueError("metrics hold what is no number")
+    for name, items in (("param_groups", found.param_groups), ("ranks", found.ranks)):
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{name} is no list of objects")
+    if scale is not None and not (isinstance(scale, dict) and all(isinstance(n, (int, float)) for n in scale.values())):
+        raise ValueError("loss_scale holds what is no number")
+    return found
+
+
 def put_back(
-    state: Mapping[str, Any],
+    state: TrainerState,
     watched: Watched,
     groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
     scaler: Any,
 ) -> None:
-    """Put back what `take_trainer_state` took: hyperparameters, scheduler, loss scale.
+    """Put back what `take_trainer_state` took of the optimizer's groups, the scheduler and the scalers.
 
     Effects: not collective; main thread; nothing on disk.
 
@@ -121,13 +235,12 @@ def put_back(
     Raises:
         CheckpointError: if the parameter groups are others, or there was no such scheduler.
     """
-    saved = state["optimizer"]["param_groups"]
-    if len(saved) != len(groups):
+    if len(state.param_groups) != len(groups):
         raise CheckpointError(
-            f"the optimizer has {len(groups)} parameter groups, and had {len(saved)}; resume with the optimizer that "
-            "was saved, or start another run"
+            f"the optimizer has {len(groups)} parameter groups, and had {len(state.param_groups)}; resume with the "
+            "optimizer that was saved, or start another run"
         )
-    for number, ((live, names), record) in enumerate(zip(groups, saved, strict=True)):
+    for number, ((live, names), record) in enumerate(zip(groups, state.param_groups, strict=True)):
         if sorted(names) != sorted(record["params"]):
             raise CheckpointError(
                 f"the optimizer's parameter group {number} has other parameters than it had; resume with the optimizer "
@@ -136,18 +249,18 @@ def put_back(
         assert isinstance(live, dict)
         for key, value in record.items():
             if key != "params":
-                _put(live, key, decode(value))
-    if (watched.scheduler is None) != (state["scheduler"] is None):
+                _put(live, key, value)
+    if (watched.scheduler is None) != (state.scheduler is None):
         raise CheckpointError(
-            f"the run had {'no' if state['scheduler'] is None else 'a'} scheduler; resume with what it had, or start "
+            f"the run had {'no' if state.scheduler is None else 'a'} scheduler; resume with what it had, or start "
             "another run"
         )
     if watched.scheduler is not None:
-        watched.scheduler.load_state_dict(decode(state["scheduler"]))
-    if scaler is not None and state["scaler"] is not None:
-        scaler.load_state_dict(decode(state["scaler"]))
+        watched.scheduler.load_state_dict(state.scheduler)
+    if scaler is not None and state.scaler is not None:
+        scaler.load_state_dict(state.scaler)
     loss_scaler = getattr(getattr(watched.model, "optimizer", None), "loss_scaler", None)
-    for key, value in (state["loss_scale"] or {}).items():
+    for key, value in (state.loss_scale or {}).items():
         if loss_scaler is not None and hasattr(loss_scaler, key):
             setattr(loss_scaler, key, value)
 

@@ -67,6 +67,13 @@ def test_error_has_the_type_when_it_is_no_value(value: object) -> None:
         encode(value)
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"$tuple": [value]}
+    return value
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -77,6 +84,20 @@ def test_error_has_the_type_when_it_is_no_value(value: object) -> None:
         {"$tensor": [1, "nn", []]},
         {"$tensor": [1, "float32", [2]]},
         {"$counter": None},
+        {"$float": 3.0},
+        {"$float": "1.5"},
+        {"$tuple": "ab"},
+        {"$tuple": {"a": 1}},
+        {"$set": [[]]},
+        {"$set": "ab"},
+        {"$dict": {"ab": 1}},
+        {"$dict": [[[], 1]]},
+        {"$tensor": [10**400, "int64", []]},
+        {"$tensor": [1, "float32", [-1]]},
+        {"$tensor": [[1], "float32", [1]]},
+        {"$tensor": ["a", "float32", []]},
+        {"$tensor": [1, 3, []]},
+        nested(5000),
     ],
 )
 def test_error_is_a_value_error_when_it_is_damaged(value: Any) -> None:

@@ -177,6 +177,34 @@ def with_header(header: bytes, data: bytes = b"") -> bytes:
         with_header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}', b"1234"),
         with_header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"123"),
         with_header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"12345"),
+        with_header(b'{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": "F32", "shape": [0, 9223372036854775808], "data_offsets": [0, 0]}}'),
+        with_header(
+            b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b"," + b"9" * 4000 + b'], "data_offsets": [0, 4]}}'
+        ),
+        with_header(b'{"a": {"dtype": "I8", "shape": [2], "data_offsets": [2, 4]}}', b"1234"),
+        with_header(b'{"a": {"dtype": "I8", "shape": [2], "data_offsets": [-2, 0]}}', b"12"),
+        with_header(b'{"a": {"dtype": "I8", "shape": [2], "data_offsets": [0.0, 2]}}', b"12"),
+        with_header(b'{"a": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0], "more": 1}}'),
+        with_header(
+            b'{"a": {"dtype": "I8", "shape": [3], "data_offsets": [0, 3]}, '
+            b'"b": {"dtype": "I8", "shape": [2], "data_offsets": [2, 4]}}',
+            b"1234",
+        ),
+        with_header(
+            b'{"a": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}, '
+            b'"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}',
+            b"12",
+        ),
+        with_header(b'{"__metadata__": {"format": 1}}'),
+        with_header(b'{"__metadata__": []}'),
+        with_header(b'{"\\ud800": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}}'),
+        with_header(b"[" * 100_000),
+        with_header(b'{"a": NaN}'),
     ],
 )
 def test_error_has_the_path_when_the_file_is_damaged(tmp_path: Path, content: bytes) -> None:
@@ -193,6 +221,14 @@ def test_error_is_told_when_the_file_is_cut_off_anywhere(tmp_path: Path) -> None
         os.truncate(path, size)
         with pytest.raises(CheckpointError):
             read_header(path)
+
+
+def test_nothing_is_read_when_the_header_would_be_larger_than_safetensors_allows(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((100_000_001).to_bytes(8, "little"))
+    os.truncate(path, 200_000_000)
+    with pytest.raises(CheckpointError, match="more than safetensors allows"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", ""])
