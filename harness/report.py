@@ -9,16 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.commit import scan_checkpoints
 from harness.tracking.outbox import read_delivered
 
 _SHOWN_METRICS = 4
 
 
 def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
-    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None)."""
+    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None), damage.
+
+    ``damaged`` is None, or why the checkpoint cannot be used; those come last, with nothing known of them.
+
+    Raises:
+        CheckpointError: if the directory of checkpoints cannot be read.
+    """
     models = read_delivered(run_dir / "outbox").models
-    return [
+    found = scan_checkpoints(run_dir / "checkpoints")
+    good = [
         {
             "name": name,
             "epoch": manifest.epoch,
@@ -26,9 +33,13 @@ def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
             "bytes": manifest.size_bytes,
             "metrics": dict(manifest.metrics),
             "mlflow_model_id": models.get(name),
+            "damaged": None,
         }
-        for name, manifest in list_checkpoints(run_dir / "checkpoints")
+        for name, manifest in found.good
     ]
+    unknown: dict[str, Any] = {"epoch": None, "step": None, "bytes": None, "metrics": {}}
+    bad = [{"name": n, **unknown, "mlflow_model_id": models.get(n), "damaged": reason} for n, reason in found.bad]
+    return [*good, *bad]
 
 
 def checkpoint_table(run_dir: Path) -> str:
@@ -40,8 +51,11 @@ def checkpoint_table(run_dir: Path) -> str:
     metrics = (metrics or sorted({name for record in records for name in record["metrics"]}))[:_SHOWN_METRICS]
     rows = [["epoch", "step", "bytes", *metrics, "on disk", "MLflow model"]]
     for record in records:
-        shown = [f"{record['metrics'][name]:.4f}" if name in record["metrics"] else "-" for name in metrics]
         model = record["mlflow_model_id"] or "not yet"
+        if record["damaged"] is not None:
+            rows.append([*"---", *"-" * len(metrics), f"{record['name']} (damaged)", model])
+            continue
+        shown = [f"{record['metrics'][name]:.4f}" if name in record["metrics"] else "-" for name in metrics]
         rows.append([str(record["epoch"]), str(record["step"]), f"{record['bytes']:,}", *shown, record["name"], model])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text_columns = len(rows[0]) - 2
@@ -52,6 +66,7 @@ def checkpoint_table(run_dir: Path) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    lines += [record["damaged"] for record in records if record["damaged"] is not None]
     return "\n".join(lines)
 
 

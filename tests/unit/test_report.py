@@ -54,6 +54,19 @@ def test_columns_are_aligned_when_widths_differ(run_dir: Path) -> None:
     assert {row.index("epoch-") for row in rows} == {header.index("on disk")}
 
 
+def test_damaged_one_is_shown_with_its_reason_when_its_manifest_cannot_be_read(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "epoch-0001" / "manifest.json").write_text("{")
+    good, bad = checkpoint_records(run_dir)
+    assert (good["name"], good["damaged"]) == ("epoch-0002", None)
+    assert (bad["name"], bad["step"], bad["mlflow_model_id"]) == ("epoch-0001", None, "m-123")
+    header, first, second, reason = checkpoint_table(run_dir).splitlines()
+    assert header.split() == ["epoch", "step", "bytes", "eval/loss", "on", "disk", "MLflow", "model"]
+    assert first.split() == ["2", "20", "1,234,567", "0.2500", "epoch-0002", "not", "yet"]
+    assert second.split() == ["-", "-", "-", "-", "epoch-0001", "(damaged)", "m-123"]
+    assert reason == bad["damaged"]
+    assert f"{run_dir}/checkpoints/epoch-0001/manifest.json: is damaged" in reason
+
+
 def test_table_says_so_when_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint_table(tmp_path) == f"no checkpoints in {tmp_path}"
 
