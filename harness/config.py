@@ -192,6 +192,7 @@ class TrackingConfig:
         experiment_name: null: MLFLOW_EXPERIMENT_NAME, else `default`.
         log_every_n_steps: metrics are reduced and logged each so many optimizer steps.
         log_models: publish each checkpoint as an MLflow LoggedModel.
+        log_training_state: publish with it what resuming needs: the optimizer's state, twice the weights or more.
         log_datasets: record the data sets as inputs of the run.
         log_system_metrics: processor, memory, disk and network of rank zero's node.
         registered_model_name: register each published checkpoint under this name; null: do not.
@@ -205,6 +206,7 @@ class TrackingConfig:
     experiment_name: str | None = None
     log_every_n_steps: int = 10
     log_models: bool = True
+    log_training_state: bool = False
     log_datasets: bool = True
     log_system_metrics: bool = False
     registered_model_name: str | None = None
@@ -232,7 +234,9 @@ class RunConfig:
         seed: of model initialisation, data order and all else that is random.
         run_dir: each run gets a directory of its own in here.
         run_name: name of that directory and of the MLflow run; null: made up.
-        resume_from_checkpoint: auto, never or a path. So far a run always starts afresh.
+        resume_from_checkpoint: auto: a run that is there already goes on from its newest checkpoint; never: it
+            is refused; or where a new run begins: a checkpoint's directory, a run's, or an address in MLflow
+            (``runs:/...``, ``models:/...``).
         trainer: the loop.
         checkpoint: when and how checkpoints are written.
         tracking: what goes to MLflow.
@@ -253,11 +257,8 @@ class RunConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError("seed", f"must be from 0 to 4294967295, got {self.seed}")
         check_run_name(self.run_name)
-        if self.resume_from_checkpoint not in ("auto", "never"):
-            raise ConfigError(
-                "resume_from_checkpoint",
-                f"continuing from a path is not there yet, got {self.resume_from_checkpoint!r}; use never",
-            )
+        if not self.resume_from_checkpoint:
+            raise ConfigError("resume_from_checkpoint", "must be auto, never, a path or an address in MLflow, got ''")
 
 
 def check_run_name(run_name: str | None) -> None:

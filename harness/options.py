@@ -42,7 +42,9 @@ def make_parser(prog: str) -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=17, help="of all that is random")
     parser.add_argument("--run_dir", type=str, default="runs", help="each run gets a directory in here")
     parser.add_argument("--run_name", type=str | None, default=None, help="name of the run; null: made up")
-    parser.add_argument("--resume_from_checkpoint", type=str, default="auto", help="auto, never or a path")
+    parser.add_argument(
+        "--resume_from_checkpoint", type=str, default="auto", help="auto, never, a path, or an address in MLflow"
+    )
     for key, what in _CLASS_KEYS.items():
         default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
         parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)

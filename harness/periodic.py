@@ -32,9 +32,10 @@ from harness.agreement import Agreement
 from harness.batches import Continuation, TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.locate import find_checkpoints, locate
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.resume import Resumed, find_checkpoints, resume, samples_per_step
+from harness.checkpoint.resume import Resumed, resume, samples_per_step
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
@@ -68,7 +69,8 @@ class PeriodicLogger:
         tracking: everything else about tracking; its `experiment_name` gives way to the one above.
         params: parameters to log, nested as you like: they become dotted names.
         resume_from_checkpoint: ``auto``: where a run of this name is there already, `watch` puts its newest
-            checkpoint back, and `epochs` goes on from it; ``never``: it is refused.
+            checkpoint back, and `epochs` goes on from it; ``never``: it is refused. Or where a run begins: a
+            checkpoint's directory, a run's, or an address in MLflow (``runs:/...``, ``models:/...``).
 
     Attributes:
         step: optimizer steps that are complete.
@@ -457,8 +459,8 @@ class PeriodicLogger:
         except TypeError as error:
             raise CheckpointError(f"register({name!r}): its state cannot be written as JSON: {error}") from error
         self._registered[name] = thing
-        if self._resumed is not None and name in self._resumed.states:
-            thing.load_state_dict(decode(self._resumed.states[name]))
+        if self._resumed is not None and name in self._resumed.state.states:
+            thing.load_state_dict(decode(self._resumed.state.states[name]))
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
@@ -606,7 +608,15 @@ class PeriodicLogger:
 
     def _find_checkpoints(self) -> tuple[list[Path], int | None]:
         assert self.run_path is not None
-        found = find_checkpoints(self.run_path / "checkpoints")
+        found, damaged = find_checkpoints(self.run_path / "checkpoints")
+        for reason in damaged:
+            self.say(f"harness: warning: {reason}")
+        if self._resume_from not in ("auto", "never"):
+            if found:
+                self.say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
+            else:
+                uri = self.tracking_config.tracking_uri
+                found = locate("resume_from_checkpoint", self._resume_from, self.run_path / "downloads", uri)
         return found, samples_per_step(found)
 
     def _resume(self, watched: Watched) -> None:
@@ -614,14 +624,15 @@ class PeriodicLogger:
         if resumed is None:
             return
         self._resumed = resumed
-        self.epoch, self.step = resumed.epoch, resumed.step
-        self._batches_in_epoch = resumed.batches_in_epoch
+        state = resumed.state
+        self.epoch, self.step = state.epoch, state.step
+        self._batches_in_epoch = state.batches_in_epoch
         self._saved_at_step = self.step
-        self._is_stopped = bool(resumed.states["harness"]["is_stopped"])
+        self._is_stopped = bool(state.states["harness"]["is_stopped"])
         self._train_sums.put_back(resumed.sums)
-        self.latest.update(resumed.metrics)
-        self._run.resumed(resumed.step, resumed.name)
-        self.say(f"goes on from {resumed.name}: epoch {resumed.epoch + 1}, step {resumed.step}")
+        self.latest.update(state.metrics)
+        self._run.resumed(state.step, resumed.name)
+        self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
 
     def _take_continuation(self, loader: Any) -> Continuation | None:
         """Where the epoch that begins goes on, once after a resume: at its batch by this loader's size."""
@@ -629,14 +640,14 @@ class PeriodicLogger:
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return None
-        num_taken = resumed.batches_in_epoch
-        if resumed.samples_per_batch is not None and self._samples_per_batch not in (None, resumed.samples_per_batch):
+        num_taken, samples_before = resumed.state.batches_in_epoch, resumed.state.samples_per_batch
+        if samples_before is not None and self._samples_per_batch not in (None, samples_before):
             assert self._samples_per_batch is not None
-            num_taken, left = divmod(num_taken * resumed.samples_per_batch, self._samples_per_batch)
+            num_taken, left = divmod(num_taken * samples_before, self._samples_per_batch)
             again = f"; {left} samples come again" if left else ""
             self.say(
                 f"harness: a batch of all ranks has {self._samples_per_batch} samples, and had "
-                f"{resumed.samples_per_batch}: the epoch goes on at batch {num_taken}{again}"
+                f"{samples_before}: the epoch goes on at batch {num_taken}{again}"
             )
         own = resumed.rank_state
         if own is None:

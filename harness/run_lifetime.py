@@ -6,7 +6,7 @@ nothing there but watch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,15 @@ class RunLifetime:
                     "key": manifest.key,
                     "epoch": manifest.epoch,
                     "step": manifest.step,
-                    "files": [*manifest.weight_files, "manifest.json"],
+                    "files": [*self._published(manifest), "manifest.json"],
                     "metrics": self._points_of.pop(checkpoint, []),
                 }
             )
+
+    def _published(self, manifest: Manifest) -> Sequence[str]:
+        if self._config.log_training_state:
+            return [file.name for file in manifest.files]
+        return manifest.weight_files
 
     # ---------------------------------------------------------------------- how it ends
 

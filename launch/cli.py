@@ -109,12 +109,13 @@ _OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "lau
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
+    from harness.checkpoint.commit import scan_checkpoints
     from harness.report import checkpoint_records, checkpoint_table
 
     run_dir: Path = arguments.run_dir
     _require_run(run_dir)
     print(json.dumps(checkpoint_records(run_dir), indent=2) if arguments.json else checkpoint_table(run_dir))
-    return EXIT_DONE
+    return EXIT_FAILED if scan_checkpoints(run_dir / "checkpoints")[1] else EXIT_DONE
 
 
 def _sync(arguments: argparse.Namespace) -> int:

@@ -27,12 +27,14 @@ class Plan:
         num_processes: ranks on this machine.
         main_process_port: where the ranks meet; 0: a free one.
         training_words: the options of the configuration.
+        max_restarts: how often all ranks are started again after one has failed; the run goes on.
     """
 
     strategy: str
     num_processes: int
     main_process_port: int
     training_words: tuple[str, ...]
+    max_restarts: int = 0
 
 
 def launch(words: Sequence[str]) -> int:
@@ -77,12 +79,13 @@ def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     parser.add_argument("--num_processes", type=int, default=None, help="default: one for each GPU, else 2")
     parser.add_argument("--main_process_port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--max_restarts", type=int, default=0, help="start all ranks again when one fails, so often")
     parser.add_argument("--dry_run", action="store_true", help="only print the command")
     own, rest = parser.parse_known_args(list(words))
     count = own.num_processes
     if count is None:
         count = 1 if own.strategy == "single" else _default_num_processes()
-    return Plan(own.strategy, count, own.main_process_port, tuple(rest)), own.dry_run
+    return Plan(own.strategy, count, own.main_process_port, tuple(rest), own.max_restarts), own.dry_run
 
 
 def accelerate_command(plan: Plan) -> list[str]:
@@ -113,6 +116,7 @@ def accelerate_command(plan: Plan) -> list[str]:
     return [
         *("accelerate", "launch", "--config_file", _short(config_file)),
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
+        *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
         *extra,
         *("-m", "harness", *plan.training_words),
     ]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import MANIFEST, Manifest, list_checkpoints, read_manifest
+from harness.checkpoint.commit import read_manifest
 from harness.checkpoint.rank_state import RankState, of_rank, sums_of
-from harness.checkpoint.read import check_ranges
 from harness.checkpoint.restore import materialize, restore_tensors
 from harness.checkpoint.shards.held import Held, find_held, innermost
-from harness.checkpoint.trainer_state import FILE, Watched, put_back
+from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
 from harness.errors import CheckpointError
 
 
@@ -26,46 +23,25 @@ class Resumed:
 
     Args:
         name: of the checkpoint.
-        epoch: epochs that are complete.
-        step: optimizer steps that are complete.
-        batches_in_epoch: of the running epoch, that each rank of then had taken.
-        samples_per_batch: of all ranks of then together.
-        metrics: the latest reduced metrics.
-        states: of what was registered by name.
+        state: of the trainer.
         rank_state: this rank's own; None: the ranks are not as many as they were.
         sums: what this rank goes on with of what was logged and not reduced.
-        world_size: of the ranks that wrote it.
     """
 
     name: str
-    epoch: int
-    step: int
-    batches_in_epoch: int
-    samples_per_batch: int | None
-    metrics: Mapping[str, float]
-    states: Mapping[str, Any]
+    state: TrainerState
     rank_state: RankState | None
     sums: Mapping[str, tuple[float, float]]
-    world_size: int
-
-
-def find_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """The committed checkpoints that training can go on from, newest first. Rank zero's to decide."""
-    return [
-        checkpoints_dir / name
-        for name, manifest in reversed(list_checkpoints(checkpoints_dir))
-        if any(file.name == FILE for file in manifest.files)
-    ]
 
 
 def samples_per_step(checkpoints: Sequence[Path]) -> int | None:
-    """What an optimizer step of all ranks took, by the first of the checkpoints that tells. Not verified yet."""
+    """What an optimizer step of all ranks took, by the first of the checkpoints that tells."""
     for path in checkpoints:
         try:
-            position = json.loads((path / FILE).read_text())["position"]
-            return int(position["samples_per_batch"] * position["accumulation"])
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # it is told when it is to be put back
+            state = read_trainer_state(path, read_manifest(path))
+        except CheckpointError:
+            continue  # which is told when it is to be put back
+        return None if state.samples_per_batch is None else state.samples_per_batch * state.accumulation
     return None
 
 
@@ -128,23 +104,10 @@ def _put_back(path: Path, accelerator: Accelerator, agreement: Agreement, watche
     restore_tensors(held, path, agreement)
     failure: CheckpointError | None = None
     try:
-        manifest = read_manifest(path)
-        state = _read_state(path, manifest)
+        state = read_trainer_state(path, read_manifest(path))
         put_back(state, watched, held.groups, accelerator.scaler)
-        ranks, position = state["ranks"], state["position"]
-        own = of_rank(ranks, agreement.rank, agreement.world_size)
-        found = Resumed(
-            name=path.name,
-            epoch=position["epoch"],
-            step=state["step"],
-            batches_in_epoch=position["batches"],
-            samples_per_batch=position["samples_per_batch"],
-            metrics=state["metrics"],
-            states=state["states"],
-            rank_state=own,
-            sums=own.sums if own is not None else sums_of(ranks) if agreement.rank == 0 else {},
-            world_size=len(ranks),
-        )
+        own = of_rank(state.ranks, agreement.rank, agreement.world_size)
+        found = Resumed(path.name, state, own, _sums(state, own, agreement.rank))
     except CheckpointError as error:
         failure = error
     except Exception as error:
@@ -153,15 +116,11 @@ def _put_back(path: Path, accelerator: Accelerator, agreement: Agreement, watche
     return found
 
 
-def _read_state(path: Path, manifest: Manifest) -> Any:
-    record = next((file for file in manifest.files if file.name == FILE), None)
-    if record is None:
-        raise CheckpointError(f"{path / MANIFEST}: has weights only, so training cannot go on from it")
-    check_ranges(path / FILE, record, range(len(record.ranges)))
-    try:
-        return json.loads((path / FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / FILE}: cannot be read: {error}") from error
+def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str, tuple[float, float]]:
+    """Of another number of ranks, what was logged is rank zero's: it is to be summed up anyway."""
+    if own is not None:
+        return own.sums
+    return sums_of(state.ranks) if rank == 0 else {}
 
 
 def _raise_alike(agreement: Agreement, what: str, failure: CheckpointError | None) -> None:

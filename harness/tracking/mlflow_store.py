@@ -181,6 +181,11 @@ class MlflowStore:
         self._client.set_terminated(self.run_id, status, end_time_ms)
 
 
+def download(where: str, target: str) -> Path:
+    """Fetch artifacts, by MLflow's own address of them, into a directory; where they are in it."""
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=where, dst_path=target))
+
+
 def _key(name: str) -> str:
     """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]

@@ -18,6 +18,7 @@ from harness import random_state
 from harness.checkpoint.commit import MANIFEST, Manifest, commit, read_manifest, scan_checkpoints, temporary_of
 from harness.checkpoint.json_values import encode
 from harness.checkpoint.layout import read_header
+from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.trainer_state import FILE, Moment, TrainerState, Watched, read_trainer_state, take_trainer_state
 from harness.checkpoint.write import write_json
@@ -119,7 +120,7 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     state = take_trainer_state(Moment("a", 2, 20, 4, {}), Watched(model, optimizer, scheduler), groups, None)
-    state["random_states"] = [random_state.capture(accelerator.device)]
+    state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
     temporary.mkdir()
@@ -277,7 +278,7 @@ def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
     (group,) = state.param_groups
     assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.999))
     assert state.scheduler["best"] == float("inf")
-    assert (state.scaler, state.loss_scale, len(state.random_states)) == (None, None, 1)
+    assert (state.scaler, state.loss_scale, len(state.ranks)) == (None, None, 1)
 
 
 def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) -> None:

@@ -1,0 +1,95 @@
+"""From what a user gives as a checkpoint to directories: a path, a run's directory, or an address in MLflow."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.checkpoint.commit import MANIFEST, read_manifest, scan_checkpoints
+from harness.checkpoint.trainer_state import FILE
+from harness.checkpoint.verify import verify
+from harness.errors import CheckpointError, ConfigError
+from harness.redact import redact
+
+_MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
+_DOWNLOAD_TIMEOUT_S = 3600.0
+
+
+def is_in_mlflow(where: str) -> bool:
+    """Whether it is an address in MLflow and not a path."""
+    return where.startswith(_MLFLOW_SCHEMES)
+
+
+def find_checkpoints(checkpoints_dir: Path) -> tuple[list[Path], list[str]]:
+    """The committed checkpoints that training can go on from, newest first, and what is wrong with others.
+
+    Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
+    """
+    found = scan_checkpoints(checkpoints_dir)
+    good = [
+        checkpoints_dir / name
+        for name, manifest in reversed(found.good)
+        if any(file.name == FILE for file in manifest.files)
+    ]
+    return good, [reason for _, reason in found.bad]
+
+
+def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> list[Path]:
+    """The checkpoints that a user means, the one to try first first.
+
+    Effects: not collective, rank zero only; any thread; an address in MLflow is downloaded, and all of it
+    verified, which blocks; leaves it in `download_dir`.
+
+    Args:
+        key: of the configuration, for the message.
+        where: a checkpoint's directory, a run's, or an address in MLflow.
+        download_dir: for what is downloaded.
+        tracking_uri: of MLflow; None: as MLflow finds it.
+
+    Raises:
+        ConfigError: if there is no checkpoint there.
+        CheckpointError: if what was downloaded is not what was written, or lacks what training needs.
+    """
+    if is_in_mlflow(where):
+        return [download(key, where, download_dir, tracking_uri)]
+    path = Path(where)
+    if (path / MANIFEST).exists():
+        return [path]
+    for checkpoints_dir in (path / "checkpoints", path):
+        good, bad = find_checkpoints(checkpoints_dir)
+        if good:
+            return good
+        if bad:
+            raise CheckpointError(bad[0])
+    raise ConfigError(key, f"there is no checkpoint in {path}; give a checkpoint's directory, or a run's")
+
+
+def download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
+    """Fetch a checkpoint from MLflow into a directory of its own, and verify it.
+
+    Effects, Args, Raises: as `locate`.
+    """
+    # The trainer never imports mlflow.
+    command = [sys.executable, "-m", "harness.tracking.download", where, str(download_dir)]
+    environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(f"{where}: was not downloaded within {_DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no reason was given"]
+        raise ConfigError(key, f"{where} cannot be downloaded: {redact(lines[-1])}")
+    path = Path(done.stdout.strip().splitlines()[-1])
+    if not (path / MANIFEST).exists():
+        raise ConfigError(key, f"{where}: is no checkpoint of this program, as it has no {MANIFEST}")
+    missing = {file.name for file in read_manifest(path).files if not (path / file.name).exists()}
+    if missing and not any(name.startswith("model") for name in missing):
+        raise CheckpointError(
+            f"{where}: has the weights alone, as MLflow's copies do unless tracking.log_training_state is set; begin "
+            "with these weights by initial_weights, or resume from a run's directory"
+        )
+    if problems := verify(path).problems:
+        raise CheckpointError(f"{where}: what was downloaded is not what was written: {problems[0]}")
+    return path

@@ -1,0 +1,34 @@
+"""``python -m harness.tracking.download URI DIRECTORY``: artifacts of MLflow into a directory of their own.
+
+A process of its own, since the trainer never imports mlflow. The last line on standard output is the path.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from harness.tracking.publisher import root_cause
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the process; 0 if all is there."""
+    from harness.tracking.mlflow_store import download
+
+    where, directory = argv[0], Path(argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    # By its address, as a person reads it when the run goes on from there.
+    target = tempfile.mkdtemp(dir=directory, prefix=re.sub(r"[^\w.-]+", "-", where) + "-")
+    try:
+        path = download(where, target)
+    except Exception as error:
+        sys.stderr.write(root_cause(error) + "\n")
+        return 1
+    sys.stdout.write(f"{path.absolute()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
