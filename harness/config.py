@@ -136,9 +136,9 @@ class CheckpointConfig:
         when_failed: when a checkpoint could not be written (a full disk, say): continue training, or stop.
             At the end of training a missing last checkpoint is an error in either case.
         timeout_s: a checkpoint that is not on disk after so many seconds is given up.
-        monitor: the metric that ranks checkpoints for save_top_k.
+        monitor: the metric that ranks checkpoints, such as eval/loss; null: the newer is the better.
         mode: ``min`` if a smaller monitor is better, ``max`` if a larger is.
-        save_top_k: keep so many of the best checkpoints; -1: all.
+        save_top_k: keep so many of the best checkpoints, and always the newest; 0: the newest alone; -1: all.
         save_last: write one at the end of training too, wherever the cadence stands.
     """
 
@@ -164,15 +164,9 @@ class CheckpointConfig:
             raise ConfigError(at + "dtype", f"must be one of {', '.join(SAVE_DTYPES)} or null, got {self.dtype!r}")
         if self.max_shard_size is not None:
             parse_size_bytes(at + "max_shard_size", self.max_shard_size)
-        # Said, not ignored: a key that does nothing would be found out on the day it was needed.
+        _at_least(at + "save_top_k", self.save_top_k, -1, "use -1 to keep all, 0 to keep the newest alone")
         if not self.timeout_s > 0:
             raise ConfigError(at + "timeout_s", f"must be more than 0 seconds, got {self.timeout_s}")
-        if self.save_top_k != -1:
-            raise ConfigError(
-                at + "save_top_k", f"only -1 (keep all) is there yet, got {self.save_top_k}; delete by hand"
-            )
-        if self.monitor is not None:
-            raise ConfigError(at + "monitor", "ranks checkpoints for save_top_k, which is not there yet; use null")
 
     @property
     def max_shard_size_bytes(self) -> int | None:

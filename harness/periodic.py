@@ -31,11 +31,13 @@ from harness import data, random_state, runtime, timing
 from harness.agreement import Agreement
 from harness.batches import Continuation, TrainingBatches
 from harness.buffers import take_rank_zero_buffers
+from harness.checkpoint.commit import Manifest
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.locate import find_checkpoints, locate
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.resume import Resumed, resume, samples_per_step
+from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
@@ -177,6 +179,15 @@ class PeriodicLogger:
             self.run_name, self.run_path = self._run.open(
                 self._agreement, self._runs_dir, self.run_name, self._params, resume=self._resume_from != "never"
             )
+            retention = Retention(
+                self.run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say
+            )
+
+            def committed(name: str, manifest: Manifest) -> None:
+                self._run.publish(name, manifest)
+                # Behind its publication: in MLflow too nothing goes before what takes its place is there.
+                retention.apply(name)
+
             self._saver = Saver(
                 self.accelerator,
                 self._agreement,
@@ -184,7 +195,7 @@ class PeriodicLogger:
                 self.run_path / "checkpoints",
                 self.topology.run_facts,
                 provenance.versions(),
-                self._run.publish,
+                committed,
                 self._take_rank_state,
             )
             self._found, self.samples_per_step_before = self._agreement.from_rank_zero(

@@ -32,8 +32,8 @@ FAILURE_WAIT_S = 20.0
 class RunLifetime:
     """Opens a run, records what happens in it, and ends it as it really ended.
 
-    Effects: `open` is collective; nothing else is. Main thread, but for `publish` (rank zero's writer
-    thread). Leaves the run's directory without its checkpoints.
+    Effects: `open` is collective; nothing else is. Main thread, but for `publish` and `retire` (rank
+    zero's writer thread). Leaves the run's directory without its checkpoints.
 
     Args:
         topology: where this rank runs.
@@ -145,6 +145,11 @@ class RunLifetime:
         if self._config.log_training_state:
             return [file.name for file in manifest.files]
         return manifest.weight_files
+
+    def retire(self, checkpoint: str, key: str) -> None:
+        """Rank zero's writer thread: a checkpoint is about to be removed."""
+        if self._tracker is not None:
+            self._tracker.retire({"name": checkpoint, "key": key})
 
     # ---------------------------------------------------------------------- how it ends
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from harness.durable import replace_file, sync_directory
 from harness.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
 FORMAT = "harness-checkpoint"
 VERSION = 1
 TEMPORARY_PREFIX = ".tmp-"
@@ -86,6 +87,11 @@ class Manifest:
     def weight_files(self) -> tuple[str, ...]:
         """Names of the files that hold the weights, with their index where there is one."""
         return tuple(file.name for file in self.files if file.name.startswith("model"))
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether training can go on from it: not from weights alone."""
+        return any(file.name == TRAINER_STATE for file in self.files)
 
 
 def temporary_of(final: Path, attempt: str) -> Path:
@@ -186,10 +192,14 @@ class Scan(NamedTuple):
     bad: Sequence[tuple[str, str]]
 
 
-def scan_checkpoints(checkpoints_dir: Path) -> Scan:
+def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = read_manifest) -> Scan:
     """Find the committed checkpoints; one that is damaged does not hide the others.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
+
+    Args:
+        checkpoints_dir: of a run; missing: there are none.
+        read: how a manifest is read.
 
     Raises:
         CheckpointError: if the directory itself cannot be read.
@@ -206,7 +216,7 @@ def scan_checkpoints(checkpoints_dir: Path) -> Scan:
         if name.startswith(TEMPORARY_PREFIX):
             continue
         try:
-            good.append((name, read_manifest(checkpoints_dir / name)))
+            good.append((name, read(checkpoints_dir / name)))
         except _NoManifest:
             continue
         except CheckpointError as error:

@@ -534,8 +534,13 @@ class Saver:
             files=tuple(files),
             topology=self._topology,
             versions=self._versions,
-            save={"transport": self._transport, **save.seconds},
+            save={"transport": self._transport, **save.seconds, **self._ranking()},
         )
+
+    def _ranking(self) -> dict[str, str]:
+        """What `harness checkpoints` marks the best by."""
+        config = self._config
+        return {} if config.monitor is None else {"monitor": config.monitor, "mode": config.mode}
 
     # -------------------------------------------------------------------------- the end
 

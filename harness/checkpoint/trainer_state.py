@@ -12,12 +12,12 @@ import xxhash
 from torch import nn
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import Manifest
+from harness.checkpoint.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError
 
-FILE = "trainer_state.json"
+FILE = TRAINER_STATE
 
 
 @dataclass(frozen=True)

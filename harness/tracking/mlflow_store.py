@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -38,6 +41,9 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
+
+# How often files are tried to be deleted.
+_MAX_DELETIONS = 3
 
 # Refusals that another try cannot mend.
 _PERMANENT_CODES = frozenset(
@@ -66,6 +72,8 @@ class MlflowStore:
         # Embedded stores look the model of a new version up through the process's default.
         mlflow.set_tracking_uri(tracking_uri)
         self._client = mlflow.MlflowClient(tracking_uri)
+        self._tracking_uri = tracking_uri
+        self._num_failed_deletions: Counter[str] = Counter()
         self.run_id = ""
         self.experiment_id = ""
 
@@ -137,8 +145,7 @@ class MlflowStore:
             directory: where the files are.
             registered_model_name: also a version of this registered model, where given.
         """
-        tag = f"tags.`{CHECKPOINT_TAG}` = '{record['key']}'"
-        found = self._client.search_logged_models([self.experiment_id], filter_string=tag)
+        found = self._models_of(record["key"])
         if found:
             model_id: str = found[0].model_id
         else:
@@ -150,6 +157,7 @@ class MlflowStore:
                 tags={CHECKPOINT_TAG: record["key"], "epoch": str(record["epoch"]), "step": str(record["step"])},
                 model_type="checkpoint",
             ).model_id
+        # Left without an error only if the files were there, the same ones, to the end.
         with _Only(directory, record["files"]) as files_dir:
             self._client.log_model_artifacts(model_id, files_dir)
         # With the time of the original points: they are the same points, now linked to the model too.
@@ -176,6 +184,65 @@ class MlflowStore:
         if not any(version.source == source for version in versions):
             self._client.create_model_version(name, source, run_id=self.run_id, model_id=model_id)
 
+    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+        """Take back a pruned checkpoint's LoggedModel, its files, and the versions that we have made of it.
+
+        A model that somebody relies on stays as it is: one with a version in another registered model, or
+        with a version that has an alias or a stage. Of one that is gone already, nothing is left to do.
+
+        Args:
+            key: of the checkpoint.
+            registered_model_name: where its version was registered, if anywhere.
+
+        Returns:
+            Whether it is gone; False: it is kept.
+        """
+        for model in self._models_of(key):
+            versions = [
+                self._client.get_model_version(found.name, found.version) for found in self._versions_of(model.model_id)
+            ]
+            in_use = [v for v in versions if v.name != registered_model_name or v.aliases or _has_stage(v)]
+            if in_use:
+                names = ", ".join(f"{version.name} version {version.version}" for version in in_use)
+                self._client.set_logged_model_tags(
+                    model.model_id, {"harness.kept": f"pruned on disk; in use by {names}"}
+                )
+                return False
+            # From here on nobody shall take it for whole, should this be cut off.
+            self._client.finalize_logged_model(model.model_id, "FAILED")
+            for version in versions:
+                self._client.delete_model_version(version.name, version.version)
+            self._delete_files(model)
+            self._client.delete_logged_model(model.model_id)
+        return True
+
+    def _models_of(self, key: str) -> Sequence[LoggedModel]:
+        tag = f"tags.`{CHECKPOINT_TAG}` = '{key}'"
+        return list(self._client.search_logged_models([self.experiment_id], filter_string=tag))
+
+    def _versions_of(self, model_id: str) -> Iterator[ModelVersion]:
+        """Versions in any registered model that lead to the model: by its id, or by where its files are."""
+        token = None
+        while True:
+            # `source_path` would find one of the two only.
+            page = self._client.search_model_versions(f"run_id = '{self.run_id}'", page_token=token)
+            yield from (version for version in page if model_id in (version.source or ""))
+            if not (token := page.token):
+                return
+
+    def _delete_files(self, model: LoggedModel) -> None:
+        """MLflow's own deletion leaves them for `mlflow gc`, which does so too where this cannot."""
+        try:
+            get_artifact_repository(model.artifact_location, tracking_uri=self._tracking_uri).delete_artifacts()
+        except Exception as error:
+            # Stores differ in what they say to one that is empty, or may not be deleted from; none is worth a stop.
+            self._num_failed_deletions[model.model_id] += 1
+            if self._num_failed_deletions[model.model_id] < _MAX_DELETIONS:
+                raise
+            self._client.set_logged_model_tags(
+                model.model_id, {"harness.files": f"not deleted: {error}"[:MAX_TAG_CHARS]}
+            )
+
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status, end_time_ms)
@@ -189,6 +256,10 @@ def download(where: str, target: str) -> Path:
 def _key(name: str) -> str:
     """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+
+
+def _has_stage(version: ModelVersion) -> bool:
+    return version.current_stage not in (None, "", "None")
 
 
 class SystemMonitor:
@@ -208,17 +279,27 @@ class SystemMonitor:
 
 
 class _Only:
-    """A directory that shows only the named files of another, by hard or symbolic links."""
+    """A directory that shows only the named files of another, by symbolic links.
+
+    Leaving it fails if the other directory is not the one any more that it was at the beginning.
+    """
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
         self._directory = directory.resolve()
         self._names = names
 
     def __enter__(self) -> str:
+        self._begun_as = self._identity()
         self._temporary = tempfile.TemporaryDirectory(prefix="harness-upload-")
         for name in self._names:
             os.symlink(self._directory / name, Path(self._temporary.name) / name)
         return self._temporary.name
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._temporary.cleanup()
+        if error is None and self._identity() != self._begun_as:
+            raise FileNotFoundError(f"{self._directory}: was replaced while it was read")
+
+    def _identity(self) -> tuple[int, int]:
+        found = os.stat(self._directory / "manifest.json")
+        return found.st_ino, found.st_mtime_ns

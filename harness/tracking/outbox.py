@@ -27,7 +27,7 @@ DELIVERED = "delivered.json"
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
-Kind = Literal["params", "tags", "metrics", "dataset", "text", "checkpoint", "end"]
+Kind = Literal["params", "tags", "metrics", "dataset", "text", "checkpoint", "retire", "end"]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ class Store(Protocol):
         """Publish a checkpoint; returns the model's id."""
         ...
 
+    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+        """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
+        ...
+
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the final status."""
 
@@ -218,7 +222,8 @@ class Publisher:
             self._gone_since_s = now_s
         return now_s - self._gone_since_s > LINGER_S
 
-    def _deliver(self, group: list[Entry]) -> dict[str, str]:
+    def _deliver(self, group: list[Entry]) -> dict[str, str | None]:
+        """Returns checkpoint name -> id of its model, None where there is none any more."""
         kind, body = group[0].kind, group[0].body
         if kind == "metrics":
             self.store.log_metrics([point for entry in group for point in _points(entry)])
@@ -231,20 +236,41 @@ class Publisher:
         elif kind == "text":
             self.store.log_text(body["name"], body["content"])
         elif kind == "checkpoint":
-            directory = self.run_dir / "checkpoints" / body["name"]
-            if not directory.is_dir():
-                raise_refused(f"{directory} is gone; it was removed before it could be published")
-            name = self.settings.registered_model_name
-            return {body["name"]: self.store.log_checkpoint(body, directory, name)}
+            return self._publish(group[0])
+        elif kind == "retire":
+            if self.store.retire_checkpoint(body["key"], self.settings.registered_model_name):
+                return {body["name"]: None}
         elif kind == "end":
             self.store.set_tags({"harness.end_reason": body["reason"]})
             self.store.end(body["status"], group[0].time_ms)
         return {}
 
-    def _acknowledge(self, group: list[Entry], models: dict[str, str], refused: str | None = None) -> None:
+    def _publish(self, entry: Entry) -> dict[str, str | None]:
+        body = entry.body
+        directory = self.run_dir / "checkpoints" / body["name"]
+        # Its retirement is written before it goes: one that is gone, or goes while it is read, is known by it.
+        if self._is_retired(entry):
+            return {}
+        if not directory.is_dir():
+            raise_refused(f"{directory} is gone; it was removed before it could be published")
+        try:
+            return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registered_model_name)}
+        except Exception as error:
+            if not self._is_retired(entry):
+                raise
+            # What there is of its model goes when its retirement is delivered.
+            log(f"{body['name']} was pruned while it was published: {error}")
+            return {}
+
+    def _is_retired(self, published: Entry) -> bool:
+        rest = read_entries(self._outbox_dir, published.end_offset)
+        return any(entry.kind == "retire" and entry.body["key"] == published.body["key"] for entry in rest)
+
+    def _acknowledge(self, group: list[Entry], models: Mapping[str, str | None], refused: str | None = None) -> None:
+        known = {**self._delivered.models, **models}
         self._delivered = Delivered(
             offset=group[-1].end_offset,
-            models={**self._delivered.models, **models},
+            models={name: model_id for name, model_id in known.items() if model_id is not None},
             refused=(*self._delivered.refused, refused) if refused else self._delivered.refused,
             ended=group[-1].kind == "end",
         )

@@ -110,6 +110,15 @@ class Tracker:
             self.outbox.append("checkpoint", record)
             self.outbox.sync()
 
+    def retire(self, record: Mapping[str, Any]) -> None:
+        """A checkpoint, by name and key, that is about to be removed. Any thread.
+
+        On the disk itself when this returns, behind the entry of the checkpoint that takes its place.
+        """
+        if self.config.log_models:
+            self.outbox.append("retire", record)
+            self.outbox.sync()
+
     def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[float], bool]) -> bool:
         """Say how the run ended and wait until all is delivered, at most `timeout_s`.
 

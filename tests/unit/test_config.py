@@ -34,6 +34,7 @@ TASK = ClassSpec("harness.tasks.Digits")
         (EarlyStopping, "trainer.early_stopping.patience", 0),
         (CheckpointConfig, "checkpoint.every_n_epochs", 0),
         (CheckpointConfig, "checkpoint.every_n_steps", -5),
+        (CheckpointConfig, "checkpoint.save_top_k", -2),
         (CheckpointConfig, "checkpoint.dtype", "bf16"),
         (CheckpointConfig, "checkpoint.max_shard_size", "5"),
         (TrackingConfig, "tracking.log_every_n_steps", 0),

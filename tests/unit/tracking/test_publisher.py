@@ -41,6 +41,7 @@ class FaultyStore:
         self.experiment_id = ""
         self.calls: list[tuple[str, Any]] = []
         self.num_tries = 0
+        self.in_use: set[str] = set()
         self._failures = list(failures)
 
     def _call(self, name: str, value: Any) -> None:
@@ -74,6 +75,10 @@ class FaultyStore:
     def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
         self._call("checkpoint", (record["name"], directory, registered_model_name))
         return f"m-{record['name']}"
+
+    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+        self._call("retire", (key, registered_model_name))
+        return key not in self.in_use
 
     def end(self, status: str, end_time_ms: int) -> None:
         self._call("end", (status, end_time_ms))
@@ -148,7 +153,7 @@ def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox:
     outbox.append("metrics", {"step": 1, "values": {"x": 0.5, "y": 2.0}}, 3)
     outbox.append("dataset", {"name": "digits"}, 4)
     outbox.append("text", {"name": "t.txt", "content": "words"}, 5)
-    outbox.append("checkpoint", {"name": "epoch-0001"}, 6)
+    outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"}, 6)
     end(outbox)
     store = FaultyStore()
 
@@ -255,13 +260,97 @@ def test_password_is_left_out_when_the_refusal_has_it(
 
 
 def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox: Outbox) -> None:
-    outbox.append("checkpoint", {"name": "epoch-0001"}, 1)
+    outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"}, 1)
     end(outbox)
     store = FaultyStore()
     assert publisher(run_dir, store).run()
     assert store.kinds == ["tags", "end"]
     (refused,) = read_delivered(run_dir / "outbox").refused
     assert "epoch-0001 is gone" in refused
+
+
+# ------------------------------------------------------------------------- pruned checkpoints
+
+
+def saved(run_dir: Path, outbox: Outbox, number: int) -> Path:
+    directory = run_dir / "checkpoints" / f"epoch-{number:04d}"
+    directory.mkdir(parents=True)
+    outbox.append("checkpoint", {"name": directory.name, "key": f"k{number}"}, number)
+    return directory
+
+
+def retire(outbox: Outbox, number: int) -> None:
+    outbox.append("retire", {"name": f"epoch-{number:04d}", "key": f"k{number}"}, 10 + number)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_pruned_one_is_skipped_quietly_when_it_was_not_published_yet(
+    run_dir: Path, outbox: Outbox, is_there: bool
+) -> None:
+    first = saved(run_dir, outbox, 1)
+    saved(run_dir, outbox, 2)
+    retire(outbox, 1)
+    end(outbox)
+    if not is_there:
+        first.rmdir()
+    store, clock = FaultyStore(), Clock()
+    assert publisher(run_dir, store, clock).run()
+    # It is taken back all the same: an earlier try may have left a half of it.
+    assert store.kinds == ["checkpoint", "retire", "tags", "end"]
+    assert store.calls[0][1][0] == "epoch-0002"
+    assert store.calls[1] == ("retire", ("k1", "registered"))
+    delivered = read_delivered(run_dir / "outbox")
+    assert (delivered.refused, delivered.models) == ((), {"epoch-0002": "m-epoch-0002"})
+    assert clock.pauses_s == []
+
+
+def test_pruned_one_is_taken_back_after_its_successor_is_there_when_it_was_published(
+    run_dir: Path, outbox: Outbox
+) -> None:
+    saved(run_dir, outbox, 1)
+    script: list[Callable[[], Any]] = [lambda: (saved(run_dir, outbox, 2), retire(outbox, 1), end(outbox))]
+    store = FaultyStore()
+    assert publisher(run_dir, store, Clock(lambda: script.pop(0)())).run()
+    assert store.kinds == ["checkpoint", "checkpoint", "retire", "tags", "end"]
+    assert read_delivered(run_dir / "outbox").models == {"epoch-0002": "m-epoch-0002"}
+
+
+def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_it(
+    run_dir: Path, outbox: Outbox
+) -> None:
+    first = saved(run_dir, outbox, 1)
+
+    class Pruned(FaultyStore):
+        def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+            if record["name"] == "epoch-0001":
+                saved(run_dir, outbox, 2)
+                retire(outbox, 1)
+                first.rmdir()
+                end(outbox)
+                raise Refusal("No such file or directory")  # of whatever kind the store makes of it
+            return super().log_checkpoint(record, directory, registered_model_name)
+
+    store, clock = Pruned(), Clock()
+    assert publisher(run_dir, store, clock).run()
+    assert store.kinds == ["checkpoint", "retire", "tags", "end"]
+    assert read_delivered(run_dir / "outbox").refused == ()
+
+
+def test_model_stays_known_when_somebody_uses_it(run_dir: Path, outbox: Outbox) -> None:
+    saved(run_dir, outbox, 1)
+    script: list[Callable[[], Any]] = [lambda: (retire(outbox, 1), end(outbox))]
+    store = FaultyStore()
+    store.in_use = {"k1"}
+    assert publisher(run_dir, store, Clock(lambda: script.pop(0)())).run()
+    assert read_delivered(run_dir / "outbox").models == {"epoch-0001": "m-epoch-0001"}
+
+
+def test_retirement_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+    retire(outbox, 1)
+    end(outbox)
+    store = FaultyStore(ConnectionError("away"), ("stored", ConnectionError("answer lost")))
+    assert publisher(run_dir, store).run()
+    assert store.kinds == ["retire", "retire", "tags", "end"]
 
 
 def test_last_group_alone_is_repeated_when_killed_before_acknowledging(run_dir: Path, outbox: Outbox) -> None:
