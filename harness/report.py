@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.commit import scan_checkpoints
+from harness.checkpoint.retention import best_of
 from harness.tracking.outbox import read_delivered
 
 _SHOWN_METRICS = 4
 
 
 def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
-    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None), damage.
+    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None), and more.
 
-    ``damaged`` is None, or why the checkpoint cannot be used; those come last, with nothing known of them.
+    ``best``: of all by the newest's ``checkpoint.monitor``. ``damaged``: None, or why it cannot be used.
+    ``on_disk``: false of one that was pruned, while MLflow still has its model. Of these two, which come last,
+    nothing else is known.
 
     Raises:
         CheckpointError: if the directory of checkpoints cannot be read.
     """
     models = read_delivered(run_dir / "outbox").models
     found = scan_checkpoints(run_dir / "checkpoints")
+    save = found.good[-1][1].save if found.good else {}
+    best = best_of(found.good, save["monitor"], save["mode"]) if "monitor" in save else None
     good = [
         {
             "name": name,
@@ -33,13 +38,20 @@ def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
             "bytes": manifest.size_bytes,
             "metrics": dict(manifest.metrics),
             "mlflow_model_id": models.get(name),
+            "best": name == best,
             "damaged": None,
+            "on_disk": True,
         }
         for name, manifest in found.good
     ]
-    unknown: dict[str, Any] = {"epoch": None, "step": None, "bytes": None, "metrics": {}}
-    bad = [{"name": n, **unknown, "mlflow_model_id": models.get(n), "damaged": reason} for n, reason in found.bad]
-    return [*good, *bad]
+    there = {name for name, _ in [*found.good, *found.bad]}
+    others = [*((name, reason, True) for name, reason in found.bad)]
+    others += [(name, "", False) for name in models if name not in there]
+    unknown: dict[str, Any] = {"epoch": None, "step": None, "bytes": None, "metrics": {}, "best": False}
+    return good + [
+        {"name": n, **unknown, "mlflow_model_id": models.get(n), "damaged": reason or None, "on_disk": on_disk}
+        for n, reason, on_disk in others
+    ]
 
 
 def checkpoint_table(run_dir: Path) -> str:
@@ -52,11 +64,13 @@ def checkpoint_table(run_dir: Path) -> str:
     rows = [["epoch", "step", "bytes", *metrics, "on disk", "MLflow model"]]
     for record in records:
         model = record["mlflow_model_id"] or "not yet"
-        if record["damaged"] is not None:
-            rows.append([*"---", *"-" * len(metrics), f"{record['name']} (damaged)", model])
+        if record["step"] is None:
+            name = f"{record['name']} ({'damaged' if record['on_disk'] else 'removed'})"
+            rows.append([*"---", *"-" * len(metrics), name, model])
             continue
-        shown = [f"{record['metrics'][name]:.4f}" if name in record["metrics"] else "-" for name in metrics]
-        rows.append([str(record["epoch"]), str(record["step"]), f"{record['bytes']:,}", *shown, record["name"], model])
+        name = f"{record['name']} (best)" if record["best"] else record["name"]
+        shown = [f"{record['metrics'][key]:.4f}" if key in record["metrics"] else "-" for key in metrics]
+        rows.append([str(record["epoch"]), str(record["step"]), f"{record['bytes']:,}", *shown, name, model])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     text_columns = len(rows[0]) - 2
     lines = []

@@ -10,12 +10,12 @@ from harness.report import checkpoint_records, checkpoint_table, how_to_open
 from harness.tracking.outbox import Delivered, write_delivered
 
 
-def save(run_dir: Path, name: str, step: int, metrics: dict[str, float]) -> None:
+def save(run_dir: Path, name: str, step: int, metrics: dict[str, float], ranking: dict[str, str] | None = None) -> None:
     final = run_dir / "checkpoints" / name
     files = (FileRecord("model.safetensors", 1_234_567, (Range(0, 1_234_567, 0, "ab"),)),)
     temporary = temporary_of(final, "test")
     temporary.mkdir(parents=True)
-    commit(temporary, final, Manifest(f"key-{step}", step // 10, step, step, metrics, files, {}, {}))
+    commit(temporary, final, Manifest(f"key-{step}", step // 10, step, step, metrics, files, {}, {}, ranking or {}))
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_damaged_one_is_shown_with_its_reason_when_its_manifest_cannot_be_read(r
     assert second.split() == ["-", "-", "-", "-", "epoch-0001", "(damaged)", "m-123"]
     assert reason == bad["damaged"]
     assert f"{run_dir}/checkpoints/epoch-0001/manifest.json: is damaged" in reason
+
+
+def test_best_and_removed_ones_are_shown_when_checkpoints_are_ranked(run_dir: Path) -> None:
+    save(run_dir, "epoch-0003", 30, {"eval/loss": 0.5}, {"monitor": "eval/loss", "mode": "min"})
+    write_delivered(run_dir / "outbox", Delivered(9, {"epoch-0000": "m-0", "epoch-0003": "m-3"}, ()))
+    records = checkpoint_records(run_dir)
+    assert [(r["name"], r["best"], r["on_disk"], r["mlflow_model_id"]) for r in records] == [
+        ("epoch-0001", False, True, None),
+        ("epoch-0002", True, True, None),
+        ("epoch-0003", False, True, "m-3"),
+        ("epoch-0000", False, False, "m-0"),
+    ]
+    lines = checkpoint_table(run_dir).splitlines()
+    assert lines[2].split()[5:] == ["epoch-0002", "(best)", "not", "yet"]
+    assert lines[4].split()[5:] == ["epoch-0000", "(removed)", "m-0"]
 
 
 def test_table_says_so_when_there_is_no_checkpoint(tmp_path: Path) -> None:
