@@ -1,0 +1,122 @@
+"""Pruning against a real MLflow: on a server, and on sqlite without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from harness.tracking.mlflow_store import MlflowStore
+from tests.launching import ROOT, harness, run
+from tests.mlflow_reader import models
+from tests.services.mlflow_server import MlflowServer
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)  # sqlite keeps its artifacts here
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    server: MlflowServer = request.getfixturevalue("server")
+    return server.uri
+
+
+@pytest.fixture
+def store(uri: str, tmp_path: Path) -> MlflowStore:
+    found = MlflowStore(uri)
+    found.open_run(f"key-{tmp_path.name}", "it", f"retention-{tmp_path.name}")
+    return found
+
+
+def publish(store: MlflowStore, tmp_path: Path, key: str, registered: str | None) -> LoggedModel:
+    directory = tmp_path / key
+    directory.mkdir()
+    for name in ("model.safetensors", "manifest.json"):
+        (directory / name).write_text(key)
+    record = {"name": key, "key": key, "epoch": 1, "step": 1, "files": ["model.safetensors", "manifest.json"]}
+    model_id = store.log_checkpoint({**record, "metrics": [["loss", 0.5, 1, 1]]}, directory, registered)
+    return mlflow.MlflowClient().get_logged_model(model_id)
+
+
+def files(model: LoggedModel, uri: str) -> list[str]:
+    return [file.path for file in get_artifact_repository(model.artifact_location, tracking_uri=uri).list_artifacts()]
+
+
+def found(store: MlflowStore, key: str) -> list[Any]:
+    return list(store._models_of(key))
+
+
+def test_model_version_and_files_are_gone_when_retired_even_twice(store: MlflowStore, uri: str, tmp_path: Path) -> None:
+    name, reader = f"reg-{tmp_path.name}", MlflowClient(uri)
+    first, second = (publish(store, tmp_path, key, name) for key in ("first", "second"))
+    assert len(files(first, uri)) == 2
+    for _ in range(2):
+        assert store.retire_checkpoint("first", name)
+    assert (found(store, "first"), files(first, uri)) == ([], [])
+    assert [v.source for v in reader.search_model_versions(f"name = '{name}'")] == [f"models:/{second.model_id}"]
+    assert len(files(second, uri)) == 2
+    assert store.retire_checkpoint("never there", name)
+    assert reader.get_run(store.run_id).data.metrics == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("use", ["alias", "other name"])
+def test_model_stays_whole_when_somebody_uses_a_version_of_it(
+    store: MlflowStore, uri: str, tmp_path: Path, use: str
+) -> None:
+    name, reader = f"reg-{tmp_path.name}", MlflowClient(uri)
+    model = publish(store, tmp_path, "first", name)
+    if use == "alias":
+        reader.set_registered_model_alias(name, "champion", "1")
+    else:
+        mlflow.register_model(f"models:/{model.model_id}", f"other-{tmp_path.name}")
+    assert not store.retire_checkpoint("first", name)
+    (kept,) = found(store, "first")
+    assert (str(kept.status), len(files(model, uri))) == ("READY", 2)
+    assert "in use by" in kept.tags["harness.kept"]
+    assert len(reader.search_model_versions(f"name = '{name}'")) == 1
+
+
+def test_half_of_a_model_is_gone_when_its_checkpoint_was_pruned_in_the_upload(
+    store: MlflowStore, uri: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "first"
+    directory.mkdir()
+    (directory / "manifest.json").write_text("{}")
+    record = {"name": "first", "key": "first", "epoch": 1, "step": 1, "files": ["manifest.json", "model.safetensors"]}
+    with pytest.raises(FileNotFoundError):
+        store.log_checkpoint({**record, "metrics": []}, directory, None)
+    (half,) = found(store, "first")
+    assert str(half.status) == "PENDING"
+    assert store.retire_checkpoint("first", None)
+    assert (found(store, "first"), files(half, uri)) == ([], [])
+
+
+def test_mlflow_has_what_the_disk_has_when_a_run_keeps_the_best(tmp_path: Path, server: MlflowServer) -> None:
+    words = ("train", "--config", ROOT / "configs" / "digits.yaml", "--trainer.max_epochs", "6", "--run_name", "it")
+    keeping = ("--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "1", "--checkpoint.when_busy", "wait")
+    ranking = ("--checkpoint.monitor", "eval/loss", "--tracking.experiment_name", "kept")
+    tracking = ("--tracking.tracking_uri", server.uri, "--tracking.registered_model_name", "kept")
+    done = run(harness(*words, *keeping, *ranking, *tracking), tmp_path)
+    assert done.code == 0, done.output
+    listed = run(harness("checkpoints", tmp_path / "runs/it", "--json"), tmp_path)
+    records = json.loads(listed.output)
+    names = [record["name"] for record in records]
+    assert names == sorted(path.name for path in (tmp_path / "runs/it/checkpoints").iterdir())
+    assert names[-1] == "epoch-0006"
+    assert len(names) <= 2
+    assert sum(record["best"] for record in records) == 1
+    reader = MlflowClient(server.uri)
+    (mlflow_run,) = reader.search_runs([reader.get_experiment_by_name("kept").experiment_id])
+    left = models(reader, mlflow_run)
+    assert [(m.name, m.model_id, str(m.status)) for m in left] == [
+        (record["name"], record["mlflow_model_id"], "READY") for record in records
+    ]
+    assert len(reader.search_model_versions("name = 'kept'")) == len(names)
