@@ -13,9 +13,10 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from harness.tracking.mlflow_store import MlflowStore
-from tests.launching import ROOT, harness, run
+from tests.launching import ROOT, harness, run, started
 from tests.mlflow_reader import models
 from tests.services.mlflow_server import MlflowServer
+from tests.services.test_server import wait_for
 
 pytestmark = pytest.mark.services
 
@@ -120,3 +121,22 @@ def test_mlflow_has_what_the_disk_has_when_a_run_keeps_the_best(tmp_path: Path, 
         (record["name"], record["mlflow_model_id"], "READY") for record in records
     ]
     assert len(reader.search_model_versions("name = 'kept'")) == len(names)
+
+
+def test_pruned_ones_are_never_published_when_the_server_was_away(tmp_path: Path, server: MlflowServer) -> None:
+    task = ("--task.class_path", "tests.services.tasks.Waits", "--task.init_args.directory", tmp_path)
+    words = ("train", "--config", ROOT / "configs" / "digits.yaml", *task, "--trainer.max_epochs", "4")
+    keeping = ("--run_name", "it", "--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "0")
+    tracking = ("--tracking.tracking_uri", server.uri, "--tracking.experiment_name", "away")
+    with started(harness(*words, *keeping, "--checkpoint.when_busy", "wait", *tracking), tmp_path) as process:
+        wait_for(tmp_path / "arrived")
+        server.stop()
+        (tmp_path / "go").touch()
+        wait_for(tmp_path / "output.txt", "epoch   4")
+        server.start()
+        assert process.wait(90) == 0, (tmp_path / "output.txt").read_text()
+    assert "warning" not in (tmp_path / "output.txt").read_text()
+    assert [path.name for path in (tmp_path / "runs/it/checkpoints").iterdir()] == ["epoch-0004"]
+    reader = MlflowClient(server.uri)
+    (mlflow_run,) = reader.search_runs([reader.get_experiment_by_name("away").experiment_id])
+    assert [(m.name, str(m.status)) for m in models(reader, mlflow_run)] == [("epoch-0004", "READY")]
