@@ -3,108 +3,152 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from harness.agreement import Agreement
-from harness.checkpoint.restore import materialize, restore_tensors
+from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig
+from harness.config import CheckpointConfig, TrainerConfig
+from harness.cpu import prepare_deepspeed
+from harness.runtime import start
+from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
 
+# Imported here, so that it is imported once, by the process that the ranks are forked from.
+prepare_deepspeed()
+import deepspeed  # noqa: E402, F401
 
-class Net(nn.Module):
-    """Uneven shapes, tied and frozen weights, a buffer."""
+# What `accelerate launch` makes of configs/accelerate/*.yaml.
+_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+ENVIRONMENT = {
+    "single": {},
+    "ddp": {},
+    "fsdp2": _FSDP2,
+    "hsdp": _FSDP2
+    | {
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    },
+    **{
+        f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+        for stage in (1, 2, 3)
+    },
+}
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.05),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.05),
+    "SGD with momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.05, initial_accumulator_value=0.1),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.05),
+}
 
-    steps: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.first = nn.Linear(5, 11)
-        self.second = nn.Linear(11, 5, bias=False)
-        self.frozen = nn.Linear(5, 5).requires_grad_(False)
-        self.norm = nn.LayerNorm(5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("steps", torch.tensor(0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(self.frozen(self.second(torch.relu(self.first(self.embed(x)))))))
-        return out
-
-
-def made(strategy: str, world_size: int, seed: int) -> Watched:
-    """Not prepared by accelerate: DDP's ranks do the same, with the same data."""
-    torch.manual_seed(seed)
-    model = Net()
-    if strategy != "replicated":
-        sizes, names = (
-            ((2, world_size // 2), ("replica", "shard")) if strategy == "hsdp" else ((world_size,), ("shard",))
-        )
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-        fully_shard(model.first, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    return Watched(model, torch.optim.AdamW(model.parameters(), lr=0.1), None)
-
-
-def save_under(rank: int, world_size: int, port: int, directory: Path, strategy: str) -> None:
-    """Three steps and a save."""
+def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Agreement]:
     become_rank(rank, world_size, port)
-    accelerator = Accelerator(cpu=True)
-    watched = made(strategy, world_size, seed=world_size)
-    checkpoints = directory / f"{strategy}-{world_size}"
-    checkpoints.mkdir(exist_ok=True)
-    saver = Saver(accelerator, Agreement(rank, world_size), CheckpointConfig(), checkpoints, {}, {}, ignore)
+    os.environ |= ENVIRONMENT[strategy]
+    accelerator = start(TrainerConfig(mixed_precision=precision), seed=0)  # type: ignore[arg-type]
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        # Some weights are kept gathered, some are not; and a group is in several parts.
+        plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 20,
+            "sub_group_size": 40,
+        }
+    return accelerator, Agreement(rank, world_size, timeout_s=60)
+
+
+def prepared(accelerator: Accelerator, seed: int, kind: str, num_groups: int, model_name: str = "uneven") -> Watched:
+    torch.manual_seed(seed)
+    model = MODELS[model_name]()
+    optimizer = OPTIMIZERS[kind](groups_of(model, num_groups))
+    return Watched(*accelerator.prepare(model, optimizer), None)
+
+
+def train(accelerator: Accelerator, watched: Watched, step: int) -> None:
+    """One step on this rank's part of a batch that is the same for any number of ranks."""
+    tokens = torch.randint(0, 13, (12, 8), generator=torch.Generator().manual_seed(step))
+    mine = tokens[accelerator.process_index :: accelerator.num_processes]
+    loss = F.cross_entropy(watched.model(mine).flatten(0, -2).float(), mine.flatten())
+    accelerator.backward(loss)
+    assert watched.optimizer is not None
+    watched.optimizer.step()
+    watched.optimizer.zero_grad()
+
+
+def saver_of(accelerator: Accelerator, agreement: Agreement, directory: Path, **config: Any) -> Saver:
+    if agreement.rank == 0:
+        directory.mkdir(exist_ok=True)
+    agreement.gather("the directory", None)
+    return Saver(accelerator, agreement, CheckpointConfig(when_busy="wait", **config), directory, {}, {}, ignore)
+
+
+def save_under(
+    rank: int,
+    world_size: int,
+    port: int,
+    directory: Path,
+    strategy: str,
+    precision: str = "fp32",
+    kind: str = "AdamW",
+    num_groups: int = 2,
+) -> None:
+    """Three steps and a save, into `directory`, and another step and save."""
+    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    watched = prepared(accelerator, world_size, kind, num_groups)
+    saver = saver_of(accelerator, agreement, directory)
     saver.check(watched)
-    optimizer: Any = watched.optimizer
-    for step in range(1, 4):
-        watched.model(torch.arange(7)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        watched.model.steps.fill_(step)  # type: ignore[operator, union-attr]
-    saver.save(Moment("step-3", 0, 3, 0, {}))
+    for step in range(1, 5):
+        train(accelerator, watched, step)
+        if step >= 3:
+            saver.save(Moment(f"step-{step}", 0, step, 0, {}))
     saver.close()
 
 
-def restore_under(rank: int, world_size: int, port: int, directory: Path, strategy: str, names: list[str]) -> None:
-    """Restore each of the checkpoints in turn, and write what all ranks then hold together."""
-    become_rank(rank, world_size, port)
-    accelerator = Accelerator(cpu=True)
-    agreement = Agreement(rank, world_size)
-    watched = made(strategy, world_size, seed=99)
-    materialize(watched.optimizer)  # type: ignore[arg-type]
-    reports = []
-    for name in names:
-        held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
-        found = restore_tensors(held, directory / name / "step-3", agreement)
-        reports.append(agreement.gather("what was read", [found.wanted_bytes, found.read_bytes]))
-        model = {key: _full(value) for key, value in watched.model.state_dict().items() if key != "head.weight"}
-        moments = {
-            f"{kind}.{key}": _full(value)
-            for key, parameter in watched.model.named_parameters()
-            for kind, value in watched.optimizer.state.get(parameter, {}).items()  # type: ignore[union-attr]
-        }
-        buffers = agreement.gather("buffers", watched.model.steps.item())  # type: ignore[operator, union-attr]
-        assert buffers == [3] * world_size
+def restore_under(
+    rank: int,
+    world_size: int,
+    port: int,
+    directory: Path,
+    strategy: str,
+    names: dict[str, str],
+    precision: str = "fp32",
+    kind: str = "AdamW",
+    num_groups: int = 2,
+) -> None:
+    """Restore each of the checkpoints in turn, save what was restored, and again after one step more.
+
+    Args:
+        names: of what is saved into `directory` -> path of the checkpoint.
+    """
+    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    watched = prepared(accelerator, 99, kind, num_groups)
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    for name, path in names.items():
+        found = restore_tensors(accelerator, watched, Path(path), agreement)
+        report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
+        saver.save(Moment(name, 0, 3, 0, {}))
+        train(accelerator, watched, 4)
+        saver.save(Moment(f"{name}-next", 0, 4, 0, {}))
+        saver._await_save()
         if rank == 0:
-            into = directory / f"{name}-into-{strategy}-{world_size}"
-            into.mkdir()
-            save_file(model, into / "model.safetensors")
-            save_file(moments, into / "optimizer.safetensors")
-            (into / "read.json").write_text(json.dumps(reports[-1]))
-
-
-def _full(value: Tensor) -> Tensor:
-    full = value.full_tensor() if isinstance(value, DTensor) else value
-    return full.detach().clone().contiguous()
+            (directory / f"{name}.json").write_text(json.dumps(report))
+    saver.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +42,7 @@ class Held:
         sharded_modules: FSDP2's modules, which may hold unsharded parameters for a while.
         sizes: containers whose length must stay for all this to hold.
         members: (dictionary, key, value): what must stay where it is; None: there is nothing.
+        refresh: collective; what follows from the tensors, once a checkpoint has been read into them.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Held:
     sharded_modules: tuple[Any, ...] = ()
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     members: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    refresh: Callable[[], None] = lambda: None
 
     @property
     def is_current(self) -> bool:
@@ -117,14 +119,51 @@ def find_held(
 
     _refuse_fsdp1(model)
     _refuse_extra_state(model)
-    sharded = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
-    for module in sharded:
-        module.reshard()
+    sharded = _resharded(model)
     state = named_state(model)
     held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
     find = zero.find if accelerator.distributed_type == DistributedType.DEEPSPEED else plain.find
     find(held, state, model, optimizer, Selection(weights_only, dtype, accelerator.is_main_process, restoring))
     return held
+
+
+class Stepped(NamedTuple):
+    """One tensor that the innermost optimizer steps on: a parameter, or a flat partition of many.
+
+    Args:
+        group: the live parameter group.
+        tensor: as the optimizer has it in its state.
+        names: of the parameters that are in it.
+    """
+
+    group: dict[str, Any]
+    tensor: Tensor
+    names: list[str]
+
+
+def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Stepped]:
+    """What the innermost optimizer steps on, in the same order on every rank.
+
+    Effects: not collective; main thread, between steps; reads metadata only.
+
+    Raises:
+        CheckpointError: as `find_held`.
+    """
+    from harness.checkpoint.shards import plain, zero
+
+    _resharded(model)
+    names = names_by_id(named_state(model))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.find_stepped(model, names)
+    return plain.find_stepped(optimizer, names)
+
+
+def _resharded(model: nn.Module) -> tuple[Any, ...]:
+    """FSDP2's modules, which hold their sharded parameters now."""
+    sharded = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
+    for module in sharded:
+        module.reshard()
+    return sharded
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
 from harness.checkpoint.shards.dtensor import runs_of
-from harness.checkpoint.shards.held import Held, Selection, name_of, names_by_id, refuse_state, trained_ids
+from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, names_by_id, refuse_state, trained_ids
 from harness.checkpoint.shards.source import Source, number_spec, source_of, spec_of, whole, whole_number
 
 
@@ -52,6 +52,16 @@ def find(
             held.sizes.append((values, len(values)))
             for kind, value in values.items():
                 _add_state(held, inner, kind, name, value, values, parameter)
+
+
+def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
+    """The parameters in the optimizer's groups, frozen ones too: they may be trained again later."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return [
+        Stepped(group, parameter, [name_of(parameter, names, index)])
+        for index, group in enumerate(inner.param_groups)
+        for parameter in group["params"]
+    ]
 
 
 def _add_state(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
-from harness.checkpoint.shards.held import Held, Selection, name_of, names_by_id, refuse_state
+from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, names_by_id, refuse_state
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import (
     Run,
@@ -48,7 +48,9 @@ def find(
     add_buffers(held, state, selection)
     names = names_by_id(state)
     _add_groups(held, stage, names)
-    if optimizer is None or (selection.weights_only and not selection.restoring):
+    if selection.restoring:
+        held.refresh = stage.refresh
+    elif optimizer is None or selection.weights_only:
         return
     inner = zero.optimizer
     held.members.append((inner.__dict__, "state", inner.state))
@@ -64,6 +66,20 @@ def find(
                 continue
             for kind, value in values.items():
                 _add_state(held, inner, kind, name, value, values, flat.tensor, shape, runs)
+
+
+def find_stepped(model: nn.Module, names: dict[int, str]) -> list[Stepped]:
+    """This rank's flat partitions."""
+    engine: Any = model
+    stage = _stage(engine.optimizer)
+    return [
+        Stepped(
+            stage.group(flat.group_index),
+            flat.tensor,
+            [name_of(parameter, names, flat.group_index) for parameter, _ in flat.members],
+        )
+        for flat in stage.flats
+    ]
 
 
 def _stage(zero: Any) -> _Stage12 | _Stage3:
@@ -177,6 +193,9 @@ class _Stage12:
         group: dict[str, Any] = self._zero.optimizer.param_groups[index]
         return group
 
+    def refresh(self) -> None:
+        """Nothing: the weights, which lie in the groups' flat buffers, are read whole on each rank."""
+
 
 class _Stage3:
     """ZeRO-3: of each weight, master and moment the same range, cut off where padding begins."""
@@ -224,3 +243,8 @@ class _Stage3:
         groups = self._zero.optimizer.param_groups
         group: dict[str, Any] = groups[index] if index < len(groups) else groups[0]
         return group
+
+    def refresh(self) -> None:
+        """Gather again what DeepSpeed keeps gathered: small weights, on all ranks. Collective."""
+        self._zero.checkpoint_event_prologue()
+        self._zero.checkpoint_event_epilogue()

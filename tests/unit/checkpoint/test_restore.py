@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from harness.agreement import Agreement
-from harness.checkpoint.restore import Restored, materialize, restore_tensors
+from harness.checkpoint.materialize import materialize
+from harness.checkpoint.restore import Restored, restore_tensors
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.shards.held import Stepped, find_stepped
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -76,12 +77,7 @@ def saved(watched: Watched, accelerator: Accelerator, directory: Path, **config:
 
 
 def restored(watched: Watched, accelerator: Accelerator, checkpoint: Path, *, weights_only: bool = False) -> Restored:
-    if not weights_only:
-        materialize(watched.optimizer)  # type: ignore[arg-type]
-    held = find_held(
-        accelerator, watched.model, watched.optimizer, weights_only=weights_only, dtype=None, restoring=True
-    )
-    return restore_tensors(held, checkpoint, Agreement(0, 1))
+    return restore_tensors(accelerator, watched, checkpoint, Agreement(0, 1), weights_only=weights_only)
 
 
 def state_of(watched: Watched) -> dict[str, Any]:
@@ -120,22 +116,27 @@ def test_training_goes_on_bit_for_bit_when_restored(accelerator: Accelerator, tm
     assert_same(state_of(second), state_of(first))
 
 
-def test_nothing_but_the_state_is_there_when_an_optimizer_has_made_it() -> None:
+def test_nothing_but_the_state_is_there_when_an_optimizer_has_made_it(accelerator: Accelerator) -> None:
     watched = made("SGD with momentum")
+    assert watched.optimizer is not None
     before = {name: value.clone() for name, value in watched.model.state_dict().items()}
-    materialize(watched.optimizer)  # type: ignore[arg-type]
+    stepped = find_stepped(accelerator, watched.model, watched.optimizer)
+    assert materialize(watched.optimizer, stepped) == [each.tensor for each in stepped]
     assert_same(dict(watched.model.state_dict()), before)
     assert all(parameter.grad is None for parameter in watched.model.parameters())
-    assert watched.optimizer.param_groups[0]["lr"] == 0.001  # type: ignore[union-attr]
-    state = dict(watched.optimizer.state)  # type: ignore[union-attr]
-    materialize(watched.optimizer)  # type: ignore[arg-type]  # there is nothing to be made
-    assert dict(watched.optimizer.state) == state  # type: ignore[union-attr]
+    assert watched.optimizer.param_groups[0]["lr"] == 0.001
+    assert watched.optimizer.param_groups[0]["params"] == [each.tensor for each in stepped]
+    state = dict(watched.optimizer.state)
+    assert materialize(watched.optimizer, stepped) == []
+    assert dict(watched.optimizer.state) == state
 
 
 def test_error_names_the_optimizer_when_it_needs_a_closure() -> None:
-    optimizer = torch.optim.LBFGS([nn.Parameter(torch.zeros(2))])
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.LBFGS([parameter])
     with pytest.raises(CheckpointError, match="LBFGS: cannot make its state before training"):
-        materialize(optimizer)
+        materialize(optimizer, [Stepped(optimizer.param_groups[0], parameter, ["weight"])])
+    assert not optimizer.state
 
 
 def test_weights_are_cast_when_the_model_has_another_type(accelerator: Accelerator, tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_weights_are_cast_when_the_model_has_another_type(accelerator: Accelerat
     ("shape", "said"),
     [
         ({"words": 17}, r"embed.weight: has shape \[16, 8\] in the checkpoint and \[17, 8\] in the model"),
-        ({"layers": 2}, "the checkpoint has no mix.1.weight, mix.1.bias, step.mix.1.weight and 5 more"),
+        ({"layers": 2}, "step-1: has no mix.1.weight, mix.1.bias; resume with the model"),
     ],
 )
 def test_error_has_the_tensor_when_the_model_is_another(

@@ -1,0 +1,88 @@
+"""An optimizer's state before its first step, so that there is something to read a checkpoint into.
+
+The optimizer itself makes it, in a step with gradients of zero at a rate of zero: types, devices and what is
+a plain number are its own choice. The values are of no use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.checkpoint.shards.held import Stepped
+from harness.errors import CheckpointError
+
+_GRADIENT_BYTES = 64 << 20
+
+
+def materialize(optimizer: torch.optim.Optimizer, wanted: Iterable[Stepped]) -> list[Tensor]:
+    """Have the innermost optimizer make its state for some of what it steps on.
+
+    Effects: as the optimizer's step, which is not collective for most; main thread, before training; blocks
+    for that step; at most 64 MiB of gradients at a time, or as much as the largest tensor has.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+        wanted: what has a state already is left as it is.
+
+    Returns:
+        The tensors that have a state now and had none before. After an error they have none again.
+
+    Raises:
+        CheckpointError: if the optimizer cannot step so.
+    """
+    made = [each for each in wanted if not optimizer.state.get(each.tensor)]
+    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    members = [(group, group["params"]) for group in optimizer.param_groups]
+    try:
+        for group, rate in rates:
+            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
+        for part in _parts(made):
+            _step(optimizer, part)
+    except (TypeError, RuntimeError, AttributeError, KeyError) as error:
+        forget(optimizer, [each.tensor for each in made])
+        raise CheckpointError(
+            f"{type(optimizer).__name__}: cannot make its state before training: {error}; it cannot be resumed"
+        ) from error
+    finally:
+        for group, rate in rates:
+            group["lr"] = rate
+        for group, parameters in members:
+            group["params"] = parameters
+    # A look into a defaultdict leaves an entry.
+    forget(optimizer, [each.tensor for each in made if not optimizer.state.get(each.tensor)])
+    return [each.tensor for each in made if each.tensor in optimizer.state]
+
+
+def forget(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
+    """Take the state of some tensors away, as before the first step."""
+    for tensor in tensors:
+        optimizer.state.pop(tensor, None)
+
+
+def _step(optimizer: Any, part: list[Stepped]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [each.tensor for each in part if each.group is group]
+    # DeepSpeed keeps gradients of its own where the optimizer is offloaded.
+    before = [each.tensor.grad for each in part]
+    try:
+        for each in part:
+            each.tensor.grad = torch.zeros_like(each.tensor)
+        optimizer.step()
+    finally:
+        for each, gradient in zip(part, before, strict=True):
+            each.tensor.grad = gradient
+
+
+def _parts(wanted: Iterable[Stepped]) -> Iterator[list[Stepped]]:
+    part: list[Stepped] = []
+    for each in wanted:
+        part.append(each)
+        if sum(one.tensor.nbytes for one in part) >= _GRADIENT_BYTES:
+            yield part
+            part = []
+    if part:
+        yield part
