@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -21,9 +22,10 @@ from harness.runtime import start
 from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
 
-# Imported here, so that it is imported once, by the process that the ranks are forked from.
+# Imported here, so that they are imported once, by the process that the ranks are forked from: 7 s in each rank.
 prepare_deepspeed()
-import deepspeed  # noqa: E402, F401
+for _module in ("torch._dynamo", "transformers", "deepspeed.runtime.zero.muon.muon_optimizer"):
+    importlib.import_module(_module)
 
 # What `accelerate launch` makes of configs/accelerate/*.yaml.
 _FSDP2 = {
