@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from pathlib import Path
@@ -17,15 +16,9 @@ from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrainerConfig
-from harness.cpu import prepare_deepspeed
 from harness.runtime import start
 from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
-
-# Imported here, so that they are imported once, by the process that the ranks are forked from: 7 s in each rank.
-prepare_deepspeed()
-for _module in ("torch._dynamo", "transformers", "deepspeed.runtime.zero.muon.muon_optimizer"):
-    importlib.import_module(_module)
 
 # What `accelerate launch` makes of configs/accelerate/*.yaml.
 _FSDP2 = {

@@ -25,7 +25,7 @@ from tests.distributed.two_dimensional import save_two_dimensional, train_on_whi
 # One interpreter imports torch; the ranks are its children, so that a run starts in a fraction of a second.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.distributed.saving_ranks", "tests.distributed.two_dimensional", "tests.distributed.restoring_ranks"]
+    ["tests.distributed.saving_ranks", "tests.distributed.two_dimensional", "tests.distributed.preloaded"]
 )
 
 
