@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from harness.agreement import Agreement
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.saver import Saver
+from harness.checkpoint.shards.held import innermost
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrainerConfig
-from harness.runtime import start
+from harness.errors import CheckpointError
+from harness.runtime import start, strategy_of
 from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
 
@@ -58,7 +60,12 @@ OPTIMIZERS: dict[str, Any] = {
 def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Agreement]:
     become_rank(rank, world_size, port)
     os.environ |= ENVIRONMENT[strategy]
+    if strategy == "single":
+        # With a launcher's variables it would be DDP, of one rank.
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[variable]
     accelerator = start(TrainerConfig(mixed_precision=precision), seed=0)  # type: ignore[arg-type]
+    assert strategy_of(accelerator) == strategy
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
@@ -147,3 +154,55 @@ def restore_under(
         if rank == 0:
             (directory / f"{name}.json").write_text(json.dumps(report))
     saver.close()
+
+
+def save_unevenly(rank: int, world_size: int, port: int, directory: Path, steps: int) -> None:
+    """A save of a model of which the last layer has had one gradient less, and the scale none at all."""
+    accelerator, agreement = started(rank, world_size, port, "single", "fp32")
+    watched = prepared(accelerator, world_size, "AdamW", 1)
+    assert watched.optimizer is not None
+    for step in range(steps):
+        loss = sum(p.square().sum() for name, p in watched.model.named_parameters() if not _is_late(name, step))
+        accelerator.backward(loss)
+        watched.optimizer.step()
+        watched.optimizer.zero_grad()
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    saver.save(Moment("saved", 0, steps, 0, {}))
+    saver.close()
+
+
+def _is_late(name: str, step: int) -> bool:
+    return name == "scale" or (name.startswith("blocks.2.") and step == 0)
+
+
+def restore_weights_under(
+    rank: int, world_size: int, port: int, directory: Path, strategy: str, path: str, precision: str
+) -> None:
+    """Weights only, after a step of training; then they are saved, with their masters, and no other state."""
+    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    watched = prepared(accelerator, 99, "SGD", 1)
+    train(accelerator, watched, 4)
+    found = restore_tensors(accelerator, Watched(watched.model, None, None), Path(path), agreement, weights_only=True)
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    saver.save(Moment("restored", 0, 1, 0, {}))
+    saver.close()
+    if rank == 0:
+        (directory / "notes.json").write_text(json.dumps(found.notes))
+
+
+def fail_to_restore(
+    rank: int, world_size: int, port: int, directory: Path, strategy: str, paths: list[str], model_name: str
+) -> None:
+    """What is said on each rank; each reads a path of its own, or all the same."""
+    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    watched = prepared(accelerator, 99, "AdamW", 1, model_name)
+    said = "nothing"
+    try:
+        restore_tensors(accelerator, watched, Path(paths[min(rank, len(paths) - 1)]), agreement)
+    except CheckpointError as error:
+        said = str(error)
+    # No state is left that a failed attempt has made.
+    assert not innermost(watched.optimizer).state
+    (directory / f"said-{rank}").write_text(said)
