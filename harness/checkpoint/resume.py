@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from harness.agreement import Agreement
 from harness.checkpoint.commit import read_manifest
 from harness.checkpoint.rank_state import RankState, of_rank, sums_of
-from harness.checkpoint.restore import materialize, restore_tensors
-from harness.checkpoint.shards.held import Held, find_held, innermost
+from harness.checkpoint.restore import restore_tensors
+from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
 from harness.errors import CheckpointError
 
@@ -73,10 +73,9 @@ def resume(
     if not checkpoints:
         return None
     first_error: CheckpointError | None = None
-    held = _prepared(accelerator, agreement, watched)
     for path in checkpoints:
         try:
-            return _put_back(path, accelerator, agreement, watched, held)
+            return _put_back(path, accelerator, agreement, watched, say)
         except CheckpointError as error:
             first_error = first_error or error
             say(f"harness: warning: {path.name} cannot be used, trying the one before: {error}")
@@ -86,25 +85,16 @@ def resume(
     ) from first_error
 
 
-def _prepared(accelerator: Accelerator, agreement: Agreement, watched: Watched) -> Held:
-    failure: CheckpointError | None = None
-    held: Held | None = None
-    try:
-        if watched.optimizer is not None:
-            materialize(innermost(watched.optimizer))
-        held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
-    except CheckpointError as error:
-        failure = error
-    _raise_alike(agreement, "whether the optimizer can be restored", failure)
-    assert held is not None
-    return held
-
-
-def _put_back(path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, held: Held) -> Resumed:
-    restore_tensors(held, path, agreement)
+def _put_back(
+    path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, say: Callable[[str], None]
+) -> Resumed:
+    restored = restore_tensors(accelerator, watched, path, agreement)
+    for note in restored.notes:
+        say(f"harness: {path.name}: {note}")
     failure: CheckpointError | None = None
     try:
         state = read_trainer_state(path, read_manifest(path))
+        held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
         put_back(state, watched, held.groups, accelerator.scaler)
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
         found = Resumed(path.name, state, own, _sums(state, own, agreement.rank))
