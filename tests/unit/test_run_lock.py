@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.errors import RunDirError
+from harness.run_lock import FILE, RunLock
+
+# Takes the lock, forks a child as a data loader does, says both ids, and waits to be killed.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from harness.run_lock import RunLock
+lock = RunLock(Path(sys.argv[1]), 0)
+child = os.fork() if sys.argv[2] == "forks" else 0
+if child or sys.argv[2] != "forks":
+    print(os.getpid(), child, flush=True)
+time.sleep(600)
+"""
+
+Hold = Callable[[str], tuple[int, int]]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """Starts a process that holds the lock of `tmp_path`; its id and its child's."""
+    started: list[subprocess.Popen[str]] = []
+    pids: list[int] = []
+
+    def start(how: str) -> tuple[int, int]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path), how], stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        pid, child = (int(word) for word in process.stdout.readline().split())
+        if child:
+            pids.append(child)
+        return pid, child
+
+    yield start
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_error_says_who_holds_it_when_another_process_does(tmp_path: Path, hold: Hold) -> None:
+    pid, _ = hold("alone")
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(RunDirError, match=rf"in use by process {pid} on \S+ since \d{{4}}-\S+Z; .*another run_name"):
+        RunLock(tmp_path, timeout_s=0.3)
+    assert (tmp_path / FILE).read_bytes() == before
+    assert json.loads(before)["pid"] == pid
+
+
+@pytest.mark.parametrize("how", ["alone", "forks"])
+def test_lock_is_free_at_once_when_its_holder_is_killed(tmp_path: Path, hold: Hold, how: str) -> None:
+    pid, child = hold(how)
+    os.kill(pid, signal.SIGKILL)
+    begun_s = time.monotonic()
+    lock = RunLock(tmp_path, timeout_s=10)
+    assert time.monotonic() - begun_s < 5
+    if child:
+        os.kill(child, 0)  # it lives on, with the descriptor, and keeps nobody out
+    lock.release()
+
+
+def test_lock_is_waited_for_when_its_holder_is_just_ending(tmp_path: Path, hold: Hold) -> None:
+    pid, _ = hold("alone")
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {pid}"])
+    lock = RunLock(tmp_path, timeout_s=10)
+    assert killer.wait() == 0
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_other_processes_stay_out_when_this_process_tries_twice(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    with pytest.raises(RunDirError, match="in use by another PeriodicLogger of this process"):
+        RunLock(tmp_path, timeout_s=0)
+    # The refused try has not given up the first one's: a POSIX lock goes with any descriptor that is closed.
+    code = f"from pathlib import Path; from harness.run_lock import RunLock; RunLock(Path({str(tmp_path)!r}), 0)"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"in use by process {os.getpid()}" in refused.stderr
+    lock.release()
+    lock.release()
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_holder_is_unnamed_when_it_has_not_written_who_it_is(tmp_path: Path, hold: Hold) -> None:
+    hold("alone")
+    (tmp_path / FILE).write_bytes(b'{"pid":')
+    with pytest.raises(RunDirError, match="in use by another process;"):
+        RunLock(tmp_path, timeout_s=0)
