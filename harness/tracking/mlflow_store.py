@@ -25,6 +25,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -32,6 +33,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+_SQLITE = "sqlite:///"
 RUN_TAG = "harness.run"
 CHECKPOINT_TAG = "harness.checkpoint"
 
@@ -49,6 +51,17 @@ _MAX_DELETIONS = 3
 _PERMANENT_CODES = frozenset(
     {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
 )
+
+
+def has_run(tracking_uri: str, run_id: str) -> bool:
+    """Whether the store at an address has the run. One that cannot be asked now has not; nothing is made there."""
+    if tracking_uri.startswith(_SQLITE) and not Path(tracking_uri.removeprefix(_SQLITE)).exists():
+        return False
+    try:
+        mlflow.MlflowClient(tracking_uri).get_run(run_id)
+    except Exception:
+        return False
+    return True
 
 
 def is_permanent(error: Exception) -> bool:
@@ -77,8 +90,14 @@ class MlflowStore:
         self.run_id = ""
         self.experiment_id = ""
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
-        """Find the run that carries `run_key`, or make it."""
+    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None = None) -> None:
+        """Find the run `run_id`, or find or make the one that carries `run_key`; it is RUNNING then.
+
+        By its id it is found in an experiment that has another name by now.
+        """
+        if run_id is not None:
+            self._open_known(run_id)
+            return
         experiment = self._client.get_experiment_by_name(experiment_name)
         if experiment is None:
             try:
@@ -92,16 +111,42 @@ class MlflowStore:
             if experiment.lifecycle_stage == "deleted":
                 raise MlflowException(
                     f"the experiment {experiment_name!r} is deleted; restore it or name another",
-                    error_code=3,  # INVALID_STATE
+                    error_code=INVALID_STATE,
                 )
             self.experiment_id = experiment.experiment_id
         found = self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_key}'")
         if found:
             self.run_id = found[0].info.run_id
-            self._client.update_run(self.run_id, status="RUNNING")
+            self.reopen()
             return
         run = self._client.create_run(self.experiment_id, run_name=run_name, tags={RUN_TAG: run_key})
         self.run_id = run.info.run_id
+
+    def _open_known(self, run_id: str) -> None:
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise MlflowException(
+                f"the MLflow run {run_id} is no longer there; give the address that it is at, or another run_name",
+                error_code=INVALID_STATE,
+            ) from error
+        if run.info.lifecycle_stage == "deleted":
+            raise MlflowException(
+                f"the MLflow run {run_id} is deleted; restore it (`mlflow runs restore`), or give another run_name",
+                error_code=INVALID_STATE,
+            )
+        self.run_id, self.experiment_id = run_id, run.info.experiment_id
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Let the run be RUNNING again.
+
+        Its earlier end time stays until it ends again: MLflow has no way to clear it, and keeps it likewise where
+        a run is started again with `mlflow.start_run`.
+        """
+        self._client.update_run(self.run_id, status="RUNNING")
 
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points, any number."""

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ DELIVERED = "delivered.json"
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
-Kind = Literal["params", "tags", "metrics", "dataset", "text", "checkpoint", "retire", "end"]
+Kind = Literal["attempt", "params", "tags", "metrics", "dataset", "text", "checkpoint", "retire", "end"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,13 @@ class Outbox:
         os.close(self._file)
 
 
-def read_entries(directory: Path, offset: int = 0) -> Iterator[Entry]:
+def read_entries(directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None) -> Iterator[Entry]:
     """The whole entries behind `offset`, oldest first; ends at the end or at a line that is not whole.
+
+    Args:
+        directory: the outbox.
+        offset: in bytes, where an entry begins.
+        kinds: only these; the others are not even decoded.
 
     Raises:
         TrackingError: if a line in the middle of the journal is damaged.
@@ -113,6 +118,8 @@ def read_entries(directory: Path, offset: int = 0) -> Iterator[Entry]:
     path = directory / JOURNAL
     if not path.exists():
         return
+    # As `Outbox.append` writes them: the kind comes first.
+    begins = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
     with path.open("rb") as stream:
         stream.seek(offset)
         for line in stream:
@@ -122,6 +129,8 @@ def read_entries(directory: Path, offset: int = 0) -> Iterator[Entry]:
             checksum, _, payload = line[:-1].partition(b" ")
             if checksum != b"%08x" % zlib.crc32(payload):
                 raise TrackingError(f"{path}: the entry that ends at byte {offset} is damaged (checksum)")
+            if begins is not None and not payload.startswith(begins):
+                continue
             record = json.loads(payload)
             yield Entry(record["kind"], record["time_ms"], record["body"], offset)
 
@@ -135,12 +144,16 @@ class Delivered:
         models: checkpoint name -> id of the LoggedModel it became.
         refused: what the store said no to, for good.
         ended: whether the last thing delivered was the run's end.
+        time_ms: when the last thing delivered happened.
+        step: the last step of the running attempt that was delivered.
     """
 
     offset: int = 0
     models: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     ended: bool = False
+    time_ms: int = 0
+    step: int = 0
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -149,7 +162,14 @@ def read_delivered(directory: Path) -> Delivered:
         record = json.loads((directory / DELIVERED).read_text())
     except FileNotFoundError:
         return Delivered()
-    return Delivered(record["offset"], record["models"], tuple(record["refused"]), record["ended"])
+    return Delivered(
+        record["offset"],
+        record["models"],
+        tuple(record["refused"]),
+        record["ended"],
+        record.get("time_ms", 0),
+        record.get("step", 0),
+    )
 
 
 def write_delivered(directory: Path, delivered: Delivered) -> None:

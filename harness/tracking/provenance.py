@@ -50,6 +50,12 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
     return {**record, **extra}
 
 
+def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:
+    """What is kept of each attempt at a run: the newest one's tags take the place of those before."""
+    job = {"slurm_job_id": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
+    return {**run_facts, "host": socket.gethostname(), **job}
+
+
 def _user() -> str:
     try:
         return getpass.getuser()

@@ -1,31 +1,25 @@
-"""The publisher: delivers the outbox to MLflow, in a process of its own beside rank zero.
+"""The publisher: delivers the outbox to a tracking store, entry after entry.
 
-    python -m harness.tracking.publisher RUN_DIR      (started by the trainer; settings on stdin)
-
-It reads its settings from the first line of standard input, makes or finds the MLflow run, answers
-with one line on standard output, and then delivers entry after entry. Where the store is away it
-tries again, with growing pauses, as long as the trainer lives. The end of standard input means that
-the trainer is gone: what is in the outbox is delivered if the store lets it, and a run whose end
-nobody wrote is marked FAILED.
+Where the store is away it tries again, with growing pauses, as long as the trainer lives. Once the trainer
+is gone, what is in the outbox is delivered if the store lets it, and an attempt whose end nobody wrote is
+marked FAILED. `harness.tracking.publisher_process` is the process that this runs in.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import random
-import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import Any
 
 from harness.durable import replace_file
 from harness.errors import TrackingError
 from harness.redact import redact, without_password
+from harness.run_directory import read_run_record
+from harness.tracking import attempts
 from harness.tracking.outbox import (
     Delivered,
     Entry,
@@ -33,9 +27,7 @@ from harness.tracking.outbox import (
     read_entries,
     write_delivered,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from harness.tracking.store import RefusedError, Settings, Store
 
 POLL_S = 0.2
 FIRST_PAUSE_S = 0.5
@@ -44,54 +36,6 @@ SYSTEM_METRICS_EVERY_S = 10.0
 MAX_POINTS_PER_DELIVERY = 1000
 # Once the trainer is gone, how long a store that is away is waited for.
 LINGER_S = 20.0
-
-
-class Store(Protocol):
-    """What the publisher needs of a tracking store; `MlflowStore` is one."""
-
-    run_id: str
-    experiment_id: str
-
-    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
-        """Find or make the run that carries `run_key`."""
-
-    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
-        """Log (key, value, time in ms, step) points."""
-
-    def log_params(self, values: Mapping[str, str]) -> None:
-        """Log parameters."""
-
-    def set_tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
-
-    def log_dataset(self, record: Mapping[str, Any]) -> None:
-        """Record an input."""
-
-    def log_text(self, name: str, content: str) -> None:
-        """Put a text file among the artifacts."""
-
-    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
-        """Publish a checkpoint; returns the model's id."""
-        ...
-
-    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
-        """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
-        ...
-
-    def end(self, status: str, end_time_ms: int) -> None:
-        """Set the final status."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the trainer tells the publisher. Times are in seconds."""
-
-    run_name: str
-    tracking_uri: str
-    experiment_name: str
-    log_system_metrics: bool
-    registered_model_name: str | None
-    start_timeout_s: float
 
 
 class Publisher:
@@ -126,6 +70,8 @@ class Publisher:
         self._sleep = sleep
         self._clock = clock
         self._delivered = read_delivered(self._outbox_dir)
+        self._attempts = attempts.read_attempts(run_dir)
+        self._has_seen_trainer = False
         self._gone_since_s: float | None = None
 
     def open_run(self) -> None:
@@ -140,14 +86,17 @@ class Publisher:
         deadline_s = self._clock() + self.settings.start_timeout_s
         while True:
             try:
-                self.store.open_run(record["run_key"], self.settings.run_name, self.settings.experiment_name)
+                self.store.open_run(
+                    record["run_key"], self.settings.run_name, self.settings.experiment_name, record.get("run_id")
+                )
                 break
             except Exception as error:
                 if self._is_permanent(error) or self._clock() > deadline_s or self._trainer_is_gone():
                     raise
                 log(f"cannot open the run yet: {error}")
                 self._sleep(FIRST_PAUSE_S)
-        record |= {
+        # Read again: the next attempt may have written its number meanwhile.
+        record = read_run_record(self.run_dir) | {
             "run_id": self.store.run_id,
             "experiment_id": self.store.experiment_id,
             "experiment_name": self.settings.experiment_name,
@@ -171,6 +120,9 @@ class Publisher:
         while True:
             ended = False
             for group in _grouped(read_entries(self._outbox_dir, self._delivered.offset)):
+                if group[0].kind == "attempt" and group[0].body["number"] > self.settings.attempt:
+                    log(f"attempt {group[0].body['number']} has begun; the rest is its own publisher's")
+                    return False
                 if not self._deliver_with_retries(group):
                     return False
                 ended = group[-1].kind == "end"
@@ -179,17 +131,20 @@ class Publisher:
             if self._trainer_is_gone():
                 # The end is written before standard input closes; look once more before concluding.
                 if next(iter(read_entries(self._outbox_dir, self._delivered.offset)), None) is None:
-                    return self._mark_failed("the trainer ended without saying how (killed, or out of memory?)")
+                    return self._mark_failed(attempts.KILLED_REASON)
                 continue
+            self._has_seen_trainer = True
             if monitor is not None and self._clock() >= next_sample_s:
                 next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
                 self._log_system_metrics(monitor.sample())
             self._sleep(POLL_S)
 
     def _mark_failed(self, reason: str) -> bool:
-        now_ms = time.time_ns() // 1_000_000
+        # One that was never seen alive, as by `harness sync`, has been dead for any time.
+        was_there = self._has_seen_trainer or not self._delivered.time_ms
+        time_ms = time.time_ns() // 1_000_000 if was_there else self._delivered.time_ms
         body = {"status": "FAILED", "reason": reason}
-        return self._deliver_with_retries([Entry("end", now_ms, body, self._delivered.offset)])
+        return self._deliver_with_retries([Entry("end", time_ms, body, self._delivered.offset)])
 
     def _deliver_with_retries(self, group: list[Entry]) -> bool:
         """Deliver entries as one, trying until it works; False if given up, with nothing forgotten."""
@@ -240,10 +195,40 @@ class Publisher:
         elif kind == "retire":
             if self.store.retire_checkpoint(body["key"], self.settings.registered_model_name):
                 return {body["name"]: None}
+        elif kind == "attempt":
+            self._deliver_attempt(group[0])
         elif kind == "end":
-            self.store.set_tags({"harness.end_reason": body["reason"]})
-            self.store.end(body["status"], group[0].time_ms)
+            self._deliver_end(group[0])
         return {}
+
+    def _deliver_attempt(self, entry: Entry) -> None:
+        number, delivered = entry.body["number"], self._delivered
+        if number > 1 and number not in self._attempts:
+            self.store.reopen()
+        self._put_attempts(
+            attempts.begun(
+                self._attempts, number, entry.body["facts"], entry.time_ms, delivered.time_ms, delivered.step
+            )
+        )
+
+    def _deliver_end(self, entry: Entry) -> None:
+        status, reason = entry.body["status"], entry.body["reason"]
+        self.store.set_tags({"harness.end_reason": reason})
+        self.store.end(status, entry.time_ms)
+        step = entry.body.get("step", self._delivered.step)
+        self._put_attempts(attempts.ended(self._attempts, status, reason, entry.time_ms, step))
+
+    def _put_attempts(self, records: attempts.Records) -> None:
+        if not (tags := attempts.changed_tags(self._attempts, records)):
+            return
+        self.store.set_tags(tags)
+        attempts.write_attempts(self.run_dir, records)
+        self._attempts = records
+        try:
+            self.store.log_text(attempts.FILE, attempts.as_text(records))
+        except Exception as error:
+            # The tags say the same: an artifact store that is away must not hold up the run's end.
+            log(f"{attempts.FILE} not logged: {error}")
 
     def _publish(self, entry: Entry) -> dict[str, str | None]:
         body = entry.body
@@ -252,7 +237,7 @@ class Publisher:
         if self._is_retired(entry):
             return {}
         if not directory.is_dir():
-            raise_refused(f"{directory} is gone; it was removed before it could be published")
+            raise RefusedError(f"{directory} is gone; it was removed before it could be published")
         try:
             return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registered_model_name)}
         except Exception as error:
@@ -273,6 +258,8 @@ class Publisher:
             models={name: model_id for name, model_id in known.items() if model_id is not None},
             refused=(*self._delivered.refused, refused) if refused else self._delivered.refused,
             ended=group[-1].kind == "end",
+            time_ms=group[-1].time_ms,
+            step=_last_step(self._delivered.step, group),
         )
         write_delivered(self._outbox_dir, self._delivered)
 
@@ -285,45 +272,26 @@ class Publisher:
             log(f"system metrics not logged: {error}")
 
 
-class RefusedError(Exception):
-    """Something of ours that cannot be delivered, now or later."""
-
-
-def raise_refused(message: str) -> None:
-    """Raise the error that drops an entry, saying why."""
-    raise RefusedError(message)
-
-
-def read_run_record(run_dir: Path) -> dict[str, Any]:
-    """What ``run.json`` holds."""
-    record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
-    return record
-
-
-def absolute_sqlite(uri: str) -> str:
-    """A ``sqlite:///`` URI with a relative path as one that holds from any directory."""
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
-        return uri
-    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
-
-
-def root_cause(error: BaseException) -> str:
-    """What an error began with, as one line: the outer layers of HTTP clients repeat it at length."""
-    while (inner := error.__cause__ or error.__context__) is not None and str(inner):
-        error = inner
-    return redact(" ".join(str(error).split()))[:300]
-
-
 def log(message: str) -> None:
     """One line for ``outbox/publisher.log``."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{stamp} {redact(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{stamp} {redact(' '.join(message.split()))}\n")
+    sys.stderr.flush()
 
 
 def _points(entry: Entry) -> Iterator[tuple[str, float, int, int]]:
     for key, value in entry.body["values"].items():
         yield key, value, entry.time_ms, entry.body["step"]
+
+
+def _last_step(step: int, group: list[Entry]) -> int:
+    """How far the running attempt is known to have come, after these entries."""
+    for entry in group:
+        if entry.kind == "attempt":
+            step = int(entry.body["facts"].get("step_from", 0))
+        elif entry.kind in ("metrics", "checkpoint"):
+            step = max(step, entry.body.get("step", 0))
+    return step
 
 
 def _grouped(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -349,87 +317,3 @@ def _system_monitor() -> Any:
     from harness.tracking.mlflow_store import SystemMonitor
 
     return SystemMonitor()
-
-
-def _standard_input_closed() -> bool:
-    """Whether the trainer's end of the pipe is gone. It writes nothing after the settings."""
-    readable, _, _ = select.select([sys.stdin], [], [], 0)
-    return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
-
-
-def _read_line(descriptor: int) -> bytes:
-    """One line, byte by byte: a buffered reader would hide the pipe's end from `select`."""
-    line = b""
-    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
-        line += byte
-    return line
-
-
-def main(argv: list[str]) -> int:
-    """Entry point of the process; 0 if all was delivered."""
-    run_dir = Path(argv[0])
-    os.nice(10)
-    raw = json.loads(_read_line(sys.stdin.fileno()))
-    with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
-        if not _has_locked(lock, raw["lock_timeout_s"]):
-            answer = {"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"}
-            print(json.dumps(answer), flush=True)
-            return 1
-        return _deliver_run(run_dir, raw)
-
-
-def _has_locked(lock: TextIO, timeout_s: float) -> bool:
-    """Take the run for this publisher alone; whether that worked within the time."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > deadline_s:
-                return False
-            time.sleep(POLL_S)
-
-
-def _deliver_run(run_dir: Path, raw: dict[str, Any]) -> int:
-    delivered = read_delivered(run_dir / "outbox")
-    if delivered.ended and next(iter(read_entries(run_dir / "outbox", delivered.offset)), None) is None:
-        print(json.dumps({"run_id": read_run_record(run_dir)["run_id"]}), flush=True)
-        return 0
-
-    from harness.tracking import mlflow_store
-
-    settings = Settings(
-        run_name=raw["run_name"],
-        tracking_uri=absolute_sqlite(mlflow_store.resolve_tracking_uri(raw["tracking_uri"])),
-        experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
-        log_system_metrics=raw["log_system_metrics"],
-        registered_model_name=raw["registered_model_name"],
-        start_timeout_s=raw["start_timeout_s"],
-    )
-
-    def is_permanent(error: Exception) -> bool:
-        return isinstance(error, RefusedError) or mlflow_store.is_permanent(error)
-
-    # For `harness sync`, from any directory; without a password.
-    kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
-    replace_file(run_dir / "outbox" / "settings.json", json.dumps(kept, indent=2) + "\n")
-    try:
-        store = mlflow_store.MlflowStore(settings.tracking_uri)
-        publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed)
-        publisher.open_run()
-    except Exception as error:
-        log(f"no run: {error}")
-        where = without_password(settings.tracking_uri)
-        answer = {
-            "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; start the "
-            "server, correct the address, or train without it with --tracking.enabled false"
-        }
-        print(json.dumps(answer), flush=True)
-        return 1
-    print(json.dumps({"run_id": store.run_id}), flush=True)
-    return 0 if publisher.run() else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

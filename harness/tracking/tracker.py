@@ -17,10 +17,14 @@ from typing import Any, Literal
 
 from harness.config import TrackingConfig
 from harness.errors import TrackingError
+from harness.run_directory import read_run_record
+from harness.tracking.continuation import Drift, KnownPoints, Logged, Point, drift, points_at, read_logged
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 
 LOG = "publisher.log"
 SETTINGS = "settings.json"
+# A publisher that an earlier attempt has left needs about so long for what it has in hand.
+_LOCK_TIMEOUT_S = 30.0
 _SYNC_LOCK_TIMEOUT_S = 60.0
 _REVIVE_EVERY_S = 10.0
 
@@ -34,26 +38,50 @@ class Tracker:
     """Appends to the outbox, and starts, feeds and ends the publisher.
 
     Effects: rank zero only; not collective. `start` and `end` block (each has a time limit), all else
-    only appends to a file. Leaves ``<run_dir>/outbox/`` and, through the publisher, ``run.json``.
+    only appends to a file. Leaves ``<run_dir>/outbox/`` and, through the publisher, ``run.json`` and
+    ``attempts.json``.
+
+    Args:
+        run_dir: the run's directory, which nobody else writes into.
+        config: what goes to MLflow.
+        attempt: which in a row is this one, from 1.
+
+    Attributes:
+        run_id: of the MLflow run, once there is one.
+        notes: lines for the user, from `start`.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig) -> None:
+    def __init__(self, run_dir: Path, config: TrackingConfig, attempt: int = 1) -> None:
         self.run_dir = run_dir
         self.config = config
+        self.attempt = attempt
+        self.notes: list[str] = []
         self.outbox = Outbox(run_dir / "outbox")
         self.run_id: str | None = None
+        # Before this attempt adds its own.
+        self._logged = read_logged(self.outbox.path.parent) if attempt > 1 else Logged({}, frozenset())
+        self._known: KnownPoints | None = None
+        self._told: dict[str, str] = {}
+        self._last_step = 0
         self._publisher: subprocess.Popen[bytes] | None = None
         self._settings: dict[str, Any] = {}
         self._started_s = 0.0
 
-    def start(self, run_name: str) -> None:
+    def start(self, run_name: str, facts: Mapping[str, str]) -> None:
         """Start the publisher and wait until the MLflow run exists and its id is on disk.
+
+        Args:
+            run_name: what MLflow shall call it.
+            facts: what is to be known of this attempt.
 
         Raises:
             TrackingError: if the store refuses or does not answer within ``tracking.start_timeout_s``.
         """
+        # First of all: a publisher that the attempt before has left leaves the rest to this attempt's own.
+        self._tell(facts)
         if not self.config.enabled:
             return
+        lock_timeout_s = _LOCK_TIMEOUT_S if self.attempt > 1 else 0.0
         settings = {
             "run_name": run_name,
             "tracking_uri": self.config.tracking_uri,
@@ -61,29 +89,83 @@ class Tracker:
             "log_system_metrics": self.config.log_system_metrics,
             "registered_model_name": self.config.registered_model_name,
             "start_timeout_s": self.config.start_timeout_s,
-            "lock_timeout_s": 0.0,
+            "lock_timeout_s": lock_timeout_s,
+            "attempt": self.attempt,
         }
         self._settings = settings
         self._started_s = time.monotonic()
         self._publisher = _start_publisher(self.run_dir, settings)
         try:
-            self.run_id = _read_answer(self._publisher, self.run_dir, self.config.start_timeout_s)
+            limit_s = self.config.start_timeout_s + lock_timeout_s
+            self.run_id, self.notes = _read_answer(self._publisher, self.run_dir, limit_s)
         except BaseException:
             self.abandon()
             raise
 
-    def params(self, values: Mapping[str, str]) -> None:
-        """Parameters of the run: name -> text."""
-        self.outbox.append("params", values)
+    def _tell(self, facts: Mapping[str, str]) -> None:
+        self.outbox.append("attempt", {"number": self.attempt, "facts": dict(facts)})
+
+    def resumed(self, step: int, checkpoint: str | None) -> KnownPoints:
+        """The run goes on from a step; returns what is there already from that step on.
+
+        Args:
+            step: optimizer steps that are complete.
+            checkpoint: what it goes on from; None: from the beginning.
+
+        Raises:
+            TrackingError: if the journal is damaged.
+        """
+        self._tell({"step_from": str(step)} | ({} if checkpoint is None else {"resumed_from": checkpoint}))
+        self._known = KnownPoints(self.outbox.path.parent, step)
+        self._last_step = step
+        return self._known
+
+    def params(self, values: Mapping[str, str]) -> Drift:
+        """Parameters of the run: name -> text; returns how they are others than an earlier attempt's.
+
+        MLflow refuses to change a parameter: one that has changed is a fact of this attempt.
+        """
+        found = drift(self._logged.params, values)
+        if found.added:
+            self.outbox.append("params", found.added)
+        if found.changed:
+            self._tell({"param_drift": found.as_json()})
+        return found
+
+    def has_checkpoint(self, key: str) -> bool:
+        """Whether an earlier attempt has put this checkpoint into the journal."""
+        return key in self._logged.checkpoints
+
+    def points_at(self, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
+        """The points in the journal that a checkpoint's metrics are; see `continuation.points_at`."""
+        return points_at(self.outbox.path.parent, metrics, step)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run: name -> text."""
         self.outbox.append("tags", values)
 
-    def metrics(self, values: Mapping[str, float], step: int) -> int:
-        """Metrics at an optimizer step; returns their time in milliseconds since the epoch."""
+    def metrics(self, values: Mapping[str, float], step: int) -> dict[str, Point]:
+        """Metrics at an optimizer step; returns the points that they are, which may be an earlier attempt's."""
         self._revive()
-        return self.outbox.append("metrics", {"step": step, "values": dict(values)})
+        if self.attempt > 1 and self._known is None:
+            # Nothing was restored: it begins again.
+            self.resumed(0, None)
+        self._last_step = max(self._last_step, step)
+        points: dict[str, Point] = {}
+        if self._known is not None:
+            points = {key: known for key, value in values.items() if (known := self._known.take(key, value, step))}
+            if step > self._known.last_step:
+                self._tell_repeated()
+        if new := {key: value for key, value in values.items() if key not in points}:
+            time_ms = self.outbox.append("metrics", {"step": step, "values": new})
+            points |= {key: Point(value, time_ms, step) for key, value in new.items()}
+        return points
+
+    def _tell_repeated(self) -> None:
+        """Say what repeating has shown, where that has not been said."""
+        if self._known is not None and self._known.facts != self._told:
+            self._told = self._known.facts
+            self._tell(self._told)
 
     def _revive(self) -> None:
         """Start the publisher again if it has died. Costs one system call."""
@@ -131,7 +213,8 @@ class Tracker:
         Returns:
             Whether everything was delivered.
         """
-        self.outbox.append("end", {"status": status, "reason": reason})
+        self._tell_repeated()
+        self.outbox.append("end", {"status": status, "reason": reason, "step": self._last_step})
         self.outbox.sync()
         size_bytes = self.outbox.path.stat().st_size
         self.outbox.close()
@@ -180,11 +263,15 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
     # The trainer's own publisher may still be at it, waiting for the store.
     settings["lock_timeout_s"] = _SYNC_LOCK_TIMEOUT_S
+    # The last one's settings may be an earlier attempt's: the last publisher may have been killed before it wrote any.
+    settings["attempt"] = read_run_record(run_dir).get("attempt", 1)
     publisher = _start_publisher(run_dir, settings)
-    run_id = _read_answer(publisher, run_dir, settings["start_timeout_s"] + _SYNC_LOCK_TIMEOUT_S)
+    run_id, notes = _read_answer(publisher, run_dir, settings["start_timeout_s"] + _SYNC_LOCK_TIMEOUT_S)
     assert publisher.stdin is not None
     publisher.stdin.close()
     code = publisher.wait()
+    assert publisher.stdout is not None
+    publisher.stdout.close()
     delivered = read_delivered(outbox_dir)
     total_bytes = (outbox_dir / JOURNAL).stat().st_size
     if code or delivered.offset < total_bytes:
@@ -194,7 +281,7 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
         )
     if delivered.refused:
         raise TrackingError(refused_line(run_dir, delivered.refused))
-    return f"all of {run_dir} is in MLflow run {run_id}"
+    return "\n".join([*notes, f"all of {run_dir} is in MLflow run {run_id}"])
 
 
 def refused_line(run_dir: Path, refused: Sequence[str]) -> str:
@@ -208,7 +295,7 @@ def refused_line(run_dir: Path, refused: Sequence[str]) -> str:
 def _start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     with (run_dir / "outbox" / LOG).open("ab") as log:
         publisher = subprocess.Popen(
-            [sys.executable, "-m", "harness.tracking.publisher", str(run_dir)],
+            [sys.executable, "-m", "harness.tracking.publisher_process", str(run_dir)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -224,8 +311,8 @@ def _start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.P
     return publisher
 
 
-def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> str:
-    """The id of the MLflow run, or the publisher's own error."""
+def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
+    """The id of the MLflow run and lines for the user, or the publisher's own error."""
     assert publisher.stdout is not None
     # The publisher keeps the limit itself; the margin is for its own start.
     limit_s = start_timeout_s + 60
@@ -237,8 +324,7 @@ def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeou
     answer = json.loads(line)
     if "error" in answer:
         raise TrackingError(answer["error"])
-    run_id: str = answer["run_id"]
-    return run_id
+    return answer["run_id"], answer.get("notes", [])
 
 
 def _publisher_environment() -> dict[str, str]:

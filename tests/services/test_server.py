@@ -88,7 +88,10 @@ def test_mlflow_shows_what_the_disk_has_when_two_processes_train(tmp_path: Path,
         ("train", "eval"), "TensorDataset"
     )
     assert any(key.startswith("system/") for key in mlflow_run.data.metrics)
-    assert [file.path for file in reader.list_artifacts(mlflow_run.info.run_id)] == ["model_summary.txt"]
+    assert [file.path for file in reader.list_artifacts(mlflow_run.info.run_id)] == [
+        "attempts.json",
+        "model_summary.txt",
+    ]
     versions = reader.search_model_versions("name = 'digits'")
     assert [version.source for version in reversed(versions)] == [f"models:/{r['mlflow_model_id']}" for r in on_disk]
     mlflow.set_tracking_uri(server.uri)

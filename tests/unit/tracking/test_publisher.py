@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +10,8 @@ from typing import Any
 import pytest
 
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
-from harness.tracking.publisher import (
-    LINGER_S,
-    LONGEST_PAUSE_S,
-    MAX_POINTS_PER_DELIVERY,
-    Publisher,
-    RefusedError,
-    Settings,
-    absolute_sqlite,
-)
+from harness.tracking.publisher import LINGER_S, LONGEST_PAUSE_S, MAX_POINTS_PER_DELIVERY, Publisher
+from harness.tracking.store import RefusedError, Settings
 
 
 class Refusal(Exception):
@@ -53,9 +47,12 @@ class FaultyStore:
         if failure is not None:
             raise failure[1]
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str) -> None:
-        self._call("open_run", (run_key, run_name, experiment_name))
+    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None) -> None:
+        self._call("open_run", (run_key, run_name, experiment_name, run_id))
         self.run_id, self.experiment_id = "run-1", "exp-1"
+
+    def reopen(self) -> None:
+        self._call("reopen", None)
 
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         self._call("metrics", list(points))
@@ -121,12 +118,16 @@ def outbox(run_dir: Path) -> Outbox:
 
 
 def publisher(
-    run_dir: Path, store: FaultyStore, clock: Clock | None = None, gone: Callable[[], bool] = lambda: False
+    run_dir: Path,
+    store: FaultyStore,
+    clock: Clock | None = None,
+    gone: Callable[[], bool] = lambda: False,
+    attempt: int = 1,
 ) -> Publisher:
     clock = clock or Clock()
     return Publisher(
         run_dir,
-        SETTINGS,
+        dataclasses.replace(SETTINGS, attempt=attempt),
         store,
         lambda error: isinstance(error, (Refusal, RefusedError)),
         gone,
@@ -451,7 +452,7 @@ def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: Outbox) 
 def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, outbox: Outbox) -> None:
     store = FaultyStore(ConnectionError("not up yet"), ConnectionError("not up yet"))
     publisher(run_dir, store).open_run()
-    assert store.calls == [("open_run", ("key-1", "run", "exp"))]
+    assert store.calls == [("open_run", ("key-1", "run", "exp", None))]
     record = json.loads((run_dir / "run.json").read_text())
     assert record == {
         "run_name": "run",
@@ -480,11 +481,136 @@ def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox:
     assert clock.pauses_s == []
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////a/b.db", "sqlite:///:memory:", "http://host:5000", "postgresql://u@h/db"])
-def test_uri_is_unchanged_when_it_is_absolute(uri: str) -> None:
-    assert absolute_sqlite(uri) == uri
+# ------------------------------------------------------------------------- attempts
 
 
-def test_uri_holds_from_any_directory_when_sqlite_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert absolute_sqlite("sqlite:///sub/mlflow.db") == f"sqlite:///{tmp_path}/sub/mlflow.db"
+def begin(outbox: Outbox, number: int, time_ms: int, **facts: str) -> None:
+    outbox.append("attempt", {"number": number, "facts": facts}, time_ms)
+
+
+def told(store: FaultyStore) -> dict[str, str]:
+    """Every tag, the last value of each."""
+    return {key: value for name, tags in store.calls if name == "tags" for key, value in tags.items()}
+
+
+def test_span_is_told_when_an_attempt_begins_goes_on_and_ends(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000, world_size="2", strategy="ddp")
+    outbox.append("metrics", {"step": 7, "values": {"x": 1.0}}, 2000)
+    outbox.append("end", {"status": "KILLED", "reason": "stopped by SIGTERM", "step": 8}, 3500)
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    prefix = "harness.attempt.1."
+    assert {key.removeprefix(prefix): value for key, value in told(store).items() if key.startswith(prefix)} == {
+        "started": "1970-01-01T00:00:01.000Z",
+        "world_size": "2",
+        "strategy": "ddp",
+        "ended": "1970-01-01T00:00:03.500Z",
+        "status": "KILLED",
+        "reason": "stopped by SIGTERM",
+        "step_to": "8",
+    }
+    texts = [value for name, value in store.calls if name == "text"]
+    assert texts[-1] == ("attempts.json", (run_dir / "attempts.json").read_text())
+    assert json.loads(texts[-1][1])["1"]["status"] == "KILLED"
+    assert "reopen" not in store.kinds
+
+
+def test_run_is_reopened_when_an_attempt_follows_an_end(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    end(outbox)
+    assert publisher(run_dir, FaultyStore()).run()
+    begin(outbox, 2, 5000, world_size="4")
+    outbox.append("metrics", {"step": 9, "values": {"x": 1.0}}, 6000)
+    end(outbox, "KILLED")
+    store = FaultyStore()
+    assert publisher(run_dir, store, attempt=2).run()
+    assert [kind for kind in store.kinds if kind != "text"] == ["reopen", "tags", "metrics", "tags", "end", "tags"]
+    assert ("end", ("KILLED", 99)) in store.calls
+    assert not [key for key in told(store) if key.startswith("harness.attempt.1.")]  # told before
+
+
+def test_both_ends_are_told_when_the_first_attempts_was_not_delivered(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    end(outbox, "FAILED")
+    begin(outbox, 2, 5000)
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store, attempt=2).run()
+    assert [value[0] for name, value in store.calls if name == "end"] == ["FAILED", "FINISHED"]
+    assert store.kinds.index("end") < store.kinds.index("reopen")
+
+
+def test_killed_attempt_is_ended_by_the_next_when_its_publisher_died_too(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    outbox.append("metrics", {"step": 40, "values": {"x": 1.0}}, 4000)
+    # Told to nobody: a publisher that was killed with its trainer. The next attempt's own finds it so.
+    begin(outbox, 2, 9000)
+    begin(outbox, 2, 9100, step_from="30")
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store, attempt=2).run()
+    tags = told(store)
+    assert tags["harness.attempt.1.status"] == "FAILED"
+    assert tags["harness.attempt.1.ended"] == "1970-01-01T00:00:04.000Z"
+    assert tags["harness.attempt.1.step_to"] == "40"
+    assert "without saying how" in tags["harness.attempt.1.reason"]
+    assert (tags["harness.attempt.2.step_from"], tags["harness.attempt.2.step_to"]) == ("30", "30")
+    assert tags["harness.attempt.2.status"] == "FINISHED"
+
+
+def test_killed_attempt_is_ended_by_its_publisher_when_that_lives(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    outbox.append("metrics", {"step": 40, "values": {"x": 1.0}}, 4000)
+    store = FaultyStore()
+    states = iter([False, True, True])
+    assert publisher(run_dir, store, gone=lambda: next(states)).run()
+    assert told(store)["harness.attempt.1.status"] == "FAILED"
+    assert told(store)["harness.attempt.1.step_to"] == "40"
+    assert told(store)["harness.attempt.1.ended"] > "2020"  # when it was seen, not when it last spoke
+
+
+def test_older_publisher_lets_go_when_the_next_attempt_has_begun(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    outbox.append("tags", {"a": "b"}, 2000)
+    begin(outbox, 2, 3000)
+    outbox.append("tags", {"c": "d"}, 4000)
+    old = FaultyStore()
+    assert not publisher(run_dir, old, gone=lambda: True).run()
+    assert "a" in told(old)
+    assert not {"c", "harness.end_reason"} & told(old).keys()
+    end(outbox)
+    new = FaultyStore()
+    assert publisher(run_dir, new, attempt=2).run()
+    assert told(new)["c"] == "d"
+    assert not {"a"} & told(new).keys()
+
+
+def test_same_tags_are_told_again_when_killed_before_they_were_recorded(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    end(outbox)
+    begin(outbox, 2, 5000)
+    end(outbox)
+    first = FaultyStore(*[None] * 7, ("stored", Killed()))  # attempt 2's tags: stored, never recorded
+    with pytest.raises(Killed):
+        publisher(run_dir, first, attempt=2).run()
+    second = FaultyStore()
+    assert publisher(run_dir, second, attempt=2).run()
+    assert second.kinds[:2] == ["reopen", "tags"]
+    assert told(second)["harness.attempt.2.started"] == "1970-01-01T00:00:05.000Z"
+
+
+def test_run_ends_when_the_artifact_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+    begin(outbox, 1, 1000)
+    end(outbox)
+    store = FaultyStore(None, ConnectionError("no artifacts"), None, None, None, ConnectionError("no artifacts"))
+    clock = Clock()
+    assert publisher(run_dir, store, clock).run()
+    assert store.kinds == ["tags", "tags", "end", "tags"]
+    assert clock.pauses_s == []
+
+
+def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: Outbox) -> None:
+    (run_dir / "run.json").write_text(json.dumps({"run_name": "run", "run_key": "key-1", "run_id": "r9"}))
+    store = FaultyStore()
+    publisher(run_dir, store, attempt=2).open_run()
+    assert store.calls == [("open_run", ("key-1", "run", "exp", "r9"))]

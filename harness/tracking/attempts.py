@@ -1,0 +1,90 @@
+"""The attempts at a run, each with its span: what the tags ``harness.attempt.<n>.*`` and ``attempts.json`` say.
+
+The publisher alone writes them, as it comes to each attempt's entries in the journal: in that order an
+attempt whose end nobody wrote is seen as the next one begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from harness.durable import replace_file
+
+FILE = "attempts.json"
+KILLED_REASON = "the trainer ended without saying how (killed, or out of memory?)"
+
+# Attempt number -> fact -> text.
+Records = Mapping[int, Mapping[str, str]]
+
+
+def read_attempts(run_dir: Path) -> Records:
+    """What is known of each attempt; nothing where the publisher has come to none."""
+    try:
+        return {int(number): facts for number, facts in json.loads((run_dir / FILE).read_text()).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def write_attempts(run_dir: Path, records: Records) -> None:
+    """Replace the record in one step.
+
+    Effects: not collective, the publisher's; blocks on fsync; leaves ``<run_dir>/attempts.json``.
+    """
+    replace_file(run_dir / FILE, as_text(records))
+
+
+def as_text(records: Records) -> str:
+    """The records as the artifact has them."""
+    return json.dumps(records, indent=1) + "\n"
+
+
+def begun(
+    records: Records, number: int, facts: Mapping[str, str], time_ms: int, last_time_ms: int, last_step: int
+) -> Records:
+    """The records once an attempt has begun, or has said more about itself.
+
+    Args:
+        records: as they were.
+        number: of the attempt.
+        facts: what it says.
+        time_ms: when, in milliseconds since the epoch.
+        last_time_ms: when the last thing before happened.
+        last_step: the last step that the attempt before is known to have reached.
+    """
+    found = dict(records)
+    if number not in found:
+        for earlier, record in records.items():
+            if "ended" not in record:
+                found[earlier] = {**record, **_end("FAILED", KILLED_REASON, last_time_ms, last_step)}
+        found[number] = {"started": _utc(time_ms)}
+    found[number] = {**found[number], **facts}
+    return found
+
+
+def ended(records: Records, status: str, reason: str, time_ms: int, step: int) -> Records:
+    """The records once the newest attempt has ended; as they were where no attempt is known."""
+    if not records:
+        return records
+    newest = max(records)
+    return {**records, newest: {**records[newest], **_end(status, reason, time_ms, step)}}
+
+
+def changed_tags(before: Records, after: Records) -> dict[str, str]:
+    """What has changed, as tags."""
+    return {
+        f"harness.attempt.{number}.{name}": value
+        for number, facts in after.items()
+        for name, value in facts.items()
+        if before.get(number, {}).get(name) != value
+    }
+
+
+def _end(status: str, reason: str, time_ms: int, step: int) -> dict[str, str]:
+    return {"ended": _utc(time_ms), "status": status, "step_to": str(step), "reason": reason}
+
+
+def _utc(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

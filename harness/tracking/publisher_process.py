@@ -1,0 +1,210 @@
+"""The publisher's process, beside rank zero.
+
+    python -m harness.tracking.publisher_process RUN_DIR      (started by the trainer; settings on stdin)
+
+It reads its settings from the first line of standard input, makes or finds the MLflow run, answers with one
+line on standard output, and then delivers (`harness.tracking.publisher`). The end of standard input means
+that the trainer is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from harness.durable import replace_file
+from harness.errors import TrackingError
+from harness.redact import redact, without_password
+from harness.run_directory import read_run_record
+from harness.tracking.outbox import read_delivered, read_entries
+from harness.tracking.publisher import POLL_S, Publisher, log
+from harness.tracking.store import RefusedError, Settings
+
+Answer = Callable[[Mapping[str, Any]], None]
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the process; 0 if all was delivered."""
+    run_dir = Path(argv[0])
+    os.nice(10)
+    answer = _take_standard_output()
+    raw = json.loads(_read_line(sys.stdin.fileno()))
+    with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
+        if not _has_locked(lock, raw["lock_timeout_s"]) and not _has_locked_late(lock, run_dir, raw, answer):
+            answer({"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"})
+            return 1
+        return _deliver_run(run_dir, raw, answer)
+
+
+def _take_standard_output() -> Answer:
+    """Keep standard output for the answer, and have whatever else prints write into the log.
+
+    MLflow prints a run's address as it ends; once the trainer is gone, that would be an error each time.
+    """
+    answers = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(values: Mapping[str, Any]) -> None:
+        # Only the first is read.
+        with suppress(BrokenPipeError):  # the trainer is gone, and its outbox is delivered all the same
+            os.write(answers, json.dumps(values).encode() + b"\n")
+
+    return answer
+
+
+def _has_locked(lock: TextIO, timeout_s: float) -> bool:
+    """Take the run for this publisher alone; whether that worked within the time."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(POLL_S)
+
+
+def _has_locked_late(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], answer: Answer) -> bool:
+    """Wait on behind the publisher of the attempt before, which has a large checkpoint in hand, say.
+
+    The run has its id already: training goes on meanwhile. The other ends where it comes to this attempt.
+    """
+    run_id = read_run_record(run_dir).get("run_id")
+    if raw["attempt"] == 1 or run_id is None or _standard_input_closed():
+        return False
+    log("waits for the publisher of the attempt before")
+    answer({"run_id": run_id})
+    while not _has_locked(lock, POLL_S):
+        if _standard_input_closed():
+            return False
+    return True
+
+
+def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
+    delivered = read_delivered(run_dir / "outbox")
+    if delivered.ended and next(iter(read_entries(run_dir / "outbox", delivered.offset)), None) is None:
+        answer({"run_id": read_run_record(run_dir)["run_id"]})
+        return 0
+
+    from harness.tracking import mlflow_store
+
+    settings = Settings(
+        run_name=raw["run_name"],
+        tracking_uri=absolute_sqlite(mlflow_store.resolve_tracking_uri(raw["tracking_uri"])),
+        experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
+        log_system_metrics=raw["log_system_metrics"],
+        registered_model_name=raw["registered_model_name"],
+        start_timeout_s=raw["start_timeout_s"],
+        attempt=raw["attempt"],
+    )
+
+    def is_permanent(error: Exception) -> bool:
+        return isinstance(error, RefusedError) or mlflow_store.is_permanent(error)
+
+    try:
+        settings, notes = where_it_goes_on(settings, read_run_record(run_dir), mlflow_store.has_run)
+        # For `harness sync`, from any directory; without a password.
+        kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
+        replace_file(run_dir / "outbox" / "settings.json", json.dumps(kept, indent=2) + "\n")
+        store = mlflow_store.MlflowStore(settings.tracking_uri)
+        publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed)
+        publisher.open_run()
+    except TrackingError as error:
+        log(f"no run: {error}")
+        answer({"error": str(error)})
+        return 1
+    except Exception as error:
+        log(f"no run: {error}")
+        where = without_password(settings.tracking_uri)
+        told = {
+            "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; start the "
+            "server, correct the address, or train without it with --tracking.enabled false"
+        }
+        answer(told)
+        return 1
+    answer({"run_id": store.run_id, "notes": notes})
+    return 0 if publisher.run() else 1
+
+
+def where_it_goes_on(
+    settings: Settings, record: Mapping[str, Any], has_run: Callable[[str, str], bool]
+) -> tuple[Settings, list[str]]:
+    """The settings for a run that may be in MLflow already, and lines for the user where they are not those asked for.
+
+    A run is in one place: it stays in its experiment and at its server, unless it is found at the address that is
+    configured now, because the server has moved, or has another name from here.
+
+    Args:
+        settings: as they are configured now.
+        record: what ``run.json`` holds.
+        has_run: whether the store at an address has a run of an id.
+
+    Raises:
+        TrackingError: if the run's own address is only known without its password.
+    """
+    run_id, address = record.get("run_id"), record.get("tracking_uri")
+    if run_id is None or address is None:
+        return settings, []
+    notes = []
+    configured = without_password(settings.tracking_uri)
+    if address != configured and not has_run(settings.tracking_uri, run_id):
+        if "***" in address:
+            raise TrackingError(
+                f"tracking.tracking_uri: {record['run_name']} is at {address} and not at {configured}; give its own "
+                "address, with the password, or another run_name"
+            )
+        notes.append(
+            f"MLflow run {run_id} goes on at {address}, where it began, not at {configured}; for one there give "
+            "another run_name"
+        )
+        settings = replace(settings, tracking_uri=address)
+    if settings.experiment_name != record["experiment_name"]:
+        notes.append(
+            f"MLflow run {run_id} stays in experiment {record['experiment_name']!r}, not {settings.experiment_name!r}; "
+            "for one there give another run_name"
+        )
+        settings = replace(settings, experiment_name=record["experiment_name"])
+    return settings, notes
+
+
+def absolute_sqlite(uri: str) -> str:
+    """A ``sqlite:///`` URI with a relative path as one that holds from any directory."""
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
+        return uri
+    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
+
+
+def root_cause(error: BaseException) -> str:
+    """What an error began with, as one line: the outer layers of HTTP clients repeat it at length."""
+    while (inner := error.__cause__ or error.__context__) is not None and str(inner):
+        error = inner
+    return redact(" ".join(str(error).split()))[:300]
+
+
+def _standard_input_closed() -> bool:
+    """Whether the trainer's end of the pipe is gone. It writes nothing after the settings."""
+    readable, _, _ = select.select([sys.stdin], [], [], 0)
+    return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
+
+
+def _read_line(descriptor: int) -> bytes:
+    """One line, byte by byte: a buffered reader would hide the pipe's end from `select`."""
+    line = b""
+    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
+        line += byte
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

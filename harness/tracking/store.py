@@ -1,0 +1,64 @@
+"""What the publisher needs of a tracking store, and what it is told about the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Store(Protocol):
+    """A tracking store; `MlflowStore` is one."""
+
+    run_id: str
+    experiment_id: str
+
+    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None) -> None:
+        """Find the run `run_id`, or find or make the run that carries `run_key`; it is running then."""
+
+    def reopen(self) -> None:
+        """Let the run be running again, however it ended."""
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Log (key, value, time in ms, step) points."""
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        """Log parameters."""
+
+    def set_tags(self, values: Mapping[str, str]) -> None:
+        """Set tags."""
+
+    def log_dataset(self, record: Mapping[str, Any]) -> None:
+        """Record an input."""
+
+    def log_text(self, name: str, content: str) -> None:
+        """Put a text file among the artifacts."""
+
+    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+        """Publish a checkpoint; returns the model's id."""
+        ...
+
+    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+        """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
+        ...
+
+    def end(self, status: str, end_time_ms: int) -> None:
+        """Set the final status."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the trainer tells the publisher. Times are in seconds; `attempt` is the trainer's own, from 1."""
+
+    run_name: str
+    tracking_uri: str
+    experiment_name: str
+    log_system_metrics: bool
+    registered_model_name: str | None
+    start_timeout_s: float
+    attempt: int = 1
+
+
+class RefusedError(Exception):
+    """Something of ours that cannot be delivered, now or later."""
