@@ -176,9 +176,10 @@ class PeriodicLogger:
         self._run = RunLifetime(self.topology, self.tracking_config, self.progress)
         self._started = True
         try:
-            self.run_name, self.run_path = self._run.open(
-                self._agreement, self._runs_dir, self.run_name, self._params, resume=self._resume_from != "never"
+            directory = self._run.open(
+                self._agreement, self._runs_dir, self.run_name, self._params, resume=self._resume_from
             )
+            self.run_name, self.run_path = directory.name, directory.path
             retention = Retention(
                 self.run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say
             )

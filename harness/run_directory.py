@@ -1,4 +1,4 @@
-"""The directory of a run: made on rank zero, refused where it cannot be used."""
+"""The directory of a run: made or found on rank zero, locked, refused where it cannot be used."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 import os
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,56 +16,149 @@ from harness.checkpoint.commit import remove_leftovers
 from harness.config import RunConfig, check_run_name
 from harness.durable import replace_file
 from harness.errors import RunDirError
+from harness.launch_identity import launch_identity, restarted_identity
 from harness.redact import without_password
+from harness.run_lock import TIMEOUT_S, RunLock
+
+FILE = "run.json"
 
 # Room for the outbox and the configuration; checkpoints are another matter, and say so themselves.
 _NEEDED_BYTES = 256 * 1024
 
 
-def make_run_directory(
-    runs_dir: Path, run_name: str | None, stem: str | None, resume: bool = False
-) -> tuple[str, Path]:
-    """Make ``<runs_dir>/<run_name>/`` with ``run.json`` in it; returns name and path.
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory, made or found.
 
-    Effects: not collective, rank zero only; any thread; blocks on fsync; leaves the directory.
+    Args:
+        name: of the run.
+        path: ``<runs_dir>/<name>``.
+        attempt: which job in a row works on the run, from 1.
+    """
+
+    name: str
+    path: Path
+    attempt: int
+
+    @property
+    def continues(self) -> bool:
+        """Whether there was the run already."""
+        return self.attempt > 1
+
+
+def make_run_directory(
+    runs_dir: Path, run_name: str | None, stem: str | None, resume: str, lock_timeout_s: float = TIMEOUT_S
+) -> tuple[RunDirectory, RunLock]:
+    """Make ``<runs_dir>/<run_name>/`` with ``run.json`` in it, or go on with the run that is there.
+
+    Without a name a run is made each time, unless a launcher has started this process again: that goes on with
+    the newest run of the same launch.
+
+    Effects: not collective, rank zero only; any thread; blocks on fsync, and for a job that is just ending;
+    leaves the directory, locked until the lock is released or this process dies.
 
     Args:
         runs_dir: where runs are.
         run_name: its name, or None to make one up from `stem` and the time.
         stem: what a made-up name begins with.
-        resume: go on where there is a run of that name.
+        resume: ``never``: a run that is there is refused; anything else: it goes on.
+        lock_timeout_s: how long another job's end is waited for, in seconds.
 
     Raises:
-        RunDirError: if it cannot be made or written, or holds a run already.
+        RunDirError: if it cannot be made or written, another job uses it, or it holds a run and must not.
         ConfigError: if the name cannot be a directory's.
     """
     check_run_name(run_name)
-    made_up = run_name is None
-    name = run_name or f"{_word(stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = runs_dir / name
+    path = runs_dir
     try:
-        if made_up and path.exists():
-            name = f"{name}-{uuid.uuid4().hex[:4]}"
-            path = runs_dir / name
-        if (path / "run.json").exists() and resume:
-            remove_leftovers(path / "checkpoints")
-            return name, path
-        if (path / "run.json").exists():
-            raise RunDirError(
-                f"run_name: {path} holds a run already, and continuing one is not there yet; "
-                "give another run_name, or remove that directory"
-            )
+        name = run_name or (None if resume == "never" else _name_before_restart(runs_dir)) or _made_up(runs_dir, stem)
+        path = runs_dir / name
+        _refuse_if_never(path, resume)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path / "checkpoints")
-        _require_space(path)
-        record = {"run_name": name, "run_key": f"{name}-{uuid.uuid4().hex}", "created_ms": time.time_ns() // 1_000_000}
-        replace_file(path / "run.json", json.dumps(record, indent=2) + "\n")
+        lock = RunLock(path, lock_timeout_s)
+        try:
+            # Again: another job may have made it meanwhile.
+            _refuse_if_never(path, resume)
+            attempt = _write_record(path, name, is_made_up=run_name is None)
+            # Only under the lock: another job's is no leftover.
+            remove_leftovers(path / "checkpoints")
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise RunDirError(
             f"run_dir: cannot write into {path.absolute()}: {error.strerror}; "
             "free space, change its permissions, or give another --run_dir"
         ) from error
-    return name, path
+    return RunDirectory(name, path, attempt), lock
+
+
+def _write_record(path: Path, name: str, *, is_made_up: bool) -> int:
+    """Put this attempt into ``run.json``; its number."""
+    _require_space(path)
+    record = read_run_record(path) if (path / FILE).exists() else None
+    if record is None:
+        key = f"{name}-{uuid.uuid4().hex}"
+        record = {"run_name": name, "run_key": key, "created_ms": time.time_ns() // 1_000_000, "attempt": 1}
+    else:
+        record["attempt"] = record.get("attempt", 1) + 1
+    if is_made_up:
+        record["launch"] = launch_identity()
+    replace_file(path / FILE, json.dumps(record, indent=2) + "\n")
+    attempt: int = record["attempt"]
+    return attempt
+
+
+def _refuse_if_never(path: Path, resume: str) -> None:
+    if resume == "never" and (path / FILE).exists():
+        raise RunDirError(
+            f"run_name: {path} holds a run already, and resume_from_checkpoint is never; use auto to go on with it, "
+            "give another run_name, or remove that directory"
+        )
+
+
+def _name_before_restart(runs_dir: Path) -> str | None:
+    """Name of the newest run that this launch has made before its launcher started it again."""
+    restarted = restarted_identity()
+    if restarted is None:
+        return None
+    launcher, identity = restarted
+    found = []
+    for file in runs_dir.glob(f"*/{FILE}"):
+        try:
+            record = read_run_record(file.parent)
+        except RunDirError:  # of another run: none of this one's business
+            continue
+        if record.get("launch", {}).get(launcher) == identity:
+            found.append((record.get("created_ms", 0), file.parent.name))
+    return max(found)[1] if found else None
+
+
+def _made_up(runs_dir: Path, stem: str | None) -> str:
+    """A new name, whose directory is made here: the tasks of a job array begin in the same second."""
+    name = f"{_word(stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        (runs_dir / name).mkdir(parents=True)
+    except FileExistsError:
+        name = f"{name}-{uuid.uuid4().hex[:8]}"
+        (runs_dir / name).mkdir(parents=True)
+    return name
+
+
+def read_run_record(run_dir: Path) -> dict[str, Any]:
+    """What ``run.json`` holds.
+
+    Raises:
+        RunDirError: if it cannot be read.
+    """
+    path = run_dir / FILE
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"{path}: cannot be read: {error}; give another run_name, or put it right") from error
+    if not isinstance(record, dict) or not {"run_name", "run_key"} <= record.keys():
+        raise RunDirError(f"{path}: is not the record of a run; give another run_name, or put it right")
+    return record
 
 
 def _require_space(path: Path) -> None:

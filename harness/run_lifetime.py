@@ -13,15 +13,17 @@ from typing import Any
 from torch import nn
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest
+from harness.checkpoint.commit import Manifest, list_checkpoints
 from harness.config import TrackingConfig
 from harness.errors import HarnessError, PeerFailure, Stopped
 from harness.peers import Peers
 from harness.progress import Progress
-from harness.run_directory import make_run_directory
+from harness.run_directory import RunDirectory, make_run_directory
+from harness.run_lock import RunLock
 from harness.runtime import Topology
 from harness.signals import StopSignals
 from harness.tracking import provenance
+from harness.tracking.continuation import Point
 from harness.tracking.outbox import read_delivered
 from harness.tracking.tracker import RunStatus, Tracker, refused_line
 
@@ -46,34 +48,79 @@ class RunLifetime:
         self._config = config
         self._progress = progress
         self._tracker: Tracker | None = None
-        self._point_times_ms: dict[str, tuple[int, int]] = {}
+        self._lock: RunLock | None = None
+        self._points: dict[str, Point] = {}
         self._points_of: dict[str, list[list[Any]]] = {}
         self._known_datasets: set[str] = set()
         self._signals = StopSignals()
         self._peers = Peers(topology.rank, topology.world_size, self._last_words)
 
     def open(
-        self, agreement: Agreement, runs_dir: Path, run_name: str | None, params: Any, *, resume: bool
-    ) -> tuple[str, Path]:
-        """Make the directory and the MLflow run, on rank zero; its name and path, on all ranks.
+        self, agreement: Agreement, runs_dir: Path, run_name: str | None, params: Any, *, resume: str = "auto"
+    ) -> RunDirectory:
+        """Make or find the directory and the MLflow run, on rank zero; what it is, on all ranks.
 
         Collective; blocks until the MLflow run's id is on disk.
+
+        Args:
+            agreement: of all ranks.
+            runs_dir: where runs are.
+            run_name: its name; None: made up, see `make_run_directory`.
+            params: parameters to log, nested; None: none.
+            resume: ``never``: a run that is there is refused; anything else: it goes on.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
         """
 
-        def make() -> tuple[str, Path]:
-            name, path = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
-            self._tracker = Tracker(path, self._config)
-            self._tracker.start(name)
+        def make() -> RunDirectory:
+            directory, self._lock = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
+            self._tracker = Tracker(directory.path, self._config, directory.attempt)
+            self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
-            self._progress.say(f"run {name} in {path}")
-            if params is not None:
-                self._tracker.params(provenance.flatten_params(params))
-            return name, path
+            self._say_where(directory)
+            if params is not None and (drift := self._tracker.params(provenance.flatten_params(params))).changed:
+                self._progress.say(f"parameters have changed since the run began: {drift.as_line()}")
+            if directory.continues:
+                self._publish_forgotten(directory.path / "checkpoints")
+            return directory
 
         return agreement.from_rank_zero("make the run directory", make)
+
+    def _say_where(self, directory: RunDirectory) -> None:
+        assert self._tracker is not None and self._lock is not None
+        which = f", attempt {directory.attempt}" if directory.continues else ""
+        self._progress.say(f"run {directory.name} in {directory.path}{which}")
+        for note in self._tracker.notes:
+            self._progress.say(note)
+        if not self._lock.works:
+            self._progress.say(
+                f"harness: warning: {directory.path}: this file system has no locks; see to it that no other job uses "
+                "the run at the same time"
+            )
+
+    def _publish_forgotten(self, checkpoints_dir: Path) -> None:
+        """Publish what an attempt was killed over, between a checkpoint's commit and its entry in the journal."""
+        tracker = self._tracker
+        assert tracker is not None
+        for name, manifest in list_checkpoints(checkpoints_dir):
+            if self._config.log_models and not tracker.has_checkpoint(manifest.key):
+                points = tracker.points_at(manifest.metrics, manifest.step)
+                self._points_of[name] = [[key, *point] for key, point in points.items()]
+                self.publish(name, manifest)
+
+    def resumed(self, step: int, checkpoint: str | None) -> None:
+        """The run goes on from a step: points that MLflow has from there on are not sent again. Rank zero's.
+
+        Main thread; before any metric is logged; reads the journal. Where it is not called, a run that goes on
+        begins at step 0.
+
+        Args:
+            step: optimizer steps that are complete.
+            checkpoint: name of what was put back; None: the run begins again.
+        """
+        if self._tracker is not None:
+            self._points = dict(self._tracker.resumed(step, checkpoint).latest)
 
     def check(self) -> None:
         """Raise if another rank has failed. Costs one attribute.
@@ -88,9 +135,6 @@ class RunLifetime:
         """Number of the signal that asked this rank to stop; 0: none has."""
         return self._signals.received
 
-    def resumed(self, step: int, checkpoint: str) -> None:
-        """The run goes on from a checkpoint."""
-
     def take_save_request(self) -> bool:
         """Whether this rank was asked by a signal to save since the last call."""
         return self._signals.take_save_request()
@@ -100,8 +144,7 @@ class RunLifetime:
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Reduced metrics at a step."""
         if self._tracker is not None:
-            time_ms = self._tracker.metrics(values, step)
-            self._point_times_ms.update(dict.fromkeys(values, (time_ms, step)))
+            self._points.update(self._tracker.metrics(values, step))
 
     def describe_model(self, model: nn.Module) -> None:
         """The summary of the user's own model, among the run's artifacts."""
@@ -123,8 +166,7 @@ class RunLifetime:
         By the time that it is committed, training has logged others under the same names.
         """
         if self._tracker is not None:
-            known = {key: value for key, value in metrics.items() if key in self._point_times_ms}
-            self._points_of[checkpoint] = [[key, value, *self._point_times_ms[key]] for key, value in known.items()]
+            self._points_of[checkpoint] = [[key, *self._points[key]] for key in metrics if key in self._points]
 
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
         """Rank zero's writer thread: a checkpoint is committed."""
@@ -159,6 +201,7 @@ class RunLifetime:
         # A signal now ends the wait for MLflow, and nothing else.
         limit_s = self._config.drain_timeout_s
         self._end("FINISHED", "training is complete", limit_s, may_wait=lambda: not self._signals.is_set)
+        self._release()
         self._signals.restore()
 
     def fail(self, error: BaseException, before_end: Callable[[], None]) -> BaseException:
@@ -177,9 +220,14 @@ class RunLifetime:
         before_end()
         if self._tracker is not None:
             self._end(_status_of(cause), _reason_of(cause), FAILURE_WAIT_S)
+        self._release()
         # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
         self._signals.restore()
         return cause
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _last_words(self, failure: PeerFailure) -> None:
         """The watcher's thread, just before it ends a process that is stuck."""

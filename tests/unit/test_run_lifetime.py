@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest
 from harness.config import TrackingConfig
-from harness.errors import PeerFailure, Stopped
+from harness.errors import PeerFailure, RunDirError, Stopped
 from harness.progress import Progress
 from harness.run_lifetime import RunLifetime
 from harness.runtime import Topology
@@ -20,7 +23,7 @@ ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[tuple[RunLifetime, Path]]:
     run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    _, path = run.open(Agreement(0, 1), tmp_path, "it", {"lr": 0.1}, resume=False)
+    path = run.open(Agreement(0, 1), tmp_path, "it", {"lr": 0.1}).path
     yield run, path
     run.finish()
 
@@ -57,8 +60,133 @@ def test_end_is_recorded_as_it_was_when_run_fails_by(
     tmp_path: Path, error: BaseException, status: str, reason: str
 ) -> None:
     run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    _, path = run.open(Agreement(0, 1), tmp_path, "it", None, resume=False)
+    path = run.open(Agreement(0, 1), tmp_path, "it", None).path
     called: list[str] = []
     assert run.fail(error, lambda: called.append("before")) is error
     (end,) = entries(path, "end")
-    assert (dict(end.body), called) == ({"status": status, "reason": reason}, ["before"])
+    assert (dict(end.body), called) == ({"status": status, "reason": reason, "step": 0}, ["before"])
+
+
+# ------------------------------------------------------------------------- the next attempt
+
+
+def again(runs_dir: Path, params: dict[str, object] | None = None) -> tuple[RunLifetime, Path]:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    directory = run.open(Agreement(0, 1), runs_dir, "it", params)
+    assert directory.continues
+    return run, directory.path
+
+
+def facts(path: Path, number: int) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries(path, "attempt"):
+        if entry.body["number"] == number:
+            found |= entry.body["facts"]
+    return found
+
+
+def logged(path: Path) -> list[tuple[str, int, float]]:
+    return [
+        (key, entry.body["step"], value)
+        for entry in entries(path, "metrics")
+        for key, value in entry.body["values"].items()
+    ]
+
+
+def test_points_are_there_once_when_steps_are_repeated(tmp_path: Path) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path, "it", None).path
+    for step in (10, 20, 30):
+        run.log_metrics({"loss": 1.0 / step, "perf/steps_per_s": 5.0}, step)
+    run.fail(KeyboardInterrupt(), lambda: None)
+
+    run, _ = again(tmp_path)
+    run.resumed(20, "step-00000020")
+    for step in (20, 30, 40):
+        run.log_metrics({"loss": 1.0 / step + 0.1 * (step == 30), "perf/steps_per_s": 6.0, "epoch": 1.0}, step)
+    run.finish()
+    assert [point for point in logged(path) if point[0] == "loss"] == [("loss", s, 1.0 / s) for s in (10, 20, 30, 40)]
+    assert [point[1] for point in logged(path) if point[0] == "epoch"] == [20, 30, 40]
+    assert [point[1:] for point in logged(path) if point[0].startswith("perf/")] == [
+        (10, 5.0), (20, 5.0), (30, 5.0), (40, 6.0),
+    ]  # fmt: skip
+    second = facts(path, 2)
+    assert (second["step_from"], second["resumed_from"]) == ("20", "step-00000020")
+    assert (second["points_repeated"], second["points_differing"]) == ("4", "1")
+    assert second["largest_relative_difference"] == "0.75"
+    assert [entry.body["step"] for entry in entries(path, "end")] == [30, 40]
+
+
+def test_points_are_there_once_when_nothing_was_restored(tmp_path: Path) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path, "it", None).path
+    run.log_metrics({"loss": 0.5}, 10)
+    run.fail(KeyboardInterrupt(), lambda: None)
+    run, _ = again(tmp_path)
+    run.log_metrics({"loss": 0.5}, 10)
+    run.finish()
+    assert logged(path) == [("loss", 10, 0.5)]
+    assert facts(path, 2)["step_from"] == "0"
+
+
+def test_checkpoint_has_the_first_attempts_points_when_its_metrics_were_repeated(tmp_path: Path) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path, "it", None).path
+    run.log_metrics({"eval/loss": 0.7}, 5)
+    run.log_metrics({"loss": 0.5}, 20)
+    run.fail(KeyboardInterrupt(), lambda: None)
+    first, second = entries(path, "metrics")
+    run, _ = again(tmp_path)
+    run.resumed(10, "step-00000010")
+    run.log_metrics({"loss": 0.4}, 20)
+    run.keep_points("step-00000020", {"loss": 0.4, "eval/loss": 0.7})
+    run.publish("step-00000020", Manifest("k", 1, 20, 0, {}, (), {}, {}))
+    run.finish()
+    (published,) = entries(path, "checkpoint")
+    # As MLflow has them: other values or times would be second points in the run's history.
+    assert published.body["metrics"] == [["loss", 0.5, second.time_ms, 20], ["eval/loss", 0.7, first.time_ms, 5]]
+
+
+def test_parameters_are_sent_once_and_changes_told_when_they_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path, "it", {"lr": 0.1, "trainer": {"max_epochs": 3}}).path
+    run.fail(KeyboardInterrupt(), lambda: None)
+    run, _ = again(tmp_path, {"lr": 0.2, "trainer": {"max_epochs": 3, "max_steps": 9}})
+    run.finish()
+    sent = [dict(entry.body) for entry in entries(path, "params")]
+    assert sent == [{"lr": "0.1", "trainer.max_epochs": "3"}, {"trainer.max_steps": "9"}]
+    assert json.loads(facts(path, 2)["param_drift"]) == {"lr": ["0.1", "0.2"]}
+    assert "parameters have changed since the run began: lr 0.1 -> 0.2" in capsys.readouterr().err
+
+
+def test_checkpoint_is_published_once_when_an_attempt_was_killed_around_its_commit(
+    tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path / "runs", "it", None).path
+    run.log_metrics({"eval/loss": 0.5}, 10)
+    run.fail(KeyboardInterrupt(), lambda: None)
+    # Its directory is committed, its entry was never written.
+    shutil.copytree(make_checkpoint({"w": torch.ones(3)}), path / "checkpoints" / "epoch-0001")
+    for _ in range(2):
+        run, _ = again(tmp_path / "runs")
+        run.finish()
+    (published,) = entries(path, "checkpoint")
+    (point,) = entries(path, "metrics")
+    assert (published.body["name"], published.body["key"], published.body["step"]) == ("epoch-0001", "key", 10)
+    assert published.body["metrics"] == [["eval/loss", 0.5, point.time_ms, 10]]
+    assert published.body["files"] == ["model.safetensors", "manifest.json"]
+
+
+def test_run_can_go_on_in_the_same_process_when_it_has_ended(tmp_path: Path) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    run.open(Agreement(0, 1), tmp_path, "it", None)
+    other = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    with pytest.raises(RunDirError, match="in use by another PeriodicLogger of this process"):
+        other.open(Agreement(0, 1), tmp_path, "it", None)
+    other.fail(KeyboardInterrupt(), lambda: None)
+    run.finish()
+    run, _ = again(tmp_path)
+    run.finish()
