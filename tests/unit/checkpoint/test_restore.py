@@ -68,10 +68,10 @@ def train(watched: Watched, steps: int) -> list[float]:
     return losses
 
 
-def saved(watched: Watched, accelerator: Accelerator, directory: Path, **config: Any) -> Path:
+def saved(watched: Watched, accelerator: Accelerator, directory: Path, *, step: int = 1, **config: Any) -> Path:
     saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda *_: None)
     saver.check(watched)
-    saver.save(Moment("step-1", 0, 1, 0, {}))
+    saver.save(Moment("step-1", 0, step, 0, {}))
     saver.close()
     return directory / "step-1"
 
@@ -186,3 +186,151 @@ def test_error_has_the_file_when_it_is_damaged(
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=file):
         restored(made(), accelerator, path.parent)
+
+
+class Alternating(nn.Module):
+    """With a layer that is used now and then, and one that is never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 4)
+        self.late = nn.Linear(4, 4)
+        self.never = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, *, late: bool) -> Tensor:
+        out: Tensor = self.used(x)
+        return self.late(out) if late else out
+
+
+def alternating(kind: str, steps: int, seed: int = 0) -> Watched:
+    torch.manual_seed(seed)
+    model = Alternating()
+    watched = Watched(model, MAKE[kind](list(model.parameters())), None)
+    for step in range(steps):
+        step_of(watched, late=step == 1)
+    return watched
+
+
+def step_of(watched: Watched, *, late: bool) -> None:
+    watched.model(torch.ones(2, 4), late=late).square().mean().backward()
+    watched.optimizer.step()  # type: ignore[union-attr]
+    watched.optimizer.zero_grad()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_parameters_have_no_state_when_the_checkpoint_has_none_of_them(
+    accelerator: Accelerator, tmp_path: Path, kind: str, steps: int
+) -> None:
+    first, second = alternating(kind, steps), alternating(kind, 0, seed=1)
+    restored(second, accelerator, saved(first, accelerator, tmp_path, step=steps))
+    assert_same(state_of(second), state_of(first))
+    for late in (False, True):
+        step_of(first, late=late)
+        step_of(second, late=late)
+    assert_same(state_of(second), state_of(first))
+
+
+def test_state_is_kept_when_a_parameter_is_frozen_that_the_optimizer_has(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    first, second = alternating("AdamW", 3), alternating("AdamW", 0, seed=1)
+    second.model.used.requires_grad_(False)  # type: ignore[union-attr]
+    found = restored(second, accelerator, saved(first, accelerator, tmp_path))
+    assert_same(state_of(second), state_of(first))
+    assert not any("not trained" in note for note in found.notes)
+
+
+def test_state_is_left_out_when_the_optimizer_has_a_parameter_no_more(accelerator: Accelerator, tmp_path: Path) -> None:
+    first, second = alternating("AdamW", 3), alternating("AdamW", 0, seed=1)
+    second = Watched(second.model, MAKE["AdamW"](list(second.model.late.parameters())), None)  # type: ignore[union-attr]
+    found = restored(second, accelerator, saved(first, accelerator, tmp_path))
+    left_out = "the state of 2 parameters that are not trained now was left out: used.bias, used.weight"
+    assert found.notes == (left_out,)
+    expected = state_of(first)
+    assert_same(state_of(second), {name: expected[name] for name in expected if ".used." not in name})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("AdamW", "SGD", "has exp_avg.late.bias, exp_avg_sq.late.bias, step.late.bias and 9 more, which is not there"),
+        ("AdamW", "SGD with momentum", "has no momentum_buffer.used.weight, .* and has exp_avg.late.bias"),
+        ("SGD", "AdamW", "has no state of the optimizer after step 1, though AdamW keeps one"),
+        ("SGD", "Adagrad", "has no .*used.weight"),
+    ],
+)
+def test_error_has_the_state_when_the_optimizer_is_another(
+    accelerator: Accelerator, tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    checkpoint = saved(alternating(before, 3), accelerator, tmp_path)
+    second = alternating(after, 0)
+    had = len(second.optimizer.state)  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=said):
+        restored(second, accelerator, checkpoint)
+    assert len(second.optimizer.state) == had  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_error_has_the_names_when_the_checkpoint_has_more_than_the_model(
+    accelerator: Accelerator, tmp_path: Path, weights_only: bool
+) -> None:
+    first = made(layers=2)
+    train(first, 1)
+    checkpoint = saved(first, accelerator, tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-1: has mix\.1\.bias, mix\.1\.weight, which is not there now"):
+        restored(made(), accelerator, checkpoint, weights_only=weights_only)
+
+
+def test_error_says_so_when_a_checkpoint_of_weights_alone_is_resumed(accelerator: Accelerator, tmp_path: Path) -> None:
+    first, second = made(), made(seed=1)
+    train(first, 1)
+    checkpoint = saved(first, accelerator, tmp_path, save_weights_only=True)
+    with pytest.raises(CheckpointError, match="it holds the weights only"):
+        restored(second, accelerator, checkpoint)
+    assert restored(Watched(second.model, None, None), accelerator, checkpoint).notes == ()
+    assert_same(dict(second.model.state_dict()), dict(first.model.state_dict()))
+
+
+def test_another_checkpoint_can_be_restored_when_one_was_damaged(accelerator: Accelerator, tmp_path: Path) -> None:
+    first, second = alternating("AdamW", 3), alternating("AdamW", 0, seed=1)
+    damaged, good = (tmp_path / name for name in ("damaged", "good"))
+    path = saved(first, accelerator, damaged) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    older = alternating("AdamW", 1)
+    checkpoint = saved(older, accelerator, good)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        restored(second, accelerator, path.parent)
+    restored(second, accelerator, checkpoint)
+    assert_same(state_of(second), state_of(older))
+
+
+def test_tied_weights_are_found_when_another_of_their_names_comes_first(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    def tied(first: str, second: str) -> Watched:
+        model = nn.Module()
+        setattr(model, first, nn.Parameter(torch.rand(3)))
+        setattr(model, second, getattr(model, first))
+        optimizer = MAKE["AdamW"](list(model.parameters()))
+        next(model.parameters()).sum().backward()
+        return Watched(model, optimizer, None)
+
+    one, other = tied("a", "b"), tied("b", "a")
+    one.optimizer.step()  # type: ignore[union-attr]
+    restored(other, accelerator, saved(one, accelerator, tmp_path))
+    assert torch.equal(other.model.a, one.model.a)  # type: ignore[arg-type]
+    states = [next(iter(each.optimizer.state.values())) for each in (one, other)]  # type: ignore[union-attr]
+    assert_same(states[1], states[0])
+
+
+def test_notes_say_so_when_values_are_rounded(accelerator: Accelerator, tmp_path: Path) -> None:
+    first, second = alternating("AdamW", 3), alternating("AdamW", 0)
+    second.model.bfloat16()
+    found = restored(second, accelerator, saved(first, accelerator, tmp_path / "wide"))
+    assert "14 tensors were rounded: used.weight from F32 to BF16" in found.notes
+    again = alternating("AdamW", 0)
+    found = restored(again, accelerator, saved(second, accelerator, tmp_path / "narrow"))
+    assert any(
+        "6 weights had been rounded when they were saved: used.weight from BF16 to F32" in n for n in found.notes
+    )
