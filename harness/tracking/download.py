@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.tracking.publisher import root_cause
+from harness.tracking.publisher_process import root_cause
 
 
 def main(argv: list[str]) -> int:
