@@ -122,6 +122,7 @@ class PeriodicLogger:
         self._max_steps: int | None = None
         self._ends = False
         self._saved_at_step: int | None = None
+        self._flushed_at_step: int | None = None
         self._is_save_open = False
         self._batches = TrainingBatches(accelerator)
         self._batches_in_epoch = 0
@@ -540,7 +541,9 @@ class PeriodicLogger:
 
     def _flush_train(self, *, wait: bool) -> None:
         """Start the reduction of training's sums; read it now, or at the next one."""
-        self._window_rates = self._learning_rates()
+        # Once for each step, though a window and a checkpoint may end at it.
+        self._window_rates = {} if self._flushed_at_step == self.step else self._learning_rates()
+        self._flushed_at_step = self.step
         self._reducer.start(self._train_sums, self.step, self._gauges())
         if wait:
             self._collect()

@@ -5,7 +5,6 @@ accelerate launch ... -m tests.distributed.bit_equal OUT MODEL,MODEL,... NUM_GRO
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,28 @@ from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.config import TrainerConfig
-from harness.runtime import start
+from harness.runtime import start, strategy_of
 from tests.distributed.gathered import gather_state
+from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saved_models import MODELS, groups_of, logits_of
 
 
-def main() -> None:
+def save_all(
+    rank: int,
+    world_size: int,
+    port: int,
+    out: Path,
+    strategy: str,
+    models: str,
+    num_groups: int,
+    transport: str,
+) -> None:
+    """One rank: each of the models in turn."""
+    become_rank_of(strategy, rank, world_size, port)
     accelerator = start(TrainerConfig(mixed_precision="fp32"), seed=0)
-    for name in sys.argv[2].split(","):
-        save_and_gather(accelerator, Path(sys.argv[1]) / name, name, int(sys.argv[3]), *sys.argv[4:])
+    assert strategy_of(accelerator) == strategy
+    for name in models.split(","):
+        save_and_gather(accelerator, out / name, name, num_groups, transport)
         accelerator.free_memory()
 
 
@@ -62,7 +74,3 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
                         save_file(expected.model, directory / "model.safetensors", metadata)
                         if expected.optimizer:
                             save_file(expected.optimizer, directory / "optimizer.safetensors", {"format": "pt"})
-
-
-if __name__ == "__main__":
-    main()

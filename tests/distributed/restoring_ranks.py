@@ -57,13 +57,18 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Agreement]:
+def become_rank_of(strategy: str, rank: int, world_size: int, port: int) -> None:
+    """What `accelerate launch` would have set for a strategy."""
     become_rank(rank, world_size, port)
     os.environ |= ENVIRONMENT[strategy]
     if strategy == "single":
         # With a launcher's variables it would be DDP, of one rank.
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[variable]
+
+
+def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Agreement]:
+    become_rank_of(strategy, rank, world_size, port)
     accelerator = start(TrainerConfig(mixed_precision=precision), seed=0)  # type: ignore[arg-type]
     assert strategy_of(accelerator) == strategy
     plugin = accelerator.state.deepspeed_plugin

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from harness.checkpoint.commit import read_manifest
-from tests.launching import accelerate, run
+from tests.distributed.bit_equal import save_all
+from tests.distributed.test_saver import ranks
 
+LIMIT_S = 120
 STEPS = ("step-00000003", "step-00000004", "step-00000005")
 
 
@@ -22,13 +24,15 @@ def parts(path: Path) -> tuple[dict[str, object], bytes]:
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
-def saved(tmp_path: Path, strategy: str, num_processes: int, *words: str) -> Path:
-    launched = accelerate(
-        strategy, "--num_processes", str(num_processes), "-m", "tests.distributed.bit_equal", tmp_path / "out", *words
-    )
-    done = run(launched, tmp_path)
-    assert done.code == 0, done.output
-    return tmp_path / "out" / words[0].split(",")[-1]
+def saved(
+    tmp_path: Path, strategy: str, num_processes: int, models: str, num_groups: int, transport: str = "auto"
+) -> Path:
+    out = tmp_path / "out"
+    with ranks(num_processes, save_all, out, strategy, models, num_groups, transport) as processes:
+        for process in processes:
+            process.join(LIMIT_S)
+        assert [process.exitcode for process in processes] == [0] * num_processes
+    return out / models.split(",")[-1]
 
 
 def check(out: Path, *, with_optimizer: bool = True) -> None:
@@ -52,7 +56,7 @@ def check_model(out: Path, *, with_optimizer: bool) -> None:
 
 
 def test_files_equal_gathered_state_when_there_is_one_process(tmp_path: Path) -> None:
-    check(saved(tmp_path, "single", 1, "uneven,convolutional,channels_last,eighth,gpt2,llama,peft", "1"))
+    check(saved(tmp_path, "single", 1, "uneven,convolutional,channels_last,eighth,gpt2,llama,peft", 1))
 
 
 OURS_AND_OTHERS = "uneven,convolutional,gpt2,llama,peft"
@@ -68,29 +72,29 @@ OURS_AND_OTHERS = "uneven,convolutional,gpt2,llama,peft"
     ],
 )
 def test_files_equal_gathered_state_when_two_ranks_share(tmp_path: Path, strategy: str, models: str) -> None:
-    check(saved(tmp_path, strategy, 2, models, "1"))
+    check(saved(tmp_path, strategy, 2, models, 1))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_files_equal_gathered_state_when_three_ranks_share(tmp_path: Path, strategy: str) -> None:
-    check(saved(tmp_path, strategy, 3, "uneven", "1"))
+    check(saved(tmp_path, strategy, 3, "uneven", 1))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "hsdp", "zero1", "zero3"])
 def test_files_equal_gathered_state_when_four_ranks_share(tmp_path: Path, strategy: str) -> None:
-    check(saved(tmp_path, strategy, 4, "uneven", "1"))
+    check(saved(tmp_path, strategy, 4, "uneven", 1))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_files_equal_gathered_state_when_there_are_several_groups(tmp_path: Path, strategy: str) -> None:
     is_zero = strategy.startswith("zero")
-    out = saved(tmp_path, strategy, 2, "uneven", "3")
+    out = saved(tmp_path, strategy, 2, "uneven", 3)
     check(out, with_optimizer=not is_zero)
     if not is_zero:
         return
     # DeepSpeed's own accessors fail here, so its moments are compared with DDP's.
     (tmp_path / "ddp").mkdir()
-    same = saved(tmp_path / "ddp", "ddp", 2, "uneven", "3")
+    same = saved(tmp_path / "ddp", "ddp", 2, "uneven", 3)
     for step in STEPS:
         mine, theirs = (load_file(path / "it/checkpoints" / step / "optimizer.safetensors") for path in (out, same))
         assert mine.keys() == theirs.keys()
@@ -107,4 +111,4 @@ def test_files_equal_gathered_state_when_there_are_several_groups(tmp_path: Path
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_files_equal_gathered_state_when_rank_zero_writes_for_all(tmp_path: Path, strategy: str) -> None:
-    check(saved(tmp_path, strategy, 3, "uneven", "1", "gather"))
+    check(saved(tmp_path, strategy, 3, "uneven", 1, "gather"))
