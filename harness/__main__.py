@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harness.config import RunConfig
-from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure
+from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped
 from harness.options import parse_run_config
 
 _RANK_ZERO_FIRST_S = 3.0
@@ -64,7 +64,8 @@ def tell(error: BaseException) -> int:
     if rank == 0 or nobody_knows:
         name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
-        print(f"harness: error{where}: {name}{error}", file=sys.stderr, flush=True)
+        what = "" if isinstance(error, Stopped) else f"error{where}: "
+        print(f"harness: {what}{name}{error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 
 

@@ -27,8 +27,8 @@ class Done:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines that harness itself says an error in."""
-        return [line for line in self.output.splitlines() if line.startswith("harness: error")]
+        """The lines in which harness itself says why it ended."""
+        return [line for line in self.output.splitlines() if line.startswith(("harness: error", "harness: stopped by"))]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -28,7 +28,7 @@ CASES = [
     ("stuck", 1, "rank 1 failed: RuntimeError: the disk of this rank fell out", "FAILED"),
     ("kill", 1, "the connection to another rank broke", "FAILED"),
     ("kill", 0, "the trainer ended without saying how", "FAILED"),
-    ("term", 1, "rank 1 was stopped by SIGTERM", "KILLED"),
+    ("term", 1, "stopped by SIGTERM", "KILLED"),
 ]
 
 
