@@ -53,6 +53,7 @@ def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
         checkpoint=config.checkpoint,
         tracking=config.tracking,
         resume_from_checkpoint=config.resume_from_checkpoint,
+        initial_weights=config.initial_weights,
         params=replace(config, tracking=replace(config.tracking, tracking_uri=None)),
     )
     logger.progress = Progress(enabled=accelerator.is_main_process, bar=config.trainer.progress_bar)

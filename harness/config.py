@@ -231,6 +231,8 @@ class RunConfig:
         resume_from_checkpoint: auto: a run that is there already goes on from its newest checkpoint; never: it
             is refused; or where a new run begins: a checkpoint's directory, a run's, or an address in MLflow
             (``runs:/...``, ``models:/...``).
+        initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
+            Face has it, or an address in MLflow; null: from the task's model.
         trainer: the loop.
         checkpoint: when and how checkpoints are written.
         tracking: what goes to MLflow.
@@ -243,6 +245,7 @@ class RunConfig:
     run_dir: str = "runs"
     run_name: str | None = None
     resume_from_checkpoint: str = "auto"
+    initial_weights: str | None = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -45,6 +45,9 @@ def make_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--resume_from_checkpoint", type=str, default="auto", help="auto, never, a path, or an address in MLflow"
     )
+    parser.add_argument(
+        "--initial_weights", type=str | None, default=None, help="directory of safetensors, or an address in MLflow"
+    )
     for key, what in _CLASS_KEYS.items():
         default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
         parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)
@@ -193,6 +196,7 @@ def _to_run_config(values: Namespace) -> RunConfig:
         run_dir=values.run_dir,
         run_name=values.run_name,
         resume_from_checkpoint=values.resume_from_checkpoint,
+        initial_weights=values.initial_weights,
         trainer=values.trainer,
         checkpoint=values.checkpoint,
         tracking=values.tracking,

@@ -33,9 +33,10 @@ from harness.batches import Continuation, TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
 from harness.checkpoint.json_values import decode, encode
-from harness.checkpoint.locate import find_checkpoints, locate
+from harness.checkpoint.locate import find_checkpoints, locate, locate_weights
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
+from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import Resumed, resume, samples_per_step
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
@@ -73,6 +74,8 @@ class PeriodicLogger:
         resume_from_checkpoint: ``auto``: where a run of this name is there already, `watch` puts its newest
             checkpoint back, and `epochs` goes on from it; ``never``: it is refused. Or where a run begins: a
             checkpoint's directory, a run's, or an address in MLflow (``runs:/...``, ``models:/...``).
+        initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
+            Face has it, or an address in MLflow.
 
     Attributes:
         step: optimizer steps that are complete.
@@ -92,6 +95,7 @@ class PeriodicLogger:
         tracking: TrackingConfig | None = None,
         params: Any = None,
         resume_from_checkpoint: str = "auto",
+        initial_weights: str | None = None,
     ) -> None:
         checkpoint = checkpoint or CheckpointConfig()
         tracking = tracking or TrackingConfig()
@@ -110,6 +114,7 @@ class PeriodicLogger:
         self._runs_dir = Path(run_dir)
         self._params = params
         self._resume_from = resume_from_checkpoint
+        self._initial_weights = initial_weights
         self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
         self._train_sums = WeightedSums()
         self._eval_sums = WeightedSums()
@@ -637,6 +642,7 @@ class PeriodicLogger:
     def _resume(self, watched: Watched) -> None:
         resumed = resume(self._found, self.accelerator, self._agreement, watched, self.say)
         if resumed is None:
+            self._take_initial_weights(watched)
             return
         self._resumed = resumed
         state = resumed.state
@@ -648,6 +654,19 @@ class PeriodicLogger:
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
+
+    def _take_initial_weights(self, watched: Watched) -> None:
+        where, run_path = self._initial_weights, self.run_path
+        if where is None or run_path is None:
+            return
+        uri = self.tracking_config.tracking_uri
+        path = self._agreement.from_rank_zero(
+            "find the initial weights", lambda: locate_weights("initial_weights", where, run_path / "downloads", uri)
+        )
+        restored = restore_weights(self.accelerator, watched, path, self._agreement)
+        self.say(f"begins with the weights of {where}")
+        for note in restored.notes:
+            self.say(f"harness: warning: {where}: {note}")
 
     def _take_continuation(self, loader: Any) -> Continuation | None:
         """Where the epoch that begins goes on, once after a resume: at its batch by this loader's size."""

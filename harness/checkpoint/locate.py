@@ -66,22 +66,24 @@ def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -
     raise ConfigError(key, f"there is no checkpoint in {path}; give a checkpoint's directory, or a run's")
 
 
+def locate_weights(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
+    """The directory of the weights that a user means: a checkpoint's, one as Hugging Face has it, or of MLflow's.
+
+    Effects, Args, Raises: as `locate`.
+    """
+    if is_in_mlflow(where):
+        return _download(key, where, download_dir, tracking_uri)
+    if not Path(where).is_dir():
+        raise ConfigError(key, f"{where} is no directory; give one with safetensors in it")
+    return Path(where)
+
+
 def download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
     """Fetch a checkpoint from MLflow into a directory of its own, and verify it.
 
     Effects, Args, Raises: as `locate`.
     """
-    # The trainer never imports mlflow.
-    command = [sys.executable, "-m", "harness.tracking.download", where, str(download_dir)]
-    environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise CheckpointError(f"{where}: was not downloaded within {_DOWNLOAD_TIMEOUT_S:.0f} s") from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no reason was given"]
-        raise ConfigError(key, f"{where} cannot be downloaded: {redact(lines[-1])}")
-    path = Path(done.stdout.strip().splitlines()[-1])
+    path = _download(key, where, download_dir, tracking_uri)
     if not (path / MANIFEST).exists():
         raise ConfigError(key, f"{where}: is no checkpoint of this program, as it has no {MANIFEST}")
     missing = {file.name for file in read_manifest(path).files if not (path / file.name).exists()}
@@ -93,3 +95,17 @@ def download(key: str, where: str, download_dir: Path, tracking_uri: str | None)
     if problems := verify(path).problems:
         raise CheckpointError(f"{where}: what was downloaded is not what was written: {problems[0]}")
     return path
+
+
+def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
+    # The trainer never imports mlflow.
+    command = [sys.executable, "-m", "harness.tracking.download", where, str(download_dir)]
+    environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(f"{where}: was not downloaded within {_DOWNLOAD_TIMEOUT_S:.0f} s") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no reason was given"]
+        raise ConfigError(key, f"{where} cannot be downloaded: {redact(lines[-1])}")
+    return Path(done.stdout.strip().splitlines()[-1])

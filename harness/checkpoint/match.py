@@ -42,7 +42,7 @@ class Targets:
         return sum(want.end - want.start for wants in self.wants.values() for want in wants)
 
 
-def match(held: Held, stored: Stored, *, weights_only: bool) -> Targets:
+def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True) -> Targets:
     """Find where each tensor is.
 
     Effects: not collective; main thread; reads metadata only.
@@ -51,13 +51,20 @@ def match(held: Held, stored: Stored, *, weights_only: bool) -> Targets:
         held: found with `restoring`, once the optimizer has a state for what the checkpoint has one of.
         stored: what the checkpoint has.
         weights_only: what it has of the optimizer's state does not matter.
+        strict: names that are missing, or that nothing is there for, are an error; else they are noted, and
+            what is missing stays as it is.
 
     Raises:
         CheckpointError: with all names that are missing, or that nothing is there for; or with a shape.
     """
     pairs, missing = _find(held, stored)
     unexpected = _unexpected(held, stored, pairs, weights_only)
-    if missing or unexpected:
+    if not strict and not pairs:
+        raise CheckpointError(
+            f"{stored.checkpoint}: has none of the model's names; it has {_some(unexpected)}, and the model "
+            f"{_some(missing)}"
+        )
+    if strict and (missing or unexpected):
         parts = [f"has no {_some(missing)}"] if missing else []
         parts += [f"has {_some(unexpected)}, which is not there now"] if unexpected else []
         raise CheckpointError(
@@ -73,6 +80,10 @@ def match(held: Held, stored: Stored, *, weights_only: bool) -> Targets:
             f"in the model{more}; resume with the model that was saved, or start another run"
         )
     targets = Targets()
+    if missing:
+        targets.notes.append(f"{len(missing)} tensors are missing, and stay as they were: {_some(missing, 20)}")
+    if unexpected:
+        targets.notes.append(f"{len(unexpected)} tensors are not in the model, and left out: {_some(unexpected, 20)}")
     targets.notes += _notes(held, stored, pairs, weights_only)
     names = _names(held)
     numbers: dict[int, _Numbers] = {}
@@ -138,9 +149,9 @@ def _trained(held: Held) -> Iterable[str]:
     return (name for _, in_group in held.groups for name in in_group)
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
 
 
 def _notes(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], weights_only: bool) -> Iterator[str]:

@@ -68,9 +68,40 @@ def restore_tensors(
         CheckpointError: on all ranks, if the checkpoint is damaged on any of them, or is of another model or
             optimizer.
     """
-    optimizer = watched.optimizer
-    weights_only = weights_only or optimizer is None
     stored = _together(agreement, "the checkpoint's headers", lambda: Stored.of(checkpoint))
+    return _restore(accelerator, watched, stored, agreement, weights_only or watched.optimizer is None, strict=True)
+
+
+def restore_weights(accelerator: Accelerator, watched: Watched, directory: Path, agreement: Agreement) -> Restored:
+    """Fill the weights and buffers from a checkpoint, or from any directory of safetensors as Hugging Face has it.
+
+    Names that the directory lacks, and names that the model lacks, are in the notes.
+
+    Effects: as `restore_tensors`, but the optimizer makes no step.
+
+    Args:
+        accelerator: which ranks and which strategy.
+        watched: the prepared model and optimizer; ZeRO's masters become what the weights are.
+        directory: which every rank sees.
+        agreement: of all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if none of the names is the model's, a shape is another, or it is damaged.
+    """
+    stored = _together(agreement, "the headers of the weights", lambda: Stored.of_weights(directory))
+    return _restore(accelerator, watched, stored, agreement, weights_only=True, strict=False)
+
+
+def _restore(
+    accelerator: Accelerator,
+    watched: Watched,
+    stored: Stored,
+    agreement: Agreement,
+    weights_only: bool,
+    *,
+    strict: bool,
+) -> Restored:
+    optimizer = watched.optimizer
     made: list[Tensor] = []
     try:
         if not weights_only:
@@ -81,7 +112,7 @@ def restore_tensors(
             held = find_held(
                 accelerator, watched.model, optimizer, weights_only=weights_only, dtype=None, restoring=True
             )
-            return match(held, stored, weights_only=weights_only), held.refresh
+            return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
 
         targets, refresh = _together(agreement, "the names in the checkpoint", matched)
         read_bytes, unchecked = _together(agreement, "what they have read", lambda: _fill(targets, stored))

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from harness.checkpoint.commit import FileRecord, read_manifest
+from harness.checkpoint import strict_json
+from harness.checkpoint.commit import MANIFEST, FileRecord, read_manifest
 from harness.checkpoint.layout import StoredTensor, read_header
 from harness.checkpoint.shards.source import DTYPES
 from harness.errors import CheckpointError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_INDEX_LIMIT_BYTES = 1 << 30
 MASTER = "master"
 
 
@@ -63,11 +66,38 @@ class Stored:
         """
         manifest = read_manifest(checkpoint)
         records = {file.name: file for file in manifest.files if file.name.endswith(".safetensors")}
+        return cls._of(checkpoint, manifest.step, records)
+
+    @classmethod
+    def of_weights(cls, directory: Path) -> Stored:
+        """The weights alone, of one of our checkpoints or of any directory as Hugging Face has it.
+
+        Effects: as `of`.
+
+        Raises:
+            CheckpointError: if there are none, or they are not what was written.
+        """
+        if (directory / MANIFEST).exists():
+            manifest = read_manifest(directory)
+            names = [name for name in manifest.weight_files if name.endswith(".safetensors")]
+            return cls._of(directory, 0, {file.name: file for file in manifest.files if file.name in names})
+        try:
+            names = _weight_files(directory)
+            # Nothing is known of its digests.
+            records = {name: FileRecord(name, (directory / name).stat().st_size, ()) for name in names}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{directory / _INDEX_FILE}: is not understood: {error}") from error
+        return cls._of(directory, 0, records)
+
+    @classmethod
+    def _of(cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord]) -> Stored:
         model: dict[str, Place] = {}
         optimizer: dict[str, Place] = {}
         tied: dict[str, str] = {}
         for file, record in records.items():
-            tensors, metadata = read_header(checkpoint / file, record)
+            tensors, metadata = read_header(checkpoint / file, record if record.ranges else None)
             if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
                 raise CheckpointError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
             places = {name: Place(file, tensor) for name, tensor in tensors.items()}
@@ -85,7 +115,7 @@ class Stored:
                 states.setdefault(parameter, {})[kind] = place
             else:
                 strange.append(name)
-        return cls(checkpoint, manifest.step, records, model, aliases, states, tuple(strange))
+        return cls(checkpoint, step, records, model, aliases, states, tuple(strange))
 
     def name_of(self, name: str) -> str:
         """The name under which a tensor of the model is stored: what was tied may stand for itself now."""
@@ -111,6 +141,25 @@ class Stored:
         """Where the fp32 master of a weight is: a weight without one is its own."""
         name = self.name_of(parameter)
         return self.states.get(name, {}).get(MASTER) or self.model.get(name)
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """As `transformers` finds them: the files of the index, or the only one."""
+    if (directory / _INDEX_FILE).exists():
+        index = strict_json.read(directory / _INDEX_FILE, _INDEX_LIMIT_BYTES)
+        names = sorted(set(index["weight_map"].values()))
+        if not all(name == Path(name).name for name in names):
+            raise ValueError("it names files elsewhere")
+        return names
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{directory}: has {len(found)} safetensors files, and neither {_INDEX_FILE} nor model.safetensors; give "
+            "the directory that `save_pretrained` or a checkpoint has written"
+        )
+    return found
 
 
 def split_name(name: str, parameters: Collection[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from harness.agreement import Agreement
-from harness.checkpoint.restore import restore_tensors
+from harness.checkpoint.restore import restore_tensors, restore_weights
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.shards.held import innermost
 from harness.checkpoint.trainer_state import Moment, Watched
@@ -195,6 +195,17 @@ def restore_weights_under(
     saver.close()
     if rank == 0:
         (directory / "notes.json").write_text(json.dumps(found.notes))
+
+
+def begin_with_weights_under(rank: int, world_size: int, port: int, directory: Path, strategy: str, path: str) -> None:
+    """A GPT-2 takes its weights from a directory of transformers'; then they are saved, with their masters."""
+    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    watched = prepared(accelerator, 99, "SGD", 1, "gpt2")
+    restore_weights(accelerator, watched, Path(path), agreement)
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    saver.save(Moment("begun", 0, 1, 0, {}))
+    saver.close()
 
 
 def fail_to_restore(

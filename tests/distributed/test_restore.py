@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.distributed.restoring_ranks import (
+    begin_with_weights_under,
     fail_to_restore,
     restore_under,
     restore_weights_under,
     save_under,
     save_unevenly,
 )
+from tests.distributed.saved_models import MODELS
 from tests.distributed.test_saver import ranks
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -204,6 +207,17 @@ def test_masters_follow_when_weights_alone_are_restored(tmp_path: Path, strategy
             assert torch.equal(found[f"{FILES[1]}:master.{name}"], value), name
     notes = json.loads((tmp_path / "into/notes.json").read_text())
     assert (notes == []) == (precision == "fp32"), notes
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_shards_take_the_weights_of_transformers_when_a_run_begins(tmp_path: Path, strategy: str) -> None:
+    torch.manual_seed(1)
+    model: Any = MODELS["gpt2"]()
+    model.save_pretrained(tmp_path / "hub", max_shard_size="5KB")
+    run(2, begin_with_weights_under, tmp_path / "into", strategy, str(tmp_path / "hub"))
+    found = tensors_of(tmp_path / "into/begun")
+    for name, value in model.named_parameters():
+        assert torch.equal(found[f"{FILES[0]}:{name}"], value), name
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
