@@ -26,7 +26,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from harness import cpu
+from harness import cpu, rendezvous
 from harness.config import NUM_PROCESSES_VARIABLE, TrainerConfig
 from harness.errors import LaunchError
 
@@ -91,7 +91,7 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
             "put `fsdp_version: 2` into the accelerate configuration (see configs/accelerate/fsdp2.yaml)"
         )
     on_cpu = not torch.accelerator.is_available()
-    init = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    init = InitProcessGroupKwargs(timeout=timedelta(minutes=30), init_method=rendezvous.init_method())
     precision = _ACCELERATE_PRECISION[trainer.mixed_precision]
     if precision == "fp16" and on_cpu:
         raise LaunchError("trainer.mixed_precision: fp16 needs a GPU, and there is none; use bf16 or fp32")

@@ -17,7 +17,10 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 class Breaks(Digits):
-    """On one rank, at one step: raises, is killed, is stopped, exits, or waits for ever while rank 1 raises."""
+    """On one rank, at one step: raises, is killed, is stopped, or waits for ever while rank 1 raises.
+
+    ``kill once``: not again in ranks that a launcher has started anew.
+    """
 
     def __init__(self, how: str, at: int = 10, rank: int = 1) -> None:
         super().__init__()
@@ -34,7 +37,9 @@ class Breaks(Digits):
         return super().step(model, batch)
 
     def _break(self) -> None:
-        if self.how == "kill":
+        if self.how == "kill once" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            return
+        if self.how in ("kill", "kill once"):
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.how == "term":
             os.kill(os.getpid(), signal.SIGTERM)

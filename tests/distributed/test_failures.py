@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.checkpoint.commit import list_checkpoints
 from tests.launching import ROOT, Done, harness, run
 from tests.mlflow_reader import only_run
 
@@ -87,3 +88,23 @@ def test_all_ranks_stop_with_the_address_when_the_server_is_unreachable(tmp_path
     assert "secret" not in done.output.replace("user:secret@127.0.0.1:9 --tracking.start_timeout_s", "")
     for path in tmp_path.glob("runs/**/*"):
         assert path.is_dir() or "secret" not in path.read_text(), path
+
+
+def test_run_goes_on_by_itself_when_the_launcher_starts_the_ranks_again(tmp_path: Path) -> None:
+    words = ("launch", "--num_processes", "2", "--max_restarts", "1", "--config", DIGITS)
+    # Nobody has named the run: the ranks of the second start find it by who has started them.
+    done = run(
+        harness(
+            *words,
+            *("--trainer.max_epochs", "2", "--checkpoint.every_n_steps", "4"),
+            *("--task.class_path", "tests.distributed.tasks.Breaks"),
+            *("--task.init_args", '{"how": "kill once", "at": 20}'),
+        ),
+        tmp_path,
+        timeout_s=LIMIT_S,
+    )
+    assert done.code == 0, done.output
+    assert "goes on from step-000000" in done.output
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert only_run(tmp_path, wait_for_end_s=40).info.status == "FINISHED"
+    assert list_checkpoints(run_dir / "checkpoints")[-1][1].epoch == 2
