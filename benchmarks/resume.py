@@ -125,7 +125,11 @@ def worker(arguments: argparse.Namespace) -> None:
             barrier()
             if round_number:
                 results[name].append(time.perf_counter() - begun_s)
-    record = {"seconds": results, "wanted_bytes": wanted[0], "memory_bytes": memory}
+    # The weights were there before; the moments are this rank's own.
+    state = innermost(optimizer).state.values() if not is_deepspeed else ()
+    local = [getattr(value, "_local_tensor", value) for kinds in state for value in kinds.values()]
+    own = sum(value.nbytes for value in local if isinstance(value, torch.Tensor))
+    record = {"seconds": results, "wanted_bytes": wanted[0], "memory_bytes": memory - own}
     gathered = agreement.gather("the results", record)
     if rank == 0:
         Path(arguments.output).write_text(json.dumps({"ranks": gathered, "bytes": total_bytes(path)}))
@@ -193,7 +197,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "bytes": record["bytes"],
         "wanted_bytes": [rank["wanted_bytes"] for rank in ranks],
-        "memory_less_own_mib": [(rank["memory_bytes"] - rank["wanted_bytes"]) / 2**20 for rank in ranks],
+        "memory_less_own_mib": [rank["memory_bytes"] / 2**20 for rank in ranks],
         "peers": peers,
     }
 
