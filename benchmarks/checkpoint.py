@@ -371,7 +371,7 @@ def worker(arguments: argparse.Namespace) -> None:
         record = {
             "share_bytes": share_bytes,
             "mode": mode,
-            "transport": logger._saver._transport,
+            "transport": logger._saver._runner.facts.transport,
             "logical_bytes": engine.plan.layout.size_bytes,
             "written_bytes": sum(part.size for ranges in engine.plan.ranges for part in ranges)
             + sum(len(file.header) for file in engine.plan.layout.files),

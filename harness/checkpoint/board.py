@@ -37,7 +37,7 @@ class Board:
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None, run: str) -> None:
-        self._rank = rank
+        self.rank = rank
         self._world_size = world_size
         self._store = store
         self._run = run
@@ -46,10 +46,10 @@ class Board:
 
     def put(self, save: int, record: bytes) -> None:
         """Say how this rank's part of a save went."""
-        if self._rank == 0:
+        if self.rank == 0:
             self._own[save] = record
         elif self._store is not None:
-            self._store.set(self._key(save, self._rank), record)  # type: ignore[arg-type]
+            self._store.set(self._key(save, self.rank), record)  # type: ignore[arg-type]
 
     def collect(self, save: int, timeout_s: float) -> list[bytes]:
         """Rank zero: every rank's record of a save, in the order of ranks.

@@ -1,7 +1,9 @@
 """An optimizer's state before its first step, so that there is something to read a checkpoint into.
 
 The optimizer itself makes it, in a step with gradients of zero at a rate of zero: types, devices and what is
-a plain number are its own choice. The values are of no use.
+a plain number are its own choice. The values are of no use, so of many parameters that are alike in all that an
+optimizer could go by, one is stepped on and the others get memory of the same form: writing zeros, and
+the arithmetic on them, takes longer than reading the file.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.checkpoint.huge_pages import advise_huge_pages
 from harness.checkpoint.shards.held import Stepped
 from harness.errors import CheckpointError
 
@@ -40,7 +43,12 @@ def materialize(optimizer: torch.optim.Optimizer, wanted: Iterable[Stepped]) -> 
     try:
         for group, rate in rates:
             group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        for part in _parts(made):
+        alike: dict[Any, list[Stepped]] = {}
+        for each in made:
+            alike.setdefault(_form(each), []).append(each)
+        for part in _parts(same[0] for same in alike.values()):
+            _step(optimizer, part)
+        for part in _parts(each for same in alike.values() for each in same[1:] if not _copy(optimizer, same[0], each)):
             _step(optimizer, part)
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
         forget(optimizer, [each.tensor for each in made])
@@ -52,8 +60,10 @@ def materialize(optimizer: torch.optim.Optimizer, wanted: Iterable[Stepped]) -> 
             group["lr"] = rate
         for group, parameters in members:
             group["params"] = parameters
-    # A look into a defaultdict leaves an entry.
-    forget(optimizer, [each.tensor for each in made if not optimizer.state.get(each.tensor)])
+    for each in made:
+        # In the order that they would have come in; a look into a defaultdict has left an entry for nothing.
+        if state := optimizer.state.pop(each.tensor, None):
+            optimizer.state[each.tensor] = state
     return [each.tensor for each in made if each.tensor in optimizer.state]
 
 
@@ -61,6 +71,42 @@ def forget(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
     """Take the state of some tensors away, as before the first step."""
     for tensor in tensors:
         optimizer.state.pop(tensor, None)
+
+
+def _form(each: Stepped) -> Any:
+    """All that an optimizer could go by when it makes a state; of its own for a flat partition, where zeros count."""
+    tensor = each.tensor
+    if len(each.names) > 1:
+        return id(tensor)
+    kind = (type(tensor), tensor.dtype, tensor.shape, getattr(tensor, "placements", None), tensor.requires_grad)
+    return id(each.group), kind, _place(tensor)
+
+
+def _place(tensor: Tensor) -> Any:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.shape, local.stride(), local.device
+
+
+def _copy(optimizer: torch.optim.Optimizer, first: Stepped, each: Stepped) -> bool:
+    """Give a state of the form that another has; whether it is of a kind that can be told from its values."""
+    state: dict[Any, Any] = {}
+    for kind, value in optimizer.state.get(first.tensor, {}).items():
+        if value is None or isinstance(value, bool | int | float):
+            state[kind] = value
+        elif not isinstance(value, Tensor):
+            return False
+        elif not value.shape and first.tensor.numel() > 1 and type(value) is Tensor:
+            state[kind] = value.clone()
+        elif _place(value) == _place(first.tensor):
+            state[kind] = torch.empty_like(each.tensor, dtype=value.dtype, requires_grad=False)
+            advise_huge_pages(getattr(state[kind], "_local_tensor", state[kind]))
+            if type(state[kind]) is not type(value):
+                return False
+        else:
+            return False
+    if state:
+        optimizer.state[each.tensor] = state
+    return True
 
 
 def _step(optimizer: Any, part: list[Stepped]) -> None:

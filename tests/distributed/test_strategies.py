@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from harness.checkpoint.commit import Manifest, list_checkpoints
@@ -29,7 +29,14 @@ NUM_PROCESSES = {"single": 1, "hsdp": 4}
 @cache
 def trained(strategy: str, task: str, num_processes: int) -> tuple[Manifest, dict[str, Tensor], dict[str, Tensor]]:
     """The last checkpoint's manifest, weights and optimizer state."""
-    cwd = Path(mkdtemp(prefix=f"harness-{strategy}-"))
+    # Read before it returns: what is kept is in memory.
+    with TemporaryDirectory(prefix=f"harness-{strategy}-") as directory:
+        return _trained(Path(directory), strategy, task, num_processes)
+
+
+def _trained(
+    cwd: Path, strategy: str, task: str, num_processes: int
+) -> tuple[Manifest, dict[str, Tensor], dict[str, Tensor]]:
     config = ROOT / "configs" / f"{task}.yaml"
     words = ("-m", "harness", "--config", config, "--run_name", "it", "--tracking.enabled", "false", *TASKS[task])
     done = run(accelerate(strategy, "--num_processes", str(num_processes), *words), cwd)
@@ -38,8 +45,8 @@ def trained(strategy: str, task: str, num_processes: int) -> tuple[Manifest, dic
     name, manifest = list_checkpoints(checkpoints)[-1]
     return (
         manifest,
-        load_file(checkpoints / name / "model.safetensors"),
-        load_file(checkpoints / name / "optimizer.safetensors"),
+        load((checkpoints / name / "model.safetensors").read_bytes()),
+        load((checkpoints / name / "optimizer.safetensors").read_bytes()),
     )
 
 

@@ -112,7 +112,7 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     saver._await_save()
     goes_on = threading.Event()
     if rank == 0:
-        saver._saving = saver._background.submit(lambda: _wait(goes_on))
+        saver._saving = saver._runner.submit(lambda: _wait(goes_on))
     # Rank zero alone is busy: the other has begun before it could know.
     assert save(4) == (rank == 1, False)
     goes_on.set()
