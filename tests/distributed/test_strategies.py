@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from harness.checkpoint.commit import Manifest, list_checkpoints
