@@ -107,7 +107,7 @@ class Ours(Peer):
 
     def save(self, directory: Path) -> None:
         self.number += 1
-        self.logger._saved_at_step = None
+        self.logger._saved_at = None
         self.logger._save(f"step-{self.number:08d}")
 
     def finish(self) -> None:

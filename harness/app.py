@@ -66,7 +66,7 @@ def prepare(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, Any, Any]:
     """Make model, optimizer, scheduler and loaders, and let accelerate prepare them.
 
-    A run that goes on keeps its global batch, where it can be divided among the ranks that there are now.
+    On another number of ranks a run keeps its global batch, where it can be divided among them.
 
     Effects: collective; main thread; blocks until the ranks have the same model; nothing on disk.
     """
@@ -94,11 +94,14 @@ def prepare(
 
 
 def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLogger) -> Any:
-    """The loader with the batches, and the accelerator with the accumulation, of the run that goes on."""
-    before = logger.samples_per_step_before
-    if before is None or loader.batch_size is None:
-        return loader
+    """The loader with the batches, and the accelerator with the accumulation, of the run that goes on.
+
+    On as many ranks as before it is the configuration's that counts: it is the same, or was changed on purpose.
+    """
     world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if logger.batch_before is None or logger.batch_before.world_size == world_size or loader.batch_size is None:
+        return loader
+    before = logger.batch_before.num_samples
     now = world_size * loader.batch_size * accumulation
     if now == before:
         return loader

@@ -1,4 +1,4 @@
-"""One epoch's batches of a prepared loader, from any position on, with the random numbers as they were.
+"""One epoch's batches of prepared loaders, from any position on, with the random numbers as they were.
 
     epoch begins   the random numbers, and those of the loader's generator        are kept
     a fetch        in this process: the random numbers before it                  are kept
@@ -15,17 +15,19 @@ from __future__ import annotations
 import base64
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
 
-from harness import random_state
+from harness import data, random_state
 
 
 @dataclass
@@ -33,49 +35,58 @@ class DataState:
     """What of the random numbers is needed to go on within an epoch; of one rank.
 
     Args:
-        start: before the epoch's iteration began; empty: it has not.
-        generator: of the loader's own generator, at the same time; None: it has none.
+        start: of this process, before the loader that is running began; empty: none is.
+        generators: by loader of the epoch, the states of its own generators: of the one that is running, before
+            it began; of the others, now.
         fetch: before the latest batch was fetched in this process; None: workers fetch.
     """
 
-    start: dict[str, Any]
-    generator: torch.Tensor | None = None
+    start: dict[str, Any] = field(default_factory=dict)
+    generators: Sequence[Sequence[Tensor]] = ()
     fetch: dict[str, Any] | None = None
 
     def encoded(self) -> dict[str, Any]:
         """As JSON values; from any thread."""
-        generator = None if self.generator is None else base64.b64encode(self.generator.numpy().tobytes()).decode()
-        fetch = None if self.fetch is None else random_state.encoded(self.fetch)
-        return {"start": random_state.encoded(self.start), "generator": generator, "fetch": fetch}
+        return {
+            "start": random_state.encoded(self.start),
+            "generators": [
+                [base64.b64encode(state.numpy().tobytes()).decode() for state in each] for each in self.generators
+            ],
+            "fetch": None if self.fetch is None else random_state.encoded(self.fetch),
+        }
 
     @classmethod
     def decoded(cls, record: dict[str, Any]) -> DataState:
         """What `encoded` was called on."""
-        generator, fetch = record["generator"], record["fetch"]
+        fetch = record["fetch"]
         return cls(
             random_state.decoded(record["start"]),
-            None if generator is None else torch.frombuffer(bytearray(base64.b64decode(generator)), dtype=torch.uint8),
+            [
+                [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in each]
+                for each in record["generators"]
+            ],
             None if fetch is None else random_state.decoded(fetch),
         )
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Where to go on, of one rank.
+    """Where to go on in a loader, of one rank.
 
     Args:
-        num_taken: batches of the epoch that are done.
-        data: as it was then; None: the random numbers are not those of that run (another number of ranks).
-        random: the random numbers after the last step, as `random_state.take` gives them.
+        num_taken: batches of it that are done.
+        data: as it was then.
+        random: the random numbers after the last step, as `random_state.take` gives them; None: they are not
+            those of that run (another number of ranks).
     """
 
     num_taken: int
-    data: DataState | None
-    random: dict[str, Any]
+    data: DataState
+    random: dict[str, Any] | None
 
 
 class TrainingBatches:
-    """Iterates over training loaders, and knows what a checkpoint must have to go on in the middle.
+    """Iterates over an epoch's training loaders, and knows what a checkpoint must have to go on in the middle.
 
     Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped, for good.
 
@@ -85,56 +96,104 @@ class TrainingBatches:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._state: DataState | None = None
-        self._generator: torch.Generator | None = None
+        # By loader of the epoch, in their order.
+        self._generators: list[list[torch.Generator]] = []
+        self._number = 0
+        self._running: DataState | None = None
+        self._sampler: _Sampler | None = None
+        self._before: Sequence[Sequence[Tensor]] = ()
+        # As this process's numbers were before workers were seeded that are seeded once.
+        self._unseeded: Tensor | None = None
+        # What the run goes on with, until a loader has begun.
+        self._resumed: DataState | None = None
+        self._put_back: set[int] = set()
 
     @property
-    def state(self) -> DataState | None:
+    def state(self) -> DataState:
         """What a checkpoint of now needs beside its random numbers."""
+        if self._resumed is not None:
+            return self._resumed
+        now = [[generator.get_state() for generator in each] for each in self._generators]
+        if self._running is None:
+            return DataState({}, now, None)
         # A copy: it is encoded while the next batches are fetched.
-        return None if self._state is None else replace(self._state)
+        now[self._number] = list(self._running.generators[0])
+        return replace(self._running, generators=now)
+
+    def restore(self, before: DataState) -> None:
+        """The run goes on: as its loaders come by, their generators stand where they stood."""
+        self._resumed, self._before = before, before.generators
+
+    def skip(self, loader: Any) -> None:
+        """A loader of the epoch was done before the run was cut off."""
+        self._meet(loader)
+        self._put_generators_back()
+        self._number += 1
 
     def begin(self, loader: Any, continuation: Continuation | None) -> tuple[Any, Iterator[Any]]:
-        """Begin an epoch, or go on in one.
+        """Begin the epoch's next loader, or go on in it.
 
         Args:
             loader: a loader that went through `accelerator.prepare`.
-            continuation: from where; None: from the epoch's start.
+            continuation: from where; None: from its start.
 
         Returns:
             The loader that is really iterated over, and its batches.
         """
-        self._generator = getattr(loader, "synchronized_generator", None)
-        start = functools.partial(self._start, None if continuation is None else continuation.data)
-        sampler = _wrapped(loader, self._accelerator.device)
+        self._meet(loader)
+        self._unseeded = torch.get_rng_state() if _seeds_workers_once(loader) else None
+        goes_on = continuation is not None and continuation.num_taken > 0
+        if not goes_on:
+            # Before anything is drawn from them: workers' seeds come first.
+            self._put_generators_back()
+        start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
+        sampler = self._sampler = _wrapped(loader, self._accelerator.device)
         if sampler is None:
             start()
-            if continuation is not None and continuation.num_taken:
+            if continuation is not None and goes_on:
                 # Nothing is known of what it draws: the batches are drawn again, and dropped.
-                loader = self._accelerator.skip_first_batches(loader, continuation.num_taken)
+                num_batches = continuation.num_taken * data.inner_batches(loader, self._accelerator.num_processes)
+                loader = self._accelerator.skip_first_batches(loader, num_batches)
         else:
             sampler.at_start = start
             sampler.num_skipped = 0 if continuation is None else continuation.num_taken
             # A loader that accelerate has not prepared does not fetch ahead.
             is_ahead = hasattr(loader, "base_dataloader")
             sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
-            if sampler.fetches_here and continuation is not None and continuation.num_taken:
-                sampler.resumed, continuation = continuation, None
+            if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
+                numbers = _Numbers(continuation.data.fetch or continuation.random, continuation.random)
+                sampler.resumed, continuation = numbers, None
         return loader, self._iterate(loader, continuation)
 
+    def _meet(self, loader: Any) -> None:
+        if self._number == len(self._generators):
+            self._generators.append([])
+        self._generators[self._number] = _generators_of(loader)
+
+    def _put_generators_back(self) -> None:
+        """Once each: a loader that comes twice in an epoch has drawn by the second time."""
+        before = self._before[self._number] if self._number < len(self._before) else ()
+        for generator, state in zip(self._generators[self._number], before, strict=False):
+            if id(generator) not in self._put_back:
+                generator.set_state(state)
+
     def _start(self, before: DataState | None) -> None:
-        """The sampler begins: as it began before, if this epoch goes on."""
-        device, generator = self._accelerator.device, self._generator
+        """The sampler begins: as it began before, if this loader goes on."""
+        device = self._accelerator.device
+        if self._unseeded is not None:
+            torch.set_rng_state(self._unseeded)
         if before is not None:
             if before.start:
                 random_state.put_back(before.start, device)
-            if generator is not None and before.generator is not None:
-                generator.set_state(before.generator)
-        self._state = DataState(random_state.take(device), None if generator is None else generator.get_state(), None)
+            self._put_generators_back()
+        self._resumed = None
+        generators = self._generators[self._number]
+        self._put_back |= {id(generator) for each in self._generators[: self._number + 1] for generator in each}
+        self._running = DataState(random_state.take(device), [[each.get_state() for each in generators]], None)
 
     def _iterate(self, loader: Any, continuation: Continuation | None) -> Iterator[Any]:
         iterator = iter(loader)
-        if continuation is not None and continuation.num_taken:
+        if continuation is not None and continuation.num_taken and continuation.random:
             # Nothing that is fetched from here on draws from this process's random numbers.
             first = next(iterator, None)
             random_state.put_back(continuation.random, self._accelerator.device)
@@ -144,13 +203,56 @@ class TrainingBatches:
         yield from iterator
 
     def _keep(self) -> None:
-        assert self._state is not None
-        self._state.fetch = random_state.take(self._accelerator.device)
+        assert self._running is not None
+        self._running.fetch = random_state.take(self._accelerator.device)
 
     def end(self) -> None:
-        """The epoch is over: of it a checkpoint needs only where the loader's generator stands."""
-        generator = self._generator
-        self._state = None if generator is None else DataState({}, generator.get_state())
+        """The loader is done: of it a checkpoint needs only where its generators stand."""
+        self._running = None
+        self._number += 1
+
+    def leave(self) -> None:
+        """Nothing is iterated over any more: whoever else uses the loader gets it as it is."""
+        if self._sampler is not None:
+            self._sampler.reset()
+            self._sampler = None
+
+    def end_epoch(self) -> None:
+        """The next loader is the first one of an epoch again."""
+        self._number = 0
+
+
+def _seeds_workers_once(loader: Any) -> bool:
+    """Whether the iteration that begins draws a seed that those after it do not draw, as persistent workers have it.
+
+    Which iteration is a process's first differs between a run that goes on and one that was not cut off.
+    """
+    base = getattr(loader, "base_dataloader", loader)
+    is_first = getattr(base, "_iterator", None) is None
+    return getattr(base, "persistent_workers", False) and is_first and base.generator is None
+
+
+def _generators_of(loader: Any) -> list[torch.Generator]:
+    """Those that its order or its seeds come from, each once."""
+    base = getattr(loader, "base_dataloader", loader)
+    sampler = getattr(base, "batch_sampler", None)
+    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
+        sampler = inner
+    places = (
+        (loader, "synchronized_generator"),
+        (getattr(sampler, "sampler", None), "generator"),
+        (sampler, "generator"),
+        (base, "generator"),
+    )
+    found = [getattr(holder, name, None) for holder, name in places]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+class _Numbers(NamedTuple):
+    """Random numbers of a loader that goes on: before the fetch of its next batch, and after the last step."""
+
+    fetch: dict[str, Any]
+    after: dict[str, Any]
 
 
 class _Batch(list[int]):
@@ -169,7 +271,11 @@ class _Sampler(BatchSampler):
         self.num_skipped = 0
         self.at_start: Callable[[], None] | None = None
         self.before_fetch: Callable[[], None] | None = None
-        self.resumed: Continuation | None = None
+        self.resumed: _Numbers | None = None
+
+    def reset(self) -> None:
+        """Whoever iterates next gets all batches, and nothing is put back."""
+        self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, None
 
     def __getattr__(self, name: str) -> Any:
         # accelerate asks the sampler for its size, its own sampler, its epoch.
@@ -190,13 +296,12 @@ class _Sampler(BatchSampler):
             position += 1
         resumed, self.resumed = self.resumed, None
         num_asked = 0
-        fetch = None if resumed is None or resumed.data is None else resumed.data.fetch
         while True:
-            if resumed is not None and fetch is not None and num_asked == 1:
-                random_state.put_back(resumed.random, self._device)
+            if resumed is not None and num_asked == 1:
+                random_state.put_back(resumed.after, self._device)
             indices = next(iterator, None)
             if resumed is not None and num_asked == 0:
-                random_state.put_back(resumed.random if indices is None or fetch is None else fetch, self._device)
+                random_state.put_back(resumed.after if indices is None else resumed.fetch, self._device)
             if indices is None:
                 return
             if self.before_fetch is not None:
@@ -216,6 +321,8 @@ def _seeded(indices: list[int], seed: int, position: int) -> _Batch:
 def _wrapped(loader: Any, device: torch.device) -> _Sampler | None:
     """The sampler of a loader, wrapped; None where its batches do not come from one that is understood."""
     base = getattr(loader, "base_dataloader", loader)
+    if isinstance(loader, DataLoaderDispatcher):
+        return None  # it takes several batches of this at once, on rank zero alone
     if type(base) is not DataLoader or isinstance(base.dataset, IterableDataset) or base.batch_sampler is None:
         return None
     if isinstance(base.batch_sampler, _Sampler):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from accelerate.utils import honor_type
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from harness.errors import DataError
 
@@ -66,7 +66,7 @@ def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
     return DataLoader(
         loader.dataset,
         batch_size=size,
-        sampler=loader.sampler,
+        sampler=None if isinstance(loader.dataset, IterableDataset) else loader.sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -78,6 +78,46 @@ def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+
+
+def samples_per_batch(loader: Any, world_size: int) -> int | None:
+    """Samples in a batch of all ranks together, of a prepared loader; None: it has no size that is known.
+
+    Not accelerate's `total_batch_size`, which is one rank's where each rank reads an iterable data set itself, and
+    an error where a batch sampler has no size.
+    """
+    base = getattr(loader, "base_dataloader", loader)
+    source = base.batch_sampler if getattr(base, "batch_sampler", None) is not None else base
+    if isinstance(getattr(base, "dataset", None), IterableDatasetShard):
+        source = base.dataset
+    size = getattr(source, "batch_size", None)
+    if not isinstance(size, int):
+        return None
+    splits = getattr(source, "split_batches", False) or getattr(loader, "split_batches", False)
+    return size if splits else size * world_size
+
+
+def uneven_length(loader: Any) -> int | None:
+    """This rank's number of batches, where accelerate lets the ranks have different ones; None: they are as many."""
+    shard = getattr(getattr(loader, "base_dataloader", loader), "batch_sampler", None)
+    fills_up = getattr(shard, "even_batches", True) or getattr(shard, "num_processes", 1) == 1
+    return None if fills_up else len(loader)
+
+
+def inner_batches(loader: Any, world_size: int) -> int:
+    """How many batches of what accelerate reads from make one batch of each rank, where rank zero hands them out."""
+    takes_several = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
+    return world_size if takes_several and not isinstance(loader.dataset, IterableDataset) else 1
+
+
+def is_order_known(loader: Any) -> bool:
+    """Whether the order of a loader follows from its epoch or its generators, and not from the process's numbers."""
+    base = getattr(loader, "base_dataloader", loader)
+    sampler = getattr(base, "batch_sampler", None)
+    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
+        sampler = inner
+    of_samples = getattr(sampler, "sampler", None)
+    return not isinstance(of_samples, RandomSampler) or of_samples.generator is not None
 
 
 def batch_size(batch: Any) -> int:

@@ -29,27 +29,25 @@ from torch import Tensor, nn
 
 from harness import data, random_state, runtime, timing
 from harness.agreement import Agreement
-from harness.batches import Continuation, TrainingBatches
+from harness.batches import TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
-from harness.checkpoint.json_values import decode, encode
-from harness.checkpoint.locate import find_checkpoints, locate, locate_weights
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.restore import restore_weights
-from harness.checkpoint.resume import Resumed, resume, samples_per_step
+from harness.checkpoint.resume import GlobalBatch
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, TrackingConfig
-from harness.errors import CheckpointError, Stopped
-from harness.metric_objects import compute_over_ranks, each_metric
-from harness.metrics import Reducer, WeightedSums
+from harness.errors import HarnessError, Stopped
+from harness.metrics import Reducer
 from harness.progress import Progress
+from harness.resumption import Resumption
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.schedule import Cadence
 from harness.tracking import provenance
 from harness.votes import Votes
+from harness.windows import MetricWindows
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -81,7 +79,6 @@ class PeriodicLogger:
         step: optimizer steps that are complete.
         epoch: epochs that are complete.
         latest: the latest reduced value of each metric; the same on every rank.
-        samples_per_step_before: of all ranks together, of the run that goes on; None: it begins, or is not known.
     """
 
     def __init__(
@@ -116,36 +113,38 @@ class PeriodicLogger:
         self._resume_from = resume_from_checkpoint
         self._initial_weights = initial_weights
         self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
-        self._train_sums = WeightedSums()
-        self._eval_sums = WeightedSums()
-        self._metric_objects: dict[str, torchmetrics.Metric] = {}
-        self._timer = timing.StepTimer()
-        # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
-        self._logging_to: WeightedSums | None = self._train_sums
-        self._watched: Watched | None = None
-        self._prepares = False
-        self._max_steps: int | None = None
-        self._ends = False
-        self._saved_at_step: int | None = None
-        self._flushed_at_step: int | None = None
-        self._is_save_open = False
-        self._batches = TrainingBatches(accelerator)
-        self._batches_in_epoch = 0
-        self._samples_per_batch: int | None = None
-        self._found: list[Path] = []
-        self.samples_per_step_before: int | None = None
-        self._resumed: Resumed | None = None
-        # Random numbers as they were when the evaluation that is running began.
-        self._random_before_eval: dict[str, Any] | None = None
-        self._registered: dict[str, Any] = {}
-        self._is_stopped = False
-        self._is_cut_short = False
-        self._save_is_asked = False
-        self._is_in_batch = False
-        self._samples_in_step = 0
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
-        self._window_rates: dict[str, float] = {}
+        self._watched: Watched | None = None
+        # Memory for saving is made once the optimizer has a state: after its first step.
+        self._prepares = False
+        # Place in the data: training loaders of the epoch that are done, and batches of the next one.
+        self._batches = TrainingBatches(accelerator)
+        self._loaders_done = 0
+        self._batches_in_loader = 0
+        # Calls of batches() in this epoch, with those that a resumed epoch passes over.
+        self._loaders_met = 0
+        self._samples_per_batch: int | None = None
+        self._samples_in_step = 0
+        # Which iteration over a training loader is the one that runs; 0: none.
+        self._running = 0
+        self._num_begun = 0
+        self._is_in_batch = False
+        # How training ends: for now, at `max_steps` or by `stop`; for good; in the middle of an epoch.
+        self._max_steps: int | None = None
+        self._ends = False
+        self._is_stopped = False
+        self._is_cut_short = False
+        # Where the last checkpoint was taken; whether the ranks have said that it goes on; one that is to come.
+        self._saved_at: tuple[int, ...] | None = None
+        self._is_save_open = False
+        self._save_is_asked = False
+        self._owed: str | None = None
+        # Random numbers as they were when the first evaluation since the last training batch began.
+        self._random_before_eval: dict[str, Any] | None = None
+        # As they were when the checkpoint was taken that the run goes on from.
+        self._random_to_begin_with: dict[str, Any] | None = None
+        self._asked_signal = 0
 
     # ---------------------------------------------------------------------- start and end
 
@@ -177,7 +176,9 @@ class PeriodicLogger:
         # A group of its own: its reductions are started when their copies are ready, which may be
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._reducer = Reducer(group, timing.GAUGES)
+        self._windows = MetricWindows(
+            self.accelerator.device, Reducer(group, timing.GAUGES), self._learning_rates, self._told
+        )
         self._votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         self._run = RunLifetime(self.topology, self.tracking_config, self.progress)
         self._started = True
@@ -205,11 +206,23 @@ class PeriodicLogger:
                 committed,
                 self._take_rank_state,
             )
-            self._found, self.samples_per_step_before = self._agreement.from_rank_zero(
-                "find the checkpoints", self._find_checkpoints
+            self._resumption = Resumption(
+                self.accelerator,
+                self._agreement,
+                self.run_path,
+                self._resume_from,
+                self._initial_weights,
+                self.tracking_config.tracking_uri,
+                self.say,
             )
+            self._resumption.find()
         except BaseException as error:
             raise self.fail(error) from None
+
+    @property
+    def batch_before(self) -> GlobalBatch | None:
+        """What an optimizer step took of the run that goes on; None: it begins, or that is not known."""
+        return self._resumption.before
 
     def close(self) -> None:
         """Write and deliver what is still on its way; the run is FINISHED.
@@ -221,8 +234,8 @@ class PeriodicLogger:
             HarnessError: on all ranks, if the last checkpoint could not be written.
         """
         try:
-            self._collect()
-            self._flush_train(wait=True)
+            self._windows.collect()
+            self._windows.flush(self.step, wait=True)
             self._votes.read()
             self._saver.close()
         except BaseException as error:
@@ -258,7 +271,6 @@ class PeriodicLogger:
         self._saver.check(watched)
         self._watched = watched
         self._resume(watched)
-        # Memory for saving is made once the optimizer has a state: after its first step.
         self._prepares = True
         self._run.describe_model(unwrapped(model))
 
@@ -273,35 +285,50 @@ class PeriodicLogger:
             The epoch's index, from 0.
         """
         self._max_steps = max_steps
-        if self._is_stopped or (max_steps is not None and self.step >= max_steps):
-            # A run that was complete goes on: there is nothing left to do.
+        if self._is_stopped or self.epoch >= max_epochs or (max_steps is not None and self.step >= max_steps):
+            early = " (it was stopped early)" if self._is_stopped else ""
+            self.say(
+                f"the run is complete: epoch {self.epoch}, step {self.step}{early}; to train on, raise the limits, or "
+                "begin another run from it with resume_from_checkpoint"
+            )
             return
-        if self._resumed is not None and self._resumed.rank_state is not None:
-            random_state.put_back(self._resumed.rank_state.random, self.accelerator.device)
+        if self._random_to_begin_with is not None:
+            random_state.put_back(self._random_to_begin_with, self.accelerator.device)
+            self._random_to_begin_with = None
         for epoch in range(self.epoch, max_epochs):
             self._is_cut_short = False
             yield epoch
             is_whole = not self._is_cut_short
             if is_whole:
-                self.epoch, self._batches_in_epoch = epoch + 1, 0
-                self._batches.end()
-            is_last = self.epoch == max_epochs or self._ends
-            epoch_save_is_due = is_whole and self._cadence.is_due_after_epoch(self.epoch)
-            step_save_is_due = is_whole and self._cadence.is_due_after_step(self.step)
-            saves = epoch_save_is_due or step_save_is_due or (is_last and self.checkpoint_config.save_last)
-            self._collect()
-            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
-            self._flush_train(wait=saves or is_last)
-            if is_whole:
-                self._emit({"epoch": float(self.epoch)}, self.step)
-            if saves:
-                by_epoch = epoch_save_is_due or (is_whole and not step_save_is_due)
-                name = f"epoch-{self.epoch:04d}" if by_epoch else f"step-{self.step:08d}"
-                # The last one is what the training was for: it is not skipped because the disk is busy.
-                self._save(name, must=is_last)
+                self.epoch, self._loaders_done, self._loaders_met, self._batches_in_loader = epoch + 1, 0, 0, 0
+                self._batches.end_epoch()
+            self._resumption.end()
+            self._random_before_eval = None
+            self._end_epoch(is_whole=is_whole, is_last=self.epoch == max_epochs or self._ends)
             self.progress.epoch_done(epoch + 1, self.step, self.latest, self._saver.status)
-            if is_last:
+            if self._ends:
                 return
+
+    def _end_epoch(self, *, is_whole: bool, is_last: bool) -> None:
+        by_epoch = is_whole and self._cadence.is_due_after_epoch(self.epoch)
+        name = f"epoch-{self.epoch:04d}" if is_whole else f"step-{self.step:08d}"
+        if is_whole and not by_epoch and self._owed is not None:
+            name = self._owed
+        saves = by_epoch or self._owed is not None or (is_last and self.checkpoint_config.save_last)
+        self._owed = None
+        self._windows.collect()
+        # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
+        self._windows.flush(self.step, wait=saves or is_last)
+        if is_whole:
+            self._emit({"epoch": float(self.epoch)}, self.step)
+        if not saves:
+            return
+        if self.accelerator.sync_gradients or is_last:
+            # The last one is what the training was for: it is not skipped because the disk is busy.
+            self._save(name, must=is_last)
+        else:
+            # Gradients that are accumulated over the epoch's end are in no checkpoint.
+            self._owed = name
 
     def batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared training loader, counting steps and logging between them.
@@ -312,42 +339,82 @@ class PeriodicLogger:
 
         Raises:
             PeerFailure: if another rank has failed.
-            Stopped: if a signal asked this rank to stop.
+            Stopped: if a signal asked any rank to stop.
+            HarnessError: if two loaders are iterated over at the same time: where such a run goes on cannot be told.
         """
+        if (is_over := self._ends) is True:
+            self._is_cut_short = is_over
+            return
+        self._loaders_met += 1
+        if self._resumption.is_done(self._loaders_met):
+            self._batches.skip(loader)
+            return
+        if self._owed is not None and self._loaders_done and self.accelerator.sync_gradients:
+            # Not at the end of the epoch after all: there is another loader.
+            self._save_owed()
         data.check_size(loader, self.topology.world_size, "training")
         self._run.describe_dataset(loader, "train")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
-        self._timer.resume()
-        continuation = self._take_continuation(loader)
-        num_taken = self._batches_in_epoch = 0 if continuation is None else continuation.num_taken
+        self._samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
+        self._windows.timer.resume()
+        self._random_before_eval = None
+        self._batches_in_loader = 0
+        continuation = self._resumption.take(loader)
+        if continuation is not None:
+            self._batches_in_loader = continuation.num_taken
+        self._num_begun += 1
+        serial = self._running = self._num_begun
         loader, iterator = self._batches.begin(loader, continuation)
         try:
-            if continuation is not None and limit is not None and num_taken >= limit:
-                # All that will be taken is done. What the loader draws as an epoch begins is drawn all the same.
-                next(iterator, None)
-                random_state.put_back(continuation.random, self.accelerator.device)
+            if limit is not None and self._batches_in_loader >= limit:
+                self._end_loader()  # with batches of another size
                 return
-            for position, batch in enumerate(iterator, start=num_taken + 1):
-                if position == limit:
+            for batch in iterator:
+                is_limit = self._batches_in_loader + 1 == limit
+                if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
                 self._is_in_batch = True
                 yield batch
                 self._is_in_batch = False
-                is_epochs_last = position == limit or getattr(loader, "end_of_dataloader", False)
-                self._after_batch(batch, is_epochs_last)
-                if self._ends:
-                    self._is_cut_short = not is_epochs_last
-                if position == limit or self._ends:
+                if self._running != serial:
+                    raise HarnessError(
+                        "batches(): two training loaders are iterated over at the same time, so where the run would go "
+                        "on cannot be told; iterate over one with batches(), and over the other as it is"
+                    )
+                is_last = is_limit or getattr(loader, "end_of_dataloader", False)
+                self._after_batch(batch, is_last)
+                if is_last:
                     return
+                if self._ends:
+                    self._is_cut_short = True
+                    return
+            self._end_loader()
+        except GeneratorExit:
+            # The loop was left: what it has not taken of this epoch is not taken.
+            if self._running == serial:
+                self._end_loader()
+            raise
         finally:
             self._is_in_batch = False
+            self._batches.leave()
             _leave(loader, iterator)
 
-    def _after_batch(self, batch: Any, is_epochs_last: bool) -> None:
-        self._batches_in_epoch += 1
+    def _end_loader(self) -> None:
+        """A training loader is done: a checkpoint from here on goes on behind it."""
+        self._running = 0
+        self._loaders_done = self._loaders_met
+        self._batches_in_loader = 0
+        self._batches.end()
+
+    def _after_batch(self, batch: Any, is_loaders_last: bool) -> None:
+        self._batches_in_loader += 1
+        num_taken = self._batches_in_loader
+        self._random_before_eval = None
+        if is_loaders_last:
+            self._end_loader()
         self._samples_in_step += data.batch_size(batch)
         self._run.check()
         # A step that fp16's overflow has skipped has changed nothing, and is none.
@@ -355,47 +422,57 @@ class PeriodicLogger:
             return
         self._settle_save()
         self.step += 1
-        self._timer.step(self._samples_in_step)
+        self._windows.timer.step(self._samples_in_step)
         self._samples_in_step = 0
-        self._reducer.poll()
+        self._windows.poll()
         if self._prepares:
             self._prepares = False
             self._saver.prepare()
-            self._timer.resume()
+            self._windows.timer.resume()
         if self.step % self.tracking_config.log_every_n_steps == 0:
-            self._collect()
-            self._flush_train(wait=False)
-        self.progress.step_done(self._batches_in_epoch, self._saver.status)
+            self._windows.collect()
+            self._windows.flush(self.step, wait=False)
+        self.progress.step_done(num_taken, self._saver.status)
         if self._max_steps is not None and self.step >= self._max_steps:
             self._ends = True
         asked_signal = self._read_votes()
-        # At the epoch's last step it is saved after the evaluation, with its metrics.
-        if self._cadence.is_due_after_step(self.step) and not is_epochs_last:
-            self._collect()
-            self._flush_train(wait=True)
-            self._save(f"step-{self.step:08d}")
-            self._timer.resume()
+        is_due = self._cadence.is_due_after_step(self.step)
+        name = f"step-{self.step:08d}"
+        if (is_due or self._save_is_asked) and is_loaders_last:
+            # At the epoch's last step it is saved after the evaluation, with its metrics.
+            self._owed = self._owed or name
+        elif is_due or self._owed is not None:
+            self._owed = self._owed or name
+            self._save_owed()
+            self._windows.timer.resume()
         elif self._save_is_asked:
             # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
-            self._save(f"step-{self.step:08d}")
-            self._timer.resume()
+            self._windows.collect()
+            self._save(name)
+            self._windows.timer.resume()
         self._save_is_asked = False
         if asked_signal:
             self._stop(asked_signal)
         if self._votes.is_due():
             self._cast_vote()
 
+    def _save_owed(self) -> None:
+        assert self._owed is not None
+        self._windows.collect()
+        self._windows.flush(self.step, wait=True)
+        self._save(self._owed)
+        self._owed = None
+
     def _cast_vote(self) -> None:
         self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
 
     def _read_votes(self) -> int:
         """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
-        asked = self._votes.read()
-        if asked is None:
-            return 0
-        signal_number, save_is_asked = asked
-        self._save_is_asked |= bool(save_is_asked)
-        return signal_number
+        if (asked := self._votes.read()) is not None:
+            signal_number, save_is_asked = asked
+            self._save_is_asked |= bool(save_is_asked)
+            self._asked_signal = self._asked_signal or signal_number
+        return self._asked_signal
 
     def _stop(self, signal_number: int) -> None:
         """End in good order: a checkpoint of now, on disk, and then the error that ends the loop.
@@ -404,7 +481,7 @@ class PeriodicLogger:
             Stopped: on all ranks alike.
         """
         name = signal.Signals(signal_number).name
-        self._collect()
+        self._windows.collect()
         if self._watched is not None and not self._prepares:
             self._save(f"step-{self.step:08d}", must=True)
             self._settle_save()
@@ -425,32 +502,40 @@ class PeriodicLogger:
         """
         data.check_size(loader, self.topology.world_size, "evaluation")
         self._run.describe_dataset(loader, "eval")
-        self._collect()
+        self._windows.collect()
         if self._watched is not None:
             take_rank_zero_buffers(self._watched.model, self.topology.world_size)
-        self._random_before_eval = random_state.take(self.accelerator.device)
+        if self._random_before_eval is None:
+            self._random_before_eval = random_state.take(self.accelerator.device)
+        # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.
+        num_votes = self._num_votes(loader)
+        is_in_batch = self._is_in_batch
         iterator = data.without_repeats(self.accelerator, loader)
         try:
             for position, (batch, counts) in enumerate(iterator, start=1):
-                self._logging_to = self._eval_sums if counts else None
+                self._windows.evaluating(counts=counts)
                 yield batch
                 self._run.check()
-                if asked_signal := self._read_votes():
-                    self._stop(asked_signal)
-                if self._votes.is_due():
-                    self._cast_vote()
+                if num_votes is None or position <= num_votes:
+                    # Within a training batch its step may be done and not counted: it stops behind that.
+                    if (asked_signal := self._read_votes()) and not is_in_batch:
+                        self._stop(asked_signal)
+                    if self._votes.is_due():
+                        self._cast_vote()
                 if position == limit:
                     break
         finally:
-            self._logging_to = self._train_sums
+            self._windows.training()
             _leave(loader, iterator)
-        self._random_before_eval = None
-        self._window_rates = {}
-        self._reducer.start(self._eval_sums, self.step, self._gauges())
-        self._collect()
-        self._emit(compute_over_ranks(self._agreement, self._metric_objects), self.step)
-        self._metric_objects = {}
-        self._timer.resume()
+        self._emit(self._windows.end_evaluation(self.step, self._agreement), self.step)
+        self._windows.timer.resume()
+
+    def _num_votes(self, loader: Any) -> int | None:
+        """Batches that all ranks have; None: they have as many."""
+        own = data.uneven_length(loader)
+        if own is None:
+            return None
+        return min(length for (length,) in self._agreement.gather_numbers("the evaluation's length", [own]))
 
     def on_reduced(self, callback: Callable[[Mapping[str, float], int], None]) -> None:
         """Have `callback` called with each window's reduced values and its step, on every rank alike.
@@ -462,23 +547,17 @@ class PeriodicLogger:
     def register(self, name: str, thing: Any) -> None:
         """Have checkpoints hold the state of something else that goes on where it was.
 
-        Effects: not collective; main thread, after `watch`.
+        Effects: not collective; main thread, before the first `batches`.
 
         Args:
             name: of its own.
             thing: with `state_dict`, of numbers, text, lists and dicts, the same on every rank, and
-                `load_state_dict`, which is called here if the run goes on.
+                `load_state_dict`, which is called here, or in `watch`, if the run goes on.
 
         Raises:
-            CheckpointError: if its state cannot be written as JSON.
+            CheckpointError: if its state cannot be written as JSON, the name is taken, or training has begun.
         """
-        try:
-            encode(thing.state_dict())
-        except TypeError as error:
-            raise CheckpointError(f"register({name!r}): its state cannot be written as JSON: {error}") from error
-        self._registered[name] = thing
-        if self._resumed is not None and name in self._resumed.state.states:
-            thing.load_state_dict(decode(self._resumed.state.states[name]))
+        self._resumption.register(name, thing)
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
@@ -495,8 +574,8 @@ class PeriodicLogger:
         if self._is_in_batch:
             self._save_is_asked = True
             return True
-        self._collect()
-        self._flush_train(wait=True)
+        self._windows.collect()
+        self._windows.flush(self.step, wait=True)
         # What this returns may be branched on: it is the same on every rank.
         return self._save(f"step-{self.step:08d}") and self._settle_save()
 
@@ -520,8 +599,7 @@ class PeriodicLogger:
         Raises:
             MetricError: if a value is not a single number, or a tensor was changed after it was logged.
         """
-        if self._logging_to is not None:
-            self._logging_to.add(values, weight)
+        self._windows.log(values, weight)
 
     def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:
         """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.
@@ -531,42 +609,21 @@ class PeriodicLogger:
             args: passed to ``update`` of each.
             kwargs: likewise.
         """
-        single = each_metric(metrics)
-        for name, metric in single.items():
-            if name not in self._metric_objects:
-                self._metric_objects[name] = metric.to(self.accelerator.device)
-        if self._logging_to is not None:
-            for metric in single.values():
-                metric.update(*args, **kwargs)
+        self._windows.update(metrics, args, kwargs)
 
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
         return (self.step + 1) % self.tracking_config.log_every_n_steps == 0
 
-    def _flush_train(self, *, wait: bool) -> None:
-        """Start the reduction of training's sums; read it now, or at the next one."""
-        # Once for each step, though a window and a checkpoint may end at it.
-        self._window_rates = {} if self._flushed_at_step == self.step else self._learning_rates()
-        self._flushed_at_step = self.step
-        self._reducer.start(self._train_sums, self.step, self._gauges())
-        if wait:
-            self._collect()
-
-    def _collect(self) -> None:
-        """Finish the reduction that was started last: by now the other ranks have started it too."""
-        reduced = self._reducer.finish()
-        if reduced is None:
-            return
-        values = dict(reduced.values)
-        if any(reduced.gauges["steps_per_s"]):
-            values |= timing.over_ranks(reduced.gauges)
+    def _told(self, values: Mapping[str, float], step: int) -> None:
+        """A window is reduced: on all ranks alike."""
+        if "perf/step_time_p50_s" in values:
             self._votes.pace(values["perf/step_time_p50_s"])
-        values |= self._window_rates
-        self._emit(values, reduced.step)
-        self._report_save(reduced.step)
+        self._emit(values, step)
+        self._report_save(step)
         for callback in self._callbacks:
-            callback(values, reduced.step)
+            callback(values, step)
 
     def _report_save(self, step: int) -> None:
         """What the last save has cost, and what went wrong with it, in the run: rank zero's."""
@@ -581,12 +638,6 @@ class PeriodicLogger:
             self.latest.update(values)
             self._run.log_metrics(values, step)
 
-    def _gauges(self) -> dict[str, float]:
-        return {
-            **self._timer.take(),
-            "memory_bytes": runtime.memory_bytes(self.accelerator.device),
-        }
-
     def _learning_rates(self) -> dict[str, float]:
         optimizer = None if self._watched is None else self._watched.optimizer
         if optimizer is None:
@@ -600,102 +651,57 @@ class PeriodicLogger:
 
     def _save(self, name: str, *, must: bool = False) -> bool:
         self._settle_save()
-        if self._watched is None or self._saved_at_step == self.step:
+        position = (self.step, self.epoch, self._loaders_done, self._batches_in_loader)
+        if self._watched is None or self._saved_at == position:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
-        states = {key: encode(thing.state_dict()) for key, thing in self._registered.items()}
-        states["harness"] = {"is_stopped": self._is_stopped}
         moment = Moment(
             name,
             self.epoch,
             self.step,
-            self._batches_in_epoch,
+            self._batches_in_loader,
             _json_ready(metrics),
             self._samples_per_batch,
             self.accelerator.gradient_accumulation_steps,
-            states,
+            self._resumption.states(),
+            self._loaders_done,
+            self._is_stopped,
         )
         self._run.keep_points(name, moment.metrics)
         self._saver.save(moment, must=must)
-        self._saved_at_step, self._is_save_open = self.step, True
+        self._saved_at, self._is_save_open = position, True
         return True
 
     def _take_rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
         now = self._random_before_eval or random_state.take(self.accelerator.device)
-        return RankState(now, self._batches.state, self._train_sums.partial())
-
-    def _find_checkpoints(self) -> tuple[list[Path], int | None]:
-        assert self.run_path is not None
-        found, damaged = find_checkpoints(self.run_path / "checkpoints")
-        for reason in damaged:
-            self.say(f"harness: warning: {reason}")
-        if self._resume_from not in ("auto", "never"):
-            if found:
-                self.say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
-            else:
-                uri = self.tracking_config.tracking_uri
-                found = locate("resume_from_checkpoint", self._resume_from, self.run_path / "downloads", uri)
-        return found, samples_per_step(found)
+        return RankState(now, self._batches.state, self._windows.partial())
 
     def _resume(self, watched: Watched) -> None:
-        resumed = resume(self._found, self.accelerator, self._agreement, watched, self.say)
+        resumed = self._resumption.put_back(watched)
         if resumed is None:
-            self._take_initial_weights(watched)
             return
-        self._resumed = resumed
         state = resumed.state
         self.epoch, self.step = state.epoch, state.step
-        self._batches_in_epoch = state.batches_in_epoch
-        self._saved_at_step = self.step
-        self._is_stopped = bool(state.states["harness"]["is_stopped"])
-        self._train_sums.put_back(resumed.sums)
+        self._saved_at = (state.step, state.epoch, state.loaders_done, state.batches_in_epoch)
+        self._loaders_done, self._batches_in_loader = state.loaders_done, state.batches_in_epoch
+        self._samples_per_batch, self._is_stopped = state.samples_per_batch, state.is_stopped
+        self._batches.restore(resumed.data)
+        self._windows.put_back(resumed.sums)
+        self._random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
 
-    def _take_initial_weights(self, watched: Watched) -> None:
-        where, run_path = self._initial_weights, self.run_path
-        if where is None or run_path is None:
-            return
-        uri = self.tracking_config.tracking_uri
-        path = self._agreement.from_rank_zero(
-            "find the initial weights", lambda: locate_weights("initial_weights", where, run_path / "downloads", uri)
-        )
-        restored = restore_weights(self.accelerator, watched, path, self._agreement)
-        self.say(f"begins with the weights of {where}")
-        for note in restored.notes:
-            self.say(f"harness: warning: {where}: {note}")
-
-    def _take_continuation(self, loader: Any) -> Continuation | None:
-        """Where the epoch that begins goes on, once after a resume: at its batch by this loader's size."""
-        self._samples_per_batch = getattr(loader, "total_batch_size", None)
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
-            return None
-        num_taken, samples_before = resumed.state.batches_in_epoch, resumed.state.samples_per_batch
-        if samples_before is not None and self._samples_per_batch not in (None, samples_before):
-            assert self._samples_per_batch is not None
-            num_taken, left = divmod(num_taken * samples_before, self._samples_per_batch)
-            again = f"; {left} samples come again" if left else ""
-            self.say(
-                f"harness: a batch of all ranks has {self._samples_per_batch} samples, and had "
-                f"{samples_before}: the epoch goes on at batch {num_taken}{again}"
-            )
-        own = resumed.rank_state
-        if own is None:
-            return Continuation(num_taken, None, random_state.take(self.accelerator.device))
-        return Continuation(num_taken, own.data, own.random)
-
     def _settle_save(self) -> bool:
         """Whether the last save goes on on every rank: by the next step the others have said so."""
         if not self._is_save_open:
-            return self._saved_at_step is not None
+            return self._saved_at is not None
         self._is_save_open = False
         if self._saver.settle():
             return True
-        self._saved_at_step = None
+        self._saved_at = None
         self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
         return False
 

@@ -17,19 +17,19 @@ class RankState:
 
     Args:
         random: random numbers after the step, as `random_state.take` gives them.
-        data: what else is needed to go on in the middle of an epoch; None: the epoch is over.
+        data: what else is needed to go on where the data was.
         sums: name -> (sum, weight) of what was logged since metrics were reduced last.
     """
 
     random: dict[str, Any]
-    data: DataState | None = None
+    data: DataState = field(default_factory=DataState)
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def encoded(self) -> dict[str, Any]:
         """As JSON values; from any thread."""
         return {
             "random": random_state.encoded(self.random),
-            "data": None if self.data is None else self.data.encoded(),
+            "data": self.data.encoded(),
             "sums": {name: encode(list(pair)) for name, pair in self.sums.items()},
         }
 
@@ -44,12 +44,13 @@ def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) ->
     """
     if len(records) != world_size:
         return None
-    data = records[rank]["data"]
-    return RankState(
-        random_state.decoded(records[rank]["random"]),
-        None if data is None else DataState.decoded(data),
-        sums_of([records[rank]]),
-    )
+    record = records[rank]
+    return RankState(random_state.decoded(record["random"]), DataState.decoded(record["data"]), sums_of([record]))
+
+
+def order_of(records: Sequence[Mapping[str, Any]]) -> DataState:
+    """What other ranks than those that saved can go on with: the generators of the order, which all ranks share."""
+    return DataState(generators=DataState.decoded(records[0]["data"]).generators) if records else DataState()
 
 
 def sums_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from harness.agreement import Agreement
+from harness.batches import DataState
 from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.rank_state import RankState, of_rank, sums_of
+from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
@@ -25,23 +26,40 @@ class Resumed:
         name: of the checkpoint.
         state: of the trainer.
         rank_state: this rank's own; None: the ranks are not as many as they were.
+        data: of its own, or the generators that all ranks share.
         sums: what this rank goes on with of what was logged and not reduced.
     """
 
     name: str
     state: TrainerState
     rank_state: RankState | None
+    data: DataState
     sums: Mapping[str, tuple[float, float]]
 
 
-def samples_per_step(checkpoints: Sequence[Path]) -> int | None:
-    """What an optimizer step of all ranks took, by the first of the checkpoints that tells."""
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What an optimizer step of a run took.
+
+    Args:
+        num_samples: of all ranks together.
+        world_size: number of ranks.
+    """
+
+    num_samples: int
+    world_size: int
+
+
+def global_batch(checkpoints: Sequence[Path]) -> GlobalBatch | None:
+    """What an optimizer step took, by the first of the checkpoints that tells; None: none does."""
     for path in checkpoints:
         try:
             state = read_trainer_state(path, read_manifest(path))
         except CheckpointError:
             continue  # which is told when it is to be put back
-        return None if state.samples_per_batch is None else state.samples_per_batch * state.accumulation
+        if state.samples_per_batch is None:
+            return None
+        return GlobalBatch(state.samples_per_batch * state.accumulation, len(state.ranks))
     return None
 
 
@@ -97,7 +115,8 @@ def _put_back(
         held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
         put_back(state, watched, held.groups, accelerator.scaler)
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
-        found = Resumed(path.name, state, own, _sums(state, own, agreement.rank))
+        data = order_of(state.ranks) if own is None else own.data
+        found = Resumed(path.name, state, own, data, _sums(state, own, agreement.rank))
     except CheckpointError as error:
         failure = error
     except Exception as error:

@@ -28,11 +28,13 @@ class Moment:
         name: of its directory: ``epoch-0005`` or ``step-00001200``.
         epoch: epochs that are complete.
         step: optimizer steps that are complete.
-        batches_in_epoch: batches of the running epoch that each rank has taken.
+        batches_in_epoch: batches of the running epoch's loader that each rank has taken.
         metrics: the latest reduced metrics.
         samples_per_batch: of all ranks together; None: not known.
         accumulation: batches for an optimizer step.
         states: name -> state, as JSON values, of what else goes on where it was.
+        loaders_done: training loaders of the running epoch that are done.
+        is_stopped: whether the training has ended before its last epoch, for good.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Moment:
     samples_per_batch: int | None = None
     accumulation: int = 1
     states: Mapping[str, Any] = field(default_factory=dict)
+    loaders_done: int = 0
+    is_stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,12 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
         "epoch": moment.epoch,
         "step": moment.step,
         "position": {
-            "epoch": moment.epoch,
+            "loaders_done": moment.loaders_done,
             "batches": moment.batches_in_epoch,
             "samples_per_batch": moment.samples_per_batch,
             "accumulation": moment.accumulation,
         },
+        "is_stopped": moment.is_stopped,
         "metrics": dict(moment.metrics),
         "states": dict(moment.states),
         "optimizer": {"param_groups": list(groups)},
@@ -114,8 +119,8 @@ class TrainerState:
     Args:
         epoch: epochs that were complete.
         step: optimizer steps that were complete.
-        epoch_of_data: the epoch of the next batch.
-        batches_in_epoch: batches of it that each rank had taken.
+        loaders_done: training loaders of the running epoch that were done.
+        batches_in_epoch: batches of the next one that each rank had taken.
         param_groups: hyperparameters of each of the optimizer's parameter groups; ``params`` are names.
         scheduler: its state, or None.
         scaler: the state of accelerate's gradient scaler, or None.
@@ -124,12 +129,13 @@ class TrainerState:
         accumulation: batches for an optimizer step.
         metrics: the latest reduced metrics.
         states: name -> state, as JSON values, of what else goes on.
+        is_stopped: whether the training had ended before its last epoch, for good.
         ranks: of each rank that saved, as `RankState.encoded` made it.
     """
 
     epoch: int
     step: int
-    epoch_of_data: int
+    loaders_done: int
     batches_in_epoch: int
     param_groups: Sequence[Mapping[str, Any]]
     scheduler: Any
@@ -139,6 +145,7 @@ class TrainerState:
     accumulation: int
     metrics: Mapping[str, float]
     states: Mapping[str, Any]
+    is_stopped: bool
     ranks: Sequence[dict[str, Any]]
 
 
@@ -184,7 +191,7 @@ def _state(record: Any) -> TrainerState:
         found = TrainerState(
             epoch=record["epoch"],
             step=record["step"],
-            epoch_of_data=position["epoch"],
+            loaders_done=position["loaders_done"],
             batches_in_epoch=position["batches"],
             param_groups=decode(groups),
             scheduler=decode(record["scheduler"]),
@@ -194,16 +201,19 @@ def _state(record: Any) -> TrainerState:
             accumulation=position["accumulation"],
             metrics=record["metrics"],
             states=record["states"],
+            is_stopped=record["is_stopped"],
             ranks=record["ranks"],
         )
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
     except (TypeError, IndexError) as error:
         raise ValueError("it is of another structure") from error
-    if not all(map(is_count, (found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch))):
+    if not all(map(is_count, (found.epoch, found.step, found.loaders_done, found.batches_in_epoch))):
         raise ValueError("epochs, steps or batches are no whole numbers from 0 on")
     if not is_count(found.accumulation) or not (found.samples_per_batch is None or is_count(found.samples_per_batch)):
         raise ValueError("samples and accumulated batches are no whole numbers from 0 on")
+    if not isinstance(found.is_stopped, bool):
+        raise ValueError("is_stopped is neither true nor false")
     if not isinstance(found.states, dict) or not isinstance(found.metrics, dict):
         raise ValueError("states and metrics are no objects")
     if not all(map(is_number, found.metrics.values())):

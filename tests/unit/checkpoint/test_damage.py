@@ -266,7 +266,7 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
     manifest = Manifest("key", 2, 20, 1, {}, (write_json(other / FILE, record),), {}, {})
     try:
         found = read_trainer_state(other, manifest)
-        assert min(found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch) >= 0
+        assert min(found.epoch, found.step, found.loaders_done, found.batches_in_epoch) >= 0
         assert all(isinstance(group, dict) for group in found.param_groups)
     except CheckpointError as error:
         assert str(error).startswith(str(other / FILE))
@@ -274,7 +274,7 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
 
 def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
     state = trained.state
-    assert (state.epoch, state.step, state.epoch_of_data, state.batches_in_epoch) == (2, 20, 2, 4)
+    assert (state.epoch, state.step, state.loaders_done, state.batches_in_epoch) == (2, 20, 2, 4)
     (group,) = state.param_groups
     assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.999))
     assert state.scheduler["best"] == float("inf")

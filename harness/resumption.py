@@ -1,0 +1,206 @@
+"""What a run goes on from: found as it starts, put back as it is watched, used up by its first batch.
+
+start    ->  find             the run's own checkpoints, or the one that was named
+watch    ->  put_back         tensors, optimizer, scheduler; or initial weights; or nothing
+register ->  register         the state of whatever else goes on
+batches  ->  is_done, take    loaders of the epoch that were done; where the next one goes on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from harness import data
+from harness.agreement import Agreement
+from harness.batches import Continuation
+from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.locate import find_checkpoints, locate, locate_weights
+from harness.checkpoint.restore import restore_weights
+from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume
+from harness.checkpoint.trainer_state import Watched
+from harness.errors import CheckpointError
+
+
+class Resumption:
+    """How a run goes on from a checkpoint, or begins.
+
+    Effects: `find` and `put_back` are collective; main thread; they block for reading; nothing on disk but what
+    is downloaded.
+
+    Args:
+        accelerator: of the loop.
+        agreement: of all ranks.
+        run_path: the run's directory.
+        resume_from: ``auto``, ``never``, or where a run begins.
+        initial_weights: what a run that begins takes its weights from; None: what they are.
+        tracking_uri: of MLflow; None: as MLflow finds it.
+        say: a line for the user.
+
+    Attributes:
+        before: the global batch of the run that goes on; None: it begins, or is not known.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        agreement: Agreement,
+        run_path: Path,
+        resume_from: str,
+        initial_weights: str | None,
+        tracking_uri: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._accelerator = accelerator
+        self._agreement = agreement
+        self._run_path = run_path
+        self._resume_from = resume_from
+        self._initial_weights = initial_weights
+        self._tracking_uri = tracking_uri
+        self._say = say
+        self._found: list[Path] = []
+        self._resumed: Resumed | None = None
+        self._registered: dict[str, Any] = {}
+        self._is_over = False
+        self.before: GlobalBatch | None = None
+
+    def find(self) -> None:
+        """Find what there is to go on from; rank zero looks.
+
+        Raises:
+            HarnessError: on all ranks, if what the user has named is not there.
+        """
+        self._found, self.before = self._agreement.from_rank_zero("find the checkpoints", self._find)
+
+    def _find(self) -> tuple[list[Path], GlobalBatch | None]:
+        found, damaged = find_checkpoints(self._run_path / "checkpoints")
+        for reason in damaged:
+            self._say(f"harness: warning: {reason}")
+        if self._resume_from not in ("auto", "never"):
+            if found:
+                self._say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
+            else:
+                downloads = self._run_path / "downloads"
+                found = locate("resume_from_checkpoint", self._resume_from, downloads, self._tracking_uri)
+        return found, global_batch(found)
+
+    def put_back(self, watched: Watched) -> Resumed | None:
+        """Fill what is watched with the newest checkpoint, or with the initial weights; None: the run begins.
+
+        Raises:
+            CheckpointError: on all ranks, if none of the checkpoints can be put back.
+        """
+        self._resumed = resume(self._found, self._accelerator, self._agreement, watched, self._say)
+        if self._resumed is None:
+            self._take_initial_weights(watched)
+            return None
+        if self._initial_weights is not None:
+            self._say(f"the run goes on, so initial_weights ({self._initial_weights}) is not looked at")
+        for name in self._registered:
+            self._load(name)
+        return self._resumed
+
+    def _take_initial_weights(self, watched: Watched) -> None:
+        where = self._initial_weights
+        if where is None:
+            return
+        path = self._agreement.from_rank_zero(
+            "find the initial weights",
+            lambda: locate_weights("initial_weights", where, self._run_path / "downloads", self._tracking_uri),
+        )
+        restored = restore_weights(self._accelerator, watched, path, self._agreement)
+        self._say(f"begins with the weights of {where}")
+        for note in restored.notes:
+            self._say(f"harness: warning: {where}: {note}")
+
+    # --------------------------------------------------------------- what else goes on
+
+    def register(self, name: str, thing: Any) -> None:
+        """Have checkpoints hold a thing's state; where the run goes on it is loaded, here or in `put_back`.
+
+        Raises:
+            CheckpointError: if its state cannot be written as JSON, the name is taken, or training has begun.
+        """
+        if name in self._registered:
+            raise CheckpointError(f"register({name!r}): there is another thing of that name; give it a name of its own")
+        if self._is_over:
+            raise CheckpointError(f"register({name!r}): training has begun; register it before the first batches()")
+        try:
+            encode(thing.state_dict())
+        except TypeError as error:
+            raise CheckpointError(f"register({name!r}): its state cannot be written as JSON: {error}") from error
+        self._registered[name] = thing
+        self._load(name)
+
+    def _load(self, name: str) -> None:
+        if self._resumed is not None and name in self._resumed.state.states:
+            self._registered[name].load_state_dict(decode(self._resumed.state.states[name]))
+
+    def states(self) -> dict[str, Any]:
+        """Name -> state, as JSON values, of all that is registered, as it is now."""
+        return {name: encode(thing.state_dict()) for name, thing in self._registered.items()}
+
+    # ----------------------------------------------------------------- place in the data
+
+    def is_done(self, number: int) -> bool:
+        """Whether the epoch's training loader of that number, from 1, was done before the run was cut off."""
+        return self._resumed is not None and number <= self._resumed.state.loaders_done
+
+    def end(self) -> None:
+        """The epoch that was gone on with is over."""
+        self._begin_training()
+
+    def _begin_training(self) -> Resumed | None:
+        resumed, self._resumed = self._resumed, None
+        if not self._is_over:
+            self._is_over = True
+            self._say_what_is_one_sided(resumed)
+        return resumed
+
+    def take(self, loader: Any) -> Continuation | None:
+        """Where the loader that begins goes on, once after a resume: at its batch by this loader's size."""
+        resumed = self._begin_training()
+        if resumed is None:
+            return None
+        state, world_size = resumed.state, self._agreement.world_size
+        now = data.samples_per_batch(loader, world_size)
+        self._say_if_step_is_another(resumed, now)
+        num_taken, before = state.batches_in_epoch, state.samples_per_batch
+        if before is None or now is None:
+            # Nothing is known of the batches but how many ranks took one each.
+            before, now = len(state.ranks), world_size
+        if num_taken and before != now:
+            num_taken, left = divmod(num_taken * before, now)
+            again = f"; {left} samples come again" if left else ""
+            self._say(f"harness: the epoch goes on at batch {num_taken}{again}")
+        if num_taken and resumed.rank_state is None and not data.is_order_known(loader):
+            self._say(
+                "harness: warning: the order of the data comes from the random numbers of each process, and is a new "
+                "one on another number of ranks: samples of this epoch may come again, or not at all; "
+                "DataLoaderConfiguration(use_seedable_sampler=True) keeps it"
+            )
+        own = resumed.rank_state
+        return Continuation(num_taken, resumed.data, None if own is None else own.random)
+
+    def _say_if_step_is_another(self, resumed: Resumed, samples_now: int | None) -> None:
+        state = resumed.state
+        if samples_now is None or state.samples_per_batch is None:
+            return
+        before = state.samples_per_batch * state.accumulation
+        now = samples_now * self._accelerator.gradient_accumulation_steps
+        if before != now:
+            self._say(f"harness: warning: an optimizer step takes {now} samples from here on, and took {before}")
+
+    def _say_what_is_one_sided(self, resumed: Resumed | None) -> None:
+        if resumed is None:
+            return
+        saved = resumed.state.states
+        for name in sorted(saved.keys() - self._registered.keys()):
+            self._say(
+                f"harness: warning: the checkpoint has a state of {name!r}, and nothing of that name is registered"
+            )
+        for name in sorted(self._registered.keys() - saved.keys()):
+            self._say(f"harness: warning: {name!r} is not in the checkpoint, and begins anew")
