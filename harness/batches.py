@@ -168,6 +168,8 @@ class TrainingBatches:
     def _meet(self, loader: Any) -> None:
         if self._number == len(self._generators):
             self._generators.append([])
+        if self._number < len(self._before) and self._before[self._number]:
+            _give_generator(loader)
         self._generators[self._number] = _generators_of(loader)
 
     def _put_generators_back(self) -> None:
@@ -232,17 +234,19 @@ def _seeds_workers_once(loader: Any) -> bool:
     return getattr(base, "persistent_workers", False) and is_first and base.generator is None
 
 
+def _give_generator(loader: Any) -> None:
+    """Have the order come from a generator, as it did: accelerate gives a shuffling sampler one on several ranks."""
+    sampler = data.sampler_of(loader)
+    if data.draws_order(loader) and sampler.generator is None:
+        sampler.generator = torch.Generator()
+
+
 def _generators_of(loader: Any) -> list[torch.Generator]:
     """Those that its order or its seeds come from, each once."""
-    base = getattr(loader, "base_dataloader", loader)
-    sampler = getattr(base, "batch_sampler", None)
-    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
-        sampler = inner
     places = (
         (loader, "synchronized_generator"),
-        (getattr(sampler, "sampler", None), "generator"),
-        (sampler, "generator"),
-        (base, "generator"),
+        (data.sampler_of(loader), "generator"),
+        (getattr(loader, "base_dataloader", loader), "generator"),
     )
     found = [getattr(holder, name, None) for holder, name in places]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard, SeedableRandomSampler
 from accelerate.utils import honor_type
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -110,14 +110,18 @@ def inner_batches(loader: Any, world_size: int) -> int:
     return world_size if takes_several and not isinstance(loader.dataset, IterableDataset) else 1
 
 
-def is_order_known(loader: Any) -> bool:
-    """Whether the order of a loader follows from its epoch or its generators, and not from the process's numbers."""
-    base = getattr(loader, "base_dataloader", loader)
-    sampler = getattr(base, "batch_sampler", None)
+def draws_order(loader: Any) -> bool:
+    """Whether the order of a loader is drawn anew each time, and does not follow from its epoch."""
+    sampler = sampler_of(loader)
+    return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
+
+
+def sampler_of(loader: Any) -> Any:
+    """What the order of the samples, or of the batches, comes from, inside all that accelerate puts around it."""
+    sampler = getattr(getattr(loader, "base_dataloader", loader), "batch_sampler", None)
     while (inner := getattr(sampler, "batch_sampler", None)) is not None:
         sampler = inner
-    of_samples = getattr(sampler, "sampler", None)
-    return not isinstance(of_samples, RandomSampler) or of_samples.generator is not None
+    return getattr(sampler, "sampler", sampler)
 
 
 def batch_size(batch: Any) -> int:

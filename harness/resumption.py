@@ -176,7 +176,8 @@ class Resumption:
             num_taken, left = divmod(num_taken * before, now)
             again = f"; {left} samples come again" if left else ""
             self._say(f"harness: the epoch goes on at batch {num_taken}{again}")
-        if num_taken and resumed.rank_state is None and not data.is_order_known(loader):
+        had_generators = any(resumed.data.generators[state.loaders_done : state.loaders_done + 1])
+        if num_taken and resumed.rank_state is None and data.draws_order(loader) and not had_generators:
             self._say(
                 "harness: warning: the order of the data comes from the random numbers of each process, and is a new "
                 "one on another number of ranks: samples of this epoch may come again, or not at all; "

@@ -1,0 +1,42 @@
+"""In the epoch that goes on each sample comes once, whatever kind of loader, on as many ranks or on others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.own_loops import KINDS, NUM_SAMPLES, evaluate_unevenly, train_on
+from tests.distributed.test_saver import ranks
+
+
+def train(directory: Path, kind: str, world_size: int, *, crashes: bool) -> list[list[int]]:
+    """The samples of each epoch that the ranks together had."""
+    with ranks(world_size, train_on, directory, kind, crashes) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * world_size
+    name = "cut" if crashes else "resumed"
+    parts = [json.loads((directory / f"{name}-{rank}.json").read_text()) for rank in range(world_size)]
+    return [[index for part in parts for at, indices in part if at == epoch for index in indices] for epoch in range(2)]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_sample_comes_once_when_two_ranks_go_on_as(tmp_path: Path, kind: str, num_ranks: int) -> None:
+    cut, _ = train(tmp_path, kind, 2, crashes=True)
+    resumed, second = train(tmp_path, kind, num_ranks, crashes=False)
+    assert len(cut) == 32 if kind != "split" else 16
+    assert sorted(cut + resumed) == list(range(NUM_SAMPLES))
+    assert sorted(second) == list(range(NUM_SAMPLES))
+
+
+def test_ranks_stay_in_step_when_one_has_an_evaluation_batch_more(tmp_path: Path) -> None:
+    with ranks(2, evaluate_unevenly, tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    told = [json.loads((tmp_path / f"evaluated-{rank}.json").read_text()) for rank in range(2)]
+    assert [batches for batches, _ in told] == [[3, 3, 3], [2, 2, 2]]
+    assert [mean for _, mean in told] == [pytest.approx(9.5), pytest.approx(9.5)]
