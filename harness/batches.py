@@ -92,13 +92,22 @@ class TrainingBatches:
 
     Args:
         accelerator: that prepared the loaders.
+
+    Attributes:
+        loaders_done: training loaders of the epoch that are done.
+        num_taken: batches of the next one that are done.
+        serial: which iteration is the one that runs, of all that there were; 0: none.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        # By loader of the epoch, in their order.
+        self.loaders_done = 0
+        self.num_taken = 0
+        self.serial = 0
+        self._num_begun = 0
+        # By loader of the epoch, in their order; and which of them is the latest, with those that were passed over.
         self._generators: list[list[torch.Generator]] = []
-        self._number = 0
+        self._number = -1
         self._running: DataState | None = None
         self._sampler: _Sampler | None = None
         self._before: Sequence[Sequence[Tensor]] = ()
@@ -120,15 +129,15 @@ class TrainingBatches:
         now[self._number] = list(self._running.generators[0])
         return replace(self._running, generators=now)
 
-    def restore(self, before: DataState) -> None:
+    def restore(self, before: DataState, loaders_done: int, num_taken: int) -> None:
         """The run goes on: as its loaders come by, their generators stand where they stood."""
         self._resumed, self._before = before, before.generators
+        self.loaders_done, self.num_taken = loaders_done, num_taken
 
     def skip(self, loader: Any) -> None:
         """A loader of the epoch was done before the run was cut off."""
         self._meet(loader)
         self._put_generators_back()
-        self._number += 1
 
     def begin(self, loader: Any, continuation: Continuation | None) -> tuple[Any, Iterator[Any]]:
         """Begin the epoch's next loader, or go on in it.
@@ -141,6 +150,9 @@ class TrainingBatches:
             The loader that is really iterated over, and its batches.
         """
         self._meet(loader)
+        self._num_begun += 1
+        self.serial = self._num_begun
+        self.num_taken = 0 if continuation is None else continuation.num_taken
         self._unseeded = torch.get_rng_state() if _seeds_workers_once(loader) else None
         goes_on = continuation is not None and continuation.num_taken > 0
         if not goes_on:
@@ -166,6 +178,7 @@ class TrainingBatches:
         return loader, self._iterate(loader, continuation)
 
     def _meet(self, loader: Any) -> None:
+        self._number += 1
         if self._number == len(self._generators):
             self._generators.append([])
         if self._number < len(self._before) and self._before[self._number]:
@@ -209,9 +222,9 @@ class TrainingBatches:
         self._running.fetch = random_state.take(self._accelerator.device)
 
     def end(self) -> None:
-        """The loader is done: of it a checkpoint needs only where its generators stand."""
+        """The loader is done: a checkpoint goes on behind it, and needs only where its generators stand."""
         self._running = None
-        self._number += 1
+        self.serial, self.loaders_done, self.num_taken = 0, self._number + 1, 0
 
     def leave(self) -> None:
         """Nothing is iterated over any more: whoever else uses the loader gets it as it is."""
@@ -221,7 +234,12 @@ class TrainingBatches:
 
     def end_epoch(self) -> None:
         """The next loader is the first one of an epoch again."""
-        self._number = 0
+        self._number, self.loaders_done, self.num_taken = -1, 0, 0
+
+    @property
+    def next_loader(self) -> int:
+        """Number of the epoch's loader that comes next, from 0, with those that were passed over."""
+        return self._number + 1
 
 
 def _seeds_workers_once(loader: Any) -> bool:

@@ -118,17 +118,9 @@ class PeriodicLogger:
         self._watched: Watched | None = None
         # Memory for saving is made once the optimizer has a state: after its first step.
         self._prepares = False
-        # Place in the data: training loaders of the epoch that are done, and batches of the next one.
         self._batches = TrainingBatches(accelerator)
-        self._loaders_done = 0
-        self._batches_in_loader = 0
-        # Calls of batches() in this epoch, with those that a resumed epoch passes over.
-        self._loaders_met = 0
         self._samples_per_batch: int | None = None
         self._samples_in_step = 0
-        # Which iteration over a training loader is the one that runs; 0: none.
-        self._running = 0
-        self._num_begun = 0
         self._is_in_batch = False
         # How training ends: for now, at `max_steps` or by `stop`; for good; in the middle of an epoch.
         self._max_steps: int | None = None
@@ -300,7 +292,7 @@ class PeriodicLogger:
             yield epoch
             is_whole = not self._is_cut_short
             if is_whole:
-                self.epoch, self._loaders_done, self._loaders_met, self._batches_in_loader = epoch + 1, 0, 0, 0
+                self.epoch = epoch + 1
                 self._batches.end_epoch()
             self._resumption.end()
             self._random_before_eval = None
@@ -345,11 +337,10 @@ class PeriodicLogger:
         if (is_over := self._ends) is True:
             self._is_cut_short = is_over
             return
-        self._loaders_met += 1
-        if self._resumption.is_done(self._loaders_met):
+        if self._resumption.is_done(self._batches.next_loader):
             self._batches.skip(loader)
             return
-        if self._owed is not None and self._loaders_done and self.accelerator.sync_gradients:
+        if self._owed is not None and self._batches.loaders_done and self.accelerator.sync_gradients:
             # Not at the end of the epoch after all: there is another loader.
             self._save_owed()
         data.check_size(loader, self.topology.world_size, "training")
@@ -360,26 +351,21 @@ class PeriodicLogger:
         self._samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
         self._windows.timer.resume()
         self._random_before_eval = None
-        self._batches_in_loader = 0
-        continuation = self._resumption.take(loader)
-        if continuation is not None:
-            self._batches_in_loader = continuation.num_taken
-        self._num_begun += 1
-        serial = self._running = self._num_begun
-        loader, iterator = self._batches.begin(loader, continuation)
+        loader, iterator = self._batches.begin(loader, self._resumption.take(loader))
+        serial = self._batches.serial
         try:
-            if limit is not None and self._batches_in_loader >= limit:
-                self._end_loader()  # with batches of another size
+            if limit is not None and self._batches.num_taken >= limit:
+                self._batches.end()  # as many as that were taken, by this loader's size
                 return
             for batch in iterator:
-                is_limit = self._batches_in_loader + 1 == limit
+                is_limit = self._batches.num_taken + 1 == limit
                 if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
                 self._is_in_batch = True
                 yield batch
                 self._is_in_batch = False
-                if self._running != serial:
+                if self._batches.serial != serial:
                     raise HarnessError(
                         "batches(): two training loaders are iterated over at the same time, so where the run would go "
                         "on cannot be told; iterate over one with batches(), and over the other as it is"
@@ -391,30 +377,23 @@ class PeriodicLogger:
                 if self._ends:
                     self._is_cut_short = True
                     return
-            self._end_loader()
+            self._batches.end()
         except GeneratorExit:
             # The loop was left: what it has not taken of this epoch is not taken.
-            if self._running == serial:
-                self._end_loader()
+            if self._batches.serial == serial:
+                self._batches.end()
             raise
         finally:
             self._is_in_batch = False
             self._batches.leave()
             _leave(loader, iterator)
 
-    def _end_loader(self) -> None:
-        """A training loader is done: a checkpoint from here on goes on behind it."""
-        self._running = 0
-        self._loaders_done = self._loaders_met
-        self._batches_in_loader = 0
-        self._batches.end()
-
     def _after_batch(self, batch: Any, is_loaders_last: bool) -> None:
-        self._batches_in_loader += 1
-        num_taken = self._batches_in_loader
+        self._batches.num_taken += 1
+        num_taken = self._batches.num_taken
         self._random_before_eval = None
         if is_loaders_last:
-            self._end_loader()
+            self._batches.end()
         self._samples_in_step += data.batch_size(batch)
         self._run.check()
         # A step that fp16's overflow has skipped has changed nothing, and is none.
@@ -517,8 +496,10 @@ class PeriodicLogger:
                 yield batch
                 self._run.check()
                 if num_votes is None or position <= num_votes:
-                    # Within a training batch its step may be done and not counted: it stops behind that.
-                    if (asked_signal := self._read_votes()) and not is_in_batch:
+                    # Within a training batch its step may be done and not counted, and what was accumulated is in no
+                    # checkpoint: it stops behind the step.
+                    asked_signal = self._read_votes()
+                    if asked_signal and not is_in_batch and self.accelerator.sync_gradients:
                         self._stop(asked_signal)
                     if self._votes.is_due():
                         self._cast_vote()
@@ -651,7 +632,7 @@ class PeriodicLogger:
 
     def _save(self, name: str, *, must: bool = False) -> bool:
         self._settle_save()
-        position = (self.step, self.epoch, self._loaders_done, self._batches_in_loader)
+        position = (self.step, self.epoch, self._batches.loaders_done, self._batches.num_taken)
         if self._watched is None or self._saved_at == position:
             return False
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
@@ -659,12 +640,12 @@ class PeriodicLogger:
             name,
             self.epoch,
             self.step,
-            self._batches_in_loader,
+            self._batches.num_taken,
             _json_ready(metrics),
             self._samples_per_batch,
             self.accelerator.gradient_accumulation_steps,
             self._resumption.states(),
-            self._loaders_done,
+            self._batches.loaders_done,
             self._is_stopped,
         )
         self._run.keep_points(name, moment.metrics)
@@ -685,9 +666,8 @@ class PeriodicLogger:
         state = resumed.state
         self.epoch, self.step = state.epoch, state.step
         self._saved_at = (state.step, state.epoch, state.loaders_done, state.batches_in_epoch)
-        self._loaders_done, self._batches_in_loader = state.loaders_done, state.batches_in_epoch
         self._samples_per_batch, self._is_stopped = state.samples_per_batch, state.is_stopped
-        self._batches.restore(resumed.data)
+        self._batches.restore(resumed.data, state.loaders_done, state.batches_in_epoch)
         self._windows.put_back(resumed.sums)
         self._random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)

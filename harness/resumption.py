@@ -146,8 +146,8 @@ class Resumption:
     # ----------------------------------------------------------------- place in the data
 
     def is_done(self, number: int) -> bool:
-        """Whether the epoch's training loader of that number, from 1, was done before the run was cut off."""
-        return self._resumed is not None and number <= self._resumed.state.loaders_done
+        """Whether the epoch's training loader of that number, from 0, was done before the run was cut off."""
+        return self._resumed is not None and number < self._resumed.state.loaders_done
 
     def end(self) -> None:
         """The epoch that was gone on with is over."""
