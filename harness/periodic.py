@@ -33,7 +33,7 @@ from harness.batches import Continuation, TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
 from harness.checkpoint.json_values import decode, encode
-from harness.checkpoint.locate import find_checkpoints, locate, locate_weights
+from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.restore import restore_weights
@@ -132,7 +132,7 @@ class PeriodicLogger:
         self._batches = TrainingBatches(accelerator)
         self._batches_in_epoch = 0
         self._samples_per_batch: int | None = None
-        self._found: list[Path] = []
+        self._found: Found | None = None
         self.samples_per_step_before: int | None = None
         self._resumed: Resumed | None = None
         # Random numbers as they were when the evaluation that is running began.
@@ -626,20 +626,22 @@ class PeriodicLogger:
         now = self._random_before_eval or random_state.take(self.accelerator.device)
         return RankState(now, self._batches.state, self._train_sums.partial())
 
-    def _find_checkpoints(self) -> tuple[list[Path], int | None]:
+    def _find_checkpoints(self) -> tuple[Found, int | None]:
         assert self.run_path is not None
-        found, damaged = find_checkpoints(self.run_path / "checkpoints")
-        for reason in damaged:
+        found = find_checkpoints(self.run_path / "checkpoints")
+        for _, reason in found.damaged:
             self.say(f"harness: warning: {reason}")
         if self._resume_from not in ("auto", "never"):
-            if found:
+            if found.usable:
                 self.say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
             else:
                 uri = self.tracking_config.tracking_uri
-                found = locate("resume_from_checkpoint", self._resume_from, self.run_path / "downloads", uri)
-        return found, samples_per_step(found)
+                usable = locate("resume_from_checkpoint", self._resume_from, self.run_path / "downloads", uri)
+                found = dataclasses.replace(found, usable=usable)
+        return found, samples_per_step(found.usable)
 
     def _resume(self, watched: Watched) -> None:
+        assert self._found is not None
         resumed = resume(self._found, self.accelerator, self._agreement, watched, self.say)
         if resumed is None:
             self._take_initial_weights(watched)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ TRAINER_STATE = "trainer_state.json"
 FORMAT = "harness-checkpoint"
 VERSION = 1
 TEMPORARY_PREFIX = ".tmp-"
+DAMAGED_PREFIX = "damaged-"
 # A thousand ranks with a thousand tensors each write less.
 _LIMIT_BYTES = 1 << 30
 
@@ -132,6 +134,25 @@ def remove_leftovers(checkpoints_dir: Path) -> None:
         discard(path)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Take its name from a checkpoint that was found damaged, so that another can have it; its new path.
+
+    Effects: not collective; any thread; blocks until the disk has it; removes nothing. No list has it any more.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(checkpoint, aside)
+    sync_directory(checkpoint.parent)
+    return aside
+
+
+def names_set_aside(checkpoints_dir: Path) -> list[str]:
+    """Names of what `set_aside` has left."""
+    return sorted(path.name for path in checkpoints_dir.glob(f"{DAMAGED_PREFIX}*"))
+
+
 def manifest_text(manifest: Manifest) -> str:
     """What ``manifest.json`` holds: strict JSON, with a checksum of all the rest of it.
 
@@ -193,7 +214,7 @@ class Scan(NamedTuple):
 
 
 def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = read_manifest) -> Scan:
-    """Find the committed checkpoints; one that is damaged does not hide the others.
+    """Find the committed checkpoints; one that is damaged does not hide the others, one set aside is left out.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
 
@@ -213,7 +234,7 @@ def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = r
     except OSError as error:
         raise CheckpointError(f"{checkpoints_dir}: cannot be read: {error.strerror}") from error
     for name in names:
-        if name.startswith(TEMPORARY_PREFIX):
+        if name.startswith((TEMPORARY_PREFIX, DAMAGED_PREFIX)):
             continue
         try:
             good.append((name, read(checkpoints_dir / name)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.checkpoint.commit import MANIFEST, read_manifest, scan_checkpoints
-from harness.checkpoint.trainer_state import FILE
 from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, ConfigError
 from harness.redact import redact
@@ -22,21 +23,35 @@ def is_in_mlflow(where: str) -> bool:
     return where.startswith(_MLFLOW_SCHEMES)
 
 
-def find_checkpoints(checkpoints_dir: Path) -> tuple[list[Path], list[str]]:
+@dataclass(frozen=True)
+class Found:
+    """What a run has to go on from.
+
+    Args:
+        checkpoints_dir: of the run itself; what stands elsewhere is not its own, and left as it is.
+        usable: committed checkpoints that training can go on from, the one to try first first.
+        damaged: its own whose manifest cannot be taken, with the reason.
+    """
+
+    checkpoints_dir: Path
+    usable: Sequence[Path] = ()
+    damaged: Sequence[tuple[Path, str]] = ()
+
+
+def find_checkpoints(checkpoints_dir: Path) -> Found:
     """The committed checkpoints that training can go on from, newest first, and what is wrong with others.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
     """
     found = scan_checkpoints(checkpoints_dir)
-    good = [
-        checkpoints_dir / name
-        for name, manifest in reversed(found.good)
-        if any(file.name == FILE for file in manifest.files)
-    ]
-    return good, [reason for _, reason in found.bad]
+    return Found(
+        checkpoints_dir,
+        [checkpoints_dir / name for name, manifest in reversed(found.good) if manifest.can_be_resumed],
+        [(checkpoints_dir / name, reason) for name, reason in found.bad],
+    )
 
 
-def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> list[Path]:
+def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Sequence[Path]:
     """The checkpoints that a user means, the one to try first first.
 
     Effects: not collective, rank zero only; any thread; an address in MLflow is downloaded, and all of it
@@ -58,11 +73,11 @@ def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -
     if (path / MANIFEST).exists():
         return [path]
     for checkpoints_dir in (path / "checkpoints", path):
-        good, bad = find_checkpoints(checkpoints_dir)
-        if good:
-            return good
-        if bad:
-            raise CheckpointError(bad[0])
+        found = find_checkpoints(checkpoints_dir)
+        if found.usable:
+            return found.usable
+        if found.damaged:
+            raise CheckpointError(found.damaged[0][1])
     raise ConfigError(key, f"there is no checkpoint in {path}; give a checkpoint's directory, or a run's")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import read_manifest
+from harness.checkpoint.commit import read_manifest, set_aside
+from harness.checkpoint.locate import Found
 from harness.checkpoint.rank_state import RankState, of_rank, sums_of
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.shards.held import find_held
@@ -46,7 +47,7 @@ def samples_per_step(checkpoints: Sequence[Path]) -> int | None:
 
 
 def resume(
-    checkpoints: Sequence[Path],
+    found: Found,
     accelerator: Accelerator,
     agreement: Agreement,
     watched: Watched,
@@ -54,11 +55,12 @@ def resume(
 ) -> Resumed | None:
     """Put the first of the checkpoints back that holds.
 
-    Effects: collective; main thread, before training; blocks until every rank has read its part; nothing on
-    disk. After an error the model holds anything.
+    Effects: collective; main thread, before training; blocks until every rank has read its part. Those of the
+    run's own that were damaged are set aside, so that the run can save under their names again when it gets
+    there; nothing else on disk, and nothing at all after an error, when the model holds anything.
 
     Args:
-        checkpoints: the same on every rank, the one to try first first.
+        found: the same on every rank.
         accelerator: which ranks and which strategy.
         agreement: of all ranks.
         watched: what is filled.
@@ -70,19 +72,37 @@ def resume(
     Raises:
         CheckpointError: on all ranks, if none of them holds: the first one's reason.
     """
-    if not checkpoints:
+    if not found.usable:
         return None
     first_error: CheckpointError | None = None
-    for path in checkpoints:
+    damaged = [path for path, _ in found.damaged]
+    for path in found.usable:
         try:
-            return _put_back(path, accelerator, agreement, watched, say)
+            resumed = _put_back(path, accelerator, agreement, watched, say)
         except CheckpointError as error:
             first_error = first_error or error
+            damaged.append(path)
             say(f"harness: warning: {path.name} cannot be used, trying the one before: {error}")
+            continue
+        if agreement.rank == 0:
+            _set_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
+        return resumed
     assert first_error is not None
     raise CheckpointError(
-        f"none of the {len(checkpoints)} checkpoints in {checkpoints[0].parent} can be used; the newest: {first_error}"
+        f"none of the {len(found.usable)} checkpoints in {found.usable[0].parent} can be used; the newest: "
+        f"{first_error}"
     ) from first_error
+
+
+def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Rank zero alone: every rank is done with them, and rank zero makes what takes their names."""
+    for path in damaged:
+        try:
+            aside = set_aside(path)
+        except OSError as error:
+            say(f"harness: warning: {path} is damaged and cannot be renamed ({error.strerror}); move it away")
+        else:
+            say(f"harness: {path.name} is damaged, and kept as {aside.name}; remove it when you like")
 
 
 def _put_back(

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, Stopped
 from harness.tracking.outbox import read_entries
 
@@ -58,6 +60,7 @@ class Setting:
     crash_at: tuple[int, ...] = ()
     signal_at: tuple[int, ...] = ()
     signal_in_evaluation_of: tuple[int, ...] = ()
+    resume_from: str = "auto"
 
 
 @dataclass
@@ -114,6 +117,7 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         run_dir=run_dir,
         checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait"),
         tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
+        resume_from_checkpoint=setting.resume_from,
     ) as logger:
         logger.watch(model, optimizer, scheduler)
         for epoch in logger.epochs(NUM_EPOCHS):
@@ -209,21 +213,45 @@ def test_nothing_is_trained_when_the_run_was_complete(tmp_path: Path) -> None:
     assert torch.equal(first.weights, again.weights)
 
 
+@pytest.mark.parametrize("damage", ["a tensor", "the manifest"])
 def test_the_one_before_is_taken_when_the_newest_checkpoint_is_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     expected, _ = train_to_the_end(tmp_path / "whole", Setting())
     with pytest.raises(Crash):
         train(tmp_path / "cut", Setting(crash_at=(10,)), set())
-    path = tmp_path / "cut" / "run" / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    checkpoints = tmp_path / "cut" / "run" / "checkpoints"
+    path = (
+        checkpoints / "step-00000008" / {"a tensor": "optimizer.safetensors", "the manifest": "manifest.json"}[damage]
+    )
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     found = train(tmp_path / "cut", Setting(), set())
     assert torch.equal(found.weights, expected.weights)
     told = capsys.readouterr().err
-    assert "step-00000008 cannot be used, trying the one before" in told
+    if damage == "a tensor":
+        assert "step-00000008 cannot be used, trying the one before" in told
+    assert "step-00000008/manifest.json: is damaged" in told or damage == "a tensor"
     assert "goes on from epoch-0001" in told
+    # Its name is free for the one that the run has come to again, and nothing of it is lost.
+    assert not verify(checkpoints / "step-00000008").problems
+    (aside,) = checkpoints.glob("damaged-step-00000008-*")
+    assert f"step-00000008 is damaged, and kept as {aside.name}" in told
+    assert (aside / path.name).read_bytes() == content
+    assert aside.name not in [name for name, _ in list_checkpoints(checkpoints)]
+
+
+def test_nothing_is_renamed_when_the_damaged_checkpoint_is_another_runs(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(10,)), set())
+    (tmp_path / "run").rename(tmp_path / "other")
+    checkpoints = tmp_path / "other" / "checkpoints"
+    path = checkpoints / "step-00000008" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = sorted(checkpoints.iterdir())
+    train(tmp_path, Setting(resume_from=str(tmp_path / "other")), set())
+    assert sorted(checkpoints.iterdir()) == before
 
 
 def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:

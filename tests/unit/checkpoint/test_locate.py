@@ -30,7 +30,7 @@ def test_directory_is_found_when_a_checkpoint_is_given(run_dir: Path, tmp_path: 
 
 def test_weights_alone_are_not_gone_on_from_when_a_run_is_given(run_dir: Path, tmp_path: Path) -> None:
     # This one has no trainer's state.
-    assert find_checkpoints(run_dir / "checkpoints") == ([], [])
+    assert find_checkpoints(run_dir / "checkpoints").usable == []
     with pytest.raises(ConfigError, match="there is no checkpoint in"):
         locate(KEY, str(run_dir), tmp_path / "d", None)
 
