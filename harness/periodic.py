@@ -634,7 +634,7 @@ class PeriodicLogger:
         if self._resume_from not in ("auto", "never"):
             if found.usable:
                 self.say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
-            else:
+            elif found.is_empty:
                 uri = self.tracking_config.tracking_uri
                 usable = locate("resume_from_checkpoint", self._resume_from, self.run_path / "downloads", uri)
                 found = dataclasses.replace(found, usable=usable)

@@ -31,11 +31,18 @@ class Found:
         checkpoints_dir: of the run itself; what stands elsewhere is not its own, and left as it is.
         usable: committed checkpoints that training can go on from, the one to try first first.
         damaged: its own whose manifest cannot be taken, with the reason.
+        weights_alone: its own that lack what training needs, the newest first.
     """
 
     checkpoints_dir: Path
     usable: Sequence[Path] = ()
     damaged: Sequence[tuple[Path, str]] = ()
+    weights_alone: Sequence[Path] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the run has no checkpoint at all: it begins. What a save that was cut off has left is none."""
+        return not (self.usable or self.damaged or self.weights_alone)
 
 
 def find_checkpoints(checkpoints_dir: Path) -> Found:
@@ -44,10 +51,12 @@ def find_checkpoints(checkpoints_dir: Path) -> Found:
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
     """
     found = scan_checkpoints(checkpoints_dir)
+    newest_first = [(checkpoints_dir / name, manifest) for name, manifest in reversed(found.good)]
     return Found(
         checkpoints_dir,
-        [checkpoints_dir / name for name, manifest in reversed(found.good) if manifest.can_be_resumed],
+        [path for path, manifest in newest_first if manifest.can_be_resumed],
         [(checkpoints_dir / name, reason) for name, reason in found.bad],
+        [path for path, manifest in newest_first if not manifest.can_be_resumed],
     )
 
 

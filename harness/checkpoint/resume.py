@@ -17,6 +17,8 @@ from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
 from harness.errors import CheckpointError
 
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Resumed:
@@ -70,9 +72,10 @@ def resume(
         Where the run goes on; None where there is no checkpoint at all.
 
     Raises:
-        CheckpointError: on all ranks, if none of them holds: the first one's reason.
+        CheckpointError: on all ranks, if there are checkpoints and none of them holds: it would begin again at
+            step 0, in the same MLflow run.
     """
-    if not found.usable:
+    if found.is_empty:
         return None
     first_error: CheckpointError | None = None
     damaged = [path for path, _ in found.damaged]
@@ -87,11 +90,24 @@ def resume(
         if agreement.rank == 0:
             _set_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
         return resumed
-    assert first_error is not None
-    raise CheckpointError(
-        f"none of the {len(found.usable)} checkpoints in {found.usable[0].parent} can be used; the newest: "
-        f"{first_error}"
-    ) from first_error
+    raise _none_can_be_used(found, first_error) from first_error
+
+
+def _none_can_be_used(found: Found, first_error: CheckpointError | None) -> CheckpointError:
+    num_all = len(found.usable) + len(found.damaged) + len(found.weights_alone)
+    if first_error is not None:
+        where, why = found.usable[0].parent, f"; the newest: {first_error}"
+    else:
+        reasons = [reason for _, reason in found.damaged[:_SHOWN]]
+        if found.weights_alone:
+            names = ", ".join(path.name for path in found.weights_alone[:_SHOWN])
+            reasons.append(f"{names}: hold weights alone (checkpoint.save_weights_only)")
+        where, why = found.checkpoints_dir, f": {'; '.join(reasons)}"
+    weights = found.weights_alone[0] if found.weights_alone else "<path>"
+    return CheckpointError(
+        f"none of the {num_all} checkpoints in {where} can be used{why}; give another run_name, with initial_weights: "
+        f"{weights} if it is to begin with weights that there are"
+    )
 
 
 def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:

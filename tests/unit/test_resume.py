@@ -61,6 +61,7 @@ class Setting:
     signal_at: tuple[int, ...] = ()
     signal_in_evaluation_of: tuple[int, ...] = ()
     resume_from: str = "auto"
+    save_weights_only: bool = False
 
 
 @dataclass
@@ -115,7 +116,7 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         every_n_epochs=1,
         run_name="run",
         run_dir=run_dir,
-        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait"),
+        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait", save_weights_only=setting.save_weights_only),
         tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
         resume_from_checkpoint=setting.resume_from,
     ) as logger:
@@ -259,5 +260,47 @@ def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
         train(tmp_path, Setting(crash_at=(7,)), set())
     for path in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model"):
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model") as e:
         train(tmp_path, Setting(), set())
+    assert "give another run_name, with initial_weights" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            "cut off",
+            r"epoch-0001/manifest\.json: is damaged: .*; .*step-00000004/manifest\.json: is damaged.*another run",
+        ),
+        ("newer", r"manifest\.json: has version 2, this harness reads 1"),
+        (
+            "weights alone",
+            r"epoch-0001, step-00000004: hold weights alone.*initial_weights: \S+/checkpoints/epoch-0001",
+        ),
+    ],
+)
+def test_run_does_not_begin_again_when_it_has_checkpoints_and_none_can_be_used(
+    tmp_path: Path, damage: str, said: str
+) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(7,), save_weights_only=damage == "weights alone"), set())
+    for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        if damage == "cut off":
+            path.write_bytes(path.read_bytes()[:-1])
+        elif damage == "newer":
+            path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    before = points(tmp_path)
+    with pytest.raises(CheckpointError, match=f"none of the 2 checkpoints in .*{said}"):
+        train(tmp_path, Setting(), set())
+    assert points(tmp_path) == before
+    assert not list((tmp_path / "run" / "checkpoints").glob("damaged-*"))
+
+
+def test_run_begins_when_there_is_nothing_but_what_a_save_has_left(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(3,)), set())
+    left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000004-1"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    expected, _ = train_to_the_end(tmp_path / "whole", Setting())
+    assert torch.equal(train(tmp_path, Setting(), set()).weights, expected.weights)
