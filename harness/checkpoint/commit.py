@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from harness.checkpoint import strict_json
 from harness.checkpoint.strict_json import is_count, is_number, is_texts
 from harness.durable import replace_file, sync_directory
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
@@ -172,8 +172,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
 
     Raises:
-        CheckpointError: if there is none, it is not what was written, or is of a format that this version
+        DamagedError: if there is none, it is not what was written, or is of a format that this version
             cannot read.
+        CheckpointError: if the disk does not give it.
     """
     path = checkpoint / MANIFEST
     try:
@@ -181,23 +182,30 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _NoManifest(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not the manifest of a {FORMAT}")
+        raise DamagedError(f"{path}: is not the manifest of a {FORMAT}")
     if record.get("version") != VERSION or not is_count(record["version"]):
-        raise CheckpointError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
+        raise DamagedError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
     try:
         manifest = _manifest(record)
         checksum = record.pop("checksum")
         _require(checksum == strict_json.checksum(record), "its checksum is not that of what it holds")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     return manifest
 
 
-class _NoManifest(CheckpointError):
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a file of a checkpoint: one that is not there is damage, a disk in trouble is none."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return DamagedError(f"{path}: {error.strerror}; use another checkpoint")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror}; see to the disk and start again")
+
+
+class _NoManifest(DamagedError):
     """What is no checkpoint at all, as against a damaged one."""
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint.commit import MANIFEST, read_manifest, scan_checkpoints
+from harness.checkpoint.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints
 from harness.checkpoint.verify import verify
-from harness.errors import CheckpointError, ConfigError
+from harness.errors import CheckpointError, ConfigError, DamagedError
 from harness.redact import redact
 
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
@@ -49,8 +49,23 @@ def find_checkpoints(checkpoints_dir: Path) -> Found:
     """The committed checkpoints that training can go on from, newest first, and what is wrong with others.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
+
+    Raises:
+        CheckpointError: if the disk does not give a manifest: it may be that of the newest.
     """
-    found = scan_checkpoints(checkpoints_dir)
+    failures: list[CheckpointError] = []
+
+    def read(checkpoint: Path) -> Manifest:
+        try:
+            return read_manifest(checkpoint)
+        except CheckpointError as error:
+            if not isinstance(error, DamagedError):
+                failures.append(error)
+            raise
+
+    found = scan_checkpoints(checkpoints_dir, read)
+    if failures:
+        raise failures[0]
     newest_first = [(checkpoints_dir / name, manifest) for name, manifest in reversed(found.good)]
     return Found(
         checkpoints_dir,

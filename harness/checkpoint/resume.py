@@ -13,9 +13,16 @@ from harness.checkpoint.commit import read_manifest, set_aside
 from harness.checkpoint.locate import Found
 from harness.checkpoint.rank_state import RankState, of_rank, sums_of
 from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import find_held
-from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
-from harness.errors import CheckpointError
+from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.trainer_state import (
+    FILE,
+    TrainerState,
+    Watched,
+    put_back,
+    read_trainer_state,
+    require_same,
+)
+from harness.errors import CheckpointError, DamagedError
 
 _SHOWN = 3
 
@@ -73,7 +80,8 @@ def resume(
 
     Raises:
         CheckpointError: on all ranks, if there are checkpoints and none of them holds: it would begin again at
-            step 0, in the same MLflow run.
+            step 0, in the same MLflow run. Or if one cannot be put back for another reason than damage, which
+            would be the same with the one before, or pass.
     """
     if found.is_empty:
         return None
@@ -82,7 +90,7 @@ def resume(
     for path in found.usable:
         try:
             resumed = _put_back(path, accelerator, agreement, watched, say)
-        except CheckpointError as error:
+        except DamagedError as error:
             first_error = first_error or error
             damaged.append(path)
             say(f"harness: warning: {path.name} cannot be used, trying the one before: {error}")
@@ -124,22 +132,27 @@ def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
 def _put_back(
     path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, say: Callable[[str], None]
 ) -> Resumed:
-    restored = restore_tensors(accelerator, watched, path, agreement)
+    manifest = agreement.together("reading the manifest", lambda: read_manifest(path))
+
+    def read() -> TrainerState:
+        state = read_trainer_state(path, manifest)
+        require_same(state, watched, find().groups)
+        return state
+
+    def find() -> Held:
+        return find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None)
+
+    def finish() -> Resumed:
+        put_back(state, watched, find().groups, accelerator.scaler)
+        own = of_rank(state.ranks, agreement.rank, agreement.world_size)
+        return Resumed(path.name, state, own, _sums(state, own, agreement.rank))
+
+    # What takes no time first: that is refused before gigabytes are read.
+    state = agreement.together(f"reading {path / FILE}", read)
+    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest)
     for note in restored.notes:
         say(f"harness: {path.name}: {note}")
-    failure: CheckpointError | None = None
-    try:
-        state = read_trainer_state(path, read_manifest(path))
-        held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
-        put_back(state, watched, held.groups, accelerator.scaler)
-        own = of_rank(state.ranks, agreement.rank, agreement.world_size)
-        found = Resumed(path.name, state, own, _sums(state, own, agreement.rank))
-    except CheckpointError as error:
-        failure = error
-    except Exception as error:
-        failure = CheckpointError(f"{path / FILE}: is not understood: {type(error).__name__}: {error}")
-    _raise_alike(agreement, "what the trainer's state is", failure)
-    return found
+    return agreement.together(f"putting back {path / FILE}", finish)
 
 
 def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str, tuple[float, float]]:
@@ -147,12 +160,3 @@ def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str,
     if own is not None:
         return own.sums
     return sums_of(state.ranks) if rank == 0 else {}
-
-
-def _raise_alike(agreement: Agreement, what: str, failure: CheckpointError | None) -> None:
-    told = agreement.gather(what, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(told):
-        if text is not None:
-            raise CheckpointError(f"rank {rank}: {text}")

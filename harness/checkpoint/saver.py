@@ -192,24 +192,16 @@ class Saver:
 
     def _plan(self, watched: Watched) -> tuple[Held, Plan]:
         """Find what this rank holds, and plan; if one rank does not understand its state, all say so."""
-        held, failure = None, None
-        try:
-            held = find_held(
+        held = self._agreement.together(
+            "finding what is to be saved",
+            lambda: find_held(
                 self._accelerator,
                 watched.model,
                 watched.optimizer,
                 weights_only=self._config.save_weights_only,
                 dtype=self._dtype,
-            )
-        except CheckpointError as error:
-            failure = error
-        told = self._agreement.gather("whether the state is understood", None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise CheckpointError(f"rank {rank}: {text}")
-        assert held is not None
+            ),
+        )
         return held, make_plan(held, self._agreement, self._config.max_shard_size_bytes)
 
     def _drop_engine(self) -> None:

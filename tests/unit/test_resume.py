@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.checkpoint.commit import list_checkpoints
 from harness.checkpoint.verify import verify
-from harness.errors import CheckpointError, Stopped
+from harness.errors import CheckpointError, DamagedError, Stopped
 from harness.tracking.outbox import read_entries
 
 NUM_EPOCHS = 3
@@ -62,6 +62,9 @@ class Setting:
     signal_in_evaluation_of: tuple[int, ...] = ()
     resume_from: str = "auto"
     save_weights_only: bool = False
+    other_model: bool = False
+    other_optimizer: bool = False
+    other_scheduler: bool = False
 
 
 @dataclass
@@ -91,7 +94,11 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=setting.seedable),
     )
     model: Any = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
+    if setting.other_model:
+        model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Identity(), nn.Linear(6, 1))
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if setting.other_optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     dataset: Any = Stream() if setting.stream else Noisy()
     loader: Any = DataLoader(
         dataset,
@@ -120,7 +127,7 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
         resume_from_checkpoint=setting.resume_from,
     ) as logger:
-        logger.watch(model, optimizer, scheduler)
+        logger.watch(model, optimizer, None if setting.other_scheduler else scheduler)
         for epoch in logger.epochs(NUM_EPOCHS):
             model.train()
             for indices, inputs, targets in logger.batches(loader, setting.limit):
@@ -263,6 +270,42 @@ def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model") as e:
         train(tmp_path, Setting(), set())
     assert "give another run_name, with initial_weights" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("disk", r"model\.safetensors: cannot be read: .*symbolic links"),
+        ("disk at the manifest", r"manifest\.json: cannot be read: .*symbolic links"),
+        ("scheduler", "the run had a scheduler; resume with what it had"),
+        ("model", r"the optimizer's parameter group 0 has 4\.bias, 4\.weight, which it had not, and no"),
+        ("optimizer", "has no state of the optimizer after step|which is not there now; resume with the model"),
+    ],
+)
+def test_start_ends_at_once_when_it_is_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(10,)), set())
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+    setting = Setting()
+    if change.startswith("disk"):
+        # What opens it goes round in a circle: an error of the file system that is not "no such file".
+        path = newest / ("manifest.json" if "manifest" in change else "model.safetensors")
+        path.unlink()
+        path.symlink_to(path.name)
+    else:
+        # Were the tensors read before, this would be told first.
+        path = newest / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        setting = Setting(**{f"other_{change}": True})
+    with pytest.raises(CheckpointError, match=said) as caught:
+        train(tmp_path, setting, set())
+    assert not isinstance(caught.value, DamagedError)
+    assert "trying the one before" not in capsys.readouterr().err
+    assert newest.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What reads a checkpoint gives exactly what was written, or a CheckpointError, whatever happened to the bytes."""
+"""What reads a checkpoint gives exactly what was written, or a DamagedError, whatever happened to the bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.trainer_state import FILE, Moment, TrainerState, Watched, read_trainer_state, take_trainer_state
 from harness.checkpoint.write import write_json
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 # The fixtures' files are written anew for each example.
 MANY = settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -142,7 +142,7 @@ def test_manifest_is_the_same_or_refused_when_its_bytes_are_damaged(checkpoint: 
     try:
         assert read_manifest(checkpoint) == original
         assert len(scan_checkpoints(checkpoint.parent).good) == 1
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
         assert scan_checkpoints(checkpoint.parent) == ([], [(checkpoint.name, str(error))])
     finally:
@@ -158,7 +158,7 @@ def test_manifest_is_the_same_or_refused_when_its_values_are_edited(checkpoint: 
     path.write_bytes(written(json.dumps(data.draw(edited(json.loads(content))))))
     try:
         assert read_manifest(checkpoint) == original
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -179,8 +179,8 @@ def test_nothing_impossible_is_taken_when_another_writer_has_sealed_it(checkpoin
         assert found.size_bytes == sum(part.end - part.start for file in found.files for part in file.ranges)
         assert all((checkpoint / file.name).parent == checkpoint for file in found.files)
         assert min(found.epoch, found.step, found.time_ms) >= 0
-    except (CheckpointError, ValueError) as error:  # checksum: a number that JSON has not
-        assert isinstance(error, CheckpointError) or "JSON compliant" in str(error)
+    except (DamagedError, ValueError) as error:  # checksum: a number that JSON has not
+        assert isinstance(error, DamagedError) or "JSON compliant" in str(error)
     finally:
         path.write_bytes(content)
 
@@ -223,7 +223,7 @@ def _check_header(path: Path, record: Any, original: Any, content: bytes) -> Non
     try:
         assert read_header(path, record) == original
         assert is_same
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     try:
         # A file without a manifest: what it says may be another thing, but one that can be.
@@ -232,7 +232,7 @@ def _check_header(path: Path, record: Any, original: Any, content: bytes) -> Non
         assert sum(last - first for first, last in places) <= size_bytes
         assert all(first <= last <= size_bytes for first, last in places)
         json.dumps([tensors, metadata], ensure_ascii=False).encode()
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -249,7 +249,7 @@ def test_trainer_state_is_the_same_or_refused_when_its_bytes_are_damaged(trained
     path.write_bytes(data.draw(damaged_bytes(content)))
     try:
         assert read_trainer_state(trained.path, trained.manifest) == trained.state
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -268,7 +268,7 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
         found = read_trainer_state(other, manifest)
         assert min(found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch) >= 0
         assert all(isinstance(group, dict) for group in found.param_groups)
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(other / FILE))
 
 
@@ -288,5 +288,5 @@ def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) ->
 
 def test_error_has_the_path_when_the_trainer_state_is_missing(trained: Trained) -> None:
     (trained.path / FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{trained.path / FILE}: No such file or directory"):
+    with pytest.raises(DamagedError, match=f"{trained.path / FILE}: No such file or directory"):
         read_trainer_state(trained.path, trained.manifest)
