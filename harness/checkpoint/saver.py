@@ -217,13 +217,23 @@ class Saver:
         """Take a checkpoint of this moment; whether this rank has begun it (`settle`: whether it goes on).
 
         Blocks until what may change at once is copied; the next optimizer step waits for the rest. Only a
-        rank that cannot begin at once waits for what the others say. With `must` it waits for the save
-        before, where this one would be skipped.
+        rank that cannot begin at once waits for what the others say. With `must`, the same on all ranks, all of
+        them do, it is not skipped, and it waits for the save before: for what comes after the last step.
 
         Raises:
             CheckpointError: on all ranks, here or from `settle`, if the one before failed and
                 ``checkpoint.when_failed`` is stop.
         """
+        has_begun = self._try(moment, must)
+        if not must or self.settle():
+            return has_begun
+        # Some ranks alone had seen tensors change. All know that now, and prepare for it alike.
+        self.num_skipped -= 1
+        self._try(moment, must)
+        return self.settle()
+
+    def _try(self, moment: Moment, must: bool) -> bool:
+        """Begin, or not; whether this rank has."""
         begun_s = time.perf_counter()
         self.settle()
         self._learn_mode()
