@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -111,6 +112,7 @@ class SaveRunner:
     Attributes:
         status: how the last save ended, for a person.
         last_error: of the last save; None: it succeeded.
+        failures: of each save that failed, for a person, until they are taken.
         last_seconds: what the last save has cost.
         num_failed: saves.
         is_reported: whether what the last save has cost was taken already.
@@ -142,6 +144,7 @@ class SaveRunner:
         threading.Thread(target=self._serve, name="harness-checkpoint", daemon=True).start()
         self.status = "no checkpoint yet"
         self.last_error: Exception | None = None
+        self.failures: deque[str] = deque()
         self.last_seconds: Mapping[str, float] = {}
         self.num_failed = 0
         self.is_reported = True
@@ -200,6 +203,7 @@ class SaveRunner:
             self.last_error = error.with_traceback(None)
             self.num_failed += 1
             self.status = f"{save.moment.name} FAILED: {_told(error)}"
+            self.failures.append(self.status)
         self._tell(save, None if self.last_error is None else _told(self.last_error))
         self.last_seconds = save.seconds
         self.is_reported = False

@@ -347,7 +347,9 @@ class Saver:
             return Small(None, None, error)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
-        """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
+        """What the last save has cost this rank, as metrics, and what went wrong since the last call.
+
+        Each save is told of once, and a failure also where other saves have ended since.
 
         ``checkpoint/blocked_s`` is all that the trainer's thread has waited: for the call, and at the fence.
         """
@@ -363,7 +365,8 @@ class Saver:
         }
         if "durable_s" in seconds:
             found["checkpoint/durable_s"] = seconds["durable_s"]
-        return found, None if self.last_error is None else self.status
+        failures = [self._runner.failures.popleft() for _ in range(len(self._runner.failures))]
+        return found, "; ".join(failures) or None
 
     def _learn_mode(self) -> None:
         """Take what the last overlapped save has cost into account, once its fence is passed."""
