@@ -14,6 +14,7 @@ from harness.checkpoint.locate import Found
 from harness.checkpoint.rank_state import RankState, of_rank, sums_of
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.shared import read_shared_manifest
 from harness.checkpoint.trainer_state import (
     FILE,
     TrainerState,
@@ -132,7 +133,7 @@ def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
 def _put_back(
     path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, say: Callable[[str], None]
 ) -> Resumed:
-    manifest = agreement.together("reading the manifest", lambda: read_manifest(path))
+    manifest = read_shared_manifest(path, agreement)
 
     def read() -> TrainerState:
         state = read_trainer_state(path, manifest)
