@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import xxhash
 
 from harness.checkpoint.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints
 from harness.checkpoint.verify import verify
@@ -16,6 +21,14 @@ from harness.redact import redact
 
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 _DOWNLOAD_TIMEOUT_S = 3600.0
+# Of what can be read of an address in a directory's name.
+_NAME_LIMIT = 100
+
+
+def longest_wait_s(*where: str | None) -> float:
+    """How long rank zero may be at it, where the others wait for it to locate what a user has given."""
+    # What was downloaded is read again for its digests, which takes no longer.
+    return 2 * _DOWNLOAD_TIMEOUT_S if any(each is not None and is_in_mlflow(each) for each in where) else 0.0
 
 
 def is_in_mlflow(where: str) -> bool:
@@ -111,17 +124,21 @@ def locate_weights(key: str, where: str, download_dir: Path, tracking_uri: str |
     Effects, Args, Raises: as `locate`.
     """
     if is_in_mlflow(where):
-        return _download(key, where, download_dir, tracking_uri)
+        return _there_already(where, download_dir, weights_only=True) or _download(
+            key, where, download_dir, tracking_uri
+        )
     if not Path(where).is_dir():
         raise ConfigError(key, f"{where} is no directory; give one with safetensors in it")
     return Path(where)
 
 
 def download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
-    """Fetch a checkpoint from MLflow into a directory of its own, and verify it.
+    """Fetch a checkpoint from MLflow into a directory of its own, unless it is there already, and verify it.
 
     Effects, Args, Raises: as `locate`.
     """
+    if (there := _there_already(where, download_dir)) is not None:
+        return there
     path = _download(key, where, download_dir, tracking_uri)
     if not (path / MANIFEST).exists():
         raise ConfigError(key, f"{where}: is no checkpoint of this program, as it has no {MANIFEST}")
@@ -136,9 +153,37 @@ def download(key: str, where: str, download_dir: Path, tracking_uri: str | None)
     return path
 
 
+def remove_downloads(download_dir: Path) -> None:
+    """Remove what was downloaded: once the run has a checkpoint of its own, it goes on from that.
+
+    Effects: not collective, rank zero only; any thread; blocks until the files are gone, as far as that is possible.
+    """
+    if download_dir.is_dir():
+        shutil.rmtree(download_dir, ignore_errors=True)
+
+
+def _target(where: str, download_dir: Path) -> Path:
+    """Of an address alone, and as a person reads it: a run that is started again finds what it has fetched."""
+    cleaned = re.sub(r"[^\w.-]+", "-", where)[:_NAME_LIMIT]
+    return download_dir / f"{cleaned}-{xxhash.xxh3_64_hexdigest(where.encode())}"
+
+
+def _there_already(where: str, download_dir: Path, *, weights_only: bool = False) -> Path | None:
+    """What an earlier attempt has downloaded from an address, if every byte of it is what was written."""
+    # MLflow puts the files into a directory in the one that it is given, or not, by the kind of address.
+    for manifest in sorted(_target(where, download_dir).rglob(MANIFEST)):
+        with suppress(CheckpointError):
+            if not verify(manifest.parent, weights_only=weights_only).problems:
+                return manifest.parent
+    return None
+
+
 def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
     # The trainer never imports mlflow.
-    command = [sys.executable, "-m", "harness.tracking.download", where, str(download_dir)]
+    target = _target(where, download_dir)
+    # What is left there is not whole.
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "harness.tracking.download", where, str(target)]
     environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S)

@@ -345,5 +345,10 @@ def test_run_begins_when_there_is_nothing_but_what_a_save_has_left(tmp_path: Pat
     left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000004-1"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
+    downloaded = tmp_path / "run" / "downloads" / "models-m-1" / "model.safetensors"
+    downloaded.parent.mkdir(parents=True)
+    downloaded.write_bytes(b"what the run has begun with")
     expected, _ = train_to_the_end(tmp_path / "whole", Setting())
     assert torch.equal(train(tmp_path, Setting(), set()).weights, expected.weights)
+    # It has checkpoints of its own now.
+    assert not (tmp_path / "run" / "downloads").exists()
