@@ -86,7 +86,6 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
         "epoch": moment.epoch,
         "step": moment.step,
         "position": {
-            "epoch": moment.epoch,
             "batches": moment.batches_in_epoch,
             "samples_per_batch": moment.samples_per_batch,
             "accumulation": moment.accumulation,
@@ -115,7 +114,6 @@ class TrainerState:
     Args:
         epoch: epochs that were complete.
         step: optimizer steps that were complete.
-        epoch_of_data: the epoch of the next batch.
         batches_in_epoch: batches of it that each rank had taken.
         param_groups: hyperparameters of each of the optimizer's parameter groups; ``params`` are names.
         scheduler: its state, or None.
@@ -130,7 +128,6 @@ class TrainerState:
 
     epoch: int
     step: int
-    epoch_of_data: int
     batches_in_epoch: int
     param_groups: Sequence[Mapping[str, Any]]
     scheduler: Any
@@ -186,7 +183,6 @@ def _state(record: Any) -> TrainerState:
         found = TrainerState(
             epoch=record["epoch"],
             step=record["step"],
-            epoch_of_data=position["epoch"],
             batches_in_epoch=position["batches"],
             param_groups=decode(groups),
             scheduler=decode(record["scheduler"]),
@@ -202,12 +198,16 @@ def _state(record: Any) -> TrainerState:
         raise ValueError(f"it has no {error}") from error
     except (TypeError, IndexError) as error:
         raise ValueError("it is of another structure") from error
-    if not all(map(is_count, (found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch))):
+    if not all(map(is_count, (found.epoch, found.step, found.batches_in_epoch))):
         raise ValueError("epochs, steps or batches are no whole numbers from 0 on")
     if not is_count(found.accumulation) or not (found.samples_per_batch is None or is_count(found.samples_per_batch)):
         raise ValueError("samples and accumulated batches are no whole numbers from 0 on")
     if not isinstance(found.states, dict) or not isinstance(found.metrics, dict):
         raise ValueError("states and metrics are no objects")
+    # The periodic logger's own, which it goes on by.
+    own = found.states.get("harness")
+    if not isinstance(own, dict) or not isinstance(own.get("is_stopped"), bool):
+        raise ValueError("states has no harness that says whether it is_stopped")
     if not all(map(is_number, found.metrics.values())):
         raise ValueError("metrics hold what is no number")
     for name, items in (("param_groups", found.param_groups), ("ranks", found.ranks)):

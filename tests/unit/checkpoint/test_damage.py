@@ -119,7 +119,8 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
     groups = [
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
-    state = take_trainer_state(Moment("a", 2, 20, 4, {}), Watched(model, optimizer, scheduler), groups, None)
+    moment = Moment("a", 2, 20, 4, {}, states={"harness": {"is_stopped": True}})
+    state = take_trainer_state(moment, Watched(model, optimizer, scheduler), groups, None)
     state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
@@ -266,19 +267,41 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
     manifest = Manifest("key", 2, 20, 1, {}, (write_json(other / FILE, record),), {}, {})
     try:
         found = read_trainer_state(other, manifest)
-        assert min(found.epoch, found.step, found.epoch_of_data, found.batches_in_epoch) >= 0
+        assert min(found.epoch, found.step, found.batches_in_epoch) >= 0
         assert all(isinstance(group, dict) for group in found.param_groups)
+        assert found.states["harness"]["is_stopped"] in (True, False)
     except DamagedError as error:
         assert str(error).startswith(str(other / FILE))
 
 
 def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
     state = trained.state
-    assert (state.epoch, state.step, state.epoch_of_data, state.batches_in_epoch) == (2, 20, 2, 4)
+    assert (state.epoch, state.step, state.batches_in_epoch) == (2, 20, 4)
     (group,) = state.param_groups
     assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.999))
     assert state.scheduler["best"] == float("inf")
     assert (state.scaler, state.loss_scale, len(state.ranks)) == (None, None, 1)
+
+
+def rewritten(directory: Path, record: Any) -> TrainerState:
+    """What another writer has written, with digests that are right."""
+    directory.mkdir()
+    return read_trainer_state(directory, Manifest("key", 2, 20, 1, {}, (write_json(directory / FILE, record),), {}, {}))
+
+
+@pytest.mark.parametrize("states", [{}, {"harness": None}, {"harness": {}}, {"harness": {"is_stopped": 1}}])
+def test_error_has_the_path_when_the_loggers_own_state_is_missing(
+    trained: Trained, tmp_path: Path, states: Any
+) -> None:
+    record = json.loads((trained.path / FILE).read_text())
+    with pytest.raises(DamagedError, match=f"{tmp_path / 'other' / FILE}: is damaged: states has no harness"):
+        rewritten(tmp_path / "other", {**record, "states": states})
+
+
+def test_state_is_read_when_it_is_of_before_the_epoch_of_the_data_went(trained: Trained, tmp_path: Path) -> None:
+    record = json.loads((trained.path / FILE).read_text())
+    assert "epoch" not in record["position"]
+    assert rewritten(tmp_path / "other", {**record, "position": {**record["position"], "epoch": 2}}) == trained.state
 
 
 def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) -> None:

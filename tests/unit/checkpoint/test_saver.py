@@ -189,7 +189,7 @@ def test_checkpoint_is_whole_and_told_when_saved(make: Make, watched: Watched, c
     assert manifest.save["transport"] == "direct"
     record = json.loads((path / "trainer_state.json").read_text())
     assert (record["epoch"], record["step"]) == (1, 10)
-    assert record["position"] == {"epoch": 1, "batches": 4, "samples_per_batch": None, "accumulation": 1}
+    assert record["position"] == {"batches": 4, "samples_per_batch": None, "accumulation": 1}
     assert record["scheduler"]["last_epoch"] == 1
     (group,) = record["optimizer"]["param_groups"]
     assert group["params"] == ["embed.weight", "norm.weight", "norm.bias", "mix.weight", "mix.bias"]
