@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from harness.errors import PeerFailure
+from harness.errors import CheckpointError, DamagedError, HarnessError, PeerFailure
 
 T = TypeVar("T")
 
@@ -77,6 +77,39 @@ class Agreement:
         except RuntimeError as error:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
         return cast(list[T], values)
+
+    def together(self, what: str, run: Callable[[], T]) -> T:
+        """Run on each rank what is not collective; if it fails on one, it fails on all, with the same class.
+
+        Args:
+            what: is done, for messages: ``reading the manifest``.
+            run: called on every rank.
+
+        Returns:
+            This rank's own result.
+
+        Raises:
+            DamagedError: on all ranks, if it was raised on each rank that failed.
+            CheckpointError: on all ranks, if a rank failed in another way.
+        """
+        failure: CheckpointError | None = None
+        try:
+            result = run()
+        except CheckpointError as error:
+            failure = error
+        except Exception as error:
+            is_ours = isinstance(error, HarnessError)
+            failure = CheckpointError(str(error) if is_ours else f"{what}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        mine = None if failure is None else (isinstance(failure, DamagedError), str(failure))
+        failed = [(rank, *each) for rank, each in enumerate(self.gather(f"who is done with {what}", mine)) if each]
+        if not failed:
+            return result
+        # Another checkpoint helps against damage alone: what is none counts, and of these the first rank's.
+        rank, is_damage, text = min(failed, key=lambda each: each[1])
+        if failure is not None and isinstance(failure, DamagedError) == is_damage:
+            raise failure
+        raise (DamagedError if is_damage else CheckpointError)(f"rank {rank}: {text}") from failure
 
     def gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
         """Each rank's whole numbers, as many on each, in the order of ranks, on all ranks. One round trip."""

@@ -8,6 +8,7 @@
     ├── MetricError              a metric was logged in a way that cannot be right     exit 1
     ├── NonFiniteLossError       the loss became NaN or infinite                       exit 1
     ├── CheckpointError          a checkpoint could not be written or read             exit 1
+    │   └── DamagedError         what is on disk is not what was written: another may hold
     ├── TrackingError            the tracking server or the outbox                     exit 1
     ├── PeerFailure              another rank failed; this one stops with it           exit 1
     └── Stopped                  a signal asked the run to stop                        exit 75
@@ -84,6 +85,14 @@ class NonFiniteLossError(HarnessError):
 
 class CheckpointError(HarnessError):
     """A checkpoint could not be written, or what is on disk is not one."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written, or not what this version reads: another one may hold.
+
+    A disk that does not answer, too little memory or another model are none of it: they would be the same
+    with another checkpoint, or pass.
+    """
 
 
 class TrackingError(HarnessError):

@@ -32,6 +32,7 @@ from harness.agreement import Agreement
 from harness.batches import TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
+from harness.checkpoint.locate import longest_wait_s, remove_downloads
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.resume import GlobalBatch
@@ -163,8 +164,9 @@ class PeriodicLogger:
         """
         runtime.check_launch(self.accelerator)
         rank, world_size = self.topology.rank, self.topology.world_size
-        # Longer than any wait of a checkpoint's, so that a save that is given up ends no run.
-        self._agreement = Agreement(rank, world_size, timeout_s=self.checkpoint_config.timeout_s + 600)
+        # Longer than any wait of a checkpoint's, so that a save that is given up ends no run; or of a download's.
+        longest_s = max(self.checkpoint_config.timeout_s, longest_wait_s(self._resume_from, self._initial_weights))
+        self._agreement = Agreement(rank, world_size, timeout_s=longest_s + 600)
         # A group of its own: its reductions are started when their copies are ready, which may be
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
@@ -185,6 +187,7 @@ class PeriodicLogger:
 
             def committed(name: str, manifest: Manifest) -> None:
                 self._run.publish(name, manifest)
+                remove_downloads(directory.path / "downloads")
                 # Behind its publication: in MLflow too nothing goes before what takes its place is there.
                 retention.apply(name)
 
@@ -197,6 +200,7 @@ class PeriodicLogger:
                 provenance.versions(),
                 committed,
                 self._take_rank_state,
+                self._run.sync,
             )
             self._resumption = Resumption(
                 self.accelerator,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.commit import scan_checkpoints
+from harness.checkpoint.commit import names_set_aside, scan_checkpoints
 from harness.checkpoint.retention import best_of
 from harness.tracking.outbox import read_delivered
 
@@ -57,8 +57,9 @@ def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
 def checkpoint_table(run_dir: Path) -> str:
     """The same as a table of text, with the evaluation metrics."""
     records = checkpoint_records(run_dir)
+    aside = [f"{name}: set aside, as it was found damaged" for name in names_set_aside(run_dir / "checkpoints")]
     if not records:
-        return f"no checkpoints in {run_dir}"
+        return "\n".join([f"no checkpoints in {run_dir}", *aside])
     metrics = sorted({name for record in records for name in record["metrics"] if name.startswith("eval/")})
     metrics = (metrics or sorted({name for record in records for name in record["metrics"]}))[:_SHOWN_METRICS]
     rows = [["epoch", "step", "bytes", *metrics, "on disk", "MLflow model"]]
@@ -81,7 +82,7 @@ def checkpoint_table(run_dir: Path) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     lines += [record["damaged"] for record in records if record["damaged"] is not None]
-    return "\n".join(lines)
+    return "\n".join(lines + aside)
 
 
 def how_to_open(run_dir: Path) -> str:

@@ -9,6 +9,7 @@ batches  ->  is_done, take    loaders of the epoch that were done; where the nex
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from harness import data
 from harness.agreement import Agreement
 from harness.batches import Continuation
 from harness.checkpoint.json_values import decode, encode
-from harness.checkpoint.locate import find_checkpoints, locate, locate_weights
+from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume
 from harness.checkpoint.trainer_state import Watched
@@ -61,7 +62,7 @@ class Resumption:
         self._initial_weights = initial_weights
         self._tracking_uri = tracking_uri
         self._say = say
-        self._found: list[Path] = []
+        self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
         self._is_over = False
@@ -75,17 +76,18 @@ class Resumption:
         """
         self._found, self.before = self._agreement.from_rank_zero("find the checkpoints", self._find)
 
-    def _find(self) -> tuple[list[Path], GlobalBatch | None]:
-        found, damaged = find_checkpoints(self._run_path / "checkpoints")
-        for reason in damaged:
+    def _find(self) -> tuple[Found, GlobalBatch | None]:
+        found = find_checkpoints(self._run_path / "checkpoints")
+        for _, reason in found.damaged:
             self._say(f"harness: warning: {reason}")
         if self._resume_from not in ("auto", "never"):
-            if found:
+            if found.usable:
                 self._say(f"the run has checkpoints of its own, and goes on from these, not from {self._resume_from}")
-            else:
+            elif found.is_empty:
                 downloads = self._run_path / "downloads"
-                found = locate("resume_from_checkpoint", self._resume_from, downloads, self._tracking_uri)
-        return found, global_batch(found)
+                usable = locate("resume_from_checkpoint", self._resume_from, downloads, self._tracking_uri)
+                found = replace(found, usable=usable)
+        return found, global_batch(found.usable)
 
     def put_back(self, watched: Watched) -> Resumed | None:
         """Fill what is watched with the newest checkpoint, or with the initial weights; None: the run begins.
@@ -93,6 +95,7 @@ class Resumption:
         Raises:
             CheckpointError: on all ranks, if none of the checkpoints can be put back.
         """
+        assert self._found is not None
         self._resumed = resume(self._found, self._accelerator, self._agreement, watched, self._say)
         if self._resumed is None:
             self._take_initial_weights(watched)

@@ -168,6 +168,11 @@ class RunLifetime:
         if self._tracker is not None:
             self._points_of[checkpoint] = [[key, *self._points[key]] for key in metrics if key in self._points]
 
+    def sync(self) -> None:
+        """Rank zero's writer thread: all that happened is on disk before a checkpoint is that goes on from there."""
+        if (tracker := self._tracker) is not None:
+            tracker.sync()
+
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
         """Rank zero's writer thread: a checkpoint is committed."""
         tracker = self._tracker

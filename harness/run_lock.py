@@ -54,12 +54,13 @@ class RunLock:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._lock(run_dir, timeout_s)
-            self._identity = _identity(os.fstat(self._file))
-            _held_here.add(self._identity)
             self._write_holder()
+            self._identity = _identity(os.fstat(self._file))
         except BaseException:
             os.close(self._file)
             raise
+        # Not before all is well: with the file closed again, this process holds nothing.
+        _held_here.add(self._identity)
 
     def _lock(self, run_dir: Path, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s

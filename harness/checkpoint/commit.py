@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any, NamedTuple
 from harness.checkpoint import strict_json
 from harness.checkpoint.strict_json import is_count, is_number, is_texts
 from harness.durable import replace_file, sync_directory
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 FORMAT = "harness-checkpoint"
 VERSION = 1
 TEMPORARY_PREFIX = ".tmp-"
+DAMAGED_PREFIX = "damaged-"
 # A thousand ranks with a thousand tensors each write less.
 _LIMIT_BYTES = 1 << 30
 
@@ -132,6 +134,25 @@ def remove_leftovers(checkpoints_dir: Path) -> None:
         discard(path)
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Take its name from a checkpoint that was found damaged, so that another can have it; its new path.
+
+    Effects: not collective; any thread; blocks until the disk has it; removes nothing. No list has it any more.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(checkpoint, aside)
+    sync_directory(checkpoint.parent)
+    return aside
+
+
+def names_set_aside(checkpoints_dir: Path) -> list[str]:
+    """Names of what `set_aside` has left."""
+    return sorted(path.name for path in checkpoints_dir.glob(f"{DAMAGED_PREFIX}*"))
+
+
 def manifest_text(manifest: Manifest) -> str:
     """What ``manifest.json`` holds: strict JSON, with a checksum of all the rest of it.
 
@@ -151,8 +172,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
 
     Raises:
-        CheckpointError: if there is none, it is not what was written, or is of a format that this version
+        DamagedError: if there is none, it is not what was written, or is of a format that this version
             cannot read.
+        CheckpointError: if the disk does not give it.
     """
     path = checkpoint / MANIFEST
     try:
@@ -160,23 +182,30 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _NoManifest(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: is not the manifest of a {FORMAT}")
+        raise DamagedError(f"{path}: is not the manifest of a {FORMAT}")
     if record.get("version") != VERSION or not is_count(record["version"]):
-        raise CheckpointError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
+        raise DamagedError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
     try:
         manifest = _manifest(record)
         checksum = record.pop("checksum")
         _require(checksum == strict_json.checksum(record), "its checksum is not that of what it holds")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     return manifest
 
 
-class _NoManifest(CheckpointError):
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a file of a checkpoint: one that is not there is damage, a disk in trouble is none."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return DamagedError(f"{path}: {error.strerror}; use another checkpoint")
+    return CheckpointError(f"{path}: cannot be read: {error.strerror}; see to the disk and start again")
+
+
+class _NoManifest(DamagedError):
     """What is no checkpoint at all, as against a damaged one."""
 
 
@@ -193,7 +222,7 @@ class Scan(NamedTuple):
 
 
 def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = read_manifest) -> Scan:
-    """Find the committed checkpoints; one that is damaged does not hide the others.
+    """Find the committed checkpoints; one that is damaged does not hide the others, one set aside is left out.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
 
@@ -213,7 +242,7 @@ def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = r
     except OSError as error:
         raise CheckpointError(f"{checkpoints_dir}: cannot be read: {error.strerror}") from error
     for name in names:
-        if name.startswith(TEMPORARY_PREFIX):
+        if name.startswith((TEMPORARY_PREFIX, DAMAGED_PREFIX)):
             continue
         try:
             good.append((name, read(checkpoints_dir / name)))

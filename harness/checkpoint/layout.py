@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import FileRecord
-from harness.errors import CheckpointError
+from harness.checkpoint.commit import FileRecord, unreadable
+from harness.errors import CheckpointError, DamagedError
 
 Section = Literal["model", "optimizer"]
 Key = tuple[Section, str]
@@ -146,7 +146,8 @@ def read_header(path: Path, record: FileRecord | None = None) -> tuple[dict[str,
         record: what the manifest says of it: the header is then read against its digest. None: there is none.
 
     Raises:
-        CheckpointError: if it is not such a file, is cut off, or has another header than was written.
+        DamagedError: if there is no such file, it is cut off, or has another header than was written.
+        CheckpointError: if the disk does not give it.
     """
     try:
         with path.open("rb") as stream:
@@ -168,17 +169,17 @@ def read_header(path: Path, record: FileRecord | None = None) -> tuple[dict[str,
             raise ValueError("its metadata hold what is no text")
         tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: is not a whole safetensors file: {error}") from error
+        raise DamagedError(f"{path}: is not a whole safetensors file: {error}") from error
     found = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
     end = begin
     for name, tensor in found.items():
         if tensor.start != end:
-            raise CheckpointError(f"{path}: the data of {name} begin at byte {tensor.start}, not at {end}")
+            raise DamagedError(f"{path}: the data of {name} begin at byte {tensor.start}, not at {end}")
         end = tensor.end
     if end != size_bytes:
-        raise CheckpointError(f"{path}: has {size_bytes} bytes, but its header tells of {end}")
+        raise DamagedError(f"{path}: has {size_bytes} bytes, but its header tells of {end}")
     return found, metadata
 
 

@@ -20,9 +20,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.commit import FileRecord, Range, unreadable
 from harness.checkpoint.shards.source import DTYPES
-from harness.errors import CheckpointError
+from harness.errors import DamagedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,8 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
         wants: in any order.
 
     Raises:
-        CheckpointError: if a range is not what was written, or the file is cut off or cannot be read.
+        DamagedError: if a range is not what was written, or the file is cut off or not there.
+        CheckpointError: if the disk does not give it.
     """
     digests = _Digests(path, record.ranges)
     scratch = bytearray(CHUNK_BYTES)
@@ -108,7 +109,7 @@ def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int]) -> int:
     Effects: as `read`'s.
 
     Raises:
-        CheckpointError: as `read`.
+        DamagedError, CheckpointError: as `read`.
     """
     digests = _Digests(path, record.ranges)
     scratch = memoryview(bytearray(CHUNK_BYTES))
@@ -152,7 +153,7 @@ class _Digests:
                 digest.update(data[reached - start : last - start])
                 self._reached[number] = last
                 if last == part.end and self._begun.pop(number).hexdigest() != part.digest:
-                    raise CheckpointError(
+                    raise DamagedError(
                         f"{self._path}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what "
                         "was written; use another checkpoint"
                     )
@@ -174,7 +175,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; use another checkpoint") from error
+        raise unreadable(path, error) from error
     try:
         yield descriptor
     finally:
@@ -187,7 +188,7 @@ def _fill(descriptor: int, path: Path, part: memoryview, start: int) -> None:
         try:
             count = os.preadv(descriptor, [part[position:]], start + position)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read at byte {start + position}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         if not count:
-            raise CheckpointError(f"{path}: ends at byte {start + position}; use another checkpoint")
+            raise DamagedError(f"{path}: ends at byte {start + position}; use another checkpoint")
         position += count

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from harness.agreement import Agreement
+from harness.checkpoint.commit import Manifest
 from harness.checkpoint.match import Targets, match
 from harness.checkpoint.materialize import forget, materialize
 from harness.checkpoint.read import check_ranges, read
@@ -25,8 +25,6 @@ from harness.checkpoint.shards.held import find_held, find_stepped, innermost
 from harness.checkpoint.stored import Stored
 from harness.checkpoint.trainer_state import Watched
 from harness.errors import CheckpointError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,13 @@ class Restored:
 
 
 def restore_tensors(
-    accelerator: Accelerator, watched: Watched, checkpoint: Path, agreement: Agreement, *, weights_only: bool = False
+    accelerator: Accelerator,
+    watched: Watched,
+    checkpoint: Path,
+    agreement: Agreement,
+    *,
+    weights_only: bool = False,
+    manifest: Manifest | None = None,
 ) -> Restored:
     """Fill the weights, the buffers and the optimizer's state from a checkpoint.
 
@@ -63,12 +67,13 @@ def restore_tensors(
         checkpoint: its directory, which every rank sees.
         agreement: of all ranks.
         weights_only: leave the optimizer's state as it is; ZeRO's masters become what the weights are.
+        manifest: the checkpoint's, where it has been read already.
 
     Raises:
-        CheckpointError: on all ranks, if the checkpoint is damaged on any of them, or is of another model or
-            optimizer.
+        DamagedError: on all ranks, if the checkpoint is damaged for any of them.
+        CheckpointError: on all ranks, if it is of another model or optimizer, or a rank fails otherwise.
     """
-    stored = _together(agreement, "the checkpoint's headers", lambda: Stored.of(checkpoint))
+    stored = agreement.together("reading the checkpoint's headers", lambda: Stored.of(checkpoint, manifest))
     return _restore(accelerator, watched, stored, agreement, weights_only or watched.optimizer is None, strict=True)
 
 
@@ -88,7 +93,7 @@ def restore_weights(accelerator: Accelerator, watched: Watched, directory: Path,
     Raises:
         CheckpointError: on all ranks, if none of the names is the model's, a shape is another, or it is damaged.
     """
-    stored = _together(agreement, "the headers of the weights", lambda: Stored.of_weights(directory))
+    stored = agreement.together("reading the headers of the weights", lambda: Stored.of_weights(directory))
     return _restore(accelerator, watched, stored, agreement, weights_only=True, strict=False)
 
 
@@ -105,8 +110,8 @@ def _restore(
     made: list[Tensor] = []
     try:
         if not weights_only:
-            what = "the optimizer's state before its first step"
-            _together(agreement, what, lambda: made.extend(_make_state(accelerator, watched, stored)))
+            what = "making the optimizer's state before its first step"
+            agreement.together(what, lambda: made.extend(_make_state(accelerator, watched, stored)))
 
         def matched() -> tuple[Targets, Callable[[], None]]:
             held = find_held(
@@ -114,38 +119,19 @@ def _restore(
             )
             return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
 
-        targets, refresh = _together(agreement, "the names in the checkpoint", matched)
-        read_bytes, unchecked = _together(agreement, "what they have read", lambda: _fill(targets, stored))
+        targets, refresh = agreement.together("matching the names in the checkpoint", matched)
+        read_bytes, unchecked = agreement.together("reading the tensors", lambda: _fill(targets, stored))
         told = agreement.gather("which digests they have checked", unchecked)
         mine = {
             name: sorted(set.intersection(*(set(each[name]) for each in told)))[agreement.rank :: agreement.world_size]
             for name in stored.records
         }
-        read_bytes += _together(agreement, "what they have checked", lambda: _check(stored, mine))
+        read_bytes += agreement.together("checking the digests", lambda: _check(stored, mine))
         refresh()
     except BaseException:
         forget(innermost(optimizer), made)
         raise
     return Restored(targets.wanted_bytes, read_bytes, tuple(targets.notes))
-
-
-def _together(agreement: Agreement, what: str, run: Callable[[], T]) -> T:
-    """Run on each rank what is not collective; if it fails on one, fail on all."""
-    failure: CheckpointError | None = None
-    try:
-        result = run()
-    except CheckpointError as error:
-        failure = error
-    except Exception as error:
-        failure = CheckpointError(f"cannot be restored: {error or type(error).__name__}")
-        failure.__cause__ = error
-    told = agreement.gather(what, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(told):
-        if text is not None:
-            raise CheckpointError(f"rank {rank}: {text}")
-    return result
 
 
 def _make_state(accelerator: Accelerator, watched: Watched, stored: Stored) -> list[Tensor]:

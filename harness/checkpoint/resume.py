@@ -10,12 +10,23 @@ from accelerate import Accelerator
 
 from harness.agreement import Agreement
 from harness.batches import DataState
-from harness.checkpoint.commit import read_manifest
+from harness.checkpoint.commit import read_manifest, set_aside
+from harness.checkpoint.locate import Found
 from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import find_held
-from harness.checkpoint.trainer_state import FILE, TrainerState, Watched, put_back, read_trainer_state
-from harness.errors import CheckpointError
+from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.shared import read_shared_manifest
+from harness.checkpoint.trainer_state import (
+    FILE,
+    TrainerState,
+    Watched,
+    put_back,
+    read_trainer_state,
+    require_same,
+)
+from harness.errors import CheckpointError, DamagedError
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def global_batch(checkpoints: Sequence[Path]) -> GlobalBatch | None:
 
 
 def resume(
-    checkpoints: Sequence[Path],
+    found: Found,
     accelerator: Accelerator,
     agreement: Agreement,
     watched: Watched,
@@ -72,11 +83,12 @@ def resume(
 ) -> Resumed | None:
     """Put the first of the checkpoints back that holds.
 
-    Effects: collective; main thread, before training; blocks until every rank has read its part; nothing on
-    disk. After an error the model holds anything.
+    Effects: collective; main thread, before training; blocks until every rank has read its part. Those of the
+    run's own that were damaged are set aside, so that the run can save under their names again when it gets
+    there; nothing else on disk, and nothing at all after an error, when the model holds anything.
 
     Args:
-        checkpoints: the same on every rank, the one to try first first.
+        found: the same on every rank.
         accelerator: which ranks and which strategy.
         agreement: of all ranks.
         watched: what is filled.
@@ -86,43 +98,81 @@ def resume(
         Where the run goes on; None where there is no checkpoint at all.
 
     Raises:
-        CheckpointError: on all ranks, if none of them holds: the first one's reason.
+        CheckpointError: on all ranks, if there are checkpoints and none of them holds: it would begin again at
+            step 0, in the same MLflow run. Or if one cannot be put back for another reason than damage, which
+            would be the same with the one before, or pass.
     """
-    if not checkpoints:
+    if found.is_empty:
         return None
     first_error: CheckpointError | None = None
-    for path in checkpoints:
+    damaged = [path for path, _ in found.damaged]
+    for path in found.usable:
         try:
-            return _put_back(path, accelerator, agreement, watched, say)
-        except CheckpointError as error:
+            resumed = _put_back(path, accelerator, agreement, watched, say)
+        except DamagedError as error:
             first_error = first_error or error
+            damaged.append(path)
             say(f"harness: warning: {path.name} cannot be used, trying the one before: {error}")
-    assert first_error is not None
-    raise CheckpointError(
-        f"none of the {len(checkpoints)} checkpoints in {checkpoints[0].parent} can be used; the newest: {first_error}"
-    ) from first_error
+            continue
+        if agreement.rank == 0:
+            _set_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
+        return resumed
+    raise _none_can_be_used(found, first_error) from first_error
+
+
+def _none_can_be_used(found: Found, first_error: CheckpointError | None) -> CheckpointError:
+    num_all = len(found.usable) + len(found.damaged) + len(found.weights_alone)
+    if first_error is not None:
+        where, why = found.usable[0].parent, f"; the newest: {first_error}"
+    else:
+        reasons = [reason for _, reason in found.damaged[:_SHOWN]]
+        if found.weights_alone:
+            names = ", ".join(path.name for path in found.weights_alone[:_SHOWN])
+            reasons.append(f"{names}: hold weights alone (checkpoint.save_weights_only)")
+        where, why = found.checkpoints_dir, f": {'; '.join(reasons)}"
+    weights = found.weights_alone[0] if found.weights_alone else "<path>"
+    return CheckpointError(
+        f"none of the {num_all} checkpoints in {where} can be used{why}; give another run_name, with initial_weights: "
+        f"{weights} if it is to begin with weights that there are"
+    )
+
+
+def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
+    """Rank zero alone: every rank is done with them, and rank zero makes what takes their names."""
+    for path in damaged:
+        try:
+            aside = set_aside(path)
+        except OSError as error:
+            say(f"harness: warning: {path} is damaged and cannot be renamed ({error.strerror}); move it away")
+        else:
+            say(f"harness: {path.name} is damaged, and kept as {aside.name}; remove it when you like")
 
 
 def _put_back(
     path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, say: Callable[[str], None]
 ) -> Resumed:
-    restored = restore_tensors(accelerator, watched, path, agreement)
-    for note in restored.notes:
-        say(f"harness: {path.name}: {note}")
-    failure: CheckpointError | None = None
-    try:
-        state = read_trainer_state(path, read_manifest(path))
-        held = find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None, restoring=True)
-        put_back(state, watched, held.groups, accelerator.scaler)
+    manifest = read_shared_manifest(path, agreement)
+
+    def read() -> TrainerState:
+        state = read_trainer_state(path, manifest)
+        require_same(state, watched, find().groups)
+        return state
+
+    def find() -> Held:
+        return find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None)
+
+    def finish() -> Resumed:
+        put_back(state, watched, find().groups, accelerator.scaler)
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
         data = order_of(state.ranks) if own is None else own.data
-        found = Resumed(path.name, state, own, data, _sums(state, own, agreement.rank))
-    except CheckpointError as error:
-        failure = error
-    except Exception as error:
-        failure = CheckpointError(f"{path / FILE}: is not understood: {type(error).__name__}: {error}")
-    _raise_alike(agreement, "what the trainer's state is", failure)
-    return found
+        return Resumed(path.name, state, own, data, _sums(state, own, agreement.rank))
+
+    # What takes no time first: that is refused before gigabytes are read.
+    state = agreement.together(f"reading {path / FILE}", read)
+    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest)
+    for note in restored.notes:
+        say(f"harness: {path.name}: {note}")
+    return agreement.together(f"putting back {path / FILE}", finish)
 
 
 def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str, tuple[float, float]]:
@@ -130,12 +180,3 @@ def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str,
     if own is not None:
         return own.sums
     return sums_of(state.ranks) if rank == 0 else {}
-
-
-def _raise_alike(agreement: Agreement, what: str, failure: CheckpointError | None) -> None:
-    told = agreement.gather(what, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, text in enumerate(told):
-        if text is not None:
-            raise CheckpointError(f"rank {rank}: {text}")

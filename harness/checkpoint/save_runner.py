@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -106,11 +107,13 @@ class SaveRunner:
         fence: lowered once all that may change is copied.
         device: of this rank.
         facts: of the topology, the versions and the transport, for the manifest.
+        committing: called on rank zero before each commit: what must be on disk no later than the checkpoint.
         committed: called on rank zero with each committed checkpoint.
 
     Attributes:
         status: how the last save ended, for a person.
         last_error: of the last save; None: it succeeded.
+        failures: of each save that failed, for a person, until they are taken.
         last_seconds: what the last save has cost.
         num_failed: saves.
         is_reported: whether what the last save has cost was taken already.
@@ -124,6 +127,7 @@ class SaveRunner:
         fence: Fence,
         device: torch.device,
         facts: SaveFacts,
+        committing: Callable[[], None],
         committed: Callable[[str, Manifest], None],
     ) -> None:
         self._config = config
@@ -132,6 +136,7 @@ class SaveRunner:
         self._gatherer = gatherer
         self._fence = fence
         self.facts = facts
+        self._committing = committing
         self._committed = committed
         # accelerate's device of a single process has no index.
         self._cuda_index = None
@@ -142,6 +147,7 @@ class SaveRunner:
         threading.Thread(target=self._serve, name="harness-checkpoint", daemon=True).start()
         self.status = "no checkpoint yet"
         self.last_error: Exception | None = None
+        self.failures: deque[str] = deque()
         self.last_seconds: Mapping[str, float] = {}
         self.num_failed = 0
         self.is_reported = True
@@ -200,6 +206,7 @@ class SaveRunner:
             self.last_error = error.with_traceback(None)
             self.num_failed += 1
             self.status = f"{save.moment.name} FAILED: {_told(error)}"
+            self.failures.append(self.status)
         self._tell(save, None if self.last_error is None else _told(self.last_error))
         self.last_seconds = save.seconds
         self.is_reported = False
@@ -262,6 +269,7 @@ class SaveRunner:
                 if "error" in record:
                     raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
             manifest = self._manifest(save, records)
+            self._committing()
             commit.commit(save.temporary, save.final, manifest)
         except BaseException:
             commit.discard(save.temporary)

@@ -58,6 +58,7 @@ class Saver:
         versions: for the manifest.
         committed: called in the background thread, on rank zero, with each committed checkpoint.
         take_rank_state: called in the main thread at each save; None: only random numbers are taken.
+        committing: called in the background thread, on rank zero, before each commit.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Saver:
         versions: Mapping[str, str],
         committed: Callable[[str, Manifest], None],
         take_rank_state: Callable[[], RankState] | None = None,
+        committing: Callable[[], None] = lambda: None,
     ) -> None:
         self._accelerator = accelerator
         self._agreement = agreement
@@ -93,7 +95,7 @@ class Saver:
         self._dtype = None if config.dtype is None else getattr(torch, config.dtype)
         facts = SaveFacts(transport, topology, versions)
         self._runner = SaveRunner(
-            config, self._board, self._gatherer, self._fence, accelerator.device, facts, committed
+            config, self._board, self._gatherer, self._fence, accelerator.device, facts, committing, committed
         )
         self._saving: Future[None] | None = None
         self._watched: Watched | None = None
@@ -192,24 +194,16 @@ class Saver:
 
     def _plan(self, watched: Watched) -> tuple[Held, Plan]:
         """Find what this rank holds, and plan; if one rank does not understand its state, all say so."""
-        held, failure = None, None
-        try:
-            held = find_held(
+        held = self._agreement.together(
+            "finding what is to be saved",
+            lambda: find_held(
                 self._accelerator,
                 watched.model,
                 watched.optimizer,
                 weights_only=self._config.save_weights_only,
                 dtype=self._dtype,
-            )
-        except CheckpointError as error:
-            failure = error
-        told = self._agreement.gather("whether the state is understood", None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise CheckpointError(f"rank {rank}: {text}")
-        assert held is not None
+            ),
+        )
         return held, make_plan(held, self._agreement, self._config.max_shard_size_bytes)
 
     def _drop_engine(self) -> None:
@@ -225,13 +219,23 @@ class Saver:
         """Take a checkpoint of this moment; whether this rank has begun it (`settle`: whether it goes on).
 
         Blocks until what may change at once is copied; the next optimizer step waits for the rest. Only a
-        rank that cannot begin at once waits for what the others say. With `must` it waits for the save
-        before, where this one would be skipped.
+        rank that cannot begin at once waits for what the others say. With `must`, the same on all ranks, all of
+        them do, it is not skipped, and it waits for the save before: for what comes after the last step.
 
         Raises:
             CheckpointError: on all ranks, here or from `settle`, if the one before failed and
                 ``checkpoint.when_failed`` is stop.
         """
+        has_begun = self._try(moment, must)
+        if not must or self.settle():
+            return has_begun
+        # Some ranks alone had seen tensors change. All know that now, and prepare for it alike.
+        self.num_skipped -= 1
+        self._try(moment, must)
+        return self.settle()
+
+    def _try(self, moment: Moment, must: bool) -> bool:
+        """Begin, or not; whether this rank has."""
         begun_s = time.perf_counter()
         self.settle()
         self._learn_mode()
@@ -345,7 +349,9 @@ class Saver:
             return Small(None, None, error)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
-        """What the last save has cost this rank, as metrics, and what went wrong with it; once for each save.
+        """What the last save has cost this rank, as metrics, and what went wrong since the last call.
+
+        Each save is told of once, and a failure also where other saves have ended since.
 
         ``checkpoint/blocked_s`` is all that the trainer's thread has waited: for the call, and at the fence.
         """
@@ -361,7 +367,8 @@ class Saver:
         }
         if "durable_s" in seconds:
             found["checkpoint/durable_s"] = seconds["durable_s"]
-        return found, None if self.last_error is None else self.status
+        failures = [self._runner.failures.popleft() for _ in range(len(self._runner.failures))]
+        return found, "; ".join(failures) or None
 
     def _learn_mode(self) -> None:
         """Take what the last overlapped save has cost into account, once its fence is passed."""

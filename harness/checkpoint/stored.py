@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import MANIFEST, FileRecord, read_manifest
+from harness.checkpoint.commit import MANIFEST, FileRecord, Manifest, read_manifest
 from harness.checkpoint.layout import StoredTensor, read_header
 from harness.checkpoint.shards.source import DTYPES
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -56,15 +56,16 @@ class Stored:
     strange: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Stored:
-        """Read the manifest and the headers.
+    def of(cls, checkpoint: Path, manifest: Manifest | None = None) -> Stored:
+        """Read the manifest, where it is not given, and the headers.
 
         Effects: not collective; any thread; blocks for reading; nothing on disk.
 
         Raises:
-            CheckpointError: if one is missing, or not what was written.
+            DamagedError: if one is missing, or not what was written.
+            CheckpointError: if the disk does not give it.
         """
-        manifest = read_manifest(checkpoint)
+        manifest = manifest or read_manifest(checkpoint)
         records = {file.name: file for file in manifest.files if file.name.endswith(".safetensors")}
         return cls._of(checkpoint, manifest.step, records)
 
@@ -99,7 +100,7 @@ class Stored:
         for file, record in records.items():
             tensors, metadata = read_header(checkpoint / file, record if record.ranges else None)
             if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
-                raise CheckpointError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
+                raise DamagedError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
             places = {name: Place(file, tensor) for name, tensor in tensors.items()}
             if file == _OPTIMIZER_FILE:
                 optimizer = places

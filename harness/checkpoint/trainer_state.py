@@ -12,12 +12,13 @@ import xxhash
 from torch import nn
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import TRAINER_STATE, Manifest
+from harness.checkpoint.commit import TRAINER_STATE, Manifest, unreadable
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.strict_json import is_count, is_number
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 FILE = TRAINER_STATE
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
         manifest: the checkpoint's.
 
     Raises:
-        CheckpointError: if the checkpoint has none, or it is not what was written.
+        DamagedError: if it is not what was written.
+        CheckpointError: if the checkpoint is of weights alone, or the disk does not give it.
     """
     path = checkpoint / FILE
     record = next((file for file in manifest.files if file.name == FILE), None)
@@ -175,9 +177,9 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
             raise ValueError("it is not what was written")
         return _state(strict_json.parse(data))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; use another checkpoint") from error
+        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
 
 
 def _state(record: Any) -> TrainerState:
@@ -226,6 +228,45 @@ def _state(record: Any) -> TrainerState:
     return found
 
 
+def require_same(
+    state: TrainerState, watched: Watched, groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]]
+) -> None:
+    """Refuse, before anything is changed, a state that is of another optimizer or scheduler.
+
+    Args:
+        state: what the file holds.
+        watched: for the scheduler.
+        groups: the optimizer's live parameter groups, each with the names of its parameters.
+
+    Raises:
+        CheckpointError: if the parameter groups are others, or there was no such scheduler.
+    """
+    if len(state.param_groups) != len(groups):
+        raise CheckpointError(
+            f"the optimizer has {len(groups)} parameter groups, and had {len(state.param_groups)}; resume with the "
+            "optimizer that was saved, or start another run"
+        )
+    for number, ((_, names), record) in enumerate(zip(groups, state.param_groups, strict=True)):
+        now, before = set(names), set(record["params"])
+        if now != before:
+            others = [f"{_some(now - before)}, which it had not"] if now - before else []
+            others += [f"no {_some(before - now)}, which it had"] if before - now else []
+            raise CheckpointError(
+                f"the optimizer's parameter group {number} has {', and '.join(others)}; resume with the model and the "
+                "optimizer that were saved, or start another run"
+            )
+    if (watched.scheduler is None) != (state.scheduler is None):
+        raise CheckpointError(
+            f"the run had {'no' if state.scheduler is None else 'a'} scheduler; resume with what it had, or start "
+            "another run"
+        )
+
+
+def _some(names: set[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(sorted(names)[:_SHOWN])}{more}"
+
+
 def put_back(
     state: TrainerState,
     watched: Watched,
@@ -243,28 +284,14 @@ def put_back(
         scaler: accelerate's gradient scaler, or None.
 
     Raises:
-        CheckpointError: if the parameter groups are others, or there was no such scheduler.
+        CheckpointError: as `require_same`.
     """
-    if len(state.param_groups) != len(groups):
-        raise CheckpointError(
-            f"the optimizer has {len(groups)} parameter groups, and had {len(state.param_groups)}; resume with the "
-            "optimizer that was saved, or start another run"
-        )
-    for number, ((live, names), record) in enumerate(zip(groups, state.param_groups, strict=True)):
-        if sorted(names) != sorted(record["params"]):
-            raise CheckpointError(
-                f"the optimizer's parameter group {number} has other parameters than it had; resume with the optimizer "
-                "that was saved, or start another run"
-            )
+    require_same(state, watched, groups)
+    for (live, _), record in zip(groups, state.param_groups, strict=True):
         assert isinstance(live, dict)
         for key, value in record.items():
             if key != "params":
                 _put(live, key, value)
-    if (watched.scheduler is None) != (state.scheduler is None):
-        raise CheckpointError(
-            f"the run had {'no' if state.scheduler is None else 'a'} scheduler; resume with what it had, or start "
-            "another run"
-        )
     if watched.scheduler is not None:
         watched.scheduler.load_state_dict(state.scheduler)
     if scaler is not None and state.scaler is not None:

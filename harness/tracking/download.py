@@ -1,13 +1,11 @@
-"""``python -m harness.tracking.download URI DIRECTORY``: artifacts of MLflow into a directory of their own.
+"""``python -m harness.tracking.download URI DIRECTORY``: artifacts of MLflow into a directory.
 
 A process of its own, since the trainer never imports mlflow. The last line on standard output is the path.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-import tempfile
 from pathlib import Path
 
 from harness.tracking.publisher_process import root_cause
@@ -19,10 +17,8 @@ def main(argv: list[str]) -> int:
 
     where, directory = argv[0], Path(argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    # By its address, as a person reads it when the run goes on from there.
-    target = tempfile.mkdtemp(dir=directory, prefix=re.sub(r"[^\w.-]+", "-", where) + "-")
     try:
-        path = download(where, target)
+        path = download(where, str(directory))
     except Exception as error:
         sys.stderr.write(root_cause(error) + "\n")
         return 1

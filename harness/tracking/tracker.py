@@ -186,6 +186,10 @@ class Tracker:
         """A small text file among the run's artifacts."""
         self.outbox.append("text", {"name": name, "content": content})
 
+    def sync(self) -> None:
+        """Wait until the journal is on the disk itself: no crash of the machine takes a point back. Any thread."""
+        self.outbox.sync()
+
     def checkpoint(self, record: Mapping[str, Any]) -> None:
         """A committed checkpoint: its directory's name, epoch, step and metrics. Any thread."""
         if self.config.log_models:

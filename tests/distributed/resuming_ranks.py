@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.app import train
 from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
-from harness.errors import Stopped
+from harness.errors import HarnessError, Stopped
 from harness.task import StepOutput
 from tests.distributed.saving_ranks import become_rank
 
@@ -58,6 +58,17 @@ class Line:
                 os.kill(os.getpid(), signal.SIGTERM)
         loss = (model(inputs) - targets).square().mean()
         return StepOutput(loss, len(inputs), {})
+
+
+def train_on_disks_of_their_own(rank: int, world_size: int, port: int, directory: Path, task: dict[str, Any]) -> None:
+    """As `train_some`, where the same path is another directory for each rank; leaves what came of it."""
+    os.chdir(directory / str(rank))
+    said = "nothing"
+    try:
+        train_some(rank, world_size, port, Path("runs"), "seen", task)
+    except HarnessError as error:
+        said = f"{type(error).__name__}: {error}"
+    (directory / f"said-{rank}").write_text(said)
 
 
 def train_some(rank: int, world_size: int, port: int, directory: Path, attempt: str, task: dict[str, Any]) -> None:

@@ -187,5 +187,5 @@ def test_ranks_stay_alike_when_a_save_is_skipped_that_some_have_begun(tmp_path: 
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
     names = [name for name, _ in list_checkpoints(tmp_path / "checkpoints")]
-    assert names == ["step-00000001", "step-00000002", "step-00000006"]
+    assert names == ["step-00000001", "step-00000002", "step-00000006", "step-00000007"]
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

@@ -71,7 +71,10 @@ def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path)
 
 
 def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, directory: Path) -> None:
-    """FSDP2, an evaluation before each save; three saves of six are skipped, each for another reason."""
+    """FSDP2, an evaluation before each save; three saves of six are skipped, each for another reason.
+
+    A seventh, which must not be lost, meets the last of these reasons.
+    """
     become_rank(rank, world_size, port)
     accelerator = Accelerator(cpu=True)
     (directory / "checkpoints").mkdir(exist_ok=True)
@@ -121,6 +124,12 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     assert save(5) == (rank == 0, False)
     saver._await_save()
     assert save(6) == (True, True)
+    train()
+    saver._must_prepare = rank == 1
+    # No step lies between this and the end: there would be nobody to save it later.
+    assert saver.save(Moment("step-00000007", 0, 7, 0, {}), must=True)
+    saver.wait()
+    assert saver.status.startswith("step-00000007 written" if rank == 0 else "writing step-00000007"), saver.status
     assert saver.num_skipped == 3
     assert saver.num_failed == 0
     saver.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, temporary_of
+from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, set_aside, temporary_of
 from harness.report import checkpoint_records, checkpoint_table, how_to_open
 from harness.tracking.outbox import Delivered, write_delivered
 
@@ -52,6 +52,12 @@ def test_table_has_training_metrics_when_nothing_was_evaluated(tmp_path: Path) -
 def test_columns_are_aligned_when_widths_differ(run_dir: Path) -> None:
     header, *rows = checkpoint_table(run_dir).splitlines()
     assert {row.index("epoch-") for row in rows} == {header.index("on disk")}
+
+
+def test_one_that_was_set_aside_is_no_row_when_listed(run_dir: Path) -> None:
+    aside = set_aside(run_dir / "checkpoints" / "epoch-0002")
+    assert [record["name"] for record in checkpoint_records(run_dir)] == ["epoch-0001"]
+    assert checkpoint_table(run_dir).splitlines()[2:] == [f"{aside.name}: set aside, as it was found damaged"]
 
 
 def test_damaged_one_is_shown_with_its_reason_when_its_manifest_cannot_be_read(run_dir: Path) -> None:

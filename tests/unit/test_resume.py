@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.errors import CheckpointError, Stopped
+from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.verify import verify
+from harness.errors import CheckpointError, DamagedError, Stopped
 from harness.tracking.outbox import read_entries
 
 NUM_EPOCHS = 3
@@ -58,6 +60,11 @@ class Setting:
     crash_at: tuple[int, ...] = ()
     signal_at: tuple[int, ...] = ()
     signal_in_evaluation_of: tuple[int, ...] = ()
+    resume_from: str = "auto"
+    save_weights_only: bool = False
+    other_model: bool = False
+    other_optimizer: bool = False
+    other_scheduler: bool = False
 
 
 @dataclass
@@ -87,7 +94,11 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=setting.seedable),
     )
     model: Any = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
+    if setting.other_model:
+        model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Identity(), nn.Linear(6, 1))
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if setting.other_optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     dataset: Any = Stream() if setting.stream else Noisy()
     loader: Any = DataLoader(
         dataset,
@@ -112,10 +123,11 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
         every_n_epochs=1,
         run_name="run",
         run_dir=run_dir,
-        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait"),
+        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait", save_weights_only=setting.save_weights_only),
         tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
+        resume_from_checkpoint=setting.resume_from,
     ) as logger:
-        logger.watch(model, optimizer, scheduler)
+        logger.watch(model, optimizer, None if setting.other_scheduler else scheduler)
         for epoch in logger.epochs(NUM_EPOCHS):
             model.train()
             for indices, inputs, targets in logger.batches(loader, setting.limit):
@@ -209,21 +221,45 @@ def test_nothing_is_trained_when_the_run_was_complete(tmp_path: Path) -> None:
     assert torch.equal(first.weights, again.weights)
 
 
+@pytest.mark.parametrize("damage", ["a tensor", "the manifest"])
 def test_the_one_before_is_taken_when_the_newest_checkpoint_is_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     expected, _ = train_to_the_end(tmp_path / "whole", Setting())
     with pytest.raises(Crash):
         train(tmp_path / "cut", Setting(crash_at=(10,)), set())
-    path = tmp_path / "cut" / "run" / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    checkpoints = tmp_path / "cut" / "run" / "checkpoints"
+    path = (
+        checkpoints / "step-00000008" / {"a tensor": "optimizer.safetensors", "the manifest": "manifest.json"}[damage]
+    )
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     found = train(tmp_path / "cut", Setting(), set())
     assert torch.equal(found.weights, expected.weights)
     told = capsys.readouterr().err
-    assert "step-00000008 cannot be used, trying the one before" in told
+    if damage == "a tensor":
+        assert "step-00000008 cannot be used, trying the one before" in told
+    assert "step-00000008/manifest.json: is damaged" in told or damage == "a tensor"
     assert "goes on from epoch-0001" in told
+    # Its name is free for the one that the run has come to again, and nothing of it is lost.
+    assert not verify(checkpoints / "step-00000008").problems
+    (aside,) = checkpoints.glob("damaged-step-00000008-*")
+    assert f"step-00000008 is damaged, and kept as {aside.name}" in told
+    assert (aside / path.name).read_bytes() == content
+    assert aside.name not in [name for name, _ in list_checkpoints(checkpoints)]
+
+
+def test_nothing_is_renamed_when_the_damaged_checkpoint_is_another_runs(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(10,)), set())
+    (tmp_path / "run").rename(tmp_path / "other")
+    checkpoints = tmp_path / "other" / "checkpoints"
+    path = checkpoints / "step-00000008" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    before = sorted(checkpoints.iterdir())
+    train(tmp_path, Setting(resume_from=str(tmp_path / "other")), set())
+    assert sorted(checkpoints.iterdir()) == before
 
 
 def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
@@ -231,5 +267,88 @@ def test_error_has_the_reason_when_no_checkpoint_holds(tmp_path: Path) -> None:
         train(tmp_path, Setting(crash_at=(7,)), set())
     for path in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model"):
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be used; the newest: .*model") as e:
         train(tmp_path, Setting(), set())
+    assert "give another run_name, with initial_weights" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("disk", r"model\.safetensors: cannot be read: .*symbolic links"),
+        ("disk at the manifest", r"manifest\.json: cannot be read: .*symbolic links"),
+        ("scheduler", "the run had a scheduler; resume with what it had"),
+        ("model", r"the optimizer's parameter group 0 has 4\.bias, 4\.weight, which it had not, and no"),
+        ("optimizer", "has no state of the optimizer after step|which is not there now; resume with the model"),
+    ],
+)
+def test_start_ends_at_once_when_it_is_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(10,)), set())
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+    setting = Setting()
+    if change.startswith("disk"):
+        # What opens it goes round in a circle: an error of the file system that is not "no such file".
+        path = newest / ("manifest.json" if "manifest" in change else "model.safetensors")
+        path.unlink()
+        path.symlink_to(path.name)
+    else:
+        # Were the tensors read before, this would be told first.
+        path = newest / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        setting = Setting(**{f"other_{change}": True})
+    with pytest.raises(CheckpointError, match=said) as caught:
+        train(tmp_path, setting, set())
+    assert not isinstance(caught.value, DamagedError)
+    assert "trying the one before" not in capsys.readouterr().err
+    assert newest.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            "cut off",
+            r"epoch-0001/manifest\.json: is damaged: .*; .*step-00000004/manifest\.json: is damaged.*another run",
+        ),
+        ("newer", r"manifest\.json: has version 2, this harness reads 1"),
+        (
+            "weights alone",
+            r"epoch-0001, step-00000004: hold weights alone.*initial_weights: \S+/checkpoints/epoch-0001",
+        ),
+    ],
+)
+def test_run_does_not_begin_again_when_it_has_checkpoints_and_none_can_be_used(
+    tmp_path: Path, damage: str, said: str
+) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(7,), save_weights_only=damage == "weights alone"), set())
+    for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
+        if damage == "cut off":
+            path.write_bytes(path.read_bytes()[:-1])
+        elif damage == "newer":
+            path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    before = points(tmp_path)
+    with pytest.raises(CheckpointError, match=f"none of the 2 checkpoints in .*{said}"):
+        train(tmp_path, Setting(), set())
+    assert points(tmp_path) == before
+    assert not list((tmp_path / "run" / "checkpoints").glob("damaged-*"))
+
+
+def test_run_begins_when_there_is_nothing_but_what_a_save_has_left(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(3,)), set())
+    left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000004-1"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    downloaded = tmp_path / "run" / "downloads" / "models-m-1" / "model.safetensors"
+    downloaded.parent.mkdir(parents=True)
+    downloaded.write_bytes(b"what the run has begun with")
+    expected, _ = train_to_the_end(tmp_path / "whole", Setting())
+    assert torch.equal(train(tmp_path, Setting(), set()).weights, expected.weights)
+    # It has checkpoints of its own now.
+    assert not (tmp_path / "run" / "downloads").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -97,6 +98,19 @@ def test_other_processes_stay_out_when_this_process_tries_twice(tmp_path: Path) 
     lock.release()
     lock.release()
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lock_can_be_taken_when_a_full_disk_was_in_the_way_before(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            RunLock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lock = RunLock(tmp_path, timeout_s=0)
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
 
 
 def test_holder_is_unnamed_when_it_has_not_written_who_it_is(tmp_path: Path, hold: Hold) -> None:

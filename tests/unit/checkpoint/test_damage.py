@@ -1,4 +1,4 @@
-"""What reads a checkpoint gives exactly what was written, or a CheckpointError, whatever happened to the bytes."""
+"""What reads a checkpoint gives exactly what was written, or a DamagedError, whatever happened to the bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.trainer_state import FILE, Moment, TrainerState, Watched, read_trainer_state, take_trainer_state
 from harness.checkpoint.write import write_json
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 # The fixtures' files are written anew for each example.
 MANY = settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,7 +119,8 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
     groups = [
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
-    state = take_trainer_state(Moment("a", 2, 20, 4, {}), Watched(model, optimizer, scheduler), groups, None)
+    moment = Moment("a", 2, 20, 4, {}, states={"harness": {"is_stopped": True}})
+    state = take_trainer_state(moment, Watched(model, optimizer, scheduler), groups, None)
     state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
@@ -142,7 +143,7 @@ def test_manifest_is_the_same_or_refused_when_its_bytes_are_damaged(checkpoint: 
     try:
         assert read_manifest(checkpoint) == original
         assert len(scan_checkpoints(checkpoint.parent).good) == 1
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
         assert scan_checkpoints(checkpoint.parent) == ([], [(checkpoint.name, str(error))])
     finally:
@@ -158,7 +159,7 @@ def test_manifest_is_the_same_or_refused_when_its_values_are_edited(checkpoint: 
     path.write_bytes(written(json.dumps(data.draw(edited(json.loads(content))))))
     try:
         assert read_manifest(checkpoint) == original
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -179,8 +180,8 @@ def test_nothing_impossible_is_taken_when_another_writer_has_sealed_it(checkpoin
         assert found.size_bytes == sum(part.end - part.start for file in found.files for part in file.ranges)
         assert all((checkpoint / file.name).parent == checkpoint for file in found.files)
         assert min(found.epoch, found.step, found.time_ms) >= 0
-    except (CheckpointError, ValueError) as error:  # checksum: a number that JSON has not
-        assert isinstance(error, CheckpointError) or "JSON compliant" in str(error)
+    except (DamagedError, ValueError) as error:  # checksum: a number that JSON has not
+        assert isinstance(error, DamagedError) or "JSON compliant" in str(error)
     finally:
         path.write_bytes(content)
 
@@ -223,7 +224,7 @@ def _check_header(path: Path, record: Any, original: Any, content: bytes) -> Non
     try:
         assert read_header(path, record) == original
         assert is_same
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     try:
         # A file without a manifest: what it says may be another thing, but one that can be.
@@ -232,7 +233,7 @@ def _check_header(path: Path, record: Any, original: Any, content: bytes) -> Non
         assert sum(last - first for first, last in places) <= size_bytes
         assert all(first <= last <= size_bytes for first, last in places)
         json.dumps([tensors, metadata], ensure_ascii=False).encode()
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -249,7 +250,7 @@ def test_trainer_state_is_the_same_or_refused_when_its_bytes_are_damaged(trained
     path.write_bytes(data.draw(damaged_bytes(content)))
     try:
         assert read_trainer_state(trained.path, trained.manifest) == trained.state
-    except CheckpointError as error:
+    except DamagedError as error:
         assert str(error).startswith(str(path))
     finally:
         path.write_bytes(content)
@@ -268,17 +269,39 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
         found = read_trainer_state(other, manifest)
         assert min(found.epoch, found.step, found.loaders_done, found.batches_in_epoch) >= 0
         assert all(isinstance(group, dict) for group in found.param_groups)
-    except CheckpointError as error:
+        assert found.is_stopped in (True, False)
+    except DamagedError as error:
         assert str(error).startswith(str(other / FILE))
 
 
 def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
     state = trained.state
-    assert (state.epoch, state.step, state.loaders_done, state.batches_in_epoch) == (2, 20, 2, 4)
+    assert (state.epoch, state.step, state.loaders_done, state.batches_in_epoch) == (2, 20, 0, 4)
     (group,) = state.param_groups
     assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.999))
     assert state.scheduler["best"] == float("inf")
     assert (state.scaler, state.loss_scale, len(state.ranks)) == (None, None, 1)
+
+
+def rewritten(directory: Path, record: Any) -> TrainerState:
+    """What another writer has written, with digests that are right."""
+    directory.mkdir()
+    return read_trainer_state(directory, Manifest("key", 2, 20, 1, {}, (write_json(directory / FILE, record),), {}, {}))
+
+
+@pytest.mark.parametrize("is_stopped", [None, 1, "true"])
+def test_error_has_the_path_when_it_is_not_said_whether_training_ended(
+    trained: Trained, tmp_path: Path, is_stopped: Any
+) -> None:
+    record = json.loads((trained.path / FILE).read_text())
+    with pytest.raises(DamagedError, match=f"{tmp_path / 'other' / FILE}: is damaged: is_stopped is neither"):
+        rewritten(tmp_path / "other", {**record, "is_stopped": is_stopped})
+
+
+def test_state_is_read_when_it_is_of_before_the_epoch_of_the_data_went(trained: Trained, tmp_path: Path) -> None:
+    record = json.loads((trained.path / FILE).read_text())
+    assert "epoch" not in record["position"]
+    assert rewritten(tmp_path / "other", {**record, "position": {**record["position"], "epoch": 2}}) == trained.state
 
 
 def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) -> None:
@@ -288,5 +311,5 @@ def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) ->
 
 def test_error_has_the_path_when_the_trainer_state_is_missing(trained: Trained) -> None:
     (trained.path / FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{trained.path / FILE}: No such file or directory"):
+    with pytest.raises(DamagedError, match=f"{trained.path / FILE}: No such file or directory"):
         read_trainer_state(trained.path, trained.manifest)

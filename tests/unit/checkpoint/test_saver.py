@@ -155,6 +155,23 @@ def block(path: Path) -> Callable[[], None]:
     return undo
 
 
+def test_report_has_the_failure_when_another_save_has_followed(make: Make, watched: Watched, checkpoints: Path) -> None:
+    saver = make(watched)
+    undo = block(checkpoints)
+    saver.save(moment(1))
+    saver.wait()
+    undo()
+    saver.save(moment(2))
+    saver.wait()
+    assert saver.status.startswith("step-00000002 written")
+    costs, failure = saver.take_report()
+    assert costs["checkpoint/num_failed"] == 1
+    assert failure is not None and failure.startswith("step-00000001 FAILED: ") and str(checkpoints) in failure
+    saver.save(moment(3))
+    saver.wait()
+    assert saver.take_report()[1] is None
+
+
 # ----------------------------------------------------------------------------- what is saved
 
 
@@ -172,7 +189,7 @@ def test_checkpoint_is_whole_and_told_when_saved(make: Make, watched: Watched, c
     assert manifest.save["transport"] == "direct"
     record = json.loads((path / "trainer_state.json").read_text())
     assert (record["epoch"], record["step"]) == (1, 10)
-    assert record["position"] == {"epoch": 1, "batches": 4, "samples_per_batch": None, "accumulation": 1}
+    assert record["position"] == {"loaders_done": 0, "batches": 4, "samples_per_batch": None, "accumulation": 1}
     assert record["scheduler"]["last_epoch"] == 1
     (group,) = record["optimizer"]["param_groups"]
     assert group["params"] == ["embed.weight", "norm.weight", "norm.bias", "mix.weight", "mix.bias"]

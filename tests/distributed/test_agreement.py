@@ -1,0 +1,27 @@
+"""What fails on some ranks fails on all, and all of them then do the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.distributed.agreeing_ranks import fail_together
+from tests.distributed.test_saver import ranks
+
+
+def test_class_is_the_same_on_all_ranks_when_some_fail(tmp_path: Path) -> None:
+    cases = [["", ""], ["", "damage"], ["damage", "damage"], ["damage", "disk"], ["memory", "damage"]]
+    with ranks(2, fail_together, tmp_path, cases) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    zero, one = (json.loads((tmp_path / f"raised-{rank}").read_text()) for rank in range(2))
+    memory = "doing it: MemoryError: no more"
+    assert list(zip(zero, one, strict=True)) == [
+        (["", ""], ["", ""]),
+        (["DamagedError", "rank 1: a digest"], ["DamagedError", "a digest"]),
+        (["DamagedError", "a digest"], ["DamagedError", "a digest"]),
+        # Damage is passed by with another checkpoint; a disk in trouble is not.
+        (["CheckpointError", "rank 1: a disk in trouble"], ["CheckpointError", "a disk in trouble"]),
+        (["CheckpointError", memory], ["CheckpointError", f"rank 0: {memory}"]),
+    ]
