@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.commit import read_manifest
 from harness.durable import replace_file
-from harness.errors import TrackingError
+from harness.errors import CheckpointError, TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import attempts
@@ -36,6 +37,14 @@ SYSTEM_METRICS_EVERY_S = 10.0
 MAX_POINTS_PER_DELIVERY = 1000
 # Once the trainer is gone, how long a store that is away is waited for.
 LINGER_S = 20.0
+
+
+def _key_of(checkpoint: Path) -> str | None:
+    """Which checkpoint it is; None: it does not tell, and is taken for the one that was meant."""
+    try:
+        return read_manifest(checkpoint).key
+    except CheckpointError:
+        return None
 
 
 class Publisher:
@@ -238,6 +247,9 @@ class Publisher:
             return {}
         if not directory.is_dir():
             raise RefusedError(f"{directory} is gone; it was removed before it could be published")
+        if _key_of(directory) not in (None, body["key"]):
+            # A damaged one was set aside, and the run has saved under its name again.
+            raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
         try:
             return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registered_model_name)}
         except Exception as error:

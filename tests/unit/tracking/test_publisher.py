@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from harness.checkpoint.commit import Manifest, commit, temporary_of
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 from harness.tracking.publisher import LINGER_S, LONGEST_PAUSE_S, MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.store import RefusedError, Settings
@@ -268,6 +269,24 @@ def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox:
     assert store.kinds == ["tags", "end"]
     (refused,) = read_delivered(run_dir / "outbox").refused
     assert "epoch-0001 is gone" in refused
+
+
+def test_checkpoint_is_refused_when_another_has_its_name_by_now(run_dir: Path, outbox: Outbox) -> None:
+    # A resume has set the damaged one aside, and the run has come to its step again.
+    outbox.append("checkpoint", {"name": "epoch-0001", "key": "damaged"}, 1)
+    outbox.append("checkpoint", {"name": "epoch-0001", "key": "good"}, 2)
+    end(outbox)
+    final = run_dir / "checkpoints" / "epoch-0001"
+    temporary = temporary_of(final, "test")
+    temporary.mkdir(parents=True)
+    commit(temporary, final, Manifest("good", 1, 10, 1, {}, (), {}, {}))
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    assert store.kinds == ["checkpoint", "tags", "end"]
+    delivered = read_delivered(run_dir / "outbox")
+    assert delivered.models == {"epoch-0001": "m-epoch-0001"}
+    (refused,) = delivered.refused
+    assert "epoch-0001 is another one now" in refused
 
 
 # ------------------------------------------------------------------------- pruned checkpoints
