@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 FORMAT = "harness-checkpoint"
 VERSION = 1
+_NUM_REMOVALS = 10
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
 # A thousand ranks with a thousand tensors each write less.
@@ -129,9 +131,18 @@ def discard(temporary: Path) -> None:
 
 
 def remove_leftovers(checkpoints_dir: Path) -> None:
-    """Remove what saves that were cut off have left."""
-    for path in checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"):
-        discard(path)
+    """Remove what saves that were cut off have left.
+
+    Effects: not collective; any thread; blocks at most a second for the writer of a rank that was killed, which
+    ends after what it is at, and makes anew meanwhile what is removed.
+    """
+    for _ in range(_NUM_REMOVALS):
+        left = list(checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"))
+        for path in left:
+            discard(path)
+        if not left:
+            return
+        time.sleep(0.1)
 
 
 def set_aside(checkpoint: Path) -> Path:
