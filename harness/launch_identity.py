@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness.rendezvous import latest_meeting
+
 _RESTARTS = {"torchelastic": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 
 
@@ -35,6 +37,9 @@ def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, st
 def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
     """Launcher and identity, where this process is a launcher's restart; else None."""
     identity = launch_identity(environment)
+    # A node on which no rank has failed counts no restart.
+    if "torchelastic" in identity and (meeting := latest_meeting()) is not None and meeting.is_restart:
+        return "torchelastic", identity["torchelastic"]
     for launcher, variable in _RESTARTS.items():
         count = environment.get(variable, "0")
         if launcher in identity and count.isdigit() and int(count) > 0:

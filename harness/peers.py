@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from harness.errors import HarnessError, PeerFailure, Stopped
+from harness.rendezvous import latest_meeting
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -44,7 +45,10 @@ class Peers:
         self._last_words = last_words
         self._closing = threading.Event()
         self._failure: PeerFailure | None = None
-        self._key = f"harness/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        # Of this start of the ranks: what an earlier one has left at the same store is not told again.
+        meeting = latest_meeting()
+        which = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if meeting is None else meeting.name
+        self._key = f"harness/failed/{which}"
         self._store = connect() if world_size > 1 else None
         if self._store is not None:
             threading.Thread(target=self._watch, name="harness-peers", daemon=True).start()
