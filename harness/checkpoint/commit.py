@@ -183,9 +183,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
 
     Raises:
-        DamagedError: if there is none, it is not what was written, or is of a format that this version
-            cannot read.
-        CheckpointError: if the disk does not give it.
+        DamagedError: if there is none, or it is not what was written.
+        CheckpointError: if it is of a newer format, or the disk does not give it.
     """
     path = checkpoint / MANIFEST
     try:
@@ -198,15 +197,23 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DamagedError(f"{path}: is not the manifest of a {FORMAT}")
-    if record.get("version") != VERSION or not is_count(record["version"]):
-        raise DamagedError(f"{path}: has version {record.get('version')}, this harness reads {VERSION}; update it")
     try:
+        if record.get("version") != VERSION or not is_count(record["version"]):
+            told = f"{path}: has version {record.get('version')}, this harness reads {VERSION}"
+            if _is_as_written(record):
+                # No damage: to pass it by would be to train again what a newer harness has trained.
+                raise CheckpointError(f"{told}; update it, or give another run_name")
+            raise DamagedError(f"{told}, and is damaged; use another checkpoint")
         manifest = _manifest(record)
-        checksum = record.pop("checksum")
-        _require(checksum == strict_json.checksum(record), "its checksum is not that of what it holds")
+        _require(_is_as_written(record), "its checksum is not that of what it holds")
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
     return manifest
+
+
+def _is_as_written(record: Mapping[str, Any]) -> bool:
+    rest = {key: value for key, value in record.items() if key != "checksum"}
+    return record.get("checksum") == strict_json.checksum(rest)
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

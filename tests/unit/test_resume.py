@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, DamagedError, Stopped
 from harness.tracking.outbox import read_entries
@@ -315,7 +317,6 @@ def test_start_ends_at_once_when_it_is_no_damage(
             "cut off",
             r"epoch-0001/manifest\.json: is damaged: .*; .*step-00000004/manifest\.json: is damaged.*another run",
         ),
-        ("newer", r"manifest\.json: has version 2, this harness reads 1"),
         (
             "weights alone",
             r"epoch-0001, step-00000004: hold weights alone.*initial_weights: \S+/checkpoints/epoch-0001",
@@ -330,13 +331,25 @@ def test_run_does_not_begin_again_when_it_has_checkpoints_and_none_can_be_used(
     for path in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
         if damage == "cut off":
             path.write_bytes(path.read_bytes()[:-1])
-        elif damage == "newer":
-            path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     before = points(tmp_path)
     with pytest.raises(CheckpointError, match=f"none of the 2 checkpoints in .*{said}"):
         train(tmp_path, Setting(), set())
     assert points(tmp_path) == before
     assert not list((tmp_path / "run" / "checkpoints").glob("damaged-*"))
+
+
+def test_run_does_not_pass_by_a_checkpoint_of_a_newer_format(tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        train(tmp_path, Setting(crash_at=(7,)), set())
+    newest = tmp_path / "run" / "checkpoints" / "epoch-0001"
+    record = json.loads((newest / "manifest.json").read_text())
+    record = {key: value for key, value in record.items() if key != "checksum"} | {"version": 2}
+    (newest / "manifest.json").write_text(json.dumps(record | {"checksum": checksum(record)}))
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001/manifest\.json: has version 2, this harness reads 1; update"
+    ):
+        train(tmp_path, Setting(), set())
+    assert newest.exists()
 
 
 def test_run_begins_when_there_is_nothing_but_what_a_save_has_left(tmp_path: Path) -> None:
