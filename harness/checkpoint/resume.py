@@ -112,7 +112,8 @@ def resume(
         except DamagedError as error:
             first_error = first_error or error
             damaged.append(path)
-            say(f"harness: warning: {path.name} cannot be used, trying the one before: {error}")
+            then = "" if path == found.usable[-1] else ", trying the one before"
+            say(f"harness: warning: {path.name} cannot be used{then}: {error}")
             continue
         if agreement.rank == 0:
             _set_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
