@@ -67,7 +67,7 @@ class Peers:
         self._closing.set()
         if self._store is None or isinstance(error, PeerFailure):
             return
-        reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         signal_name = error.signal_name if isinstance(error, Stopped) else None
         record = json.dumps({"rank": self._rank, "reason": reason, "signal": signal_name})
         # A store that is gone went with the rank that kept it, and that rank is noticed missing.
@@ -83,7 +83,8 @@ class Peers:
             found = self._read()
         except RuntimeError:
             found = None
-        if found is not None and found.rank != self._rank:
+        # What fails on all ranks alike is nobody's echo.
+        if found is not None and found.rank != self._rank and found.reason != _reason(error):
             return found
         if _is_broken_collective(error):
             return PeerFailure(
@@ -117,6 +118,10 @@ class Peers:
             return None
         record = json.loads(self._store.get(self._key))
         return PeerFailure(record["rank"], record["reason"], record["signal"])
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
 
 
 def _is_broken_collective(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from harness.app import train
 from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
 from harness.errors import HarnessError, Stopped
 from harness.task import StepOutput
-from tests.distributed.saving_ranks import become_rank
+from tests.distributed.restoring_ranks import become_rank_of
 
 NUM_SAMPLES = 48
 NUM_EPOCHS = 4
@@ -47,7 +47,7 @@ class Line:
 
     def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
         indices, inputs, targets = batch
-        if model.training:
+        if torch.is_grad_enabled():  # DeepSpeed's engine is in training for good
             # So long that the ranks vote at each step.
             time.sleep(0.15)
             self.num_batches += 1
@@ -71,9 +71,17 @@ def train_on_disks_of_their_own(rank: int, world_size: int, port: int, directory
     (directory / f"said-{rank}").write_text(said)
 
 
-def train_some(rank: int, world_size: int, port: int, directory: Path, attempt: str, task: dict[str, Any]) -> None:
+def train_some(
+    rank: int,
+    world_size: int,
+    port: int,
+    directory: Path,
+    attempt: str,
+    task: dict[str, Any],
+    strategy: str = "ddp",
+) -> None:
     """One attempt; ends with the exit code of the program, and leaves the final metrics of rank zero."""
-    become_rank(rank, world_size, port)
+    become_rank_of(strategy, rank, world_size, port)
     own = directory / attempt
     own.mkdir(exist_ok=True)
     config = RunConfig(

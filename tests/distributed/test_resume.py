@@ -15,8 +15,8 @@ from tests.distributed.test_saver import ranks
 SAMPLES_PER_STEP = 12
 
 
-def attempt(directory: Path, name: str, world_size: int, **task: Any) -> list[int | None]:
-    with ranks(world_size, train_some, directory, name, {"batch_size": 6, **task}) as processes:
+def attempt(directory: Path, name: str, world_size: int, strategy: str = "ddp", **task: Any) -> list[int | None]:
+    with ranks(world_size, train_some, directory, name, {"batch_size": 6, **task}, strategy) as processes:
         for process in processes:
             process.join(60)
         return [process.exitcode for process in processes]
@@ -33,7 +33,9 @@ def samples_of_steps(directory: Path, world_size: int) -> list[list[int]]:
     ]
 
 
-def test_steps_take_the_same_samples_when_ranks_are_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategies", [("ddp", "ddp", "ddp"), ("zero2", "zero3", "fsdp2")], ids="-".join)
+def test_steps_take_the_same_samples_when_ranks_are_others(tmp_path: Path, strategies: tuple[str, str, str]) -> None:
+    first, second, third = strategies
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     assert attempt(tmp_path / "whole", "all", 2) == [0, 0]
@@ -41,9 +43,9 @@ def test_steps_take_the_same_samples_when_ranks_are_others(tmp_path: Path) -> No
     assert len(expected) == NUM_EPOCHS * NUM_SAMPLES // SAMPLES_PER_STEP
 
     # A signal at one rank alone stops all, in the middle of an epoch.
-    assert attempt(tmp_path / "cut", "two", 2, signal_at=6, signalled_rank=1) == [75, 75]
-    assert attempt(tmp_path / "cut", "one", 1, signal_at=6) == [75]
-    assert attempt(tmp_path / "cut", "three", 3) == [0, 0, 0]
+    assert attempt(tmp_path / "cut", "two", 2, first, signal_at=6, signalled_rank=1) == [75, 75]
+    assert attempt(tmp_path / "cut", "one", 1, second, signal_at=6) == [75]
+    assert attempt(tmp_path / "cut", "three", 3, third) == [0, 0, 0]
     found: list[list[int]] = []
     for name, world_size in (("two", 2), ("one", 1), ("three", 3)):
         found += samples_of_steps(tmp_path / "cut" / name, world_size)
