@@ -58,7 +58,7 @@ class _Series:
 class KnownPoints:
     """The points that MLflow has, or will have, from a step on; and what repeating them has shown.
 
-    Effects: not collective; the constructor reads the journal once (4 s and 24 MB for a million points), main
+    Effects: not collective; the constructor reads the journal once (5 to 8 s and 26 MB for a million points), main
     thread; nothing on disk.
 
     Args:
