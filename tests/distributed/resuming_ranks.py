@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.__main__ import main
 from harness.app import train
 from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
 from harness.errors import HarnessError, Stopped
@@ -69,6 +70,14 @@ def train_on_disks_of_their_own(rank: int, world_size: int, port: int, directory
     except HarnessError as error:
         said = f"{type(error).__name__}: {error}"
     (directory / f"said-{rank}").write_text(said)
+
+
+def train_words(rank: int, world_size: int, port: int, strategy: str, cwd: Path, words: list[str]) -> None:
+    """What the command line does under `accelerate launch`."""
+    become_rank_of(strategy, rank, world_size, port)
+    os.chdir(cwd)
+    if code := main(words, prog="harness"):
+        os._exit(code)
 
 
 def train_some(
