@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.config import CheckpointConfig, RunConfig, TrackingConfig, TrainerConfig
+    from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
     from harness.errors import HarnessError
+    from harness.flavor import load_model
     from harness.periodic import PeriodicLogger
     from harness.task import StepOutput, Task
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CheckpointConfig": "harness.config",
+    "ClassSpec": "harness.config",
     "HarnessError": "harness.errors",
     "PeriodicLogger": "harness.periodic",
     "RunConfig": "harness.config",
@@ -26,10 +28,12 @@ _HOME = {
     "Task": "harness.task",
     "TrackingConfig": "harness.config",
     "TrainerConfig": "harness.config",
+    "load_model": "harness.flavor",
 }
 
 __all__ = [
     "CheckpointConfig",
+    "ClassSpec",
     "HarnessError",
     "PeriodicLogger",
     "RunConfig",
@@ -37,6 +41,7 @@ __all__ = [
     "Task",
     "TrackingConfig",
     "TrainerConfig",
+    "load_model",
 ]
 
 

@@ -82,6 +82,8 @@ def prepare(
     set_seed(config.seed)
     model = task.model()
     precision.refuse_what_fails(accelerator, model)
+    axes = task.dynamic_axes() if hasattr(task, "dynamic_axes") else None
+    logger.describe(config.task, model, getattr(task, "input_example", None), axes)
     optimizer = build.build_optimizer(config.optimizer, model)
     scheduler = build.build_scheduler(config.scheduler, optimizer)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,11 @@ from harness.checkpoint.resume import GlobalBatch
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import HarnessError, Stopped
 from harness.metrics import Reducer
 from harness.progress import Progress
+from harness.recipe import ExampleSource, check_spec
 from harness.resumption import Resumption
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.schedule import Cadence
@@ -269,6 +270,32 @@ class PeriodicLogger:
         self._resume(watched)
         self._prepares = True
         self._run.describe_model(unwrapped(model))
+
+    def describe(
+        self,
+        spec: ClassSpec,
+        model: nn.Module,
+        input_example: ExampleSource = None,
+        dynamic_axes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Say how the models in MLflow are built again, so that `mlflow.pyfunc` and `mlflow models serve` can.
+
+        Effects: not collective, but every rank calls it alike; main thread, before `watch` and, with an example, before
+        ``accelerator.prepare``. Rank zero runs the model on the example, in eval mode; modes, random numbers and
+        buffers are as before when this returns. A model that fails on it has no signature, and a line says so.
+
+        Args:
+            spec: the class of the model, or of a task whose `model` makes it, and its arguments; importable elsewhere.
+            model: the model.
+            input_example: a batch of what the model takes, or a function that gives it: a tensor or array, or several
+                by the names of its arguments. The first axis is that of the samples.
+            dynamic_axes: name of an input (one without a name: ``input``) -> further axes that may have any size.
+
+        Raises:
+            ConfigError: if the class cannot be imported elsewhere, or an argument is no JSON.
+        """
+        check_spec("describe", spec)
+        self._run.describe_recipe(spec, model, input_example, dynamic_axes)
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
         """Count epochs; after each, reduce what was logged and save if a checkpoint is due.

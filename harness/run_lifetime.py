@@ -14,10 +14,11 @@ from torch import nn
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest, list_checkpoints
-from harness.config import TrackingConfig
+from harness.config import ClassSpec, TrackingConfig
 from harness.errors import HarnessError, PeerFailure, Stopped
 from harness.peers import Peers
 from harness.progress import Progress
+from harness.recipe import ExampleSource, infer_signature, make_recipe
 from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lock import RunLock
 from harness.runtime import Topology
@@ -148,8 +149,43 @@ class RunLifetime:
 
     def describe_model(self, model: nn.Module) -> None:
         """The summary of the user's own model, among the run's artifacts."""
-        if self._tracker is not None:
-            self._tracker.text("model_summary.txt", provenance.model_summary(model))
+        if self._tracker is None:
+            return
+        self._tracker.text("model_summary.txt", provenance.model_summary(model))
+        if not self._tracker.has_recipe:
+            self.describe_recipe(None, model, None, None)
+            if self._publishes:
+                self._progress.say(
+                    "no class is named for the models in MLflow (see PeriodicLogger.describe): they load with "
+                    "harness.load_model(..., model=...), and not with mlflow.pyfunc"
+                )
+
+    @property
+    def _publishes(self) -> bool:
+        return self._config.enabled and self._config.log_models
+
+    def describe_recipe(
+        self,
+        spec: ClassSpec | None,
+        model: nn.Module,
+        example: ExampleSource,
+        dynamic_axes: Mapping[str, Sequence[int]] | None,
+    ) -> None:
+        """How the run's models are built again, and what they take and give; see `harness.recipe`.
+
+        Rank zero alone runs the model. Where that fails, the models have no signature, and a line says why.
+        """
+        if self._tracker is None:
+            return
+        values = make_recipe(spec, model)
+        if example is not None and self._publishes:
+            try:
+                values |= infer_signature(model, example, dynamic_axes)
+            except Exception as error:
+                self._progress.say(
+                    f"harness: warning: the models in MLflow have no signature: input_example: {_reason_of(error)}"
+                )
+        self._tracker.recipe(values)
 
     def describe_dataset(self, loader: Any, context: str) -> None:
         """The data set of a loader as an input of the run, once for ``train`` and ``eval``."""
@@ -185,6 +221,8 @@ class RunLifetime:
                     "step": manifest.step,
                     "files": [*self._published(manifest), "manifest.json"],
                     "metrics": self._points_of.pop(checkpoint, []),
+                    "time_ms": manifest.time_ms,
+                    "size_bytes": sum(file.size_bytes for file in manifest.files if file.name in manifest.weight_files),
                 }
             )
 

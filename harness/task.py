@@ -39,6 +39,10 @@ class Task(Protocol):
 
     A task may also have `eval_metrics() -> Mapping[str, torchmetrics.Metric]`; they are updated with
     the `predictions` and `targets` of each evaluated batch and logged as ``eval/<name>``.
+
+    With `input_example()`, a batch of what the model takes (a tensor, or several by the names of its arguments), the
+    models in MLflow have it, and a signature; with `dynamic_axes() -> Mapping[str, Sequence[int]]` beside it, by the
+    name of an input (one without a name: ``input``), axes other than the first may have any size too.
     """
 
     def model(self) -> nn.Module:

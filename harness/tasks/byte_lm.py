@@ -143,6 +143,14 @@ class ByteLM:
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return StepOutput(loss, weight=targets.numel(), metrics={"bits_per_byte": loss.detach() / 0.6931471805599453})
 
+    def input_example(self) -> Tensor:
+        """The beginning of a line, for the signature of the models in MLflow."""
+        return torch.tensor([list(b"def main("[: self.context_length])])
+
+    def dynamic_axes(self) -> dict[str, list[int]]:
+        """The text may be of any length, up to that of the context."""
+        return {"input": [1]}
+
     def _loader(self, text: Tensor, shuffle: bool) -> DataLoader[Any]:
         windows = ByteWindows(text, self.context_length + 1, self.context_length)
         return DataLoader(windows, self.batch_size, shuffle=shuffle, drop_last=shuffle)

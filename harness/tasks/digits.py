@@ -59,6 +59,11 @@ class Digits:
         accuracy = (logits.argmax(-1) == labels).float().mean()
         return StepOutput(F.cross_entropy(logits.float(), labels), weight=len(labels), metrics={"accuracy": accuracy})
 
+    def input_example(self) -> Tensor:
+        """Two images, for the signature of the models in MLflow."""
+        images: Tensor = self._images(evaluation=True).tensors[0]
+        return images[:2]
+
     def _images(self, *, evaluation: bool) -> TensorDataset:
         data = load_digits()
         chosen = (torch.arange(len(data.target)) % _EVAL_EVERY == 0) == evaluation

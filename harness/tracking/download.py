@@ -5,6 +5,8 @@ A process of its own, since the trainer never imports mlflow. The last line on s
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +15,11 @@ from harness.tracking.publisher_process import root_cause
 
 def main(argv: list[str]) -> int:
     """Entry point of the process; 0 if all is there."""
-    from harness.tracking.mlflow_store import download
+    # As the publisher has it: with MLflow's own defaults a call to a dead server blocks for 246 s.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from harness.tracking.artifacts import download
 
     where, directory = argv[0], Path(argv[1])
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The only file that imports mlflow: what the publisher says, in MLflow's terms.
+"""What the publisher says, in MLflow's terms; beside `artifacts`, which reads, the only file that imports mlflow.
 
 Every method can be called again with the same arguments and leaves what one call would have left:
 runs and models are looked up by a tag of ours before they are made, and a metric point with equal
@@ -31,6 +31,8 @@ from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonito
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+from harness.tracking.mlmodel import model_files
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
@@ -182,28 +184,53 @@ class MlflowStore:
         """Put a text file among the run's artifacts."""
         self._client.log_text(self.run_id, content, name)
 
-    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+    def log_checkpoint(
+        self,
+        record: Mapping[str, Any],
+        directory: Path,
+        registered_model_name: str | None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> str:
         """Publish a committed checkpoint as a LoggedModel; returns the model's id.
+
+        One that is READY has all its files and metrics: a second delivery uploads nothing.
 
         Args:
             record: name, key, epoch, step, files, and metrics as [key, value, time_ms, step].
             directory: where the files are.
             registered_model_name: also a version of this registered model, where given.
+            recipe: how its model is built again; None: that is not known, and it is files alone.
         """
         found = self._models_of(record["key"])
-        if found:
-            model_id: str = found[0].model_id
-        else:
-            model_id = self._client.create_logged_model(
-                self.experiment_id,
-                name=record["name"],
-                source_run_id=self.run_id,
-                params={"epoch": str(record["epoch"]), "step": str(record["step"])},
-                tags={CHECKPOINT_TAG: record["key"], "epoch": str(record["epoch"]), "step": str(record["step"])},
-                model_type="checkpoint",
-            ).model_id
+        model = found[0] if found else self._create_model(record)
+        if str(model.status) != "READY":
+            self._upload(model.model_id, record, directory, recipe)
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record["step"])])
+        if registered_model_name is not None:
+            self._register(registered_model_name, model.model_id)
+        model_id: str = model.model_id
+        return model_id
+
+    def _create_model(self, record: Mapping[str, Any]) -> LoggedModel:
+        moment = {"epoch": str(record["epoch"]), "step": str(record["step"])}
+        return self._client.create_logged_model(
+            self.experiment_id,
+            name=record["name"],
+            source_run_id=self.run_id,
+            # The run's own too, as MLflow's `log_model` has it.
+            params={**self._client.get_run(self.run_id).data.params, **moment},
+            tags={CHECKPOINT_TAG: record["key"], **moment},
+            model_type="checkpoint",
+        )
+
+    def _upload(
+        self, model_id: str, record: Mapping[str, Any], directory: Path, recipe: Mapping[str, Any] | None
+    ) -> None:
         # Left without an error only if the files were there, the same ones, to the end.
         with _Only(directory, record["files"]) as files_dir:
+            if recipe is not None:
+                for name, text in model_files(recipe, record, model_id, self.run_id).items():
+                    Path(files_dir, name).write_text(text)
             self._client.log_model_artifacts(model_id, files_dir)
         # With the time of the original points: they are the same points, now linked to the model too.
         linked = [
@@ -212,10 +239,6 @@ class MlflowStore:
         if linked:
             self._client.log_batch(self.run_id, metrics=linked)
         self._client.finalize_logged_model(model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, record["step"])])
-        if registered_model_name is not None:
-            self._register(registered_model_name, model_id)
-        return model_id
 
     def _register(self, name: str, model_id: str) -> None:
         try:
@@ -291,11 +314,6 @@ class MlflowStore:
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status, end_time_ms)
-
-
-def download(where: str, target: str) -> Path:
-    """Fetch artifacts, by MLflow's own address of them, into a directory; where they are in it."""
-    return Path(mlflow.artifacts.download_artifacts(artifact_uri=where, dst_path=target))
 
 
 def _key(name: str) -> str:

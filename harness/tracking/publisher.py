@@ -21,6 +21,7 @@ from harness.errors import CheckpointError, TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import attempts
+from harness.tracking.mlmodel import read_recipe
 from harness.tracking.outbox import (
     Delivered,
     Entry,
@@ -251,7 +252,9 @@ class Publisher:
             # A damaged one was set aside, and the run has saved under its name again.
             raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
         try:
-            return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registered_model_name)}
+            recipe = read_recipe(self._outbox_dir, body["recipe"]) if body.get("recipe") else None
+            name = self.settings.registered_model_name
+            return {body["name"]: self.store.log_checkpoint(body, directory, name, recipe)}
         except Exception as error:
             if not self._is_retired(entry):
                 raise

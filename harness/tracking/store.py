@@ -35,8 +35,14 @@ class Store(Protocol):
     def log_text(self, name: str, content: str) -> None:
         """Put a text file among the artifacts."""
 
-    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
-        """Publish a checkpoint; returns the model's id."""
+    def log_checkpoint(
+        self,
+        record: Mapping[str, Any],
+        directory: Path,
+        registered_model_name: str | None,
+        recipe: Mapping[str, Any] | None,
+    ) -> str:
+        """Publish a checkpoint, with how its model is built again; returns the model's id."""
         ...
 
     def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:

@@ -19,6 +19,7 @@ from harness.config import TrackingConfig
 from harness.errors import TrackingError
 from harness.run_directory import read_run_record
 from harness.tracking.continuation import Drift, KnownPoints, Logged, Point, drift, points_at, read_logged
+from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 
 LOG = "publisher.log"
@@ -58,6 +59,9 @@ class Tracker:
         self.notes: list[str] = []
         self.outbox = Outbox(run_dir / "outbox")
         self.run_id: str | None = None
+        # How models are built again: the attempt's before, until this one says.
+        self._recipe = newest_recipe(self.outbox.path.parent)
+        self._has_recipe = False
         # Before this attempt adds its own.
         self._logged = read_logged(self.outbox.path.parent) if attempt > 1 else Logged({}, frozenset())
         self._known: KnownPoints | None = None
@@ -190,10 +194,23 @@ class Tracker:
         """Wait until the journal is on the disk itself: no crash of the machine takes a point back. Any thread."""
         self.outbox.sync()
 
+    @property
+    def has_recipe(self) -> bool:
+        """Whether this attempt has said how its models are built again."""
+        return self._has_recipe
+
+    def recipe(self, values: Mapping[str, Any]) -> None:
+        """How the models of this attempt are built again, see `harness.recipe`; it goes with each of its checkpoints.
+
+        In a file of its own, on disk when this returns: an example of what the model takes may be megabytes.
+        """
+        self._recipe = write_recipe(self.outbox.path.parent, self.attempt, values)
+        self._has_recipe = True
+
     def checkpoint(self, record: Mapping[str, Any]) -> None:
         """A committed checkpoint: its directory's name, epoch, step and metrics. Any thread."""
         if self.config.log_models:
-            self.outbox.append("checkpoint", record)
+            self.outbox.append("checkpoint", {**record, "recipe": self._recipe})
             self.outbox.sync()
 
     def retire(self, record: Mapping[str, Any]) -> None:

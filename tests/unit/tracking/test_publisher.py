@@ -37,6 +37,7 @@ class FaultyStore:
         self.calls: list[tuple[str, Any]] = []
         self.num_tries = 0
         self.in_use: set[str] = set()
+        self.recipes: list[Mapping[str, Any] | None] = []
         self._failures = list(failures)
 
     def _call(self, name: str, value: Any) -> None:
@@ -70,8 +71,15 @@ class FaultyStore:
     def log_text(self, name: str, content: str) -> None:
         self._call("text", (name, content))
 
-    def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+    def log_checkpoint(
+        self,
+        record: Mapping[str, Any],
+        directory: Path,
+        registered_model_name: str | None,
+        recipe: Mapping[str, Any] | None,
+    ) -> str:
         self._call("checkpoint", (record["name"], directory, registered_model_name))
+        self.recipes.append(recipe)
         return f"m-{record['name']}"
 
     def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
@@ -341,14 +349,20 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
     first = saved(run_dir, outbox, 1)
 
     class Pruned(FaultyStore):
-        def log_checkpoint(self, record: Mapping[str, Any], directory: Path, registered_model_name: str | None) -> str:
+        def log_checkpoint(
+            self,
+            record: Mapping[str, Any],
+            directory: Path,
+            registered_model_name: str | None,
+            recipe: Mapping[str, Any] | None,
+        ) -> str:
             if record["name"] == "epoch-0001":
                 saved(run_dir, outbox, 2)
                 retire(outbox, 1)
                 first.rmdir()
                 end(outbox)
                 raise Refusal("No such file or directory")  # of whatever kind the store makes of it
-            return super().log_checkpoint(record, directory, registered_model_name)
+            return super().log_checkpoint(record, directory, registered_model_name, recipe)
 
     store, clock = Pruned(), Clock()
     assert publisher(run_dir, store, clock).run()

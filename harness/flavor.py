@@ -1,0 +1,226 @@
+"""From a published checkpoint back to a model: `load_model`, and what MLflow calls for ``python_function``.
+
+    MLmodel (or the run's own recipe) -> the class that it names -> safetensors into it -> eval mode
+
+Nothing is unpickled. The class is one that can be imported here, and is built only if it is a `torch.nn.Module`, or a
+`harness.Task`, which makes one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from harness import random_state
+from harness.build import build, load_class
+from harness.checkpoint.commit import MANIFEST
+from harness.checkpoint.locate import is_in_mlflow
+from harness.checkpoint.names import NamedState, named_state
+from harness.checkpoint.stored import Stored
+from harness.checkpoint.verify import require_whole
+from harness.config import ClassSpec
+from harness.errors import CheckpointError, ConfigError
+from harness.recipe import as_array, call, named_outputs
+from harness.tracking.mlmodel import FLAVOR, MLMODEL, newest_recipe, read_recipe
+
+
+def load_model(where: str | Path, *, device: str | torch.device = "cpu", model: nn.Module | None = None) -> nn.Module:
+    """Load the model of a checkpoint, in eval mode.
+
+    Effects: not collective; any thread; blocks until all is read, and checked against its digests where it has a
+    manifest; from MLflow it is downloaded first, to where MLflow keeps such files. Random numbers are as before.
+
+    Args:
+        where: an address in MLflow (``models:/<id>``, ``models:/<name>@best``, ``runs:/...``), a downloaded model's
+            directory, or a checkpoint's in its run's directory.
+        device: where the model shall be.
+        model: the model to fill, instead of one built by the class that was named for it.
+
+    Raises:
+        ConfigError: if no class was named, or it cannot be imported or built.
+        CheckpointError: if the weights are damaged, or are of another model: a name is missing or too many, a shape
+            or a tie is another.
+    """
+    directory = _directory(str(where))
+    if model is None:
+        before = random_state.take(torch.device("cpu"))
+        try:
+            model = _build(str(where), _recipe(str(where), directory))
+        finally:
+            random_state.put_back(before, torch.device("cpu"))
+    _fill(model, directory)
+    return model.to(device).eval()
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Served:
+    """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` call."""
+    # As `mlflow.pytorch` has it.
+    chosen = (model_config or {}).get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
+    device = torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Served(load_model(path, device=device))
+
+
+class Served:
+    """A model as MLflow calls it: arrays in, arrays out.
+
+    Args:
+        model: in eval mode, on its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        tensors = [*model.parameters(), *model.buffers()]
+        self._device = tensors[0].device if tensors else torch.device("cpu")
+        self._dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+    def get_raw_model(self) -> nn.Module:
+        """The model itself."""
+        return self._model
+
+    def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
+        """Run the model on one batch.
+
+        Args:
+            data: an array, a tensor, a DataFrame of numbers, or lists of them: the model's only argument. A mapping
+                of such: its arguments by name. Floating-point numbers are cast to the type of the weights.
+            params: none are known.
+
+        Returns:
+            An array; where the model gives several tensors, name -> array.
+        """
+        is_named = isinstance(data, Mapping)
+        values: Mapping[str, Any] = data if is_named else {"input": data}
+        inputs = {str(name): self._tensor(value) for name, value in values.items()}
+        with torch.inference_mode():
+            outputs = named_outputs(call(self._model, inputs, is_named=is_named))
+        arrays = {name: as_array(tensor) for name, tensor in outputs.items()}
+        return arrays["output"] if list(arrays) == ["output"] else arrays
+
+    def _tensor(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            value = torch.from_numpy(_numbers(value))
+        dtype = self._dtype if value.is_floating_point() else None
+        converted: Tensor = value.to(self._device, dtype)
+        return converted
+
+
+def _numbers(value: Any) -> np.ndarray[Any, Any]:
+    """As an array of its own that can be written to, which torch asks for."""
+    array = np.array(value)
+    if array.dtype == object:
+        # A column of lists: MLflow's way to have an array in a cell.
+        cells = array.reshape(len(array), -1)
+        array = np.stack([np.stack([np.asarray(cell) for cell in row]) for row in cells])
+        array = array[:, 0] if cells.shape[1] == 1 else array
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"the model takes numbers, got {array.dtype}")
+    return array
+
+
+def _directory(where: str) -> Path:
+    if is_in_mlflow(where):
+        from harness.tracking.artifacts import download
+
+        return download(where)
+    if not Path(where).is_dir():
+        raise ConfigError("", f"{where}: is no directory; give a checkpoint's, or an address in MLflow (models:/...)")
+    return Path(where)
+
+
+def _recipe(where: str, directory: Path) -> Mapping[str, Any]:
+    """What the model is built by: MLflow's file, or for a checkpoint in its run's directory the run's own."""
+    outbox_dir = directory.absolute().parent.parent / "outbox"
+    try:
+        if (directory / MLMODEL).exists():
+            return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR])
+        if (directory / MANIFEST).exists() and (name := newest_recipe(outbox_dir)) is not None:
+            return read_recipe(outbox_dir, name)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError("", f"{where}: how its model is built cannot be read: {error!r}") from error
+    raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")
+
+
+def _build(where: str, recipe: Mapping[str, Any]) -> nn.Module:
+    class_path = recipe.get("class_path")
+    if class_path is None:
+        raise ConfigError(
+            "",
+            f"{where}: is of a {recipe.get('model_class')}, and no class was named to build it by; give the model to "
+            "fill, with model=, or name one in training, with PeriodicLogger.describe",
+        )
+    _find_from_here(class_path)
+    key = f"{where}: task"
+    found = load_class(key, class_path)
+    # What is read from elsewhere shall not have just anything called.
+    if not issubclass(found, nn.Module) and not callable(getattr(found, "model", None)):
+        raise ConfigError(f"{key}.class_path", f"{class_path} is no torch.nn.Module, and makes none")
+    made = build(key, ClassSpec(class_path, recipe["init_args"]))
+    model = made if isinstance(made, nn.Module) else made.model()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{key}.class_path", f"{class_path}.model() gives {type(model).__name__}, no module")
+    return model
+
+
+def _find_from_here(class_path: str) -> None:
+    """Let what is in the directory that one starts from be found, behind all else: MLflow's commands do not look."""
+    package = class_path.partition(".")[0]
+    if package and importlib.util.find_spec(package) is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _fill(model: nn.Module, directory: Path) -> None:
+    """Read the weights into the model, each of its tensors once.
+
+    Raises:
+        CheckpointError: if they are damaged, or of another model.
+    """
+    if (directory / MANIFEST).exists():
+        require_whole(directory, weights_only=True)
+    stored, state = Stored.of_weights(directory), named_state(model)
+    _check_names(stored, state)
+    by_file: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in {**state.parameters, **state.buffers}.items():
+        place = stored.model[stored.name_of(name)]
+        if place.tensor.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name}: has shape {list(place.tensor.shape)} in {directory} and {list(tensor.shape)} in the model"
+            )
+        by_file.setdefault(place.file, []).append((stored.name_of(name), tensor))
+    with torch.no_grad():
+        for file, tensors in by_file.items():
+            with safe_open(directory / file, framework="pt") as reader:
+                for name, tensor in tensors:
+                    tensor.copy_(reader.get_tensor(name))
+
+
+def _check_names(stored: Stored, state: NamedState) -> None:
+    own = {**state.parameters, **state.buffers}
+    missing = [name for name in own if stored.name_of(name) not in stored.model]
+    # What is one tensor in the model and two in the file has two values.
+    apart = [
+        f"{alias} and {name}" for alias, name in state.aliases.items() if stored.name_of(alias) != stored.name_of(name)
+    ]
+    taken = {stored.name_of(name) for name in (*own, *state.aliases)}
+    unexpected = [name for name in stored.model if name not in taken]
+    problems = [
+        *([f"has no {_some(missing)}"] if missing else []),
+        *([f"has {_some(unexpected)}, which the model has not"] if unexpected else []),
+        *([f"has {_some(apart)} apart, which are tied in the model"] if apart and not missing else []),
+    ]
+    if problems:
+        raise CheckpointError(f"{stored.checkpoint}: {', and '.join(problems)}; it is of another model")
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
