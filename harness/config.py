@@ -190,6 +190,7 @@ class TrackingConfig:
         log_datasets: record the data sets as inputs of the run.
         log_system_metrics: processor, memory, disk and network of rank zero's node.
         registered_model_name: register each published checkpoint under this name; null: do not.
+        registered_model_aliases: keep the aliases `last`, and by checkpoint.monitor `best`, on its versions.
         tags: further tags of the run.
         start_timeout_s: how long the store may take to answer at the start.
         drain_timeout_s: how long the end of training waits for what is not yet delivered.
@@ -204,6 +205,7 @@ class TrackingConfig:
     log_datasets: bool = True
     log_system_metrics: bool = False
     registered_model_name: str | None = None
+    registered_model_aliases: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
     start_timeout_s: float = 10.0
     drain_timeout_s: float = 300.0
@@ -215,6 +217,11 @@ class TrackingConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(at + name, f"must be more than 0 seconds, got {value}")
+        if self.registered_model_aliases and self.registered_model_name is None:
+            raise ConfigError(
+                at + "registered_model_aliases",
+                "are those of a registered model; give tracking.registered_model_name too",
+            )
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ class PeriodicLogger:
             self.accelerator.device, Reducer(group, timing.GAUGES), self._learning_rates, self._told
         )
         self._votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
-        self._run = RunLifetime(self.topology, self.tracking_config, self.progress)
+        ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
+        self._run = RunLifetime(self.topology, self.tracking_config, self.progress, *ranking)
         self._started = True
         try:
             directory = self._run.open(

@@ -14,7 +14,7 @@ from torch import nn
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest, list_checkpoints
-from harness.config import ClassSpec, TrackingConfig
+from harness.config import ClassSpec, Mode, TrackingConfig
 from harness.errors import HarnessError, PeerFailure, Stopped
 from harness.peers import Peers
 from harness.progress import Progress
@@ -42,12 +42,22 @@ class RunLifetime:
         topology: where this rank runs.
         config: what goes to MLflow.
         progress: where lines for the user go.
+        monitor: the metric that ranks checkpoints; None: none does.
+        mode: whether less of it is better, or more.
     """
 
-    def __init__(self, topology: Topology, config: TrackingConfig, progress: Progress) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        config: TrackingConfig,
+        progress: Progress,
+        monitor: str | None = None,
+        mode: Mode = "min",
+    ) -> None:
         self._topology = topology
         self._config = config
         self._progress = progress
+        self._monitor, self._mode = monitor, mode
         self._tracker: Tracker | None = None
         self._lock: RunLock | None = None
         self._points: dict[str, Point] = {}
@@ -76,7 +86,7 @@ class RunLifetime:
 
         def make() -> RunDirectory:
             directory, self._lock = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
-            self._tracker = Tracker(directory.path, self._config, directory.attempt)
+            self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
             self._say_where(directory)
@@ -221,6 +231,7 @@ class RunLifetime:
                     "step": manifest.step,
                     "files": [*self._published(manifest), "manifest.json"],
                     "metrics": self._points_of.pop(checkpoint, []),
+                    "monitored": None if self._monitor is None else manifest.metrics.get(self._monitor),
                     "time_ms": manifest.time_ms,
                     "size_bytes": sum(file.size_bytes for file in manifest.files if file.name in manifest.weight_files),
                 }

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -33,11 +32,11 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from harness.tracking.mlmodel import model_files
+from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 RUN_TAG = "harness.run"
-CHECKPOINT_TAG = "harness.checkpoint"
 
 # MLflow's limits on one request and one value.
 MAX_METRICS_PER_BATCH = 1000
@@ -81,12 +80,17 @@ class MlflowStore:
 
     Effects: not collective; the publisher's thread only; each method blocks on the network or on
     sqlite; leaves nothing on disk but what a ``sqlite:`` store keeps.
+
+    Args:
+        tracking_uri: where the store is.
+        client: what to reach it by; None: MLflow's own client.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, client: Any = None) -> None:
         # Embedded stores look the model of a new version up through the process's default.
         mlflow.set_tracking_uri(tracking_uri)
-        self._client = mlflow.MlflowClient(tracking_uri)
+        self._client: mlflow.MlflowClient = client or mlflow.MlflowClient(tracking_uri)
+        self._registry = Registry(self._client)
         self._tracking_uri = tracking_uri
         self._num_failed_deletions: Counter[str] = Counter()
         self.run_id = ""
@@ -188,7 +192,7 @@ class MlflowStore:
         self,
         record: Mapping[str, Any],
         directory: Path,
-        registered_model_name: str | None,
+        registration: Registration | None,
         recipe: Mapping[str, Any] | None = None,
     ) -> str:
         """Publish a committed checkpoint as a LoggedModel; returns the model's id.
@@ -198,18 +202,24 @@ class MlflowStore:
         Args:
             record: name, key, epoch, step, files, and metrics as [key, value, time_ms, step].
             directory: where the files are.
-            registered_model_name: also a version of this registered model, where given.
+            registration: where it becomes a version too, if anywhere.
             recipe: how its model is built again; None: that is not known, and it is files alone.
         """
         found = self._models_of(record["key"])
         model = found[0] if found else self._create_model(record)
         if str(model.status) != "READY":
             self._upload(model.model_id, record, directory, recipe)
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record["step"])])
-        if registered_model_name is not None:
-            self._register(registered_model_name, model.model_id)
+        self._link_to_run(model.model_id, record["step"])
+        if registration is not None:
+            self._registry.register(registration, model.model_id, self.run_id, record)
         model_id: str = model.model_id
         return model_id
+
+    def _link_to_run(self, model_id: str, step: int) -> None:
+        # A second time it would be refused, for good (a constraint of MLflow's database).
+        outputs = self._client.get_run(self.run_id).outputs
+        if not any(output.model_id == model_id for output in (outputs.model_outputs if outputs else ())):
+            self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
 
     def _create_model(self, record: Mapping[str, Any]) -> LoggedModel:
         moment = {"epoch": str(record["epoch"]), "step": str(record["step"])}
@@ -240,37 +250,23 @@ class MlflowStore:
             self._client.log_batch(self.run_id, metrics=linked)
         self._client.finalize_logged_model(model_id, "READY")
 
-    def _register(self, name: str, model_id: str) -> None:
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        versions = self._client.search_model_versions(f"name = '{name}'")
-        # `model_id` of a version that was found is None (MLflow 3.17), its source is not.
-        source = f"models:/{model_id}"
-        if not any(version.source == source for version in versions):
-            self._client.create_model_version(name, source, run_id=self.run_id, model_id=model_id)
-
-    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+    def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         """Take back a pruned checkpoint's LoggedModel, its files, and the versions that we have made of it.
 
         A model that somebody relies on stays as it is: one with a version in another registered model, or
-        with a version that has an alias or a stage. Of one that is gone already, nothing is left to do.
+        with a version that has a stage, or an alias that is not one of ours. Of one that is gone already, nothing is
+        left to do.
 
         Args:
             key: of the checkpoint.
-            registered_model_name: where its version was registered, if anywhere.
+            registration: where its version was registered, if anywhere.
 
         Returns:
             Whether it is gone; False: it is kept.
         """
         for model in self._models_of(key):
-            versions = [
-                self._client.get_model_version(found.name, found.version) for found in self._versions_of(model.model_id)
-            ]
-            in_use = [v for v in versions if v.name != registered_model_name or v.aliases or _has_stage(v)]
-            if in_use:
+            versions = self._registry.of_model(model.model_id, self.run_id)
+            if in_use := [version for version in versions if is_in_use(version, registration)]:
                 names = ", ".join(f"{version.name} version {version.version}" for version in in_use)
                 self._client.set_logged_model_tags(
                     model.model_id, {"harness.kept": f"pruned on disk; in use by {names}"}
@@ -278,6 +274,9 @@ class MlflowStore:
                 return False
             # From here on nobody shall take it for whole, should this be cut off.
             self._client.finalize_logged_model(model.model_id, "FAILED")
+            if registration is not None:
+                # With a version goes its alias: they move first, so that there is always one to load by.
+                self._registry.place_aliases(registration, leaving={version.version for version in versions})
             for version in versions:
                 self._client.delete_model_version(version.name, version.version)
             self._delete_files(model)
@@ -287,16 +286,6 @@ class MlflowStore:
     def _models_of(self, key: str) -> Sequence[LoggedModel]:
         tag = f"tags.`{CHECKPOINT_TAG}` = '{key}'"
         return list(self._client.search_logged_models([self.experiment_id], filter_string=tag))
-
-    def _versions_of(self, model_id: str) -> Iterator[ModelVersion]:
-        """Versions in any registered model that lead to the model: by its id, or by where its files are."""
-        token = None
-        while True:
-            # `source_path` would find one of the two only.
-            page = self._client.search_model_versions(f"run_id = '{self.run_id}'", page_token=token)
-            yield from (version for version in page if model_id in (version.source or ""))
-            if not (token := page.token):
-                return
 
     def _delete_files(self, model: LoggedModel) -> None:
         """MLflow's own deletion leaves them for `mlflow gc`, which does so too where this cannot."""
@@ -319,10 +308,6 @@ class MlflowStore:
 def _key(name: str) -> str:
     """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
-
-
-def _has_stage(version: ModelVersion) -> bool:
-    return version.current_stage not in (None, "", "None")
 
 
 class SystemMonitor:

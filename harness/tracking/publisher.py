@@ -203,7 +203,7 @@ class Publisher:
         elif kind == "checkpoint":
             return self._publish(group[0])
         elif kind == "retire":
-            if self.store.retire_checkpoint(body["key"], self.settings.registered_model_name):
+            if self.store.retire_checkpoint(body["key"], self.settings.registration):
                 return {body["name"]: None}
         elif kind == "attempt":
             self._deliver_attempt(group[0])
@@ -253,8 +253,7 @@ class Publisher:
             raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
         try:
             recipe = read_recipe(self._outbox_dir, body["recipe"]) if body.get("recipe") else None
-            name = self.settings.registered_model_name
-            return {body["name"]: self.store.log_checkpoint(body, directory, name, recipe)}
+            return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registration, recipe)}
         except Exception as error:
             if not self._is_retired(entry):
                 raise

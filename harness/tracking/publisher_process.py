@@ -27,6 +27,7 @@ from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking.outbox import read_delivered, read_entries
 from harness.tracking.publisher import POLL_S, Publisher, log
+from harness.tracking.registry import Registration
 from harness.tracking.store import RefusedError, Settings
 
 Answer = Callable[[Mapping[str, Any]], None]
@@ -103,7 +104,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         tracking_uri=absolute_sqlite(mlflow_store.resolve_tracking_uri(raw["tracking_uri"])),
         experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
         log_system_metrics=raw["log_system_metrics"],
-        registered_model_name=raw["registered_model_name"],
+        registration=_registration(raw),
         start_timeout_s=raw["start_timeout_s"],
         attempt=raw["attempt"],
     )
@@ -134,6 +135,14 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         return 1
     answer({"run_id": store.run_id, "notes": notes})
     return 0 if publisher.run() else 1
+
+
+def _registration(raw: Mapping[str, Any]) -> Registration | None:
+    if raw["registered_model_name"] is None:
+        return None
+    # A run of before there were aliases may still have something to deliver.
+    aliases, monitor = raw.get("registered_model_aliases", False), raw.get("monitor")
+    return Registration(raw["registered_model_name"], aliases, monitor, raw.get("mode", "min"))
 
 
 def where_it_goes_on(

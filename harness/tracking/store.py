@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.tracking.registry import Registration
+
 
 class Store(Protocol):
     """A tracking store; `MlflowStore` is one."""
@@ -39,13 +41,13 @@ class Store(Protocol):
         self,
         record: Mapping[str, Any],
         directory: Path,
-        registered_model_name: str | None,
+        registration: Registration | None,
         recipe: Mapping[str, Any] | None,
     ) -> str:
         """Publish a checkpoint, with how its model is built again; returns the model's id."""
         ...
 
-    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
+    def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
         ...
 
@@ -61,7 +63,7 @@ class Settings:
     tracking_uri: str
     experiment_name: str
     log_system_metrics: bool
-    registered_model_name: str | None
+    registration: Registration | None
     start_timeout_s: float
     attempt: int = 1
 

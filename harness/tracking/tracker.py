@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.config import TrackingConfig
+from harness.config import Mode, TrackingConfig
 from harness.errors import TrackingError
 from harness.run_directory import read_run_record
 from harness.tracking.continuation import Drift, KnownPoints, Logged, Point, drift, points_at, read_logged
@@ -46,16 +46,26 @@ class Tracker:
         run_dir: the run's directory, which nobody else writes into.
         config: what goes to MLflow.
         attempt: which in a row is this one, from 1.
+        monitor: the metric that ranks checkpoints; None: none does.
+        mode: whether less of it is better, or more.
 
     Attributes:
         run_id: of the MLflow run, once there is one.
         notes: lines for the user, from `start`.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, attempt: int = 1) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        attempt: int = 1,
+        monitor: str | None = None,
+        mode: Mode = "min",
+    ) -> None:
         self.run_dir = run_dir
         self.config = config
         self.attempt = attempt
+        self.monitor, self.mode = monitor, mode
         self.notes: list[str] = []
         self.outbox = Outbox(run_dir / "outbox")
         self.run_id: str | None = None
@@ -92,6 +102,9 @@ class Tracker:
             "experiment_name": self.config.experiment_name,
             "log_system_metrics": self.config.log_system_metrics,
             "registered_model_name": self.config.registered_model_name,
+            "registered_model_aliases": self.config.registered_model_aliases,
+            "monitor": self.monitor,
+            "mode": self.mode,
             "start_timeout_s": self.config.start_timeout_s,
             "lock_timeout_s": lock_timeout_s,
             "attempt": self.attempt,

@@ -13,6 +13,7 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from harness.tracking.mlflow_store import MlflowStore
+from harness.tracking.registry import Registration
 from tests.launching import ROOT, harness, run, started
 from tests.mlflow_reader import models
 from tests.services.mlflow_server import MlflowServer
@@ -37,13 +38,14 @@ def store(uri: str, tmp_path: Path) -> MlflowStore:
     return found
 
 
-def publish(store: MlflowStore, tmp_path: Path, key: str, registered: str | None) -> LoggedModel:
+def publish(store: MlflowStore, tmp_path: Path, key: str, registered: Registration | None, **more: Any) -> LoggedModel:
     directory = tmp_path / key
     directory.mkdir()
     for name in ("model.safetensors", "manifest.json"):
         (directory / name).write_text(key)
     record = {"name": key, "key": key, "epoch": 1, "step": 1, "files": ["model.safetensors", "manifest.json"]}
-    model_id = store.log_checkpoint({**record, "metrics": [["loss", 0.5, 1, 1]]}, directory, registered)
+    record |= {"metrics": [["loss", 0.5, 1, 1]], **more}
+    model_id = store.log_checkpoint(record, directory, registered)
     return mlflow.MlflowClient().get_logged_model(model_id)
 
 
@@ -57,14 +59,14 @@ def found(store: MlflowStore, key: str) -> list[Any]:
 
 def test_model_version_and_files_are_gone_when_retired_even_twice(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     name, reader = f"reg-{tmp_path.name}", MlflowClient(uri)
-    first, second = (publish(store, tmp_path, key, name) for key in ("first", "second"))
+    first, second = (publish(store, tmp_path, key, Registration(name)) for key in ("first", "second"))
     assert len(files(first, uri)) == 2
     for _ in range(2):
-        assert store.retire_checkpoint("first", name)
+        assert store.retire_checkpoint("first", Registration(name))
     assert (found(store, "first"), files(first, uri)) == ([], [])
     assert [v.source for v in reader.search_model_versions(f"name = '{name}'")] == [f"models:/{second.model_id}"]
     assert len(files(second, uri)) == 2
-    assert store.retire_checkpoint("never there", name)
+    assert store.retire_checkpoint("never there", Registration(name))
     assert reader.get_run(store.run_id).data.metrics == {"loss": 0.5}
 
 
@@ -73,16 +75,114 @@ def test_model_stays_whole_when_somebody_uses_a_version_of_it(
     store: MlflowStore, uri: str, tmp_path: Path, use: str
 ) -> None:
     name, reader = f"reg-{tmp_path.name}", MlflowClient(uri)
-    model = publish(store, tmp_path, "first", name)
+    model = publish(store, tmp_path, "first", Registration(name))
     if use == "alias":
         reader.set_registered_model_alias(name, "champion", "1")
     else:
         mlflow.register_model(f"models:/{model.model_id}", f"other-{tmp_path.name}")
-    assert not store.retire_checkpoint("first", name)
+    assert not store.retire_checkpoint("first", Registration(name))
     (kept,) = found(store, "first")
     assert (str(kept.status), len(files(model, uri))) == ("READY", 2)
     assert "in use by" in kept.tags["harness.kept"]
     assert len(reader.search_model_versions(f"name = '{name}'")) == 1
+
+
+def aliases(uri: str, name: str) -> dict[str, str]:
+    """Alias -> the checkpoint whose version it is on."""
+    reader = MlflowClient(uri)
+    on = reader.get_registered_model(name).aliases
+    return {alias: reader.get_model_version(name, version).tags["harness.checkpoint"] for alias, version in on.items()}
+
+
+def test_aliases_are_where_they_belong_when_better_and_newer_ones_come_and_go(
+    store: MlflowStore, uri: str, tmp_path: Path
+) -> None:
+    ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss", mode="min")
+    seen = []
+    for key, loss in (("first", 0.5), ("second", 0.2), ("third", 0.4), ("fourth", None), ("fifth", 0.2)):
+        publish(store, tmp_path, key, ranked, monitored=loss)
+        seen.append(aliases(uri, ranked.name))
+    # Without the metric it is no best; of two that are as good the newer is the better.
+    assert [each["best"] for each in seen] == ["first", "second", "second", "second", "fifth"]
+    assert [each["last"] for each in seen] == ["first", "second", "third", "fourth", "fifth"]
+    # Ours keep nothing from being pruned, and move on.
+    for _ in range(2):
+        assert store.retire_checkpoint("fifth", ranked)
+    assert aliases(uri, ranked.name) == {"best": "second", "last": "fourth"}
+    MlflowClient(uri).set_registered_model_alias(ranked.name, "champion", "2")
+    assert not store.retire_checkpoint("second", ranked)
+    # Who asks for no aliases has none of ours: what is called so is somebody's own.
+    assert not store.retire_checkpoint("fourth", Registration(ranked.name))
+    assert aliases(uri, ranked.name) == {"best": "second", "last": "fourth", "champion": "second"}
+
+
+def test_more_is_better_when_the_mode_is_max(store: MlflowStore, uri: str, tmp_path: Path) -> None:
+    ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="accuracy", mode="max")
+    for key, accuracy in (("first", 0.5), ("second", 0.25)):
+        publish(store, tmp_path, key, ranked, monitored=accuracy)
+    assert aliases(uri, ranked.name) == {"best": "first", "last": "second"}
+
+
+class Cut(BaseException):
+    """The publisher is killed at this moment."""
+
+
+class CutClient:
+    """MLflow's client, killed behind its n-th call that changes something.
+
+    Args:
+        client: the real one.
+        num_calls: after so many.
+    """
+
+    READS = ("get_", "search_")
+
+    def __init__(self, client: MlflowClient, num_calls: int) -> None:
+        self._client, self.num_left = client, num_calls
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            if not name.startswith(self.READS):
+                self.num_left -= 1
+                if self.num_left == 0:
+                    raise Cut(name)
+            return result
+
+        return call
+
+
+def test_nothing_is_twice_when_publication_is_cut_off_behind_any_of_its_calls(
+    store: MlflowStore, uri: str, tmp_path: Path
+) -> None:
+    ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss")
+    publish(store, tmp_path, "first", ranked, monitored=0.5)
+    cut_at = []
+    for num_calls in range(1, 20):
+        key = f"cut-{num_calls:02d}"
+        cut_off = MlflowStore(uri, CutClient(MlflowClient(uri), num_calls))
+        cut_off.run_id, cut_off.experiment_id = store.run_id, store.experiment_id
+        try:
+            publish(cut_off, tmp_path, key, ranked, monitored=0.5 - num_calls / 100)
+            break
+        except Cut as cut:
+            cut_at.append(str(cut))
+        for path in (tmp_path / key).iterdir():
+            path.unlink()
+        (tmp_path / key).rmdir()
+        model = publish(store, tmp_path, key, ranked, monitored=0.5 - num_calls / 100)
+        assert [each.model_id for each in found(store, key)] == [model.model_id]
+        assert len(model.metrics or []) == 1
+        assert aliases(uri, ranked.name) == {"best": key, "last": key}
+    assert {"create_logged_model", "log_model_artifacts", "create_model_version", "set_registered_model_alias"} <= {
+        *cut_at
+    }
+    reader = MlflowClient(uri)
+    sources = [version.source for version in reader.search_model_versions(f"name = '{ranked.name}'")]
+    assert len(sources) == len({*sources}) == len(cut_at) + 2
+    assert len(reader.get_run(store.run_id).outputs.model_outputs) == len(cut_at) + 2
 
 
 def test_half_of_a_model_is_gone_when_its_checkpoint_was_pruned_in_the_upload(
@@ -105,7 +205,8 @@ def test_mlflow_has_what_the_disk_has_when_a_run_keeps_the_best(tmp_path: Path, 
     keeping = ("--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "1", "--checkpoint.when_busy", "wait")
     ranking = ("--checkpoint.monitor", "eval/loss", "--tracking.experiment_name", "kept")
     tracking = ("--tracking.tracking_uri", server.uri, "--tracking.registered_model_name", "kept")
-    done = run(harness(*words, *keeping, *ranking, *tracking), tmp_path)
+    aliased = ("--tracking.registered_model_aliases", "true")
+    done = run(harness(*words, *keeping, *ranking, *tracking, *aliased), tmp_path)
     assert done.code == 0, done.output
     listed = run(harness("checkpoints", tmp_path / "runs/it", "--json"), tmp_path)
     records = json.loads(listed.output)
@@ -121,6 +222,14 @@ def test_mlflow_has_what_the_disk_has_when_a_run_keeps_the_best(tmp_path: Path, 
         (record["name"], record["mlflow_model_id"], "READY") for record in records
     ]
     assert len(reader.search_model_versions("name = 'kept'")) == len(names)
+    by_alias = {
+        alias: reader.get_model_version_by_alias("kept", alias).source.removeprefix("models:/")
+        for alias in ("best", "last")
+    }
+    assert by_alias == {
+        "best": next(record["mlflow_model_id"] for record in records if record["best"]),
+        "last": records[-1]["mlflow_model_id"],
+    }
 
 
 def test_pruned_ones_are_never_published_when_the_server_was_away(tmp_path: Path, server: MlflowServer) -> None:

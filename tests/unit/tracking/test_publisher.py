@@ -12,6 +12,7 @@ import pytest
 from harness.checkpoint.commit import Manifest, commit, temporary_of
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
 from harness.tracking.publisher import LINGER_S, LONGEST_PAUSE_S, MAX_POINTS_PER_DELIVERY, Publisher
+from harness.tracking.registry import Registration
 from harness.tracking.store import RefusedError, Settings
 
 
@@ -75,15 +76,15 @@ class FaultyStore:
         self,
         record: Mapping[str, Any],
         directory: Path,
-        registered_model_name: str | None,
+        registration: Registration | None,
         recipe: Mapping[str, Any] | None,
     ) -> str:
-        self._call("checkpoint", (record["name"], directory, registered_model_name))
+        self._call("checkpoint", (record["name"], directory, registration))
         self.recipes.append(recipe)
         return f"m-{record['name']}"
 
-    def retire_checkpoint(self, key: str, registered_model_name: str | None) -> bool:
-        self._call("retire", (key, registered_model_name))
+    def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
+        self._call("retire", (key, registration))
         return key not in self.in_use
 
     def end(self, status: str, end_time_ms: int) -> None:
@@ -112,7 +113,9 @@ class Clock:
         self._wake()
 
 
-SETTINGS = Settings("run", "http://me:hunter2@host:5000", "exp", False, "registered", start_timeout_s=10.0)
+SETTINGS = Settings(
+    "run", "http://me:hunter2@host:5000", "exp", False, Registration("registered"), start_timeout_s=10.0
+)
 
 
 @pytest.fixture
@@ -175,7 +178,7 @@ def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox:
         ("metrics", [("x", 0.5, 3, 1), ("y", 2.0, 3, 1)]),
         ("dataset", {"name": "digits"}),
         ("text", ("t.txt", "words")),
-        ("checkpoint", ("epoch-0001", run_dir / "checkpoints" / "epoch-0001", "registered")),
+        ("checkpoint", ("epoch-0001", run_dir / "checkpoints" / "epoch-0001", Registration("registered"))),
         ("tags", {"harness.end_reason": "done"}),
         ("end", ("FINISHED", 99)),
     ]
@@ -326,7 +329,7 @@ def test_pruned_one_is_skipped_quietly_when_it_was_not_published_yet(
     # It is taken back all the same: an earlier try may have left a half of it.
     assert store.kinds == ["checkpoint", "retire", "tags", "end"]
     assert store.calls[0][1][0] == "epoch-0002"
-    assert store.calls[1] == ("retire", ("k1", "registered"))
+    assert store.calls[1] == ("retire", ("k1", Registration("registered")))
     delivered = read_delivered(run_dir / "outbox")
     assert (delivered.refused, delivered.models) == ((), {"epoch-0002": "m-epoch-0002"})
     assert clock.pauses_s == []
@@ -353,7 +356,7 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
             self,
             record: Mapping[str, Any],
             directory: Path,
-            registered_model_name: str | None,
+            registration: Registration | None,
             recipe: Mapping[str, Any] | None,
         ) -> str:
             if record["name"] == "epoch-0001":
@@ -362,7 +365,7 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
                 first.rmdir()
                 end(outbox)
                 raise Refusal("No such file or directory")  # of whatever kind the store makes of it
-            return super().log_checkpoint(record, directory, registered_model_name, recipe)
+            return super().log_checkpoint(record, directory, registration, recipe)
 
     store, clock = Pruned(), Clock()
     assert publisher(run_dir, store, clock).run()
