@@ -59,7 +59,13 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
     """
     found = load_class(key, spec.class_path)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(found, skip=set(given_by_us) or None, instantiate=True, sub_configs=True)
+    parser.add_class_arguments(
+        found, skip=set(given_by_us) or None, instantiate=True, sub_configs=True, fail_untyped=False
+    )
+    # Of those that have no type jsonargparse would make None.
+    for name in _without_default(found):
+        if name not in {*spec.init_args, *given_by_us} and any(a.dest == name for a in parser._actions):
+            raise ConfigError(f"{key}.init_args.{name}", f"is missing; {spec.class_path} needs it")
     for name in spec.init_args:
         if not any(action.dest.split(".")[0] == name for action in parser._actions):
             known = sorted({a.dest.split(".")[0] for a in parser._actions if a.dest not in ("help", "config")})
@@ -73,6 +79,16 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
         return parser.instantiate(parser.parse_object(dict(spec.init_args)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError("", f"{key}.init_args.{readable(error)} (for {spec.class_path})") from error
+
+
+def _without_default(found: type[Any]) -> list[str]:
+    """Names of the constructor's own parameters that have neither a type nor a default."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (ValueError, TypeError):  # of a class in C
+        return []
+    empty = inspect.Parameter.empty
+    return [each.name for each in parameters if each.annotation is empty and each.default is empty]
 
 
 def check_optimization(config: RunConfig) -> None:

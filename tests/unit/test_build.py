@@ -64,6 +64,20 @@ def test_error_names_the_argument_when_its_type_is_wrong() -> None:
     assert "task.init_args" in message and "width" in message and "many" in message
 
 
+class Untyped(Digits):
+    def __init__(self, width, depth=2):  # type: ignore[no-untyped-def]
+        super().__init__(width)
+        self.depth = depth
+
+
+def test_arguments_are_taken_as_they_are_when_the_constructor_names_no_types() -> None:
+    path = f"{__name__}.Untyped"
+    task: Any = build_task(ClassSpec(path, {"width": 4}))
+    assert (task.width, task.depth) == (4, 2)
+    assert task_error(path) == f"task.init_args.width: is missing; {path} needs it"
+    assert "is not an argument" in task_error(path, {"width": 4, "depht": 3})
+
+
 def test_error_names_what_is_lacking_when_the_class_is_no_task() -> None:
     assert "is not a harness.Task: it lacks model, train_data, eval_data, step" in task_error("torch.nn.ReLU")
 
