@@ -186,7 +186,8 @@ class TrackingConfig:
         experiment_name: null: MLFLOW_EXPERIMENT_NAME, else `default`.
         log_every_n_steps: metrics are reduced and logged each so many optimizer steps.
         log_models: publish each checkpoint as an MLflow LoggedModel.
-        log_training_state: publish with it what resuming needs: the optimizer's state, twice the weights or more.
+        log_resume_state: publish with it what resuming needs, the optimizer's state, twice the weights or more: with
+            none, with all, or with the last alone: the one before it loses its own then, where the store can delete.
         log_datasets: record the data sets as inputs of the run.
         log_system_metrics: processor, memory, disk and network of rank zero's node.
         registered_model_name: register each published checkpoint under this name; null: do not.
@@ -201,7 +202,7 @@ class TrackingConfig:
     experiment_name: str | None = None
     log_every_n_steps: int = 10
     log_models: bool = True
-    log_training_state: bool = False
+    log_resume_state: Literal["none", "last", "all"] = "none"
     log_datasets: bool = True
     log_system_metrics: bool = False
     registered_model_name: str | None = None

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from harness import random_state
-from harness.build import load_class
+from harness.build import check_arguments
 from harness.checkpoint.names import unwrapped
 from harness.config import ClassSpec
 from harness.errors import ConfigError
@@ -35,7 +35,7 @@ _PACKAGES = ("mlflow", "harness", "torch", "safetensors", "numpy", "accelerate")
 
 
 def check_spec(key: str, spec: ClassSpec) -> None:
-    """Refuse a class that nobody else could import, or arguments that cannot be written down.
+    """Refuse a class that nobody else could import, or arguments that it does not take or that cannot be written down.
 
     Raises:
         ConfigError: which of them, and why.
@@ -44,11 +44,11 @@ def check_spec(key: str, spec: ClassSpec) -> None:
         raise ConfigError(
             f"{key}.class_path", f"{spec.class_path} can only be imported by this script; move the class to a module"
         )
-    load_class(key, spec.class_path)
     try:
         json.dumps(dict(spec.init_args))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}.init_args", f"must be numbers, text, lists and mappings: {error}") from error
+    check_arguments(key, spec)
 
 
 def make_recipe(spec: ClassSpec | None, model: nn.Module) -> dict[str, Any]:

@@ -223,13 +223,16 @@ class RunLifetime:
         """Rank zero's writer thread: a checkpoint is committed."""
         tracker = self._tracker
         if tracker is not None:
+            resume_files = self._resume_files(manifest)
             tracker.checkpoint(
                 {
                     "name": checkpoint,
                     "key": manifest.key,
                     "epoch": manifest.epoch,
                     "step": manifest.step,
-                    "files": [*self._published(manifest), "manifest.json"],
+                    "files": [*manifest.weight_files, *resume_files, "manifest.json"],
+                    "resume_files": resume_files,
+                    "log_resume_state": self._config.log_resume_state,
                     "metrics": self._points_of.pop(checkpoint, []),
                     "monitored": None if self._monitor is None else manifest.metrics.get(self._monitor),
                     "time_ms": manifest.time_ms,
@@ -237,10 +240,11 @@ class RunLifetime:
                 }
             )
 
-    def _published(self, manifest: Manifest) -> Sequence[str]:
-        if self._config.log_training_state:
-            return [file.name for file in manifest.files]
-        return manifest.weight_files
+    def _resume_files(self, manifest: Manifest) -> Sequence[str]:
+        """Names of what only resuming needs, where MLflow is to have it."""
+        if self._config.log_resume_state == "none" or not manifest.can_be_resumed:
+            return []
+        return [file.name for file in manifest.files if file.name not in manifest.weight_files]
 
     def retire(self, checkpoint: str, key: str) -> None:
         """Rank zero's writer thread: a checkpoint is about to be removed."""

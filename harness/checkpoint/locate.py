@@ -145,7 +145,7 @@ def download(key: str, where: str, download_dir: Path, tracking_uri: str | None)
     missing = {file.name for file in read_manifest(path).files if not (path / file.name).exists()}
     if missing and not any(name.startswith("model") for name in missing):
         raise CheckpointError(
-            f"{where}: has the weights alone, as MLflow's copies do unless tracking.log_training_state is set; begin "
+            f"{where}: has the weights alone, as MLflow's copies do unless tracking.log_resume_state is set; begin "
             "with these weights by initial_weights, or resume from a run's directory"
         )
     if problems := verify(path).problems:

@@ -7,6 +7,7 @@ key, step, time and value is stored once by MLflow itself (measured: sqlite).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -37,6 +38,8 @@ from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 RUN_TAG = "harness.run"
+# Of a model: whether what resuming needs is with it, and in which files.
+_RESUME_TAG, _RESUME_FILES_TAG = "harness.resume_state", "harness.resume_files"
 
 # MLflow's limits on one request and one value.
 MAX_METRICS_PER_BATCH = 1000
@@ -229,7 +232,7 @@ class MlflowStore:
             source_run_id=self.run_id,
             # The run's own too, as MLflow's `log_model` has it.
             params={**self._client.get_run(self.run_id).data.params, **moment},
-            tags={CHECKPOINT_TAG: record["key"], **moment},
+            tags={CHECKPOINT_TAG: record["key"], **moment, **_resume_tags(record)},
             model_type="checkpoint",
         )
 
@@ -249,6 +252,26 @@ class MlflowStore:
         if linked:
             self._client.log_batch(self.run_id, metrics=linked)
         self._client.finalize_logged_model(model_id, "READY")
+
+    def drop_resume_state(self, key: str) -> Sequence[str]:
+        """Delete the files that only resuming needs from the run's models, but for that of the checkpoint `key`.
+
+        A store that lets nobody delete single files keeps them: the tag ``harness.resume_state`` says so.
+
+        Returns:
+            A line for each model that keeps them.
+        """
+        having = (
+            f"source_run_id = '{self.run_id}' AND tags.`{_RESUME_TAG}` = 'here' AND tags.`{CHECKPOINT_TAG}` != '{key}'"
+        )
+        lines = []
+        for model in self._client.search_logged_models([self.experiment_id], filter_string=having):
+            reason = self._delete_files(model, json.loads(model.tags[_RESUME_FILES_TAG]))
+            state = "removed" if reason is None else f"kept: {reason}"
+            self._client.set_logged_model_tags(model.model_id, {_RESUME_TAG: state[:MAX_TAG_CHARS]})
+            if reason is not None:
+                lines.append(f"{model.name} keeps its state for resuming in MLflow: {reason}")
+        return lines
 
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         """Take back a pruned checkpoint's LoggedModel, its files, and the versions that we have made of it.
@@ -279,7 +302,10 @@ class MlflowStore:
                 self._registry.place_aliases(registration, leaving={version.version for version in versions})
             for version in versions:
                 self._client.delete_model_version(version.name, version.version)
-            self._delete_files(model)
+            if (reason := self._delete_files(model)) is not None:
+                self._client.set_logged_model_tags(
+                    model.model_id, {"harness.files": f"not deleted: {reason}"[:MAX_TAG_CHARS]}
+                )
             self._client.delete_logged_model(model.model_id)
         return True
 
@@ -287,22 +313,35 @@ class MlflowStore:
         tag = f"tags.`{CHECKPOINT_TAG}` = '{key}'"
         return list(self._client.search_logged_models([self.experiment_id], filter_string=tag))
 
-    def _delete_files(self, model: LoggedModel) -> None:
-        """MLflow's own deletion leaves them for `mlflow gc`, which does so too where this cannot."""
+    def _delete_files(self, model: LoggedModel, names: Sequence[str] | None = None) -> str | None:
+        """Delete some files of a model, or all; why the store does not let it, or None.
+
+        MLflow's own deletion of a model leaves them for `mlflow gc`, which does so too where this cannot.
+        """
         try:
-            get_artifact_repository(model.artifact_location, tracking_uri=self._tracking_uri).delete_artifacts()
+            files = get_artifact_repository(model.artifact_location, tracking_uri=self._tracking_uri)
+            if names is None:
+                files.delete_artifacts()
+            else:
+                # Some stores refuse to delete what is not there, and this may be the second time.
+                for name in {file.path for file in files.list_artifacts()} & set(names):
+                    files.delete_artifacts(name)
         except Exception as error:
             # Stores differ in what they say to one that is empty, or may not be deleted from; none is worth a stop.
             self._num_failed_deletions[model.model_id] += 1
             if self._num_failed_deletions[model.model_id] < _MAX_DELETIONS:
                 raise
-            self._client.set_logged_model_tags(
-                model.model_id, {"harness.files": f"not deleted: {error}"[:MAX_TAG_CHARS]}
-            )
+            return str(error) or type(error).__name__
+        return None
 
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status, end_time_ms)
+
+
+def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:
+    names = record.get("resume_files")
+    return {_RESUME_TAG: "here", _RESUME_FILES_TAG: json.dumps(names)} if names else {}
 
 
 def _key(name: str) -> str:

@@ -253,7 +253,12 @@ class Publisher:
             raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
         try:
             recipe = read_recipe(self._outbox_dir, body["recipe"]) if body.get("recipe") else None
-            return {body["name"]: self.store.log_checkpoint(body, directory, self.settings.registration, recipe)}
+            model_id = self.store.log_checkpoint(body, directory, self.settings.registration, recipe)
+            if body.get("log_resume_state") == "last" and body["resume_files"]:
+                # Only now that this one is whole: at any moment there is one to go on from.
+                for reason in self.store.drop_resume_state(body["key"]):
+                    log(reason)
+            return {body["name"]: model_id}
         except Exception as error:
             if not self._is_retired(entry):
                 raise

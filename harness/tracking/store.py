@@ -47,6 +47,10 @@ class Store(Protocol):
         """Publish a checkpoint, with how its model is built again; returns the model's id."""
         ...
 
+    def drop_resume_state(self, key: str) -> Sequence[str]:
+        """Delete what resuming needs from all of the run's checkpoints but one; lines on what could not be deleted."""
+        ...
+
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
         ...

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -192,3 +194,107 @@ def test_http_answers_what_the_weights_say_when_mlflow_serves_the_model(
         assert np.allclose(ask(address, {"dataframe_split": flat}), logits, atol=1e-6)
         with pytest.raises(urllib.error.HTTPError, match="400"):
             ask(address, {"inputs": [[1.0]]})
+
+
+def test_training_goes_on_to_the_same_bits_when_mlflow_is_all_that_is_left(
+    trained: Path, server: MlflowServer, tmp_path: Path
+) -> None:
+    words = ("train", "--config", ROOT / "configs" / "digits.yaml", "--checkpoint.every_n_epochs", "1")
+    tracking = ("--tracking.tracking_uri", server.uri, "--tracking.experiment_name", "alone")
+    registered = ("--tracking.registered_model_name", "alone", "--tracking.registered_model_aliases", "true")
+    keeping = ("--tracking.log_resume_state", "last", "--checkpoint.when_busy", "wait")
+    first = (*words, *tracking, *registered, *keeping, "--trainer.max_epochs", "2", "--run_name", "first")
+    done = run(harness_command(*first), tmp_path)
+    assert done.code == 0, done.output
+    reader = MlflowClient(server.uri)
+    (mlflow_run,) = reader.search_runs([reader.get_experiment_by_name("alone").experiment_id])
+    states = [model.tags["harness.resume_state"] for model in models(reader, mlflow_run)]
+    assert states == ["removed", "here"]
+    shutil.rmtree(tmp_path / "runs")
+
+    again = (*words, *tracking, "--trainer.max_epochs", "3", "--run_name", "second")
+    done = run(harness_command(*again, "--resume_from_checkpoint", "models:/alone@last"), tmp_path)
+    assert done.code == 0, done.output
+    assert "goes on from" in done.output
+    ours, theirs = (
+        load_file(path / "checkpoints/epoch-0003/model.safetensors")
+        for path in (tmp_path / "runs/second", trained / "runs/it")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Of the one before only the weights are left, which is said.
+    earlier = (*words, *tracking, "--run_name", "third", "--resume_from_checkpoint", "models:/alone/1")
+    done = run(harness_command(*earlier), tmp_path)
+    assert done.code != 0
+    assert "has the weights alone" in done.output
+
+
+OWN_LOOP = """
+import sys
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+from harness import ClassSpec, PeriodicLogger, TrackingConfig
+from net import Net
+
+accelerator = Accelerator(cpu=True)
+with PeriodicLogger(accelerator, 1, experiment_name=sys.argv[1], run_name=sys.argv[1]) as logger:
+    model = Net(width=5)
+    if sys.argv[1] == "described":
+        logger.describe(ClassSpec("net.Net", {"width": 5}), model, {"x": torch.ones(2, 3), "scale": torch.ones(2, 1)})
+    data = DataLoader(TensorDataset(torch.rand(8, 3)), 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model, optimizer, data = accelerator.prepare(model, optimizer, data)
+    logger.watch(model, optimizer)
+    for _ in logger.epochs(1):
+        for (x,) in logger.batches(data):
+            accelerator.backward(model(x=x, scale=torch.ones(4, 1)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+NET = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(3, width)
+
+    def forward(self, x, scale):
+        return self.layer(x) * scale
+"""
+ASK = """
+import sys
+import mlflow
+import numpy as np
+sys.path = [path for path in sys.path if path]  # as for MLflow's commands: not from where they are started
+served = mlflow.pyfunc.load_model(sys.argv[1])
+example = served.input_example
+assert sorted(example) == ["scale", "x"], example
+full = served.predict(example)
+half = served.predict({"x": example["x"], "scale": example["scale"] / 2})
+assert full.shape == (2, 5) and np.allclose(full, 2 * half)
+print(type(served.get_raw_model()).__name__, "answers")
+"""
+
+
+@pytest.mark.parametrize("name", ["described", "undescribed"])
+def test_own_loop_gives_a_model_to_serve_when_it_names_the_class(
+    tmp_path: Path, server: MlflowServer, name: str
+) -> None:
+    for file, text in {"loop.py": OWN_LOOP, "net.py": NET, "ask.py": ASK}.items():
+        (tmp_path / file).write_text(text)
+    extra = {"MLFLOW_TRACKING_URI": server.uri}
+    done = run([sys.executable, "loop.py", name], tmp_path, extra=extra)
+    assert done.code == 0, done.output
+    reader = MlflowClient(server.uri)
+    (mlflow_run,) = reader.search_runs([reader.get_experiment_by_name(name).experiment_id])
+    (model,) = models(reader, mlflow_run)
+    asked = run([sys.executable, "-P", "ask.py", f"models:/{model.model_id}"], tmp_path, extra=extra)
+    if name == "described":
+        assert "no class is named" not in done.output
+        assert "Net answers" in asked.output, asked.output
+    else:
+        assert done.output.count("no class is named for the models in MLflow") == 1
+        assert 'does not have the "python_function" flavor' in asked.output

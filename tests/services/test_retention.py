@@ -10,7 +10,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry, get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from harness.tracking.mlflow_store import MlflowStore
 from harness.tracking.registry import Registration
@@ -41,7 +42,7 @@ def store(uri: str, tmp_path: Path) -> MlflowStore:
 def publish(store: MlflowStore, tmp_path: Path, key: str, registered: Registration | None, **more: Any) -> LoggedModel:
     directory = tmp_path / key
     directory.mkdir()
-    for name in ("model.safetensors", "manifest.json"):
+    for name in more.get("files", ("model.safetensors", "manifest.json")):
         (directory / name).write_text(key)
     record = {"name": key, "key": key, "epoch": 1, "step": 1, "files": ["model.safetensors", "manifest.json"]}
     record |= {"metrics": [["loss", 0.5, 1, 1]], **more}
@@ -183,6 +184,60 @@ def test_nothing_is_twice_when_publication_is_cut_off_behind_any_of_its_calls(
     sources = [version.source for version in reader.search_model_versions(f"name = '{ranked.name}'")]
     assert len(sources) == len({*sources}) == len(cut_at) + 2
     assert len(reader.get_run(store.run_id).outputs.model_outputs) == len(cut_at) + 2
+
+
+STATE = ["optimizer.safetensors", "trainer_state.json"]
+
+
+def publish_with_state(store: MlflowStore, tmp_path: Path, key: str) -> LoggedModel:
+    files = ["model.safetensors", *STATE, "manifest.json"]
+    return publish(store, tmp_path, key, None, files=files, resume_files=STATE)
+
+
+def test_newest_alone_keeps_its_state_when_that_of_the_others_is_dropped(
+    store: MlflowStore, uri: str, tmp_path: Path
+) -> None:
+    first, second, third = (publish_with_state(store, tmp_path, key) for key in ("first", "second", "third"))
+    plain = publish(store, tmp_path, "plain", None)
+    # Cut off in between: one of its files is gone already.
+    get_artifact_repository(first.artifact_location, tracking_uri=uri).delete_artifacts(STATE[0])
+    for _ in range(2):
+        assert store.drop_resume_state("third") == []
+    assert files(first, uri) == files(second, uri) == files(plain, uri) == ["manifest.json", "model.safetensors"]
+    assert files(third, uri) == ["manifest.json", "model.safetensors", *STATE]
+    tags = [mlflow.MlflowClient().get_logged_model(each.model_id).tags for each in (first, third, plain)]
+    assert [each.get("harness.resume_state") for each in tags] == ["removed", "here", None]
+    # Each of the other files is still there to be loaded from, and the newest is all there is to resume from.
+    assert store.retire_checkpoint("first", None)
+
+
+class WriteOnce(LocalArtifactRepository):
+    """A store of files that lets nobody delete one."""
+
+    def __init__(self, artifact_uri: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(f"file:{artifact_uri.removeprefix('write-once:')}")
+
+    def delete_artifacts(self, artifact_path: str | None = None) -> None:
+        raise PermissionError("retention policy")
+
+
+def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path: Path) -> None:
+    # MLflow's own way to add a kind of store.
+    _artifact_repository_registry.register("write-once", WriteOnce)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    MlflowClient(uri).create_experiment("kept", artifact_location=f"write-once:{tmp_path / 'files'}")
+    store = MlflowStore(uri)
+    store.open_run("key", "it", "kept")
+    first, _ = (publish_with_state(store, tmp_path, key) for key in ("first", "second"))
+    for _ in range(2):
+        with pytest.raises(PermissionError):
+            store.drop_resume_state("second")
+    assert store.drop_resume_state("second") == ["first keeps its state for resuming in MLflow: retention policy"]
+    assert store.drop_resume_state("second") == []
+    assert files(first, uri) == ["manifest.json", "model.safetensors", *STATE]
+    assert (
+        mlflow.MlflowClient().get_logged_model(first.model_id).tags["harness.resume_state"] == "kept: retention policy"
+    )
 
 
 def test_half_of_a_model_is_gone_when_its_checkpoint_was_pruned_in_the_upload(

@@ -83,6 +83,10 @@ class FaultyStore:
         self.recipes.append(recipe)
         return f"m-{record['name']}"
 
+    def drop_resume_state(self, key: str) -> Sequence[str]:
+        self._call("drop", key)
+        return [f"all but {key} keep it"]
+
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         self._call("retire", (key, registration))
         return key not in self.in_use
@@ -650,3 +654,19 @@ def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: Ou
     store = FaultyStore()
     publisher(run_dir, store, attempt=2).open_run()
     assert store.calls == [("open_run", ("key-1", "run", "exp", "r9"))]
+
+
+@pytest.mark.parametrize(
+    ("wish", "files", "drops"), [("last", ["o"], True), ("last", [], False), ("all", ["o"], False)]
+)
+def test_state_of_earlier_ones_goes_when_the_newest_is_whole_and_has_its_own(
+    run_dir: Path, outbox: Outbox, capsys: pytest.CaptureFixture[str], wish: str, files: list[str], drops: bool
+) -> None:
+    (run_dir / "checkpoints" / "epoch-0001").mkdir(parents=True)
+    record = {"name": "epoch-0001", "key": "k1", "resume_files": files, "log_resume_state": wish, "files": files}
+    outbox.append("checkpoint", record, 3)
+    end(outbox)
+    store = FaultyStore()
+    assert publisher(run_dir, store).run()
+    assert store.kinds == ["checkpoint", *(["drop"] if drops else []), "tags", "end"]
+    assert ("all but k1 keep it" in capsys.readouterr().err) == drops
