@@ -218,6 +218,8 @@ class TrackingConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(at + name, f"must be more than 0 seconds, got {value}")
+        if self.log_resume_state not in ("none", "last", "all"):
+            raise ConfigError(at + "log_resume_state", f"must be none, last or all, got {self.log_resume_state!r}")
         if self.registered_model_aliases and self.registered_model_name is None:
             raise ConfigError(
                 at + "registered_model_aliases",

@@ -93,6 +93,21 @@ def test_run_name_is_refused_when_it_cannot_be_a_directory(name: str) -> None:
         check_run_name(name)
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"registered_model_aliases": True},
+            "tracking.registered_model_aliases: are those of a registered model; give",
+        ),
+        ({"log_resume_state": True}, "tracking.log_resume_state: must be none, last or all, got True"),
+    ],
+)
+def test_tracking_is_refused_when_it_asks_for_what_cannot_be(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        TrackingConfig(**values)
+
+
 def test_values_cannot_be_changed_when_made() -> None:
     config = RunConfig(TASK)
     with pytest.raises(FrozenInstanceError):

@@ -10,11 +10,12 @@ import torch
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest
-from harness.config import TrackingConfig
+from harness.config import ClassSpec, TrackingConfig
 from harness.errors import PeerFailure, RunDirError, Stopped
 from harness.progress import Progress
 from harness.run_lifetime import RunLifetime
 from harness.runtime import Topology
+from harness.tasks import Digits
 from harness.tracking.outbox import Entry, read_entries
 
 ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")
@@ -178,6 +179,44 @@ def test_checkpoint_is_published_once_when_an_attempt_was_killed_around_its_comm
     assert (published.body["name"], published.body["key"], published.body["step"]) == ("epoch-0001", "key", 10)
     assert published.body["metrics"] == [["eval/loss", 0.5, point.time_ms, 10]]
     assert published.body["files"] == ["model.safetensors", "manifest.json"]
+
+
+def recipes_of(path: Path) -> list[int | None]:
+    """The width in the recipe of each checkpoint that was published."""
+    names = [entry.body["recipe"] for entry in entries(path, "checkpoint")]
+    return [name and json.loads((path / "outbox" / name).read_text())["init_args"].get("width") for name in names]
+
+
+def test_checkpoint_has_the_recipe_of_its_own_attempt_when_a_later_one_has_another(
+    tmp_path: Path, make_checkpoint: Callable[..., Path]
+) -> None:
+    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Agreement(0, 1), tmp_path / "runs", "it", None).path
+    task = Digits(width=4)
+    run.describe_recipe(ClassSpec("harness.tasks.Digits", {"width": 4}), task.model(), task.input_example, None)
+    run.fail(KeyboardInterrupt(), lambda: None)
+    shutil.copytree(make_checkpoint({"w": torch.ones(3)}), path / "checkpoints" / "epoch-0001")
+    for attempt, width in ((2, 8), (3, 8)):
+        run, _ = again(tmp_path / "runs")
+        run.describe_recipe(ClassSpec("harness.tasks.Digits", {"width": width}), Digits(width).model(), None, None)
+        run.publish(f"epoch-000{attempt}", Manifest(f"k{attempt}", attempt, 10, 0, {}, (), {}, {}))
+        run.finish()
+    assert recipes_of(path) == [4, 8, 8]
+    # What nobody is to have in MLflow is not run for it; and the same recipe is there once.
+    assert sorted(each.name for each in (path / "outbox").glob("recipe-*")) == ["recipe-1.json", "recipe-2.json"]
+    assert "signature" not in json.loads((path / "outbox" / "recipe-1.json").read_text())
+
+
+def test_training_goes_on_without_a_signature_when_the_example_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = TrackingConfig(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", start_timeout_s=60)
+    run = RunLifetime(ALONE, tracking, Progress(enabled=True, bar=False))
+    path = run.open(Agreement(0, 1), tmp_path, "it", None).path
+    run.describe_recipe(ClassSpec("torch.nn.Linear"), torch.nn.Linear(3, 2), torch.ones(2, 4), None)
+    run.finish()
+    assert "the models in MLflow have no signature: input_example: RuntimeError: mat1" in capsys.readouterr().err
+    assert "signature" not in json.loads((path / "outbox" / "recipe-1.json").read_text())
 
 
 def test_run_can_go_on_in_the_same_process_when_it_has_ended(tmp_path: Path) -> None:
