@@ -6,7 +6,6 @@ A process of its own, since the trainer never imports mlflow. The last line on s
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the publisher says, in MLflow's terms; beside `artifacts`, which reads, the only file that imports mlflow.
+"""What the publisher says, in MLflow's terms. Beside it only `artifacts` and `uploads` import mlflow.
 
 Every method can be called again with the same arguments and leaves what one call would have left:
 runs and models are looked up by a tag of ours before they are made, and a metric point with equal
@@ -11,19 +11,31 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # How long one request may take is our publisher's affair (it retries without end): with MLflow's own
 # defaults a call to a dead server blocks for 246 s. Set before the import, since it reads them then.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+# None at all: MLflow sends again what makes a run or a model without looking whether it was made.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -31,13 +43,19 @@ from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonito
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from harness.tracking.mlmodel import model_files
 from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
+from harness.tracking.store import WantedRun
+from harness.tracking.uploads import Pace, Uploads
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 RUN_TAG = "harness.run"
+PARENT_TAG = "harness.parent"
+# Two jobs that make the same run at the same moment see each other after so long.
+_TWIN_PAUSE_S = 1.0
 # Of a model: whether what resuming needs is with it, and in which files.
 _RESUME_TAG, _RESUME_FILES_TAG = "harness.resume_state", "harness.resume_files"
 
@@ -87,49 +105,98 @@ class MlflowStore:
     Args:
         tracking_uri: where the store is.
         client: what to reach it by; None: MLflow's own client.
+        pace: the limit of the rate at which files go.
+        sent: told of the bytes of files that went; from any thread.
     """
 
-    def __init__(self, tracking_uri: str, client: Any = None) -> None:
+    def __init__(
+        self,
+        tracking_uri: str,
+        client: Any = None,
+        pace: Pace | None = None,
+        sent: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
         # Embedded stores look the model of a new version up through the process's default.
         mlflow.set_tracking_uri(tracking_uri)
         self._client: mlflow.MlflowClient = client or mlflow.MlflowClient(tracking_uri)
         self._registry = Registry(self._client)
         self._tracking_uri = tracking_uri
+        self._pace = pace or Pace(None)
+        self._sent = sent
         self._num_failed_deletions: Counter[str] = Counter()
+        self._key = ""
+        self._parent_id: str | None = None
         self.run_id = ""
         self.experiment_id = ""
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None = None) -> None:
-        """Find the run `run_id`, or find or make the one that carries `run_key`; it is RUNNING then.
+    def open_run(self, wanted: WantedRun) -> None:
+        """Find the run by its id, or find or make the one that carries its key; it is RUNNING then.
 
         By its id it is found in an experiment that has another name by now.
         """
-        if run_id is not None:
-            self._open_known(run_id)
+        self._key = wanted.key
+        if wanted.run_id is not None:
+            self._open_known(wanted.run_id)
             return
-        experiment = self._client.get_experiment_by_name(experiment_name)
-        if experiment is None:
-            try:
-                self.experiment_id = self._client.create_experiment(experiment_name)
-            except MlflowException:
-                # Another job made it at the same moment.
-                experiment = self._client.get_experiment_by_name(experiment_name)
-                if experiment is None:
-                    raise
-        if experiment is not None:
-            if experiment.lifecycle_stage == "deleted":
-                raise MlflowException(
-                    f"the experiment {experiment_name!r} is deleted; restore it or name another",
-                    error_code=INVALID_STATE,
-                )
-            self.experiment_id = experiment.experiment_id
-        found = self._client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{run_key}'")
+        self.experiment_id = self._experiment(wanted.experiment_name)
+        found = self._runs_with(RUN_TAG, wanted.key)
+        parent = None if wanted.parent is None else self._parent(wanted.parent, wanted.created_ms)
         if found:
+            self._parent_id = found[0].data.tags.get(MLFLOW_PARENT_RUN_ID)
             self.run_id = found[0].info.run_id
             self.reopen()
             return
-        run = self._client.create_run(self.experiment_id, run_name=run_name, tags={RUN_TAG: run_key})
+        tags = {RUN_TAG: wanted.key} | ({} if parent is None else {MLFLOW_PARENT_RUN_ID: parent})
+        run = self._client.create_run(self.experiment_id, start_time=wanted.created_ms, tags=tags, run_name=wanted.name)
+        self._parent_id = parent
         self.run_id = run.info.run_id
+
+    def _experiment(self, name: str) -> str:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                made: str = self._client.create_experiment(name)
+                return made
+            except MlflowException:
+                # Another job made it at the same moment.
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise MlflowException(
+                f"the experiment {name!r} is deleted; restore it or name another", error_code=INVALID_STATE
+            )
+        found: str = experiment.experiment_id
+        return found
+
+    def _runs_with(self, tag: str, value: str) -> list[Run]:
+        """Runs of the experiment that carry a tag, the oldest first."""
+        quoted = value.replace("'", "\\'")
+        return list(
+            self._client.search_runs(
+                [self.experiment_id], f"tags.`{tag}` = '{quoted}'", order_by=["attributes.start_time ASC"]
+            )
+        )
+
+    def _parent(self, wanted: str, created_ms: int | None) -> str:
+        """The id of the run to nest under, by its id or its name; made where there is none, and RUNNING."""
+        if re.fullmatch(r"[0-9a-f]{32}", wanted):
+            self._client.get_run(wanted)
+            return wanted
+        found = self._runs_with(PARENT_TAG, wanted)
+        if not found:
+            self._client.create_run(
+                self.experiment_id, start_time=created_ms, tags={PARENT_TAG: wanted}, run_name=wanted
+            )
+            # Looked for again: of two that were made at the same moment all take the same one.
+            time.sleep(_TWIN_PAUSE_S)
+            found = self._runs_with(PARENT_TAG, wanted)
+        parent: str = min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id
+        for twin in found:
+            if twin.info.run_id != parent and not self._runs_with(MLFLOW_PARENT_RUN_ID, twin.info.run_id):
+                self._client.delete_run(twin.info.run_id)
+        self._client.update_run(parent, status="RUNNING")
+        return parent
 
     def _open_known(self, run_id: str) -> None:
         try:
@@ -147,6 +214,7 @@ class MlflowStore:
                 error_code=INVALID_STATE,
             )
         self.run_id, self.experiment_id = run_id, run.info.experiment_id
+        self._parent_id = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         self.reopen()
 
     def reopen(self) -> None:
@@ -156,6 +224,8 @@ class MlflowStore:
         a run is started again with `mlflow.start_run`.
         """
         self._client.update_run(self.run_id, status="RUNNING")
+        if self._parent_id is not None:
+            self._client.update_run(self._parent_id, status="RUNNING")
 
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points, any number."""
@@ -239,18 +309,25 @@ class MlflowStore:
     def _upload(
         self, model_id: str, record: Mapping[str, Any], directory: Path, recipe: Mapping[str, Any] | None
     ) -> None:
-        # Left without an error only if the files were there, the same ones, to the end.
-        with _Only(directory, record["files"]) as files_dir:
-            if recipe is not None:
-                for name, text in model_files(recipe, record, model_id, self.run_id).items():
-                    Path(files_dir, name).write_text(text)
-            self._client.log_model_artifacts(model_id, files_dir)
+        repository = get_artifact_repository(
+            self._client.get_logged_model(model_id).artifact_location, tracking_uri=self._tracking_uri
+        )
+        files = {name: directory / name for name in record["files"]}
+        begun_as = _identity(directory)
+        with tempfile.TemporaryDirectory(prefix="harness-model-") as made:
+            texts = {} if recipe is None else model_files(recipe, record, model_id, self.run_id)
+            for name, text in texts.items():
+                files[name] = Path(made, name)
+                files[name].write_text(text)
+            Uploads(repository, self._pace, self._sent).put(files)
+        if _identity(directory) != begun_as:
+            raise FileNotFoundError(f"{directory}: was replaced while it was read")
         # With the time of the original points: they are the same points, now linked to the model too.
         linked = [
             Metric(key, value, time_ms, step, model_id=model_id) for key, value, time_ms, step in record["metrics"]
         ]
-        if linked:
-            self._client.log_batch(self.run_id, metrics=linked)
+        for start in range(0, len(linked), MAX_METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=linked[start : start + MAX_METRICS_PER_BATCH])
         self._client.finalize_logged_model(model_id, "READY")
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
@@ -265,7 +342,7 @@ class MlflowStore:
             f"source_run_id = '{self.run_id}' AND tags.`{_RESUME_TAG}` = 'here' AND tags.`{CHECKPOINT_TAG}` != '{key}'"
         )
         lines = []
-        for model in self._client.search_logged_models([self.experiment_id], filter_string=having):
+        for model in self._models(having):
             reason = self._delete_files(model, json.loads(model.tags[_RESUME_FILES_TAG]))
             state = "removed" if reason is None else f"kept: {reason}"
             self._client.set_logged_model_tags(model.model_id, {_RESUME_TAG: state[:MAX_TAG_CHARS]})
@@ -310,8 +387,22 @@ class MlflowStore:
         return True
 
     def _models_of(self, key: str) -> Sequence[LoggedModel]:
-        tag = f"tags.`{CHECKPOINT_TAG}` = '{key}'"
-        return list(self._client.search_logged_models([self.experiment_id], filter_string=tag))
+        return self._models(f"tags.`{CHECKPOINT_TAG}` = '{key}'")
+
+    def _models(self, filter_string: str) -> list[LoggedModel]:
+        """The oldest first."""
+        found: list[LoggedModel] = []
+        token = None
+        while True:
+            page = self._client.search_logged_models(
+                [self.experiment_id],
+                filter_string=filter_string,
+                order_by=[{"field_name": "creation_timestamp", "ascending": True}],
+                page_token=token,
+            )
+            found += page
+            if not (token := page.token):
+                return found
 
     def _delete_files(self, model: LoggedModel, names: Sequence[str] | None = None) -> str | None:
         """Delete some files of a model, or all; why the store does not let it, or None.
@@ -335,8 +426,26 @@ class MlflowStore:
         return None
 
     def end(self, status: str, end_time_ms: int) -> None:
-        """Set the run's final status: FINISHED, FAILED or KILLED."""
+        """Set the run's final status: FINISHED, FAILED or KILLED; and its parent's with the last of its children."""
+        self._remove_twins()
         self._client.set_terminated(self.run_id, status, end_time_ms)
+        if self._parent_id is None:
+            return
+        states = {child.info.status for child in self._runs_with(MLFLOW_PARENT_RUN_ID, self._parent_id)}
+        if not states & {"RUNNING", "SCHEDULED"}:
+            worst = next((state for state in ("FAILED", "KILLED") if state in states), "FINISHED")
+            self._client.set_terminated(self._parent_id, worst, end_time_ms)
+
+    def _remove_twins(self) -> None:
+        """Runs and models that were made twice: a server may carry out late what it was thought to have lost."""
+        for run in self._runs_with(RUN_TAG, self._key):
+            if run.info.run_id != self.run_id:
+                self._client.delete_run(run.info.run_id)
+        first: dict[str, str] = {}
+        for model in self._models(f"source_run_id = '{self.run_id}'"):
+            key = model.tags.get(CHECKPOINT_TAG)
+            if key is not None and first.setdefault(key, model.model_id) != model.model_id:
+                self._client.delete_logged_model(model.model_id)
 
 
 def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:
@@ -365,28 +474,7 @@ class SystemMonitor:
         return {f"system/{name}": float(value) for name, value in values.items()}
 
 
-class _Only:
-    """A directory that shows only the named files of another, by symbolic links.
-
-    Leaving it fails if the other directory is not the one any more that it was at the beginning.
-    """
-
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        self._directory = directory.resolve()
-        self._names = names
-
-    def __enter__(self) -> str:
-        self._begun_as = self._identity()
-        self._temporary = tempfile.TemporaryDirectory(prefix="harness-upload-")
-        for name in self._names:
-            os.symlink(self._directory / name, Path(self._temporary.name) / name)
-        return self._temporary.name
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._temporary.cleanup()
-        if error is None and self._identity() != self._begun_as:
-            raise FileNotFoundError(f"{self._directory}: was replaced while it was read")
-
-    def _identity(self) -> tuple[int, int]:
-        found = os.stat(self._directory / "manifest.json")
-        return found.st_ino, found.st_mtime_ns
+def _identity(directory: Path) -> tuple[int, int]:
+    """Which checkpoint a directory holds: another one in its place has another manifest."""
+    found = os.stat(directory / "manifest.json")
+    return found.st_ino, found.st_mtime_ns

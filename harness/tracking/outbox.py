@@ -140,7 +140,8 @@ class Delivered:
     """How far the publisher has come.
 
     Args:
-        offset: bytes of the journal that the store has acknowledged.
+        offset: bytes of the journal that the store has acknowledged, but for what goes to the artifact store.
+        models_offset: the same for that: checkpoints, their retirements, texts.
         models: checkpoint name -> id of the LoggedModel it became.
         refused: what the store said no to, for good.
         ended: whether the last thing delivered was the run's end.
@@ -154,6 +155,7 @@ class Delivered:
     ended: bool = False
     time_ms: int = 0
     step: int = 0
+    models_offset: int = 0
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -169,6 +171,8 @@ def read_delivered(directory: Path) -> Delivered:
         record["ended"],
         record.get("time_ms", 0),
         record.get("step", 0),
+        # Before there were two lanes, all went in one.
+        record.get("models_offset", record["offset"]),
     )
 
 

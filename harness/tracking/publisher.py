@@ -8,44 +8,27 @@ marked FAILED. `harness.tracking.publisher_process` is the process that this run
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.commit import read_manifest
 from harness.durable import replace_file
-from harness.errors import CheckpointError, TrackingError
+from harness.errors import TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import attempts
-from harness.tracking.mlmodel import read_recipe
-from harness.tracking.outbox import (
-    Delivered,
-    Entry,
-    read_delivered,
-    read_entries,
-    write_delivered,
-)
-from harness.tracking.store import RefusedError, Settings, Store
+from harness.tracking.acknowledged import Acknowledged
+from harness.tracking.heartbeat import Heartbeat
+from harness.tracking.model_lane import ModelLane
+from harness.tracking.outbox import Entry, read_entries
+from harness.tracking.retries import FIRST_PAUSE_S, Retries
+from harness.tracking.store import Settings, Store, WantedRun
 
 POLL_S = 0.2
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
 SYSTEM_METRICS_EVERY_S = 10.0
 MAX_POINTS_PER_DELIVERY = 1000
-# Once the trainer is gone, how long a store that is away is waited for.
-LINGER_S = 20.0
-
-
-def _key_of(checkpoint: Path) -> str | None:
-    """Which checkpoint it is; None: it does not tell, and is taken for the one that was meant."""
-    try:
-        return read_manifest(checkpoint).key
-    except CheckpointError:
-        return None
 
 
 class Publisher:
@@ -59,6 +42,7 @@ class Publisher:
         trainer_is_gone: asked between deliveries.
         sleep: how to pause, in seconds.
         clock: seconds that never go back.
+        heartbeat: the sign of life; None: one that this makes.
     """
 
     def __init__(
@@ -70,6 +54,7 @@ class Publisher:
         trainer_is_gone: Callable[[], bool],
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.settings = settings
@@ -79,10 +64,12 @@ class Publisher:
         self._trainer_is_gone = trainer_is_gone
         self._sleep = sleep
         self._clock = clock
-        self._delivered = read_delivered(self._outbox_dir)
+        self._beat = (heartbeat or Heartbeat(self._outbox_dir)).beat
+        self._acknowledged = Acknowledged(self._outbox_dir)
+        self._retries = Retries(is_permanent, trainer_is_gone, self._told, sleep, clock)
+        self._models = ModelLane(run_dir, settings, store, self._acknowledged, self._retries, log)
         self._attempts = attempts.read_attempts(run_dir)
         self._has_seen_trainer = False
-        self._gone_since_s: float | None = None
 
     def open_run(self) -> None:
         """Make or find the MLflow run and put its id on disk, trying for ``start_timeout_s``.
@@ -97,7 +84,14 @@ class Publisher:
         while True:
             try:
                 self.store.open_run(
-                    record["run_key"], self.settings.run_name, self.settings.experiment_name, record.get("run_id")
+                    WantedRun(
+                        record["run_key"],
+                        self.settings.run_name,
+                        self.settings.experiment_name,
+                        record.get("run_id"),
+                        record.get("created_ms"),
+                        self.settings.parent_run,
+                    )
                 )
                 break
             except Exception as error:
@@ -116,6 +110,7 @@ class Publisher:
 
     def run(self) -> bool:
         """Deliver until the run's end is delivered; whether it was."""
+        self._models.start()
         try:
             return self._run()
         except TrackingError as error:
@@ -123,27 +118,39 @@ class Publisher:
             log(str(error))
             self._mark_failed(str(error))
             return False
+        finally:
+            self._models.close()
+
+    def _told(self, line: str) -> None:
+        log(line)
+        self._beat()
 
     def _run(self) -> bool:
         next_sample_s = self._clock()
         monitor = _system_monitor() if self.settings.log_system_metrics else None
         while True:
             ended = False
-            for group in _grouped(read_entries(self._outbox_dir, self._delivered.offset)):
+            for group in _grouped(read_entries(self._outbox_dir, self._acknowledged.now.offset)):
                 if group[0].kind == "attempt" and group[0].body["number"] > self.settings.attempt:
                     log(f"attempt {group[0].body['number']} has begun; the rest is its own publisher's")
                     return False
+                ended = group[-1].kind == "end"
+                # An end says that all is there.
+                if ended and not self._models.has_passed(self._acknowledged.now.offset, self._beat):
+                    return False
                 if not self._deliver_with_retries(group):
                     return False
-                ended = group[-1].kind == "end"
             if ended:
                 return True
             if self._trainer_is_gone():
                 # The end is written before standard input closes; look once more before concluding.
-                if next(iter(read_entries(self._outbox_dir, self._delivered.offset)), None) is None:
+                if next(iter(read_entries(self._outbox_dir, self._acknowledged.now.offset)), None) is None:
+                    if not self._models.has_passed(self._acknowledged.now.offset, self._beat):
+                        return False
                     return self._mark_failed(attempts.KILLED_REASON)
                 continue
             self._has_seen_trainer = True
+            self._beat()
             if monitor is not None and self._clock() >= next_sample_s:
                 next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
                 self._log_system_metrics(monitor.sample())
@@ -151,44 +158,30 @@ class Publisher:
 
     def _mark_failed(self, reason: str) -> bool:
         # One that was never seen alive, as by `harness sync`, has been dead for any time.
-        was_there = self._has_seen_trainer or not self._delivered.time_ms
-        time_ms = time.time_ns() // 1_000_000 if was_there else self._delivered.time_ms
+        was_there = self._has_seen_trainer or not self._acknowledged.now.time_ms
+        time_ms = time.time_ns() // 1_000_000 if was_there else self._acknowledged.now.time_ms
         body = {"status": "FAILED", "reason": reason}
-        return self._deliver_with_retries([Entry("end", time_ms, body, self._delivered.offset)])
+        return self._deliver_with_retries([Entry("end", time_ms, body, self._acknowledged.now.offset)])
 
     def _deliver_with_retries(self, group: list[Entry]) -> bool:
         """Deliver entries as one, trying until it works; False if given up, with nothing forgotten."""
-        pause_s = FIRST_PAUSE_S
-        while True:
-            try:
-                models = self._deliver(group)
-                self._acknowledge(group, models)
-                return True
-            except Exception as error:
-                if self._is_permanent(error) and len(group) > 1:
-                    # One of them is refused, not all: the others must not go with it.
-                    return all(self._deliver_with_retries([entry]) for entry in group)
-                if self._is_permanent(error):
-                    log(f"refused for good: {group[0].kind}: {error}")
-                    self._acknowledge(group, {}, refused=redact(f"{group[0].kind}: {error}"))
-                    return True
-                log(f"cannot deliver yet: {group[0].kind}: {error}")
-                if self._has_lingered():
-                    return False
-                # Full jitter: many jobs that lost one server shall not come back in step.
-                self._sleep(random.uniform(0.5, 1.0) * pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        try:
+            if not self._retries.until_done(group[0].kind, lambda: self._deliver(group)):
+                return False
+        except Exception as error:
+            if not self._retries.is_permanent(error):
+                raise
+            if len(group) > 1:
+                # One of them is refused, not all: the others must not go with it.
+                return all(self._deliver_with_retries([entry]) for entry in group)
+            log(f"refused for good: {group[0].kind}: {error}")
+            self._acknowledge(group, refused=redact(f"{group[0].kind}: {error}"))
+            return True
+        self._acknowledge(group)
+        return True
 
-    def _has_lingered(self) -> bool:
-        if not self._trainer_is_gone():
-            return False
-        now_s = self._clock()
-        if self._gone_since_s is None:
-            self._gone_since_s = now_s
-        return now_s - self._gone_since_s > LINGER_S
-
-    def _deliver(self, group: list[Entry]) -> dict[str, str | None]:
-        """Returns checkpoint name -> id of its model, None where there is none any more."""
+    def _deliver(self, group: list[Entry]) -> None:
+        self._beat()
         kind, body = group[0].kind, group[0].body
         if kind == "metrics":
             self.store.log_metrics([point for entry in group for point in _points(entry)])
@@ -198,21 +191,23 @@ class Publisher:
             self.store.set_tags(body)
         elif kind == "dataset":
             self.store.log_dataset(body)
-        elif kind == "text":
-            self.store.log_text(body["name"], body["content"])
-        elif kind == "checkpoint":
-            return self._publish(group[0])
-        elif kind == "retire":
-            if self.store.retire_checkpoint(body["key"], self.settings.registration):
-                return {body["name"]: None}
         elif kind == "attempt":
             self._deliver_attempt(group[0])
         elif kind == "end":
             self._deliver_end(group[0])
-        return {}
+        # Texts, checkpoints and their retirements: the other lane's.
+
+    def _acknowledge(self, group: list[Entry], refused: str | None = None) -> None:
+        self._acknowledged.update(
+            refused=refused,
+            offset=group[-1].end_offset,
+            ended=group[-1].kind == "end",
+            time_ms=group[-1].time_ms,
+            step=_last_step(self._acknowledged.now.step, group),
+        )
 
     def _deliver_attempt(self, entry: Entry) -> None:
-        number, delivered = entry.body["number"], self._delivered
+        number, delivered = entry.body["number"], self._acknowledged.now
         if number > 1 and number not in self._attempts:
             self.store.reopen()
         self._put_attempts(
@@ -225,7 +220,7 @@ class Publisher:
         status, reason = entry.body["status"], entry.body["reason"]
         self.store.set_tags({"harness.end_reason": reason})
         self.store.end(status, entry.time_ms)
-        step = entry.body.get("step", self._delivered.step)
+        step = entry.body.get("step", self._acknowledged.now.step)
         self._put_attempts(attempts.ended(self._attempts, status, reason, entry.time_ms, step))
 
     def _put_attempts(self, records: attempts.Records) -> None:
@@ -239,48 +234,6 @@ class Publisher:
         except Exception as error:
             # The tags say the same: an artifact store that is away must not hold up the run's end.
             log(f"{attempts.FILE} not logged: {error}")
-
-    def _publish(self, entry: Entry) -> dict[str, str | None]:
-        body = entry.body
-        directory = self.run_dir / "checkpoints" / body["name"]
-        # Its retirement is written before it goes: one that is gone, or goes while it is read, is known by it.
-        if self._is_retired(entry):
-            return {}
-        if not directory.is_dir():
-            raise RefusedError(f"{directory} is gone; it was removed before it could be published")
-        if _key_of(directory) not in (None, body["key"]):
-            # A damaged one was set aside, and the run has saved under its name again.
-            raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
-        try:
-            recipe = read_recipe(self._outbox_dir, body["recipe"]) if body.get("recipe") else None
-            model_id = self.store.log_checkpoint(body, directory, self.settings.registration, recipe)
-            if body.get("log_resume_state") == "last" and body["resume_files"]:
-                # Only now that this one is whole: at any moment there is one to go on from.
-                for reason in self.store.drop_resume_state(body["key"]):
-                    log(reason)
-            return {body["name"]: model_id}
-        except Exception as error:
-            if not self._is_retired(entry):
-                raise
-            # What there is of its model goes when its retirement is delivered.
-            log(f"{body['name']} was pruned while it was published: {error}")
-            return {}
-
-    def _is_retired(self, published: Entry) -> bool:
-        rest = read_entries(self._outbox_dir, published.end_offset)
-        return any(entry.kind == "retire" and entry.body["key"] == published.body["key"] for entry in rest)
-
-    def _acknowledge(self, group: list[Entry], models: Mapping[str, str | None], refused: str | None = None) -> None:
-        known = {**self._delivered.models, **models}
-        self._delivered = Delivered(
-            offset=group[-1].end_offset,
-            models={name: model_id for name, model_id in known.items() if model_id is not None},
-            refused=(*self._delivered.refused, refused) if refused else self._delivered.refused,
-            ended=group[-1].kind == "end",
-            time_ms=group[-1].time_ms,
-            step=_last_step(self._delivered.step, group),
-        )
-        write_delivered(self._outbox_dir, self._delivered)
 
     def _log_system_metrics(self, values: dict[str, float]) -> None:
         # Straight to the store: a reading that is lost in an outage is not worth a journal.

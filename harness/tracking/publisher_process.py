@@ -25,6 +25,7 @@ from harness.durable import replace_file
 from harness.errors import TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
+from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.outbox import read_delivered, read_entries
 from harness.tracking.publisher import POLL_S, Publisher, log
 from harness.tracking.registry import Registration
@@ -98,6 +99,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         return 0
 
     from harness.tracking import mlflow_store
+    from harness.tracking.uploads import Pace
 
     settings = Settings(
         run_name=raw["run_name"],
@@ -107,6 +109,8 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         registration=_registration(raw),
         start_timeout_s=raw["start_timeout_s"],
         attempt=raw["attempt"],
+        parent_run=raw.get("parent_run"),
+        max_upload_bytes_per_s=raw.get("max_upload_bytes_per_s"),
     )
 
     def is_permanent(error: Exception) -> bool:
@@ -117,8 +121,11 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         # For `harness sync`, from any directory; without a password.
         kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
         replace_file(run_dir / "outbox" / "settings.json", json.dumps(kept, indent=2) + "\n")
-        store = mlflow_store.MlflowStore(settings.tracking_uri)
-        publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed)
+        heartbeat = Heartbeat(run_dir / "outbox")
+        heartbeat.beat()
+        pace = Pace(settings.max_upload_bytes_per_s)
+        store = mlflow_store.MlflowStore(settings.tracking_uri, pace=pace, sent=heartbeat.sent)
+        publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed, heartbeat=heartbeat)
         publisher.open_run()
     except TrackingError as error:
         log(f"no run: {error}")

@@ -10,14 +10,35 @@ from typing import Any, Protocol
 from harness.tracking.registry import Registration
 
 
+@dataclass(frozen=True)
+class WantedRun:
+    """Which run of a store is meant.
+
+    Args:
+        key: what it is found by where its id is not known.
+        name: what it is called where it is made.
+        experiment_name: where it is.
+        run_id: the store's own name for it, once there is one.
+        created_ms: when it began, in milliseconds since the epoch; None: now.
+        parent: name or id of the run that it is nested under; None: it is not.
+    """
+
+    key: str
+    name: str
+    experiment_name: str
+    run_id: str | None = None
+    created_ms: int | None = None
+    parent: str | None = None
+
+
 class Store(Protocol):
     """A tracking store; `MlflowStore` is one."""
 
     run_id: str
     experiment_id: str
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None) -> None:
-        """Find the run `run_id`, or find or make the run that carries `run_key`; it is running then."""
+    def open_run(self, wanted: WantedRun) -> None:
+        """Find the run by its id, or find or make the one that carries its key; it is running then."""
 
     def reopen(self) -> None:
         """Let the run be running again, however it ended."""
@@ -70,6 +91,8 @@ class Settings:
     registration: Registration | None
     start_timeout_s: float
     attempt: int = 1
+    parent_run: str | None = None
+    max_upload_bytes_per_s: float | None = None
 
 
 class RefusedError(Exception):

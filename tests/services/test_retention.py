@@ -15,6 +15,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from harness.tracking.mlflow_store import MlflowStore
 from harness.tracking.registry import Registration
+from harness.tracking.store import WantedRun
 from tests.launching import ROOT, harness, run, started
 from tests.mlflow_reader import models
 from tests.services.mlflow_server import MlflowServer
@@ -35,7 +36,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def store(uri: str, tmp_path: Path) -> MlflowStore:
     found = MlflowStore(uri)
-    found.open_run(f"key-{tmp_path.name}", "it", f"retention-{tmp_path.name}")
+    found.open_run(WantedRun(f"key-{tmp_path.name}", "it", f"retention-{tmp_path.name}"))
     return found
 
 
@@ -177,9 +178,7 @@ def test_nothing_is_twice_when_publication_is_cut_off_behind_any_of_its_calls(
         assert [each.model_id for each in found(store, key)] == [model.model_id]
         assert len(model.metrics or []) == 1
         assert aliases(uri, ranked.name) == {"best": key, "last": key}
-    assert {"create_logged_model", "log_model_artifacts", "create_model_version", "set_registered_model_alias"} <= {
-        *cut_at
-    }
+    assert {"create_logged_model", "log_batch", "create_model_version", "set_registered_model_alias"} <= {*cut_at}
     reader = MlflowClient(uri)
     sources = [version.source for version in reader.search_model_versions(f"name = '{ranked.name}'")]
     assert len(sources) == len({*sources}) == len(cut_at) + 2
@@ -227,7 +226,7 @@ def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     MlflowClient(uri).create_experiment("kept", artifact_location=f"write-once:{tmp_path / 'files'}")
     store = MlflowStore(uri)
-    store.open_run("key", "it", "kept")
+    store.open_run(WantedRun("key", "it", "kept"))
     first, _ = (publish_with_state(store, tmp_path, key) for key in ("first", "second"))
     for _ in range(2):
         with pytest.raises(PermissionError):

@@ -88,8 +88,12 @@ def test_harness_never_imports_launch_when_read() -> None:
     assert "launch/cli.py" in importers_of("harness")
 
 
-def test_two_files_import_mlflow_when_read() -> None:
-    assert importers_of("mlflow") == {"harness/tracking/artifacts.py", "harness/tracking/mlflow_store.py"}
+def test_three_files_import_mlflow_when_read() -> None:
+    assert importers_of("mlflow") == {
+        "harness/tracking/artifacts.py",
+        "harness/tracking/mlflow_store.py",
+        "harness/tracking/uploads.py",
+    }
 
 
 def test_one_file_alone_imports_deepspeed_when_read() -> None:

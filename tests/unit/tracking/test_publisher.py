@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
 from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
-from harness.tracking.publisher import LINGER_S, LONGEST_PAUSE_S, MAX_POINTS_PER_DELIVERY, Publisher
+from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.registry import Registration
-from harness.tracking.store import RefusedError, Settings
+from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
+from harness.tracking.store import RefusedError, Settings, WantedRun
 
 
 class Refusal(Exception):
@@ -50,8 +52,8 @@ class FaultyStore:
         if failure is not None:
             raise failure[1]
 
-    def open_run(self, run_key: str, run_name: str, experiment_name: str, run_id: str | None) -> None:
-        self._call("open_run", (run_key, run_name, experiment_name, run_id))
+    def open_run(self, wanted: WantedRun) -> None:
+        self._call("open_run", wanted)
         self.run_id, self.experiment_id = "run-1", "exp-1"
 
     def reopen(self) -> None:
@@ -114,6 +116,7 @@ class Clock:
         self.now_s += pause_s
         self.pauses_s.append(pause_s)
         assert len(self.pauses_s) < 1000, "the publisher waits for ever"
+        time.sleep(0.001)  # the other lane's thread gets on meanwhile
         self._wake()
 
 
@@ -343,9 +346,17 @@ def test_pruned_one_is_taken_back_after_its_successor_is_there_when_it_was_publi
     run_dir: Path, outbox: Outbox
 ) -> None:
     saved(run_dir, outbox, 1)
-    script: list[Callable[[], Any]] = [lambda: (saved(run_dir, outbox, 2), retire(outbox, 1), end(outbox))]
+    steps: list[str] = []
+
+    def once_published() -> None:
+        if read_delivered(run_dir / "outbox").models and not steps:
+            steps.append("second")
+            saved(run_dir, outbox, 2)
+            retire(outbox, 1)
+            end(outbox)
+
     store = FaultyStore()
-    assert publisher(run_dir, store, Clock(lambda: script.pop(0)())).run()
+    assert publisher(run_dir, store, Clock(once_published)).run()
     assert store.kinds == ["checkpoint", "checkpoint", "retire", "tags", "end"]
     assert read_delivered(run_dir / "outbox").models == {"epoch-0002": "m-epoch-0002"}
 
@@ -492,7 +503,7 @@ def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: Outbox) 
 def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, outbox: Outbox) -> None:
     store = FaultyStore(ConnectionError("not up yet"), ConnectionError("not up yet"))
     publisher(run_dir, store).open_run()
-    assert store.calls == [("open_run", ("key-1", "run", "exp", None))]
+    assert store.calls == [("open_run", WantedRun("key-1", "run", "exp"))]
     record = json.loads((run_dir / "run.json").read_text())
     assert record == {
         "run_name": "run",
@@ -653,7 +664,7 @@ def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: Ou
     (run_dir / "run.json").write_text(json.dumps({"run_name": "run", "run_key": "key-1", "run_id": "r9"}))
     store = FaultyStore()
     publisher(run_dir, store, attempt=2).open_run()
-    assert store.calls == [("open_run", ("key-1", "run", "exp", "r9"))]
+    assert store.calls == [("open_run", WantedRun("key-1", "run", "exp", "r9"))]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""How far the store has come with the outbox: one record for the publisher's two lanes, on disk after each step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from harness.tracking.outbox import Delivered, read_delivered, write_delivered
+
+
+class Acknowledged:
+    """The publisher's own record.
+
+    Effects: not collective; any thread; `update` blocks on fsync; leaves ``<outbox_dir>/delivered.json``.
+
+    Args:
+        outbox_dir: the outbox.
+    """
+
+    def __init__(self, outbox_dir: Path) -> None:
+        self._outbox_dir = outbox_dir
+        self._changed = threading.Condition()
+        self._delivered = read_delivered(outbox_dir)
+        self._is_closed = False
+
+    @property
+    def now(self) -> Delivered:
+        """As it is at this moment."""
+        with self._changed:
+            return self._delivered
+
+    def update(self, *, models: dict[str, str | None] | None = None, refused: str | None = None, **fields: Any) -> None:
+        """Change it, on disk when this returns.
+
+        Args:
+            models: checkpoint name -> id of its model, None where there is none any more.
+            refused: what the store has said no to for good.
+            fields: of `Delivered`, as they are now.
+        """
+        with self._changed:
+            before = self._delivered
+            known = {**before.models, **(models or {})}
+            self._delivered = replace(
+                before,
+                models={name: model_id for name, model_id in known.items() if model_id is not None},
+                refused=(*before.refused, refused) if refused else before.refused,
+                **fields,
+            )
+            write_delivered(self._outbox_dir, self._delivered)
+            self._changed.notify_all()
+
+    def pass_models(self, offset: int) -> None:
+        """There is nothing for the lane of models up to here. On disk with the next update: it is soon found again."""
+        with self._changed:
+            self._delivered = replace(self._delivered, models_offset=offset)
+            self._changed.notify_all()
+
+    def wait(self, is_enough: Callable[[Delivered], bool], timeout_s: float | None = None) -> bool:
+        """Wait until the record is as wished, or this is closed; whether it is as wished."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or is_enough(self._delivered), timeout_s)
+            return is_enough(self._delivered)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nobody shall wait any more."""
+        return self._is_closed
+
+    def close(self) -> None:
+        """Wake all that wait."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
