@@ -190,6 +190,10 @@ class TrackingConfig:
             none, with all, or with the last alone: the one before it loses its own then, where the store can delete.
         log_datasets: record the data sets as inputs of the run.
         log_system_metrics: processor, memory, disk and network of rank zero's node.
+        offline: reach no store: all stays in the run's outbox, until `harness sync` delivers it, from any host.
+        parent_run: name or id of an MLflow run of the same experiment to nest this one under; one of that name is
+            made where there is none, and ends with the last of its children.
+        max_upload_rate: files go to the store at no more than this in a second, such as 100MB; null: no limit.
         registered_model_name: register each published checkpoint under this name; null: do not.
         registered_model_aliases: keep the aliases `last`, and by checkpoint.monitor `best`, on its versions.
         tags: further tags of the run.
@@ -207,6 +211,9 @@ class TrackingConfig:
     log_system_metrics: bool = False
     registered_model_name: str | None = None
     registered_model_aliases: bool = False
+    offline: bool = False
+    parent_run: str | None = None
+    max_upload_rate: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     start_timeout_s: float = 10.0
     drain_timeout_s: float = 300.0
@@ -214,6 +221,8 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         at = "tracking."
         _at_least(at + "log_every_n_steps", self.log_every_n_steps, 1, "use 1 to log each step")
+        if self.max_upload_rate is not None:
+            parse_size_bytes(at + "max_upload_rate", self.max_upload_rate)
         for name in ("start_timeout_s", "drain_timeout_s"):
             value = getattr(self, name)
             if not value > 0:
@@ -225,6 +234,11 @@ class TrackingConfig:
                 at + "registered_model_aliases",
                 "are those of a registered model; give tracking.registered_model_name too",
             )
+
+    @property
+    def max_upload_bytes_per_s(self) -> int | None:
+        """The limit of the rate at which files go, or None for no limit."""
+        return None if self.max_upload_rate is None else parse_size_bytes("max_upload_rate", self.max_upload_rate)
 
 
 @dataclass(frozen=True)

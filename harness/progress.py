@@ -29,6 +29,7 @@ class Progress:
         self._enabled = enabled
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
+        self._delivery: RichProgress | None = None
         self._task: TaskID | None = None
         self._latest: Mapping[str, float] = {}
         self._redrawn_s = 0.0
@@ -80,18 +81,33 @@ class Progress:
         rate = f"{latest['perf/samples_per_s']:.0f} samples/s" if "perf/samples_per_s" in latest else ""
         self.say(f"epoch {epoch:>3}  step {step:>6}  {numbers}  {rate}  [{checkpoint_status}]")
 
-    def delivering(self, share: float) -> None:
-        """The end waits for the publisher, which has delivered this share of the outbox."""
-        self.stop()
+    def delivering(self, share: float, left: str) -> None:
+        """The end waits for the publisher, which has delivered this share of what was left."""
         if self._enabled and self._console.is_terminal:
-            self._console.print(f"delivering to MLflow: {share:.0%}", end="\r", markup=False)
+            if self._delivery is None:
+                self.stop()
+                self._delivery = RichProgress(
+                    TextColumn("delivering to MLflow"),
+                    BarColumn(bar_width=20),
+                    TextColumn("{task.description}"),
+                    console=self._console,
+                    auto_refresh=False,
+                    transient=True,
+                )
+                self._delivery.start()
+                self._delivery.add_task("", total=1.0)
+            self._delivery.update(self._delivery.task_ids[0], completed=share, description=left)
+            self._delivery.refresh()
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
         (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Take the bars away."""
+        if self._delivery is not None:
+            self._delivery.stop()
+            self._delivery = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

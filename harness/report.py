@@ -88,6 +88,8 @@ def checkpoint_table(run_dir: Path) -> str:
 def how_to_open(run_dir: Path) -> str:
     """The one command that opens the MLflow page of a run, or what to do instead."""
     record = json.loads((run_dir / "run.json").read_text())
+    if "run_id" not in record and (run_dir / "outbox" / "settings.json").exists():
+        return f"not in MLflow yet; deliver it with:  harness sync {shlex.quote(str(run_dir))}"
     if "run_id" not in record:
         return f"no MLflow run (tracking.enabled is false); all is in {run_dir}"
     uri = record["tracking_uri"]

@@ -25,8 +25,10 @@ from harness.runtime import Topology
 from harness.signals import StopSignals
 from harness.tracking import provenance
 from harness.tracking.continuation import Point
+from harness.tracking.drain import Left
 from harness.tracking.outbox import read_delivered
-from harness.tracking.tracker import RunStatus, Tracker, refused_line
+from harness.tracking.sync import refused_line
+from harness.tracking.tracker import RunStatus, Tracker
 
 # After a failure, how long a checkpoint that is being written and the outbox are waited for.
 FAILURE_WAIT_S = 20.0
@@ -300,18 +302,23 @@ class RunLifetime:
         if tracker is None:
             return
 
-        def waiting(share: float) -> bool:
-            self._progress.delivering(share)
+        def waiting(left: Left) -> bool:
+            self._progress.delivering(left.share, str(left))
             return may_wait()
 
         try:
-            done = tracker.end(status, reason, timeout_s, waiting)
+            try:
+                done = tracker.end(status, reason, timeout_s, waiting)
+            finally:
+                self._progress.stop()
         except HarnessError as error:
             # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
             tracker.abandon()
             self._progress.say(f"harness: warning: {error}")
             return
-        if not done and tracker.run_id is not None:
+        if not done and self._config.offline:
+            self._progress.say(f"offline: deliver it with `harness sync {tracker.run_dir}`")
+        elif not done and tracker.run_id is not None:
             self._progress.say(
                 f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
             )

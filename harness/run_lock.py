@@ -95,6 +95,30 @@ class RunLock:
             os.close(self._file)
 
 
+def is_held(run_dir: Path) -> bool | None:
+    """Whether a job, here or elsewhere, works on the run at this moment; None where the file system has no locks.
+
+    Effects: not collective; any thread; the lock is not kept.
+    """
+    path = run_dir / FILE
+    if not path.exists():
+        return False
+    if _identity(os.stat(path)) in _held_here:
+        return True
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS_HERE:
+            return None
+        if error.errno not in _HELD_BY_OTHERS:
+            raise
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 

@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import __version__
 from harness.config import SAVE_DTYPES, parse_size_bytes
-from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, RunDirError
+from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, RunDirError
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
@@ -21,7 +22,7 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
   harness launch --strategy fsdp2 --num_processes 4 --config configs/byte_lm.yaml
   harness debug  --config configs/digits.yaml
   harness checkpoints runs/RUN [--json]
-  harness sync   runs/RUN
+  harness sync   runs/RUN, or --all [--watch]
   harness verify  runs/RUN/checkpoints/epoch-0005
   harness inspect runs/RUN/checkpoints/epoch-0005 [--json]
   harness export  runs/RUN/checkpoints/epoch-0005 --output DIR [--dtype bfloat16] [--max_shard_size 5GB]
@@ -51,7 +52,10 @@ def _run(words: list[str]) -> int:
     listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     listing.add_argument("--json", action="store_true", help="as JSON")
     sync = commands.add_parser("sync", help="deliver what MLflow has not had")
-    sync.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    sync.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="with --all: directories of runs (runs)")
+    sync.add_argument("--all", action="store_true", help="all runs in a directory of runs")
+    sync.add_argument("--watch", action="store_true", help="go on: deliver what comes, until interrupted")
+    sync.add_argument("--every_s", type=float, default=15.0, metavar="S", help="how often --watch looks (%(default)s)")
     sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
     verify = commands.add_parser("verify", help="whether every byte of a checkpoint is what was written")
     verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
@@ -119,11 +123,28 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from harness.tracking.tracker import deliver_rest
+    from harness.tracking.sync import deliver_all, deliver_rest, runs_in
 
-    _require_run(arguments.run_dir)
-    print(deliver_rest(arguments.run_dir, arguments.tracking_uri))
-    return EXIT_DONE
+    directories: list[Path] = arguments.run_dir or ([Path("runs")] if arguments.all else [])
+    if not directories:
+        raise ConfigError("", "harness sync: give the directory of a run, or --all")
+    if not arguments.all:
+        for run_dir in directories:
+            _require_run(run_dir)
+        if not arguments.watch:
+            for run_dir in directories:
+                print(deliver_rest(run_dir, arguments.tracking_uri))
+            return EXIT_DONE
+    while True:
+        # Each time anew: jobs begin.
+        run_dirs = [run for each in directories for run in runs_in(each)] if arguments.all else directories
+        has_failed = False
+        for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: print(line, flush=True)):
+            has_failed = True
+            print(f"harness: error: {error}", file=sys.stderr, flush=True)
+        if not arguments.watch:
+            return EXIT_FAILED if has_failed else EXIT_DONE
+        time.sleep(arguments.every_s)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

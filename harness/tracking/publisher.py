@@ -147,7 +147,7 @@ class Publisher:
                 if next(iter(read_entries(self._outbox_dir, self._acknowledged.now.offset)), None) is None:
                     if not self._models.has_passed(self._acknowledged.now.offset, self._beat):
                         return False
-                    return self._mark_failed(attempts.KILLED_REASON)
+                    return self.settings.leaves_open or self._mark_failed(attempts.KILLED_REASON)
                 continue
             self._has_seen_trainer = True
             self._beat()

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from harness.durable import replace_file
 from harness.errors import TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
@@ -29,6 +28,7 @@ from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.outbox import read_delivered, read_entries
 from harness.tracking.publisher import POLL_S, Publisher, log
 from harness.tracking.registry import Registration
+from harness.tracking.settings import absolute_sqlite, write_settings
 from harness.tracking.store import RefusedError, Settings
 
 Answer = Callable[[Mapping[str, Any]], None]
@@ -111,6 +111,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         attempt=raw["attempt"],
         parent_run=raw.get("parent_run"),
         max_upload_bytes_per_s=raw.get("max_upload_bytes_per_s"),
+        leaves_open=raw.get("leaves_open", False),
     )
 
     def is_permanent(error: Exception) -> bool:
@@ -120,7 +121,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         settings, notes = where_it_goes_on(settings, read_run_record(run_dir), mlflow_store.has_run)
         # For `harness sync`, from any directory; without a password.
         kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
-        replace_file(run_dir / "outbox" / "settings.json", json.dumps(kept, indent=2) + "\n")
+        write_settings(run_dir / "outbox", kept)
         heartbeat = Heartbeat(run_dir / "outbox")
         heartbeat.beat()
         pace = Pace(settings.max_upload_bytes_per_s)
@@ -191,14 +192,6 @@ def where_it_goes_on(
         )
         settings = replace(settings, experiment_name=record["experiment_name"])
     return settings, notes
-
-
-def absolute_sqlite(uri: str) -> str:
-    """A ``sqlite:///`` URI with a relative path as one that holds from any directory."""
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
-        return uri
-    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
 
 
 def root_cause(error: BaseException) -> str:

@@ -82,7 +82,10 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the trainer tells the publisher. Times are in seconds; `attempt` is the trainer's own, from 1."""
+    """What the trainer tells the publisher. Times are in seconds; `attempt` is the trainer's own, from 1.
+
+    `leaves_open`: a run whose end nobody has written is still trained, elsewhere, and does not end here.
+    """
 
     run_name: str
     tracking_uri: str
@@ -93,6 +96,7 @@ class Settings:
     attempt: int = 1
     parent_run: str | None = None
     max_upload_bytes_per_s: float | None = None
+    leaves_open: bool = False
 
 
 class RefusedError(Exception):

@@ -5,34 +5,28 @@ The trainer never imports mlflow and never touches the network.
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
-from harness.errors import TrackingError
-from harness.run_directory import read_run_record
+from harness.redact import without_password
 from harness.tracking.continuation import Drift, KnownPoints, Logged, Point, drift, points_at, read_logged
+from harness.tracking.drain import Drain, Left
+from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
-from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
+from harness.tracking.outbox import Outbox, read_delivered
+from harness.tracking.publisher_launch import read_answer, start_publisher
+from harness.tracking.settings import absolute_sqlite, write_settings
 
-LOG = "publisher.log"
-SETTINGS = "settings.json"
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
 _LOCK_TIMEOUT_S = 30.0
-_SYNC_LOCK_TIMEOUT_S = 60.0
 _REVIVE_EVERY_S = 10.0
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-# What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Tracker:
@@ -80,6 +74,8 @@ class Tracker:
         self._publisher: subprocess.Popen[bytes] | None = None
         self._settings: dict[str, Any] = {}
         self._started_s = 0.0
+        self._started_at_s = 0.0
+        self._next_look_s = 0.0
 
     def start(self, run_name: str, facts: Mapping[str, str]) -> None:
         """Start the publisher and wait until the MLflow run exists and its id is on disk.
@@ -108,16 +104,32 @@ class Tracker:
             "start_timeout_s": self.config.start_timeout_s,
             "lock_timeout_s": lock_timeout_s,
             "attempt": self.attempt,
+            "parent_run": self.config.parent_run,
+            "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
         }
         self._settings = settings
-        self._started_s = time.monotonic()
-        self._publisher = _start_publisher(self.run_dir, settings)
+        if self.config.offline:
+            self._stay_offline(settings)
+            return
+        self._started_s, self._started_at_s = time.monotonic(), time.time()
+        self._publisher = start_publisher(self.run_dir, settings)
         try:
             limit_s = self.config.start_timeout_s + lock_timeout_s
-            self.run_id, self.notes = _read_answer(self._publisher, self.run_dir, limit_s)
+            self.run_id, self.notes = read_answer(self._publisher, self.run_dir, limit_s)
         except BaseException:
             self.abandon()
             raise
+
+    def _stay_offline(self, settings: Mapping[str, Any]) -> None:
+        """Leave for `harness sync` what a publisher would have been told: where to, from any directory."""
+        uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
+        kept = {
+            **settings,
+            "tracking_uri": None if uri is None else without_password(absolute_sqlite(uri)),
+            "experiment_name": settings["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME"),
+        }
+        write_settings(self.run_dir / "outbox", kept)
+        self.notes = [f"offline: nothing goes to MLflow until `harness sync {self.run_dir}`"]
 
     def _tell(self, facts: Mapping[str, str]) -> None:
         self.outbox.append("attempt", {"number": self.attempt, "facts": dict(facts)})
@@ -185,15 +197,30 @@ class Tracker:
             self._tell(self._told)
 
     def _revive(self) -> None:
-        """Start the publisher again if it has died. Costs one system call."""
-        if self._publisher is None or self._publisher.poll() is None:
+        """Start the publisher again if it has died, or hangs. Costs a system call, now and then two."""
+        if self._publisher is None or (self._publisher.poll() is None and not self._hangs()):
             return
         if time.monotonic() - self._started_s < _REVIVE_EVERY_S:
             return
         self.abandon()
-        self._started_s = time.monotonic()
+        self._started_s, self._started_at_s = time.monotonic(), time.time()
         # It finds the run by its key. Its answer is not waited for: training goes on meanwhile.
-        self._publisher = _start_publisher(self.run_dir, self._settings)
+        self._publisher = start_publisher(self.run_dir, self._settings)
+
+    def _hangs(self) -> bool:
+        """Whether it has given no sign of life for longer than any request takes; it is killed then.
+
+        What it has in hand is delivered again, and leaves what once would have left.
+        """
+        assert self._publisher is not None
+        if time.monotonic() < self._next_look_s:
+            return False
+        self._next_look_s = time.monotonic() + _REVIVE_EVERY_S
+        if silent_for_s(self.outbox.path.parent, self._started_at_s) < DEAD_AFTER_S:
+            return False
+        self._publisher.kill()
+        self._publisher.wait()
+        return True
 
     def dataset(self, record: Mapping[str, Any]) -> None:
         """A data set: name, digest, source, context and profile."""
@@ -235,14 +262,14 @@ class Tracker:
             self.outbox.append("retire", record)
             self.outbox.sync()
 
-    def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[float], bool]) -> bool:
+    def end(self, status: RunStatus, reason: str, timeout_s: float, waiting: Callable[[Left], bool]) -> bool:
         """Say how the run ended and wait until all is delivered, at most `timeout_s`.
 
         Args:
             status: the status that MLflow shall show.
             reason: one line, for the tag ``harness.end_reason``.
             timeout_s: the limit of the wait, in seconds.
-            waiting: called twice a second with the share delivered, 0 to 1; whether to wait on.
+            waiting: called twice a second with what is left; whether to wait on.
 
         Returns:
             Whether everything was delivered.
@@ -255,8 +282,9 @@ class Tracker:
         if self._publisher is None:
             return not self.config.enabled
         deadline_s = time.monotonic() + timeout_s
+        drain = Drain(self.run_dir)
         while self._publisher.poll() is None and time.monotonic() < deadline_s:
-            if not waiting(read_delivered(self.run_dir / "outbox").offset / size_bytes):
+            if not waiting(drain.left()):
                 break
             try:
                 self._publisher.wait(timeout=0.5)
@@ -271,99 +299,3 @@ class Tracker:
             for stream in (self._publisher.stdin, self._publisher.stdout):
                 if stream is not None:
                     stream.close()
-
-
-def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
-    """Deliver what is left in a run's outbox, in the foreground; returns a line for the user.
-
-    Effects: not collective; no trainer may be at work on the run; blocks until all is delivered or the
-    store has been away for a while; leaves what the publisher leaves.
-
-    Args:
-        run_dir: the run's directory.
-        tracking_uri: where to; None: where the run was to go.
-
-    Raises:
-        TrackingError: if not everything could be delivered.
-    """
-    outbox_dir = run_dir / "outbox"
-    settings = json.loads((outbox_dir / SETTINGS).read_text()) if (outbox_dir / SETTINGS).exists() else None
-    if settings is None:
-        raise TrackingError(
-            f"{run_dir}: was run without tracking (tracking.enabled false); there is nothing to deliver"
-        )
-    uri = tracking_uri or settings["tracking_uri"]
-    # A password is never written down, so an address with one must be given again.
-    settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
-    # The trainer's own publisher may still be at it, waiting for the store.
-    settings["lock_timeout_s"] = _SYNC_LOCK_TIMEOUT_S
-    # The last one's settings may be an earlier attempt's: the last publisher may have been killed before it wrote any.
-    settings["attempt"] = read_run_record(run_dir).get("attempt", 1)
-    publisher = _start_publisher(run_dir, settings)
-    run_id, notes = _read_answer(publisher, run_dir, settings["start_timeout_s"] + _SYNC_LOCK_TIMEOUT_S)
-    assert publisher.stdin is not None
-    publisher.stdin.close()
-    code = publisher.wait()
-    assert publisher.stdout is not None
-    publisher.stdout.close()
-    delivered = read_delivered(outbox_dir)
-    total_bytes = (outbox_dir / JOURNAL).stat().st_size
-    if code or delivered.offset < total_bytes:
-        raise TrackingError(
-            f"{run_dir}: {total_bytes - delivered.offset} of {total_bytes} bytes are not delivered; "
-            f"see {outbox_dir / LOG}, and try again"
-        )
-    if delivered.refused:
-        raise TrackingError(refused_line(run_dir, delivered.refused))
-    return "\n".join([*notes, f"all of {run_dir} is in MLflow run {run_id}"])
-
-
-def refused_line(run_dir: Path, refused: Sequence[str]) -> str:
-    """What to say where the store has said no to something for good."""
-    return (
-        f"{run_dir}: MLflow refused {len(refused)} entries for good, the first: {refused[0]}; "
-        f"see {run_dir / 'outbox' / LOG}"
-    )
-
-
-def _start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    with (run_dir / "outbox" / LOG).open("ab") as log:
-        publisher = subprocess.Popen(
-            [sys.executable, "-m", "harness.tracking.publisher_process", str(run_dir)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=_publisher_environment(),
-            # A session of its own: Ctrl-C at the trainer must not end what reports it.
-            start_new_session=True,
-        )
-    assert publisher.stdin is not None
-    # By pipe, not by command line: a tracking URI may hold a password. The pipe is kept open: its end
-    # tells the publisher that the trainer is gone.
-    publisher.stdin.write(json.dumps(settings).encode() + b"\n")
-    publisher.stdin.flush()
-    return publisher
-
-
-def _read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
-    """The id of the MLflow run and lines for the user, or the publisher's own error."""
-    assert publisher.stdout is not None
-    # The publisher keeps the limit itself; the margin is for its own start.
-    limit_s = start_timeout_s + 60
-    ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
-    line = publisher.stdout.readline() if ready else b""
-    if not line:
-        what = "ended before it had a run" if ready else f"gave no answer within {limit_s:.0f} s"
-        raise TrackingError(f"tracking: the publisher {what}; see {run_dir}/outbox/{LOG}")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise TrackingError(answer["error"])
-    return answer["run_id"], answer.get("notes", [])
-
-
-def _publisher_environment() -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
-    environment.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    for key, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}.items():
-        environment.setdefault(key, value)
-    return environment

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from harness.errors import TrackingError
-from harness.tracking.publisher_process import absolute_sqlite, where_it_goes_on
+from harness.tracking.publisher_process import where_it_goes_on
+from harness.tracking.settings import absolute_sqlite
 from harness.tracking.store import Settings
 
 SETTINGS = Settings("it", "http://me:secret@a:5000", "exp", False, None, start_timeout_s=10.0)

@@ -1,0 +1,63 @@
+"""Starting the publisher's process, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import TrackingError
+
+LOG = "publisher.log"
+
+# What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """Start it; its settings go by its standard input, whose end tells it that this process is gone."""
+    with (run_dir / "outbox" / LOG).open("ab") as log:
+        publisher = subprocess.Popen(
+            [sys.executable, "-m", "harness.tracking.publisher_process", str(run_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_publisher_environment(),
+            # A session of its own: Ctrl-C at the trainer must not end what reports it.
+            start_new_session=True,
+        )
+    assert publisher.stdin is not None
+    # By pipe, not by command line: a tracking URI may hold a password. The pipe is kept open: its end
+    # tells the publisher that the trainer is gone.
+    publisher.stdin.write(json.dumps(settings).encode() + b"\n")
+    publisher.stdin.flush()
+    return publisher
+
+
+def read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
+    """The id of the MLflow run and lines for the user, or the publisher's own error."""
+    assert publisher.stdout is not None
+    # The publisher keeps the limit itself; the margin is for its own start.
+    limit_s = start_timeout_s + 60
+    ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
+    line = publisher.stdout.readline() if ready else b""
+    if not line:
+        what = "ended before it had a run" if ready else f"gave no answer within {limit_s:.0f} s"
+        raise TrackingError(f"tracking: the publisher {what}; see {run_dir}/outbox/{LOG}")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise TrackingError(answer["error"])
+    return answer["run_id"], answer.get("notes", [])
+
+
+def _publisher_environment() -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
+    environment.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    for key, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}.items():
+        environment.setdefault(key, value)
+    return environment

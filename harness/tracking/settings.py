@@ -1,0 +1,34 @@
+"""What a run's publisher was told, kept for `harness sync`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.durable import replace_file
+
+SETTINGS = "settings.json"
+
+
+def write_settings(outbox_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Keep them; the address is one that holds from any directory, and has no password in it."""
+    replace_file(outbox_dir / SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
+
+
+def read_settings(outbox_dir: Path) -> dict[str, Any] | None:
+    """What was kept; None where there was no tracking."""
+    try:
+        settings: dict[str, Any] = json.loads((outbox_dir / SETTINGS).read_text())
+    except FileNotFoundError:
+        return None
+    return settings
+
+
+def absolute_sqlite(uri: str) -> str:
+    """A ``sqlite:///`` URI with a relative path as one that holds from any directory."""
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
+        return uri
+    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
