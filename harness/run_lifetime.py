@@ -158,6 +158,8 @@ class RunLifetime:
         """Reduced metrics at a step."""
         if self._tracker is not None:
             self._points.update(self._tracker.metrics(values, step))
+            while self._tracker.warnings:
+                self._progress.say(f"harness: warning: {self._tracker.warnings.pop(0)}")
 
     def describe_model(self, model: nn.Module) -> None:
         """The summary of the user's own model, among the run's artifacts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Acknowledged:
             return self._delivered
 
     def update(self, *, models: dict[str, str | None] | None = None, refused: str | None = None, **fields: Any) -> None:
-        """Change it, on disk when this returns.
+        """Change it; on disk when this returns, if the disk takes it.
 
         Args:
             models: checkpoint name -> id of its model, None where there is none any more.
@@ -49,7 +50,9 @@ class Acknowledged:
                 refused=(*before.refused, refused) if refused else before.refused,
                 **fields,
             )
-            write_delivered(self._outbox_dir, self._delivered)
+            # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.
+            with suppress(OSError):
+                write_delivered(self._outbox_dir, self._delivered)
             self._changed.notify_all()
 
     def pass_models(self, offset: int) -> None:

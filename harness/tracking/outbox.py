@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,9 @@ from harness.errors import TrackingError
 
 JOURNAL = "journal.jsonl"
 DELIVERED = "delivered.json"
+
+# A million points or so.
+MAX_WAITING_BYTES = 32 * 1024**2
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -51,13 +55,24 @@ class Entry:
 class Outbox:
     """The writing end, held by rank zero's trainer alone.
 
+    A disk that takes nothing, full or out of reach for a while, ends no training: entries wait in memory, in their
+    order and with their times, and go before the next ones once it takes them. Of more than `MAX_WAITING_BYTES`,
+    metrics are left out, and counted.
+
     Effects: not collective; any thread; blocks for one `write` into the page cache; leaves
     ``<directory>/journal.jsonl``.
+
+    Attributes:
+        num_left_out: entries of metrics that there was no room for.
     """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / JOURNAL
+        self.num_left_out = 0
         self._lock = threading.Lock()
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._trouble: OSError | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self.path)
@@ -68,40 +83,78 @@ class Outbox:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry; returns its time in milliseconds since the epoch.
-
-        Raises:
-            TrackingError: if the disk refuses it. What was written of it is taken back.
-        """
+        """Write one entry, or keep it until the disk takes it; returns its time in milliseconds since the epoch."""
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         with self._lock:
-            try:
-                if self._is_torn:
-                    os.ftruncate(self._file, self._size_bytes)
-                    self._is_torn = False
-                if os.write(self._file, line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._size_bytes += len(line)
-            except OSError as error:
-                self._is_torn = True  # should the disk refuse this too, the next append tries again
-                with suppress(OSError):
-                    os.ftruncate(self._file, self._size_bytes)
-                    self._is_torn = False
-                raise TrackingError(
-                    f"{self.path}: cannot append to the outbox: {error.strerror}; free space there"
-                ) from error
+            if not self._waiting:
+                try:
+                    self._write(line)
+                    return stamp
+                except OSError as error:
+                    self._trouble = error
+            if kind == "metrics" and self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
+                self.num_left_out += 1
+            else:
+                self._waiting.append(line)
+                self._waiting_bytes += len(line)
+            self._write_waiting()
         return stamp
 
-    def sync(self) -> None:
-        """Wait until everything appended is on the disk itself."""
+    @property
+    def trouble(self) -> str | None:
+        """Why entries wait in memory; None: none does."""
         with self._lock:
-            os.fsync(self._file)
+            return None if self._trouble is None else self._error("cannot append to the outbox", self._trouble)
+
+    def sync(self) -> None:
+        """Wait until everything appended is on the disk itself.
+
+        Raises:
+            TrackingError: if the disk does not take it.
+        """
+        with self._lock:
+            self._write_waiting()
+            try:
+                if self._trouble is not None:
+                    raise self._trouble
+                os.fsync(self._file)
+            except OSError as error:
+                raise TrackingError(self._error("cannot append to the outbox", error)) from error
 
     def close(self) -> None:
         """Close the file. Appending afterwards is an error of ours."""
         os.close(self._file)
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting_bytes -= len(self._waiting.popleft())
+            self._trouble = None
+        except OSError as error:
+            self._trouble = self._trouble or error  # the first says more: what follows may be of taking back alone
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, whole; what a disk took of one that it did not take is taken back."""
+        try:
+            if self._is_torn:
+                os.ftruncate(self._file, self._size_bytes)
+                self._is_torn = False
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size_bytes += len(line)
+        except OSError:
+            self._is_torn = True  # should the disk refuse this too, the next append tries again
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size_bytes)
+                self._is_torn = False
+            raise
+
+    def _error(self, what: str, error: OSError) -> str:
+        waiting = f" ({len(self._waiting)} entries wait in memory)" if self._waiting else ""
+        return f"{self.path}: {what}: {error.strerror}; free space there{waiting}"
 
 
 def read_entries(directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None) -> Iterator[Entry]:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,10 @@ class Publisher:
 def log(message: str) -> None:
     """One line for ``outbox/publisher.log``."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    sys.stderr.write(f"{stamp} {redact(' '.join(message.split()))}\n")
-    sys.stderr.flush()
+    # On a full disk there is no log, and all else goes on.
+    with suppress(OSError):
+        sys.stderr.write(f"{stamp} {redact(' '.join(message.split()))}\n")
+        sys.stderr.flush()
 
 
 def _points(entry: Entry) -> Iterator[tuple[str, float, int, int]]:

@@ -46,6 +46,7 @@ class Tracker:
     Attributes:
         run_id: of the MLflow run, once there is one.
         notes: lines for the user, from `start`.
+        warnings: lines for the user, from `metrics`; who shows them takes them away.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Tracker:
         self.attempt = attempt
         self.monitor, self.mode = monitor, mode
         self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self._trouble: str | None = None
         self.outbox = Outbox(run_dir / "outbox")
         self.run_id: str | None = None
         # How models are built again: the attempt's before, until this one says.
@@ -187,8 +190,17 @@ class Tracker:
                 self._tell_repeated()
         if new := {key: value for key, value in values.items() if key not in points}:
             time_ms = self.outbox.append("metrics", {"step": step, "values": new})
+            self._look_at_disk()
             points |= {key: Point(value, time_ms, step) for key, value in new.items()}
         return points
+
+    def _look_at_disk(self) -> None:
+        """Keep a line for the user where the journal's disk has begun to refuse, or to take again."""
+        trouble = self.outbox.trouble
+        if (trouble is None) == (self._trouble is None):
+            return
+        self._trouble = trouble
+        self.warnings.append(trouble or f"{self.outbox.path}: the disk takes entries again, none is lost so far")
 
     def _tell_repeated(self) -> None:
         """Say what repeating has shown, where that has not been said."""
@@ -275,6 +287,8 @@ class Tracker:
             Whether everything was delivered.
         """
         self._tell_repeated()
+        if self.outbox.num_left_out:
+            self.outbox.append("tags", {"harness.metrics_left_out": str(self.outbox.num_left_out)})
         self.outbox.append("end", {"status": status, "reason": reason, "step": self._last_step})
         self.outbox.sync()
         size_bytes = self.outbox.path.stat().st_size

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TrackingError
+from harness.tracking import outbox as outbox_module
 from harness.tracking.outbox import (
     JOURNAL,
     Delivered,
@@ -181,24 +182,51 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("extra_bytes", [0, 1, 60])
-def test_line_is_taken_back_when_the_disk_is_full_in_the_middle_of_it(tmp_path: Path, extra_bytes: int) -> None:
+def test_entries_wait_in_their_order_when_the_disk_is_full_in_the_middle_of_one(
+    tmp_path: Path, extra_bytes: int
+) -> None:
     (first,) = fill(tmp_path, [("tags", {"a": "b"}, 1)])
     outbox = Outbox(tmp_path)
-    with (
-        file_size_limit(first.end_offset + extra_bytes),
-        pytest.raises(TrackingError, match=rf"{outbox.path}: cannot append to the outbox: .*free space there"),
-    ):
+    with file_size_limit(first.end_offset + extra_bytes):
         outbox.append("tags", {"long": "x" * 100}, 2)
+        outbox.append("tags", {"c": "d"}, 3)
+        assert outbox.trouble is not None
+        assert outbox.trouble.startswith(f"{outbox.path}: cannot append to the outbox: ")
+        assert "2 entries wait in memory" in outbox.trouble
+        with pytest.raises(TrackingError, match="free space there"):
+            outbox.sync()
     assert outbox.path.stat().st_size == first.end_offset
-    outbox.append("tags", {"c": "d"}, 3)
+    outbox.append("tags", {"e": "f"}, 4)
+    assert outbox.trouble is None
+    outbox.sync()
     outbox.close()
-    assert [entry.body for entry in read_entries(tmp_path)] == [{"a": "b"}, {"c": "d"}]
+    written = [(entry.body, entry.time_ms) for entry in read_entries(tmp_path)]
+    assert written == [({"a": "b"}, 1), ({"long": "x" * 100}, 2), ({"c": "d"}, 3), ({"e": "f"}, 4)]
+
+
+def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox_module, "MAX_WAITING_BYTES", 300)
+    outbox = Outbox(tmp_path)
+    with file_size_limit(0):
+        for step in range(10):
+            outbox.append("metrics", {"step": step, "values": {"loss": 1.0}}, step)
+        outbox.append("end", {"status": "FINISHED"}, 10)
+    outbox.sync()
+    entries = list(read_entries(tmp_path))
+    steps = [entry.body["step"] for entry in entries if entry.kind == "metrics"]
+    assert steps == [*range(len(steps))]
+    assert entries[-1].kind == "end"
+    assert (outbox.num_left_out, len(steps) > 0) == (10 - len(steps), True)
 
 
 def test_error_has_path_and_reason_when_not_even_taking_back_works(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).symlink_to("/dev/full")
+    outbox = Outbox(tmp_path)
+    outbox.append("tags", {"a": "b"})
     with pytest.raises(TrackingError, match=rf"{tmp_path}/{JOURNAL}: .*No space left"):
-        Outbox(tmp_path).append("tags", {"a": "b"})
+        outbox.sync()
 
 
 def test_error_has_the_path_when_the_directory_cannot_be_made(tmp_path: Path) -> None:
