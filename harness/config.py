@@ -194,6 +194,8 @@ class TrackingConfig:
         parent_run: name or id of an MLflow run of the same experiment to nest this one under; one of that name is
             made where there is none, and ends with the last of its children.
         max_upload_rate: files go to the store at no more than this in a second, such as 100MB; null: no limit.
+        max_outbox_size: how large the journal of what MLflow gets may grow on disk, such as 2GB. What is delivered
+            goes first; where the store is away for so long that all of it waits, metrics are left out and counted.
         registered_model_name: register each published checkpoint under this name; null: do not.
         registered_model_aliases: keep the aliases `last`, and by checkpoint.monitor `best`, on its versions.
         tags: further tags of the run.
@@ -214,6 +216,7 @@ class TrackingConfig:
     offline: bool = False
     parent_run: str | None = None
     max_upload_rate: str | None = None
+    max_outbox_size: str = "2GB"
     tags: Mapping[str, str] = field(default_factory=dict)
     start_timeout_s: float = 10.0
     drain_timeout_s: float = 300.0
@@ -223,6 +226,8 @@ class TrackingConfig:
         _at_least(at + "log_every_n_steps", self.log_every_n_steps, 1, "use 1 to log each step")
         if self.max_upload_rate is not None:
             parse_size_bytes(at + "max_upload_rate", self.max_upload_rate)
+        if self.max_outbox_bytes < 1_000_000:
+            raise ConfigError(at + "max_outbox_size", f"must be at least 1MB, got {self.max_outbox_size}")
         for name in ("start_timeout_s", "drain_timeout_s"):
             value = getattr(self, name)
             if not value > 0:
@@ -236,9 +241,16 @@ class TrackingConfig:
             )
 
     @property
+    def max_outbox_bytes(self) -> int:
+        """The limit of the journal on disk."""
+        return parse_size_bytes("tracking.max_outbox_size", self.max_outbox_size)
+
+    @property
     def max_upload_bytes_per_s(self) -> int | None:
         """The limit of the rate at which files go, or None for no limit."""
-        return None if self.max_upload_rate is None else parse_size_bytes("max_upload_rate", self.max_upload_rate)
+        return (
+            None if self.max_upload_rate is None else parse_size_bytes("tracking.max_upload_rate", self.max_upload_rate)
+        )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from harness.tracking.outbox import Kind, read_entries
+from harness.tracking.segments import read_pruned
 
 # What is measured by the clock: its points differ each time, and that says nothing about the training.
 _MEASURED = ("perf/", "checkpoint/", "system/")
@@ -24,6 +25,10 @@ MAX_DRIFT_CHARS = 7900
 
 
 _METRICS: Final[tuple[Kind, ...]] = ("metrics",)
+
+
+# Of a point whose entry is gone from the journal.
+UNKNOWN_TIME_MS = -1
 
 
 class Point(NamedTuple):
@@ -86,13 +91,26 @@ class KnownPoints:
             if point.step >= step:
                 self.last_step = max(self.last_step, point.step)
                 self._series.setdefault(key, _Series()).add(point)
+        # Of what is gone from the journal, the last step of each metric: it has logged up to there.
+        self._pruned = read_pruned(outbox_dir).latest
+        for key, gone in self._pruned.items():
+            point = Point(*gone)
+            self.last_step = max(self.last_step, point.step)
+            if point.step <= step and (key not in self.latest or self.latest[key].step < point.step):
+                self.latest[key] = point
 
     def take(self, key: str, value: float, step: int) -> Point | None:
-        """The point that is there already under this name and step, which is counted; or None."""
+        """The point that is there already under this name and step, which is counted; or None.
+
+        One that is so old that its entry is gone is taken for the same, at a time that is not known any more.
+        """
         series = self._series.get(key)
         at = None if series is None else series.find(step)
         if series is None or at is None:
-            return None
+            if key not in self._pruned or self._pruned[key][2] < step:
+                return None
+            self.num_repeated += 1
+            return Point(value, UNKNOWN_TIME_MS, step)
         known = Point(series.values[at], series.times_ms[at], step)
         self.num_repeated += 1
         if not key.startswith(_MEASURED) and not _is_same(known.value, value):
@@ -115,6 +133,9 @@ def points_at(outbox_dir: Path, metrics: Mapping[str, float], step: int) -> dict
     for key, point in _points(outbox_dir):
         if key in metrics and point.step <= step and (key not in found or found[key].step <= point.step):
             found[key] = point
+    for key, gone in read_pruned(outbox_dir).latest.items():
+        if key in metrics and key not in found and gone[2] <= step:
+            found[key] = Point(*gone)
     return {key: point for key, point in found.items() if point.value == metrics[key]}
 
 
@@ -159,7 +180,8 @@ def read_logged(outbox_dir: Path) -> Logged:
             params = {**entry.body, **params}
         else:
             checkpoints.add(entry.body["key"])
-    return Logged(params, frozenset(checkpoints))
+    pruned = read_pruned(outbox_dir)
+    return Logged({**params, **pruned.params}, pruned.checkpoints | checkpoints)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from harness.tracking.heartbeat import sent_bytes
-from harness.tracking.outbox import JOURNAL, Kind, read_delivered, read_entries
+from harness.tracking.outbox import Kind, read_delivered, read_entries
+from harness.tracking.segments import journal_end
 
 _MODELS: Final[tuple[Kind, ...]] = ("checkpoint",)
 
@@ -49,7 +50,7 @@ class Drain:
             for entry in read_entries(self._outbox_dir, min(done.models_offset, done.offset), _MODELS)
         ]
         self._sent_bytes = sent_bytes(self._outbox_dir)
-        self._journal_bytes = (self._outbox_dir / JOURNAL).stat().st_size
+        self._journal_bytes = journal_end(self._outbox_dir)
         self._total_bytes = max(1, self._left_bytes())
 
     def left(self) -> Left:

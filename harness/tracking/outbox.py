@@ -3,6 +3,10 @@
 One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A line whose checksum
 or newline is missing was being written when something died; the reader stops there, and the next
 writer cuts it off. Nothing here knows MLflow or the network.
+
+The journal is bounded. It is kept in files (`harness.tracking.segments`); what is delivered goes, the oldest first,
+once the journal has half the size that it may have (`prune`). Where all of it is taken by what the store has not had,
+metrics are left out and counted, until the store takes some.
 """
 
 from __future__ import annotations
@@ -20,14 +24,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.durable import replace_file
+from harness.durable import replace_file, sync_directory
 from harness.errors import TrackingError
+from harness.tracking.segments import (
+    Pruned,
+    path_of,
+    read_pruned,
+    remove_behind,
+    segments,
+    write_pruned,
+)
 
-JOURNAL = "journal.jsonl"
 DELIVERED = "delivered.json"
 
-# A million points or so.
+# In memory, while the disk takes nothing: a million points or so.
 MAX_WAITING_BYTES = 32 * 1024**2
+# Of the journal on disk; `tracking.max_outbox_size`.
+DEFAULT_MAX_BYTES = 2 * 10**9
+_MAX_SEGMENT_BYTES = 64 * 1024**2
+_LOOK_AGAIN_S = 1.0
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -57,28 +72,44 @@ class Outbox:
 
     A disk that takes nothing, full or out of reach for a while, ends no training: entries wait in memory, in their
     order and with their times, and go before the next ones once it takes them. Of more than `MAX_WAITING_BYTES`,
-    metrics are left out, and counted.
+    metrics are left out, and counted; so are they while the journal has reached its size.
 
     Effects: not collective; any thread; blocks for one `write` into the page cache; leaves
-    ``<directory>/journal.jsonl``.
+    ``<directory>/journal.jsonl``, and more files where it grows large.
+
+    Args:
+        directory: the outbox.
+        max_bytes: how large the journal may grow.
 
     Attributes:
         num_left_out: entries of metrics that there was no room for.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / JOURNAL
+    def __init__(self, directory: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         self.num_left_out = 0
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // 16)
         self._lock = threading.Lock()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._trouble: OSError | None = None
+        self._is_full = False
+        self._look_at_s = 0.0
+        # Written, and not yet known to be on the disk itself.
+        self._earlier_files: list[int] = []
+        self.path = path_of(directory, 0)
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            found = segments(directory)
+            self._begin = found[-1].begin if found else 0
+            self.path = path_of(directory, self._begin)
             _cut_torn_line(self.path)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._size_bytes = os.fstat(self._file).st_size
             self._is_torn = False
+            remove_behind(directory, self._begin + self._size_bytes)
+            self._total_bytes = sum(each.end - each.begin for each in segments(directory))
         except OSError as error:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
@@ -88,6 +119,9 @@ class Outbox:
         payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         with self._lock:
+            if kind == "metrics" and self._has_reached_size():
+                self.num_left_out += 1
+                return stamp
             if not self._waiting:
                 try:
                     self._write(line)
@@ -103,10 +137,23 @@ class Outbox:
         return stamp
 
     @property
-    def trouble(self) -> str | None:
-        """Why entries wait in memory; None: none does."""
+    def end(self) -> int:
+        """Bytes of the journal, those that are gone included."""
         with self._lock:
-            return None if self._trouble is None else self._error("cannot append to the outbox", self._trouble)
+            return self._begin + self._size_bytes
+
+    @property
+    def trouble(self) -> str | None:
+        """Why entries wait in memory, or are left out; None: all is well."""
+        with self._lock:
+            if self._trouble is not None:
+                return self._error("cannot append to the outbox", self._trouble)
+            if self._is_full:
+                return (
+                    f"{self._directory}: {self._total_bytes / 1e6:,.0f} MB wait for MLflow, as many as the outbox may "
+                    "hold (tracking.max_outbox_size); metrics are left out until some are delivered"
+                )
+            return None
 
     def sync(self) -> None:
         """Wait until everything appended is on the disk itself.
@@ -119,13 +166,34 @@ class Outbox:
             try:
                 if self._trouble is not None:
                     raise self._trouble
+                self._sync_earlier()
                 os.fsync(self._file)
             except OSError as error:
                 raise TrackingError(self._error("cannot append to the outbox", error)) from error
 
     def close(self) -> None:
         """Close the file. Appending afterwards is an error of ours."""
-        os.close(self._file)
+        for file in (*self._earlier_files, self._file):
+            os.close(file)
+
+    def _sync_earlier(self) -> None:
+        if not self._earlier_files:
+            return
+        while self._earlier_files:
+            os.fsync(self._earlier_files[0])
+            os.close(self._earlier_files.pop(0))
+        sync_directory(self._directory)
+
+    def _has_reached_size(self) -> bool:
+        """Whether there is no room; looked at again from time to time, as the publisher makes some."""
+        if self._total_bytes < self._max_bytes:
+            self._is_full = False
+        elif time.monotonic() >= self._look_at_s:
+            self._look_at_s = time.monotonic() + _LOOK_AGAIN_S
+            with suppress(OSError):
+                self._total_bytes = sum(each.end - each.begin for each in segments(self._directory))
+            self._is_full = self._total_bytes >= self._max_bytes
+        return self._is_full
 
     def _write_waiting(self) -> None:
         try:
@@ -142,9 +210,12 @@ class Outbox:
             if self._is_torn:
                 os.ftruncate(self._file, self._size_bytes)
                 self._is_torn = False
+            if self._size_bytes >= self._segment_bytes:
+                self._begin_segment()
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._size_bytes += len(line)
+            self._total_bytes += len(line)
         except OSError:
             self._is_torn = True  # should the disk refuse this too, the next append tries again
             with suppress(OSError):
@@ -152,40 +223,104 @@ class Outbox:
                 self._is_torn = False
             raise
 
+    def _begin_segment(self) -> None:
+        begin = self._begin + self._size_bytes
+        path = path_of(self._directory, begin)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # Not waited for here, on the trainer's thread: `sync` does.
+        self._earlier_files.append(self._file)
+        self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0
+
     def _error(self, what: str, error: OSError) -> str:
         waiting = f" ({len(self._waiting)} entries wait in memory)" if self._waiting else ""
         return f"{self.path}: {what}: {error.strerror}; free space there{waiting}"
 
 
-def read_entries(directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None) -> Iterator[Entry]:
+def read_entries(
+    directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None, end: int | None = None
+) -> Iterator[Entry]:
     """The whole entries behind `offset`, oldest first; ends at the end or at a line that is not whole.
 
     Args:
         directory: the outbox.
         offset: in bytes, where an entry begins.
         kinds: only these; the others are not even decoded.
+        end: in bytes, where an entry ends; nothing behind it is read.
 
     Raises:
         TrackingError: if a line in the middle of the journal is damaged.
     """
-    path = directory / JOURNAL
-    if not path.exists():
-        return
     # As `Outbox.append` writes them: the kind comes first.
     begins = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        for line in stream:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            checksum, _, payload = line[:-1].partition(b" ")
-            if checksum != b"%08x" % zlib.crc32(payload):
-                raise TrackingError(f"{path}: the entry that ends at byte {offset} is damaged (checksum)")
-            if begins is not None and not payload.startswith(begins):
-                continue
-            record = json.loads(payload)
-            yield Entry(record["kind"], record["time_ms"], record["body"], offset)
+    for segment in segments(directory):
+        if segment.end <= offset:
+            continue
+        offset = max(offset, segment.begin)
+        try:
+            stream = segment.path.open("rb")
+        except FileNotFoundError:  # pruned meanwhile: all of it is delivered
+            continue
+        with stream:
+            stream.seek(offset - segment.begin)
+            for line in stream:
+                if not line.endswith(b"\n") or (end is not None and offset >= end):
+                    return
+                offset += len(line)
+                checksum, _, payload = line[:-1].partition(b" ")
+                if checksum != b"%08x" % zlib.crc32(payload):
+                    raise TrackingError(f"{segment.path}: the entry that ends at byte {offset} is damaged (checksum)")
+                if begins is not None and not payload.startswith(begins):
+                    continue
+                record = json.loads(payload)
+                yield Entry(record["kind"], record["time_ms"], record["body"], offset)
+
+
+def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
+    """Remove the oldest files of the journal, of those that are delivered, until it is as small as wished.
+
+    What an attempt must know of them is kept.
+
+    Effects: not collective, the publisher's; blocks on the disk; leaves ``pruned.json``.
+
+    Args:
+        directory: the outbox.
+        delivered: how far the store has come.
+        keep_bytes: how large it may stay.
+
+    Returns:
+        The number of files that are gone.
+    """
+    found = segments(directory)
+    size_bytes = sum(each.end - each.begin for each in found)
+    done = min(delivered.offset, delivered.models_offset)
+    num_gone = 0
+    for segment in found[:-1]:
+        if size_bytes <= keep_bytes or segment.end > done:
+            break
+        # First: one that is there twice is known by its name, one that is nowhere is lost.
+        write_pruned(directory, _remembered(read_pruned(directory), read_entries(directory, 0, _KEPT, segment.end)))
+        segment.path.unlink()
+        size_bytes -= segment.end - segment.begin
+        num_gone += 1
+    return num_gone
+
+
+_KEPT: tuple[Kind, ...] = ("metrics", "params", "checkpoint")
+
+
+def _remembered(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:
+    latest, params, checkpoints = dict(pruned.latest), dict(pruned.params), set(pruned.checkpoints)
+    for entry in entries:
+        if entry.kind == "params":
+            params = {**entry.body, **params}
+        elif entry.kind == "checkpoint":
+            checkpoints.add(entry.body["key"])
+        else:
+            step = entry.body["step"]
+            for key, value in entry.body["values"].items():
+                if key not in latest or latest[key][2] < step:
+                    latest[key] = (value, entry.time_ms, step)
+    return Pruned(latest, params, frozenset(checkpoints))
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from harness.tracking import attempts
 from harness.tracking.acknowledged import Acknowledged
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
-from harness.tracking.outbox import Entry, read_entries
+from harness.tracking.outbox import Entry, prune, read_entries
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
+from harness.tracking.segments import durable_end
 from harness.tracking.store import Settings, Store, WantedRun
 
 POLL_S = 0.2
@@ -131,7 +132,7 @@ class Publisher:
         monitor = _system_monitor() if self.settings.log_system_metrics else None
         while True:
             ended = False
-            for group in _grouped(read_entries(self._outbox_dir, self._acknowledged.now.offset)):
+            for group in _grouped(self._durable_entries()):
                 if group[0].kind == "attempt" and group[0].body["number"] > self.settings.attempt:
                     log(f"attempt {group[0].body['number']} has begun; the rest is its own publisher's")
                     return False
@@ -152,10 +153,26 @@ class Publisher:
                 continue
             self._has_seen_trainer = True
             self._beat()
+            self._prune()
             if monitor is not None and self._clock() >= next_sample_s:
                 next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
                 self._log_system_metrics(monitor.sample())
             self._sleep(POLL_S)
+
+    def _durable_entries(self) -> Iterator[Entry]:
+        """What is to be delivered, once the disk itself has it.
+
+        So what the store has is in the journal, and known to an attempt that repeats it, whatever crashes.
+        """
+        offset = self._acknowledged.now.offset
+        return read_entries(self._outbox_dir, offset, end=durable_end(self._outbox_dir, offset))
+
+    def _prune(self) -> None:
+        try:
+            if num_gone := prune(self._outbox_dir, self._acknowledged.now, self.settings.max_outbox_bytes // 2):
+                log(f"removed {num_gone} files of the journal that are delivered")
+        except OSError as error:
+            log(f"the journal was not pruned: {error}")
 
     def _mark_failed(self, reason: str) -> bool:
         # One that was never seen alive, as by `harness sync`, has been dead for any time.

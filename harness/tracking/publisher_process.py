@@ -25,7 +25,7 @@ from harness.errors import TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking.heartbeat import Heartbeat
-from harness.tracking.outbox import read_delivered, read_entries
+from harness.tracking.outbox import DEFAULT_MAX_BYTES, read_delivered, read_entries
 from harness.tracking.publisher import POLL_S, Publisher, log
 from harness.tracking.registry import Registration
 from harness.tracking.settings import absolute_sqlite, write_settings
@@ -111,6 +111,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         attempt=raw["attempt"],
         parent_run=raw.get("parent_run"),
         max_upload_bytes_per_s=raw.get("max_upload_bytes_per_s"),
+        max_outbox_bytes=raw.get("max_outbox_bytes", DEFAULT_MAX_BYTES),
         leaves_open=raw.get("leaves_open", False),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.tracking.outbox import DEFAULT_MAX_BYTES
 from harness.tracking.registry import Registration
 
 
@@ -96,6 +97,7 @@ class Settings:
     attempt: int = 1
     parent_run: str | None = None
     max_upload_bytes_per_s: float | None = None
+    max_outbox_bytes: int = DEFAULT_MAX_BYTES
     leaves_open: bool = False
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from harness.errors import HarnessError, TrackingError
 from harness.run_directory import read_run_record
 from harness.run_lock import is_held
-from harness.tracking.outbox import JOURNAL, read_delivered
+from harness.tracking.outbox import read_delivered
 from harness.tracking.publisher_launch import LOG, read_answer, start_publisher
+from harness.tracking.segments import journal_end, segments
 from harness.tracking.settings import read_settings
 
 # The trainer's own publisher may still be at it, waiting for the store.
@@ -47,7 +48,6 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     settings["leaves_open"] = _is_at_work(run_dir)
     # The last one's settings may be an earlier attempt's: the last publisher may have been killed before it wrote any.
     settings["attempt"] = read_run_record(run_dir).get("attempt", 1)
-    total_bytes = (outbox_dir / JOURNAL).stat().st_size
     publisher = start_publisher(run_dir, settings)
     run_id, notes = read_answer(publisher, run_dir, settings["start_timeout_s"] + _LOCK_TIMEOUT_S)
     assert publisher.stdin is not None
@@ -56,9 +56,9 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     assert publisher.stdout is not None
     publisher.stdout.close()
     delivered = read_delivered(outbox_dir)
-    if code or delivered.offset < total_bytes:
+    if code:
         raise TrackingError(
-            f"{run_dir}: {total_bytes - delivered.offset} of {total_bytes} bytes are not delivered; "
+            f"{run_dir}: {journal_end(outbox_dir) - delivered.offset} bytes of the outbox are not delivered; "
             f"see {outbox_dir / LOG}, and try again"
         )
     if delivered.refused:
@@ -82,8 +82,8 @@ def runs_in(runs_dir: Path) -> list[Path]:
 
 def has_news(run_dir: Path) -> bool:
     """Whether there is something that MLflow has not had."""
-    journal = run_dir / "outbox" / JOURNAL
-    return journal.exists() and read_delivered(run_dir / "outbox").offset < journal.stat().st_size
+    outbox_dir = run_dir / "outbox"
+    return read_delivered(outbox_dir).offset < journal_end(outbox_dir)
 
 
 def deliver_all(
@@ -103,4 +103,4 @@ def _is_at_work(run_dir: Path) -> bool:
     held = is_held(run_dir)
     if held is not None:
         return held
-    return time.time() - (run_dir / "outbox" / JOURNAL).stat().st_mtime < _QUIET_S
+    return time.time() - segments(run_dir / "outbox")[-1].path.stat().st_mtime < _QUIET_S

@@ -14,7 +14,16 @@ from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
 from harness.redact import without_password
-from harness.tracking.continuation import Drift, KnownPoints, Logged, Point, drift, points_at, read_logged
+from harness.tracking.continuation import (
+    UNKNOWN_TIME_MS,
+    Drift,
+    KnownPoints,
+    Logged,
+    Point,
+    drift,
+    points_at,
+    read_logged,
+)
 from harness.tracking.drain import Drain, Left
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
@@ -64,13 +73,14 @@ class Tracker:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._trouble: str | None = None
-        self.outbox = Outbox(run_dir / "outbox")
+        self._outbox_dir = run_dir / "outbox"
+        self.outbox = Outbox(self._outbox_dir, config.max_outbox_bytes)
         self.run_id: str | None = None
         # How models are built again: the attempt's before, until this one says.
-        self._recipe = newest_recipe(self.outbox.path.parent)
+        self._recipe = newest_recipe(self._outbox_dir)
         self._has_recipe = False
         # Before this attempt adds its own.
-        self._logged = read_logged(self.outbox.path.parent) if attempt > 1 else Logged({}, frozenset())
+        self._logged = read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
         self._known: KnownPoints | None = None
         self._told: dict[str, str] = {}
         self._last_step = 0
@@ -109,6 +119,7 @@ class Tracker:
             "attempt": self.attempt,
             "parent_run": self.config.parent_run,
             "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
+            "max_outbox_bytes": self.config.max_outbox_bytes,
         }
         self._settings = settings
         if self.config.offline:
@@ -148,7 +159,7 @@ class Tracker:
             TrackingError: if the journal is damaged.
         """
         self._tell({"step_from": str(step)} | ({} if checkpoint is None else {"resumed_from": checkpoint}))
-        self._known = KnownPoints(self.outbox.path.parent, step)
+        self._known = KnownPoints(self._outbox_dir, step)
         self._last_step = step
         return self._known
 
@@ -170,7 +181,7 @@ class Tracker:
 
     def points_at(self, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
         """The points in the journal that a checkpoint's metrics are; see `continuation.points_at`."""
-        return points_at(self.outbox.path.parent, metrics, step)
+        return points_at(self._outbox_dir, metrics, step)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run: name -> text."""
@@ -192,15 +203,24 @@ class Tracker:
             time_ms = self.outbox.append("metrics", {"step": step, "values": new})
             self._look_at_disk()
             points |= {key: Point(value, time_ms, step) for key, value in new.items()}
-        return points
+        # A point is the same one, for a model too, by its time: where that is not known, no model has it.
+        return {key: point for key, point in points.items() if point.time_ms != UNKNOWN_TIME_MS}
 
     def _look_at_disk(self) -> None:
-        """Keep a line for the user where the journal's disk has begun to refuse, or to take again."""
+        """Keep a line for the user where the journal has begun to take no metrics, or takes them again."""
         trouble = self.outbox.trouble
         if (trouble is None) == (self._trouble is None):
             return
         self._trouble = trouble
-        self.warnings.append(trouble or f"{self.outbox.path}: the disk takes entries again, none is lost so far")
+        if trouble is None:
+            self._tell_left_out()
+        left_out = self.outbox.num_left_out
+        lost = f"{left_out} rows of metrics were left out" if left_out else "nothing was lost"
+        self.warnings.append(trouble or f"{self.outbox.path}: takes entries again; {lost}")
+
+    def _tell_left_out(self) -> None:
+        if self.outbox.num_left_out:
+            self._tell({"metrics_left_out": str(self.outbox.num_left_out)})
 
     def _tell_repeated(self) -> None:
         """Say what repeating has shown, where that has not been said."""
@@ -228,7 +248,7 @@ class Tracker:
         if time.monotonic() < self._next_look_s:
             return False
         self._next_look_s = time.monotonic() + _REVIVE_EVERY_S
-        if silent_for_s(self.outbox.path.parent, self._started_at_s) < DEAD_AFTER_S:
+        if silent_for_s(self._outbox_dir, self._started_at_s) < DEAD_AFTER_S:
             return False
         self._publisher.kill()
         self._publisher.wait()
@@ -256,7 +276,7 @@ class Tracker:
 
         In a file of its own, on disk when this returns: an example of what the model takes may be megabytes.
         """
-        self._recipe = write_recipe(self.outbox.path.parent, self.attempt, values)
+        self._recipe = write_recipe(self._outbox_dir, self.attempt, values)
         self._has_recipe = True
 
     def checkpoint(self, record: Mapping[str, Any]) -> None:
@@ -287,11 +307,9 @@ class Tracker:
             Whether everything was delivered.
         """
         self._tell_repeated()
-        if self.outbox.num_left_out:
-            self.outbox.append("tags", {"harness.metrics_left_out": str(self.outbox.num_left_out)})
+        self._tell_left_out()
         self.outbox.append("end", {"status": status, "reason": reason, "step": self._last_step})
         self.outbox.sync()
-        size_bytes = self.outbox.path.stat().st_size
         self.outbox.close()
         if self._publisher is None:
             return not self.config.enabled
@@ -305,7 +323,7 @@ class Tracker:
             except subprocess.TimeoutExpired:
                 continue
         self.abandon()
-        return read_delivered(self.run_dir / "outbox").offset == size_bytes
+        return read_delivered(self.run_dir / "outbox").offset == self.outbox.end
 
     def abandon(self) -> None:
         """Let go of the publisher: it delivers what it can for a while, and then ends by itself."""

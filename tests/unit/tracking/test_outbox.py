@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from harness.errors import TrackingError
 from harness.tracking import outbox as outbox_module
 from harness.tracking.outbox import (
-    JOURNAL,
     Delivered,
     Entry,
     Outbox,
@@ -25,6 +24,7 @@ from harness.tracking.outbox import (
     read_entries,
     write_delivered,
 )
+from harness.tracking.segments import JOURNAL
 
 values = st.recursive(
     st.none()

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.tracking.outbox import JOURNAL, Outbox, read_delivered
+from harness.tracking.outbox import Outbox, read_delivered
 from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.registry import Registration
 from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
+from harness.tracking.segments import JOURNAL
 from harness.tracking.store import RefusedError, Settings, WantedRun
 
 
