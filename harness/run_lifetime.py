@@ -324,8 +324,9 @@ class RunLifetime:
             self._progress.say(
                 f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
             )
-        if refused := read_delivered(tracker.run_dir / "outbox").refused:
-            self._progress.say(f"harness: warning: {refused_line(tracker.run_dir, refused)}")
+        delivered = read_delivered(tracker.run_dir / "outbox")
+        if delivered.refused:
+            self._progress.say(f"harness: warning: {refused_line(tracker.run_dir, delivered)}")
 
 
 def _status_of(error: BaseException) -> RunStatus:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.outbox import Delivered, read_delivered, write_delivered
+from harness.tracking.outbox import MAX_REFUSED_KEPT, Delivered, read_delivered, write_delivered
 
 
 class Acknowledged:
@@ -47,7 +47,9 @@ class Acknowledged:
             self._delivered = replace(
                 before,
                 models={name: model_id for name, model_id in known.items() if model_id is not None},
-                refused=(*before.refused, refused) if refused else before.refused,
+                # Each is in the publisher's log; here they would grow with the run.
+                refused=(*before.refused, *([refused] if refused else []))[:MAX_REFUSED_KEPT],
+                num_refused=before.num_refused + (refused is not None),
                 **fields,
             )
             # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.

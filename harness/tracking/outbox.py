@@ -43,6 +43,7 @@ MAX_WAITING_BYTES = 32 * 1024**2
 DEFAULT_MAX_BYTES = 2 * 10**9
 _MAX_SEGMENT_BYTES = 64 * 1024**2
 _LOOK_AGAIN_S = 1.0
+MAX_REFUSED_KEPT = 20
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -331,7 +332,8 @@ class Delivered:
         offset: bytes of the journal that the store has acknowledged, but for what goes to the artifact store.
         models_offset: the same for that: checkpoints, their retirements, texts.
         models: checkpoint name -> id of the LoggedModel it became.
-        refused: what the store said no to, for good.
+        refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
+        num_refused: how much that is in all.
         ended: whether the last thing delivered was the run's end.
         time_ms: when the last thing delivered happened.
         step: the last step of the running attempt that was delivered.
@@ -344,6 +346,7 @@ class Delivered:
     time_ms: int = 0
     step: int = 0
     models_offset: int = 0
+    num_refused: int = 0
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -361,6 +364,7 @@ def read_delivered(directory: Path) -> Delivered:
         record.get("step", 0),
         # Before there were two lanes, all went in one.
         record.get("models_offset", record["offset"]),
+        record.get("num_refused", len(record["refused"])),
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
+# A publisher writes a few lines a minute at the most, while the store is away.
+MAX_LOG_BYTES = 8_000_000
 
 # What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -21,7 +23,11 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 
 def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Start it; its settings go by its standard input, whose end tells it that this process is gone."""
-    with (run_dir / "outbox" / LOG).open("ab") as log:
+    path = run_dir / "outbox" / LOG
+    if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+        # One that still writes goes on in the file that it has.
+        path.replace(path.with_suffix(".log.1"))
+    with path.open("ab") as log:
         publisher = subprocess.Popen(
             [sys.executable, "-m", "harness.tracking.publisher_process", str(run_dir)],
             stdin=subprocess.PIPE,

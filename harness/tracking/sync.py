@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import HarnessError, TrackingError
 from harness.run_directory import read_run_record
 from harness.run_lock import is_held
-from harness.tracking.outbox import read_delivered
+from harness.tracking.outbox import Delivered, read_delivered
 from harness.tracking.publisher_launch import LOG, read_answer, start_publisher
 from harness.tracking.segments import journal_end, segments
 from harness.tracking.settings import read_settings
@@ -62,15 +62,15 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
             f"see {outbox_dir / LOG}, and try again"
         )
     if delivered.refused:
-        raise TrackingError(refused_line(run_dir, delivered.refused))
+        raise TrackingError(refused_line(run_dir, delivered))
     so_far = ", so far: it is being trained" if settings["leaves_open"] else ""
     return "\n".join([*notes, f"all of {run_dir} is in MLflow run {run_id}{so_far}"])
 
 
-def refused_line(run_dir: Path, refused: Sequence[str]) -> str:
+def refused_line(run_dir: Path, delivered: Delivered) -> str:
     """What to say where the store has said no to something for good."""
     return (
-        f"{run_dir}: MLflow refused {len(refused)} entries for good, the first: {refused[0]}; "
+        f"{run_dir}: MLflow refused {delivered.num_refused} entries for good, the first: {delivered.refused[0]}; "
         f"see {run_dir / 'outbox' / LOG}"
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
+from harness.errors import TrackingError
 from harness.redact import without_password
 from harness.tracking.continuation import (
     UNKNOWN_TIME_MS,
@@ -305,16 +306,20 @@ class Tracker:
 
         Returns:
             Whether everything was delivered.
+
+        Raises:
+            TrackingError: if the disk does not take the journal's end within that time.
         """
         self._tell_repeated()
         self._tell_left_out()
         self.outbox.append("end", {"status": status, "reason": reason, "step": self._last_step})
-        self.outbox.sync()
+        deadline_s = time.monotonic() + timeout_s
+        drain = Drain(self.run_dir)
+        while not self._is_on_disk(may_wait=time.monotonic() < deadline_s and waiting(drain.left())):
+            time.sleep(0.5)
         self.outbox.close()
         if self._publisher is None:
             return not self.config.enabled
-        deadline_s = time.monotonic() + timeout_s
-        drain = Drain(self.run_dir)
         while self._publisher.poll() is None and time.monotonic() < deadline_s:
             if not waiting(drain.left()):
                 break
@@ -324,6 +329,16 @@ class Tracker:
                 continue
         self.abandon()
         return read_delivered(self.run_dir / "outbox").offset == self.outbox.end
+
+    def _is_on_disk(self, may_wait: bool) -> bool:
+        """Whether all of the journal is; where a full disk refuses it and there is no time left, that is an error."""
+        try:
+            self.outbox.sync()
+            return True
+        except TrackingError:
+            if not may_wait:
+                raise
+            return False
 
     def abandon(self) -> None:
         """Let go of the publisher: it delivers what it can for a while, and then ends by itself."""
