@@ -184,12 +184,15 @@ class TrackingConfig:
         enabled: false: no MLflow run at all; metrics and checkpoints stay in the run directory.
         tracking_uri: MLflow server or store; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.
         experiment_name: null: MLFLOW_EXPERIMENT_NAME, else `default`.
-        log_every_n_steps: metrics are reduced and logged each so many optimizer steps.
+        log_every_n_steps: metrics are reduced and logged each so many optimizer steps; null: at ends of epochs alone.
+        log_every_n_epochs: each so many epochs one's end is logged, its evaluation with it; what a checkpoint holds
+            is logged in any case.
         log_models: publish each checkpoint as an MLflow LoggedModel.
         log_resume_state: publish with it what resuming needs, the optimizer's state, twice the weights or more: with
             none, with all, or with the last alone: the one before it loses its own then, where the store can delete.
         log_datasets: record the data sets as inputs of the run.
         log_system_metrics: processor, memory, disk and network of rank zero's node.
+        silent: no lines about tracking on the terminal; what goes wrong is in the run's ``outbox/publisher.log``.
         offline: reach no store: all stays in the run's outbox, until `harness sync` delivers it, from any host.
         parent_run: name or id of an MLflow run of the same experiment to nest this one under; one of that name is
             made where there is none, and ends with the last of its children.
@@ -206,13 +209,15 @@ class TrackingConfig:
     enabled: bool = True
     tracking_uri: str | None = None
     experiment_name: str | None = None
-    log_every_n_steps: int = 10
+    log_every_n_steps: int | None = 10
+    log_every_n_epochs: int = 1
     log_models: bool = True
     log_resume_state: Literal["none", "last", "all"] = "none"
     log_datasets: bool = True
     log_system_metrics: bool = False
     registered_model_name: str | None = None
     registered_model_aliases: bool = False
+    silent: bool = False
     offline: bool = False
     parent_run: str | None = None
     max_upload_rate: str | None = None
@@ -223,7 +228,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         at = "tracking."
-        _at_least(at + "log_every_n_steps", self.log_every_n_steps, 1, "use 1 to log each step")
+        _at_least(at + "log_every_n_steps", self.log_every_n_steps, 1, "use 1 to log each step, null for epochs")
+        _at_least(at + "log_every_n_epochs", self.log_every_n_epochs, 1, "use 1 to log each epoch")
         if self.max_upload_rate is not None:
             parse_size_bytes(at + "max_upload_rate", self.max_upload_rate)
         if self.max_outbox_bytes < 1_000_000:

@@ -136,6 +136,9 @@ class PeriodicLogger:
         self._owed: str | None = None
         # Random numbers as they were when the first evaluation since the last training batch began.
         self._random_before_eval: dict[str, Any] | None = None
+        # An evaluation in an epoch that may not be logged: name -> value, step.
+        self._is_in_epoch = self._withholds = False
+        self._withheld: dict[str, tuple[float, int]] = {}
         # As they were when the checkpoint was taken that the run goes on from.
         self._random_to_begin_with: dict[str, Any] | None = None
         self._asked_signal = 0
@@ -321,7 +324,9 @@ class PeriodicLogger:
             self._random_to_begin_with = None
         for epoch in range(self.epoch, max_epochs):
             self._is_cut_short = False
+            self._is_in_epoch = self.tracking_config.log_every_n_epochs > 1
             yield epoch
+            self._is_in_epoch = False
             is_whole = not self._is_cut_short
             if is_whole:
                 self.epoch = epoch + 1
@@ -341,10 +346,12 @@ class PeriodicLogger:
         saves = by_epoch or self._owed is not None or (is_last and self.checkpoint_config.save_last)
         self._owed = None
         self._windows.collect()
-        # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
-        self._windows.flush(self.step, wait=saves or is_last)
-        if is_whole:
-            self._emit({"epoch": float(self.epoch)}, self.step)
+        if saves or is_last or self.epoch % self.tracking_config.log_every_n_epochs == 0:
+            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
+            self._windows.flush(self.step, wait=saves or is_last)
+            self._log_withheld()
+            if is_whole:
+                self._emit({"epoch": float(self.epoch)}, self.step)
         if not saves:
             return
         if self.accelerator.sync_gradients or is_last:
@@ -440,7 +447,8 @@ class PeriodicLogger:
             self._prepares = False
             self._saver.prepare()
             self._windows.timer.resume()
-        if self.step % self.tracking_config.log_every_n_steps == 0:
+        every_n_steps = self.tracking_config.log_every_n_steps
+        if every_n_steps is not None and self.step % every_n_steps == 0:
             self._windows.collect()
             self._windows.flush(self.step, wait=False)
         self.progress.step_done(num_taken, self._saver.status)
@@ -540,7 +548,9 @@ class PeriodicLogger:
         finally:
             self._windows.training()
             _leave(loader, iterator)
+        self._withholds = self._is_in_epoch
         self._emit(self._windows.end_evaluation(self.step, self._agreement), self.step)
+        self._withholds = False
         self._windows.timer.resume()
 
     def _num_votes(self, loader: Any) -> int | None:
@@ -627,7 +637,10 @@ class PeriodicLogger:
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
-        return (self.step + 1) % self.tracking_config.log_every_n_steps == 0
+        next_step, every_n_steps = self.step + 1, self.tracking_config.log_every_n_steps
+        if every_n_steps is not None and next_step % every_n_steps == 0:
+            return True
+        return self._cadence.is_due_after_step(next_step) or self.accelerator.gradient_state.end_of_dataloader
 
     def _told(self, values: Mapping[str, float], step: int) -> None:
         """A window is reduced: on all ranks alike."""
@@ -647,9 +660,19 @@ class PeriodicLogger:
             self.say(f"harness: warning: {failure}")
 
     def _emit(self, values: Mapping[str, float], step: int) -> None:
-        if values:
-            self.latest.update(values)
+        if not values:
+            return
+        self.latest.update(values)
+        if self._withholds:
+            self._withheld.update({key: (value, step) for key, value in values.items()})
+        else:
             self._run.log_metrics(values, step)
+
+    def _log_withheld(self) -> None:
+        """Log the newest evaluation, as it is to be logged after all."""
+        withheld, self._withheld = self._withheld, {}
+        for step in sorted({step for _, step in withheld.values()}):
+            self._run.log_metrics({key: value for key, (value, at) in withheld.items() if at == step}, step)
 
     def _learning_rates(self) -> dict[str, float]:
         optimizer = None if self._watched is None else self._watched.optimizer
@@ -667,6 +690,7 @@ class PeriodicLogger:
         position = (self.step, self.epoch, self._batches.loaders_done, self._batches.num_taken)
         if self._watched is None or self._saved_at == position:
             return False
+        self._log_withheld()
         metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
         moment = Moment(
             name,

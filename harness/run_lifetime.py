@@ -93,7 +93,7 @@ class RunLifetime:
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
             self._say_where(directory)
             if params is not None and (drift := self._tracker.params(provenance.flatten_params(params))).changed:
-                self._progress.say(f"parameters have changed since the run began: {drift.as_line()}")
+                self._say(f"parameters have changed since the run began: {drift.as_line()}")
             if directory.continues:
                 self._publish_forgotten(directory.path / "checkpoints")
             return directory
@@ -105,7 +105,7 @@ class RunLifetime:
         which = f", attempt {directory.attempt}" if directory.continues else ""
         self._progress.say(f"run {directory.name} in {directory.path}{which}")
         for note in self._tracker.notes:
-            self._progress.say(note)
+            self._say(note)
         if not self._lock.works:
             self._progress.say(
                 f"harness: warning: {directory.path}: this file system has no locks; see to it that no other job uses "
@@ -159,7 +159,7 @@ class RunLifetime:
         if self._tracker is not None:
             self._points.update(self._tracker.metrics(values, step))
             while self._tracker.warnings:
-                self._progress.say(f"harness: warning: {self._tracker.warnings.pop(0)}")
+                self._say(f"harness: warning: {self._tracker.warnings.pop(0)}")
 
     def describe_model(self, model: nn.Module) -> None:
         """The summary of the user's own model, among the run's artifacts."""
@@ -169,7 +169,7 @@ class RunLifetime:
         if not self._tracker.has_recipe:
             self.describe_recipe(None, model, None, None)
             if self._publishes:
-                self._progress.say(
+                self._say(
                     "no class is named for the models in MLflow (see PeriodicLogger.describe): they load with "
                     "harness.load_model(..., model=...), and not with mlflow.pyfunc"
                 )
@@ -196,7 +196,7 @@ class RunLifetime:
             try:
                 values |= infer_signature(model, example, dynamic_axes)
             except Exception as error:
-                self._progress.say(
+                self._say(
                     f"harness: warning: the models in MLflow have no signature: input_example: {_reason_of(error)}"
                 )
         self._tracker.recipe(values)
@@ -287,6 +287,11 @@ class RunLifetime:
         self._signals.restore()
         return cause
 
+    def _say(self, line: str) -> None:
+        """A line about tracking."""
+        if not self._config.silent:
+            self._progress.say(line)
+
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
@@ -316,17 +321,17 @@ class RunLifetime:
         except HarnessError as error:
             # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
             tracker.abandon()
-            self._progress.say(f"harness: warning: {error}")
+            self._say(f"harness: warning: {error}")
             return
         if not done and self._config.offline:
-            self._progress.say(f"offline: deliver it with `harness sync {tracker.run_dir}`")
+            self._say(f"offline: deliver it with `harness sync {tracker.run_dir}`")
         elif not done and tracker.run_id is not None:
-            self._progress.say(
+            self._say(
                 f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
             )
         delivered = read_delivered(tracker.run_dir / "outbox")
         if delivered.refused:
-            self._progress.say(f"harness: warning: {refused_line(tracker.run_dir, delivered)}")
+            self._say(f"harness: warning: {refused_line(tracker.run_dir, delivered)}")
 
 
 def _status_of(error: BaseException) -> RunStatus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Trains a line with a configuration; each call is a run of its own."""
     names = iter("abcdefgh")
 
-    def run(config: TrainerConfig, task: Line | None = None, **checkpoint: Any) -> Run:
+    def run(
+        config: TrainerConfig, task: Line | None = None, tracking: Mapping[str, Any] | None = None, **checkpoint: Any
+    ) -> Run:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         task = task or Line()
@@ -81,7 +83,7 @@ def train(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             run_name=next(names),
             run_dir=tmp_path,
             checkpoint=CheckpointConfig(**checkpoint),
-            tracking=TrackingConfig(enabled=False, log_every_n_steps=2),
+            tracking=TrackingConfig(**{"enabled": False, "log_every_n_steps": 2, **(tracking or {})}),
         ) as logger:
             logger.watch(model, optimizer)
             fit(accelerator, task, config, logger, model, optimizer, None, loader, eval_loader)
@@ -183,13 +185,64 @@ def test_order_is_new_each_epoch_and_the_same_each_run(train: Callable[..., Run]
     assert sorted(index for batch in first.seen[:5] for index in batch) == list(range(NUM_SAMPLES))
 
 
+def logged_steps(logger: PeriodicLogger, key: str) -> list[int]:
+    assert logger.run_path is not None
+    entries = read_entries(logger.run_path / "outbox")
+    return [entry.body["step"] for entry in entries if entry.kind == "metrics" and key in entry.body["values"]]
+
+
+@pytest.mark.parametrize(
+    ("tracking", "checkpoint", "train_steps", "eval_steps"),
+    [
+        ({"log_every_n_steps": None}, {}, [5, 10, 15, 20, 25], [5, 10, 15, 20, 25]),
+        # The last epoch is logged in any case.
+        ({"log_every_n_steps": None, "log_every_n_epochs": 2}, {}, [10, 20, 25], [10, 20, 25]),
+        ({"log_every_n_steps": 4, "log_every_n_epochs": 3}, {}, [4, 8, 12, 15, 16, 20, 24, 25], [15, 25]),
+        # What a checkpoint holds is logged: the evaluation that there was before it, or at it.
+        ({"log_every_n_steps": None, "log_every_n_epochs": 4}, {"every_n_epochs": 3}, [15, 20, 25], [15, 20, 25]),
+        ({"log_every_n_steps": None, "log_every_n_epochs": 4}, {"every_n_steps": 12}, [12, 20, 24, 25], [10, 20, 25]),
+    ],
+)
+def test_epochs_and_steps_are_logged_as_often_as_asked_for(
+    train: Callable[..., Run],
+    tracking: dict[str, Any],
+    checkpoint: dict[str, Any],
+    train_steps: list[int],
+    eval_steps: list[int],
+) -> None:
+    _, logger, _ = train(TrainerConfig(max_epochs=5), tracking=tracking, when_busy="wait", **checkpoint)
+    assert logged_steps(logger, "train/loss") == train_steps
+    assert logged_steps(logger, "eval/loss") == eval_steps
+    assert logged_steps(logger, "train/grad_norm") == train_steps
+    assert logged_steps(logger, "epoch") == [step for step in train_steps if step % 5 == 0 and step in eval_steps]
+
+
+def test_means_are_over_all_epochs_since_when_not_each_is_logged(train: Callable[..., Run]) -> None:
+    def losses(**tracking: Any) -> list[float]:
+        _, logger, _ = train(TrainerConfig(max_epochs=2), tracking={"log_every_n_steps": None, **tracking})
+        assert logger.run_path is not None
+        entries = read_entries(logger.run_path / "outbox")
+        return [
+            entry.body["values"]["train/loss"]
+            for entry in entries
+            if entry.kind == "metrics" and "train/loss" in entry.body["values"]
+        ]
+
+    (both,), (first, second) = losses(log_every_n_epochs=2), losses()
+    assert both == pytest.approx((first + second) / 2, rel=1e-6)
+
+
 def test_points_are_where_steps_and_epochs_end_when_logged(train: Callable[..., Run]) -> None:
     _, logger, _ = train(TrainerConfig(max_epochs=2))
-    assert logger.run_path is not None
-    steps = [
-        entry.body["step"]
-        for entry in read_entries(logger.run_path / "outbox")
-        if entry.kind == "metrics" and "train/loss" in entry.body["values"]
-    ]
-    assert steps == [2, 4, 5, 6, 8, 10]
+    assert logged_steps(logger, "train/loss") == [2, 4, 5, 6, 8, 10]
     assert {"train/lr", "train/grad_norm", "perf/samples_per_s", "perf/step_time_p99_s"} <= logger.latest.keys()
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_lines_about_tracking_are_there_unless_it_is_silent(
+    train: Callable[..., Run], capsys: pytest.CaptureFixture[str], silent: bool
+) -> None:
+    train(TrainerConfig(max_epochs=1), tracking={"enabled": True, "offline": True, "silent": silent})
+    lines = capsys.readouterr().err
+    assert ("harness sync" in lines) is not silent
+    assert "run a in" in lines
