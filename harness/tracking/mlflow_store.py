@@ -21,7 +21,7 @@ from typing import Any
 # defaults a call to a dead server blocks for 246 s. Set before the import, since it reads them then.
 # None at all: MLflow sends again what makes a run or a model without looking whether it was made.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault(_TIMEOUT_VARIABLE := "MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import mlflow
@@ -44,6 +44,7 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from urllib3.exceptions import ReadTimeoutError
 
 from harness.tracking.mlmodel import model_files
 from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
@@ -65,6 +66,9 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
+
+# A server that is too slow is given longer: a shorter wait for the same would end in the same way for ever.
+LONGEST_TIMEOUT_S = 120
 
 # How often files are tried to be deleted.
 _MAX_DELETIONS = 3
@@ -425,6 +429,15 @@ class MlflowStore:
             return str(error) or type(error).__name__
         return None
 
+    def failed(self, error: Exception) -> None:
+        """Give a server that did not answer in time longer from now on, up to `LONGEST_TIMEOUT_S`.
+
+        In the process's environment, where MLflow looks at each request.
+        """
+        if _is_timeout(error):
+            now_s = int(os.environ[_TIMEOUT_VARIABLE])
+            os.environ[_TIMEOUT_VARIABLE] = str(max(now_s, min(2 * now_s, LONGEST_TIMEOUT_S)))
+
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the run's final status: FINISHED, FAILED or KILLED; and its parent's with the last of its children."""
         self._remove_twins()
@@ -446,6 +459,15 @@ class MlflowStore:
             key = model.tags.get(CHECKPOINT_TAG)
             if key is not None and first.setdefault(key, model.model_id) != model.model_id:
                 self._client.delete_logged_model(model.model_id)
+
+
+def _is_timeout(error: BaseException | None) -> bool:
+    while error is not None:
+        # Of the server's answer, as against that of the connection: one that is away is not slow.
+        if isinstance(error, ReadTimeoutError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:

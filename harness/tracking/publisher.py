@@ -123,8 +123,9 @@ class Publisher:
         finally:
             self._models.close()
 
-    def _told(self, line: str) -> None:
-        log(line)
+    def _told(self, what: str, error: Exception) -> None:
+        log(f"cannot deliver yet: {what}: {error}")
+        self.store.failed(error)
         self._beat()
 
     def _run(self) -> bool:

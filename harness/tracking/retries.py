@@ -19,7 +19,7 @@ class Retries:
     Args:
         is_permanent: whether an error of the store means no for good.
         trainer_is_gone: asked between tries.
-        told: told of each error that is tried again.
+        told: told of what is tried again, and why.
         sleep: how to pause, in seconds.
         clock: seconds that never go back.
     """
@@ -28,7 +28,7 @@ class Retries:
         self,
         is_permanent: Callable[[Exception], bool],
         trainer_is_gone: Callable[[], bool],
-        told: Callable[[str], None],
+        told: Callable[[str, Exception], None],
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -54,7 +54,7 @@ class Retries:
             except Exception as error:
                 if self.is_permanent(error):
                     raise
-                self._told(f"cannot deliver yet: {what}: {error}")
+                self._told(what, error)
                 if self._has_lingered():
                     return False
                 # With jitter: many jobs that lost one server shall not come back in step.

@@ -80,6 +80,9 @@ class Store(Protocol):
     def end(self, status: str, end_time_ms: int) -> None:
         """Set the final status."""
 
+    def failed(self, error: Exception) -> None:
+        """Take note of an error after which the same is tried again."""
+
 
 @dataclass(frozen=True)
 class Settings:

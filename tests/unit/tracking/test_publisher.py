@@ -90,6 +90,9 @@ class FaultyStore:
         self._call("drop", key)
         return [f"all but {key} keep it"]
 
+    def failed(self, error: Exception) -> None:
+        """Nothing is given longer here."""
+
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         self._call("retire", (key, registration))
         return key not in self.in_use
