@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.tracking.outbox import Outbox, read_delivered
+from harness.tracking.outbox import MAX_REFUSED_KEPT, Outbox, read_delivered
 from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.registry import Registration
 from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
@@ -145,12 +145,12 @@ def publisher(
     store: FaultyStore,
     clock: Clock | None = None,
     gone: Callable[[], bool] = lambda: False,
-    attempt: int = 1,
+    **settings: Any,
 ) -> Publisher:
     clock = clock or Clock()
     return Publisher(
         run_dir,
-        dataclasses.replace(SETTINGS, attempt=attempt),
+        dataclasses.replace(SETTINGS, **settings),
         store,
         lambda error: isinstance(error, (Refusal, RefusedError)),
         gone,
@@ -685,3 +685,43 @@ def test_state_of_earlier_ones_goes_when_the_newest_is_whole_and_has_its_own(
     assert publisher(run_dir, store).run()
     assert store.kinds == ["checkpoint", *(["drop"] if drops else []), "tags", "end"]
     assert ("all but k1 keep it" in capsys.readouterr().err) == drops
+
+
+# ---------------------------------------------------------------------- how large it grows
+
+
+def test_journal_stays_small_and_nothing_is_lost_while_the_store_keeps_up(run_dir: Path) -> None:
+    outbox = Outbox(run_dir / "outbox", 8000)
+    steps = iter(range(1, 2001))
+    largest = 0
+
+    def trains() -> None:
+        nonlocal largest
+        largest = max(largest, sum(path.stat().st_size for path in (run_dir / "outbox").glob("journal*")))
+        written = [step for step in itertools.islice(steps, 20) if outbox.append("metrics", row(step), step)]
+        if not written and not ended:
+            ended.append(True)
+            end(outbox)
+
+    ended: list[bool] = []
+    store = FaultyStore()
+    assert publisher(run_dir, store, Clock(trains), max_outbox_bytes=8000).run()
+    assert [step for name, points in store.calls if name == "metrics" for _, _, _, step in points] == [*range(1, 2001)]
+    assert outbox.num_left_out == 0
+    assert largest < 8000
+    assert outbox.end > 10 * largest
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "values": {"loss": step / 8}}
+
+
+def test_record_of_what_is_refused_stays_small(run_dir: Path, outbox: Outbox) -> None:
+    for step in range(1, 101):
+        outbox.append("tags", {"name": str(step)}, step)
+    end(outbox)
+    store = FaultyStore(*[Refusal(f"no {step}") for step in range(1, 101)])
+    assert publisher(run_dir, store).run()
+    delivered = read_delivered(run_dir / "outbox")
+    assert delivered.num_refused == 100
+    assert delivered.refused == tuple(f"tags: no {step}" for step in range(1, MAX_REFUSED_KEPT + 1))
