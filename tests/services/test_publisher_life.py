@@ -1,0 +1,133 @@
+"""The publisher dies, hangs, or is slow: the trainer starts it again, and waits for it no longer than told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from harness.config import TrackingConfig
+from harness.tracking import tracker as tracker_module
+from harness.tracking.drain import Left
+from harness.tracking.outbox import read_delivered
+from harness.tracking.sync import deliver_rest
+from harness.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
+    """One that looks at its publisher more often than a training does, with a store on disk."""
+    monkeypatch.setattr(tracker_module, "_REVIVE_EVERY_S", 0.5)
+    (tmp_path / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key-1"}))
+    config = TrackingConfig(
+        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", experiment_name="life", start_timeout_s=60.0
+    )
+    found = Tracker(tmp_path, config)
+    found.start("it", {})
+    yield found
+    found.abandon()
+    if found._publisher is not None and found._publisher.poll() is None:
+        os.kill(found._publisher.pid, signal.SIGCONT)
+        found._publisher.kill()
+        found._publisher.wait()
+
+
+def pid_of(tracker: Tracker) -> int:
+    assert tracker._publisher is not None
+    return tracker._publisher.pid
+
+
+def train_until_another_publishes(tracker: Tracker, first: int, dead: int) -> int:
+    """Log step after step; returns the last one."""
+    deadline_s = time.monotonic() + 60
+    step = first
+    while pid_of(tracker) == dead:
+        assert time.monotonic() < deadline_s, "the publisher was not started again"
+        tracker.metrics({"loss": step / 8}, step)
+        step += 1
+        time.sleep(0.05)  # the pace of a training; nothing waits for it
+    tracker.metrics({"loss": step / 8}, step)
+    return step
+
+
+def steps_in_mlflow(tracker: Tracker) -> list[int]:
+    assert tracker.run_id is not None
+    client = MlflowClient(tracker.config.tracking_uri)
+    return sorted(point.step for point in client.get_metric_history(tracker.run_id, "loss"))
+
+
+@pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
+def test_publisher_is_started_again_when_it_dies_or_hangs(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, trouble: signal.Signals
+) -> None:
+    monkeypatch.setattr(tracker_module, "DEAD_AFTER_S", 3.0)
+    tracker.metrics({"loss": 1 / 8}, 1)
+    dead = pid_of(tracker)
+    os.kill(dead, trouble)
+    last = train_until_another_publishes(tracker, 2, dead)
+    monkeypatch.setattr(tracker_module, "DEAD_AFTER_S", 300.0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(dead, 0)
+    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert steps_in_mlflow(tracker) == [*range(1, last + 1)]
+
+
+def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> None:
+    """One that waits for its store gives signs of life: it is slow, not dead."""
+    store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    slow = pid_of(tracker)
+    store.execute("BEGIN EXCLUSIVE")
+    for step in range(1, 40):
+        tracker.metrics({"loss": step / 8}, step)
+        time.sleep(0.05)
+    store.execute("ROLLBACK")
+    store.close()
+    assert pid_of(tracker) == slow
+    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert steps_in_mlflow(tracker) == [*range(1, 40)]
+
+
+def test_end_waits_no_longer_than_told_and_shows_what_is_left(tracker: Tracker, tmp_path: Path) -> None:
+    seen: list[Left] = []
+    store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
+    store.execute("BEGIN EXCLUSIVE")
+    for step in range(1, 200):
+        tracker.metrics({"loss": step / 8}, step)
+    begun_s = time.monotonic()
+    assert not tracker.end("FINISHED", "done", 2.0, lambda left: seen.append(left) is None)
+    assert 1.9 < time.monotonic() - begun_s < 5
+    assert len(seen) > 2
+    assert {left.share for left in seen} == {0.0}
+    assert seen[0].size_bytes > 10_000
+    store.execute("ROLLBACK")
+    store.close()
+    # It lingers for a while, for just this.
+    deliver_rest(tmp_path, None)
+    assert steps_in_mlflow(tracker) == [*range(1, 200)]
+
+
+def test_end_is_whole_when_the_store_comes_back_while_it_waits(tracker: Tracker, tmp_path: Path) -> None:
+    store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
+    store.execute("BEGIN EXCLUSIVE")
+    for step in range(1, 200):
+        tracker.metrics({"loss": step / 8}, step)
+    comes_back = threading.Timer(2.0, lambda: store.execute("ROLLBACK"))
+    comes_back.start()
+    shares: list[float] = []
+    assert tracker.end("FINISHED", "done", 60.0, lambda left: shares.append(left.share) is None)
+    comes_back.join()
+    store.close()
+    assert shares[0] == 0.0
+    assert sorted(shares) == shares
+    assert read_delivered(tmp_path / "outbox").ended
+    assert steps_in_mlflow(tracker) == [*range(1, 200)]
