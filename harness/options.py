@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
         ConfigError: one line with the place, the rule, what was given and the remedy.
         SystemExit: after ``--help`` and ``--print_config``.
     """
-    ordered = config_files_first(argv)
+    ordered = config_files_first(with_switch_values(argv))
     contents = [check_yaml(path) for path in config_files(ordered)]
     ordered = without_stale_arguments(ordered, contents)
     parser = make_parser(prog)
@@ -84,6 +85,24 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError("", _with_nearest(readable(error), parser)) from error
+
+
+_SWITCHES = frozenset(
+    f"--{group}.{each.name}"
+    for group, kind in (("trainer", TrainerConfig), ("checkpoint", CheckpointConfig), ("tracking", TrackingConfig))
+    for each in fields(kind)
+    if each.type == "bool"
+)
+
+
+def with_switch_values(argv: Sequence[str]) -> tuple[str, ...]:
+    """Let ``--tracking.offline`` alone, as one types a switch, mean ``--tracking.offline true``."""
+    words: list[str] = []
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        words.append(word)
+        if word in _SWITCHES and (following is None or following.startswith("--")):
+            words.append("true")
+    return tuple(words)
 
 
 def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:

@@ -295,3 +295,18 @@ def test_help_names_every_field_when_asked(capsys: pytest.CaptureFixture[str]) -
 def test_shipped_configuration_is_valid_when_parsed(name: str) -> None:
     path = Path(__file__).resolve().parents[2] / "configs" / name
     assert parse_run_config(["--config", str(path)]).task.class_path.startswith("harness.tasks.")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--tracking.offline"], True),
+        (["--tracking.offline", "--seed", "3"], True),
+        (["--tracking.offline", "true"], True),
+        (["--tracking.offline", "false", "--seed", "3"], False),
+        (["--tracking.offline=false"], False),
+        ([], False),
+    ],
+)
+def test_switch_is_on_when_it_stands_alone(config_file: Path, words: list[str], expected: bool) -> None:
+    assert parse_run_config(["--config", str(config_file), *words]).tracking.offline is expected
