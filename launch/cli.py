@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from harness import __version__
@@ -135,16 +137,26 @@ def _sync(arguments: argparse.Namespace) -> int:
             for run_dir in directories:
                 print(deliver_rest(run_dir, arguments.tracking_uri))
             return EXIT_DONE
-    while True:
+
+    def deliver() -> bool:
         # Each time anew: jobs begin.
         run_dirs = [run for each in directories for run in runs_in(each)] if arguments.all else directories
-        has_failed = False
+        is_whole = True
         for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: print(line, flush=True)):
-            has_failed = True
+            is_whole = False
             print(f"harness: error: {error}", file=sys.stderr, flush=True)
-        if not arguments.watch:
-            return EXIT_FAILED if has_failed else EXIT_DONE
-        time.sleep(arguments.every_s)
+        return is_whole
+
+    if not arguments.watch:
+        return EXIT_DONE if deliver() else EXIT_FAILED
+    # Set here, since a shell has SIGINT ignored in what it starts in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        while True:
+            deliver()
+            time.sleep(arguments.every_s)
+    return EXIT_DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -118,18 +118,21 @@ def test_run_is_failed_when_its_trainer_died_without_a_word(tmp_path: Path, serv
     assert MlflowClient(server.uri).get_run(run_id).info.status == "FAILED"
 
 
-def test_watch_delivers_what_comes_until_interrupted(tmp_path: Path, server: MlflowServer) -> None:
-    runs = tmp_path / "watched"
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_watch_delivers_what_comes_until_interrupted(
+    tmp_path: Path, server: MlflowServer, ending: signal.Signals
+) -> None:
+    runs = tmp_path / f"watched-{ending.name}"
     with started(harness("sync", "--all", "--watch", "--every_s", "0.5", runs), cwd=tmp_path) as watcher:
         for name in ("first", "second"):
             tracker = offline_tracker(runs / name, server)
             tracker.metrics({"loss": 1.0}, 1)
             tracker.end("FINISHED", "done", 1.0, lambda left: True)
             wait_for(runs / name / "attempts.json", "FINISHED")
-        watcher.send_signal(signal.SIGINT)
-        watcher.wait(timeout=30)
+        watcher.send_signal(ending)
+        assert watcher.wait(timeout=30) == 0
     client = MlflowClient(server.uri)
-    experiment = client.get_experiment_by_name("watched")
+    experiment = client.get_experiment_by_name(runs.name)
     assert [each.info.status for each in client.search_runs([experiment.experiment_id])] == ["FINISHED"] * 2
 
 
