@@ -191,7 +191,7 @@ class TrackingConfig:
         log_resume_state: publish with it what resuming needs, the optimizer's state, twice the weights or more: with
             none, with all, or with the last alone: the one before it loses its own then, where the store can delete.
         log_datasets: record the data sets as inputs of the run.
-        log_system_metrics: processor, memory, disk and network of rank zero's node.
+        log_system_metrics: processor, memory, disk and network of every node, and the job's own GPUs.
         silent: no lines about tracking on the terminal; what goes wrong is in the run's ``outbox/publisher.log``.
         offline: reach no store: all stays in the run's outbox, until `harness sync` delivers it, from any host.
         parent_run: name or id of an MLflow run of the same experiment to nest this one under; one of that name is

@@ -183,7 +183,12 @@ class PeriodicLogger:
         self._started = True
         try:
             directory = self._run.open(
-                self._agreement, self._runs_dir, self.run_name, self._params, resume=self._resume_from
+                self._agreement,
+                self.accelerator.device,
+                self._runs_dir,
+                self.run_name,
+                self._params,
+                resume=self._resume_from,
             )
             self.run_name, self.run_path = directory.name, directory.path
             retention = Retention(

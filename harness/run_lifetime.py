@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness.agreement import Agreement
@@ -23,6 +24,7 @@ from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lock import RunLock
 from harness.runtime import Topology
 from harness.signals import StopSignals
+from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
 from harness.tracking.continuation import Point
 from harness.tracking.drain import Left
@@ -65,11 +67,19 @@ class RunLifetime:
         self._points: dict[str, Point] = {}
         self._points_of: dict[str, list[list[Any]]] = {}
         self._known_datasets: set[str] = set()
+        self._sampler: Sampler | None = None
         self._signals = StopSignals()
         self._peers = Peers(topology.rank, topology.world_size, self._last_words)
 
     def open(
-        self, agreement: Agreement, runs_dir: Path, run_name: str | None, params: Any, *, resume: str = "auto"
+        self,
+        agreement: Agreement,
+        device: torch.device,
+        runs_dir: Path,
+        run_name: str | None,
+        params: Any,
+        *,
+        resume: str = "auto",
     ) -> RunDirectory:
         """Make or find the directory and the MLflow run, on rank zero; what it is, on all ranks.
 
@@ -77,6 +87,7 @@ class RunLifetime:
 
         Args:
             agreement: of all ranks.
+            device: this rank's.
             runs_dir: where runs are.
             run_name: its name; None: made up, see `make_run_directory`.
             params: parameters to log, nested; None: none.
@@ -98,7 +109,18 @@ class RunLifetime:
                 self._publish_forgotten(directory.path / "checkpoints")
             return directory
 
-        return agreement.from_rank_zero("make the run directory", make)
+        directory = agreement.from_rank_zero("make the run directory", make)
+        if self._config.enabled and self._config.log_system_metrics:
+            self._sampler = start_sampler(agreement, device, self._log_system_metrics, self._say)
+        return directory
+
+    def _log_system_metrics(self, values: Mapping[str, float]) -> None:
+        if (tracker := self._tracker) is not None:
+            tracker.system_metrics(values)
+
+    def _stop_sampler(self) -> None:
+        if self._sampler is not None:
+            self._sampler.stop()
 
     def _say_where(self, directory: RunDirectory) -> None:
         assert self._tracker is not None and self._lock is not None
@@ -260,6 +282,7 @@ class RunLifetime:
     def finish(self) -> None:
         """All is trained and written: the run is FINISHED. Rank zero waits for the delivery."""
         self._peers.close()
+        self._stop_sampler()
         # A signal now ends the wait for MLflow, and nothing else.
         limit_s = self._config.drain_timeout_s
         self._end("FINISHED", "training is complete", limit_s, may_wait=lambda: not self._signals.is_set)
@@ -280,6 +303,7 @@ class RunLifetime:
         self._peers.report(cause)
         cause.is_told_to_peers = True  # type: ignore[attr-defined]
         before_end()
+        self._stop_sampler()
         if self._tracker is not None:
             self._end(_status_of(cause), _reason_of(cause), FAILURE_WAIT_S)
         self._release()
@@ -300,6 +324,7 @@ class RunLifetime:
         """The watcher's thread, just before it ends a process that is stuck."""
         if self._topology.rank == 0:
             self._progress.say(f"harness: error: {failure}")
+            self._stop_sampler()
             self._end(_status_of(failure), _reason_of(failure), FAILURE_WAIT_S)
 
     def _end(

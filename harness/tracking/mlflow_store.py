@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,6 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from urllib3.exceptions import ReadTimeoutError
 
@@ -478,22 +474,6 @@ def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:
 def _key(name: str) -> str:
     """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:250]
-
-
-class SystemMonitor:
-    """Processor, memory, disk and network of this node, as MLflow names them."""
-
-    def __init__(self) -> None:
-        self._monitors: Iterable[BaseMetricsMonitor] = (CPUMonitor(), DiskMonitor(), NetworkMonitor())
-
-    def sample(self) -> dict[str, float]:
-        """One reading of each: name (``system/...``) -> value."""
-        values: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            values.update(monitor.aggregate_metrics())
-            monitor.clear_metrics()
-        return {f"system/{name}": float(value) for name, value in values.items()}
 
 
 def _identity(directory: Path) -> tuple[int, int]:

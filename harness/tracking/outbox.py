@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from harness.durable import replace_file, sync_directory
 from harness.errors import TrackingError
@@ -47,7 +47,9 @@ MAX_REFUSED_KEPT = 20
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
-Kind = Literal["attempt", "params", "tags", "metrics", "dataset", "text", "checkpoint", "retire", "end"]
+Kind = Literal["attempt", "params", "tags", "metrics", "system", "dataset", "text", "checkpoint", "retire", "end"]
+# Those that hold points: values by names, at a step.
+POINTS: Final[tuple[Kind, ...]] = ("metrics", "system")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Outbox:
         payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         with self._lock:
-            if kind == "metrics" and self._has_reached_size():
+            if kind in POINTS and self._has_reached_size():
                 self.num_left_out += 1
                 return stamp
             if not self._waiting:
@@ -129,7 +131,7 @@ class Outbox:
                     return stamp
                 except OSError as error:
                     self._trouble = error
-            if kind == "metrics" and self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
+            if kind in POINTS and self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
                 self.num_left_out += 1
             else:
                 self._waiting.append(line)
@@ -306,7 +308,7 @@ def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
     return num_gone
 
 
-_KEPT: tuple[Kind, ...] = ("metrics", "params", "checkpoint")
+_KEPT: Final[tuple[Kind, ...]] = ("metrics", "params", "checkpoint")
 
 
 def _remembered(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:

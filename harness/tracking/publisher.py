@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from harness.durable import replace_file
 from harness.errors import TrackingError
@@ -23,13 +22,12 @@ from harness.tracking import attempts
 from harness.tracking.acknowledged import Acknowledged
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
-from harness.tracking.outbox import Entry, prune, read_entries
+from harness.tracking.outbox import POINTS, Entry, prune, read_entries
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
 from harness.tracking.segments import durable_end
 from harness.tracking.store import Settings, Store, WantedRun
 
 POLL_S = 0.2
-SYSTEM_METRICS_EVERY_S = 10.0
 MAX_POINTS_PER_DELIVERY = 1000
 
 
@@ -129,8 +127,6 @@ class Publisher:
         self._beat()
 
     def _run(self) -> bool:
-        next_sample_s = self._clock()
-        monitor = _system_monitor() if self.settings.log_system_metrics else None
         while True:
             ended = False
             for group in _grouped(self._durable_entries()):
@@ -155,9 +151,6 @@ class Publisher:
             self._has_seen_trainer = True
             self._beat()
             self._prune()
-            if monitor is not None and self._clock() >= next_sample_s:
-                next_sample_s = self._clock() + SYSTEM_METRICS_EVERY_S
-                self._log_system_metrics(monitor.sample())
             self._sleep(POLL_S)
 
     def _durable_entries(self) -> Iterator[Entry]:
@@ -202,7 +195,7 @@ class Publisher:
     def _deliver(self, group: list[Entry]) -> None:
         self._beat()
         kind, body = group[0].kind, group[0].body
-        if kind == "metrics":
+        if kind in POINTS:
             self.store.log_metrics([point for entry in group for point in _points(entry)])
         elif kind == "params":
             self.store.log_params(body)
@@ -254,14 +247,6 @@ class Publisher:
             # The tags say the same: an artifact store that is away must not hold up the run's end.
             log(f"{attempts.FILE} not logged: {error}")
 
-    def _log_system_metrics(self, values: dict[str, float]) -> None:
-        # Straight to the store: a reading that is lost in an outage is not worth a journal.
-        now_ms = time.time_ns() // 1_000_000
-        try:
-            self.store.log_metrics([(key, value, now_ms, now_ms // 1000) for key, value in values.items()])
-        except Exception as error:
-            log(f"system metrics not logged: {error}")
-
 
 def log(message: str) -> None:
     """One line for ``outbox/publisher.log``."""
@@ -292,7 +277,7 @@ def _grouped(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
     group: list[Entry] = []
     num_points = 0
     for entry in entries:
-        is_metrics = entry.kind == "metrics"
+        is_metrics = entry.kind in POINTS
         size = len(entry.body["values"]) if is_metrics else 0
         if group and (not is_metrics or num_points + size > MAX_POINTS_PER_DELIVERY):
             yield group
@@ -304,9 +289,3 @@ def _grouped(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
             yield [entry]
     if group:
         yield group
-
-
-def _system_monitor() -> Any:
-    from harness.tracking.mlflow_store import SystemMonitor
-
-    return SystemMonitor()

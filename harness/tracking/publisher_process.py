@@ -105,7 +105,6 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         run_name=raw["run_name"],
         tracking_uri=absolute_sqlite(mlflow_store.resolve_tracking_uri(raw["tracking_uri"])),
         experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
-        log_system_metrics=raw["log_system_metrics"],
         registration=_registration(raw),
         start_timeout_s=raw["start_timeout_s"],
         attempt=raw["attempt"],

@@ -94,7 +94,6 @@ class Settings:
     run_name: str
     tracking_uri: str
     experiment_name: str
-    log_system_metrics: bool
     registration: Registration | None
     start_timeout_s: float
     attempt: int = 1

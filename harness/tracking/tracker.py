@@ -110,7 +110,6 @@ class Tracker:
             "run_name": run_name,
             "tracking_uri": self.config.tracking_uri,
             "experiment_name": self.config.experiment_name,
-            "log_system_metrics": self.config.log_system_metrics,
             "registered_model_name": self.config.registered_model_name,
             "registered_model_aliases": self.config.registered_model_aliases,
             "monitor": self.monitor,
@@ -206,6 +205,13 @@ class Tracker:
             points |= {key: Point(value, time_ms, step) for key, value in new.items()}
         # A point is the same one, for a model too, by its time: where that is not known, no model has it.
         return {key: point for key, point in points.items() if point.time_ms != UNKNOWN_TIME_MS}
+
+    def system_metrics(self, values: Mapping[str, float]) -> None:
+        """What the machines are busy with, now. Any thread.
+
+        Its step is the second of the clock: attempts follow each other in it, and no training's step is meant.
+        """
+        self.outbox.append("system", {"step": int(time.time()), "values": values})
 
     def _look_at_disk(self) -> None:
         """Keep a line for the user where the journal has begun to take no metrics, or takes them again."""

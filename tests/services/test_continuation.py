@@ -23,18 +23,20 @@ pytestmark = pytest.mark.services
 DIGITS = ROOT / "configs" / "digits.yaml"
 # 90 steps in each of 3 epochs, and a point at each fifth: killed in the second epoch.
 KILLED_AT = 150
+SAMPLED = ("--tracking.log_system_metrics",)
+SAMPLING = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "2"}
 
 
 def words_of(cwd: Path, server: MlflowServer, experiment: str, *more: str) -> Sequence[str | Path]:
     task = ("--task.class_path", "tests.services.tasks.Waits", "--task.init_args.directory", cwd)
     tracking = ("--tracking.tracking_uri", server.uri, "--tracking.experiment_name", experiment)
     words = ("train", "--config", DIGITS, *task, "--trainer.max_epochs", "3", "--run_name", "it", *tracking)
-    return harness(*words, "--tracking.log_every_n_steps", "5", "--checkpoint.every_n_epochs", "1", *more)
+    return harness(*words, "--tracking.log_every_n_steps", "5", "--checkpoint.every_n_epochs", "1", *SAMPLED, *more)
 
 
 def kill_at_step(words: Sequence[str | Path], cwd: Path, *, with_publisher: bool) -> None:
     """Start a run, and kill it with SIGKILL as it waits at a step, once MLflow has its first epoch."""
-    with started([*words, "--task.init_args.at", str(KILLED_AT)], cwd) as process:
+    with started([*words, "--task.init_args.at", str(KILLED_AT)], cwd, SAMPLING) as process:
         deadline_s = time.monotonic() + 90
         delivered = cwd / "runs/it/outbox/delivered.json"
         while not ((cwd / "arrived").exists() and delivered.exists() and "epoch-0001" in delivered.read_text()):
@@ -72,7 +74,8 @@ def test_one_run_has_each_point_once_when_killed_and_started_again(
     assert killed.info.status == ("RUNNING" if with_publisher else "FAILED")
 
     again = words_of(tmp_path, server, experiment, "--optimizer.init_args.weight_decay", "0.02")
-    done = run(again, tmp_path)
+    again_s = time.time()
+    done = run(again, tmp_path, extra=SAMPLING)
     assert done.code == 0, done.output
     assert "it, attempt 2" in done.output
     assert "parameters have changed since the run began: optimizer.init_args" in done.output
@@ -86,6 +89,9 @@ def test_one_run_has_each_point_once_when_killed_and_started_again(
         assert {step for step, count in Counter(found).items() if count > 1} <= {max(found)}, (key, found)
     assert set(steps["train/loss"]) >= set(range(5, 265, 5))
     assert len(steps["epoch"]) == 3
+    # Of the machine, from both attempts, on one axis: the seconds of the clock.
+    seconds = steps["system/cpu_utilization_percentage"]
+    assert seconds[0] < again_s < seconds[-1] <= time.time()
     assert [model.name for model in models(reader, finished)] == ["epoch-0001", "epoch-0002", "epoch-0003"]
 
     tags = finished.data.tags

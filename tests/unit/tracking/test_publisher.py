@@ -124,9 +124,7 @@ class Clock:
         self._wake()
 
 
-SETTINGS = Settings(
-    "run", "http://me:hunter2@host:5000", "exp", False, Registration("registered"), start_timeout_s=10.0
-)
+SETTINGS = Settings("run", "http://me:hunter2@host:5000", "exp", Registration("registered"), start_timeout_s=10.0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from harness.tracking.publisher_process import where_it_goes_on
 from harness.tracking.settings import absolute_sqlite
 from harness.tracking.store import Settings
 
-SETTINGS = Settings("it", "http://me:secret@a:5000", "exp", False, None, start_timeout_s=10.0)
+SETTINGS = Settings("it", "http://me:secret@a:5000", "exp", None, start_timeout_s=10.0)
 RECORD = {
     "run_name": "it",
     "run_key": "k",

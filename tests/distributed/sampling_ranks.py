@@ -1,0 +1,36 @@
+"""Ranks on nodes of their own, as far as their launcher's variables say; rank zero writes down what is logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from harness.agreement import Agreement
+from harness.system_metrics.sampler import INTERVAL_VARIABLE, start_sampler
+from tests.distributed.saving_ranks import become_rank
+
+
+def sample(rank: int, world_size: int, port: int, directory: Path, nodes: list[int], alive_s: list[float]) -> None:
+    """Each rank is on the node that `nodes` says, and samples for as long as `alive_s` says."""
+    become_rank(rank, world_size, port)
+    os.environ.update({"GROUP_RANK": str(nodes[rank]), INTERVAL_VARIABLE: "0.5"})
+    Accelerator(cpu=True)
+    logged: list[Mapping[str, Any]] = []
+    said: list[str] = []
+    sampler = start_sampler(Agreement(rank, world_size, timeout_s=60), torch.device("cpu"), logged.append, said.append)
+    time.sleep(alive_s[rank])  # the training's own work
+    if sampler is not None:
+        sampler.stop()
+    (directory / f"sampled-{rank}.json").write_text(
+        json.dumps({"samples": sampler is not None, "logged": logged, "said": said})
+    )
+    dist.barrier()
+    dist.destroy_process_group()
