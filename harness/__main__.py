@@ -12,6 +12,7 @@ from typing import NoReturn
 from harness.config import RunConfig
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped
 from harness.options import parse_run_config
+from harness.redact import redact_message
 
 _RANK_ZERO_FIRST_S = 3.0
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
         return tell(error)
     except Exception as error:
         # An error of the task's: the traceback is from the rank that has it.
-        traceback.print_exc()
+        sys.stderr.write(redact_message(traceback.format_exc()))
         return tell(error)
 
 
@@ -65,7 +66,7 @@ def tell(error: BaseException) -> int:
         name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
         what = "" if isinstance(error, Stopped) else f"error{where}: "
-        print(f"harness: {what}{name}{error}", file=sys.stderr, flush=True)
+        print(f"harness: {what}{name}{redact_message(str(error))}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 
 

@@ -24,7 +24,7 @@ from harness.build import check_arguments
 from harness.checkpoint.names import unwrapped
 from harness.config import ClassSpec
 from harness.errors import ConfigError
-from harness.redact import is_secret_name, redact
+from harness.redact import redact_tree
 
 # A batch of what the model takes, or several by the names of its arguments.
 Example = Tensor | np.ndarray[Any, Any] | Mapping[str, Tensor | np.ndarray[Any, Any]]
@@ -64,7 +64,7 @@ def make_recipe(spec: ClassSpec | None, model: nn.Module) -> dict[str, Any]:
     requirements, notes = _requirements(spec)
     return {
         "class_path": None if spec is None else spec.class_path,
-        "init_args": {} if spec is None else _without_secrets(dict(spec.init_args)),
+        "init_args": {} if spec is None else redact_tree(dict(spec.init_args)),
         "model_class": f"{found.__module__}.{found.__qualname__}",
         "python": platform.python_version(),
         "requirements": requirements,
@@ -199,16 +199,6 @@ def _numpy_name(dtype: torch.dtype) -> str:
         return torch.empty(0, dtype=dtype).numpy().dtype.name
     except TypeError:
         return "float32"
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    if name and is_secret_name(name):
-        return "***"
-    if isinstance(value, Mapping):
-        return {str(key): _without_secrets(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_secrets(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
 
 
 def _requirements(spec: ClassSpec | None) -> tuple[list[str], list[str]]:

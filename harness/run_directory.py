@@ -17,7 +17,7 @@ from harness.config import RunConfig, check_run_name
 from harness.durable import replace_file
 from harness.errors import RunDirError
 from harness.launch_identity import launch_identity, restarted_identity
-from harness.redact import without_password
+from harness.redact import redact_tree, without_password
 from harness.run_lock import TIMEOUT_S, RunLock
 
 FILE = "run.json"
@@ -179,14 +179,14 @@ def _word(stem: str | None) -> str:
 
 
 def write_config(path: Path, config: RunConfig) -> None:
-    """Write the resolved configuration as ``config.yaml``, without a password in the tracking URI.
+    """Write the resolved configuration as ``config.yaml``, with secrets replaced.
 
     Effects: not collective, rank zero only; any thread; blocks on fsync; leaves ``config.yaml``.
 
     Raises:
         RunDirError: if the disk refuses it.
     """
-    values = asdict(config)
+    values = redact_tree(asdict(config))
     uri = config.tracking.tracking_uri
     values["tracking"]["tracking_uri"] = None if uri is None else without_password(uri)
     try:

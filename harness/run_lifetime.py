@@ -20,6 +20,7 @@ from harness.errors import HarnessError, PeerFailure, Stopped
 from harness.peers import Peers
 from harness.progress import Progress
 from harness.recipe import ExampleSource, infer_signature, make_recipe
+from harness.redact import redact_message
 from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lock import RunLock
 from harness.runtime import Topology
@@ -367,4 +368,5 @@ def _status_of(error: BaseException) -> RunStatus:
 
 
 def _reason_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+    # An error of a database that the task reads names its address, say.
+    return redact_message(str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}")

@@ -42,6 +42,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from urllib3.exceptions import ReadTimeoutError
 
+from harness.redact import redact_message
 from harness.tracking.mlmodel import model_files
 from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
 from harness.tracking.store import WantedRun
@@ -422,7 +423,7 @@ class MlflowStore:
             self._num_failed_deletions[model.model_id] += 1
             if self._num_failed_deletions[model.model_id] < _MAX_DELETIONS:
                 raise
-            return str(error) or type(error).__name__
+            return redact_message(str(error)) or type(error).__name__
         return None
 
     def failed(self, error: Exception) -> None:

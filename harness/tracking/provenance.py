@@ -47,7 +47,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
     }
     if "SLURM_JOB_ID" in os.environ:
         record["harness.slurm_job_id"] = os.environ["SLURM_JOB_ID"]
-    return {**record, **extra}
+    return {**record, **flatten_params(extra)}
 
 
 def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:

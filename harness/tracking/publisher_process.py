@@ -10,10 +10,12 @@ that the trainer is gone.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import select
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.errors import TrackingError
-from harness.redact import redact, without_password
+from harness.redact import redact, remember, without_password
 from harness.run_directory import read_run_record
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.outbox import DEFAULT_MAX_BYTES, read_delivered, read_entries
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> int:
     os.nice(10)
     answer = _take_standard_output()
     raw = json.loads(_read_line(sys.stdin.fileno()))
+    remember(raw["tracking_uri"])
     with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
         if not _has_locked(lock, raw["lock_timeout_s"]) and not _has_locked_late(lock, run_dir, raw, answer):
             answer({"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"})
@@ -54,6 +57,8 @@ def _take_standard_output() -> Answer:
     """
     answers = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # That address may have a password in it, as has what libraries warn of.
+    sys.stdout = sys.stderr = _Redacted(sys.stderr)
 
     def answer(values: Mapping[str, Any]) -> None:
         # Only the first is read.
@@ -61,6 +66,28 @@ def _take_standard_output() -> Answer:
             os.write(answers, json.dumps(values).encode() + b"\n")
 
     return answer
+
+
+class _Redacted(io.TextIOBase):
+    """A stream that has no secrets in what is written to it, line by line. Any thread."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            *lines, self._begun = (self._begun + text).split("\n")
+            for line in lines:
+                self._stream.write(redact(line) + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
 
 def _has_locked(lock: TextIO, timeout_s: float) -> bool:

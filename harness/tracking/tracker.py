@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
 from harness.errors import TrackingError
-from harness.redact import without_password
+from harness.redact import remember, without_password
 from harness.tracking.continuation import (
     UNKNOWN_TIME_MS,
     Drift,
@@ -69,6 +69,7 @@ class Tracker:
     ) -> None:
         self.run_dir = run_dir
         self.config = config
+        remember(config.tracking_uri)
         self.attempt = attempt
         self.monitor, self.mode = monitor, mode
         self.notes: list[str] = []

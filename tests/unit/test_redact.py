@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.redact import is_secret_name, redact, without_password
+from harness import redact as redact_module
+from harness.redact import is_secret_name, redact, redact_message, redact_tree, remember, without_password
 
 letters = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
 # What a user may paste unquoted: more than a URI allows, as long as it ends before the path.
@@ -64,3 +65,72 @@ def test_user_alone_is_replaced_when_a_uri_has_no_password() -> None:
     # It is often a token.
     assert without_password("https://hf_abc@host/path") == "https://***@host/path"
     assert redact("see https://hf_abc@host/path") == "see https://***@host/path"
+
+
+@pytest.mark.parametrize(
+    ("uri", "written"),
+    [
+        (
+            "postgresql://host/db?user=me&password=hunter2&sslmode=on",
+            "postgresql://host/db?user=me&password=***&sslmode=on",
+        ),
+        ("mssql+pyodbc://host/db?driver=x;PWD=hunter2", "mssql+pyodbc://host/db?driver=x;PWD=***"),
+        ("https://host/?token=hunter2#part", "https://host/?token=***"),
+    ],
+)
+def test_password_is_gone_when_it_stands_in_the_query_of_a_uri(uri: str, written: str) -> None:
+    assert without_password(uri) == written
+
+
+@pytest.mark.parametrize("name", ["X-Amz-Signature", "X-Goog-Signature", "sig", "X-Amz-Security-Token"])
+def test_signature_is_gone_when_an_address_is_signed(name: str) -> None:
+    text = f"403 Forbidden for url: https://bucket.s3/key?partNumber=2&{name}=0a1b2c3d&X-Amz-Expires=60 (again)"
+    assert redact_message(text) == text.replace("0a1b2c3d", "***")
+
+
+def test_password_is_gone_wherever_it_stands_when_its_address_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redact_module, "_known", set())
+    remember("postgresql://me:p%40ss-word@host/db")
+    remember(None)
+    assert redact_message("given p%40ss-word, meant p@ss-word") == "given ***, meant ***"
+
+
+@given(
+    st.sampled_from(["MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_TOKEN", "AZURE_ACCESS_KEY"])
+)
+def test_value_is_gone_wherever_it_stands_when_the_environment_has_it_as_a_secret(name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "hunter2+x")
+        patch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter3@host")
+        patch.setenv("AWS_ACCESS_KEY_ID", "who-it-is")
+        text = "signed with hunter2+x by who-it-is for hunter3 (hunter2)"
+        assert redact_message(text) == "signed with *** by who-it-is for *** (hunter2)"
+
+
+def test_short_value_stays_when_it_is_in_all_words() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        assert redact("the latest test") == "the latest test"
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ('connect(host="db", password="hunter2")', 'connect(host="db", password=***)'),
+        ("refused: password=hunter2 host=db", "refused: password=*** host=db"),
+        ("{'password': 'hunter2', 'host': 'db'}", "{'password': ***, 'host': 'db'}"),
+        ("password authentication failed for user me", "password authentication failed for user me"),
+        ("the token is missing: give one", "the token is missing: give one"),
+    ],
+)
+def test_message_keeps_its_words_when_its_secrets_are_replaced(text: str, written: str) -> None:
+    assert redact_message(text) == written
+
+
+def test_settings_keep_their_form_when_their_secrets_are_replaced() -> None:
+    settings = {"width": 8, "db": {"password": [1, 2], "uri": "postgresql://me:hunter2@h/d"}, "list": ("a", None)}
+    assert redact_tree(settings) == {
+        "width": 8,
+        "db": {"password": "***", "uri": "postgresql://me:***@h/d"},
+        "list": ["a", None],
+    }

@@ -179,7 +179,8 @@ def test_configuration_parses_to_the_same_when_written(tmp_path: Path) -> None:
 
 def test_password_is_left_out_when_the_configuration_is_written(tmp_path: Path) -> None:
     tracking = TrackingConfig(tracking_uri="postgresql://me:hunter2@host/db")
-    write_config(tmp_path, RunConfig(ClassSpec("a.B"), tracking=tracking))
+    task = ClassSpec("a.B", {"db": {"password": "hunter2", "table": "t"}, "uri": "postgresql://me:hunter2@host/db"})
+    write_config(tmp_path, RunConfig(task, tracking=tracking))
     text = (tmp_path / "config.yaml").read_text()
     assert "hunter2" not in text
     assert "postgresql://me:***@host/db" in text
