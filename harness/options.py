@@ -22,6 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
 from harness.errors import ConfigError
+from harness.redact import without_password
 
 _CLASS_KEYS = {
     "task": "the task: a class that is a harness.Task",
@@ -80,11 +81,27 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
         for key in ("trainer", "checkpoint", "tracking"):
             if parsed.get(key) is None:
                 raise ConfigError(key, "must hold keys and values, got null; leave it out for the defaults")
-        return _to_run_config(parser.instantiate(parsed))
+        config = _to_run_config(parser.instantiate(parsed))
     except ConfigError:
         raise
     except (ArgumentError, ValueError, TypeError) as error:
         raise ConfigError("", _with_nearest(readable(error), parser)) from error
+    refuse_typed_password("tracking.tracking_uri", config.tracking.tracking_uri, argv)
+    return config
+
+
+def refuse_typed_password(key: str, uri: str | None, argv: Sequence[str]) -> None:
+    """Refuse an address with a password, or a token, that was typed.
+
+    Raises:
+        ConfigError: without the address.
+    """
+    if uri is not None and without_password(uri) != uri and any(uri in word for word in argv):
+        raise ConfigError(
+            key,
+            "has a password in it, and every user of a machine can read its command lines; set MLFLOW_TRACKING_URI to "
+            "it, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD beside an address without",
+        )
 
 
 _SWITCHES = frozenset(

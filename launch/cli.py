@@ -125,8 +125,10 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
+    from harness.options import refuse_typed_password
     from harness.tracking.sync import deliver_all, deliver_rest, runs_in
 
+    refuse_typed_password("--tracking_uri", arguments.tracking_uri, [arguments.tracking_uri or ""])
     directories: list[Path] = arguments.run_dir or ([Path("runs")] if arguments.all else [])
     if not directories:
         raise ConfigError("", "harness sync: give the directory of a run, or --all")

@@ -17,7 +17,7 @@ import xxhash
 from harness.checkpoint.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints
 from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, ConfigError, DamagedError
-from harness.redact import redact
+from harness.redact import redact, without_password
 
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 _DOWNLOAD_TIMEOUT_S = 3600.0
@@ -164,7 +164,7 @@ def remove_downloads(download_dir: Path) -> None:
 
 def _target(where: str, download_dir: Path) -> Path:
     """Of an address alone, and as a person reads it: a run that is started again finds what it has fetched."""
-    cleaned = re.sub(r"[^\w.-]+", "-", where)[:_NAME_LIMIT]
+    cleaned = re.sub(r"[^\w.-]+", "-", without_password(where))[:_NAME_LIMIT]
     return download_dir / f"{cleaned}-{xxhash.xxh3_64_hexdigest(where.encode())}"
 
 
@@ -183,10 +183,13 @@ def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None
     target = _target(where, download_dir)
     # What is left there is not whole.
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "harness.tracking.download", where, str(target)]
+    command = [sys.executable, "-m", "harness.tracking.download", str(target)]
     environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S)
+        # By pipe, not by command line: an address may hold a password.
+        done = subprocess.run(
+            command, env=environment, input=where, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired as error:
         raise CheckpointError(f"{where}: was not downloaded within {_DOWNLOAD_TIMEOUT_S:.0f} s") from error
     if done.returncode != 0:

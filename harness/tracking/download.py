@@ -1,6 +1,7 @@
-"""``python -m harness.tracking.download URI DIRECTORY``: artifacts of MLflow into a directory.
+"""``python -m harness.tracking.download DIRECTORY``: artifacts of MLflow into a directory.
 
-A process of its own, since the trainer never imports mlflow. The last line on standard output is the path.
+A process of its own, since the trainer never imports mlflow. The address comes by standard input; the last line on
+standard output is the path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from harness.tracking.artifacts import download
 
-    where, directory = argv[0], Path(argv[1])
+    where, directory = sys.stdin.read(), Path(argv[0])
     directory.mkdir(parents=True, exist_ok=True)
     try:
         path = download(where, str(directory))

@@ -310,3 +310,23 @@ def test_shipped_configuration_is_valid_when_parsed(name: str) -> None:
 )
 def test_switch_is_on_when_it_stands_alone(config_file: Path, words: list[str], expected: bool) -> None:
     assert parse_run_config(["--config", str(config_file), *words]).tracking.offline is expected
+
+
+# ------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:hunter2@host:5000", "https://hf_hunter2@host", "postgresql://h/d?password=hunter2"]
+)
+@pytest.mark.parametrize("form", ["--tracking.tracking_uri={}", '--tracking={{"tracking_uri": "{}"}}'])
+def test_address_with_a_password_is_refused_when_it_is_typed(config_file: Path, uri: str, form: str) -> None:
+    message = error_of(config_file, YAML, form.format(uri))
+    assert message.startswith("tracking.tracking_uri: has a password in it")
+    assert "hunter2" not in message
+
+
+def test_address_with_a_password_is_taken_when_it_stands_in_a_file(config_file: Path) -> None:
+    uri = "http://me:hunter2@host:5000"
+    config = parse(config_file, YAML + f"tracking: {{tracking_uri: '{uri}'}}\n", "--seed", "3")
+    assert config.tracking.tracking_uri == uri
+    assert parse(config_file, YAML, "--tracking.tracking_uri=http://host").tracking.tracking_uri == "http://host"

@@ -56,6 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
         (["debug", "--config", DIGITS, "--trainr.max_epochs", "3"], "trainr.max_epochs"),
         (["checkpoints", "."], "is not the directory of a run"),
         (["sync", "nowhere"], "nowhere: is not the directory of a run"),
+        (["sync", "nowhere", "--tracking_uri", "http://me:hunter2@h"], "--tracking_uri: has a password in it"),
     ],
 )
 def test_error_is_one_line_and_exit_code_2_when_usage_is_wrong(tmp_path: Path, words: list[str], expected: str) -> None:

@@ -124,3 +124,11 @@ def test_error_names_the_port_when_it_is_in_use() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--main_process_port: {port} is in use"):
             launch(["--config", DIGITS, "--num_processes", "2", "--main_process_port", str(port)])
+
+
+def test_secrets_are_left_out_when_the_command_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = ("--task.init_args", '{"password": "hunter2"}', "--tracking.tags", '{"hf_token": "hunter3"}')
+    launch(["--dry_run", "--config", DIGITS, *secret])
+    output = capsys.readouterr().out
+    assert "hunter" not in output
+    assert "--tracking.tags" in output
