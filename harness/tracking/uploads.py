@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ PART_BYTES = 32 * 1024**2
 # Below two parts, asking for places to put them costs more than it gives.
 _BY_PARTS_FROM_BYTES = 2 * PART_BYTES
 _MAX_PARTS = 10_000  # of S3
-_CHUNK_BYTES = 1024**2
+_MAX_CHUNK_BYTES, _MIN_CHUNK_BYTES = 1024**2, 16 * 1024
 _TRIES_OF_A_PART = 4
 # How long an answer may take: a server may first hand all of it on to a store behind it, at this pace.
 _ANSWER_S = 60.0
 _SLOWEST_BYTES_PER_S = 2 * 1024**2
+# An address for parts that nobody answers at is given up sooner: the server itself takes the file.
+_CONNECT_S = 10.0
 # What is smaller is sent again rather than taken for the same by its size.
 _TRUSTED_FROM_BYTES = 1024**2
 
@@ -57,6 +59,13 @@ class Pace:
         self._bytes_per_s = bytes_per_s
         self._lock = threading.Lock()
         self._free_s = 0.0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much goes at once: little under a low limit, or a connection that waits for its turn looks dead."""
+        if self._bytes_per_s is None:
+            return _MAX_CHUNK_BYTES
+        return max(_MIN_CHUNK_BYTES, min(_MAX_CHUNK_BYTES, int(self._bytes_per_s / 100)))
 
     def take(self, num_bytes: int) -> None:
         """Wait until these bytes may go."""
@@ -85,6 +94,7 @@ class Uploads:
         self._repository = repository
         self._pace = pace
         self._sent = sent
+        self._parts_of_a_file = _PARTS_AT_ONCE
         self._has_parts = not MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD.is_set() or bool(
             MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD.get()
         )
@@ -104,6 +114,8 @@ class Uploads:
         missing = [name for name, size in sizes.items() if size < _TRUSTED_FROM_BYTES or there.get(name) != size]
         for name in files.keys() - set(missing):
             self._sent(sizes[name])
+        num_large = sum(sizes[name] >= _BY_PARTS_FROM_BYTES for name in missing)
+        self._parts_of_a_file = _PARTS_AT_ONCE // max(1, min(num_large, _FILES_AT_ONCE))
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool, ThreadPoolExecutor(_PARTS_AT_ONCE) as parts:
             largest_first = sorted(missing, key=lambda name: -sizes[name])
             _all([pool.submit(self._put_file, files[name], name, sizes[name], parts) for name in largest_first])
@@ -138,7 +150,7 @@ class Uploads:
             "PUT",
             data=_Body(path, 0, size_bytes, self._pace, self._sent),
             extra_headers={"Content-Type": "application/octet-stream"},
-            timeout=_limit_s(size_bytes),
+            timeout=_limits_s(size_bytes),
         )
         _require_success(response)
 
@@ -155,47 +167,33 @@ class Uploads:
                 raise
             self._has_parts = False
             return False
+        parts = [
+            _Body(path, start, min(part_bytes, size_bytes - start), self._pace, self._sent)
+            for start in range(0, size_bytes, part_bytes)
+        ]
         try:
             done = _all(
                 [
-                    pool.submit(
-                        self._put_part,
-                        path,
-                        credential,
-                        part_bytes * index,
-                        min(part_bytes, size_bytes - part_bytes * index),
-                    )
-                    for index, credential in enumerate(created.credentials)
+                    pool.submit(_put_part, part, credential)
+                    for part, credential in zip(parts, created.credentials, strict=True)
                 ]
             )
             done.sort(key=lambda part: int(part.part_number))
-            self._repository.complete_multipart_upload(name, created.upload_id, done)
         except BaseException as error:
             self._abort(name, created.upload_id)
-            if isinstance(error, requests.ConnectionError):
-                # The store behind the server may be out of reach from here; the server itself is not.
+            for part in parts:
+                part.take_back()
+            if isinstance(error, (requests.ConnectionError, requests.HTTPError)):
+                # The store behind the server may be out of reach from here, or closed to us; the server itself is not.
                 self._has_parts = False
                 return False
             raise
+        try:
+            self._repository.complete_multipart_upload(name, created.upload_id, done)
+        except BaseException:
+            self._abort(name, created.upload_id)
+            raise
         return True
-
-    def _put_part(self, path: Path, credential: Any, start: int, size_bytes: int) -> MultipartUploadPart:
-        for tried in range(1, _TRIES_OF_A_PART + 1):
-            try:
-                response = requests.put(
-                    credential.url,
-                    data=_Body(path, start, size_bytes, self._pace, self._sent),
-                    headers=credential.headers,
-                    verify=not MLFLOW_S3_IGNORE_TLS.get(),
-                    timeout=_limit_s(size_bytes),
-                )
-                _require_success(response)
-                return MultipartUploadPart(credential.part_number, response.headers.get("ETag", ""), credential.url)
-            except requests.RequestException:
-                if tried == _TRIES_OF_A_PART:
-                    raise
-                time.sleep(random.uniform(0.5, 1.0) * 2**tried)
-        raise AssertionError
 
     def _abort(self, name: str, upload_id: str | None) -> None:
         try:
@@ -207,7 +205,7 @@ class Uploads:
 
     def _put_to_s3(self, path: Path, name: str) -> None:
         bucket, prefix = self._repository.parse_s3_compliant_uri(self._repository.artifact_uri)
-        client = _PacedClient(self._repository._get_s3_client(), self._told)
+        client = _PacedClient(self._repository._get_s3_client(), self._told, self._parts_of_a_file)
         self._repository._upload_file(client, str(path), bucket, posixpath.join(prefix, name))
 
     def _told(self, num_bytes: int) -> None:
@@ -219,15 +217,18 @@ class Uploads:
 class _PacedClient:
     """An S3 client whose uploads go by parts of our size, and tell of themselves."""
 
-    def __init__(self, client: Any, told: Callable[[int], None]) -> None:
+    def __init__(self, client: Any, told: Callable[[int], None], parts_at_once: int) -> None:
         self._client = client
         self._told = told
+        self._parts_at_once = parts_at_once
 
     def upload_file(self, **arguments: Any) -> None:
         from boto3.s3.transfer import TransferConfig
 
         config = TransferConfig(
-            multipart_threshold=_BY_PARTS_FROM_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+            multipart_threshold=_BY_PARTS_FROM_BYTES,
+            multipart_chunksize=PART_BYTES,
+            max_concurrency=self._parts_at_once,
         )
         self._client.upload_file(**arguments, Config=config, Callback=self._told)
 
@@ -244,13 +245,17 @@ class _Body:
     def __len__(self) -> int:
         return self._size_bytes
 
-    def __iter__(self) -> Iterator[bytes]:
+    def take_back(self) -> None:
+        """What went of it was in vain."""
         self._sent(-self._num_sent)
         self._num_sent = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.take_back()
         file = os.open(self._path, os.O_RDONLY)
         try:
             while self._num_sent < self._size_bytes:
-                wanted = min(_CHUNK_BYTES, self._size_bytes - self._num_sent)
+                wanted = min(self._pace.chunk_bytes, self._size_bytes - self._num_sent)
                 chunk = os.pread(file, wanted, self._start + self._num_sent)
                 if not chunk:
                     raise UploadError(f"{self._path}: became shorter while it was read")
@@ -262,6 +267,25 @@ class _Body:
             os.close(file)
 
 
+def _put_part(part: _Body, credential: Any) -> MultipartUploadPart:
+    for tried in range(1, _TRIES_OF_A_PART + 1):
+        try:
+            response = requests.put(
+                credential.url,
+                data=part,
+                headers=credential.headers,
+                verify=not MLFLOW_S3_IGNORE_TLS.get(),
+                timeout=_limits_s(len(part)),
+            )
+            _require_success(response)
+            return MultipartUploadPart(credential.part_number, response.headers.get("ETag", ""), credential.url)
+        except requests.RequestException:
+            if tried == _TRIES_OF_A_PART:
+                raise
+            time.sleep(random.uniform(0.5, 1.0) * 2**tried)
+    raise AssertionError
+
+
 def _require_success(response: requests.Response) -> None:
     try:
         response.raise_for_status()
@@ -270,15 +294,20 @@ def _require_success(response: requests.Response) -> None:
         raise requests.HTTPError(f"{error}: {response.text[:300]}", response=response) from None
 
 
-def _limit_s(size_bytes: int) -> float:
-    return _ANSWER_S + size_bytes / _SLOWEST_BYTES_PER_S
+def _limits_s(size_bytes: int) -> tuple[float, float]:
+    """Of connecting, and of the answer."""
+    return _CONNECT_S, _ANSWER_S + size_bytes / _SLOWEST_BYTES_PER_S
 
 
 def _all(futures: list[Future[Any]]) -> list[Any]:
-    """Results of all, in their order; the first failure keeps those from beginning that have not begun."""
+    """Results of all, in their order; the first failure keeps those from beginning that have not begun.
+
+    None is at work when this returns or raises: what it began can be taken back.
+    """
     try:
-        return [future.result() for future in futures]
-    except BaseException:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        return [future.result() for future in futures if future.done()]
+    finally:
         for future in futures:
             future.cancel()
-        raise
+        wait(futures)
