@@ -1,4 +1,4 @@
-"""A real `mlflow server` on a free port of this machine, on sqlite and local files."""
+"""A real `mlflow server` on a free port of this machine, on sqlite and local files unless told otherwise."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.launching import BIN, descendants, environment
@@ -17,10 +18,30 @@ _START_LIMIT_S = 90
 
 
 class MlflowServer:
-    """Started, stopped and started again at one address, over one store."""
+    """Started, stopped and started again at one address, over one store.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: for its log, and its store where none is given; is made.
+        store: the address of its database. It may have a password, and goes by the environment.
+        artifacts: the options that say where its artifacts are.
+        options: further ones.
+        extra: environment variables of its own.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        store: str | None = None,
+        artifacts: Sequence[str | Path] | None = None,
+        options: Sequence[str | Path] = (),
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
+        self._store = store or f"sqlite:///{directory / 'mlflow.db'}"
+        self._options = artifacts or ("--serve-artifacts", "--artifacts-destination", directory / "files")
+        self._options = [*self._options, *options]
+        self._extra = dict(extra or {})
         directory.mkdir()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -29,19 +50,12 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        store = f"sqlite:///{self.directory / 'mlflow.db'}"
         words = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        words += [
-            "--backend-store-uri",
-            store,
-            "--serve-artifacts",
-            "--artifacts-destination",
-            self.directory / "files",
-        ]
+        own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": self._store}
         with (self.directory / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                words,
-                env=environment({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}),
+                [*words, *self._options],
+                env=environment({**own, **self._extra}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
