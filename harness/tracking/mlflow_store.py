@@ -2,7 +2,8 @@
 
 Every method can be called again with the same arguments and leaves what one call would have left:
 runs and models are looked up by a tag of ours before they are made, and a metric point with equal
-key, step, time and value is stored once by MLflow itself (measured: sqlite).
+key, step, time and value is stored once by MLflow itself (measured: sqlite,
+PostgreSQL).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from urllib3.exceptions import ReadTimeoutError
 
@@ -67,6 +70,9 @@ MAX_TAG_CHARS = 8000
 # A server that is too slow is given longer: a shorter wait for the same would end in the same way for ever.
 LONGEST_TIMEOUT_S = 120
 
+# A database that nobody answers at.
+_CONNECT_S = 10
+
 # How often files are tried to be deleted.
 _MAX_DELETIONS = 3
 
@@ -81,10 +87,29 @@ def has_run(tracking_uri: str, run_id: str) -> bool:
     if tracking_uri.startswith(_SQLITE) and not Path(tracking_uri.removeprefix(_SQLITE)).exists():
         return False
     try:
+        _require_database(tracking_uri)
         mlflow.MlflowClient(tracking_uri).get_run(run_id)
     except Exception:
         return False
     return True
+
+
+def _require_database(tracking_uri: str) -> None:
+    """Reach the database, where it is one that is written into directly.
+
+    MLflow itself tries for a minute and a half, whatever is wrong, before it says so.
+
+    Raises:
+        Exception: the driver's own.
+    """
+    if "://" not in tracking_uri or tracking_uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
+        return
+    from sqlalchemy import create_engine, make_url
+    from sqlalchemy.pool import NullPool
+
+    url = make_url(tracking_uri)
+    limits = {"connect_timeout": _CONNECT_S} if url.get_backend_name() in ("postgresql", "mysql") else {}
+    create_engine(url, poolclass=NullPool, connect_args=limits).connect().close()
 
 
 def is_permanent(error: Exception) -> bool:
@@ -119,8 +144,7 @@ class MlflowStore:
     ) -> None:
         # Embedded stores look the model of a new version up through the process's default.
         mlflow.set_tracking_uri(tracking_uri)
-        self._client: mlflow.MlflowClient = client or mlflow.MlflowClient(tracking_uri)
-        self._registry = Registry(self._client)
+        self._given_client = client
         self._tracking_uri = tracking_uri
         self._pace = pace or Pace(None)
         self._sent = sent
@@ -129,6 +153,17 @@ class MlflowStore:
         self._parent_id: str | None = None
         self.run_id = ""
         self.experiment_id = ""
+
+    @cached_property
+    def _client(self) -> mlflow.MlflowClient:
+        # Not before it is needed: where it cannot be made now, it is tried again.
+        if self._given_client is None:
+            _require_database(self._tracking_uri)
+        return self._given_client or mlflow.MlflowClient(self._tracking_uri)
+
+    @cached_property
+    def _registry(self) -> Registry:
+        return Registry(self._client)
 
     def open_run(self, wanted: WantedRun) -> None:
         """Find the run by its id, or find or make the one that carries its key; it is RUNNING then.
@@ -332,7 +367,9 @@ class MlflowStore:
         self._client.finalize_logged_model(model_id, "READY")
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
-        """Delete the files that only resuming needs from the run's models, but for that of the checkpoint `key`.
+        """Delete the files that only resuming needs from the run's models that are older than that of a checkpoint.
+
+        One that is newer keeps them: this may be the second delivery of the older one.
 
         A store that lets nobody delete single files keeps them: the tag ``harness.resume_state`` says so.
 
@@ -342,8 +379,11 @@ class MlflowStore:
         having = (
             f"source_run_id = '{self.run_id}' AND tags.`{_RESUME_TAG}` = 'here' AND tags.`{CHECKPOINT_TAG}` != '{key}'"
         )
+        newest_ms = max((model.creation_timestamp for model in self._models_of(key)), default=0)
         lines = []
         for model in self._models(having):
+            if model.creation_timestamp > newest_ms:
+                continue
             reason = self._delete_files(model, json.loads(model.tags[_RESUME_FILES_TAG]))
             state = "removed" if reason is None else f"kept: {reason}"
             self._client.set_logged_model_tags(model.model_id, {_RESUME_TAG: state[:MAX_TAG_CHARS]})
