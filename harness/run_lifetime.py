@@ -324,7 +324,7 @@ class RunLifetime:
     def _last_words(self, failure: PeerFailure) -> None:
         """The watcher's thread, just before it ends a process that is stuck."""
         if self._topology.rank == 0:
-            self._progress.say(f"harness: error: {failure}")
+            self._progress.say(redact_message(f"harness: error: {failure}"))
             self._stop_sampler()
             self._end(_status_of(failure), _reason_of(failure), FAILURE_WAIT_S)
 

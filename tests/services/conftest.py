@@ -6,7 +6,7 @@ import pytest
 
 from tests.services.mlflow_server import MlflowServer
 from tests.services.postgres import Postgres
-from tests.services.s3 import S3
+from tests.services.s3 import BUCKET, S3
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,22 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     running = S3(tmp_path_factory.mktemp("s3") / "s3")
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_server(s3: S3, postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """On PostgreSQL; it hands artifacts on to S3, and lets its clients do so by parts."""
+    running = MlflowServer(
+        tmp_path_factory.mktemp("s3-server") / "mlflow",
+        store=postgres.database("through"),
+        artifacts=("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/through"),
+        extra={**s3.environment, "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true"},
+    )
     try:
         running.start()
         yield running

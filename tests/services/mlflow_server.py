@@ -38,7 +38,7 @@ class MlflowServer:
         extra: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
-        self._store = store or f"sqlite:///{directory / 'mlflow.db'}"
+        self.store = store or f"sqlite:///{directory / 'mlflow.db'}"
         self._options = artifacts or ("--serve-artifacts", "--artifacts-destination", directory / "files")
         self._options = [*self._options, *options]
         self._extra = dict(extra or {})
@@ -51,7 +51,7 @@ class MlflowServer:
 
     def start(self) -> None:
         words = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": self._store}
+        own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": self.store}
         with (self.directory / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*words, *self._options],

@@ -1,4 +1,4 @@
-"""A task that waits at one step until the test lets it go on."""
+"""Tasks that wait at one step until the test lets them go on."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ class Waits(Digits):
             while not (self.directory / "go").exists() and time.monotonic() < deadline_s:
                 time.sleep(0.02)
         return super().step(model, batch)
+
+
+class Sealed(Waits):
+    """Knows secrets, as one that reads from a database does; `fails` after its wait with an error that names them."""
+
+    def __init__(self, directory: str, uri: str, password: str, fails: bool = False) -> None:
+        super().__init__(directory, at=120)
+        self.uri, self.password, self.fails = uri, password, fails
+
+    def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
+        output = super().step(model, batch)
+        if self.fails and self.calls == self.at:
+            raise ConnectionError(f"cannot connect to {self.uri} (password='{self.password}')")
+        return output

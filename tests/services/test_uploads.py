@@ -32,21 +32,6 @@ def through(server: MlflowServer) -> Iterator[Proxy]:
     proxy.close()
 
 
-@pytest.fixture(scope="module")
-def s3_server(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """A server that hands artifacts on to S3, and lets its clients do so by parts."""
-    running = MlflowServer(
-        tmp_path_factory.mktemp("s3-server") / "mlflow",
-        artifacts=("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/through"),
-        extra={**s3.environment, "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true"},
-    )
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-
-
 @pytest.fixture(autouse=True)
 def environment_of_a_publisher(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
