@@ -151,16 +151,16 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End, with what was read since it last told. Nothing is logged once this has returned."""
+        """End, with what was read since it last told. A thread that does not end in time is left to itself."""
         self._stopping.set()
         self._thread.join(_STOP_TIMEOUT_S)
 
     def _work(self) -> None:
-        pause_s = self._every_s / READINGS_PER_INTERVAL
+        pause_s = 0.0
         is_last = False
         while not is_last:
             # What is left at the end is told too: a short run has only that.
-            is_last = self._stopping.wait(pause_s) if self._reader is not None else False
+            is_last = self._stopping.wait(pause_s)
             begun_s = time.thread_time()
             self.turn(time.monotonic(), is_last=is_last)
             pause_s = max(self._every_s / READINGS_PER_INTERVAL, (time.thread_time() - begun_s) / _MAX_SHARE)
@@ -173,10 +173,13 @@ class Sampler:
             is_last: tell all the same.
         """
         if self._reader is None:
-            self._reader = Reader(self._make_sources())
+            self._try("finding out what to read", self._begin)
             self._told_s = now_s
+            if not is_last:
+                return
+        if (reader := self._reader) is None:
             return
-        self._reader.read()
+        reader.read()
         self._try("reading the other nodes' figures", lambda: self._look(now_s))
         # A little early is on time: the pauses are not exact.
         if is_last or now_s - self._told_s >= self._every_s * (1 - 0.5 / READINGS_PER_INTERVAL):
@@ -184,6 +187,9 @@ class Sampler:
             self._try("telling this node's figures", lambda: self._tell(now_s))
         if (collector := self._collector) is not None and (collector.is_complete or is_last):
             self._try("logging", lambda: collector.flush(now_s))
+
+    def _begin(self) -> None:
+        self._reader = Reader(self._make_sources())
 
     def _try(self, what: str, act: Callable[[], None]) -> None:
         try:

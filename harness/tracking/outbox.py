@@ -98,6 +98,7 @@ class Outbox:
         self._waiting_bytes = 0
         self._trouble: OSError | None = None
         self._is_full = False
+        self._has_ended = self._is_closed = False
         self._look_at_s = 0.0
         # Written, and not yet known to be on the disk itself.
         self._earlier_files: list[int] = []
@@ -117,11 +118,18 @@ class Outbox:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry, or keep it until the disk takes it; returns its time in milliseconds since the epoch."""
+        """Write one entry, or keep it until the disk takes it; returns its time in milliseconds since the epoch.
+
+        Nothing is taken once this is closed.
+        """
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         with self._lock:
+            if self._is_closed or (self._has_ended and kind == "system"):
+                # Of a thread that was not waited for any longer: behind the end there is nothing.
+                return stamp
+            self._has_ended |= kind == "end"
             if kind in POINTS and self._has_reached_size():
                 self.num_left_out += 1
                 return stamp
@@ -175,9 +183,11 @@ class Outbox:
                 raise TrackingError(self._error("cannot append to the outbox", error)) from error
 
     def close(self) -> None:
-        """Close the file. Appending afterwards is an error of ours."""
-        for file in (*self._earlier_files, self._file):
-            os.close(file)
+        """Close the file; nothing is taken any more."""
+        with self._lock:
+            self._is_closed = True
+            for file in (*self._earlier_files, self._file):
+                os.close(file)
 
     def _sync_earlier(self) -> None:
         if not self._earlier_files:

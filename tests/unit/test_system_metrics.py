@@ -225,6 +225,27 @@ def test_reason_is_said_once_when_something_cannot_be_read() -> None:
     assert job.said == ["harness: warning: system metrics: cpu on b: no such file"]
 
 
+def test_reading_begins_later_when_the_sources_cannot_be_made_at_first() -> None:
+    tries: list[int] = []
+    logged: list[Mapping[str, float]] = []
+    said: list[str] = []
+
+    def make() -> list[Source]:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError("no counters")
+        return [Source("cpu", lambda: {"cpu_utilization_percentage": 8.0})]
+
+    nodes = [Node(0, "a", (0,), ())]
+    sampler = Sampler(
+        nodes[0], nodes, "run", 10.0, Collector(nodes, 10.0, logged.append, said.append), lambda: None, make
+    )
+    for second in range(0, 31, 2):
+        sampler.turn(float(second))
+    assert said == ["harness: warning: system metrics: finding out what to read on a: no counters"]
+    assert logged
+
+
 def test_thread_logs_what_there_is_at_its_end_and_nothing_after(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "100")

@@ -251,3 +251,15 @@ def test_lines_are_ascii_text_when_read_by_hand(tmp_path: Path) -> None:
     fill(tmp_path, [("text", {"name": "ä\n", "content": "\u2028"}, 5)])
     (line,) = (tmp_path / JOURNAL).read_bytes().splitlines()
     assert json.loads(line[9:]) == {"kind": "text", "time_ms": 5, "body": {"name": "ä\n", "content": "\u2028"}}
+
+
+def test_nothing_is_written_behind_the_end_by_a_thread_that_is_late(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.append("end", {"status": "FINISHED"}, 1)
+    outbox.append("system", {"step": 1, "values": {"system/cpu": 1.0}}, 2)
+    outbox.close()
+    # The number of the file that was closed is another file's now.
+    with (tmp_path / "another").open("wb"):
+        outbox.append("metrics", {"step": 1, "values": {"loss": 1.0}}, 3)
+    assert [entry.kind for entry in read_entries(tmp_path)] == ["end"]
+    assert (tmp_path / "another").read_bytes() == b""
