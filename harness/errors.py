@@ -11,7 +11,7 @@
     │   └── DamagedError         what is on disk is not what was written: another may hold
     ├── TrackingError            the tracking server or the outbox                     exit 1
     ├── PeerFailure              another rank failed; this one stops with it           exit 1
-    └── Stopped                  a signal asked the run to stop                        exit 75
+    └── Stopped                  a signal, or `harness stop`, asked the run to stop    exit 75
 
 A message has the place, the rule, what was given, and the remedy.
 """
@@ -116,10 +116,12 @@ class PeerFailure(HarnessError):
 
 
 class Stopped(HarnessError, SystemExit):
-    """A signal asked the run to stop. Not caught, it ends the process with exit code 75 and no traceback.
+    """A signal, or `harness stop`, asked the run to stop.
+
+    Not caught, it ends the process with exit code 75 and no traceback.
 
     Attributes:
-        signal_name: such as ``SIGTERM``.
+        signal_name: such as ``SIGTERM``, or ``harness stop``.
     """
 
     exit_code = EXIT_REQUEUE

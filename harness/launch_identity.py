@@ -7,9 +7,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness import slurm
 from harness.rendezvous import latest_meeting
-
-_RESTARTS = {"torchelastic": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
 
 
 def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -26,11 +25,8 @@ def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, st
         if environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
             parts.append(_agent())
         found["torchelastic"] = ":".join(parts)
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        # Each task of an array has a job id too, which a requeue keeps; these two are what its user knows.
-        found["slurm"] = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
-    elif "SLURM_JOB_ID" in environment:
-        found["slurm"] = environment["SLURM_JOB_ID"]
+    if (job := slurm.read_job(environment)) is not None:
+        found["slurm"] = job.identity
     return found
 
 
@@ -40,11 +36,11 @@ def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str
     # A node on which no rank has failed counts no restart.
     if "torchelastic" in identity and (meeting := latest_meeting()) is not None and meeting.is_restart:
         return "torchelastic", identity["torchelastic"]
-    for launcher, variable in _RESTARTS.items():
-        count = environment.get(variable, "0")
-        if launcher in identity and count.isdigit() and int(count) > 0:
-            return launcher, identity[launcher]
-    return None
+    count = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if "torchelastic" in identity and count.isdigit() and int(count) > 0:
+        return "torchelastic", identity["torchelastic"]
+    job = slurm.read_job(environment)
+    return ("slurm", job.identity) if job is not None and job.restart_count else None
 
 
 def _agent() -> str:

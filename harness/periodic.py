@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +46,7 @@ from harness.recipe import ExampleSource, check_spec
 from harness.resumption import Resumption
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.schedule import Cadence
+from harness.signals import name_of
 from harness.tracking import provenance
 from harness.votes import Votes
 from harness.windows import MetricWindows
@@ -504,7 +504,7 @@ class PeriodicLogger:
         Raises:
             Stopped: on all ranks alike.
         """
-        name = signal.Signals(signal_number).name
+        name = name_of(signal_number)
         self._windows.collect()
         if self._watched is not None and not self._prepares:
             self._save(f"step-{self.step:08d}", must=True)
@@ -660,7 +660,7 @@ class PeriodicLogger:
         """What the last save has cost, and what went wrong with it, in the run: rank zero's."""
         costs, failure = self._saver.take_report()
         if costs:
-            self._run.log_metrics(costs, step)
+            self._run.log_save(costs, step)
         if failure is not None:
             self.say(f"harness: warning: {failure}")
 

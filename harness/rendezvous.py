@@ -25,6 +25,8 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler
 
+from harness import job_rendezvous
+
 _SCHEME = "harness"
 _NAME = "harness/meeting"
 _NUMBER = "harness/num_meetings"
@@ -49,7 +51,9 @@ _latest: Meeting | None = None
 
 def init_method() -> str | None:
     """What `torch.distributed.init_process_group` is to be given; None: what it does by itself is right."""
-    return f"{_SCHEME}://" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"{_SCHEME}://"
+    return f"{job_rendezvous.SCHEME}://" if job_rendezvous.JOB_VARIABLE in os.environ else None
 
 
 def latest_meeting() -> Meeting | None:

@@ -24,7 +24,8 @@ from harness.redact import redact_message
 from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lock import RunLock
 from harness.runtime import Topology
-from harness.signals import StopSignals
+from harness.signals import STOP_REQUEST, StopSignals
+from harness.stop_request import StopLead, StopRequests
 from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
 from harness.tracking.continuation import Point
@@ -70,6 +71,9 @@ class RunLifetime:
         self._known_datasets: set[str] = set()
         self._sampler: Sampler | None = None
         self._signals = StopSignals()
+        self._requests: StopRequests | None = None
+        self._is_request_told = False
+        self._lead = StopLead()
         self._peers = Peers(topology.rank, topology.world_size, self._last_words)
 
     def open(
@@ -103,6 +107,7 @@ class RunLifetime:
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
+            self._requests = StopRequests(directory.path, directory.attempt)
             self._say_where(directory)
             if params is not None and (drift := self._tracker.params(provenance.flatten_params(params))).changed:
                 self._say(f"parameters have changed since the run began: {drift.as_line()}")
@@ -168,7 +173,12 @@ class RunLifetime:
 
     @property
     def stop_signal(self) -> int:
-        """Number of the signal that asked this rank to stop; 0: none has."""
+        """Number of the signal that asked this rank to stop, or `STOP_REQUEST`; 0: nobody has."""
+        if not self._signals.received and self._requests is not None and (reason := self._requests.look()) is not None:
+            if not self._is_request_told:
+                self._is_request_told = True
+                self._progress.say(f"harness stop: {reason}")
+            return STOP_REQUEST
         return self._signals.received
 
     def take_save_request(self) -> bool:
@@ -183,6 +193,12 @@ class RunLifetime:
             self._points.update(self._tracker.metrics(values, step))
             while self._tracker.warnings:
                 self._say(f"harness: warning: {self._tracker.warnings.pop(0)}")
+
+    def log_save(self, costs: Mapping[str, float], step: int) -> None:
+        """What a checkpoint has cost; a line where that is too much for how late the job is asked to stop."""
+        self.log_metrics(costs, step)
+        if (line := self._lead.check(costs.get("checkpoint/durable_s", 0.0))) is not None:
+            self._progress.say(f"harness: warning: {line}")
 
     def describe_model(self, model: nn.Module) -> None:
         """The summary of the user's own model, among the run's artifacts."""

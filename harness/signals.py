@@ -11,6 +11,13 @@ from typing import Any
 # USR1 is what batch systems send ahead of a time limit.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAVE_SIGNAL = signal.SIGUSR2
+# Stands where a signal's number does: `harness stop` has asked.
+STOP_REQUEST = 128
+
+
+def name_of(number: int) -> str:
+    """What asked for a stop, in its user's words."""
+    return "harness stop" if number == STOP_REQUEST else signal.Signals(number).name
 
 
 class StopSignals:

@@ -22,6 +22,8 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
 
   harness train  --config configs/digits.yaml [--trainer.max_epochs 3 ...]
   harness launch --strategy fsdp2 --num_processes 4 --config configs/byte_lm.yaml
+  harness submit --config configs/byte_lm.yaml --strategy fsdp2 --nodes 2 --gpus_per_node 8 --time 04:00:00
+  harness stop   runs/RUN
   harness debug  --config configs/digits.yaml
   harness checkpoints runs/RUN [--json]
   harness sync   runs/RUN, or --all [--watch]
@@ -43,16 +45,24 @@ def _run(words: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"harness {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # These three take the options of the whole configuration: `harness train --help` lists them.
+    # These take the options of the whole configuration: `harness train --help` lists them.
     for name, what in (
         ("train", "train in this process, or as one rank of a launcher's"),
         ("launch", "start several processes: prints the accelerate command, then becomes it"),
+        ("submit", "give a training to SLURM, by slurm/train.sbatch"),
+        ("rank", "one rank of a SLURM step: what srun starts in slurm/train.sbatch"),
         ("debug", "one process, a few batches, no MLflow run: anomaly detection, breakpoints work"),
     ):
         commands.add_parser(name, help=what, add_help=False)
     listing = commands.add_parser("checkpoints", help="table of a run's checkpoints: on disk, in MLflow")
     listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     listing.add_argument("--json", action="store_true", help="as JSON")
+    stop = commands.add_parser("stop", help="ask a running job to save, and to stop in good order")
+    stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    stop.add_argument("--reason", default="asked for", help="for the job's log")
+    restarts = commands.add_parser("restarts", help="count a job's start; 2 if its starts get nowhere (slurm/*.sbatch)")
+    restarts.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    restarts.add_argument("--max_idle", type=int, default=3, metavar="N", help="starts in a row at one step (3)")
     sync = commands.add_parser("sync", help="deliver what MLflow has not had")
     sync.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="with --all: directories of runs (runs)")
     sync.add_argument("--all", action="store_true", help="all runs in a directory of runs")
@@ -105,13 +115,31 @@ def _launch(words: Sequence[str]) -> int:
     return launch(words)
 
 
+def _rank(words: Sequence[str]) -> int:
+    from launch.rank import rank
+
+    return rank(words)
+
+
+def _submit(words: Sequence[str]) -> int:
+    from launch.submit import submit
+
+    return submit(words)
+
+
 def _debug(words: Sequence[str]) -> int:
     from launch.debug import debug
 
     return debug(words)
 
 
-_OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "launch": _launch, "debug": _debug}
+_OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "launch": _launch,
+    "submit": _submit,
+    "rank": _rank,
+    "debug": _debug,
+}
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
@@ -195,8 +223,25 @@ def _export(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _stop(arguments: argparse.Namespace) -> int:
+    from harness.stop_request import ask_to_stop
+
+    ask_to_stop(arguments.run_dir, arguments.reason)
+    print(f"{arguments.run_dir}: asked to stop")
+    return EXIT_DONE
+
+
+def _restarts(arguments: argparse.Namespace) -> int:
+    from harness.restarts import count_start
+
+    count_start(arguments.run_dir, arguments.max_idle)
+    return EXIT_DONE
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "checkpoints": _checkpoints,
+    "stop": _stop,
+    "restarts": _restarts,
     "sync": _sync,
     "verify": _verify,
     "inspect": _inspect,

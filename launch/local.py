@@ -113,7 +113,7 @@ def accelerate_command(plan: Plan) -> list[str]:
         extra += ["--parallelism_config_dp_shard_size", str(count // 2)]
     elif strategy != "single" and count < 2:
         raise LaunchError(f"--num_processes: {strategy} needs at least 2, got {count}; use --strategy single")
-    config_file = configs_dir() / "accelerate" / f"{strategy}.yaml"
+    config_file = data_dir("configs") / "accelerate" / f"{strategy}.yaml"
     return [
         *("accelerate", "launch", "--config_file", _short(config_file)),
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
@@ -123,17 +123,19 @@ def accelerate_command(plan: Plan) -> list[str]:
     ]
 
 
-def configs_dir() -> Path:
-    """The directory ``configs/``: of the checkout, or as it was installed with the package.
+def data_dir(name: str) -> Path:
+    """The directory ``configs/`` or ``slurm/``: of the checkout, or as it was installed with the package.
 
     Raises:
         LaunchError: if there is none.
     """
     here = Path(__file__).resolve().parent
-    for candidate in (here.parent / "configs", here / "configs"):
-        if (candidate / "accelerate").is_dir():
+    # A directory of that name may be something else's, above an installed package.
+    marks = {"configs": "accelerate", "slurm": "train.sbatch"}
+    for candidate in (here.parent / name, here / name):
+        if (candidate / marks[name]).exists():
             return candidate
-    raise LaunchError(f"there is no configs/accelerate beside {here}; reinstall harness")
+    raise LaunchError(f"there is no {name}/{marks[name]} beside {here}; reinstall harness")
 
 
 def _short(path: Path) -> str:

@@ -37,5 +37,13 @@ def history(reader: MlflowClient, run: Run, key: str) -> list[Metric]:
 
 def models(reader: MlflowClient, run: Run) -> list[LoggedModel]:
     """The run's LoggedModels, oldest first."""
-    found = reader.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    found: list[LoggedModel] = []
+    token = None
+    while True:
+        page = reader.search_logged_models(
+            [run.info.experiment_id], f"source_run_id = '{run.info.run_id}'", page_token=token
+        )
+        found += page
+        if not (token := page.token):
+            break
     return sorted(found, key=lambda model: int(model.tags["step"]))

@@ -20,7 +20,7 @@ import xxhash
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from harness import random_state
+from harness import random_state, slurm
 from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
@@ -32,10 +32,10 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
 
     Effects: runs git (a few milliseconds, 5 s at most); reads only.
     """
-    entry_file = sys.argv[0]
+    entry_file, job = sys.argv[0], slurm.read_job()
     record = {
         "mlflow.source.name": entry_file,
-        "mlflow.source.type": "JOB" if "SLURM_JOB_ID" in os.environ else "LOCAL",
+        "mlflow.source.type": "LOCAL" if job is None else "JOB",
         "mlflow.user": _user(),
         "harness.command": shlex.join(redact_words([Path(sys.executable).name, *sys.orig_argv[1:]])),
         "harness.entry_file": entry_file,
@@ -45,15 +45,15 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
         **{f"harness.version.{name}": version for name, version in versions().items()},
         **{f"harness.{name}": value for name, value in accelerator_facts.items()},
     }
-    if "SLURM_JOB_ID" in os.environ:
-        record["harness.slurm_job_id"] = os.environ["SLURM_JOB_ID"]
+    if job is not None:
+        record["harness.slurm_job_id"] = job.job_id
     return {**record, **flatten_params(extra)}
 
 
 def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:
     """What is kept of each attempt at a run: the newest one's tags take the place of those before."""
-    job = {"slurm_job_id": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-    return {**run_facts, "host": socket.gethostname(), **job}
+    job = slurm.read_job()
+    return {**run_facts, "host": socket.gethostname(), **({} if job is None else {"slurm_job_id": job.job_id})}
 
 
 def _user() -> str:

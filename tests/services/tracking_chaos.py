@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.tracking.sync import deliver_rest
-from tests.launching import environment
+from tests.launching import descendants, environment
 from tests.services.counting import count, problems, table
 from tests.services.mlflow_server import MlflowServer
 
@@ -58,7 +58,7 @@ class Chaos:
             trainer = self._start(server)
             while self.killed.total() < self.num_kills:
                 # From the start of the interpreter to well into the training.
-                time.sleep(self.draw.uniform(0.0, 6.0))
+                time.sleep(self.draw.uniform(0.0, 9.0))
                 if trainer.poll() is not None:
                     raise AssertionError(f"it was over before all were killed: {self._output()}")
                 if self._kill(self.draw.choice(VICTIMS), trainer):
@@ -90,7 +90,7 @@ class Chaos:
 
     def _kill(self, victim: str, trainer: subprocess.Popen[bytes]) -> bool:
         """Kill; whether the trainer is to be started again."""
-        publisher = self._publisher()
+        publisher = _publisher_of(trainer.pid)
         if victim != "trainer" and publisher is None:
             victim = "trainer"  # it has not begun yet
         if victim != "publisher":
@@ -102,16 +102,17 @@ class Chaos:
         self.killed[victim] += 1
         return victim != "publisher"
 
-    def _publisher(self) -> int | None:
-        try:
-            pid = int(json.loads((self.run_dir / "outbox/alive.json").read_text())["pid"])
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (OSError, ValueError):
-            return None
-        return pid if str(self.run_dir).encode() in words else None
-
     def _output(self) -> str:
         return (self.directory / "output.txt").read_text()[-3000:]
+
+
+def _publisher_of(trainer: int) -> int | None:
+    """The one that this trainer has started, from its first moment on."""
+    for pid in descendants(trainer)[1:]:
+        with suppress(OSError):
+            if b"harness.tracking.publisher_process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                return pid
+    return None
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from harness.errors import ConfigError, LaunchError
-from launch.local import STRATEGIES, Plan, accelerate_command, configs_dir, launch
+from launch.local import STRATEGIES, Plan, accelerate_command, data_dir, launch
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -47,7 +47,7 @@ def test_command_names_the_strategys_file_when_the_count_is_right(
     assert option(command, "--main_process_port") == "29500"
     assert command[command.index("-m") :] == ["-m", "harness", *WORDS]
     path = Path(option(command, "--config_file"))
-    assert path == configs_dir() / "accelerate" / f"{strategy}.yaml"
+    assert path == data_dir("configs") / "accelerate" / f"{strategy}.yaml"
     content = yaml.safe_load(path.read_text())
     assert content["distributed_type"] == EXPECTED[strategy]["distributed_type"]
     assert content.get("use_cpu") is False  # true would start one process without a word

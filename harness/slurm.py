@@ -1,0 +1,183 @@
+"""What SLURM says about a job, and about this task of it: the one place that reads its variables.
+
+variable                    is there in           what is made of it
+SLURM_JOB_ID                batch script, tasks   the job, for tags and for a restart to find its run
+SLURM_ARRAY_JOB_ID          an array's jobs       the array
+SLURM_ARRAY_TASK_ID         an array's jobs       which of its jobs
+SLURM_RESTART_COUNT         a requeued job        how often it was requeued
+SLURM_STEP_ID               tasks                 which `srun` of the job
+SLURM_PROCID                tasks                 RANK
+SLURM_NTASKS                tasks                 WORLD_SIZE
+SLURM_LOCALID               tasks                 LOCAL_RANK
+SLURM_NODEID                tasks                 GROUP_RANK, the node's number
+SLURM_STEP_NODELIST         tasks                 MASTER_ADDR: its first host, on which task 0 is
+SLURM_STEP_TASKS_PER_NODE   tasks                 LOCAL_WORLD_SIZE
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from harness.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or one job of an array.
+
+    Args:
+        job_id: of the job, which a requeue keeps.
+        array: id of the array and number of the task in it, as its user writes it: ``17_3``; None: it is in none.
+        restart_count: how often it was requeued.
+    """
+
+    job_id: str
+    array: str | None
+    restart_count: int
+
+    @property
+    def identity(self) -> str:
+        """What its user knows it by."""
+        return self.array or self.job_id
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a job's step.
+
+    Args:
+        job: whose it is.
+        step_id: of the step.
+        rank: 0 to `world_size` - 1.
+        world_size: number of tasks of the step.
+        local_rank: among the tasks on this node.
+        local_world_size: number of those.
+        node_rank: of this node among those of the step.
+        hosts: of the step, in the order of nodes; task 0 is on the first.
+    """
+
+    job: Job
+    step_id: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    hosts: tuple[str, ...]
+
+
+def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
+    """The job that this process belongs to; None: none."""
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    array = None
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        array = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
+    count = environment.get("SLURM_RESTART_COUNT", "0")
+    return Job(environment["SLURM_JOB_ID"], array, int(count) if count.isdigit() else 0)
+
+
+def read_task(environment: Mapping[str, str] = os.environ) -> Task:
+    """The task that this process is.
+
+    Raises:
+        LaunchError: if it is not one that `srun` has started.
+    """
+    job = read_job(environment)
+    if job is None:
+        raise LaunchError(
+            "SLURM_JOB_ID is not set: this is no task of SLURM's; start it with srun, as slurm/train.sbatch"
+        )
+
+    def number(variable: str) -> int:
+        value = environment.get(variable, "")
+        if not value.isdigit():
+            raise LaunchError(
+                f"{variable} is {value!r}, and not a number: start it with srun, as slurm/train.sbatch does"
+            )
+        return int(value)
+
+    node_rank = number("SLURM_NODEID")
+    hosts = tuple(hosts_of(environment.get("SLURM_STEP_NODELIST", "")))
+    per_node = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if not hosts or len(per_node) != len(hosts):
+        raise LaunchError(
+            f"SLURM_STEP_NODELIST is {environment.get('SLURM_STEP_NODELIST')!r} and SLURM_STEP_TASKS_PER_NODE "
+            f"{environment.get('SLURM_STEP_TASKS_PER_NODE')!r}: they do not name the step's nodes"
+        )
+    return Task(
+        job=job,
+        step_id=environment.get("SLURM_STEP_ID", "0"),
+        rank=number("SLURM_PROCID"),
+        world_size=number("SLURM_NTASKS"),
+        local_rank=number("SLURM_LOCALID"),
+        local_world_size=per_node[node_rank],
+        node_rank=node_rank,
+        hosts=hosts,
+    )
+
+
+def hosts_of(nodelist: str) -> list[str]:
+    """The names in SLURM's short form: ``n[01-03,7],gpu-[1-2]-ib[0-1],x`` -> n01, n02, n03, n7, gpu-1-ib0, ...
+
+    Source: what ``scontrol show hostnames`` prints, which a node may be without.
+
+    Raises:
+        LaunchError: if it is not of that form.
+    """
+    hosts = []
+    for name in _split(nodelist):
+        # Literal text and the contents of brackets, by turns.
+        parts = re.split(r"\[([^][]*)\]", name)
+        if any("[" in part or "]" in part for part in parts):
+            raise LaunchError(f"{nodelist!r} is not a list of hosts")
+        expanded = [parts[0]]
+        for position in range(1, len(parts), 2):
+            numbers = list(_numbers(parts[position], nodelist))
+            expanded = [before + number + parts[position + 1] for before in expanded for number in numbers]
+        hosts += expanded
+    return hosts
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Number of tasks on each node: ``2(x3),1`` -> 2, 2, 2, 1.
+
+    Raises:
+        LaunchError: if it is not of that form.
+    """
+    counts: list[int] = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise LaunchError(f"{text!r} is not a number of tasks for each node")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _split(nodelist: str) -> Iterator[str]:
+    """At the commas that are in no brackets."""
+    name, depth = "", 0
+    for letter in nodelist:
+        if letter == "," and depth == 0:
+            if name:
+                yield name
+            name = ""
+            continue
+        depth += (letter == "[") - (letter == "]")
+        name += letter
+    if name:
+        yield name
+
+
+def _numbers(text: str, nodelist: str) -> Iterator[str]:
+    """``01-03,7`` -> 01, 02, 03, 7."""
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise LaunchError(f"{nodelist!r} is not a list of hosts")
+        first, last = match[1], match[2] or match[1]
+        for number in range(int(first), int(last) + 1):
+            yield f"{number:0{len(first)}}"

@@ -1,0 +1,291 @@
+"""`harness submit`: fills in slurm/train.sbatch, or array.sbatch, and gives it to SLURM."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.config import RunConfig, check_run_name
+from harness.errors import EXIT_DONE, ConfigError, LaunchError
+from harness.options import make_parser, parse_run_config
+from launch.command_parser import CommandParser
+from launch.local import STRATEGIES, check_classes, data_dir
+
+_LEAD_S = 300
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job to be submitted.
+
+    Args:
+        name: of the run's directory, the MLflow run and the job.
+        run_dir: where the runs' directories are.
+        strategy: one of `STRATEGIES`.
+        nodes: number of nodes.
+        tasks_per_node: ranks on each.
+        gpus_per_node: GPUs on each; 0: none are asked for.
+        cpus_per_task: cores for each rank and its data loaders.
+        time: SLURM's limit, as it takes it.
+        lead_s: how long before the limit the training is asked to stop, in seconds.
+        options: further ``#SBATCH`` lines, name -> value; without a value None.
+        array: SLURM's indices of an array; None: one job.
+        sweep: file with the options of each task of the array.
+        training_words: the options of `harness train`.
+    """
+
+    name: str
+    run_dir: str
+    strategy: str
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    cpus_per_task: int
+    time: str
+    lead_s: int
+    options: Mapping[str, str | None]
+    array: str | None
+    sweep: Path | None
+    training_words: tuple[str, ...]
+
+    @property
+    def log(self) -> str:
+        """Where SLURM writes what the job prints, with its place holders."""
+        return f"{self.run_dir}/slurm/{self.name}-{'%A_%a' if self.array else '%j'}.log"
+
+
+def submit(words: Sequence[str]) -> int:
+    """Render the script; print it, or submit it and say how to follow it.
+
+    Raises:
+        HarnessError: if an option is wrong, or SLURM refuses the job.
+    """
+    submission, config, dry_run = _parse(words)
+    script = render(submission)
+    if dry_run:
+        print(script, end="")
+        return EXIT_DONE
+    if (sbatch := shutil.which("sbatch")) is None:
+        raise LaunchError("sbatch is not here: submit from a node of the cluster; --dry_run prints the script")
+    check_classes(config)
+    path = Path(submission.run_dir) / "slurm" / f"{submission.name}.sbatch"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"sbatch refuses it: {' '.join(done.stderr.split())} ({path})")
+    print(told(submission, path, done.stdout.strip().partition(";")[0]))
+    return EXIT_DONE
+
+
+def render(submission: Submission) -> str:
+    """The script: the file in slurm/, with this job's ``#SBATCH`` lines and the words that follow it by hand."""
+    is_array = submission.array is not None
+    source = data_dir("slurm") / ("array.sbatch" if is_array else "train.sbatch")
+    lines = source.read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    kept = [line for line in lines[at:] if not line.startswith("#SBATCH")]
+    variables = {
+        "HARNESS": str(Path(sys.executable).with_name("harness")),
+        "HARNESS_RUN_DIR": submission.run_dir,
+        "HARNESS_STOP_LEAD_S": str(submission.lead_s),
+    }
+    if is_array:
+        variables["HARNESS_TRAIN"] = str(data_dir("slurm") / "train.sbatch")
+        variables["HARNESS_PARENT"] = submission.name
+    else:
+        variables["HARNESS_RUN_NAME"] = submission.name
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    first = [str(submission.sweep)] if submission.sweep else []
+    arguments = shlex.join([*first, "--strategy", submission.strategy, *submission.training_words])
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Rendered by `harness submit` from slurm/{source.name}; `sbatch` takes it as it is.",
+            "",
+            *(f"#SBATCH --{line}" for line in _sbatch_lines(submission)),
+            "",
+            *exports,
+            f"set -- {arguments}",
+            *_without_blank_start(kept),
+            "",
+        ]
+    )
+
+
+def _sbatch_lines(submission: Submission) -> Iterable[str]:
+    lines: dict[str, str | None] = {
+        "job-name": submission.name,
+        "nodes": str(submission.nodes),
+        "ntasks-per-node": str(submission.tasks_per_node),
+        **({"gpus-per-node": str(submission.gpus_per_node)} if submission.gpus_per_node else {}),
+        "cpus-per-task": str(submission.cpus_per_task),
+        "time": submission.time,
+        **({"array": submission.array} if submission.array else {}),
+        "signal": f"B:USR1@{submission.lead_s}",
+        "requeue": None,
+        "open-mode": "append",
+        "output": submission.log,
+        **submission.options,
+    }
+    return (name if value is None else f"{name}={value}" for name, value in lines.items())
+
+
+def _without_blank_start(lines: list[str]) -> list[str]:
+    while lines and not lines[0]:
+        lines = lines[1:]
+    return ["", *lines]
+
+
+def told(submission: Submission, script: Path, job_id: str) -> str:
+    """What was submitted, and the commands to follow, stop and cancel it."""
+    log = submission.log.replace("%j", job_id).replace("%A", job_id).replace("%a", "0")
+    ranks = submission.nodes * submission.tasks_per_node
+    what = f"{submission.nodes} node{'s' * (submission.nodes > 1)}, {ranks} rank{'s' * (ranks > 1)}"
+    # A task of an array has a run of its own, named after both (slurm/train.sbatch).
+    runs = f"{submission.name}-{job_id}_0" if submission.array else submission.name
+    rows = {
+        "job": f"{job_id}: {submission.name}, {what}, {submission.strategy}, {submission.time}"
+        + (f", array {submission.array}" if submission.array else ""),
+        "script": str(script),
+        "log": log,
+        "follow": f"tail -F {log}",
+        "state": f"squeue -j {job_id}",
+        "stop": f"harness stop {submission.run_dir}/{runs}        (saves first)",
+        "cancel": f"scancel {job_id}",
+    }
+    return "\n".join(f"{name:8}{value}" for name, value in rows.items())
+
+
+def _parse(words: Sequence[str]) -> tuple[Submission, RunConfig, bool]:
+    parser = CommandParser(
+        prog="harness submit",
+        allow_abbrev=False,
+        description="Submit a training to SLURM; all other options are those of `harness train --help`.",
+    )
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus_per_node", type=int, default=0, help="one rank for each; 0: none (--tasks_per_node)")
+    parser.add_argument("--tasks_per_node", type=int, default=None, help="ranks on a node; default: its GPUs, else 1")
+    parser.add_argument("--cpus_per_task", type=int, default=4, help="cores for each rank (%(default)s)")
+    parser.add_argument("--time", required=True, metavar="T", help="limit of the job, such as 04:00:00")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
+    parser.add_argument("--lead_s", type=int, default=_LEAD_S, help="it is asked to stop so long before (%(default)s)")
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", default=None)
+    parser.add_argument("--array", default=None, metavar="INDICES", help="an array, such as 0-3; with --sweep")
+    parser.add_argument("--sweep", type=Path, default=None, metavar="FILE", help="the options of each task, one a line")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as mem=64G")
+    parser.add_argument("--dry_run", action="store_true", help="only print the script")
+    own, rest = parser.parse_known_args(list(words))
+    _refuse_unknown(rest, [action for each in parser._actions for action in each.option_strings])
+    config = parse_run_config(rest, prog="harness submit")
+    if (own.array is None) != (own.sweep is None):
+        raise ConfigError("--array", "goes with --sweep, a file with a line of options for each task")
+    if own.sweep is not None and not own.sweep.is_file():
+        raise ConfigError("--sweep", f"there is no file {own.sweep}")
+    for name in ("nodes", "cpus_per_task", "lead_s"):
+        if getattr(own, name) < 1:
+            raise ConfigError(f"--{name}", f"must be at least 1, got {getattr(own, name)}")
+    _check_lead(own.time, own.lead_s)
+    name = config.run_name or f"{_stem(rest)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_run_name(name)
+    options = {name: getattr(own, name) for name in ("partition", "account", "qos") if getattr(own, name) is not None}
+    for option in own.sbatch:
+        key, equals, value = option.removeprefix("--").partition("=")
+        options[key] = value if equals else None
+    submission = Submission(
+        name=name,
+        run_dir=config.run_dir,
+        strategy=own.strategy,
+        nodes=own.nodes,
+        tasks_per_node=own.tasks_per_node or own.gpus_per_node or 1,
+        gpus_per_node=own.gpus_per_node,
+        cpus_per_task=own.cpus_per_task,
+        time=own.time,
+        lead_s=own.lead_s,
+        options=options,
+        array=own.array,
+        sweep=own.sweep,
+        training_words=tuple(_without(rest, ("--run_name", "--run_dir"))),
+    )
+    return submission, config, own.dry_run
+
+
+def limit_s(text: str) -> float:
+    """Seconds in a time limit as SLURM takes it.
+
+    Raises:
+        ConfigError: if SLURM would not take it.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, days or "0"]) or len(parts) > 3:
+        raise ConfigError(
+            "--time", f"must be minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes], got {text!r}"
+        )
+    numbers = [int(part) for part in parts]
+    # With days the first is hours; without, what stands last is seconds, or minutes where it stands alone.
+    units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
+    return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
+
+
+def _check_lead(time_limit: str, lead_s: int) -> None:
+    if lead_s > limit_s(time_limit) / 2:
+        raise ConfigError(
+            "--lead_s",
+            f"{lead_s} s is more than half of --time {time_limit}: it would stop when it has hardly begun; give a "
+            "shorter one, or a longer --time",
+        )
+
+
+def _refuse_unknown(words: Iterable[str], own: Sequence[str]) -> None:
+    """An option that neither this command nor the configuration knows, with those that are valid here.
+
+    Raises:
+        ConfigError: with the nearest one.
+    """
+    training = {option for action in make_parser("harness submit")._actions for option in action.option_strings}
+    for word in words:
+        option = word.partition("=")[0]
+        # A dotted one is the configuration's affair, which knows what is near.
+        if not option.startswith("--") or "." in option or option in training:
+            continue
+        near = difflib.get_close_matches(option, [*own, *training], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        valid = " ".join(sorted(each for each in own if each.startswith("--")))
+        raise ConfigError(
+            "", f"{option}: there is no such option; {hint}Valid are {valid}, and those of `harness train`"
+        )
+
+
+def _without(words: Iterable[str], options: Sequence[str]) -> list[str]:
+    """The words without these options and their values: the script gives them."""
+    kept: list[str] = []
+    is_value = False
+    for word in words:
+        if is_value:
+            is_value = False
+        elif word in options:
+            is_value = True
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
+
+
+def _stem(words: Sequence[str]) -> str:
+    """What a name that is made up begins with: the last configuration file's."""
+    found = [after for before, after in itertools.pairwise(words) if before == "--config"]
+    found += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    return re.sub(r"[^A-Za-z0-9_-]", "-", Path(found[-1]).stem) if found else "run"

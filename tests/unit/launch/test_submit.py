@@ -1,0 +1,103 @@
+"""What is given to SLURM, without one. A missing golden file is an error; HARNESS_WRITE_GOLDEN=1 writes them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.errors import ConfigError, LaunchError
+from launch.local import data_dir
+from launch.submit import limit_s, submit
+
+ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {
+    "one-gpu": ("--config", "configs/digits.yaml", "--gpus_per_node", "1", "--time", "1:00:00", "--run_name", "it"),
+    "two-nodes": (
+        *("--config", "configs/byte_lm.yaml", "--run_name", "big", "--run_dir", "/shared/runs", "--nodes", "2"),
+        *("--gpus_per_node", "8", "--time", "2-0", "--strategy", "fsdp2", "--partition", "a100", "--account", "vision"),
+        *("--qos", "high", "--sbatch", "mem=0", "--sbatch", "exclusive", "--lead_s", "600"),
+        *("--tracking.tags", "{team: 'a b'}"),
+    ),
+    "array": (
+        *("--config", "configs/digits.yaml", "--run_name", "sweep", "--array", "0-3", "--sweep", "configs/digits.yaml"),
+        *("--tasks_per_node", "2", "--cpus_per_task", "1", "--time", "30"),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_script_is_the_golden_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit([*CASES[name], "--dry_run"]) == 0
+    # What depends on where this is installed.
+    script = capsys.readouterr().out.replace(str(Path(sys.executable).parent), "BIN").replace(str(ROOT), "ROOT")
+    path = GOLDEN / f"{name}.sbatch"
+    if os.environ.get("HARNESS_WRITE_GOLDEN") == "1":
+        path.write_text(script)
+    assert path.is_file(), f"there is no golden file {path}"
+    assert script == path.read_text()
+
+
+@pytest.mark.parametrize("path", [*GOLDEN.glob("*.sbatch"), *data_dir("slurm").glob("*.sbatch")], ids=str)
+def test_script_is_bash(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", path], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--partion", "x"), r"--partion: there is no such option; did you mean --partition\? Valid are .*--account"),
+        (("--trainer.max_epoch", "3"), "did you mean trainer.max_epochs"),
+        (("--nodes", "0"), "--nodes: must be at least 1"),
+        (("--time", "soon"), "--time: must be minutes"),
+        (("--time", "5"), "--lead_s: 300 s is more than half"),
+        (("--array", "0-3"), "--array: goes with --sweep"),
+        (("--sweep", "nowhere.txt", "--array", "0-3"), "--sweep: there is no file nowhere.txt"),
+        (("--strategy", "fsdp1"), "invalid choice: 'fsdp1'"),
+        (("--run_name", "a b"), "run_name: must be letters"),
+    ],
+)
+def test_wrong_option_is_told_with_what_is_valid(words: tuple[str, ...], reason: str) -> None:
+    time_limit = () if "--time" in words else ("--time", "1:00:00")
+    with pytest.raises(ConfigError, match=reason):
+        submit(["--config", "configs/digits.yaml", *time_limit, *words, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("1:30", 90), ("1:00:00", 3600), ("2-0", 172_800), ("1-1:30", 91_800), ("0-0:0:5", 5)],
+)
+def test_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
+    assert limit_s(text) == seconds
+
+
+def test_no_limit_is_none() -> None:
+    assert limit_s("UNLIMITED") == float("inf")
+
+
+def test_error_says_what_to_do_when_there_is_no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(LaunchError, match="--dry_run prints the script"):
+        submit(["--config", "configs/digits.yaml", "--time", "1:00:00"])
+
+
+def test_what_is_submitted_is_what_sbatch_gets_and_its_refusal_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "sbatch"
+    fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["--config", "configs/digits.yaml", "--time", "1:00:00", "--partition", "x"]
+    with pytest.raises(LaunchError, match="sbatch refuses it: sbatch: error: invalid partition specified: x"):
+        submit([*words, "--run_dir", str(tmp_path / "runs"), "--run_name", "it"])
+    assert "#SBATCH --partition=x" in (tmp_path / "runs/slurm/it.sbatch").read_text()

@@ -1,0 +1,93 @@
+"""Ranks meet at a port that nobody has chosen for them: real sockets, real stores."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from datetime import timedelta
+
+import pytest
+
+from harness.errors import LaunchError
+from harness.job_rendezvous import find, ports_of, serve
+
+SOON = timedelta(seconds=20)
+
+
+@pytest.fixture
+def job() -> str:
+    """A name that no other test of this machine has, so that its ports are others."""
+    return f"{os.getpid()}.{os.urandom(4).hex()}"
+
+
+@pytest.fixture
+def taken() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def take(stack: ExitStack, port: int) -> socket.socket:
+    server = stack.enter_context(socket.socket())
+    server.bind(("0.0.0.0", port))
+    server.listen()
+    return server
+
+
+def test_ranks_meet_when_nobody_is_in_their_way(job: str) -> None:
+    store, port = serve(job, 2)
+    other, found = find(job, "127.0.0.1", SOON)
+    assert port == found
+    store.set("said", "by rank 0")
+    assert other.get("said") == b"by rank 0"
+
+
+def test_ranks_meet_all_the_same_when_others_have_the_first_ports(job: str, taken: ExitStack) -> None:
+    silent, talks, another, words = (take(taken, port) for port in ports_of(job)[:4])
+    for server, said in ((talks, b"220 mail ready\n"), (another, b'{"job": "another", "port": 1}\n'), (words, b"[]\n")):
+        threading.Thread(target=say_to_all, args=(server, said), daemon=True).start()
+    _, port = serve(job, 2)
+    assert find(job, "127.0.0.1", SOON)[1] == port
+    assert silent.fileno() >= 0
+
+
+def say_to_all(server: socket.socket, said: bytes) -> None:
+    with suppress(OSError):
+        while True:
+            asking, _ = server.accept()
+            with asking:
+                asking.sendall(said)
+
+
+def test_rank_waits_for_rank_zero_when_it_starts_first(job: str) -> None:
+    found: list[int] = []
+    waiting = threading.Thread(target=lambda: found.append(find(job, "127.0.0.1", SOON)[1]))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+    _, port = serve(job, 2)
+    waiting.join(20)
+    assert found == [port]
+
+
+def test_error_names_host_and_reason_when_rank_zero_does_not_come(job: str) -> None:
+    with pytest.raises(TimeoutError, match=r"rank 0 was not found on 127\.0\.0\.1 in time: no port answers"):
+        find(job, "127.0.0.1", timedelta(seconds=0.1))
+    with pytest.raises(TimeoutError, match=r"not found on no-such-host\.invalid in time: its name is not known on"):
+        find(job, "no-such-host.invalid", timedelta(seconds=0.1))
+
+
+def test_error_is_told_when_no_port_is_free(job: str, taken: ExitStack) -> None:
+    for port in ports_of(job):
+        take(taken, port)
+    with pytest.raises(LaunchError, match="ports is free on"):
+        serve(job, 2)
+
+
+def test_ports_are_below_those_of_clients_and_differ_between_jobs() -> None:
+    first, again, other = ports_of("1.0.0"), ports_of("1.0.0"), ports_of("1.0.1")
+    assert first == again != other
+    assert len(set(first)) == len(first)
+    assert all(1024 < port < 32768 for port in first)
