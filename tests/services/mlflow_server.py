@@ -66,6 +66,11 @@ class MlflowServer:
             assert self._process.poll() is None and time.monotonic() < deadline_s, self._log()
             time.sleep(0.1)  # a server says that it is up by answering, and in no other way
 
+    @property
+    def pids(self) -> list[int]:
+        """Its processes."""
+        return [] if self._process is None else descendants(self._process.pid)
+
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         if self._process is None:
             return
