@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -49,13 +49,19 @@ def check_name(name: str) -> None:
         )
 
 
-@dataclass
-class _Pending:
-    """Values of one name that are not summed up yet, with their weights."""
+class _Cell:
+    """What was logged under one name: summed up so far, and values that are not summed up yet, with their weights.
 
-    values: list[Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
+    A cell without weight has had nothing: what was to come was refused.
+    """
+
+    __slots__ = ("held", "total", "weight")
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.weight = 0.0
+        # Value, its version (-1: it has none), weight.
+        self.held: list[tuple[Tensor, int, float]] = []
 
 
 class WeightedSums:
@@ -70,9 +76,7 @@ class WeightedSums:
     def __init__(self, *, holds_all: bool = False) -> None:
         self._holds_all = holds_all
         self._checked_names: set[str] = set()
-        self._pending: dict[str, _Pending] = {}
-        self._sums: dict[str, Tensor | float] = {}
-        self._weights: dict[str, float] = {}
+        self._cells: dict[str, _Cell] = {}
 
     def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
         """Take one batch's means.
@@ -88,79 +92,92 @@ class WeightedSums:
             raise MetricError(f"weight: must be 0 or more, got {weight}; give the number of items of the batch")
         if weight == 0:
             return
+        # These lines run for each metric of each step: no look-up and no attribute of a tensor more than it takes.
+        cells, holds_all = self._cells, self._holds_all
         for name, value in values.items():
-            if name not in self._checked_names:
-                check_name(name)
-                self._checked_names.add(name)
+            cell = cells.get(name)
+            if cell is None:
+                cell = self._begin(name)
             if isinstance(value, Tensor):
-                if value.ndim and value.numel() != 1:
-                    raise MetricError(
-                        f"{name}: must be a single number, got a tensor of shape {tuple(value.shape)}; log its .mean()"
-                    )
-                if self._holds_all or not value.is_cpu:
-                    self._hold(name, value.reshape(()) if value.ndim else value, weight)
+                if value.ndim:
+                    if value.numel() != 1:
+                        raise MetricError(
+                            f"{name}: must be a single number, got a tensor of shape {tuple(value.shape)}; log its "
+                            ".mean()"
+                        )
+                    value = value.reshape(())
+                if holds_all or not value.is_cpu:
+                    self._hold(name, cell, value, weight)
                     continue
                 value = value.item()  # in host memory it is there already: nothing is waited for
-            self._sums[name] = self._sums.get(name, 0.0) + value * weight
-            self._weights[name] = self._weights.get(name, 0.0) + weight
+            cell.total += value * weight
+            cell.weight += weight
 
-    def _hold(self, name: str, value: Tensor, weight: float) -> None:
+    def _begin(self, name: str) -> _Cell:
+        if name not in self._checked_names:
+            check_name(name)
+            self._checked_names.add(name)
+        cell = self._cells[name] = _Cell()
+        return cell
+
+    def _hold(self, name: str, cell: _Cell, value: Tensor, weight: float) -> None:
         """Keep a device's value for later: reading it now would wait for all that is queued there."""
         if value.requires_grad:
             value = value.detach()  # or the whole graph would be kept
-        if value.is_inference():
-            value = value.clone()  # these have no version by which a change could be noticed
-            version = -1
-        else:
-            version = value._version
-        held = self._pending.get(name)
-        if held is None:
-            held = self._pending[name] = _Pending()
-        held.values.append(value)
-        held.versions.append(version)
-        held.weights.append(weight)
-        if len(held.values) >= _MAX_PENDING:
-            self._sum_up(name, held)
+        held = cell.held
+        try:
+            held.append((value, value._version, weight))
+        except RuntimeError:
+            # One of inference mode, which has no version by which a change could be noticed.
+            held.append((value.clone(), -1, weight))
+        if len(held) >= _MAX_PENDING:
+            _sum_up(name, cell)
 
-    def _sum_up(self, name: str, held: _Pending) -> None:
-        for value, version in zip(held.values, held.versions, strict=True):
-            if version >= 0 and value._version != version:
-                raise MetricError(
-                    f"{name}: the tensor was changed in place after it was logged; log a copy ({name!r}: x.clone())"
-                )
-        device = held.values[-1].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        # One conversion where all values are of one type, which they nearly always are.
-        same = len({value.dtype for value in held.values}) == 1
-        stacked = torch.stack(held.values if same else [value.to(dtype) for value in held.values]).to(dtype)
-        weights = torch.tensor(held.weights, dtype=dtype)
-        if device.type == "cuda":
-            weights = weights.pin_memory().to(device, non_blocking=True)
-        total = (stacked * weights.to(device)).sum()
-        self._sums[name] = self._sums.get(name, 0.0) + total
-        self._weights[name] = self._weights.get(name, 0.0) + sum(held.weights)
-        self._pending[name] = _Pending()
+    def _sum_up_all(self) -> Iterator[tuple[str, _Cell]]:
+        for name, cell in self._cells.items():
+            _sum_up(name, cell)
+            if cell.weight:
+                yield name, cell
 
     def take(self) -> tuple[dict[str, Tensor | float], dict[str, float]]:
         """The sums and the weights by name, and start again from nothing."""
-        for name, held in self._pending.items():
-            if held.values:
-                self._sum_up(name, held)
-        taken = self._sums, self._weights
-        self._pending, self._sums, self._weights = {}, {}, {}
-        return taken
+        found = dict(self._sum_up_all())
+        self._cells = {}
+        return {name: cell.total for name, cell in found.items()}, {name: cell.weight for name, cell in found.items()}
 
     def partial(self) -> dict[str, tuple[float, float]]:
         """Sum and weight of each name so far; they stay. Values on a device are waited for."""
-        for name, held in self._pending.items():
-            if held.values:
-                self._sum_up(name, held)
-        return {name: (float(total), self._weights[name]) for name, total in self._sums.items()}
+        return {name: (float(cell.total), cell.weight) for name, cell in self._sum_up_all()}
 
     def put_back(self, partial: Mapping[str, tuple[float, float]]) -> None:
         """Go on from what `partial` gave."""
         for name, (total, weight) in partial.items():
-            self._sums[name], self._weights[name] = total, weight
+            cell = self._cells[name] = _Cell()
+            cell.total, cell.weight = total, weight
+
+
+def _sum_up(name: str, cell: _Cell) -> None:
+    """Add what is held to the sum, on its device."""
+    if not cell.held:
+        return
+    values = [value for value, _, _ in cell.held]
+    for value, version, _ in cell.held:
+        if version >= 0 and value._version != version:
+            raise MetricError(
+                f"{name}: the tensor was changed in place after it was logged; log a copy ({name!r}: x.clone())"
+            )
+    device = values[-1].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    # One conversion where all values are of one type, which they nearly always are.
+    same = len({value.dtype for value in values}) == 1
+    stacked = torch.stack(values if same else [value.to(dtype) for value in values]).to(dtype)
+    held_weights = [weight for _, _, weight in cell.held]
+    weights = torch.tensor(held_weights, dtype=dtype)
+    if device.type == "cuda":
+        weights = weights.pin_memory().to(device, non_blocking=True)
+    cell.total = cell.total + (stacked * weights.to(device)).sum()
+    cell.weight += sum(held_weights)
+    cell.held = []
 
 
 @dataclass(frozen=True)
