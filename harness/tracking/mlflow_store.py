@@ -9,6 +9,7 @@ PostgreSQL).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -40,8 +41,10 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_STATE
+from mlflow.protos.service_pb2 import LogBatch
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.tracking.rest_store import RestStore
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from urllib3.exceptions import ReadTimeoutError
 
@@ -162,6 +165,10 @@ class MlflowStore:
         return self._given_client or mlflow.MlflowClient(self._tracking_uri)
 
     @cached_property
+    def _server(self) -> Any:
+        return _server_of(self._client)
+
+    @cached_property
     def _registry(self) -> Registry:
         return Registry(self._client)
 
@@ -266,8 +273,12 @@ class MlflowStore:
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points, any number."""
         for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-            batch = [Metric(*point) for point in points[start : start + MAX_METRICS_PER_BATCH]]
-            self._client.log_batch(self.run_id, metrics=batch)
+            batch = points[start : start + MAX_METRICS_PER_BATCH]
+            if self._server is None:
+                self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
+            else:
+                # The client would make three objects of each point first: a quarter of the time until it is there.
+                self._server._call_endpoint(LogBatch, _log_batch_body(self.run_id, batch))
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""
@@ -317,7 +328,7 @@ class MlflowStore:
         found = self._models_of(record["key"])
         model = found[0] if found else self._create_model(record)
         if str(model.status) != "READY":
-            self._upload(model.model_id, record, directory, recipe)
+            self._upload(model, record, directory, recipe)
         self._link_to_run(model.model_id, record["step"])
         if registration is not None:
             self._registry.register(registration, model.model_id, self.run_id, record)
@@ -343,11 +354,10 @@ class MlflowStore:
         )
 
     def _upload(
-        self, model_id: str, record: Mapping[str, Any], directory: Path, recipe: Mapping[str, Any] | None
+        self, model: LoggedModel, record: Mapping[str, Any], directory: Path, recipe: Mapping[str, Any] | None
     ) -> None:
-        repository = get_artifact_repository(
-            self._client.get_logged_model(model_id).artifact_location, tracking_uri=self._tracking_uri
-        )
+        model_id = model.model_id
+        repository = get_artifact_repository(model.artifact_location, tracking_uri=self._tracking_uri)
         files = {name: directory / name for name in record["files"]}
         begun_as = _identity(directory)
         with tempfile.TemporaryDirectory(prefix="harness-model-") as made:
@@ -510,6 +520,27 @@ def _is_timeout(error: BaseException | None) -> bool:
 def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:
     names = record.get("resume_files")
     return {_RESUME_TAG: "here", _RESUME_FILES_TAG: json.dumps(names)} if names else {}
+
+
+def _server_of(client: Any) -> Any:
+    """What a client of MLflow's reaches a plain server by; None: it reaches something else, or is none of MLflow's."""
+    store = getattr(getattr(client, "_tracking_client", None), "store", None)
+    return store if type(store) is RestStore else None
+
+
+def _log_batch_body(run_id: str, points: Sequence[tuple[str, float, int, int]]) -> str:
+    """A request to log points, as JSON of its protocol buffers has it."""
+    metrics = [
+        {"key": key, "value": _json_number(value), "timestamp": time_ms, "step": step}
+        for key, value, time_ms, step in points
+    ]
+    return json.dumps({"run_id": run_id, "metrics": metrics})
+
+
+def _json_number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _key(name: str) -> str:
