@@ -26,7 +26,7 @@ from mlflow.utils.rest_utils import http_request
 
 _FILES_AT_ONCE = 4
 _PARTS_AT_ONCE = 8
-PART_BYTES = 32 * 1024**2
+PART_BYTES = 16 * 1024**2
 # Below two parts, asking for places to put them costs more than it gives.
 _BY_PARTS_FROM_BYTES = 2 * PART_BYTES
 _MAX_PARTS = 10_000  # of S3
