@@ -114,8 +114,10 @@ def target(store: str, directory: Path) -> Iterator[Target]:
         is_proxied = store == "s3_proxied"
         server = MlflowServer(
             directory / "server",
-            f"s3://{BUCKET}/proxied" if is_proxied else None,
-            {**s3.variables, "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true"},
+            artifacts=("--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/proxied")
+            if is_proxied
+            else None,
+            extra={**s3.variables, "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true"},
         )
         stack.callback(server.stop)
         server.start()
