@@ -21,6 +21,10 @@ MAX_LOG_BYTES = 8_000_000
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class PublisherDiedError(TrackingError):
+    """It has ended without a word: killed, or out of memory. Started again, it may have more luck."""
+
+
 def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     """Start it; its settings go by its standard input, whose end tells it that this process is gone."""
     path = run_dir / "outbox" / LOG
@@ -52,9 +56,12 @@ def read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout
     limit_s = start_timeout_s + 60
     ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
     line = publisher.stdout.readline() if ready else b""
+    if not ready:
+        raise TrackingError(
+            f"tracking: the publisher gave no answer within {limit_s:.0f} s; see {run_dir}/outbox/{LOG}"
+        )
     if not line:
-        what = "ended before it had a run" if ready else f"gave no answer within {limit_s:.0f} s"
-        raise TrackingError(f"tracking: the publisher {what}; see {run_dir}/outbox/{LOG}")
+        raise PublisherDiedError(f"tracking: the publisher ended before it had a run; see {run_dir}/outbox/{LOG}")
     answer = json.loads(line)
     if "error" in answer:
         raise TrackingError(answer["error"])

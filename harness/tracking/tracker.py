@@ -29,7 +29,7 @@ from harness.tracking.drain import Drain, Left
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.outbox import Outbox, read_delivered
-from harness.tracking.publisher_launch import read_answer, start_publisher
+from harness.tracking.publisher_launch import PublisherDiedError, read_answer, start_publisher
 from harness.tracking.settings import absolute_sqlite, write_settings
 
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
@@ -126,14 +126,20 @@ class Tracker:
         if self.config.offline:
             self._stay_offline(settings)
             return
-        self._started_s, self._started_at_s = time.monotonic(), time.time()
-        self._publisher = start_publisher(self.run_dir, settings)
-        try:
-            limit_s = self.config.start_timeout_s + lock_timeout_s
-            self.run_id, self.notes = read_answer(self._publisher, self.run_dir, limit_s)
-        except BaseException:
-            self.abandon()
-            raise
+        limit_s = self.config.start_timeout_s + lock_timeout_s
+        for is_last_try in (False, False, True):
+            self._started_s, self._started_at_s = time.monotonic(), time.time()
+            self._publisher = start_publisher(self.run_dir, settings)
+            try:
+                self.run_id, self.notes = read_answer(self._publisher, self.run_dir, limit_s)
+                break
+            except PublisherDiedError:
+                self.abandon()
+                if is_last_try:
+                    raise
+            except BaseException:
+                self.abandon()
+                raise
 
     def _stay_offline(self, settings: Mapping[str, Any]) -> None:
         """Leave for `harness sync` what a publisher would have been told: where to, from any directory."""

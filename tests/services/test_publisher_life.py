@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -24,15 +26,17 @@ from harness.tracking.tracker import Tracker
 pytestmark = pytest.mark.services
 
 
+def make_tracker(run_dir: Path) -> Tracker:
+    (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key-1"}))
+    uri = f"sqlite:///{run_dir / 'mlflow.db'}"
+    return Tracker(run_dir, TrackingConfig(tracking_uri=uri, experiment_name="life", start_timeout_s=60.0))
+
+
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
     """One that looks at its publisher more often than a training does, with a store on disk."""
     monkeypatch.setattr(tracker_module, "_REVIVE_EVERY_S", 0.5)
-    (tmp_path / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key-1"}))
-    config = TrackingConfig(
-        tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", experiment_name="life", start_timeout_s=60.0
-    )
-    found = Tracker(tmp_path, config)
+    found = make_tracker(tmp_path)
     found.start("it", {})
     yield found
     found.abandon()
@@ -80,6 +84,28 @@ def test_publisher_is_started_again_when_it_dies_or_hangs(
         os.kill(dead, 0)
     assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
     assert steps_in_mlflow(tracker) == [*range(1, last + 1)]
+
+
+def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tracker_module.start_publisher
+    pids: list[int] = []
+
+    def start(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        process = started(run_dir, settings)
+        pids.append(process.pid)
+        if len(pids) < 3:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(tracker_module, "start_publisher", start)
+    found = make_tracker(tmp_path)
+    found.start("it", {})
+    assert len(pids) == 3
+    found.metrics({"loss": 1 / 8}, 1)
+    assert found.end("FINISHED", "done", 60.0, lambda left: True)
+    assert steps_in_mlflow(found) == [1]
 
 
 def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> None:
