@@ -135,6 +135,8 @@ class Tracker:
                 break
             except PublisherDiedError:
                 self.abandon()
+                self._publisher.kill()
+                self._publisher.wait()
                 if is_last_try:
                     raise
             except BaseException:
