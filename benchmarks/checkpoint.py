@@ -107,11 +107,11 @@ class Ours(Peer):
 
     def save(self, directory: Path) -> None:
         self.number += 1
-        self.logger._saved_at = None
-        self.logger._save(f"step-{self.number:08d}")
+        self.logger._saves._saved_at = None
+        self.logger._saves.save(f"step-{self.number:08d}")
 
     def finish(self) -> None:
-        self.logger._settle_save()
+        self.logger._saves.settle()
         self.saver._await_save()
         self.saver._learn_mode()
         self.seconds = dict(self.saver.last_seconds)

@@ -15,7 +15,6 @@ Every rank runs the same lines; what only rank zero does is hidden in here. The 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,16 +36,18 @@ from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.resume import GlobalBatch
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
+from harness.checkpoint.trainer_state import Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
-from harness.errors import HarnessError, Stopped
+from harness.course import Course
+from harness.errors import HarnessError
+from harness.history import MetricHistory
 from harness.metrics import Reducer
+from harness.place import Place
 from harness.progress import Progress
 from harness.recipe import ExampleSource, check_spec
 from harness.resumption import Resumption
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
-from harness.schedule import Cadence
-from harness.signals import name_of
+from harness.saves import Saves
 from harness.tracking import provenance
 from harness.votes import Votes
 from harness.windows import MetricWindows
@@ -78,8 +79,6 @@ class PeriodicLogger:
             Face has it, or an address in MLflow.
 
     Attributes:
-        step: optimizer steps that are complete.
-        epoch: epochs that are complete.
         latest: the latest reduced value of each metric; the same on every rank.
     """
 
@@ -105,8 +104,6 @@ class PeriodicLogger:
         )
         self.topology = runtime.describe(accelerator)
         self.progress = Progress(enabled=False)
-        self.step = 0
-        self.epoch = 0
         self.latest: dict[str, float] = {}
         self.run_name = run_name
         self.run_path: Path | None = None
@@ -114,34 +111,23 @@ class PeriodicLogger:
         self._params = params
         self._resume_from = resume_from_checkpoint
         self._initial_weights = initial_weights
-        self._cadence = Cadence(self.checkpoint_config.every_n_epochs, self.checkpoint_config.every_n_steps)
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
         self._watched: Watched | None = None
-        # Memory for saving is made once the optimizer has a state: after its first step.
-        self._prepares = False
+        self._place = Place()
         self._batches = TrainingBatches(accelerator)
-        self._samples_per_batch: int | None = None
-        self._samples_in_step = 0
-        self._is_in_batch = False
-        # How training ends: for now, at `max_steps` or by `stop`; for good; in the middle of an epoch.
-        self._max_steps: int | None = None
-        self._ends = False
-        self._is_stopped = False
-        self._is_cut_short = False
-        # Where the last checkpoint was taken; whether the ranks have said that it goes on; one that is to come.
-        self._saved_at: tuple[int, ...] | None = None
-        self._is_save_open = False
-        self._save_is_asked = False
-        self._owed: str | None = None
-        # Random numbers as they were when the first evaluation since the last training batch began.
-        self._random_before_eval: dict[str, Any] | None = None
-        # An evaluation in an epoch that may not be logged: name -> value, step.
-        self._is_in_epoch = self._withholds = False
-        self._withheld: dict[str, tuple[float, int]] = {}
         # As they were when the checkpoint was taken that the run goes on from.
         self._random_to_begin_with: dict[str, Any] | None = None
-        self._asked_signal = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are complete."""
+        return self._place.step
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self._place.epoch
 
     # ---------------------------------------------------------------------- start and end
 
@@ -177,7 +163,7 @@ class PeriodicLogger:
         self._windows = MetricWindows(
             self.accelerator.device, Reducer(group, timing.GAUGES), self._learning_rates, self._told
         )
-        self._votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
+        votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
         self._run = RunLifetime(self.topology, self.tracking_config, self.progress, *ranking)
         self._started = True
@@ -222,6 +208,31 @@ class PeriodicLogger:
                 self.say,
             )
             self._resumption.find()
+            history = self._history = MetricHistory(self.latest, self._run.log_metrics)
+            self._saves = Saves(
+                self.accelerator,
+                self._saver,
+                self._place,
+                self._batches,
+                self._windows,
+                history,
+                self._resumption.states,
+                self._run.keep_points,
+            )
+            self._course = Course(
+                self.accelerator,
+                self.checkpoint_config,
+                self.tracking_config,
+                self._place,
+                self._batches,
+                self._run,
+                self._windows,
+                history,
+                self._saves,
+                votes,
+                self.progress,
+                self.say,
+            )
         except BaseException as error:
             raise self.fail(error) from None
 
@@ -242,7 +253,7 @@ class PeriodicLogger:
         try:
             self._windows.collect()
             self._windows.flush(self.step, wait=True)
-            self._votes.read()
+            self._course.read_votes()
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
@@ -276,8 +287,8 @@ class PeriodicLogger:
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
+        self._saves.watches()
         self._resume(watched)
-        self._prepares = True
         self._run.describe_model(unwrapped(model))
 
     def describe(
@@ -316,55 +327,37 @@ class PeriodicLogger:
         Yields:
             The epoch's index, from 0.
         """
-        self._max_steps = max_steps
-        if self._is_stopped or self.epoch >= max_epochs or (max_steps is not None and self.step >= max_steps):
-            early = " (it was stopped early)" if self._is_stopped else ""
+        self._course.max_steps = max_steps
+        is_stopped = self._place.is_stopped
+        if is_stopped or self.epoch >= max_epochs or (max_steps is not None and self.step >= max_steps):
+            early = " (it was stopped early)" if is_stopped else ""
             self.say(
                 f"the run is complete: epoch {self.epoch}, step {self.step}{early}; to train on, raise the limits, or "
                 "begin another run from it with resume_from_checkpoint"
             )
             return
+        for epoch in range(self.epoch, max_epochs):
+            self.begin_epoch()
+            yield epoch
+            self.end_epoch(max_epochs)
+            if self._course.ends:
+                return
+
+    def begin_epoch(self) -> None:
+        """An epoch begins, in a loop that is not `epochs`'s."""
         if self._random_to_begin_with is not None:
             random_state.put_back(self._random_to_begin_with, self.accelerator.device)
             self._random_to_begin_with = None
-        for epoch in range(self.epoch, max_epochs):
-            self._is_cut_short = False
-            self._is_in_epoch = self.tracking_config.log_every_n_epochs > 1
-            yield epoch
-            self._is_in_epoch = False
-            is_whole = not self._is_cut_short
-            if is_whole:
-                self.epoch = epoch + 1
-                self._batches.end_epoch()
-            self._resumption.end()
-            self._random_before_eval = None
-            self._end_epoch(is_whole=is_whole, is_last=self.epoch == max_epochs or self._ends)
-            self.progress.epoch_done(epoch + 1, self.step, self.latest, self._saver.status)
-            if self._ends:
-                return
+        self._course.begin_epoch()
 
-    def _end_epoch(self, *, is_whole: bool, is_last: bool) -> None:
-        by_epoch = is_whole and self._cadence.is_due_after_epoch(self.epoch)
-        name = f"epoch-{self.epoch:04d}" if is_whole else f"step-{self.step:08d}"
-        if is_whole and not by_epoch and self._owed is not None:
-            name = self._owed
-        saves = by_epoch or self._owed is not None or (is_last and self.checkpoint_config.save_last)
-        self._owed = None
-        self._windows.collect()
-        if saves or is_last or self.epoch % self.tracking_config.log_every_n_epochs == 0:
-            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
-            self._windows.flush(self.step, wait=saves or is_last)
-            self._log_withheld()
-            if is_whole:
-                self._emit({"epoch": float(self.epoch)}, self.step)
-        if not saves:
-            return
-        if self.accelerator.sync_gradients or is_last:
-            # The last one is what the training was for: it is not skipped because the disk is busy.
-            self._save(name, must=is_last)
-        else:
-            # Gradients that are accumulated over the epoch's end are in no checkpoint.
-            self._owed = name
+    def end_epoch(self, max_epochs: int | None = None) -> None:
+        """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
+
+        Args:
+            max_epochs: number of epochs in all, so that the last one is known; None: it is not.
+        """
+        self._resumption.end()
+        self._course.end_epoch(max_epochs)
 
     def batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared training loader, counting steps and logging between them.
@@ -378,23 +371,24 @@ class PeriodicLogger:
             Stopped: if a signal asked any rank to stop.
             HarnessError: if two loaders are iterated over at the same time: where such a run goes on cannot be told.
         """
-        if (is_over := self._ends) is True:
-            self._is_cut_short = is_over
+        course = self._course
+        if self._course.ends:
+            course.is_cut_short = True
             return
         if self._resumption.is_done(self._batches.next_loader):
             self._batches.skip(loader)
             return
-        if self._owed is not None and self._batches.loaders_done and self.accelerator.sync_gradients:
+        if self._saves.owed is not None and self._batches.loaders_done and self.accelerator.sync_gradients:
             # Not at the end of the epoch after all: there is another loader.
-            self._save_owed()
+            self._saves.save_owed()
         data.check_size(loader, self.topology.world_size, "training")
         self._run.describe_dataset(loader, "train")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
-        self._samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
+        self._place.samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
         self._windows.timer.resume()
-        self._random_before_eval = None
+        course.random_before_eval = None
         loader, iterator = self._batches.begin(loader, self._resumption.take(loader))
         serial = self._batches.serial
         try:
@@ -406,20 +400,20 @@ class PeriodicLogger:
                 if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
-                self._is_in_batch = True
+                course.is_in_batch = True
                 yield batch
-                self._is_in_batch = False
+                course.is_in_batch = False
                 if self._batches.serial != serial:
                     raise HarnessError(
                         "batches(): two training loaders are iterated over at the same time, so where the run would go "
                         "on cannot be told; iterate over one with batches(), and over the other as it is"
                     )
                 is_last = is_limit or getattr(loader, "end_of_dataloader", False)
-                self._after_batch(batch, is_last)
+                course.batch_done(data.batch_size(batch), is_loaders_last=is_last)
                 if is_last:
                     return
-                if self._ends:
-                    self._is_cut_short = True
+                if course.ends:
+                    course.is_cut_short = True
                     return
             self._batches.end()
         except GeneratorExit:
@@ -428,90 +422,24 @@ class PeriodicLogger:
                 self._batches.end()
             raise
         finally:
-            self._is_in_batch = False
+            course.is_in_batch = False
             self._batches.leave()
             _leave(loader, iterator)
 
-    def _after_batch(self, batch: Any, is_loaders_last: bool) -> None:
-        self._batches.num_taken += 1
-        num_taken = self._batches.num_taken
-        self._random_before_eval = None
-        if is_loaders_last:
-            self._batches.end()
-        self._samples_in_step += data.batch_size(batch)
-        self._run.check()
-        # A step that fp16's overflow has skipped has changed nothing, and is none.
-        if not self.accelerator.sync_gradients or self.accelerator.optimizer_step_was_skipped:
-            return
-        self._settle_save()
-        self.step += 1
-        self._windows.timer.step(self._samples_in_step)
-        self._samples_in_step = 0
-        self._windows.poll()
-        if self._prepares:
-            self._prepares = False
-            self._saver.prepare()
-            self._windows.timer.resume()
-        every_n_steps = self.tracking_config.log_every_n_steps
-        if every_n_steps is not None and self.step % every_n_steps == 0:
-            self._windows.collect()
-            self._windows.flush(self.step, wait=False)
-        self.progress.step_done(num_taken, self._saver.status)
-        if self._max_steps is not None and self.step >= self._max_steps:
-            self._ends = True
-        asked_signal = self._read_votes()
-        is_due = self._cadence.is_due_after_step(self.step)
-        name = f"step-{self.step:08d}"
-        if (is_due or self._save_is_asked) and is_loaders_last:
-            # At the epoch's last step it is saved after the evaluation, with its metrics.
-            self._owed = self._owed or name
-        elif is_due or self._owed is not None:
-            self._owed = self._owed or name
-            self._save_owed()
-            self._windows.timer.resume()
-        elif self._save_is_asked:
-            # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
-            self._windows.collect()
-            self._save(name)
-            self._windows.timer.resume()
-        self._save_is_asked = False
-        if asked_signal:
-            self._stop(asked_signal)
-        if self._votes.is_due():
-            self._cast_vote()
+    def batch_done(self, num_samples: int, *, is_epochs_last: bool = False) -> None:
+        """A batch is done, in a loop that is not `batches`'s: with it a step, unless gradients are accumulated.
 
-    def _save_owed(self) -> None:
-        assert self._owed is not None
-        self._windows.collect()
-        self._windows.flush(self.step, wait=True)
-        self._save(self._owed)
-        self._owed = None
+        Effects: collective; main thread.
 
-    def _cast_vote(self) -> None:
-        self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
-
-    def _read_votes(self) -> int:
-        """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
-        if (asked := self._votes.read()) is not None:
-            signal_number, save_is_asked = asked
-            self._save_is_asked |= bool(save_is_asked)
-            self._asked_signal = self._asked_signal or signal_number
-        return self._asked_signal
-
-    def _stop(self, signal_number: int) -> None:
-        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop.
+        Args:
+            num_samples: of this rank, in the batch.
+            is_epochs_last: no other batch of the epoch follows.
 
         Raises:
-            Stopped: on all ranks alike.
+            PeerFailure: if another rank has failed.
+            Stopped: if a signal asked any rank to stop.
         """
-        name = name_of(signal_number)
-        self._windows.collect()
-        if self._watched is not None and not self._prepares:
-            self._save(f"step-{self.step:08d}", must=True)
-            self._settle_save()
-            self._saver.wait()
-        self.say(f"{name}: stops after step {self.step} ({self._saver.status}); run it again to go on")
-        raise Stopped(name)
+        self._course.batch_done(num_samples, is_loaders_last=is_epochs_last)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
@@ -529,11 +457,12 @@ class PeriodicLogger:
         self._windows.collect()
         if self._watched is not None:
             take_rank_zero_buffers(self._watched.model, self.topology.world_size)
-        if self._random_before_eval is None:
-            self._random_before_eval = random_state.take(self.accelerator.device)
+        course = self._course
+        if course.random_before_eval is None:
+            course.random_before_eval = random_state.take(self.accelerator.device)
         # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.
         num_votes = self._num_votes(loader)
-        is_in_batch = self._is_in_batch
+        is_in_batch = course.is_in_batch
         iterator = data.without_repeats(self.accelerator, loader)
         try:
             for position, (batch, counts) in enumerate(iterator, start=1):
@@ -543,20 +472,17 @@ class PeriodicLogger:
                 if num_votes is None or position <= num_votes:
                     # Within a training batch its step may be done and not counted, and what was accumulated is in no
                     # checkpoint: it stops behind the step.
-                    asked_signal = self._read_votes()
+                    asked_signal = course.read_votes()
                     if asked_signal and not is_in_batch and self.accelerator.sync_gradients:
-                        self._stop(asked_signal)
-                    if self._votes.is_due():
-                        self._cast_vote()
+                        course.stop(asked_signal)
+                    course.vote()
                 if position == limit:
                     break
         finally:
             self._windows.training()
             _leave(loader, iterator)
-        self._withholds = self._is_in_epoch
-        self._emit(self._windows.end_evaluation(self.step, self._agreement), self.step)
-        self._withholds = False
-        self._windows.timer.resume()
+        course.evaluation_ends()
+        course.evaluation_done(self._windows.end_evaluation(self.step, self._agreement))
 
     def _num_votes(self, loader: Any) -> int | None:
         """Batches that all ranks have; None: they have as many."""
@@ -589,7 +515,7 @@ class PeriodicLogger:
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""
-        self._ends = self._is_stopped = True
+        self._course.ends = self._place.is_stopped = True
 
     def save(self) -> bool:
         """Save now, whatever the cadence; whether it was begun (see ``checkpoint.when_busy``).
@@ -599,13 +525,11 @@ class PeriodicLogger:
 
         From outside, the signal SIGUSR2 at any one rank does the same on all of them.
         """
-        if self._is_in_batch:
-            self._save_is_asked = True
+        if self._course.is_in_batch:
+            self._course.ask_for_save()
             return True
-        self._windows.collect()
-        self._windows.flush(self.step, wait=True)
         # What this returns may be branched on: it is the same on every rank.
-        return self._save(f"step-{self.step:08d}") and self._settle_save()
+        return self._saves.save_with_metrics(self._place.step_name) and self._saves.settle()
 
     def say(self, line: str) -> None:
         """A line for the user, from rank zero, of what all ranks know."""
@@ -642,16 +566,13 @@ class PeriodicLogger:
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
-        next_step, every_n_steps = self.step + 1, self.tracking_config.log_every_n_steps
-        if every_n_steps is not None and next_step % every_n_steps == 0:
-            return True
-        return self._cadence.is_due_after_step(next_step) or self.accelerator.gradient_state.end_of_dataloader
+        return self._course.is_log_step_next
 
     def _told(self, values: Mapping[str, float], step: int) -> None:
         """A window is reduced: on all ranks alike."""
         if "perf/step_time_p50_s" in values:
-            self._votes.pace(values["perf/step_time_p50_s"])
-        self._emit(values, step)
+            self._course.pace(values["perf/step_time_p50_s"])
+        self._history.add(values, step)
         self._report_save(step)
         for callback in self._callbacks:
             callback(values, step)
@@ -664,21 +585,6 @@ class PeriodicLogger:
         if failure is not None:
             self.say(f"harness: warning: {failure}")
 
-    def _emit(self, values: Mapping[str, float], step: int) -> None:
-        if not values:
-            return
-        self.latest.update(values)
-        if self._withholds:
-            self._withheld.update({key: (value, step) for key, value in values.items()})
-        else:
-            self._run.log_metrics(values, step)
-
-    def _log_withheld(self) -> None:
-        """Log the newest evaluation, as it is to be logged after all."""
-        withheld, self._withheld = self._withheld, {}
-        for step in sorted({step for _, step in withheld.values()}):
-            self._run.log_metrics({key: value for key, (value, at) in withheld.items() if at == step}, step)
-
     def _learning_rates(self) -> dict[str, float]:
         optimizer = None if self._watched is None else self._watched.optimizer
         if optimizer is None:
@@ -690,34 +596,10 @@ class PeriodicLogger:
 
     # ------------------------------------------------------------------- checkpoints
 
-    def _save(self, name: str, *, must: bool = False) -> bool:
-        self._settle_save()
-        position = (self.step, self.epoch, self._batches.loaders_done, self._batches.num_taken)
-        if self._watched is None or self._saved_at == position:
-            return False
-        self._log_withheld()
-        metrics = {key: value for key, value in self.latest.items() if not key.startswith("perf/")}
-        moment = Moment(
-            name,
-            self.epoch,
-            self.step,
-            self._batches.num_taken,
-            _json_ready(metrics),
-            self._samples_per_batch,
-            self.accelerator.gradient_accumulation_steps,
-            self._resumption.states(),
-            self._batches.loaders_done,
-            self._is_stopped,
-        )
-        self._run.keep_points(name, moment.metrics)
-        self._saver.save(moment, must=must)
-        self._saved_at, self._is_save_open = position, True
-        return True
-
     def _take_rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
-        now = self._random_before_eval or random_state.take(self.accelerator.device)
+        now = self._course.random_before_eval or random_state.take(self.accelerator.device)
         return RankState(now, self._batches.state, self._windows.partial())
 
     def _resume(self, watched: Watched) -> None:
@@ -725,31 +607,15 @@ class PeriodicLogger:
         if resumed is None:
             return
         state = resumed.state
-        self.epoch, self.step = state.epoch, state.step
-        self._saved_at = (state.step, state.epoch, state.loaders_done, state.batches_in_epoch)
-        self._samples_per_batch, self._is_stopped = state.samples_per_batch, state.is_stopped
+        self._place.epoch, self._place.step = state.epoch, state.step
+        self._place.samples_per_batch, self._place.is_stopped = state.samples_per_batch, state.is_stopped
         self._batches.restore(resumed.data, state.loaders_done, state.batches_in_epoch)
+        self._saves.is_saved()
         self._windows.put_back(resumed.sums)
         self._random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
-
-    def _settle_save(self) -> bool:
-        """Whether the last save goes on on every rank: by the next step the others have said so."""
-        if not self._is_save_open:
-            return self._saved_at is not None
-        self._is_save_open = False
-        if self._saver.settle():
-            return True
-        self._saved_at = None
-        self._emit({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self.step)
-        return False
-
-
-def _json_ready(values: Mapping[str, float]) -> dict[str, float]:
-    """Finite values alone: JSON has no NaN."""
-    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def _length(loader: Any, limit: int | None) -> int | None:

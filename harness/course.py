@@ -1,0 +1,252 @@
+"""The course of training as events: an epoch begins, a batch is done, an epoch ends; and what is due at each.
+
+begin_epoch -> batch_done, for each batch -> end_epoch
+
+`PeriodicLogger.epochs` and `batches` are generators over these; loops that are somebody else's call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from harness.batches import TrainingBatches
+from harness.config import CheckpointConfig, TrackingConfig
+from harness.errors import Stopped
+from harness.history import MetricHistory
+from harness.place import Place
+from harness.progress import Progress
+from harness.run_lifetime import RunLifetime
+from harness.saves import Saves
+from harness.schedule import Cadence
+from harness.signals import name_of
+from harness.votes import Votes
+from harness.windows import MetricWindows
+
+
+class Course:
+    """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
+
+    Effects: all methods are collective: every rank calls them alike; main thread. They block only where a checkpoint
+    needs the metrics of its moment, and for the votes of the step before.
+
+    Args:
+        accelerator: of the loop.
+        checkpoint: when checkpoints are due.
+        tracking: when metrics are.
+        place: where training stands: counted here.
+        batches: where it stands in the data.
+        run: signals, failures of other ranks.
+        windows: of metrics.
+        history: of metrics.
+        saves: takes the checkpoints.
+        votes: by which ranks agree.
+        progress: what a person sees.
+        say: a line for the user.
+
+    Attributes:
+        max_steps: optimizer steps after which training ends; None: any number.
+        ends: no further batch is taken.
+        is_cut_short: the epoch that runs has ended before its last batch.
+        is_in_batch: a batch's body runs, which is not counted yet.
+        random_before_eval: random numbers as they were when the first evaluation since the last training batch began.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        checkpoint: CheckpointConfig,
+        tracking: TrackingConfig,
+        place: Place,
+        batches: TrainingBatches,
+        run: RunLifetime,
+        windows: MetricWindows,
+        history: MetricHistory,
+        saves: Saves,
+        votes: Votes,
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self._accelerator = accelerator
+        self._tracking = tracking
+        self._cadence = Cadence(checkpoint.every_n_epochs, checkpoint.every_n_steps)
+        self._saves_last = checkpoint.save_last
+        self._place = place
+        self._batches = batches
+        self._run = run
+        self._windows = windows
+        self._history = history
+        self._saves = saves
+        self._votes = votes
+        self._progress = progress
+        self._say = say
+        self._save_is_asked = False
+        self._asked_signal = 0
+        self._is_in_epoch = False
+        self._samples_in_step = 0
+        self.max_steps: int | None = None
+        self.ends = self.is_cut_short = self.is_in_batch = False
+        self.random_before_eval: dict[str, Any] | None = None
+
+    @property
+    def is_log_step_next(self) -> bool:
+        """Whether metrics will be reduced at the end of the optimizer step that is running."""
+        next_step, every_n_steps = self._place.step + 1, self._tracking.log_every_n_steps
+        if every_n_steps is not None and next_step % every_n_steps == 0:
+            return True
+        return self._cadence.is_due_after_step(next_step) or self._accelerator.gradient_state.end_of_dataloader
+
+    def begin_epoch(self) -> None:
+        """An epoch's body begins."""
+        self.is_cut_short = False
+        self._is_in_epoch = self._tracking.log_every_n_epochs > 1
+
+    def end_epoch(self, max_epochs: int | None) -> None:
+        """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
+
+        Args:
+            max_epochs: number of epochs in all; None: not known.
+        """
+        self._is_in_epoch = False
+        is_whole = not self.is_cut_short
+        if is_whole:
+            self._place.epoch += 1
+            self._batches.end_epoch()
+        self.random_before_eval = None
+        self._save_and_log(is_whole=is_whole, is_last=self._place.epoch == max_epochs or self.ends)
+        self._progress.epoch_done(
+            self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
+        )
+
+    def _save_and_log(self, *, is_whole: bool, is_last: bool) -> None:
+        epoch, step, owed = self._place.epoch, self._place.step, self._saves.owed
+        by_epoch = is_whole and self._cadence.is_due_after_epoch(epoch)
+        name = f"epoch-{epoch:04d}" if is_whole else self._place.step_name
+        if is_whole and not by_epoch and owed is not None:
+            name = owed
+        saves = by_epoch or owed is not None or (is_last and self._saves_last)
+        self._saves.owed = None
+        self._windows.collect()
+        if saves or is_last or epoch % self._tracking.log_every_n_epochs == 0:
+            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
+            self._windows.flush(step, wait=saves or is_last)
+            self._history.log_withheld()
+            if is_whole:
+                self._history.add({"epoch": float(epoch)}, step)
+        if not saves:
+            return
+        if self._accelerator.sync_gradients or is_last:
+            # The last one is what the training was for: it is not skipped because the disk is busy.
+            self._saves.save(name, must=is_last)
+        else:
+            # Gradients that are accumulated over the epoch's end are in no checkpoint.
+            self._saves.owed = name
+
+    def batch_done(self, num_samples: int, *, is_loaders_last: bool) -> None:
+        """A batch's body is over: with it an optimizer step, unless gradients are still being accumulated.
+
+        Args:
+            num_samples: of this rank, in the batch.
+            is_loaders_last: no other batch of this loader follows.
+
+        Raises:
+            PeerFailure: if another rank has failed.
+            Stopped: on all ranks alike, if a signal asked any of them to stop.
+        """
+        self._batches.num_taken += 1
+        num_taken = self._batches.num_taken
+        self.random_before_eval = None
+        if is_loaders_last:
+            self._batches.end()
+        self._samples_in_step += num_samples
+        self._run.check()
+        # A step that fp16's overflow has skipped has changed nothing, and is none.
+        if not self._accelerator.sync_gradients or self._accelerator.optimizer_step_was_skipped:
+            return
+        self._step_done(num_taken, is_loaders_last)
+
+    def _step_done(self, num_taken: int, is_loaders_last: bool) -> None:
+        self._saves.settle()
+        self._place.step += 1
+        self._windows.timer.step(self._samples_in_step)
+        self._samples_in_step = 0
+        self._windows.poll()
+        if self._saves.prepare():
+            self._windows.timer.resume()
+        every_n_steps = self._tracking.log_every_n_steps
+        if every_n_steps is not None and self._place.step % every_n_steps == 0:
+            self._windows.collect()
+            self._windows.flush(self._place.step, wait=False)
+        self._progress.step_done(num_taken, self._saves.status)
+        if self.max_steps is not None and self._place.step >= self.max_steps:
+            self.ends = True
+        asked_signal = self.read_votes()
+        self._save_if_due(is_loaders_last)
+        if asked_signal:
+            self.stop(asked_signal)
+        self.vote()
+
+    def _save_if_due(self, is_loaders_last: bool) -> None:
+        is_due = self._cadence.is_due_after_step(self._place.step)
+        name = self._place.step_name
+        if (is_due or self._save_is_asked) and is_loaders_last:
+            # At the epoch's last step it is saved after the evaluation, with its metrics.
+            self._saves.owed = self._saves.owed or name
+        elif is_due or self._saves.owed is not None:
+            self._saves.owed = self._saves.owed or name
+            self._saves.save_owed()
+            self._windows.timer.resume()
+        elif self._save_is_asked:
+            # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
+            self._windows.collect()
+            self._saves.save(name)
+            self._windows.timer.resume()
+        self._save_is_asked = False
+
+    def ask_for_save(self) -> None:
+        """Save when the step that is running is counted."""
+        self._save_is_asked = True
+
+    def evaluation_done(self, values: Mapping[str, float]) -> None:
+        """What an evaluation's metric objects have given; in an epoch that may not be logged it waits."""
+        self._history.add(values, self._place.step)
+        self._history.withholds = False
+        self._windows.timer.resume()
+
+    def evaluation_ends(self) -> None:
+        """An evaluation is about to be reduced."""
+        self._history.withholds = self._is_in_epoch
+
+    # ------------------------------------------------------------------- what ranks agree on
+
+    def pace(self, step_time_s: float) -> None:
+        """Adapt how often it is voted to how long a step takes: the same number on every rank."""
+        self._votes.pace(step_time_s)
+
+    def vote(self) -> None:
+        """Say what this rank is asked for, where a vote is due."""
+        if self._votes.is_due():
+            self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
+
+    def read_votes(self) -> int:
+        """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
+        if (asked := self._votes.read()) is not None:
+            signal_number, save_is_asked = asked
+            self._save_is_asked |= bool(save_is_asked)
+            self._asked_signal = self._asked_signal or signal_number
+        return self._asked_signal
+
+    def stop(self, signal_number: int) -> None:
+        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop.
+
+        Raises:
+            Stopped: on all ranks alike.
+        """
+        name = name_of(signal_number)
+        self._windows.collect()
+        if self._saves.is_ready:
+            self._saves.save_and_wait()
+        self._say(f"{name}: stops after step {self._place.step} ({self._saves.status}); run it again to go on")
+        raise Stopped(name)
