@@ -10,6 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# Files of tests, so many at a time: most of a test's time is spent waiting for a server, a limit or other ranks.
+TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 DEMO_DIR ?= $(shell mktemp -d -t harness-demo-XXXXXX)
 
 .PHONY: env demo test test-quick lint format
@@ -28,10 +31,10 @@ demo: $(STAMP)
 		--config "$(CURDIR)/configs/digits.yaml" --checkpoint.every_n_epochs 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
