@@ -40,7 +40,8 @@ from harness import CheckpointConfig, PeriodicLogger, TrackingConfig  # noqa: E4
 from harness.config import TrainerConfig  # noqa: E402
 from harness.metrics import WeightedSums  # noqa: E402
 from harness.runtime import start  # noqa: E402
-from harness.tracking.outbox import Outbox, read_delivered  # noqa: E402
+from harness.tracking.acknowledged import read_delivered  # noqa: E402
+from harness.tracking.outbox import Outbox  # noqa: E402
 from harness.tracking.segments import journal_end  # noqa: E402
 from harness.tracking.tracker import Tracker  # noqa: E402
 from tests.services.mlflow_server import MlflowServer  # noqa: E402

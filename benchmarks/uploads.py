@@ -26,7 +26,7 @@ import requests
 import torch
 
 from benchmarks.tracking import goal, over, p99, publisher_log, tracked
-from harness.tracking.outbox import read_delivered
+from harness.tracking.acknowledged import read_delivered
 from tests.services.mlflow_server import MlflowServer
 from tests.services.s3_server import BUCKET, S3Server
 

@@ -154,8 +154,13 @@ class PeriodicLogger:
         """
         runtime.check_launch(self.accelerator)
         rank, world_size = self.topology.rank, self.topology.world_size
-        # Longer than any wait of a checkpoint's, so that a save that is given up ends no run; or of a download's.
-        longest_s = max(self.checkpoint_config.timeout_s, longest_wait_s(self._resume_from, self._initial_weights))
+        # Longer than any wait of a checkpoint's, so that a save that is given up ends no run; or of a download's, or of
+        # rank zero's for the tracking store at the start.
+        longest_s = max(
+            self.checkpoint_config.timeout_s,
+            self.tracking_config.start_timeout_s,
+            longest_wait_s(self._resume_from, self._initial_weights),
+        )
         self._agreement = Agreement(rank, world_size, timeout_s=longest_s + 600)
         # A group of its own: its reductions are started when their copies are ready, which may be
         # before a call of the agreement's on one rank and after it on another.

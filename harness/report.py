@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.checkpoint.commit import names_set_aside, scan_checkpoints
 from harness.checkpoint.retention import best_of
-from harness.tracking.outbox import read_delivered
+from harness.tracking.acknowledged import read_delivered
 
 _SHOWN_METRICS = 4
 

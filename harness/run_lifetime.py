@@ -28,9 +28,9 @@ from harness.signals import STOP_REQUEST, StopSignals
 from harness.stop_request import StopLead, StopRequests
 from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
+from harness.tracking.acknowledged import read_delivered
 from harness.tracking.continuation import Point
 from harness.tracking.drain import Left
-from harness.tracking.outbox import read_delivered
 from harness.tracking.sync import refused_line
 from harness.tracking.tracker import RunStatus, Tracker
 

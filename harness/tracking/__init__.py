@@ -1,7 +1,8 @@
 """From reduced metrics and committed checkpoints to MLflow.
 
-Read in this order: `outbox` over `segments` (the journal on disk), `tracker` (what rank zero's trainer does),
-`publisher` and `model_lane` (the process that delivers), `mlflow_store` (what it says, in MLflow's terms), `uploads`
-(files), `mlmodel` (the files that make weights a model of MLflow's), `provenance` (where a run came from). Only
-`mlflow_store`, `uploads`, and `artifacts`, which downloads, import mlflow.
+Read in this order: `outbox`, which writes `entries` into `segments` (the journal on disk), `acknowledged` (how far it
+is delivered), `pruning` (what of it may go), `tracker` (what rank zero's trainer does), `publisher` and `model_lane`
+(the process that delivers), `mlflow_store` (a run and its records, in MLflow's terms), `mlflow_models` (its models),
+`uploads` (their files), `mlmodel` (the files that make weights a model of MLflow's), `provenance` (where a run came
+from). Only `mlflow_*`, `uploads`, and `artifacts`, which downloads, import mlflow.
 """

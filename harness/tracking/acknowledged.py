@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.outbox import MAX_REFUSED_KEPT, Delivered, read_delivered, write_delivered
+from harness.durable import replace_file
+
+DELIVERED = "delivered.json"
+MAX_REFUSED_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """How far the publisher has come.
+
+    Args:
+        offset: bytes of the journal that the store has acknowledged, but for what goes to the artifact store.
+        models_offset: the same for that: checkpoints, their retirements, texts.
+        models: checkpoint name -> id of the LoggedModel it became.
+        refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
+        num_refused: how much that is in all.
+        ended: whether the last thing delivered was the run's end.
+        time_ms: when the last thing delivered happened.
+        step: the last step of the running attempt that was delivered.
+    """
+
+    offset: int = 0
+    models: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    ended: bool = False
+    time_ms: int = 0
+    step: int = 0
+    models_offset: int = 0
+    num_refused: int = 0
+
+
+def read_delivered(directory: Path) -> Delivered:
+    """The publisher's record, or the empty one where it has written none."""
+    try:
+        record = json.loads((directory / DELIVERED).read_text())
+    except FileNotFoundError:
+        return Delivered()
+    return Delivered(
+        record["offset"],
+        record["models"],
+        tuple(record["refused"]),
+        record["ended"],
+        record.get("time_ms", 0),
+        record.get("step", 0),
+        # Before there were two lanes, all went in one.
+        record.get("models_offset", record["offset"]),
+        record.get("num_refused", len(record["refused"])),
+    )
+
+
+def write_delivered(directory: Path, delivered: Delivered) -> None:
+    """Replace the publisher's record in one step."""
+    replace_file(directory / DELIVERED, json.dumps({**asdict(delivered), "models": dict(delivered.models)}))
 
 
 class Acknowledged:

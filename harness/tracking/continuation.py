@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from harness.tracking.outbox import Kind, read_entries
-from harness.tracking.segments import read_pruned
+from harness.tracking.entries import Kind, read_entries
+from harness.tracking.pruning import read_pruned
 
 # What is measured by the clock: its points differ each time, and that says nothing about the training.
 _MEASURED = ("perf/", "checkpoint/", "system/")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from harness.tracking.acknowledged import read_delivered
+from harness.tracking.entries import Kind, read_entries
 from harness.tracking.heartbeat import sent_bytes
-from harness.tracking.outbox import Kind, read_delivered, read_entries
 from harness.tracking.segments import journal_end
 
 _MODELS: Final[tuple[Kind, ...]] = ("checkpoint",)
@@ -29,7 +30,7 @@ class Left:
 
     def __str__(self) -> str:
         models = f", {self.models} checkpoint{'s' * (self.models != 1)} to go" if self.models else ""
-        return f"{self.share:.0%} ({self.size_bytes / 1e6:,.1f} MB{models} left)"
+        return f"{self.share:.0%} ({self.size_bytes / 1e6:,.1f} MB left{models})"
 
 
 class Drain:

@@ -11,8 +11,8 @@ from harness.checkpoint.commit import read_manifest
 from harness.errors import CheckpointError
 from harness.redact import redact
 from harness.tracking.acknowledged import Acknowledged
+from harness.tracking.entries import Entry, Kind, read_entries
 from harness.tracking.mlmodel import read_recipe
-from harness.tracking.outbox import Entry, Kind, read_entries
 from harness.tracking.retries import Retries
 from harness.tracking.store import RefusedError, Settings, Store
 

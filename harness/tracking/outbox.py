@@ -1,41 +1,28 @@
 """The outbox: an append-only journal of what the tracking store has not acknowledged yet.
 
-One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A line whose checksum
-or newline is missing was being written when something died; the reader stops there, and the next
-writer cuts it off. Nothing here knows MLflow or the network.
+Nothing here knows MLflow or the network. What a writer that died has left unfinished at the end is cut off by the next.
 
 The journal is bounded. It is kept in files (`harness.tracking.segments`); what is delivered goes, the oldest first,
-once the journal has half the size that it may have (`prune`). Where all of it is taken by what the store has not had,
-metrics are left out and counted, until the store takes some.
+once the journal has half the size that it may have (`harness.tracking.pruning`). Where all of it is taken by what the
+store has not had, metrics are left out and counted, until the store takes some.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
-from harness.durable import replace_file, sync_directory
+from harness.durable import sync_directory
 from harness.errors import TrackingError
-from harness.tracking.segments import (
-    Pruned,
-    path_of,
-    read_pruned,
-    remove_behind,
-    segments,
-    write_pruned,
-)
-
-DELIVERED = "delivered.json"
+from harness.tracking.entries import POINTS, Kind, line_of
+from harness.tracking.segments import path_of, remove_behind, segments
 
 # In memory, while the disk takes nothing: a million points or so.
 MAX_WAITING_BYTES = 32 * 1024**2
@@ -43,31 +30,6 @@ MAX_WAITING_BYTES = 32 * 1024**2
 DEFAULT_MAX_BYTES = 2 * 10**9
 _MAX_SEGMENT_BYTES = 64 * 1024**2
 _LOOK_AGAIN_S = 1.0
-MAX_REFUSED_KEPT = 20
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
-
-Kind = Literal["attempt", "params", "tags", "metrics", "system", "dataset", "text", "checkpoint", "retire", "end"]
-# Those that hold points: values by names, at a step.
-POINTS: Final[tuple[Kind, ...]] = ("metrics", "system")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing to deliver.
-
-    Args:
-        kind: what `body` holds; see `harness.tracking.tracker` for each.
-        time_ms: when it happened, in milliseconds since the epoch. It is what MLflow is told, so
-            that a second delivery is the same point.
-        body: JSON values.
-        end_offset: bytes of the journal up to and with this entry.
-    """
-
-    kind: Kind
-    time_ms: int
-    body: Mapping[str, Any]
-    end_offset: int
 
 
 class Outbox:
@@ -123,8 +85,7 @@ class Outbox:
         Nothing is taken once this is closed.
         """
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-        payload = _ENCODER.encode({"kind": kind, "time_ms": stamp, "body": body}).encode()
-        line = b"%08x %b\n" % (zlib.crc32(payload), payload)
+        line = line_of(kind, stamp, body)
         with self._lock:
             if self._is_closed or (self._has_ended and kind == "system"):
                 # Of a thread that was not waited for any longer: behind the end there is nothing.
@@ -247,142 +208,6 @@ class Outbox:
     def _error(self, what: str, error: OSError) -> str:
         waiting = f" ({len(self._waiting)} entries wait in memory)" if self._waiting else ""
         return f"{self.path}: {what}: {error.strerror}; free space there{waiting}"
-
-
-def read_entries(
-    directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None, end: int | None = None
-) -> Iterator[Entry]:
-    """The whole entries behind `offset`, oldest first; ends at the end or at a line that is not whole.
-
-    Args:
-        directory: the outbox.
-        offset: in bytes, where an entry begins.
-        kinds: only these; the others are not even decoded.
-        end: in bytes, where an entry ends; nothing behind it is read.
-
-    Raises:
-        TrackingError: if a line in the middle of the journal is damaged.
-    """
-    # As `Outbox.append` writes them: the kind comes first.
-    begins = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
-    for segment in segments(directory):
-        if segment.end <= offset:
-            continue
-        offset = max(offset, segment.begin)
-        try:
-            stream = segment.path.open("rb")
-        except FileNotFoundError:  # pruned meanwhile: all of it is delivered
-            continue
-        with stream:
-            stream.seek(offset - segment.begin)
-            for line in stream:
-                if not line.endswith(b"\n") or (end is not None and offset >= end):
-                    return
-                offset += len(line)
-                checksum, _, payload = line[:-1].partition(b" ")
-                if checksum != b"%08x" % zlib.crc32(payload):
-                    raise TrackingError(f"{segment.path}: the entry that ends at byte {offset} is damaged (checksum)")
-                if begins is not None and not payload.startswith(begins):
-                    continue
-                record = json.loads(payload)
-                yield Entry(record["kind"], record["time_ms"], record["body"], offset)
-
-
-def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
-    """Remove the oldest files of the journal, of those that are delivered, until it is as small as wished.
-
-    What an attempt must know of them is kept.
-
-    Effects: not collective, the publisher's; blocks on the disk; leaves ``pruned.json``.
-
-    Args:
-        directory: the outbox.
-        delivered: how far the store has come.
-        keep_bytes: how large it may stay.
-
-    Returns:
-        The number of files that are gone.
-    """
-    found = segments(directory)
-    size_bytes = sum(each.end - each.begin for each in found)
-    done = min(delivered.offset, delivered.models_offset)
-    num_gone = 0
-    for segment in found[:-1]:
-        if size_bytes <= keep_bytes or segment.end > done:
-            break
-        # First: one that is there twice is known by its name, one that is nowhere is lost.
-        write_pruned(directory, _remembered(read_pruned(directory), read_entries(directory, 0, _KEPT, segment.end)))
-        segment.path.unlink()
-        size_bytes -= segment.end - segment.begin
-        num_gone += 1
-    return num_gone
-
-
-_KEPT: Final[tuple[Kind, ...]] = ("metrics", "params", "checkpoint")
-
-
-def _remembered(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:
-    latest, params, checkpoints = dict(pruned.latest), dict(pruned.params), set(pruned.checkpoints)
-    for entry in entries:
-        if entry.kind == "params":
-            params = {**entry.body, **params}
-        elif entry.kind == "checkpoint":
-            checkpoints.add(entry.body["key"])
-        else:
-            step = entry.body["step"]
-            for key, value in entry.body["values"].items():
-                if key not in latest or latest[key][2] < step:
-                    latest[key] = (value, entry.time_ms, step)
-    return Pruned(latest, params, frozenset(checkpoints))
-
-
-@dataclass(frozen=True)
-class Delivered:
-    """How far the publisher has come.
-
-    Args:
-        offset: bytes of the journal that the store has acknowledged, but for what goes to the artifact store.
-        models_offset: the same for that: checkpoints, their retirements, texts.
-        models: checkpoint name -> id of the LoggedModel it became.
-        refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
-        num_refused: how much that is in all.
-        ended: whether the last thing delivered was the run's end.
-        time_ms: when the last thing delivered happened.
-        step: the last step of the running attempt that was delivered.
-    """
-
-    offset: int = 0
-    models: Mapping[str, str] = field(default_factory=dict)
-    refused: tuple[str, ...] = ()
-    ended: bool = False
-    time_ms: int = 0
-    step: int = 0
-    models_offset: int = 0
-    num_refused: int = 0
-
-
-def read_delivered(directory: Path) -> Delivered:
-    """The publisher's record, or the empty one where it has written none."""
-    try:
-        record = json.loads((directory / DELIVERED).read_text())
-    except FileNotFoundError:
-        return Delivered()
-    return Delivered(
-        record["offset"],
-        record["models"],
-        tuple(record["refused"]),
-        record["ended"],
-        record.get("time_ms", 0),
-        record.get("step", 0),
-        # Before there were two lanes, all went in one.
-        record.get("models_offset", record["offset"]),
-        record.get("num_refused", len(record["refused"])),
-    )
-
-
-def write_delivered(directory: Path, delivered: Delivered) -> None:
-    """Replace the publisher's record in one step."""
-    replace_file(directory / DELIVERED, json.dumps({**asdict(delivered), "models": dict(delivered.models)}))
 
 
 def _cut_torn_line(path: Path) -> None:

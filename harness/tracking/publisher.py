@@ -20,9 +20,10 @@ from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import attempts
 from harness.tracking.acknowledged import Acknowledged
+from harness.tracking.entries import POINTS, Entry, read_entries
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
-from harness.tracking.outbox import POINTS, Entry, prune, read_entries
+from harness.tracking.pruning import prune
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
 from harness.tracking.segments import durable_end
 from harness.tracking.store import Settings, Store, WantedRun
@@ -109,7 +110,11 @@ class Publisher:
         replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 
     def run(self) -> bool:
-        """Deliver until the run's end is delivered; whether it was."""
+        """Deliver until the run's end is delivered; whether it was.
+
+        Raises:
+            TrackingError: if the journal is damaged; the run is marked FAILED.
+        """
         self._models.start()
         try:
             return self._run()
@@ -117,7 +122,7 @@ class Publisher:
             # What is behind a damaged entry cannot be trusted: the run must not look complete.
             log(str(error))
             self._mark_failed(str(error))
-            return False
+            raise
         finally:
             self._models.close()
 

@@ -14,8 +14,20 @@ from typing import Any
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
+# With which one ends that has found the journal damaged: started again, it would find the same.
+DAMAGED = 3
 # A publisher writes a few lines a minute at the most, while the store is away.
 MAX_LOG_BYTES = 8_000_000
+
+# What holds where the user has not set it. With MLflow's own limits a call to a dead server blocks for 246 s; how
+# often something is tried is the publisher's affair (without end), and MLflow would send what makes a run or a model
+# again without looking whether it was made.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
 
 # What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -71,6 +83,6 @@ def read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout
 def _publisher_environment() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in _RANK_VARIABLES}
     environment.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-    for key, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}.items():
+    for key, value in _DEFAULTS.items():
         environment.setdefault(key, value)
     return environment

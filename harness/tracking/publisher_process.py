@@ -14,6 +14,7 @@ import io
 import json
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -26,23 +27,34 @@ from typing import Any, TextIO
 from harness.errors import TrackingError
 from harness.redact import redact, remember, without_password
 from harness.run_directory import read_run_record
+from harness.tracking.acknowledged import read_delivered
+from harness.tracking.entries import read_entries
 from harness.tracking.heartbeat import Heartbeat
-from harness.tracking.outbox import DEFAULT_MAX_BYTES, read_delivered, read_entries
+from harness.tracking.outbox import DEFAULT_MAX_BYTES
 from harness.tracking.publisher import POLL_S, Publisher, log
+from harness.tracking.publisher_launch import DAMAGED
 from harness.tracking.registry import Registration
 from harness.tracking.settings import absolute_sqlite, write_settings
 from harness.tracking.store import RefusedError, Settings
+
+# Out of the trainer's way.
+_NICE = 10
 
 Answer = Callable[[Mapping[str, Any]], None]
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the process; 0 if all was delivered."""
+    """Entry point of the process; 0 if all was delivered, `DAMAGED` if the journal cannot be read."""
     run_dir = Path(argv[0])
-    os.nice(10)
+    # A cluster that stops a job tells each of its processes. This one ends with the trainer, which has a last
+    # checkpoint to write first.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     answer = _take_standard_output()
     raw = json.loads(_read_line(sys.stdin.fileno()))
     remember(raw["tracking_uri"])
+    if not raw.get("is_awaited"):
+        os.nice(_NICE)
     with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
         if not _has_locked(lock, raw["lock_timeout_s"]) and not _has_locked_late(lock, run_dir, raw, answer):
             answer({"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"})
@@ -125,12 +137,13 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         answer({"run_id": read_run_record(run_dir)["run_id"]})
         return 0
 
-    from harness.tracking import mlflow_store
+    from harness.tracking import mlflow_client
+    from harness.tracking.mlflow_store import MlflowStore
     from harness.tracking.uploads import Pace
 
     settings = Settings(
         run_name=raw["run_name"],
-        tracking_uri=absolute_sqlite(mlflow_store.resolve_tracking_uri(raw["tracking_uri"])),
+        tracking_uri=absolute_sqlite(mlflow_client.resolve_tracking_uri(raw["tracking_uri"])),
         experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
         registration=_registration(raw),
         start_timeout_s=raw["start_timeout_s"],
@@ -142,17 +155,17 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     )
 
     def is_permanent(error: Exception) -> bool:
-        return isinstance(error, RefusedError) or mlflow_store.is_permanent(error)
+        return isinstance(error, RefusedError) or mlflow_client.is_permanent(error)
 
     try:
-        settings, notes = where_it_goes_on(settings, read_run_record(run_dir), mlflow_store.has_run)
+        settings, notes = where_it_goes_on(settings, read_run_record(run_dir), mlflow_client.has_run)
         # For `harness sync`, from any directory; without a password.
         kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
         write_settings(run_dir / "outbox", kept)
         heartbeat = Heartbeat(run_dir / "outbox")
         heartbeat.beat()
         pace = Pace(settings.max_upload_bytes_per_s)
-        store = mlflow_store.MlflowStore(settings.tracking_uri, pace=pace, sent=heartbeat.sent)
+        store = MlflowStore(settings.tracking_uri, pace=pace, sent=heartbeat.sent)
         publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed, heartbeat=heartbeat)
         publisher.open_run()
     except TrackingError as error:
@@ -169,7 +182,13 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         answer(told)
         return 1
     answer({"run_id": store.run_id, "notes": notes})
-    return 0 if publisher.run() else 1
+    if raw.get("is_awaited"):
+        # Until here the trainer has waited, and with it all ranks.
+        os.nice(_NICE)
+    try:
+        return 0 if publisher.run() else 1
+    except TrackingError:
+        return DAMAGED  # it has said so
 
 
 def _registration(raw: Mapping[str, Any]) -> Registration | None:

@@ -1,25 +1,20 @@
-"""The journal's files: where each of them begins in the whole, which may go, and what is remembered of those.
+"""The journal's files, and where each of them begins in the whole.
 
 journal.jsonl           from byte 0 on; the only one of most runs
 journal.<begin>.jsonl   from byte <begin> on, where the one before has grown large
-pruned.json             what an attempt must know of files that are gone
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from harness.durable import replace_file, sync_directory
+from harness.durable import sync_directory
 
 JOURNAL = "journal.jsonl"
-PRUNED = "pruned.json"
 
 _NAME = re.compile(r"journal(?:\.(\d+))?\.jsonl")
 
@@ -82,40 +77,6 @@ def durable_end(directory: Path, offset: int) -> int:
     if len(found) > 1:
         sync_directory(directory)
     return found[-1].end if found else offset
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What is known of entries that are gone.
-
-    Args:
-        latest: metric -> value, time in milliseconds since the epoch and step of its point of the highest step.
-        params: name -> text, as it was first.
-        checkpoints: the keys of the checkpoints.
-    """
-
-    latest: Mapping[str, tuple[float, int, int]] = field(default_factory=dict)
-    params: Mapping[str, str] = field(default_factory=dict)
-    checkpoints: frozenset[str] = frozenset()
-
-
-def read_pruned(directory: Path) -> Pruned:
-    """What is remembered; nothing where nothing has gone. To be read after the journal: a file may go meanwhile."""
-    try:
-        record: dict[str, Any] = json.loads((directory / PRUNED).read_text())
-    except FileNotFoundError:
-        return Pruned()
-    latest = {key: (value, time_ms, step) for key, (value, time_ms, step) in record["latest"].items()}
-    return Pruned(latest, record["params"], frozenset(record["checkpoints"]))
-
-
-def write_pruned(directory: Path, pruned: Pruned) -> None:
-    """Replace it in one step.
-
-    Effects: not collective, the publisher's; blocks on fsync; leaves ``<directory>/pruned.json``.
-    """
-    record = {"latest": pruned.latest, "params": pruned.params, "checkpoints": sorted(pruned.checkpoints)}
-    replace_file(directory / PRUNED, json.dumps(record))
 
 
 def _files(directory: Path) -> list[tuple[int, Path]]:

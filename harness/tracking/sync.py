@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import HarnessError, TrackingError
 from harness.run_directory import read_run_record
 from harness.run_lock import is_held
-from harness.tracking.outbox import Delivered, read_delivered
+from harness.tracking.acknowledged import Delivered, read_delivered
 from harness.tracking.publisher_launch import LOG, read_answer, start_publisher
 from harness.tracking.segments import journal_end, segments
 from harness.tracking.settings import read_settings
@@ -45,6 +45,7 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     # A password is never written down, so an address with one must be given again.
     settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
     settings["lock_timeout_s"] = _LOCK_TIMEOUT_S
+    settings["is_awaited"] = True
     settings["leaves_open"] = _is_at_work(run_dir)
     # The last one's settings may be an earlier attempt's: the last publisher may have been killed before it wrote any.
     settings["attempt"] = read_run_record(run_dir).get("attempt", 1)

@@ -9,12 +9,14 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
 from harness.errors import TrackingError
 from harness.redact import remember, without_password
+from harness.tracking.acknowledged import read_delivered
 from harness.tracking.continuation import (
     UNKNOWN_TIME_MS,
     Drift,
@@ -28,8 +30,8 @@ from harness.tracking.continuation import (
 from harness.tracking.drain import Drain, Left
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
-from harness.tracking.outbox import Outbox, read_delivered
-from harness.tracking.publisher_launch import PublisherDiedError, read_answer, start_publisher
+from harness.tracking.outbox import Outbox
+from harness.tracking.publisher_launch import DAMAGED, PublisherDiedError, read_answer, start_publisher
 from harness.tracking.settings import absolute_sqlite, write_settings
 
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
@@ -129,7 +131,7 @@ class Tracker:
         limit_s = self.config.start_timeout_s + lock_timeout_s
         for is_last_try in (False, False, True):
             self._started_s, self._started_at_s = time.monotonic(), time.time()
-            self._publisher = start_publisher(self.run_dir, settings)
+            self._publisher = start_publisher(self.run_dir, {**settings, "is_awaited": True})
             try:
                 self.run_id, self.notes = read_answer(self._publisher, self.run_dir, limit_s)
                 break
@@ -252,8 +254,10 @@ class Tracker:
             return
         self.abandon()
         self._started_s, self._started_at_s = time.monotonic(), time.time()
-        # It finds the run by its key. Its answer is not waited for: training goes on meanwhile.
-        self._publisher = start_publisher(self.run_dir, self._settings)
+        # It finds the run by its key. Its answer is not waited for: training goes on meanwhile. Where there is no
+        # memory for it now, or no room, it is tried again later.
+        with suppress(OSError):
+            self._publisher = start_publisher(self.run_dir, self._settings)
 
     def _hangs(self) -> bool:
         """Whether it has given no sign of life for longer than any request takes; it is killed then.
@@ -335,13 +339,13 @@ class Tracker:
         self.outbox.close()
         if self._publisher is None:
             return not self.config.enabled
-        while self._publisher.poll() is None and time.monotonic() < deadline_s:
+        while self._publisher.poll() not in (0, DAMAGED) and time.monotonic() < deadline_s:
             if not waiting(drain.left()):
                 break
-            try:
-                self._publisher.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
+            self._revive()
+            with suppress(subprocess.TimeoutExpired):
+                if self._publisher.wait(timeout=0.5) not in (0, DAMAGED):
+                    time.sleep(0.5)  # until it may be started again
         self.abandon()
         return read_delivered(self.run_dir / "outbox").offset == self.outbox.end
 

@@ -22,7 +22,7 @@ from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.runtime import start
 from harness.task import StepOutput
-from harness.tracking.outbox import read_entries
+from harness.tracking.entries import read_entries
 
 NUM_SAMPLES = 20
 

@@ -25,7 +25,7 @@ from harness.checkpoint.commit import list_checkpoints
 from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, DamagedError, Stopped
-from harness.tracking.outbox import read_entries
+from harness.tracking.entries import read_entries
 
 NUM_EPOCHS = 3
 

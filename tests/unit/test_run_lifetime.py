@@ -16,7 +16,7 @@ from harness.progress import Progress
 from harness.run_lifetime import RunLifetime
 from harness.runtime import Topology
 from harness.tasks import Digits
-from harness.tracking.outbox import Entry, read_entries
+from harness.tracking.entries import Entry, read_entries
 
 CPU = torch.device("cpu")
 ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.protos.service_pb2 import LogBatch
 
-from harness.tracking.mlflow_store import _log_batch_body, _server_of
+from harness.tracking.mlflow_client import server_of
+from harness.tracking.mlflow_store import _log_batch_body
 
 points = st.tuples(st.text(min_size=1), st.floats(), st.integers(0, 2**62), st.integers(0, 2**62))
 
@@ -26,5 +27,5 @@ def test_request_is_mlflows_own_when_points_are_sent(logged: list[tuple[str, flo
 
 
 def test_mlflows_client_is_asked_when_there_is_no_plain_server() -> None:
-    assert _server_of(MlflowClient("http://127.0.0.1:9")) is not None
-    assert _server_of(object()) is None
+    assert server_of(MlflowClient("http://127.0.0.1:9")) is not None
+    assert server_of(object()) is None

@@ -16,14 +16,9 @@ from hypothesis import strategies as st
 
 from harness.errors import TrackingError
 from harness.tracking import outbox as outbox_module
-from harness.tracking.outbox import (
-    Delivered,
-    Entry,
-    Outbox,
-    read_delivered,
-    read_entries,
-    write_delivered,
-)
+from harness.tracking.acknowledged import Delivered, read_delivered, write_delivered
+from harness.tracking.entries import Entry, read_entries
+from harness.tracking.outbox import Outbox
 from harness.tracking.segments import JOURNAL
 
 values = st.recursive(

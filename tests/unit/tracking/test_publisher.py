@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.tracking.outbox import MAX_REFUSED_KEPT, Outbox, read_delivered
+from harness.tracking.acknowledged import MAX_REFUSED_KEPT, read_delivered
+from harness.tracking.outbox import Outbox
 from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.registry import Registration
 from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
@@ -689,25 +690,28 @@ def test_state_of_earlier_ones_goes_when_the_newest_is_whole_and_has_its_own(
 
 
 def test_journal_stays_small_and_nothing_is_lost_while_the_store_keeps_up(run_dir: Path) -> None:
-    outbox = Outbox(run_dir / "outbox", 8000)
-    steps = iter(range(1, 2001))
-    largest = 0
+    outbox = Outbox(run_dir / "outbox", 4000)
+    steps = iter(range(1, 301))
+    sizes: list[int] = []
 
     def trains() -> None:
-        nonlocal largest
-        largest = max(largest, sum(path.stat().st_size for path in (run_dir / "outbox").glob("journal*")))
-        written = [step for step in itertools.islice(steps, 20) if outbox.append("metrics", row(step), step)]
+        sizes.append(sum(path.stat().st_size for path in (run_dir / "outbox").glob("journal*")))
+        assert len(sizes) < 20_000, "the journal is not pruned"
+        if sizes[-1] > 3000:
+            time.sleep(0.001)  # the lane of models has a thread of its own, and keeps up once it gets to run
+            return
+        written = [step for step in itertools.islice(steps, 10) if outbox.append("metrics", row(step), step)]
         if not written and not ended:
             ended.append(True)
             end(outbox)
 
     ended: list[bool] = []
     store = FaultyStore()
-    assert publisher(run_dir, store, Clock(trains), max_outbox_bytes=8000).run()
-    assert [step for name, points in store.calls if name == "metrics" for _, _, _, step in points] == [*range(1, 2001)]
+    assert publisher(run_dir, store, Clock(trains), max_outbox_bytes=4000).run()
+    assert [step for name, points in store.calls if name == "metrics" for _, _, _, step in points] == [*range(1, 301)]
     assert outbox.num_left_out == 0
-    assert largest < 8000
-    assert outbox.end > 10 * largest
+    assert max(sizes) < 4000
+    assert outbox.end > 4 * max(sizes)
 
 
 def row(step: int) -> dict[str, Any]:

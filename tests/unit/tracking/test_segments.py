@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.tracking.acknowledged import Delivered
 from harness.tracking.continuation import UNKNOWN_TIME_MS, KnownPoints, Point, points_at, read_logged
-from harness.tracking.outbox import Delivered, Entry, Outbox, prune, read_entries
-from harness.tracking.segments import JOURNAL, durable_end, journal_end, read_pruned, segments
+from harness.tracking.entries import Entry, read_entries
+from harness.tracking.outbox import Outbox
+from harness.tracking.pruning import prune, read_pruned
+from harness.tracking.segments import JOURNAL, durable_end, journal_end, segments
 
 MAX_BYTES = 8000  # files of 500 bytes, of some eight entries
 

@@ -1,0 +1,97 @@
+"""Which of the journal's files may go, and what is remembered of those: ``pruned.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from harness.durable import replace_file
+from harness.tracking.acknowledged import Delivered
+from harness.tracking.entries import Entry, Kind, read_entries
+from harness.tracking.segments import segments
+
+PRUNED = "pruned.json"
+
+_KEPT: Final[tuple[Kind, ...]] = ("metrics", "params", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What is known of entries that are gone.
+
+    Args:
+        latest: metric -> value, time in milliseconds since the epoch and step of its point of the highest step.
+        params: name -> text, as it was first.
+        checkpoints: the keys of the checkpoints.
+    """
+
+    latest: Mapping[str, tuple[float, int, int]] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    checkpoints: frozenset[str] = frozenset()
+
+
+def read_pruned(directory: Path) -> Pruned:
+    """What is remembered; nothing where nothing has gone. To be read after the journal: a file may go meanwhile."""
+    try:
+        record: dict[str, Any] = json.loads((directory / PRUNED).read_text())
+    except FileNotFoundError:
+        return Pruned()
+    latest = {key: (value, time_ms, step) for key, (value, time_ms, step) in record["latest"].items()}
+    return Pruned(latest, record["params"], frozenset(record["checkpoints"]))
+
+
+def write_pruned(directory: Path, pruned: Pruned) -> None:
+    """Replace it in one step.
+
+    Effects: not collective, the publisher's; blocks on fsync; leaves ``<directory>/pruned.json``.
+    """
+    record = {"latest": pruned.latest, "params": pruned.params, "checkpoints": sorted(pruned.checkpoints)}
+    replace_file(directory / PRUNED, json.dumps(record))
+
+
+def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
+    """Remove the oldest files of the journal, of those that are delivered, until it is as small as wished.
+
+    What an attempt must know of them is kept.
+
+    Effects: not collective, the publisher's; blocks on the disk; leaves ``pruned.json``.
+
+    Args:
+        directory: the outbox.
+        delivered: how far the store has come.
+        keep_bytes: how large it may stay.
+
+    Returns:
+        The number of files that are gone.
+    """
+    found = segments(directory)
+    size_bytes = sum(each.end - each.begin for each in found)
+    done = min(delivered.offset, delivered.models_offset)
+    num_gone = 0
+    for segment in found[:-1]:
+        if size_bytes <= keep_bytes or segment.end > done:
+            break
+        # First: one that is there twice is known by its name, one that is nowhere is lost.
+        write_pruned(directory, _remembered(read_pruned(directory), read_entries(directory, 0, _KEPT, segment.end)))
+        segment.path.unlink()
+        size_bytes -= segment.end - segment.begin
+        num_gone += 1
+    return num_gone
+
+
+def _remembered(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:
+    latest, params, checkpoints = dict(pruned.latest), dict(pruned.params), set(pruned.checkpoints)
+    for entry in entries:
+        if entry.kind == "params":
+            params = {**entry.body, **params}
+        elif entry.kind == "checkpoint":
+            checkpoints.add(entry.body["key"])
+        else:
+            step = entry.body["step"]
+            for key, value in entry.body["values"].items():
+                if key not in latest or latest[key][2] < step:
+                    latest[key] = (value, entry.time_ms, step)
+    return Pruned(latest, params, frozenset(checkpoints))

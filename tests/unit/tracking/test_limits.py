@@ -1,0 +1,18 @@
+"""How long the publisher waits, against what the ranks wait for each other."""
+
+from __future__ import annotations
+
+import inspect
+
+from harness.metrics import Reducer
+from harness.tracking.heartbeat import DEAD_AFTER_S
+from harness.tracking.mlflow_client import LONGEST_TIMEOUT_S
+from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
+from harness.votes import Votes
+
+
+def test_publisher_is_known_to_be_dead_or_done_before_any_collective_gives_up() -> None:
+    shortest_s = min(inspect.signature(each).parameters["timeout_s"].default for each in (Reducer, Votes))
+    # The longest silence of one that is only slow: a request, and the pause behind it.
+    assert LONGEST_TIMEOUT_S + LONGEST_PAUSE_S < DEAD_AFTER_S < shortest_s
+    assert shortest_s > LINGER_S
