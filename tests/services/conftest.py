@@ -9,12 +9,21 @@ from tests.services.postgres import Postgres
 from tests.services.s3 import BUCKET, S3
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One for all tests: each has experiments of its own, and starts it again where it has stopped it."""
     running = MlflowServer(tmp_path_factory.mktemp("server") / "mlflow")
-    running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture(autouse=True)
+def server_is_up(request: pytest.FixtureRequest) -> None:
+    """Also where the test before has failed while it was down."""
+    if "server" in request.fixturenames:
+        running: MlflowServer = request.getfixturevalue("server")
+        if not running.is_running:
+            running.start()
 
 
 @pytest.fixture(scope="session")

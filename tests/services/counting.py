@@ -76,7 +76,8 @@ def count(uri: str, experiment: str, sent_path: Path, run_dir: Path | None) -> d
     sent = read_sent(sent_path)
     counts = {
         "runs": Count(1, 1, len(runs) - 1, 0, 0),
-        "points": count_of(sent_points(sent), points(reader, run)),
+        "points": count_of(sent_points(sent), there := points(reader, run)),
+        "order": _order(there),
         "params": count_of(_values(sent, "params"), _starting(run.data.params, "param.")),
         "tags": count_of(_values(sent, "tags"), _starting(run.data.tags, "load.")),
         "texts": _texts(uri, run, sent),
@@ -111,6 +112,14 @@ def points(reader: MlflowClient, run: Run) -> list[Hashable]:
         for key in run.data.metrics
         for point in reader.get_metric_history(run.info.run_id, key)
     ]
+
+
+def _order(there: Iterable[Hashable]) -> Count:
+    """Each metric, which is there where its points are in the order of its steps."""
+    steps: dict[str, list[int]] = {}
+    for key, step, _ in there:  # type: ignore[misc]
+        steps.setdefault(key, []).append(step)
+    return count_of(steps, [key for key, found in steps.items() if found == sorted(found)])
 
 
 def _comparable(value: float) -> float | str:

@@ -2,21 +2,24 @@
 
     python -m tests.services.mlflow_async --outage_s 60 --json
 
-The same points at the same pace (`tracking_load`), to a real server behind the same proxy; MLflow as it comes.
+Both at the same time, by the same proxy, to the same real server: the same points at the same pace (`tracking_load`).
+MLflow as it comes. What `docs/tracking.md` shows of it is `benchmarks/results/faults_60.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ from mlflow import MlflowClient
 
 from harness.tracking.sync import deliver_rest
 from tests.launching import environment
-from tests.services.counting import Count, count_of, points, read_sent, sent_points
+from tests.services.counting import count_of, points, read_sent, sent_points
 from tests.services.faulty_proxy import Fault, FaultyProxy
 from tests.services.mlflow_server import MlflowServer
 from tests.services.tracking_load import Sent, metrics_at
 
-EXPERIMENT = "faults"
+WHO = ("harness", "mlflow")
 BEGINS_AT_STEP = 50
 LIMIT_S = 900
 
@@ -39,9 +42,11 @@ def log_by_mlflow(options: argparse.Namespace) -> None:
     import mlflow
 
     sent = Sent(options.sent)
+    begun_s = time.monotonic()
     mlflow.set_tracking_uri(options.uri)
-    mlflow.set_experiment(EXPERIMENT)
+    mlflow.set_experiment("mlflow")
     with mlflow.start_run():
+        start_s = time.monotonic() - begun_s
         for step in range(1, options.steps + 1):
             values = metrics_at(step)
             sent.call(
@@ -53,146 +58,208 @@ def log_by_mlflow(options: argparse.Namespace) -> None:
             time.sleep(options.pace_s)
         logged_s = time.monotonic()
         mlflow.flush_async_logging()
-    print(json.dumps({"longest_call_ms": 1000 * sent.longest_s, "end_s": time.monotonic() - logged_s}))
+    found = {"start_s": start_s, "longest_call_ms": 1000 * sent.longest_s, "end_s": time.monotonic() - logged_s}
+    print(json.dumps({name: round(value, 2) for name, value in found.items()}))
 
 
-def words_of(who: str, directory: Path, uri: str, steps: int) -> list[str | Path]:
+def words_of(who: str, directory: Path, uri: str, steps: int, pace_s: float, is_offline: bool) -> list[str | Path]:
     """The command of one run."""
-    sent: list[str | Path] = ["--sent", directory / "sent.jsonl", "--uri", uri, "--steps", str(steps)]
+    sent: list[str | Path] = ["--sent", directory / "sent.jsonl", "--uri", uri]
+    sent += ["--steps", str(steps), "--pace_s", str(pace_s)]
     if who == "mlflow":
         return [sys.executable, "-m", "tests.services.mlflow_async", "--log", *sent]
-    only = ["--experiment", EXPERIMENT, "--checkpoint_every", "100000", "--text_every", "100000"]
-    return [sys.executable, "-m", "tests.services.tracking_load", directory / "runs", *sent, *only]
+    only = ["--experiment", "harness", "--checkpoint_every", "100000", "--text_every", "100000"]
+    offline = ["--offline"] if is_offline else []
+    return [sys.executable, "-m", "tests.services.tracking_load", directory / "runs", *sent, *only, *offline]
 
 
+@dataclass
+class Place:
+    """Where a fault happens: one server, the proxy before it, and the two runs that log to it at the same time."""
+
+    server: MlflowServer
+    proxy: FaultyProxy
+    processes: dict[str, subprocess.Popen[bytes]]
+    outage_s: float
+
+
+@dataclass(frozen=True)
 class Case:
-    """One of the two, through one fault."""
+    """One fault.
 
-    def __init__(self, who: str, directory: Path, steps: int) -> None:
-        self.who = who
-        self.directory = directory
-        directory.mkdir(parents=True)
-        self.server = MlflowServer(directory / "mlflow")
-        self.server.start()
-        self.proxy = FaultyProxy("127.0.0.1", self.server.port)
-        self.steps = steps
+    Args:
+        happens: what goes wrong, for `Place.outage_s`.
+        is_at_start: it is away before the two begin; ours is told so.
+        small_disk: the server's store has a file system of its own.
+    """
 
-    def run(self, fault: Callable[[FaultyProxy, subprocess.Popen[bytes]], None]) -> dict[str, Any]:
-        """Start it, let `fault` happen, wait for its end; what came of it."""
-        output = self.directory / "output.txt"
-        with output.open("wb") as stream:
-            process = subprocess.Popen(
-                words_of(self.who, self.directory, self.proxy.uri, self.steps),
-                cwd=self.directory,
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-            )
-        try:
-            self._wait_for_step(BEGINS_AT_STEP)
-            fault(self.proxy, process)
-            code = process.wait(LIMIT_S)
-            if self.who == "harness" and code:
-                # What its user does with a run that was killed.
-                time.sleep(5.0)
-                deliver_rest(self.directory / "runs/it", None)
-            counted = self._count()
-        finally:
-            process.kill()
-            process.wait()
-            self.proxy.close()
-            self.server.stop()
-        last = output.read_text().strip().splitlines()[-1:]
+    happens: Callable[[Place], None]
+    is_at_start: bool = False
+    small_disk: bool = False
+
+    def run(self, directory: Path, outage_s: float, pace_s: float) -> dict[str, Any]:
+        """Start both, let it happen, wait for their ends; what came of it, by who logged."""
+        directory.mkdir()
+        steps = BEGINS_AT_STEP + round((outage_s + 10) / pace_s)
+        with small_disk(directory / "disk") if self.small_disk else nullcontext(directory) as where:
+            server = MlflowServer(where / "server")
+            server.start()
+            proxy = FaultyProxy("127.0.0.1", server.port)
+            place = Place(server, proxy, {}, outage_s)
+            try:
+                if self.is_at_start:
+                    proxy.refuse()
+                for who in WHO:
+                    (directory / who).mkdir()
+                    words = words_of(who, directory / who, proxy.uri, steps, pace_s, self.is_at_start)
+                    place.processes[who] = start(words, directory / who)
+                if not self.is_at_start:
+                    for who in WHO:
+                        wait_for_step(BEGINS_AT_STEP, directory / who)
+                self.happens(place)
+                return {who: self._outcome(who, place, directory / who) for who in WHO}
+            finally:
+                for process in place.processes.values():
+                    process.kill()
+                    process.wait()
+                proxy.close()
+                server.stop()
+
+    def _outcome(self, who: str, place: Place, directory: Path) -> dict[str, Any]:
+        code = place.processes[who].wait(LIMIT_S)
+        if who == "harness" and code:
+            deliver_rest(directory / "runs/it", None)  # what its user does with a run that was killed, or was offline
+        last = (directory / "output.txt").read_text().strip().splitlines()[-1:]
         times = json.loads(last[0]) if last and last[0].startswith("{") else {}
+        reader = MlflowClient(place.server.uri)
+        experiment = reader.get_experiment_by_name(who)
+        runs = reader.search_runs([experiment.experiment_id]) if experiment is not None else []
+        there = [point for run in runs for point in points(reader, run)]
         return {
             "exit_code": code,
-            "points": asdict(counted),
-            "longest_call_ms": times.get("longest_call_ms"),
-            "end_s": times.get("end_s"),
+            "status": [run.info.status for run in runs],
+            "points": asdict(count_of(sent_points(read_sent(directory / "sent.jsonl")), there)),
+            **{name: times.get(name) for name in ("start_s", "longest_call_ms", "end_s")},
         }
 
-    def _wait_for_step(self, step: int) -> None:
-        sent = self.directory / "sent.jsonl"
-        deadline_s = time.monotonic() + 120
-        while not (sent.exists() and f'"step": {step},' in sent.read_text()):
-            if time.monotonic() > deadline_s:
-                raise AssertionError((self.directory / "output.txt").read_text()[-3000:])
-            time.sleep(0.05)
 
-    def _count(self) -> Count:
-        reader = MlflowClient(self.server.uri)
-        experiment = reader.get_experiment_by_name(EXPERIMENT)
-        (run,) = reader.search_runs([experiment.experiment_id])
-        return count_of(sent_points(read_sent(self.directory / "sent.jsonl")), points(reader, run))
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
 
 
-def faults(outage_s: float) -> dict[str, Callable[[FaultyProxy, subprocess.Popen[bytes]], None]]:
-    """Name -> what happens."""
+def start(words: Sequence[str | Path], directory: Path) -> subprocess.Popen[bytes]:
+    with (directory / "output.txt").open("wb") as stream:
+        return subprocess.Popen(
+            words, cwd=directory, env=environment(), stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
 
-    def away(proxy: FaultyProxy, process: subprocess.Popen[bytes]) -> None:
-        proxy.refuse()
-        time.sleep(outage_s)
-        proxy.accept()
 
-    def answers(*said: Fault) -> Callable[[FaultyProxy, subprocess.Popen[bytes]], None]:
-        def happen(proxy: FaultyProxy, process: subprocess.Popen[bytes]) -> None:
-            proxy.misbehave(*said)
-            time.sleep(outage_s)
-            proxy.behave()
+def wait_for_step(step: int, directory: Path) -> None:
+    sent = directory / "sent.jsonl"
+    deadline_s = time.monotonic() + 120
+    while not (sent.exists() and f'"step": {step},' in sent.read_text()):
+        if time.monotonic() > deadline_s:
+            raise AssertionError((directory / "output.txt").read_text()[-3000:])
+        time.sleep(0.05)
 
-        return happen
 
-    def killed(proxy: FaultyProxy, process: subprocess.Popen[bytes]) -> None:
-        os.kill(process.pid, signal.SIGKILL)
+def away(place: Place) -> None:
+    place.proxy.refuse()
+    time.sleep(place.outage_s)
+    place.proxy.accept()
 
-    return {
-        f"server away for {outage_s:.0f} s": away,
-        f"half of all answers 500 for {outage_s:.0f} s": answers(Fault("500", status=500, share=0.5)),
-        f"half of all answers 504, done all the same, for {outage_s:.0f} s": answers(
-            Fault("504", status=504, is_forwarded=True, share=0.5)
-        ),
-        f"401 for {outage_s:.0f} s": answers(Fault("401", status=401)),
-        "trainer killed": killed,
-    }
+
+def killed_and_restarted(place: Place) -> None:
+    place.server.stop(signal.SIGKILL)
+    time.sleep(place.outage_s)
+    place.server.start()
+
+
+def answers(*said: Fault) -> Callable[[Place], None]:
+    def happen(place: Place) -> None:
+        place.proxy.misbehave(*said)
+        time.sleep(place.outage_s)
+        place.proxy.behave()
+
+    return happen
+
+
+def locked(place: Place) -> None:
+    store = sqlite3.connect(place.server.directory / "mlflow.db", isolation_level=None)
+    store.execute("BEGIN EXCLUSIVE")
+    time.sleep(place.outage_s)
+    store.execute("ROLLBACK")
+    store.close()
+
+
+def full(place: Place) -> None:
+    filler = place.server.directory / "filler"
+    with filler.open("wb", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    time.sleep(place.outage_s)
+    filler.unlink()
+
+
+def trainers_killed(place: Place) -> None:
+    for process in place.processes.values():
+        process.kill()
+
+
+FAULTS = {
+    "server away at the start": Case(away, is_at_start=True),
+    "server away in the middle": Case(away),
+    "server killed and started again": Case(killed_and_restarted),
+    "500 to all": Case(answers(Fault("500", status=500))),
+    "429 to all": Case(answers(Fault("429", status=429))),
+    "504 to half, done all the same": Case(answers(Fault("504", status=504, is_forwarded=True, share=0.5))),
+    "no answer": Case(answers(Fault("hangs", hangs=True))),
+    "401 to all": Case(answers(Fault("401", status=401))),
+    "database locked": Case(locked),
+    "server's disk full": Case(full, small_disk=True),
+    "trainer killed": Case(trainers_killed),
+}
 
 
 def main() -> int:
     """Compare, or be one of the two."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--outage_s", type=float, default=60.0)
+    parser.add_argument("--pace_s", type=float, default=0.05, help="between two steps")
     parser.add_argument("--only", default="", help="faults whose name has this")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--log", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sent", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--uri", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--pace_s", type=float, default=0.02, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.log:
         log_by_mlflow(options)
         return 0
-    found: dict[str, dict[str, Any]] = {}
-    steps = options.steps or int(options.outage_s / 0.02) + 500
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="harness-async-") as directory:
-        for number, (name, fault) in enumerate(faults(options.outage_s).items()):
+        for number, (name, case) in enumerate(FAULTS.items()):
             if options.only in name:
-                found[name] = {
-                    who: Case(who, Path(directory, f"{number}-{who}"), steps).run(fault)
-                    for who in ("harness", "mlflow")
-                }
+                found[name] = case.run(Path(directory, str(number)), options.outage_s, options.pace_s)
                 sys.stderr.write(f"{name}: {json.dumps(found[name])}\n")
-    print(json.dumps(found, indent=1) if options.json else "\n".join(table(found)))
+    record = {"outage_s": options.outage_s, "pace_s": options.pace_s, "mlflow": version("mlflow"), "faults": found}
+    print(json.dumps(record, indent=1) if options.json else "\n".join(table(found)))
     return 0
 
 
-def table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """For a terminal."""
-    lines = [f"{'':60}{'':10}{'sent':>8}{'there':>8}{'twice':>8}{'lost':>8}"]
+def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """As Markdown has it: of each fault, the points of ours and of MLflow's."""
+    lines = ["| what happens | ours: sent | there | twice | lost | MLflow's: sent | there | twice | lost |"]
+    lines.append("| --- " * 9 + "|")
     for name, both in found.items():
-        for who, result in both.items():
-            c = result["points"]
-            lines.append(f"{name:60}{who:10}{c['sent']:8}{c['there']:8}{c['twice']:8}{c['lost']:8}")
+        cells = [f"{both[who]['points'][what]:,}" for who in WHO for what in ("sent", "there", "twice", "lost")]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return lines
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +17,22 @@ from pathlib import Path
 from tests.launching import BIN, descendants, environment
 
 _START_LIMIT_S = 90
+
+
+def make_database(path: Path) -> str:
+    """An MLflow database on sqlite without anything in it; its address. A copy: to make its tables takes seconds."""
+    path.write_bytes(_empty_database())
+    return f"sqlite:///{path}"
+
+
+@functools.cache
+def _empty_database() -> bytes:
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix="harness-empty-") as directory:
+        path = Path(directory, "mlflow.db")
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+        return path.read_bytes()
 
 
 class MlflowServer:
@@ -38,11 +56,11 @@ class MlflowServer:
         extra: Mapping[str, str] | None = None,
     ) -> None:
         self.directory = directory
-        self.store = store or f"sqlite:///{directory / 'mlflow.db'}"
         self._options = artifacts or ("--serve-artifacts", "--artifacts-destination", directory / "files")
         self._options = [*self._options, *options]
         self._extra = dict(extra or {})
         directory.mkdir()
+        self.store = store or make_database(directory / "mlflow.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -65,6 +83,11 @@ class MlflowServer:
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < deadline_s, self._log()
             time.sleep(0.1)  # a server says that it is up by answering, and in no other way
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has been started, and neither stopped nor died."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pids(self) -> list[int]:

@@ -22,16 +22,13 @@ def benchmark(tmp_path: Path, *words: str) -> dict[str, Any]:
     return record
 
 
-def test_figures_are_there_when_the_trainers_side_is_measured(tmp_path: Path) -> None:
-    record = benchmark(tmp_path, "--only", "log,append", "--windows", "3")
-    assert len(record["goals"]) == 6
-    assert all(goal["met"] == (goal["seen"] <= goal["at_most"]) for goal in record["goals"])
+def test_figures_are_there_when_tracking_is_measured(tmp_path: Path) -> None:
+    """Uploads and steps take minutes, and are measured by hand."""
+    words = ("--only", "log,append,delivery", "--windows", "3", "--num_points", "2000", "--rounds", "1")
+    record = benchmark(tmp_path, *words)
+    at_most = [goal for goal in record["goals"] if "at_most" in goal]
+    assert (len(at_most), len(record["goals"])) == (6, 8)
+    assert all(goal["met"] == (goal["seen"] <= goal["at_most"]) for goal in at_most)
     # Of what is measured here this alone is no matter of the machine's pace.
     (operators,) = [goal for goal in record["goals"] if goal["unit"] == "operators"]
     assert operators["met"]
-
-
-def test_figures_are_there_when_delivery_is_measured(tmp_path: Path) -> None:
-    """Uploads and steps take minutes, and are measured by hand."""
-    record = benchmark(tmp_path, "--only", "delivery", "--num_points", "2000", "--rounds", "1")
-    assert {goal["name"].partition(",")[0].partition(" ")[0] for goal in record["goals"]} == {"delivery"}

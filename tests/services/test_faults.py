@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.outbox import read_entries
+from harness.tracking.entries import read_entries
 from harness.tracking.sync import deliver_rest
 from tests.launching import started
 from tests.services.counting import Count, count, problems, table
@@ -27,8 +27,8 @@ from tests.services.faulty_proxy import Fault, FaultyProxy
 from tests.services.mlflow_server import MlflowServer
 from tests.services.tracking_load import EXIT_UNDELIVERED
 
-# Long enough for several tries and their pauses. The benchmark has the same for a minute.
-OUTAGE_S = 8.0
+# Long enough for several tries and their pauses. `mlflow_async` has the same for a minute.
+OUTAGE_S = 5.0
 LIMIT_S = 240
 
 
@@ -112,26 +112,6 @@ services = pytest.mark.services
 
 
 @services
-def test_nothing_is_lost_when_the_server_comes_up_after_the_trainer(load: Load) -> None:
-    load.proxy.refuse()
-    with started(load.words("--steps", "60"), load.directory) as process:
-        time.sleep(OUTAGE_S)
-        load.proxy.accept()
-        assert process.wait(LIMIT_S) == 0, (load.directory / "output.txt").read_text()
-    load.assert_whole()
-
-
-@services
-def test_nothing_is_lost_when_the_server_is_away_in_the_middle(load: Load) -> None:
-    with load.running("--steps", "250"):
-        load.proxy.refuse()
-        time.sleep(OUTAGE_S)
-        load.proxy.accept()
-    load.assert_whole()
-    assert "cannot deliver yet" in load.log
-
-
-@services
 def test_nothing_is_lost_when_the_server_is_killed_in_the_middle_of_an_upload(load: Load) -> None:
     with load.running("--steps", "100", "--checkpoint_every", "50", "--checkpoint_bytes", "80000000"):
         cut = Fault("cut", cut_after_bytes=10_000_000, method="PUT", path="mlflow-artifacts", times=1)
@@ -143,7 +123,7 @@ def test_nothing_is_lost_when_the_server_is_killed_in_the_middle_of_an_upload(lo
     load.assert_whole()
 
 
-# Each group is a run's; of its faults each request has one, or none.
+# Each is a run's; of its faults each request has one, or none.
 ANSWERS = {
     "refuses": (
         Fault("500", status=500, share=0.3),
@@ -156,45 +136,52 @@ ANSWERS = {
         # Not done yet when the client has long tried again.
         Fault("504 late", status=504, is_late=True, share=0.3),
     ),
-    "refuses-a-credential": (Fault("401", status=401, times=3), Fault("403", status=403)),
+    "refuses-a-credential": (Fault("401", status=401, times=2), Fault("403", status=403)),
+    "hangs": (Fault("hangs", hangs=True, is_forwarded=True),),
 }
+AWAY, COMES_LATE = "away", "comes-late"
 
 
 @services
-def test_nothing_is_lost_or_twice_whatever_the_server_answers(tmp_path: Path, server: MlflowServer) -> None:
-    """A run for each group of answers, all at the same time: they mostly wait."""
+def test_nothing_is_lost_or_twice_whatever_the_server_answers_and_when_it_is_away(
+    tmp_path: Path, server: MlflowServer
+) -> None:
+    """A run for each, all at the same time, as they mostly wait. The server is away for longer elsewhere: by hand."""
     with ExitStack() as stack:
-        loads = {}
-        for number, name in enumerate(ANSWERS):
+        loads: dict[str, Load] = {}
+        for number, name in enumerate((*ANSWERS, AWAY, COMES_LATE)):
             proxy = FaultyProxy("127.0.0.1", server.port, seed=number)
             stack.callback(proxy.close)
             (tmp_path / name).mkdir()
             loads[name] = Load(server, proxy, tmp_path / name)
+        loads[COMES_LATE].proxy.refuse()
+        limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1"}
         running = {
-            name: stack.enter_context(load.running("--steps", "400", "--checkpoint_every", "110", until_step=0))
+            name: stack.enter_context(
+                load.running("--steps", "300", "--checkpoint_every", "110", until_step=0, **limits)
+                if name == "hangs"
+                else load.running("--steps", "300", "--checkpoint_every", "110", until_step=0)
+            )
             for name, load in loads.items()
         }
         for name, load in loads.items():
-            load.wait_for_step(20, running[name])
-            load.proxy.misbehave(*ANSWERS[name])
+            if name != COMES_LATE:
+                load.wait_for_step(20, running[name])
+            if name in ANSWERS:
+                load.proxy.misbehave(*ANSWERS[name])
+        loads[AWAY].proxy.refuse()
         time.sleep(OUTAGE_S)
         for load in loads.values():
             load.proxy.behave()
+            load.proxy.accept()
     for name, load in loads.items():
         print(name, dict(load.proxy.num_hit))
         load.assert_whole()
-        assert load.proxy.num_hit.keys() == {fault.name for fault in ANSWERS[name]}
+        assert load.proxy.num_hit.keys() == {fault.name for fault in ANSWERS.get(name, ())}
     assert "401" in loads["refuses-a-credential"].log
-
-
-@services
-def test_nothing_is_lost_when_the_server_hangs(load: Load) -> None:
-    with load.running("--steps", "150", MLFLOW_HTTP_REQUEST_TIMEOUT="2"):
-        load.proxy.misbehave(Fault("hangs", hangs=True, is_forwarded=True))
-        time.sleep(OUTAGE_S)
-        load.proxy.behave()
-    assert load.proxy.num_hit["hangs"] >= 2
-    load.assert_whole()
+    assert loads["hangs"].proxy.num_hit["hangs"] >= 2
+    assert "cannot deliver yet" in loads[AWAY].log
+    assert "cannot open the run yet" in loads[COMES_LATE].log
 
 
 @services

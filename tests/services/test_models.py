@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -69,18 +70,35 @@ def expected(trained: Path, name: str, images: torch.Tensor) -> np.ndarray[Any, 
     return found
 
 
-def test_best_checkpoint_is_found_when_models_are_ordered_by_a_metric(
-    trained: Path, published: list[LoggedModel], server: MlflowServer
+def example_of_the_documentation() -> str:
+    """The code of `docs/tracking.md` that finds the best checkpoint, and loads it."""
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "search_logged_models" in block
+    )
+    return code.replace('device="cuda"', 'device="cpu"')
+
+
+def test_best_checkpoint_is_found_and_loaded_as_the_documentation_has_it(
+    trained: Path, published: list[LoggedModel]
 ) -> None:
     manifests = {
         path.parent.name: json.loads(path.read_text()) for path in trained.glob("runs/it/checkpoints/*/manifest.json")
     }
     best = min(manifests, key=lambda name: manifests[name]["metrics"]["eval/loss"])
-    order = [{"field_name": "metrics.eval/loss", "ascending": True}]
-    found = MlflowClient(server.uri).search_logged_models([published[0].experiment_id], order_by=order)
-    assert found[0].name == best
-    assert len(found) == 3
-    model = found[0]
+    images = Digits().input_example()
+    names: dict[str, Any] = {
+        "experiment_id": published[0].experiment_id,
+        "run_id": published[0].source_run_id,
+        "images": images.numpy(),
+    }
+    exec(example_of_the_documentation(), names)
+    model: LoggedModel = names["best"]
+    assert model.name == best
+    logits = expected(trained, best, images)
+    with torch.inference_mode():
+        assert np.array_equal(names["model"](images).numpy(), logits)
+    assert np.array_equal(names["predictions"], logits)
     assert {metric.key: metric.value for metric in model.metrics or []} == manifests[best]["metrics"]
     assert model.params["step"] == str(manifests[best]["step"])
     # As MLflow's own `log_model` has it: the run's parameters are the model's too.

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from harness.config import TrackingConfig
 from harness.run_lock import RunLock
-from harness.tracking.outbox import read_entries
+from harness.tracking.entries import read_entries
 from harness.tracking.sync import deliver_rest, has_news
 from harness.tracking.tracker import Tracker
 from tests.launching import ROOT, harness, run, started
@@ -51,6 +51,7 @@ def test_run_is_there_as_if_it_had_been_when_synchronized_from_another_place(
     run_dir = tmp_path / "runs" / "it"
     assert "run_id" not in json.loads((run_dir / "run.json").read_text())
     times = {entry.time_ms for entry in read_entries(run_dir / "outbox", kinds=("metrics",))}
+    (end,) = read_entries(run_dir / "outbox", kinds=("end",))
     server.start()
     # Another host has it under another path, and nothing of this process's environment.
     moved = tmp_path / "elsewhere" / "it"
@@ -62,6 +63,7 @@ def test_run_is_there_as_if_it_had_been_when_synchronized_from_another_place(
     found = client.get_run(json.loads((moved / "run.json").read_text())["run_id"])
     assert found.info.status == "FINISHED"
     assert found.info.start_time == json.loads((run_dir / "run.json").read_text())["created_ms"]
+    assert found.info.end_time == end.time_ms
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert {point.timestamp for point in history} <= times
     assert len(client.search_logged_models([found.info.experiment_id])) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,17 +19,18 @@ from mlflow import MlflowClient
 
 from harness.config import TrackingConfig
 from harness.tracking import tracker as tracker_module
+from harness.tracking.acknowledged import read_delivered
 from harness.tracking.drain import Left
-from harness.tracking.outbox import read_delivered
 from harness.tracking.sync import deliver_rest
 from harness.tracking.tracker import Tracker
+from tests.services.mlflow_server import make_database
 
 pytestmark = pytest.mark.services
 
 
 def make_tracker(run_dir: Path) -> Tracker:
     (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key-1"}))
-    uri = f"sqlite:///{run_dir / 'mlflow.db'}"
+    uri = make_database(run_dir / "mlflow.db")
     return Tracker(run_dir, TrackingConfig(tracking_uri=uri, experiment_name="life", start_timeout_s=60.0))
 
 
@@ -108,11 +110,30 @@ def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
     assert steps_in_mlflow(found) == [1]
 
 
+def test_end_is_whole_when_the_publisher_was_killed_just_before(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = tracker_module.start_publisher
+    errors = iter([OSError(errno.ENOMEM, "no memory for it at first")])
+
+    def start(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+        for error in errors:
+            raise error
+        return starts(run_dir, settings)
+
+    monkeypatch.setattr(tracker_module, "start_publisher", start)
+    tracker.metrics({"loss": 1 / 8}, 1)
+    os.kill(pid_of(tracker), signal.SIGKILL)
+    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert steps_in_mlflow(tracker) == [1]
+
+
 def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> None:
-    """One that waits for its store gives signs of life: it is slow, not dead."""
+    """One that waits for its store gives signs of life: it is slow, not dead. Nor does it end when a job is told to."""
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     slow = pid_of(tracker)
     store.execute("BEGIN EXCLUSIVE")
+    os.kill(slow, signal.SIGTERM)
     for step in range(1, 40):
         tracker.metrics({"loss": step / 8}, step)
         time.sleep(0.05)

@@ -18,7 +18,7 @@ from harness.tracking.registry import Registration
 from harness.tracking.store import WantedRun
 from tests.launching import ROOT, harness, run, started
 from tests.mlflow_reader import models
-from tests.services.mlflow_server import MlflowServer
+from tests.services.mlflow_server import MlflowServer, make_database
 from tests.services.test_server import wait_for
 
 pytestmark = pytest.mark.services
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.services
 def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.chdir(tmp_path)  # sqlite keeps its artifacts here
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'mlflow.db'}"
+        return make_database(tmp_path / "mlflow.db")
     server: MlflowServer = request.getfixturevalue("server")
     return server.uri
 
@@ -56,7 +56,7 @@ def files(model: LoggedModel, uri: str) -> list[str]:
 
 
 def found(store: MlflowStore, key: str) -> list[Any]:
-    return list(store._models_of(key))
+    return list(store._models.of_checkpoint(key))
 
 
 def test_model_version_and_files_are_gone_when_retired_even_twice(store: MlflowStore, uri: str, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ class WriteOnce(LocalArtifactRepository):
 def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path: Path) -> None:
     # MLflow's own way to add a kind of store.
     _artifact_repository_registry.register("write-once", WriteOnce)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = make_database(tmp_path / "mlflow.db")
     MlflowClient(uri).create_experiment("kept", artifact_location=f"write-once:{tmp_path / 'files'}")
     store = MlflowStore(uri)
     store.open_run(WantedRun("key", "it", "kept"))
