@@ -20,8 +20,10 @@ from harness.agreement import Agreement
 from harness.batches import Continuation
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
+from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume
+from harness.checkpoint.shared import open_weights
 from harness.checkpoint.trainer_state import Watched
 from harness.errors import CheckpointError
 
@@ -62,6 +64,7 @@ class Resumption:
         self._initial_weights = initial_weights
         self._tracking_uri = tracking_uri
         self._say = say
+        self._relay = Relay(agreement)
         self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
@@ -96,7 +99,7 @@ class Resumption:
             CheckpointError: on all ranks, if none of the checkpoints can be put back.
         """
         assert self._found is not None
-        self._resumed = resume(self._found, self._accelerator, self._agreement, watched, self._say)
+        self._resumed = resume(self._found, self._accelerator, self._agreement, watched, self._relay, self._say)
         if self._resumed is None:
             self._take_initial_weights(watched)
             return None
@@ -114,7 +117,8 @@ class Resumption:
             "find the initial weights",
             lambda: locate_weights("initial_weights", where, self._run_path / "downloads", self._tracking_uri),
         )
-        restored = restore_weights(self._accelerator, watched, path, self._agreement)
+        records, files = open_weights(path, self._agreement, self._relay, self._say)
+        restored = restore_weights(self._accelerator, watched, path, self._agreement, records, files)
         self._say(f"begins with the weights of {where}")
         for note in restored.notes:
             self._say(f"harness: warning: {where}: {note}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import FileRecord, unreadable
+from harness.checkpoint.commit import FileRecord
+from harness.checkpoint.files import Files, LocalFiles
 from harness.errors import CheckpointError, DamagedError
 
 Section = Literal["model", "optimizer"]
@@ -136,7 +136,9 @@ class StoredTensor(NamedTuple):
     end: int
 
 
-def read_header(path: Path, record: FileRecord | None = None) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(
+    path: Path, record: FileRecord | None = None, files: Files | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file, in the order of its data, and its metadata.
 
     Effects: not collective; any thread; blocks for reading the header; nothing on disk.
@@ -144,32 +146,33 @@ def read_header(path: Path, record: FileRecord | None = None) -> tuple[dict[str,
     Args:
         path: of the file.
         record: what the manifest says of it: the header is then read against its digest. None: there is none.
+        files: where it is read from; None: this node's disk.
 
     Raises:
         DamagedError: if there is no such file, it is cut off, or has another header than was written.
         CheckpointError: if the disk does not give it.
     """
     try:
-        with path.open("rb") as stream:
-            size_bytes = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(_PREFIX_BYTES)
+        with (files or LocalFiles(path.parent)).opened(path.name) as file:
+            size_bytes = file.size_bytes()
+            prefix = bytearray(min(_PREFIX_BYTES, size_bytes))
+            file.fill(memoryview(prefix), 0, len(prefix))
             begin = _PREFIX_BYTES + int.from_bytes(prefix, "little")
             if len(prefix) < _PREFIX_BYTES or begin > size_bytes:
                 raise ValueError(f"its header would end at byte {begin} of {size_bytes}")
             if begin > _PREFIX_BYTES + _HEADER_LIMIT_BYTES:
                 raise ValueError(f"its header would have {begin:,} bytes, more than safetensors allows")
-            text = stream.read(begin - _PREFIX_BYTES)
+            text = bytearray(begin - _PREFIX_BYTES)
+            file.fill(memoryview(text), _PREFIX_BYTES, begin)
         if record is not None:
-            _check_digest(prefix + text, record, size_bytes)
-        entries = strict_json.parse(text)
+            _check_digest(bytes(prefix + text), record, size_bytes)
+        entries = strict_json.parse(bytes(text))
         if not isinstance(entries, dict):
             raise ValueError("its header is no object")
         metadata: dict[str, str] = entries.pop("__metadata__", {})
         if not strict_json.is_texts(metadata):
             raise ValueError("its metadata hold what is no text")
         tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
-    except OSError as error:
-        raise unreadable(path, error) from error
     except ValueError as error:
         raise DamagedError(f"{path}: is not a whole safetensors file: {error}") from error
     found = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))

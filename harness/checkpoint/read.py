@@ -2,31 +2,23 @@
 
 A digest covers a range of a file, of which a rank on another topology may want a part only. So a range is
 checked here where all of it is wanted, at no cost but the hashing, and the ranks divide what is left.
-
-`pread` and not a memory map: a page that cannot be read, or a file that is cut off meanwhile, is an error
-here and not a SIGBUS, and what has been read does not count as this process's memory.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import xxhash
 from torch import Tensor
 
-from harness.checkpoint.commit import FileRecord, Range, unreadable
+from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.shards.source import DTYPES
 from harness.errors import DamagedError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # What is hashed is still in the core's cache; the kernel reads on meanwhile.
 CHUNK_BYTES = 512 << 10
@@ -65,7 +57,7 @@ class Reading:
     unchecked: list[int] = field(default_factory=list)
 
 
-def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
+def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | None = None) -> Reading:
     """Fill the targets.
 
     Effects: not collective; any thread; blocks for reading; nothing on disk; at most 512 KiB of memory beside
@@ -75,6 +67,7 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
         path: of the file.
         record: what the manifest says of it.
         wants: in any order.
+        files: where it is read from; None: this node's disk.
 
     Raises:
         DamagedError: if a range is not what was written, or the file is cut off or not there.
@@ -83,8 +76,9 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
     digests = _Digests(path, record.ranges)
     scratch = bytearray(CHUNK_BYTES)
     found = Reading()
-    with _opened(path) as descriptor:
-        for want in sorted(wants, key=lambda want: want.start):
+    ordered = sorted(wants, key=lambda want: want.start)
+    with (files or LocalFiles(path.parent)).opened(path.name) as file:
+        for want, reading_on_to in zip(ordered, _ends(ordered), strict=True):
             item = DTYPES[want.dtype].itemsize
             num_items = CHUNK_BYTES // item
             straight = _bytes_of(want.target) if want.target.dtype == DTYPES[want.dtype] else None
@@ -95,7 +89,7 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
                     part = memoryview(scratch)[:size_bytes]
                 else:
                     part = straight[first * item : first * item + size_bytes]
-                _fill(descriptor, path, part, want.start + first * item)
+                file.fill(part, want.start + first * item, reading_on_to)
                 digests.add(want.start + first * item, part)
                 found.read_bytes += size_bytes
                 if straight is None:
@@ -104,7 +98,16 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want]) -> Reading:
     return found
 
 
-def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int]) -> int:
+def _ends(ordered: Sequence[Want]) -> list[int]:
+    """For each want, the end of those that follow it without a gap."""
+    ends = [want.end for want in ordered]
+    for position in range(len(ordered) - 2, -1, -1):
+        if ordered[position].end == ordered[position + 1].start:
+            ends[position] = ends[position + 1]
+    return ends
+
+
+def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int], files: Files | None = None) -> int:
     """Read some ranges of a file for their digests alone; the number of bytes.
 
     Effects: as `read`'s.
@@ -115,12 +118,12 @@ def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int]) -> int:
     digests = _Digests(path, record.ranges)
     scratch = memoryview(bytearray(CHUNK_BYTES))
     read_bytes = 0
-    with _opened(path) as descriptor:
+    with (files or LocalFiles(path.parent)).opened(path.name) as file:
         for number in numbers:
             part = record.ranges[number]
             for start in range(part.start, part.end, CHUNK_BYTES):
                 chunk = scratch[: min(CHUNK_BYTES, part.end - start)]
-                _fill(descriptor, path, chunk, start)
+                file.fill(chunk, start, part.end)
                 digests.add(start, chunk)
                 read_bytes += len(chunk)
     return read_bytes
@@ -169,31 +172,3 @@ def _bytes_of(target: Tensor) -> memoryview | None:
     if target.device.type != "cpu" or not target.numel():
         return None
     return memoryview(target.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    try:
-        if sys.platform == "linux":
-            # What a rank of several wants comes in pieces, which the kernel would not read ahead of.
-            with suppress(OSError):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _fill(descriptor: int, path: Path, part: memoryview, start: int) -> None:
-    position = 0
-    while position < len(part):
-        try:
-            count = os.preadv(descriptor, [part[position:]], start + position)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if not count:
-            raise DamagedError(f"{path}: ends at byte {start + position}; use another checkpoint")
-        position += count

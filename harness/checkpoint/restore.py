@@ -8,7 +8,7 @@ After each part the ranks tell one another what went wrong, so that all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest
+from harness.checkpoint.commit import FileRecord, Manifest
+from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.match import Targets, match
 from harness.checkpoint.materialize import forget, materialize
 from harness.checkpoint.read import check_ranges, read
@@ -50,6 +51,7 @@ def restore_tensors(
     *,
     weights_only: bool = False,
     manifest: Manifest | None = None,
+    files: Files | None = None,
 ) -> Restored:
     """Fill the weights, the buffers and the optimizer's state from a checkpoint.
 
@@ -64,20 +66,31 @@ def restore_tensors(
     Args:
         accelerator: which ranks and which strategy.
         watched: the prepared model and optimizer; without an optimizer, weights only.
-        checkpoint: its directory, which every rank sees.
+        checkpoint: its directory.
         agreement: of all ranks.
         weights_only: leave the optimizer's state as it is; ZeRO's masters become what the weights are.
         manifest: the checkpoint's, where it has been read already.
+        files: where its files are read from; None: every rank sees them.
 
     Raises:
         DamagedError: on all ranks, if the checkpoint is damaged for any of them.
         CheckpointError: on all ranks, if it is of another model or optimizer, or a rank fails otherwise.
     """
-    stored = agreement.together("reading the checkpoint's headers", lambda: Stored.of(checkpoint, manifest))
-    return _restore(accelerator, watched, stored, agreement, weights_only or watched.optimizer is None, strict=True)
+    files = files or LocalFiles(checkpoint)
+    what = "reading the checkpoint's headers"
+    stored = agreement.together(what, lambda: files.reading(lambda: Stored.of(checkpoint, manifest, files)))
+    weights_only = weights_only or watched.optimizer is None
+    return _restore(accelerator, watched, stored, files, agreement, weights_only=weights_only, strict=True)
 
 
-def restore_weights(accelerator: Accelerator, watched: Watched, directory: Path, agreement: Agreement) -> Restored:
+def restore_weights(
+    accelerator: Accelerator,
+    watched: Watched,
+    directory: Path,
+    agreement: Agreement,
+    records: Sequence[FileRecord] | None = None,
+    files: Files | None = None,
+) -> Restored:
     """Fill the weights and buffers from a checkpoint, or from any directory of safetensors as Hugging Face has it.
 
     Names that the directory lacks, and names that the model lacks, are in the notes.
@@ -87,23 +100,28 @@ def restore_weights(accelerator: Accelerator, watched: Watched, directory: Path,
     Args:
         accelerator: which ranks and which strategy.
         watched: the prepared model and optimizer; ZeRO's masters become what the weights are.
-        directory: which every rank sees.
+        directory: of the weights.
         agreement: of all ranks.
+        records: of the files of weights in it, where they have been found already.
+        files: where they are read from; None: every rank sees them.
 
     Raises:
         CheckpointError: on all ranks, if none of the names is the model's, a shape is another, or it is damaged.
     """
-    stored = agreement.together("reading the headers of the weights", lambda: Stored.of_weights(directory))
-    return _restore(accelerator, watched, stored, agreement, weights_only=True, strict=False)
+    files = files or LocalFiles(directory)
+    what = "reading the headers of the weights"
+    stored = agreement.together(what, lambda: files.reading(lambda: Stored.of_weights(directory, records, files)))
+    return _restore(accelerator, watched, stored, files, agreement, weights_only=True, strict=False)
 
 
 def _restore(
     accelerator: Accelerator,
     watched: Watched,
     stored: Stored,
+    files: Files,
     agreement: Agreement,
-    weights_only: bool,
     *,
+    weights_only: bool,
     strict: bool,
 ) -> Restored:
     optimizer = watched.optimizer
@@ -120,13 +138,21 @@ def _restore(
             return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
 
         targets, refresh = agreement.together("matching the names in the checkpoint", matched)
-        read_bytes, unchecked = agreement.together("reading the tensors", lambda: _fill(targets, stored))
+        what = "reading the tensors"
+        read_bytes, unchecked = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
         told = agreement.gather("which digests they have checked", unchecked)
+        # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
+        readers = range(agreement.world_size) if files.readers is None else files.readers
         mine = {
-            name: sorted(set.intersection(*(set(each[name]) for each in told)))[agreement.rank :: agreement.world_size]
+            name: sorted(set.intersection(*(set(each[name]) for each in told)))[
+                readers.index(agreement.rank) :: len(readers)
+            ]
+            if agreement.rank in readers
+            else []
             for name in stored.records
         }
-        read_bytes += agreement.together("checking the digests", lambda: _check(stored, mine))
+        what = "checking the digests"
+        read_bytes += agreement.together(what, lambda: files.reading(lambda: _check(stored, mine, files)))
         refresh()
     except BaseException:
         forget(innermost(optimizer), made)
@@ -158,13 +184,13 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer).__name__
 
 
-def _fill(targets: Targets, stored: Stored) -> tuple[int, dict[str, list[int]]]:
+def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, list[int]]]:
     """Read the targets; how many bytes, and by file the ranges whose digests are not checked yet."""
     read_bytes = 0
     unchecked: dict[str, list[int]] = {}
     with torch.no_grad():
         for name, record in stored.records.items():
-            reading = read(stored.checkpoint / name, record, targets.wants.get(name, []))
+            reading = read(stored.checkpoint / name, record, targets.wants.get(name, []), files)
             read_bytes += reading.read_bytes
             unchecked[name] = reading.unchecked
         for finish in targets.after:
@@ -172,5 +198,9 @@ def _fill(targets: Targets, stored: Stored) -> tuple[int, dict[str, list[int]]]:
     return read_bytes, unchecked
 
 
-def _check(stored: Stored, numbers: dict[str, list[int]]) -> int:
-    return sum(check_ranges(stored.checkpoint / name, record, numbers[name]) for name, record in stored.records.items())
+def _check(stored: Stored, numbers: dict[str, list[int]], files: Files) -> int:
+    return sum(
+        check_ranges(stored.checkpoint / name, record, numbers[name], files)
+        for name, record in stored.records.items()
+        if numbers[name]
+    )

@@ -13,9 +13,10 @@ from harness.batches import DataState
 from harness.checkpoint.commit import read_manifest, set_aside
 from harness.checkpoint.locate import Found
 from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
+from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.shards.held import Held, find_held
-from harness.checkpoint.shared import read_shared_manifest
+from harness.checkpoint.shared import open_checkpoint
 from harness.checkpoint.trainer_state import (
     FILE,
     TrainerState,
@@ -79,6 +80,7 @@ def resume(
     accelerator: Accelerator,
     agreement: Agreement,
     watched: Watched,
+    relay: Relay,
     say: Callable[[str], None],
 ) -> Resumed | None:
     """Put the first of the checkpoints back that holds.
@@ -92,6 +94,7 @@ def resume(
         accelerator: which ranks and which strategy.
         agreement: of all ranks.
         watched: what is filled.
+        relay: for ranks that do not see the checkpoints.
         say: a line for the user.
 
     Returns:
@@ -108,7 +111,7 @@ def resume(
     damaged = [path for path, _ in found.damaged]
     for path in found.usable:
         try:
-            resumed = _put_back(path, accelerator, agreement, watched, say)
+            resumed = _put_back(path, accelerator, agreement, watched, relay, say)
         except DamagedError as error:
             first_error = first_error or error
             damaged.append(path)
@@ -150,12 +153,17 @@ def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
 
 
 def _put_back(
-    path: Path, accelerator: Accelerator, agreement: Agreement, watched: Watched, say: Callable[[str], None]
+    path: Path,
+    accelerator: Accelerator,
+    agreement: Agreement,
+    watched: Watched,
+    relay: Relay,
+    say: Callable[[str], None],
 ) -> Resumed:
-    manifest = read_shared_manifest(path, agreement)
+    manifest, files = open_checkpoint(path, agreement, relay, say)
 
     def read() -> TrainerState:
-        state = read_trainer_state(path, manifest)
+        state = read_trainer_state(path, manifest, files)
         require_same(state, watched, find().groups)
         return state
 
@@ -169,8 +177,8 @@ def _put_back(
         return Resumed(path.name, state, own, data, _sums(state, own, agreement.rank))
 
     # What takes no time first: that is refused before gigabytes are read.
-    state = agreement.together(f"reading {path / FILE}", read)
-    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest)
+    state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
+    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest, files=files)
     for note in restored.notes:
         say(f"harness: {path.name}: {note}")
     return agreement.together(f"putting back {path / FILE}", finish)

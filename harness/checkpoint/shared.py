@@ -1,75 +1,126 @@
-"""Whether every rank sees a checkpoint: each reads its own part of it, so resuming needs a directory of all nodes."""
+"""Whether every rank sees what is to be read; those that do not have it from ranks that do."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import xxhash
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import MANIFEST, Manifest, read_manifest
+from harness.checkpoint.commit import MANIFEST, FileRecord, Manifest, read_manifest
+from harness.checkpoint.files import Files, LocalFiles
+from harness.checkpoint.relay import Relay
+from harness.checkpoint.stored import weight_records
 from harness.errors import CheckpointError, DamagedError
+
+T = TypeVar("T")
 
 
 class Sight(NamedTuple):
-    """What one rank sees where rank zero has found a checkpoint.
+    """What one rank sees where rank zero has found something.
 
     Args:
         host: of the rank, for a person.
-        key: of the checkpoint there; None: there is none, or no such directory.
+        key: of what is there; None: there is nothing, or no such directory.
     """
 
     host: str
     key: str | None
 
 
-def read_shared_manifest(checkpoint: Path, agreement: Agreement) -> Manifest:
-    """The manifest of a checkpoint, which is the same on every rank.
+def open_checkpoint(
+    checkpoint: Path, agreement: Agreement, relay: Relay, say: Callable[[str], None]
+) -> tuple[Manifest, Files]:
+    """The manifest of a checkpoint that rank zero sees, and its files; the same on every rank.
 
-    The one place where it is decided what ranks do that do not see the files: today they cannot go on.
-
-    Effects: collective; main thread; blocks until every rank has read it; nothing on disk.
-
-    Raises:
-        DamagedError: on all ranks, if it is damaged, or rank zero does not see it any more.
-        CheckpointError: on all ranks, if some do not see it, or see another one.
-    """
-
-    def look() -> Manifest | None:
-        # What some alone do not see is no damage: with another checkpoint it would be the same.
-        return read_manifest(checkpoint) if os.path.lexists(checkpoint / MANIFEST) else None
-
-    manifest = agreement.together(f"reading {checkpoint / MANIFEST}", look)
-    sights = agreement.gather(
-        "who sees the checkpoint", Sight(os.uname().nodename, None if manifest is None else manifest.key)
-    )
-    require_seen(checkpoint, sights)
-    assert manifest is not None
-    return manifest
-
-
-def require_seen(checkpoint: Path, sights: Sequence[Sight]) -> None:
-    """Refuse a checkpoint that rank zero sees and others do not.
+    Effects: collective; main thread; blocks until every rank has looked; nothing on disk.
 
     Args:
         checkpoint: its directory.
-        sights: of each rank.
+        agreement: of all ranks.
+        relay: for the ranks that do not see it, or see another one there.
+        say: a line for the user, where there are such.
+
+    Raises:
+        DamagedError: on all ranks, if it is damaged where rank zero sees it, or is gone.
+        CheckpointError: on all ranks, if a disk does not give it.
+    """
+
+    def look() -> Manifest | None:
+        if not os.path.lexists(checkpoint / MANIFEST):
+            return None
+        try:
+            return read_manifest(checkpoint)
+        except DamagedError:
+            # Rank zero's counts. A copy that this node alone has is no more than one that is not there.
+            if agreement.rank == 0:
+                raise
+            return None
+
+    manifest = agreement.together(f"reading {checkpoint / MANIFEST}", look)
+    key = None if manifest is None else manifest.key
+    blind = _blind(checkpoint, agreement.gather("who sees the checkpoint", Sight(os.uname().nodename, key)), say)
+    if not blind:
+        assert manifest is not None
+        return manifest, LocalFiles(checkpoint)
+    found = agreement.from_rank_zero("tell what is in the checkpoint", lambda: _present(manifest))
+    return found, relay.files(checkpoint, [file.name for file in found.files], blind)
+
+
+def open_weights(
+    directory: Path, agreement: Agreement, relay: Relay, say: Callable[[str], None]
+) -> tuple[Sequence[FileRecord], Files]:
+    """The files of weights in a directory that rank zero sees; the same on every rank.
+
+    Effects, Args, Raises: as `open_checkpoint`. Ranks that have files of the same names and sizes there see it.
+    """
+
+    def look() -> tuple[FileRecord, ...] | None:
+        try:
+            return weight_records(directory)
+        except CheckpointError:
+            if agreement.rank == 0:
+                raise
+            return None
+
+    records = agreement.together(f"reading what is in {directory}", look)
+    key = None if records is None else _key_of(records)
+    blind = _blind(directory, agreement.gather("who sees the weights", Sight(os.uname().nodename, key)), say)
+    if not blind:
+        return _present(records), LocalFiles(directory)
+    found = agreement.from_rank_zero("tell what is in the directory", lambda: _present(records))
+    return found, relay.files(directory, [record.name for record in found], blind)
+
+
+def _key_of(records: Sequence[FileRecord]) -> str:
+    plain = [(record.name, record.size_bytes, [part.digest for part in record.ranges]) for record in records]
+    return xxhash.xxh3_128_hexdigest(repr(plain).encode())
+
+
+def _present(found: T | None) -> T:
+    assert found is not None
+    return found
+
+
+def _blind(where: Path, sights: Sequence[Sight], say: Callable[[str], None]) -> list[int]:
+    """The ranks that do not see what rank zero sees.
 
     Raises:
         DamagedError: if rank zero does not see it itself.
-        CheckpointError: with the first rank that sees none, or another one, and its host.
     """
     expected = sights[0].key
     if expected is None:
-        raise DamagedError(f"{checkpoint}: is gone; use another checkpoint")
-    others = [(rank, sight) for rank, sight in enumerate(sights) if sight.key != expected]
-    if not others:
-        return
-    rank, sight = others[0]
-    more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
-    sees = "does not see it" if sight.key is None else "sees another checkpoint there"
-    raise CheckpointError(
-        f"{checkpoint}: rank {rank} on {sight.host}{more} {sees}, which rank 0 on {sights[0].host} does; resuming "
-        "needs a directory that all nodes share: put run_dir, or a copy of the checkpoint under the same path, on each"
-    )
+        raise DamagedError(f"{where}: is gone; use another checkpoint")
+    blind = [rank for rank, sight in enumerate(sights) if sight.key != expected]
+    if blind:
+        first = sights[blind[0]]
+        more = f" (and {len(blind) - 1} more ranks)" if len(blind) > 1 else ""
+        sees = "does not see it" if first.key is None else "sees another there"
+        say(
+            f"{where}: rank {blind[0]} on {first.host}{more} {sees}, which rank 0 on {sights[0].host} does, so its "
+            "bytes come from the ranks that do"
+        )
+    return blind

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch
 
 from harness.checkpoint import strict_json
 from harness.checkpoint.commit import MANIFEST, FileRecord, Manifest, read_manifest
+from harness.checkpoint.files import Files
 from harness.checkpoint.layout import StoredTensor, read_header
 from harness.checkpoint.shards.source import DTYPES
 from harness.errors import CheckpointError, DamagedError
@@ -56,10 +57,15 @@ class Stored:
     strange: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: Path, manifest: Manifest | None = None) -> Stored:
+    def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> Stored:
         """Read the manifest, where it is not given, and the headers.
 
         Effects: not collective; any thread; blocks for reading; nothing on disk.
+
+        Args:
+            checkpoint: its directory.
+            manifest: the checkpoint's.
+            files: where its files are read from; None: this node's disk.
 
         Raises:
             DamagedError: if one is missing, or not what was written.
@@ -67,38 +73,34 @@ class Stored:
         """
         manifest = manifest or read_manifest(checkpoint)
         records = {file.name: file for file in manifest.files if file.name.endswith(".safetensors")}
-        return cls._of(checkpoint, manifest.step, records)
+        return cls._of(checkpoint, manifest.step, records, files)
 
     @classmethod
-    def of_weights(cls, directory: Path) -> Stored:
+    def of_weights(
+        cls, directory: Path, records: Sequence[FileRecord] | None = None, files: Files | None = None
+    ) -> Stored:
         """The weights alone, of one of our checkpoints or of any directory as Hugging Face has it.
 
         Effects: as `of`.
 
+        Args:
+            directory: of the weights.
+            records: its `weight_records`, where they are known already.
+            files: where they are read from; None: this node's disk.
+
         Raises:
             CheckpointError: if there are none, or they are not what was written.
         """
-        if (directory / MANIFEST).exists():
-            manifest = read_manifest(directory)
-            names = [name for name in manifest.weight_files if name.endswith(".safetensors")]
-            return cls._of(directory, 0, {file.name: file for file in manifest.files if file.name in names})
-        try:
-            names = _weight_files(directory)
-            # Nothing is known of its digests.
-            records = {name: FileRecord(name, (directory / name).stat().st_size, ()) for name in names}
-        except OSError as error:
-            raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{directory / _INDEX_FILE}: is not understood: {error}") from error
-        return cls._of(directory, 0, records)
+        found = weight_records(directory) if records is None else records
+        return cls._of(directory, 0, {file.name: file for file in found}, files)
 
     @classmethod
-    def _of(cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord]) -> Stored:
+    def _of(cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord], files: Files | None) -> Stored:
         model: dict[str, Place] = {}
         optimizer: dict[str, Place] = {}
         tied: dict[str, str] = {}
         for file, record in records.items():
-            tensors, metadata = read_header(checkpoint / file, record if record.ranges else None)
+            tensors, metadata = read_header(checkpoint / file, record if record.ranges else None, files)
             if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
                 raise DamagedError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
             places = {name: Place(file, tensor) for name, tensor in tensors.items()}
@@ -142,6 +144,28 @@ class Stored:
         """Where the fp32 master of a weight is: a weight without one is its own."""
         name = self.name_of(parameter)
         return self.states.get(name, {}).get(MASTER) or self.model.get(name)
+
+
+def weight_records(directory: Path) -> tuple[FileRecord, ...]:
+    """The files of weights in a directory, one of our checkpoints or as Hugging Face has it.
+
+    Effects: not collective; any thread; blocks for reading the manifest or the index; nothing on disk.
+
+    Raises:
+        CheckpointError: if there are none, or it is not understood.
+    """
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory)
+        weights = [name for name in manifest.weight_files if name.endswith(".safetensors")]
+        return tuple(file for file in manifest.files if file.name in weights)
+    try:
+        # Nothing is known of its digests.
+        names = _weight_files(directory)
+        return tuple(FileRecord(name, (directory / name).stat().st_size, ()) for name in names)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / _INDEX_FILE}: is not understood: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[str]:

@@ -12,7 +12,8 @@ import xxhash
 from torch import nn
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import TRAINER_STATE, Manifest, unreadable
+from harness.checkpoint.commit import TRAINER_STATE, FileRecord, Manifest
+from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError, DamagedError
@@ -150,7 +151,7 @@ class TrainerState:
     ranks: Sequence[dict[str, Any]]
 
 
-def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
+def read_trainer_state(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> TrainerState:
     """Read ``trainer_state.json`` of a checkpoint against its digest.
 
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
@@ -158,6 +159,7 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
     Args:
         checkpoint: its directory.
         manifest: the checkpoint's.
+        files: where it is read from; None: this node's disk.
 
     Raises:
         DamagedError: if it is not what was written.
@@ -171,15 +173,27 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest) -> TrainerState:
             "use another checkpoint"
         )
     try:
-        data = strict_json.read_bytes(path, record.size_bytes)
+        data = _content(files or LocalFiles(checkpoint), record)
         digests = [xxhash.xxh3_128_hexdigest(data[part.start : part.end]) for part in record.ranges]
-        if len(data) != record.size_bytes or digests != [part.digest for part in record.ranges]:
+        if digests != [part.digest for part in record.ranges]:
             raise ValueError("it is not what was written")
         return _state(strict_json.parse(data))
-    except OSError as error:
-        raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
+
+
+def _content(files: Files, record: FileRecord) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        ValueError: if it has another length than was written.
+    """
+    with files.opened(record.name) as file:
+        if (size_bytes := file.size_bytes()) != record.size_bytes:
+            raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
+        data = bytearray(size_bytes)
+        file.fill(memoryview(data), 0, size_bytes)
+    return bytes(data)
 
 
 def _state(record: Any) -> TrainerState:
