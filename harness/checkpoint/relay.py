@@ -123,7 +123,8 @@ class _ServedFiles(LocalFiles):
         """Answer until every client has said that it is done, or is gone.
 
         Raises:
-            CheckpointError: if one is gone; the others have been served.
+            CheckpointError: if one is gone, when the others have been served; or does not ask in time, which with
+                gloo ends every connection of this rank's.
         """
         if not self._clients:
             return

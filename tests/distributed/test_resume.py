@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.resuming_ranks import NUM_EPOCHS, NUM_SAMPLES, train_on_disks_of_their_own, train_some
+from tests.distributed.resuming_ranks import NUM_EPOCHS, NUM_SAMPLES, train_some
 from tests.distributed.test_saver import ranks
 
 SAMPLES_PER_STEP = 12
@@ -55,22 +54,3 @@ def test_steps_take_the_same_samples_when_ranks_are_others(tmp_path: Path, strat
     cut = json.loads((tmp_path / "cut" / "end.json").read_text())
     assert cut["step"] == whole["step"]
     assert cut["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
-
-
-def test_error_names_the_rank_and_its_host_when_nodes_share_no_disk(tmp_path: Path) -> None:
-    for rank in range(2):
-        (tmp_path / str(rank) / "runs").mkdir(parents=True)
-    for signal_at, codes in ((6, [75, 75]), (0, [0, 0])):
-        task = {"batch_size": 6, "signal_at": signal_at}
-        with ranks(2, train_on_disks_of_their_own, tmp_path, task) as processes:
-            for process in processes:
-                process.join(60)
-            assert [process.exitcode for process in processes] == codes
-    # Rank zero has written for all; the other has nothing under that path.
-    assert list((tmp_path / "0" / "runs" / "run" / "checkpoints").iterdir())
-    assert not (tmp_path / "1" / "runs" / "run").exists()
-    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
-    host = os.uname().nodename
-    assert said[0] == said[1]
-    assert said[0].startswith("CheckpointError: runs/run/checkpoints/step-")
-    assert f"rank 1 on {host} does not see it, which rank 0 on {host} does" in said[0]
