@@ -86,18 +86,23 @@ def _is_timeout(error: BaseException | None) -> bool:
 
 
 def _require_database(tracking_uri: str) -> None:
-    """Reach the database, where it is one that is written into directly.
+    """Reach the database, where it is one that is written into directly, and see to it that it has its tables.
 
-    MLflow itself tries for a minute and a half, whatever is wrong, before it says so.
+    MLflow itself tries for a minute and a half, whatever is wrong, before it says so. And its client makes the tables
+    without the lock that its server takes: of the tasks of an array, which begin at once, all but one would fail
+    (mlflow 3.17, seen with sqlite).
 
     Raises:
         Exception: the driver's own.
     """
     if "://" not in tracking_uri or tracking_uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
         return
+    from mlflow.store.db.utils import _safe_initialize_tables
     from sqlalchemy import create_engine, make_url
     from sqlalchemy.pool import NullPool
 
     url = make_url(tracking_uri)
     limits = {"connect_timeout": _CONNECT_S} if url.get_backend_name() in ("postgresql", "mysql") else {}
-    create_engine(url, poolclass=NullPool, connect_args=limits).connect().close()
+    engine = create_engine(url, poolclass=NullPool, connect_args=limits)
+    engine.connect().close()
+    _safe_initialize_tables(engine)
