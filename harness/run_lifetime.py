@@ -322,7 +322,9 @@ class RunLifetime:
         before_end()
         self._stop_sampler()
         if self._tracker is not None:
-            self._end(_status_of(cause), _reason_of(cause), FAILURE_WAIT_S)
+            # A job that is asked ahead of its time limit has more time than one that was hit.
+            limit_s = max(FAILURE_WAIT_S, self._lead.delivery_s if self._is_request_told else 0.0)
+            self._end(_status_of(cause), _reason_of(cause), limit_s)
         self._release()
         # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
         self._signals.restore()

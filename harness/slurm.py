@@ -1,6 +1,7 @@
 """What SLURM says about a job, and about this task of it: the one place that reads its variables.
 
 variable                    is there in           what is made of it
+SLURM_CLUSTER_NAME          batch script, tasks   whose job it is: another cluster's has the same number
 SLURM_JOB_ID                batch script, tasks   the job, for tags and for a restart to find its run
 SLURM_ARRAY_JOB_ID          an array's jobs       the array
 SLURM_ARRAY_TASK_ID         an array's jobs       which of its jobs
@@ -29,11 +30,13 @@ class Job:
     """A job, or one job of an array.
 
     Args:
+        cluster: name of the cluster; empty where SLURM does not say.
         job_id: of the job, which a requeue keeps.
         array: id of the array and number of the task in it, as its user writes it: ``17_3``; None: it is in none.
         restart_count: how often it was requeued.
     """
 
+    cluster: str
     job_id: str
     array: str | None
     restart_count: int
@@ -77,7 +80,8 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
     if "SLURM_ARRAY_JOB_ID" in environment:
         array = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
     count = environment.get("SLURM_RESTART_COUNT", "0")
-    return Job(environment["SLURM_JOB_ID"], array, int(count) if count.isdigit() else 0)
+    cluster = environment.get("SLURM_CLUSTER_NAME", "")
+    return Job(cluster, environment["SLURM_JOB_ID"], array, int(count) if count.isdigit() else 0)
 
 
 def read_task(environment: Mapping[str, str] = os.environ) -> Task:

@@ -20,6 +20,7 @@ from harness.run_lock import is_held
 FILE = "stop.json"
 # A look costs some microseconds; on a network file system more.
 _LOOK_EVERY_S = 0.2
+_LOOK_AGAIN_S = 0.3
 # A step must end, and MLflow have the rest; and SLURM is exact to a minute.
 _MAX_SHARE_OF_LEAD = 0.25
 
@@ -32,14 +33,22 @@ def ask_to_stop(run_dir: Path, reason: str) -> None:
     Raises:
         RunDirError: if there is no such run, or nobody is at work on it.
     """
+    asked = None
+    while (attempt := _attempt(run_dir)) != asked:
+        if is_held(run_dir) is False:
+            raise RunDirError(f"{run_dir}: no job is at work on it")
+        replace_file(run_dir / FILE, json.dumps({"attempt": attempt, "reason": reason, "asked_s": time.time()}))
+        # A job that has just begun holds the run, and counts its attempt a moment later.
+        asked = attempt
+        time.sleep(_LOOK_AGAIN_S)
+
+
+def _attempt(run_dir: Path) -> int:
     try:
         # Read here, and not by `run_directory`: importing that takes seconds, and this is in a hurry.
-        attempt = json.loads((run_dir / "run.json").read_text()).get("attempt", 1)
-    except (OSError, ValueError, AttributeError) as error:
+        return int(json.loads((run_dir / "run.json").read_text()).get("attempt", 1))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunDirError(f"{run_dir}: is not the directory of a run ({error}); give runs/<run_name>") from error
-    if is_held(run_dir) is False:
-        raise RunDirError(f"{run_dir}: no job is at work on it")
-    replace_file(run_dir / FILE, json.dumps({"attempt": attempt, "reason": reason, "asked_s": time.time()}))
 
 
 class StopLead:
@@ -52,6 +61,8 @@ class StopLead:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         lead_s = environment.get("HARNESS_STOP_LEAD_S", "")
         self._lead_s = float(lead_s) if lead_s.isdigit() else math.inf
+        # After a request to stop, how long MLflow may be waited for.
+        self.delivery_s = self._lead_s * _MAX_SHARE_OF_LEAD if lead_s.isdigit() else 0.0
 
     def check(self, durable_s: float) -> str | None:
         """A line for the user, once, where a checkpoint takes too much of that time to be on disk."""

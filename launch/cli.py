@@ -67,6 +67,7 @@ def _run(words: list[str]) -> int:
     sync.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="with --all: directories of runs (runs)")
     sync.add_argument("--all", action="store_true", help="all runs in a directory of runs")
     sync.add_argument("--watch", action="store_true", help="go on: deliver what comes, until interrupted")
+    sync.add_argument("--if_online", action="store_true", help="not one that is tracked offline, or was never begun")
     sync.add_argument("--every_s", type=float, default=15.0, metavar="S", help="how often --watch looks (%(default)s)")
     sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
     verify = commands.add_parser("verify", help="whether every byte of a checkpoint is what was written")
@@ -154,12 +155,14 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 def _sync(arguments: argparse.Namespace) -> int:
     from harness.options import refuse_typed_password
-    from harness.tracking.sync import deliver_all, deliver_rest, runs_in
+    from harness.tracking.sync import deliver_all, deliver_rest, is_online, runs_in
 
     refuse_typed_password("--tracking_uri", arguments.tracking_uri, [arguments.tracking_uri or ""])
     directories: list[Path] = arguments.run_dir or ([Path("runs")] if arguments.all else [])
     if not directories:
         raise ConfigError("", "harness sync: give the directory of a run, or --all")
+    if arguments.if_online and not arguments.all:
+        directories = [run_dir for run_dir in directories if is_online(run_dir)]
     if not arguments.all:
         for run_dir in directories:
             _require_run(run_dir)

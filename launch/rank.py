@@ -69,7 +69,7 @@ def rank_environment(task: Task) -> Mapping[str, str]:
         "GROUP_RANK": str(task.node_rank),
         "MASTER_ADDR": task.hosts[0],
         # A requeued job, and a second step in it, meet anew.
-        JOB_VARIABLE: f"{task.job.job_id}.{task.step_id}.{task.job.restart_count}",
+        JOB_VARIABLE: f"{task.job.cluster}:{task.job.job_id}.{task.step_id}.{task.job.restart_count}",
     }
 
 

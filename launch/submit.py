@@ -19,9 +19,25 @@ from harness.config import RunConfig, check_run_name
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import make_parser, parse_run_config
 from launch.command_parser import CommandParser
-from launch.local import STRATEGIES, check_classes, data_dir
+from launch.local import STRATEGIES, Plan, accelerate_command, check_classes, data_dir
+from launch.sweep import check_sweep
 
 _LEAD_S = 300
+# What sbatch calls otherwise, and what is no choice here.
+_OWN = {
+    "job-name": "--run_name",
+    "nodes": "--nodes",
+    "ntasks-per-node": "--tasks_per_node",
+    "ntasks": "--nodes and --tasks_per_node",
+    "gpus-per-node": "--gpus_per_node",
+    "cpus-per-task": "--cpus_per_task",
+    "time": "--time",
+    "array": "--array",
+    "signal": "--lead_s",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,7 @@ class Submission:
         name: of the run's directory, the MLflow run and the job.
         run_dir: where the runs' directories are.
         strategy: one of `STRATEGIES`.
-        nodes: number of nodes.
+        nodes: number of nodes, as SLURM takes it: ``2``, or ``1-4``: each start gets as many as are free.
         tasks_per_node: ranks on each.
         gpus_per_node: GPUs on each; 0: none are asked for.
         cpus_per_task: cores for each rank and its data loaders.
@@ -47,7 +63,7 @@ class Submission:
     name: str
     run_dir: str
     strategy: str
-    nodes: int
+    nodes: str
     tasks_per_node: int
     gpus_per_node: int
     cpus_per_task: int
@@ -61,7 +77,7 @@ class Submission:
     @property
     def log(self) -> str:
         """Where SLURM writes what the job prints, with its place holders."""
-        return f"{self.run_dir}/slurm/{self.name}-{'%A_%a' if self.array else '%j'}.log"
+        return self.options.get("output") or f"{self.run_dir}/slurm/{self.name}-{'%A_%a' if self.array else '%j'}.log"
 
 
 def submit(words: Sequence[str]) -> int:
@@ -126,7 +142,7 @@ def render(submission: Submission) -> str:
 def _sbatch_lines(submission: Submission) -> Iterable[str]:
     lines: dict[str, str | None] = {
         "job-name": submission.name,
-        "nodes": str(submission.nodes),
+        "nodes": submission.nodes,
         "ntasks-per-node": str(submission.tasks_per_node),
         **({"gpus-per-node": str(submission.gpus_per_node)} if submission.gpus_per_node else {}),
         "cpus-per-task": str(submission.cpus_per_task),
@@ -138,7 +154,14 @@ def _sbatch_lines(submission: Submission) -> Iterable[str]:
         "output": submission.log,
         **submission.options,
     }
-    return (name if value is None else f"{name}={value}" for name, value in lines.items())
+    return (name if value is None else f"{name}={_quoted(value)}" for name, value in lines.items())
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads it in its lines: it ends a word at a space, and the line at a #."""
+    if not re.search(r"[\s#\"'\\\\]", value):
+        return value
+    return '"' + re.sub(r'(["\\\\])', r"\\\1", value) + '"'
 
 
 def _without_blank_start(lines: list[str]) -> list[str]:
@@ -150,8 +173,8 @@ def _without_blank_start(lines: list[str]) -> list[str]:
 def told(submission: Submission, script: Path, job_id: str) -> str:
     """What was submitted, and the commands to follow, stop and cancel it."""
     log = submission.log.replace("%j", job_id).replace("%A", job_id).replace("%a", "0")
-    ranks = submission.nodes * submission.tasks_per_node
-    what = f"{submission.nodes} node{'s' * (submission.nodes > 1)}, {ranks} rank{'s' * (ranks > 1)}"
+    ranks = "-".join(str(count * submission.tasks_per_node) for count in num_nodes(submission.nodes))
+    what = f"{submission.nodes} node{'s' * (submission.nodes != '1')}, {ranks} rank{'s' * (ranks != '1')}"
     # A task of an array has a run of its own, named after both (slurm/train.sbatch).
     runs = f"{submission.name}-{job_id}_0" if submission.array else submission.name
     rows = {
@@ -173,7 +196,7 @@ def _parse(words: Sequence[str]) -> tuple[Submission, RunConfig, bool]:
         allow_abbrev=False,
         description="Submit a training to SLURM; all other options are those of `harness train --help`.",
     )
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", default="1", metavar="N", help="or MIN-MAX: as many as are free at each start")
     parser.add_argument("--gpus_per_node", type=int, default=0, help="one rank for each; 0: none (--tasks_per_node)")
     parser.add_argument("--tasks_per_node", type=int, default=None, help="ranks on a node; default: its GPUs, else 1")
     parser.add_argument("--cpus_per_task", type=int, default=4, help="cores for each rank (%(default)s)")
@@ -182,43 +205,69 @@ def _parse(words: Sequence[str]) -> tuple[Submission, RunConfig, bool]:
     parser.add_argument("--lead_s", type=int, default=_LEAD_S, help="it is asked to stop so long before (%(default)s)")
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}", default=None)
-    parser.add_argument("--array", default=None, metavar="INDICES", help="an array, such as 0-3; with --sweep")
+    parser.add_argument(
+        "--array", default=None, metavar="INDICES", help="the tasks, such as 0-3%%2; default: all of --sweep"
+    )
     parser.add_argument("--sweep", type=Path, default=None, metavar="FILE", help="the options of each task, one a line")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other, such as mem=64G")
     parser.add_argument("--dry_run", action="store_true", help="only print the script")
     own, rest = parser.parse_known_args(list(words))
     _refuse_unknown(rest, [action for each in parser._actions for action in each.option_strings])
     config = parse_run_config(rest, prog="harness submit")
-    if (own.array is None) != (own.sweep is None):
+    if own.array is not None and own.sweep is None:
         raise ConfigError("--array", "goes with --sweep, a file with a line of options for each task")
-    if own.sweep is not None and not own.sweep.is_file():
-        raise ConfigError("--sweep", f"there is no file {own.sweep}")
-    for name in ("nodes", "cpus_per_task", "lead_s"):
-        if getattr(own, name) < 1:
-            raise ConfigError(f"--{name}", f"must be at least 1, got {getattr(own, name)}")
+    array = None if own.sweep is None else check_sweep(own.sweep, own.array, rest)
+    for name, least in (("gpus_per_node", 0), ("tasks_per_node", 1), ("cpus_per_task", 1), ("lead_s", 1)):
+        if (value := getattr(own, name)) is not None and value < least:
+            raise ConfigError(f"--{name}", f"must be at least {least}, got {value}")
+    tasks_per_node = own.tasks_per_node or own.gpus_per_node or 1
+    if 0 < own.gpus_per_node < tasks_per_node:
+        raise ConfigError("--tasks_per_node", f"each rank needs a GPU: {tasks_per_node} on {own.gpus_per_node}")
+    for count in num_nodes(own.nodes):
+        ranks = count * tasks_per_node
+        try:
+            # One rank has nothing to divide: `harness rank` takes it for single.
+            accelerate_command(Plan(own.strategy if ranks > 1 else "single", ranks, 0, ()))
+        except LaunchError as error:
+            reason = str(error).removeprefix("--num_processes: ")
+            raise ConfigError("--nodes, --tasks_per_node", f"{ranks} ranks: {reason}") from error
     _check_lead(own.time, own.lead_s)
     name = config.run_name or f"{_stem(rest)}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_run_name(name)
     options = {name: getattr(own, name) for name in ("partition", "account", "qos") if getattr(own, name) is not None}
     for option in own.sbatch:
         key, equals, value = option.removeprefix("--").partition("=")
+        if key in _OWN:
+            raise ConfigError("--sbatch", f"{key} has an option of its own here: {_OWN[key]}")
         options[key] = value if equals else None
     submission = Submission(
         name=name,
         run_dir=config.run_dir,
         strategy=own.strategy,
         nodes=own.nodes,
-        tasks_per_node=own.tasks_per_node or own.gpus_per_node or 1,
+        tasks_per_node=tasks_per_node,
         gpus_per_node=own.gpus_per_node,
         cpus_per_task=own.cpus_per_task,
         time=own.time,
         lead_s=own.lead_s,
         options=options,
-        array=own.array,
+        array=array,
         sweep=own.sweep,
         training_words=tuple(_without(rest, ("--run_name", "--run_dir"))),
     )
     return submission, config, own.dry_run
+
+
+def num_nodes(text: str) -> list[int]:
+    """The number of nodes, or the least and the greatest.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    parts = text.split("-")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2 or not 1 <= int(parts[0]) <= int(parts[-1]):
+        raise ConfigError("--nodes", f"must be a number of at least 1, or MIN-MAX, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def limit_s(text: str) -> float:
@@ -229,13 +278,15 @@ def limit_s(text: str) -> float:
     """
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
-    days, _, clock = text.rpartition("-")
+    days, dash, clock = text.rpartition("-")
     parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]) or len(parts) > 3:
+    if not all(part.isdigit() for part in [*parts, days if dash else "0"]) or len(parts) > 3:
         raise ConfigError(
             "--time", f"must be minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes], got {text!r}"
         )
     numbers = [int(part) for part in parts]
+    if not days and not any(numbers):
+        raise ConfigError("--time", f"must be longer than nothing, got {text!r}; UNLIMITED is none")
     # With days the first is hours; without, what stands last is seconds, or minutes where it stands alone.
     units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
     return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))

@@ -81,6 +81,12 @@ def runs_in(runs_dir: Path) -> list[Path]:
     return sorted(path.parent.parent for path in runs_dir.glob("*/outbox/settings.json"))
 
 
+def is_online(run_dir: Path) -> bool:
+    """Whether there is a run that was to reach MLflow from where it trained."""
+    settings = read_settings(run_dir / "outbox")
+    return settings is not None and not settings.get("offline", False)
+
+
 def has_news(run_dir: Path) -> bool:
     """Whether there is something that MLflow has not had."""
     outbox_dir = run_dir / "outbox"

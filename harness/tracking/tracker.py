@@ -123,6 +123,7 @@ class Tracker:
             "parent_run": self.config.parent_run,
             "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
             "max_outbox_bytes": self.config.max_outbox_bytes,
+            "offline": self.config.offline,
         }
         self._settings = settings
         if self.config.offline:

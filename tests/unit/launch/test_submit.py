@@ -12,9 +12,11 @@ import pytest
 from harness.errors import ConfigError, LaunchError
 from launch.local import data_dir
 from launch.submit import limit_s, submit
+from launch.sweep import indices_of
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).parent / "golden"
+SWEEP = GOLDEN.relative_to(ROOT) / "sweep.txt"
 CASES = {
     "one-gpu": ("--config", "configs/digits.yaml", "--gpus_per_node", "1", "--time", "1:00:00", "--run_name", "it"),
     "two-nodes": (
@@ -23,8 +25,13 @@ CASES = {
         *("--qos", "high", "--sbatch", "mem=0", "--sbatch", "exclusive", "--lead_s", "600"),
         *("--tracking.tags", "{team: 'a b'}"),
     ),
+    "as-many-nodes-as-are-free": (
+        *("--config", "configs/byte_lm.yaml", "--run_name", "big", "--run_dir", "/shared/our runs", "--nodes", "1-4"),
+        *("--gpus_per_node", "4", "--time", "1:30:00", "--strategy", "zero2"),
+        *("--sbatch", 'comment=for "us" # all', "--sbatch", "output=/logs/%j.txt"),
+    ),
     "array": (
-        *("--config", "configs/digits.yaml", "--run_name", "sweep", "--array", "0-3", "--sweep", "configs/digits.yaml"),
+        *("--config", "configs/digits.yaml", "--run_name", "sweep", "--array", "0-2%2", "--sweep", str(SWEEP)),
         *("--tasks_per_node", "2", "--cpus_per_task", "1", "--time", "30"),
     ),
 }
@@ -57,11 +64,24 @@ def test_script_is_bash(path: Path) -> None:
     [
         (("--partion", "x"), r"--partion: there is no such option; did you mean --partition\? Valid are .*--account"),
         (("--trainer.max_epoch", "3"), "did you mean trainer.max_epochs"),
-        (("--nodes", "0"), "--nodes: must be at least 1"),
+        (("--nodes", "0"), "--nodes: must be a number of at least 1, or MIN-MAX, got '0'"),
+        (("--nodes", "3-2"), "--nodes: must be"),
+        (("--nodes", "two"), "--nodes: must be"),
+        (("--gpus_per_node", "-1"), "--gpus_per_node: must be at least 0, got -1"),
+        (("--gpus_per_node", "2", "--tasks_per_node", "0"), "--tasks_per_node: must be at least 1, got 0"),
+        (("--gpus_per_node", "2", "--tasks_per_node", "4"), "--tasks_per_node: each rank needs a GPU: 4 on 2"),
+        (("--gpus_per_node", "1", "--nodes", "2", "--strategy", "hsdp"), "hsdp needs an even number of at least 4"),
+        (("--sbatch", "time=4:00:00"), "--sbatch: time has an option of its own here: --time"),
         (("--time", "soon"), "--time: must be minutes"),
+        (("--time", ""), "--time: must be minutes"),
+        (("--time", "1:2:3:4"), "--time: must be minutes"),
+        (("--time", "-5"), "--time: must be minutes"),
+        (("--time", "0"), "--time: must be longer than nothing"),
         (("--time", "5"), "--lead_s: 300 s is more than half"),
         (("--array", "0-3"), "--array: goes with --sweep"),
         (("--sweep", "nowhere.txt", "--array", "0-3"), "--sweep: there is no file nowhere.txt"),
+        (("--sweep", str(SWEEP), "--array", "first"), "--array: must be such as 0-3"),
+        (("--sweep", str(SWEEP), "--array", "1-3"), "has no line for task 3: task 0 has the first of 3"),
         (("--strategy", "fsdp1"), "invalid choice: 'fsdp1'"),
         (("--run_name", "a b"), "run_name: must be letters"),
     ],
@@ -70,6 +90,31 @@ def test_wrong_option_is_told_with_what_is_valid(words: tuple[str, ...], reason:
     time_limit = () if "--time" in words else ("--time", "1:00:00")
     with pytest.raises(ConfigError, match=reason):
         submit(["--config", "configs/digits.yaml", *time_limit, *words, "--dry_run"])
+
+
+def test_wrong_option_in_a_sweep_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_text("--seed 1\n--seed 2 --trainer.max_epoch 3\n")
+    words = ["--config", "configs/digits.yaml", "--time", "1:00:00", "--sweep", str(path), "--dry_run"]
+    with pytest.raises(ConfigError, match=r"sweep.txt, line of task 1: .*did you mean trainer.max_epochs"):
+        submit(words)
+    path.write_text("--seed '1\n")
+    with pytest.raises(ConfigError, match="line of task 0: No closing quotation"):
+        submit(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "indices"),
+    [("0", [0]), ("0-3", [0, 1, 2, 3]), ("0-9:4", [0, 4, 8]), ("1,5-6", [1, 5, 6]), ("2-3%1", [2, 3])],
+)
+def test_indices_are_read_as_slurm_reads_them(text: str, indices: list[int]) -> None:
+    assert indices_of(text) == indices
+
+
+@pytest.mark.parametrize("text", ["", "1-", "a", "0-3%", "0-3%x", "0-3:0", "0:2"])
+def test_indices_are_refused_when_slurm_would_not_take_them(text: str) -> None:
+    with pytest.raises(ConfigError, match="--array: must be such as"):
+        indices_of(text)
 
 
 @pytest.mark.parametrize(
