@@ -131,7 +131,8 @@ class CheckpointConfig:
         dtype: cast floating-point weights to this type when saving: float32, bfloat16 or float16.
         max_shard_size: split the weights into files of at most this size, such as 5GB.
         transport: how bytes reach the disk: every rank writes its own (`direct`), or rank zero writes for
-            all (`gather`); auto finds out whether all ranks share a file system on which direct is right.
+            all (`gather`); auto finds out whether all ranks share a file system on which direct is right;
+            `force_direct` takes your word for it (docs/slurm.md has the table).
         when_busy: when the checkpoint before is still being written: skip this one, or wait.
         when_failed: when a checkpoint could not be written (a full disk, say): continue training, or stop.
             At the end of training a missing last checkpoint is an error in either case.
@@ -147,7 +148,7 @@ class CheckpointConfig:
     save_weights_only: bool = False
     dtype: str | None = None
     max_shard_size: str | None = None
-    transport: Literal["auto", "direct", "gather"] = "auto"
+    transport: Literal["auto", "direct", "gather", "force_direct"] = "auto"
     when_busy: Literal["skip", "wait"] = "skip"
     when_failed: Literal["continue", "stop"] = "continue"
     timeout_s: float = 1800.0

@@ -115,6 +115,7 @@ def render(submission: Submission) -> str:
         "HARNESS": str(Path(sys.executable).with_name("harness")),
         "HARNESS_RUN_DIR": submission.run_dir,
         "HARNESS_STOP_LEAD_S": str(submission.lead_s),
+        "HARNESS_MIN_NODES": str(num_nodes(submission.nodes)[0]),
     }
     if is_array:
         variables["HARNESS_TRAIN"] = str(data_dir("slurm") / "train.sbatch")

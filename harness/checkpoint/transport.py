@@ -14,15 +14,16 @@ from harness.agreement import Agreement
 from harness.errors import CheckpointError
 
 Transport = Literal["direct", "gather"]
+Asked = Literal["auto", "direct", "gather", "force_direct"]
 
 # File systems on which a byte that one node has written is what another node then reads, and in which
 # nodes may write different parts of one file at once. NFS is neither: it promises as much from close to
 # open, and a client may write back a whole page of which it knows half. On one node, the page cache is
-# everybody's, and any file system will do.
-_COHERENT_BETWEEN_NODES = {
+# everybody's, and any file system will do. (docs/slurm.md has the table for people.)
+COHERENT_BETWEEN_NODES = {
     "lustre": "distributed lock manager over extents",
     "gpfs": "byte-range tokens",
-    "beegfs": "no write-back of partial pages by default",
+    "beegfs": "no write-back of partial pages in its default cache mode (buffered)",
     "ceph": "capabilities are revoked when a file is shared",
     "ocfs2": "distributed lock manager",
     "gfs2": "distributed lock manager",
@@ -45,13 +46,13 @@ class View:
     file_system: str
 
 
-def choose(asked: Literal["auto", "direct", "gather"], directory: Path, agreement: Agreement) -> Transport:
+def choose(asked: Asked, directory: Path, agreement: Agreement) -> Transport:
     """How bytes shall reach the disk; the same answer on every rank.
 
     Effects: collective; main thread; blocks until every rank has looked; leaves nothing.
 
     Args:
-        asked: the configuration's wish.
+        asked: the configuration's wish; ``force_direct`` is ``direct`` on a file system that is not known to be coherent.
         directory: where checkpoints go; rank zero's exists.
         agreement: of all ranks.
 
@@ -72,20 +73,22 @@ def choose(asked: Literal["auto", "direct", "gather"], directory: Path, agreemen
     return decide(asked, views, directory)
 
 
-def decide(asked: Literal["auto", "direct"], views: Sequence[View], directory: Path) -> Transport:
+def decide(asked: Asked, views: Sequence[View], directory: Path) -> Transport:
     """The choice, given how each rank sees the directory; see `choose`."""
     blind = [rank for rank, view in enumerate(views) if not view.sees]
     num_nodes = len({view.node for view in views})
     kinds = sorted({view.file_system for view in views})
     if blind:
         reason = f"rank {blind[0]} does not see what rank 0 writes there"
-    elif num_nodes > 1 and any(kind not in _COHERENT_BETWEEN_NODES for kind in kinds):
+    elif asked != "force_direct" and num_nodes > 1 and any(kind not in COHERENT_BETWEEN_NODES for kind in kinds):
         reason = f"{num_nodes} nodes share it by {', '.join(kinds)}, which does not promise that their writes add up"
     else:
         return "direct"
-    if asked == "direct":
+    if asked in ("direct", "force_direct"):
+        # Nobody can write into a file that is not there; how writes add up is another matter.
+        force = "" if blind else ", or force_direct where you know that it does"
         raise CheckpointError(
-            f"checkpoint.transport: `direct` cannot be used in {directory}: {reason}; use auto or gather"
+            f"checkpoint.transport: `{asked}` cannot be used in {directory}: {reason}; use auto or gather{force}"
         )
     return "gather"
 

@@ -61,6 +61,7 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait={kill_wait_s}
+OverTimeLimit=3
 MessageTimeout=30
 MinJobAge=3600
 InactiveLimit=0

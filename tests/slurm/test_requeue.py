@@ -8,7 +8,6 @@ import pytest
 
 from harness.stop_request import ask_to_stop
 from tests.launching import BIN, harness, started
-from tests.mlflow_reader import all_runs, client
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ENDLESS, assert_each_step_once, run_of, submit
 
@@ -68,10 +67,14 @@ def test_preempted_job_goes_on_and_is_delivered_from_the_login_node_when_its_nod
         job.until_saved()
         ask_to_stop(job.run_dir, "it has seen enough")
         assert cluster.until_over(job.id) == "FAILED"
-        told = tmp_path / "output.txt"
         # What it says where the run has ended.
         ends = f"all of {job.run_dir} is in MLflow run"
-        cluster.until(lambda: any(ends in line and "so far" not in line for line in told.open()), "the delivery")
+
+        def is_delivered() -> bool:
+            told = (tmp_path / "output.txt").read_text().splitlines()
+            return any(ends in line and "so far" not in line for line in told)
+
+        cluster.until(is_delivered, "the delivery")
         login_node.terminate()
         assert login_node.wait(30) == 0
     run = run_of(job)
@@ -87,4 +90,4 @@ def test_job_is_not_started_again_when_its_starts_get_nowhere(cluster: Cluster, 
     cluster.command("scontrol", "requeue", job.id)
     assert cluster.until_over(job.id) == "FAILED"
     assert "1 starts in a row have begun at step 0, and none has left a checkpoint" in job.log
-    assert not all_runs(client(tmp_path))
+    assert not job.checkpoints

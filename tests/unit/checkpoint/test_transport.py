@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from harness.agreement import Agreement
-from harness.checkpoint.transport import View, choose, decide, file_system_of, look
+from harness.checkpoint.transport import COHERENT_BETWEEN_NODES, View, choose, decide, file_system_of, look
 from harness.errors import CheckpointError
 
 DIRECTORY = Path("/runs/mine/checkpoints")
@@ -50,13 +50,26 @@ def test_error_has_the_reason_when_direct_is_asked_for_and_wrong(views: list[Vie
         decide("direct", views, DIRECTORY)
     assert f"checkpoint.transport: `direct` cannot be used in {DIRECTORY}: {expected}" in str(caught.value)
     assert "use auto or gather" in str(caught.value)
+    # Whoever knows better than the table says so; what is not there cannot be written by anybody.
+    if all(view.sees for view in views):
+        assert "or force_direct where you know that it does" in str(caught.value)
+        assert decide("force_direct", views, DIRECTORY) == "direct"
+    else:
+        with pytest.raises(CheckpointError, match="`force_direct` cannot be used"):
+            decide("force_direct", views, DIRECTORY)
+
+
+def test_documentation_has_the_table_of_file_systems() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "slurm.md").read_text()
+    for kind, reason in COHERENT_BETWEEN_NODES.items():
+        assert f"| `{kind}` | {reason} |" in text
 
 
 def test_direct_is_kept_when_it_is_asked_for_and_right() -> None:
     assert decide("direct", [View("a", True, "lustre"), View("b", True, "lustre")], DIRECTORY) == "direct"
 
 
-@pytest.mark.parametrize("asked", ["auto", "direct", "gather"])
+@pytest.mark.parametrize("asked", ["auto", "direct", "gather", "force_direct"])
 def test_nothing_is_tried_when_there_is_one_process(tmp_path: Path, asked: str) -> None:
     expected = "gather" if asked == "gather" else "direct"
     assert choose(asked, tmp_path / "not there", Agreement(0, 1)) == expected  # type: ignore[arg-type]
