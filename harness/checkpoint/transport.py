@@ -52,7 +52,7 @@ def choose(asked: Asked, directory: Path, agreement: Agreement) -> Transport:
     Effects: collective; main thread; blocks until every rank has looked; leaves nothing.
 
     Args:
-        asked: the configuration's wish; ``force_direct`` is ``direct`` on a file system that is not known to be coherent.
+        asked: the configuration's wish; ``force_direct``: on a file system that is not known to be coherent, too.
         directory: where checkpoints go; rank zero's exists.
         agreement: of all ranks.
 

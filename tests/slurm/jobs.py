@@ -13,8 +13,10 @@ from tests.mlflow_reader import client, history, only_run
 from tests.slurm.cluster import Cluster
 
 # Never done by themselves: what ends them is what a test is about.
-ENDLESS = ("--trainer.max_epochs", "100000", "--checkpoint.every_n_epochs", "4", "--checkpoint.save_top_k", "2")
-_QUIET = ("--trainer.progress_bar", "false", "--tracking.log_every_n_steps", "1")
+ENDLESS = ("--trainer.max_epochs", "1000000", "--checkpoint.every_n_epochs", "1", "--checkpoint.save_top_k", "2")
+_OPTIONS = (
+    *("--trainer.progress_bar", "false", "--trainer.limit_train_batches", "8", "--tracking.log_every_n_steps", "1"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Job:
 def submit(cluster: Cluster, cwd: Path, *words: str | Path, name: str = "it", **variables: str) -> Job:
     """`harness submit` of digits, with some options more."""
     command = [BIN / "harness", "submit", "--config", ROOT / "configs/digits.yaml", "--cpus_per_task", "1"]
-    told = cluster.command(*command, "--run_name", name, *_QUIET, *words, cwd=cwd, extra=variables)
+    told = cluster.command(*command, "--run_name", name, *_OPTIONS, *words, cwd=cwd, extra=variables)
     found = re.search(r"^job +(\d+): ", told)
     assert found is not None, told
     return Job(cluster, cwd, found[1], name)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
 from harness.config import TrackingConfig
+from harness.durable import replace_file
 from harness.errors import RunDirError, Stopped
 from harness.periodic import PeriodicLogger
 from harness.restarts import count_start
@@ -35,6 +38,22 @@ def test_attempt_at_work_is_asked_and_no_other(run_dir: Path) -> None:
     lock.release()
     assert StopRequests(run_dir, 2).look() == "why"
     assert StopRequests(run_dir, 3).look() is None
+
+
+def test_attempt_is_asked_that_has_the_run_and_is_counted_a_moment_later(run_dir: Path) -> None:
+    lock = RunLock(run_dir)
+
+    def count() -> None:
+        while not (run_dir / "stop.json").exists():
+            time.sleep(0.001)
+        replace_file(run_dir / "run.json", json.dumps({"run_name": "it", "run_key": "k", "attempt": 3}))
+
+    beginning = threading.Thread(target=count)
+    beginning.start()
+    ask_to_stop(run_dir, "why")
+    beginning.join()
+    lock.release()
+    assert StopRequests(run_dir, 3).look() == "why"
 
 
 def test_error_is_told_when_it_is_no_run(tmp_path: Path) -> None:
@@ -75,6 +94,30 @@ def test_line_names_a_longer_lead_when_checkpoints_take_too_much_of_it() -> None
     assert "--lead_s 120 or more" in line
     assert lead.check(30.0) is None  # once
     assert StopLead({}).check(1e9) is None
+
+
+def test_run_says_so_when_its_checkpoints_take_too_much_of_the_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HARNESS_STOP_LEAD_S", "0")  # than which any is longer
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with PeriodicLogger(
+        accelerator, every_n_epochs=1, run_name="it", run_dir=tmp_path, tracking=TrackingConfig(enabled=False)
+    ) as logger:
+        logger.watch(model, optimizer)
+        for _ in logger.epochs(2):
+            for _ in logger.batches([torch.ones(1, 1)]):
+                loss = model(torch.ones(1, 1)).sum()
+                accelerator.backward(loss)
+                optimizer.step()
+                logger.log({"train/loss": loss})
+            # It is on the disk before the next window is told, which reports it.
+            logger._saver.wait()
+    assert capsys.readouterr().err.count("s to be on disk, and the job is asked to stop 0 s before its time limit") == 1
 
 
 def restarted(times: int) -> dict[str, str]:
