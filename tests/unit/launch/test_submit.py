@@ -79,6 +79,7 @@ def test_script_is_bash(path: Path) -> None:
         (("--time", "0"), "--time: must be longer than nothing"),
         (("--time", "5"), "--lead_s: 300 s is more than half"),
         (("--array", "0-3"), "--array: goes with --sweep"),
+        (("--resume_from_checkpoint", "never"), "never would refuse the run when the job is queued again"),
         (("--sweep", "nowhere.txt", "--array", "0-3"), "--sweep: there is no file nowhere.txt"),
         (("--sweep", str(SWEEP), "--array", "first"), "--array: must be such as 0-3"),
         (("--sweep", str(SWEEP), "--array", "1-3"), "has no line for task 3: task 0 has the first of 3"),
