@@ -102,6 +102,11 @@ class Course:
         """An epoch's body begins."""
         self.is_cut_short = False
         self._is_in_epoch = self._tracking.log_every_n_epochs > 1
+        self.skip_time()
+
+    def skip_time(self) -> None:
+        """What lies behind is no step's time."""
+        self._windows.timer.resume()
 
     def end_epoch(self, max_epochs: int | None) -> None:
         """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
@@ -144,12 +149,13 @@ class Course:
             # Gradients that are accumulated over the epoch's end are in no checkpoint.
             self._saves.owed = name
 
-    def batch_done(self, num_samples: int, *, is_loaders_last: bool) -> None:
+    def batch_done(self, num_samples: int, *, is_loaders_last: bool, step: int | None = None) -> None:
         """A batch's body is over: with it an optimizer step, unless gradients are still being accumulated.
 
         Args:
             num_samples: of this rank, in the batch.
             is_loaders_last: no other batch of this loader follows.
+            step: optimizer steps that are complete, by the loop's own count; None: as the accelerator has it.
 
         Raises:
             PeerFailure: if another rank has failed.
@@ -162,14 +168,16 @@ class Course:
             self._batches.end()
         self._samples_in_step += num_samples
         self._run.check()
-        # A step that fp16's overflow has skipped has changed nothing, and is none.
-        if not self._accelerator.sync_gradients or self._accelerator.optimizer_step_was_skipped:
-            return
-        self._step_done(num_taken, is_loaders_last)
+        if step is None:
+            # A step that fp16's overflow has skipped has changed nothing, and is none.
+            is_step = self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
+            step = self._place.step + is_step
+        if step > self._place.step:
+            self._step_done(num_taken, is_loaders_last, step)
 
-    def _step_done(self, num_taken: int, is_loaders_last: bool) -> None:
+    def _step_done(self, num_taken: int, is_loaders_last: bool, step: int) -> None:
         self._saves.settle()
-        self._place.step += 1
+        self._place.step = step
         self._windows.timer.step(self._samples_in_step)
         self._samples_in_step = 0
         self._windows.poll()

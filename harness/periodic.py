@@ -39,7 +39,7 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
-from harness.errors import HarnessError
+from harness.errors import CheckpointError, HarnessError
 from harness.history import MetricHistory
 from harness.metrics import Reducer
 from harness.place import Place
@@ -280,20 +280,37 @@ class PeriodicLogger:
 
     # ------------------------------------------------------------------------- the loop
 
-    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
+    def watch(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        *,
+        goes_on_at: tuple[int, int] | None = None,
+    ) -> None:
         """Say what checkpoints are of: the prepared model, optimizer and scheduler.
 
         Where the run goes on, they hold what its newest checkpoint holds when this returns.
 
+        Args:
+            model: prepared.
+            optimizer: prepared.
+            scheduler: prepared.
+            goes_on_at: epochs and steps that are complete, where the loop has put its state back by itself: nothing
+                else is put back, the MLflow run goes on from there, and checkpoints that the run has already stay.
+
         Raises:
             CheckpointError: on all ranks, if their state could not be saved, or none of the run's checkpoints
-                can be put back.
+                can be put back; or the loop begins anew in a run that has checkpoints.
         """
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
         self._saves.watches()
-        self._resume(watched)
+        if goes_on_at is None:
+            self._resume(watched)
+        else:
+            self._go_on_at(*goes_on_at)
         self._run.describe_model(unwrapped(model))
 
     def describe(
@@ -302,6 +319,9 @@ class PeriodicLogger:
         model: nn.Module,
         input_example: ExampleSource = None,
         dynamic_axes: Mapping[str, Sequence[int]] | None = None,
+        *,
+        packages: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
     ) -> None:
         """Say how the models in MLflow are built again, so that `mlflow.pyfunc` and `mlflow models serve` can.
 
@@ -315,12 +335,14 @@ class PeriodicLogger:
             input_example: a batch of what the model takes, or a function that gives it: a tensor or array, or several
                 by the names of its arguments. The first axis is that of the samples.
             dynamic_axes: name of an input (one without a name: ``input``) -> further axes that may have any size.
+            packages: what the class needs beside the package that it is in.
+            files: name -> text of what else is to lie beside the weights in MLflow.
 
         Raises:
             ConfigError: if the class cannot be imported elsewhere, or an argument is no JSON.
         """
         check_spec("describe", spec)
-        self._run.describe_recipe(spec, model, input_example, dynamic_axes)
+        self._run.describe_recipe(spec, model, input_example, dynamic_axes, packages, files)
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
         """Count epochs; after each, reduce what was logged and save if a checkpoint is due.
@@ -355,13 +377,17 @@ class PeriodicLogger:
             self._random_to_begin_with = None
         self._course.begin_epoch()
 
-    def end_epoch(self, max_epochs: int | None = None) -> None:
+    def end_epoch(self, max_epochs: int | None = None, *, is_whole: bool = True, is_last: bool = False) -> None:
         """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
 
         Args:
             max_epochs: number of epochs in all, so that the last one is known; None: it is not.
+            is_whole: it was not left before its last batch, by a loop that is not `batches`'s.
+            is_last: no other epoch follows, whatever their number was to be.
         """
         self._resumption.end()
+        self._course.is_cut_short |= not is_whole
+        self._course.ends |= is_last
         self._course.end_epoch(max_epochs)
 
     def batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
@@ -431,7 +457,7 @@ class PeriodicLogger:
             self._batches.leave()
             _leave(loader, iterator)
 
-    def batch_done(self, num_samples: int, *, is_epochs_last: bool = False) -> None:
+    def batch_done(self, num_samples: int, *, is_epochs_last: bool = False, step: int | None = None) -> None:
         """A batch is done, in a loop that is not `batches`'s: with it a step, unless gradients are accumulated.
 
         Effects: collective; main thread.
@@ -439,12 +465,13 @@ class PeriodicLogger:
         Args:
             num_samples: of this rank, in the batch.
             is_epochs_last: no other batch of the epoch follows.
+            step: optimizer steps that are complete, by the loop's own count; None: as the accelerator has it.
 
         Raises:
             PeerFailure: if another rank has failed.
             Stopped: if a signal asked any rank to stop.
         """
-        self._course.batch_done(num_samples, is_loaders_last=is_epochs_last)
+        self._course.batch_done(num_samples, is_loaders_last=is_epochs_last, step=step)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
@@ -558,6 +585,21 @@ class PeriodicLogger:
         """
         self._windows.log(values, weight)
 
+    def report(self, values: Mapping[str, float]) -> None:
+        """Take values that are reduced already, as of the steps that are complete: nothing is averaged.
+
+        Effects: not collective, but every rank calls it alike; main thread; never blocks.
+        """
+        self._history.add(values, self.step)
+
+    def skip_time(self) -> None:
+        """What lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s."""
+        self._course.skip_time()
+
+    def describe_dataset(self, loader: Any, context: str = "train") -> None:
+        """The data set of a loader that is not `batches`'s or `eval_batches`'s, as an input of the run."""
+        self._run.describe_dataset(loader, context)
+
     def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:
         """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.
 
@@ -606,6 +648,19 @@ class PeriodicLogger:
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
         now = self._course.random_before_eval or random_state.take(self.accelerator.device)
         return RankState(now, self._batches.state, self._windows.partial())
+
+    def _go_on_at(self, epoch: int, step: int) -> None:
+        there = self._resumption.leave()
+        if there and not step:
+            raise CheckpointError(
+                f"{self.run_path}: has checkpoints already ({', '.join(sorted(there)[-3:])}), and training begins at "
+                "step 0; have the loop resume from its own checkpoint, or give another run_name"
+            )
+        self._place.epoch, self._place.step = epoch, step
+        self._saves.kept = there
+        if step:
+            self._run.resumed(step, None)
+            self.say(f"goes on at epoch {epoch + 1}, step {step}")
 
     def _resume(self, watched: Watched) -> None:
         resumed = self._resumption.put_back(watched)

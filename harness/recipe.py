@@ -51,7 +51,7 @@ def check_spec(key: str, spec: ClassSpec) -> None:
     check_arguments(key, spec)
 
 
-def make_recipe(spec: ClassSpec | None, model: nn.Module) -> dict[str, Any]:
+def make_recipe(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
     """The recipe, without what the model takes and gives.
 
     Effects: not collective; any thread; reads what is installed; nothing on disk.
@@ -59,9 +59,10 @@ def make_recipe(spec: ClassSpec | None, model: nn.Module) -> dict[str, Any]:
     Args:
         spec: the class that is, or makes, the model; None: nobody has named one.
         model: wrapped or not.
+        packages: what it needs beside the package that the class is in.
     """
     found = type(unwrapped(model))
-    requirements, notes = _requirements(spec)
+    requirements, notes = _requirements(spec, packages)
     return {
         "class_path": None if spec is None else spec.class_path,
         "init_args": {} if spec is None else redact_tree(dict(spec.init_args)),
@@ -201,9 +202,9 @@ def _numpy_name(dtype: torch.dtype) -> str:
         return "float32"
 
 
-def _requirements(spec: ClassSpec | None) -> tuple[list[str], list[str]]:
+def _requirements(spec: ClassSpec | None, packages: Sequence[str]) -> tuple[list[str], list[str]]:
     """What the model needs, as pip takes it, and lines on what pip cannot be told."""
-    names = list(_PACKAGES)
+    names = [*_PACKAGES, *packages]
     module = None if spec is None else spec.class_path.partition(".")[0]
     if spec is not None and module != "harness":
         own = importlib.metadata.packages_distributions().get(str(module), ())

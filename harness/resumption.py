@@ -22,7 +22,7 @@ from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
-from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume
+from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume, set_damaged_aside
 from harness.checkpoint.shared import open_weights
 from harness.checkpoint.trainer_state import Watched
 from harness.errors import CheckpointError
@@ -108,6 +108,16 @@ class Resumption:
         for name in self._registered:
             self._load(name)
         return self._resumed
+
+    def leave(self) -> frozenset[str]:
+        """Put nothing back: the loop has done it by itself. Names of the checkpoints that the run has.
+
+        Effects: not collective; what is damaged is set aside by rank zero, as `put_back` does.
+        """
+        assert self._found is not None
+        if self._agreement.rank == 0:
+            set_damaged_aside([path for path, _ in self._found.damaged], self._say)
+        return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
 
     def _take_initial_weights(self, watched: Watched) -> None:
         where = self._initial_weights

@@ -223,6 +223,8 @@ class RunLifetime:
         model: nn.Module,
         example: ExampleSource,
         dynamic_axes: Mapping[str, Sequence[int]] | None,
+        packages: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
     ) -> None:
         """How the run's models are built again, and what they take and give; see `harness.recipe`.
 
@@ -230,7 +232,9 @@ class RunLifetime:
         """
         if self._tracker is None:
             return
-        values = make_recipe(spec, model)
+        values = make_recipe(spec, model, packages)
+        if files:
+            values["files"] = dict(files)
         if example is not None and self._publishes:
             try:
                 values |= infer_signature(model, example, dynamic_axes)

@@ -38,6 +38,8 @@ class Saves:
     Attributes:
         owed: name of a checkpoint that is to be taken as soon as it can be; None: none is.
         is_ready: whether there is something to save, with memory to save it.
+        kept: names of checkpoints that an earlier attempt has saved, and that are not saved again: as the points of
+            its metrics, they stay.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Saves:
         self._saved_at: tuple[int, ...] | None = None
         self._is_open = False
         self.owed: str | None = None
+        self.kept: frozenset[str] = frozenset()
 
     @property
     def is_ready(self) -> bool:
@@ -104,7 +107,7 @@ class Saves:
             must: wait for the one before, where that is not done.
         """
         self.settle()
-        if not self._is_watching or self._saved_at == self._position():
+        if not self._is_watching or self._saved_at == self._position() or name in self.kept:
             return False
         self._history.log_withheld()
         # JSON has no NaN.

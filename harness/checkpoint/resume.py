@@ -119,7 +119,7 @@ def resume(
             say(f"harness: warning: {path.name} cannot be used{then}: {error}")
             continue
         if agreement.rank == 0:
-            _set_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
+            set_damaged_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
         return resumed
     raise _none_can_be_used(found, first_error) from first_error
 
@@ -141,7 +141,7 @@ def _none_can_be_used(found: Found, first_error: CheckpointError | None) -> Chec
     )
 
 
-def _set_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
+def set_damaged_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> None:
     """Rank zero alone: every rank is done with them, and rank zero makes what takes their names."""
     for path in damaged:
         try:

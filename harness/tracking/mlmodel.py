@@ -94,7 +94,7 @@ def model_files(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: 
         }
         files["input_example.json"] = json.dumps(recipe["example"])
         files["serving_input_example.json"] = json.dumps({"inputs": recipe["example"]})
-    return {**files, MLMODEL: _yaml(mlmodel)}
+    return {**recipe.get("files", {}), **files, MLMODEL: _yaml(mlmodel)}
 
 
 def _mlmodel(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, Any]:

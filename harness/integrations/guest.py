@@ -1,0 +1,222 @@
+"""A run in a loop that is somebody else's: begun by its first event, and ended as it really ended.
+
+begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail
+
+The callbacks of frameworks are thin over this. What differs between them: where the parts are found, how a loop is
+stopped, and whether it says that it failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from accelerate import Accelerator
+from torch import nn
+
+from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.errors import HarnessError, Stopped
+from harness.periodic import PeriodicLogger
+from harness.recipe import ExampleSource
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user says of the run; see `PeriodicLogger`.
+
+    Args:
+        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        run_name: of the run's directory and the MLflow run; None: made up.
+        run_dir: the directory that the runs' directories are in.
+        checkpoint: everything else about checkpoints.
+        tracking: everything else about tracking.
+        params: parameters to log, beside those that the framework has.
+        input_example: a batch of what the model takes, for its signature in MLflow.
+    """
+
+    every_n_epochs: int | None = 5
+    experiment_name: str | None = None
+    run_name: str | None = None
+    run_dir: str | Path = "runs"
+    checkpoint: CheckpointConfig | None = None
+    tracking: TrackingConfig | None = None
+    params: Mapping[str, Any] | None = None
+    input_example: ExampleSource = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a framework's model is built again.
+
+    Args:
+        spec: its class, or a class that makes it.
+        packages: what that needs.
+        files: name -> text of what the framework itself reads beside the weights.
+    """
+
+    spec: ClassSpec
+    packages: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+class Guest:
+    """A `PeriodicLogger` in somebody else's loop.
+
+    Effects: as `PeriodicLogger`: every event is collective, main thread. An error in one of them ends the run before
+    it is raised on, but for `Stopped`, after which the loop may have something to save itself. While a run is open an
+    exception that ends the process ends the run too.
+
+    Args:
+        options: what the user says.
+    """
+
+    # The one of this process that has a run.
+    _open: ClassVar[Guest | None] = None
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._logger: PeriodicLogger | None = None
+        self._earlier_hook: Callable[..., Any] | None = None
+
+    @property
+    def logger(self) -> PeriodicLogger:
+        """Of the run that is open."""
+        assert self._logger is not None
+        return self._logger
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run is."""
+        return self._logger is not None
+
+    @property
+    def options(self) -> Options:
+        """What the user says."""
+        return self._options
+
+    def begin(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        *,
+        goes_on_at: tuple[int, int],
+        params: Mapping[str, Any],
+        recipe: Recipe | None,
+        topology: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Training begins, or goes on: a run of its own, or the one of that name.
+
+        Args:
+            accelerator: which ranks and which strategy.
+            model: as it is trained: wrapped, sharded.
+            optimizer: its own.
+            scheduler: of the learning rate, where its state can be saved.
+            goes_on_at: epochs and steps that are complete.
+            params: what the framework knows of the configuration.
+            recipe: how the model is built again; None: not known.
+            topology: fields of `Topology` that the accelerator does not know.
+        """
+        # In a notebook an error ends the training and not the process, and the next one begins with another callback.
+        if Guest._open is not None:
+            Guest._open.fail(HarnessError("training was left without a word, and another one has begun"))
+        Guest._open = self
+        options = self._options
+        logger = self._logger = PeriodicLogger(
+            accelerator,
+            options.every_n_epochs,
+            options.experiment_name,
+            options.run_name,
+            options.run_dir,
+            options.checkpoint,
+            options.tracking,
+            {**params, **(options.params or {})},
+        )
+        logger.topology = replace(logger.topology, **(topology or {}))
+        self._hook()
+        with self._ending():
+            logger.start()
+            if recipe is not None:
+                logger.describe(recipe.spec, model, options.input_example, packages=recipe.packages, files=recipe.files)
+            logger.watch(model, optimizer, scheduler, goes_on_at=goes_on_at)
+
+    def begin_epoch(self) -> None:
+        """An epoch begins."""
+        with self._ending():
+            self.logger.begin_epoch()
+
+    def batch_done(self, num_samples: int, *, is_epochs_last: bool, step: int) -> None:
+        """See `PeriodicLogger.batch_done`."""
+        with self._ending():
+            self.logger.batch_done(num_samples, is_epochs_last=is_epochs_last, step=step)
+
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Reduced values of now. What is no number is left out; what comes when no run is open is in none."""
+        if self._logger is None:
+            return
+        numbers: dict[str, float] = {}
+        for key, value in values.items():
+            with suppress(TypeError, ValueError, RuntimeError):
+                numbers[key] = float(value)
+        with self._ending():
+            self.logger.report(numbers)
+
+    def evaluated(self) -> None:
+        """The loop has evaluated, which is no step's time."""
+        if self._logger is not None:
+            self._logger.skip_time()
+
+    def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
+        """See `PeriodicLogger.end_epoch`."""
+        with self._ending():
+            self.logger.end_epoch(is_whole=is_whole, is_last=is_last)
+
+    def end(self) -> None:
+        """Training is complete."""
+        with self._ending():
+            self.logger.close()
+        self._forget()
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Training ended by an error, or by `Stopped`; returns what really ended it. Nothing where no run is open."""
+        if self._logger is None:
+            return error
+        logger = self._logger
+        self._forget()
+        return logger.fail(error)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except Stopped:
+            raise
+        except BaseException as error:
+            cause = self.fail(error)
+            if cause is not error:
+                raise cause from error
+            raise
+
+    # ------------------------------------------------- where the loop says nothing of its end
+
+    def _hook(self) -> None:
+        self._earlier_hook = sys.excepthook
+        sys.excepthook = self._excepthook
+
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier = self._earlier_hook or sys.__excepthook__
+        self.fail(error)
+        earlier(kind, error, trace)
+
+    def _forget(self) -> None:
+        self._logger = Guest._open = None
+        # Somebody else may have put theirs around ours: it stays then, and does nothing any more.
+        if sys.excepthook == self._excepthook and self._earlier_hook is not None:
+            sys.excepthook = self._earlier_hook

@@ -1,0 +1,246 @@
+"""`HarnessCallback` for `transformers.Trainer`: a run in MLflow, and checkpoints that training does not wait for.
+
+    trainer = Trainer(model, args, train_dataset=..., callbacks=[HarnessCallback(every_n_epochs=5)])
+
+The Trainer goes on by itself (``resume_from_checkpoint``), from its own checkpoints; the MLflow run goes on with it,
+where ``run_name`` says which. Under every strategy that the Trainer has from accelerate.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from harness.build import load_class
+from harness.checkpoint.names import unwrapped
+from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.errors import ConfigError, HarnessError, Stopped
+from harness.integrations.guest import Guest, Options, Recipe
+from harness.recipe import ExampleSource
+
+try:
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ConfigError(
+        "harness.integrations.transformers", f"needs transformers: pip install 'harness[transformers]' ({error})"
+    ) from error
+
+# The Trainer's own; the run has them already, as train/lr and epoch.
+_KNOWN = ("learning_rate", "epoch")
+
+
+class HarnessCallback(TrainerCallback):
+    """Logs, saves and publishes what a `transformers.Trainer` trains.
+
+    Effects: collective, as the Trainer's events are: give it on every rank. Leaves ``<run_dir>/<run_name>/``. The
+    Trainer's own ``MLflowCallback`` is taken out: it would begin a second run.
+
+    Args:
+        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if the Trainer
+            does.
+        run_dir: the directory that the runs' directories are in.
+        checkpoint: everything else about checkpoints.
+        tracking: everything else about tracking.
+        params: parameters to log beside the Trainer's arguments and the model's configuration.
+        input_example: a batch of what the model takes, for its signature in MLflow.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = 5,
+        experiment_name: str | None = None,
+        run_name: str | None = None,
+        run_dir: str | Path = "runs",
+        checkpoint: CheckpointConfig | None = None,
+        tracking: TrackingConfig | None = None,
+        params: Mapping[str, Any] | None = None,
+        input_example: ExampleSource = None,
+    ) -> None:
+        self._guest = Guest(
+            Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
+        )
+        self._stopped: Stopped | None = None
+        # An epoch is over, and its end is still to be told: its evaluation is to come.
+        self._is_epoch_over = self._awaits_evaluation = False
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Before the Trainer's own callback could begin a run."""
+        _take_out_mlflow(_trainer())
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **parts: Any,
+    ) -> None:
+        """The Trainer has prepared everything, and put back what it goes on from."""
+        trainer = _trainer()
+        _take_out_mlflow(trainer)
+        self._stopped, self._is_epoch_over = None, False
+        model = trainer.model_wrapped
+        config = getattr(unwrapped(model), "config", None)
+        self._guest.begin(
+            trainer.accelerator,
+            model,
+            parts["optimizer"],
+            parts["lr_scheduler"],
+            goes_on_at=(int(state.epoch or 0), state.global_step),
+            params={"args": _values(args), **({} if config is None else {"model": config.to_dict()})},
+            recipe=_recipe(unwrapped(model)),
+        )
+        self._guest.logger.describe_dataset(parts["train_dataloader"])
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An epoch begins."""
+        self._end_epoch(state)
+        self._guest.begin_epoch()
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A batch is done, and its gradients are accumulated."""
+        self._guest.batch_done(args.train_batch_size, is_epochs_last=False, step=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A batch is done, and with it an optimizer step."""
+        try:
+            self._guest.batch_done(args.train_batch_size, is_epochs_last=_is_whole(state), step=state.global_step)
+        except Stopped as stopped:
+            # It goes on from its own checkpoint, so it has to write one too.
+            self._stopped = stopped
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An epoch is over; the checkpoint of its end is to have its evaluation."""
+        if self._stopped is not None:
+            control.should_evaluate = False
+            return
+        self._is_epoch_over, self._awaits_evaluation = True, control.should_evaluate
+        if not control.should_evaluate and not control.should_log:
+            self._end_epoch(state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Metrics, which the Trainer has reduced."""
+        self._guest.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
+        if not self._awaits_evaluation:
+            self._end_epoch(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """An evaluation is done, and was logged."""
+        self._guest.evaluated()
+        self._end_epoch(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Training is complete, or has stopped in good order."""
+        if self._stopped is not None:
+            raise self._guest.fail(self._stopped)
+        self._end_epoch(state)
+        self._guest.end()
+
+    def _end_epoch(self, state: TrainerState) -> None:
+        if not self._is_epoch_over:
+            return
+        self._is_epoch_over = self._awaits_evaluation = False
+        is_last = state.global_step >= state.max_steps or state.epoch >= state.num_train_epochs
+        self._guest.end_epoch(is_whole=_is_whole(state), is_last=is_last)
+
+
+class Pretrained:
+    """Makes the model of a published checkpoint from its configuration, for `harness.load_model`.
+
+    Args:
+        architecture: full name of the model's class, a `transformers.PreTrainedModel`.
+        config: the values of its configuration.
+    """
+
+    def __init__(self, architecture: str, config: dict[str, Any]) -> None:
+        self.architecture = architecture
+        self.config = config
+
+    def model(self) -> nn.Module:
+        """With weights of its own.
+
+        Raises:
+            ConfigError: if the class is no model of transformers.
+        """
+        found: Any = load_class("architecture", self.architecture)
+        if not issubclass(found, PreTrainedModel):
+            raise ConfigError("architecture", f"{self.architecture} is no transformers.PreTrainedModel")
+        model: nn.Module = found._from_config(found.config_class.from_dict(self.config))
+        return model
+
+
+def _recipe(model: nn.Module) -> Recipe | None:
+    if not isinstance(model, PreTrainedModel):
+        return None
+    # FSDP2 makes a subclass on the fly.
+    found = next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
+    if found.__module__ == "__main__":
+        return None
+    text = model.config.to_json_string(use_diff=False)
+    spec = ClassSpec(
+        f"{__name__}.{Pretrained.__qualname__}",
+        {"architecture": f"{found.__module__}.{found.__qualname__}", "config": json.loads(text)},
+    )
+    # What from_pretrained looks for.
+    values = {**json.loads(model.config.to_json_string()), "architectures": [found.__name__]}
+    return Recipe(spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"})
+
+
+def _values(args: Any) -> dict[str, Any]:
+    """Of the Trainer's arguments, tokens replaced."""
+    values: dict[str, Any] = args.to_dict()
+    return values
+
+
+def _is_whole(state: TrainerState) -> bool:
+    """Whether the epoch has had its last batch: its fraction is of batches, and is exact there."""
+    return float(state.epoch).is_integer()
+
+
+def _named(key: str) -> str:
+    """As the Trainer's TensorBoard has it: eval_loss -> eval/loss, all else train/..."""
+    for prefix in ("eval", "test"):
+        if key.startswith(f"{prefix}_"):
+            return f"{prefix}/{key.removeprefix(f'{prefix}_')}"
+    return f"train/{key}"
+
+
+def _trainer() -> Trainer:
+    """The Trainer that calls: callbacks are given its parts, and not its accelerator.
+
+    Raises:
+        HarnessError: if nobody of that kind calls.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    raise HarnessError(
+        "HarnessCallback: is called by no transformers.Trainer; in a loop of your own use PeriodicLogger"
+    )
+
+
+def _take_out_mlflow(trainer: Trainer) -> None:
+    """The Trainer's own callback begins a second run, and has it wait for the server.
+
+    Raises:
+        HarnessError: if it has begun one already.
+    """
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ != "MLflowCallback":
+            continue
+        if callback._initialized:
+            raise HarnessError(
+                "HarnessCallback: the Trainer's MLflowCallback has begun a run of its own; leave mlflow out of "
+                "TrainingArguments(report_to=...), or give HarnessCallback in Trainer(callbacks=[...])"
+            )
+        trainer.remove_callback(callback)

@@ -1,0 +1,159 @@
+"""`transformers.Trainer` with our callback, on real images, in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import harness
+from harness.checkpoint.commit import list_checkpoints
+from harness.errors import CheckpointError, Stopped
+from harness.integrations.transformers import HarnessCallback
+from harness.tasks import Digits
+from tests.mlflow_reader import client, history, models, only_run
+
+EPOCH_STEPS = 8  # 256 images, 32 at once
+IMAGES = Digits()._images(evaluation=False)
+
+
+class Images(Dataset[Any]):
+    """The first images, as sequences of 64 pixels that have one of 17 values each."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label = IMAGES[index]
+        return {"input_ids": (image * 16).long().flatten(), "labels": label}
+
+
+class At(TrainerCallback):  # type: ignore[misc]
+    """Does something at a step."""
+
+    def __init__(self, step: int, act: Any) -> None:
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.act()
+
+
+def make_trainer(*callbacks: TrainerCallback, every_n_epochs: int = 1, **arguments: Any) -> Trainer:
+    torch.manual_seed(0)
+    arguments = {"save_strategy": "no", "eval_strategy": "epoch", "logging_steps": 4, **arguments}
+    config = BertConfig(
+        vocab_size=17,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        num_labels=10,
+    )
+    return Trainer(
+        BertForSequenceClassification(config),
+        TrainingArguments(
+            "out", num_train_epochs=4, per_device_train_batch_size=32, use_cpu=True, disable_tqdm=True, **arguments
+        ),
+        train_dataset=Images(256),
+        eval_dataset=Images(64),
+        callbacks=[HarnessCallback(every_n_epochs, run_name="bert"), *callbacks],
+    )
+
+
+def fail() -> None:
+    raise RuntimeError("the disk of this data set fell out")
+
+
+def test_models_load_and_give_the_same_when_published_each_second_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(every_n_epochs=2, report_to="mlflow")
+    trainer.train()
+    trainer.evaluate()  # after the run: its values are in none, and begin none
+
+    reader, run = client(tmp_path), only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["args.learning_rate"] == "5e-05"
+    assert run.data.params["model.hidden_size"] == "16"
+    assert [point.step for point in history(reader, run, "train/loss")] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert [point.step for point in history(reader, run, "eval/loss")] == [8, 16, 24, 32]
+    assert [(point.step, point.value) for point in history(reader, run, "epoch")] == [(8, 1), (16, 2), (24, 3), (32, 4)]
+    assert [model.tags["step"] for model in models(reader, run)] == ["16", "32"]
+    found = models(reader, run)[-1]
+    of_model = {metric.key: (metric.step, metric.value) for metric in found.metrics or []}
+    last = history(reader, run, "eval/loss")[-1]
+    assert of_model["eval/loss"] == (32, last.value)  # the evaluation of this very epoch
+
+    images = torch.stack([Images(64)[index]["input_ids"] for index in range(64)])
+    directory = mlflow.artifacts.download_artifacts(f"models:/{found.model_id}")
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=images).logits
+        for loaded in (
+            harness.load_model(f"models:/{found.model_id}"),
+            AutoModelForSequenceClassification.from_pretrained(directory),
+        ):
+            assert type(loaded) is BertForSequenceClassification
+            assert torch.equal(loaded(input_ids=images).logits, expected)
+    moments = load_file("runs/bert/checkpoints/epoch-0004/optimizer.safetensors")
+    state = trainer.optimizer.optimizer.state
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(moments[f"exp_avg.{name}"], state[parameter]["exp_avg"]), name
+
+
+def test_run_goes_on_with_no_point_twice_when_trainer_resumes_behind_it(tmp_path: Path) -> None:
+    # The Trainer saves at step 16, we at 8, 16 and 24; it fails at 26.
+    with pytest.raises(RuntimeError, match="fell out"):
+        make_trainer(At(26, fail), save_strategy="steps", save_steps=16).train()
+    first = dict(list_checkpoints(tmp_path / "runs/bert/checkpoints"))
+    trainer = make_trainer(save_strategy="steps", save_steps=16)
+    trainer.train(resume_from_checkpoint=True)
+
+    reader, run = client(tmp_path), only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["harness.attempt.1.reason"] == "training was left without a word, and another one has begun"
+    assert run.data.tags["harness.attempt.2.step_from"] == "16"
+    for key, steps in (("train/loss", range(4, 33, 4)), ("eval/loss", range(8, 33, 8)), ("epoch", range(8, 33, 8))):
+        assert [point.step for point in history(reader, run, key)] == list(steps), key
+    checkpoints = dict(list_checkpoints(tmp_path / "runs/bert/checkpoints"))
+    assert list(checkpoints) == ["epoch-0001", "epoch-0002", "epoch-0003", "epoch-0004"]
+    assert checkpoints["epoch-0003"] == first["epoch-0003"]  # what was there stays
+    assert [model.tags["step"] for model in models(reader, run)] == ["8", "16", "24", "32"]
+    weights = load_file("runs/bert/checkpoints/epoch-0004/model.safetensors")
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(weights[name], parameter), name
+
+
+def test_trainer_saves_and_ends_with_75_when_a_signal_asks_for_it(tmp_path: Path) -> None:
+    with pytest.raises(Stopped) as stopped:
+        make_trainer(At(10, lambda: os.kill(os.getpid(), signal.SIGUSR1))).train()
+    assert stopped.value.code == 75
+    assert only_run(tmp_path).info.status == "KILLED"
+    ((name, manifest),) = list_checkpoints(tmp_path / "runs/bert/checkpoints")[1:]
+    assert name == f"step-{manifest.step:08d}" and manifest.step in (11, 12)
+    assert (tmp_path / "out" / f"checkpoint-{manifest.step}").is_dir()
+
+    with pytest.raises(CheckpointError, match=r"has checkpoints already .* training begins at step 0; have the loop"):
+        make_trainer().train()
+    make_trainer().train(resume_from_checkpoint=True)
+    run = only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["harness.attempt.3.step_from"] == str(manifest.step)
+    assert list_checkpoints(tmp_path / "runs/bert/checkpoints")[-1][1].step == 4 * EPOCH_STEPS
