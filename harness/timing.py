@@ -67,9 +67,11 @@ def percentile(ordered: list[float], share: float) -> float:
 def over_ranks(gauges: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
     """Each rank's gauges as the metrics of the job."""
     p50 = sorted(gauges["step_time_p50_s"])
+    samples_per_s = sum(gauges["samples_per_s"])
     return {
         "perf/steps_per_s": min(gauges["steps_per_s"]),
-        "perf/samples_per_s": sum(gauges["samples_per_s"]),
+        # Somebody else's loop may not say how large a batch was.
+        **({"perf/samples_per_s": samples_per_s} if samples_per_s else {}),
         "perf/step_time_p50_s": percentile(p50, 0.5),
         "perf/step_time_p99_s": max(gauges["step_time_p99_s"]),
         # How far the slowest rank's usual step is from the fastest's.

@@ -102,6 +102,13 @@ def test_one_file_alone_imports_deepspeed_when_read() -> None:
     assert importers_of("deepspeed") == {"harness/cpu.py"}
 
 
+@pytest.mark.parametrize("framework", ["transformers", "lightning", "keras"])
+def test_one_integration_alone_imports_its_framework_when_read(framework: str) -> None:
+    assert importers_of(framework) == {f"harness/integrations/{framework}.py"}
+    others = {name for name, path in MODULES.items() if f"harness.integrations.{framework}" in imported(path)}
+    assert others == set()
+
+
 def test_there_is_no_circle_when_modules_import_each_other() -> None:
     graph = {name: imported(path, only_when_imported=True) & set(MODULES) - {name} for name, path in MODULES.items()}
     assert graph["harness.app"] >= {"harness.loop", "harness.periodic"}  # the graph is not empty

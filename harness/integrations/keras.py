@@ -1,0 +1,246 @@
+"""`HarnessCallback` for Keras 3 with its torch backend: a run in MLflow, and checkpoints in safetensors.
+
+    model.fit(x, y, epochs=20, callbacks=[HarnessCallback(every_n_epochs=5)])
+
+Keras makes names up as it goes (``dense_3``), and others when a model is built again. So a checkpoint has names of its
+own: ``<layer>.<variable>``, and ``<slot>.<layer>.<variable>`` for what the optimizer keeps of it, in Keras's words
+(``momentum``, ``velocity``); ``step`` is the number of its steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from harness import flavor
+from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.errors import ConfigError, Stopped
+from harness.integrations.guest import Guest, Options, Recipe
+from harness.recipe import ExampleSource
+
+_REMEDY = "set KERAS_BACKEND=torch in the environment, before keras is imported"
+try:
+    import keras
+except ImportError as error:
+    raise ConfigError(
+        "harness.integrations.keras", f"needs keras: pip install 'harness[keras]', and {_REMEDY} ({error})"
+    ) from error
+if keras.backend.backend() != "torch":
+    raise ConfigError(
+        "harness.integrations.keras", f"needs keras's torch backend, got {keras.backend.backend()}; {_REMEDY}"
+    )
+
+
+class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Logs, saves and publishes what `keras.Model.fit` trains.
+
+    Effects: main thread. Leaves ``<run_dir>/<run_name>/``.
+
+    Args:
+        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if `fit` does:
+            from the optimizer's count of steps and ``initial_epoch``, which `keras.callbacks.BackupAndRestore` has.
+        run_dir: the directory that the runs' directories are in.
+        checkpoint: everything else about checkpoints.
+        tracking: everything else about tracking.
+        params: parameters to log beside the optimizer's.
+        input_example: a batch of what the model takes, for its signature in MLflow.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = 5,
+        experiment_name: str | None = None,
+        run_name: str | None = None,
+        run_dir: str | Path = "runs",
+        checkpoint: CheckpointConfig | None = None,
+        tracking: TrackingConfig | None = None,
+        params: Mapping[str, Any] | None = None,
+        input_example: ExampleSource = None,
+    ) -> None:
+        super().__init__()
+        self._guest = Guest(
+            Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
+        )
+        self._optimizer: _Optimizer | None = None
+        self._begun_at = self._num_batches = self._in_epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """An epoch begins; with the first, training: only now it is known which one that is."""
+        if not self._guest.is_open:
+            self._begin(epoch)
+        self._in_epoch = 0
+        self._guest.begin_epoch()
+
+    def _begin(self, epoch: int) -> None:
+        model = Weights(self.model)
+        self._optimizer = _Optimizer(self.model.optimizer, model)
+        self._begun_at, self._num_batches = int(self._optimizer.iterations), 0
+        self._guest.begin(
+            Accelerator(cpu=model.device.type == "cpu"),
+            model,
+            self._optimizer,
+            None,
+            goes_on_at=(epoch, self._begun_at),
+            params={"optimizer": self.model.optimizer.get_config(), "fit": dict(self.params)},
+            recipe=_recipe(self.model),
+        )
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """A batch is done, or as many as are executed at once."""
+        assert self._optimizer is not None
+        self._optimizer.find_slots()
+        self._num_batches += batch + 1 - self._in_epoch
+        self._in_epoch = batch + 1
+        # Counted here: the optimizer's own count is on the device, and would be waited for.
+        step = self._begun_at + self._num_batches // self._optimizer.accumulation
+        try:
+            self._guest.batch_done(0, is_epochs_last=self._in_epoch == self.params["steps"], step=step)
+        except Stopped as stopped:
+            raise self._guest.fail(stopped) from None
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """An epoch is over, and evaluated."""
+        assert self._optimizer is not None
+        values = {_named(key): value for key, value in (logs or {}).items()}
+        self._guest.report({**values, "train/lr": self._optimizer.rate})
+        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        self._guest.end_epoch(is_last=is_last)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Training is complete."""
+        if self._guest.is_open:
+            self._guest.end()
+
+
+class Weights(nn.Module):
+    """The variables of a Keras model under names that are the same whenever it is built.
+
+    Args:
+        keras_model: built.
+
+    Attributes:
+        keras_model: the model itself.
+
+    Raises:
+        ConfigError: if it is not built, so that it has no variables yet.
+    """
+
+    keras_model: Any
+
+    def __init__(self, keras_model: Any) -> None:
+        super().__init__()
+        if not keras_model.built:
+            raise ConfigError("", "the Keras model is not built; give it an Input, or call it once")
+        # Not as a submodule: its variables would stand here twice.
+        object.__setattr__(self, "keras_model", keras_model)
+        self.names: dict[str, str] = {}
+        for name, variable in _named_variables(keras_model):
+            self._parameters[name] = variable.value
+            self.names[variable.path] = name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the variables are."""
+        return next((tensor.device for tensor in self._parameters.values() if tensor is not None), torch.device("cpu"))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives, as in inference unless the module is in training mode."""
+        return self.keras_model(*args, training=self.training, **kwargs)
+
+
+class FromConfig:
+    """Makes the model of a published checkpoint from its configuration, for `harness.load_model`.
+
+    Args:
+        config: of the model, as ``to_json`` gives it.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = config
+
+    def model(self) -> nn.Module:
+        """With weights of its own."""
+        return Weights(keras.models.model_from_json(self.config))
+
+
+def load_model(where: str | Path) -> Any:
+    """Load the Keras model of a checkpoint.
+
+    Args, Raises: as `harness.load_model`, which gives a `Weights` around it.
+    """
+    return flavor.load_model(where).keras_model
+
+
+class _Optimizer:
+    """A Keras optimizer as the engine knows optimizers: ``param_groups``, and ``state`` by parameter.
+
+    Keras steps it without torch's hooks, so a checkpoint is copied before training goes on, and not beside it.
+    """
+
+    def __init__(self, optimizer: Any, weights: Weights) -> None:
+        self._own = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+        self._names = weights.names
+        self._trained = list(weights.keras_model.trainable_variables)
+        self.state: dict[Any, dict[str, Any]] = {}
+        self.param_groups: list[dict[str, Any]] = [{"params": [variable.value for variable in self._trained]}]
+        self.find_slots()
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps that are complete; waits for the device."""
+        return int(self._own.iterations.value if hasattr(self._own.iterations, "value") else self._own.iterations)
+
+    @property
+    def accumulation(self) -> int:
+        """Batches for an optimizer step."""
+        return int(getattr(self._own, "gradient_accumulation_steps", None) or 1)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate now."""
+        return float(self._own.learning_rate)
+
+    def find_slots(self) -> None:
+        """Once the optimizer has made its variables, which it does with its first step."""
+        if self.state or not self._own.built:
+            return
+        prefixes = {variable.path.replace("/", "_") + "_": variable for variable in self._trained}
+        for slot in self._own.variables:
+            # The longest: the name of a variable may begin with another's.
+            prefix = max((each for each in prefixes if slot.name.startswith(each)), key=len, default=None)
+            if prefix is not None:
+                kinds = self.state.setdefault(prefixes[prefix].value, {"step": self._own.iterations.value})
+                kinds[slot.name.removeprefix(prefix)] = slot.value
+
+
+def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
+    """``<layer>.<variable>``; where a layer has several of a name, with the place in the layer: ``mha.2.kernel``."""
+    found: dict[int, tuple[str, Any]] = {}
+    for layer in (*keras_model.layers, keras_model):
+        own = [variable for variable in layer.variables if id(variable) not in found]
+        counts = Counter(variable.name for variable in own)
+        for place, variable in enumerate(own):
+            number = f"{place}." if counts[variable.name] > 1 else ""
+            at = "" if layer is keras_model else f"{layer.name}."
+            found[id(variable)] = (f"{at}{number}{variable.name}", variable)
+    return list(found.values())
+
+
+def _recipe(keras_model: Any) -> Recipe | None:
+    try:
+        config = keras_model.to_json()
+    except NotImplementedError:  # a model that is written as a class, without get_config
+        return None
+    return Recipe(ClassSpec(f"{__name__}.{FromConfig.__qualname__}", {"config": config}), ("keras",), {})
+
+
+def _named(key: str) -> str:
+    return f"eval/{key.removeprefix('val_')}" if key.startswith("val_") else f"train/{key}"

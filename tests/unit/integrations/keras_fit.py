@@ -1,0 +1,73 @@
+"""`fit` on real images; argv: how it goes on or ends (stop, fail, check)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import keras
+import torch
+from safetensors.torch import load_file
+
+import harness
+from harness.integrations.keras import HarnessCallback, load_model
+from harness.tasks import Digits
+
+HOW = sys.argv[1]
+images, labels = (tensor.numpy() for tensor in Digits()._images(evaluation=False).tensors)
+images = images.transpose(0, 2, 3, 1)
+
+
+class At(keras.callbacks.Callback):  # type: ignore[misc]
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if int(self.model.optimizer.iterations) == 20:
+            if HOW == "fail":
+                raise RuntimeError("fell out")
+            if HOW == "stop":
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+
+keras.utils.set_random_seed(0)
+model = keras.Sequential(
+    [
+        keras.layers.Input((8, 8, 1)),
+        keras.layers.Conv2D(4, 3, activation="relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Flatten(),
+        keras.layers.Dropout(0.1),
+        keras.layers.Dense(10),
+    ]
+)
+model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+model.fit(
+    images[:256],
+    labels[:256],
+    batch_size=32,
+    epochs=4,
+    validation_data=(images[256:320], labels[256:320]),
+    verbose=0,
+    callbacks=[
+        keras.callbacks.BackupAndRestore("backup", delete_checkpoint=False),
+        HarnessCallback(1, run_name="digits"),
+        At(),
+    ],
+)
+if HOW == "check":
+    from mlflow import MlflowClient
+
+    found = MlflowClient().search_logged_models(["1"], order_by=[{"field_name": "creation_time", "ascending": False}])
+    where = f"models:/{found[0].model_id}"
+    batch = torch.from_numpy(images[:100])
+    expected = model(batch, training=False)
+    assert torch.equal(load_model(where)(batch, training=False), expected)
+    assert torch.equal(harness.load_model(where)(batch), expected)
+    weights = load_file("runs/digits/checkpoints/epoch-0004/model.safetensors")
+    assert torch.equal(weights["batch_normalization.moving_mean"], model.layers[1].moving_mean.value)
+    state = load_file("runs/digits/checkpoints/epoch-0004/optimizer.safetensors")
+    assert state["step.dense.kernel"] == 32
+    slots = {slot.name: slot.value for slot in model.optimizer.variables}
+    assert torch.equal(state["velocity.conv2d.kernel"], slots["sequential_conv2d_kernel_velocity"])
+    assert len(state) == 6 * 3
+    print("the same")

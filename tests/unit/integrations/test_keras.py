@@ -1,0 +1,54 @@
+"""`keras.Model.fit` with our callback, on real images. In processes of its own: a process has one backend."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.launching
+from harness.checkpoint.commit import list_checkpoints
+from tests.launching import ROOT
+from tests.mlflow_reader import client, history, models, only_run
+
+SCRIPT = ROOT / "tests" / "unit" / "integrations" / "keras_fit.py"
+
+
+def run(cwd: Path, *words: str, backend: str = "torch") -> tests.launching.Done:
+    return tests.launching.run([sys.executable, SCRIPT, *words], cwd, extra={"KERAS_BACKEND": backend})
+
+
+def test_models_load_and_give_the_same_when_fit_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    stopped = run(tmp_path, "stop")
+    assert stopped.code == 75, stopped.output
+    assert only_run(tmp_path).info.status == "KILLED"
+    names = [name for name, _ in list_checkpoints(tmp_path / "runs/digits/checkpoints")]
+    assert names[:2] == ["epoch-0001", "epoch-0002"] and names[2].startswith("step-0000002")
+
+    done = run(tmp_path, "check")
+    assert done.code == 0, done.output
+    assert "the same" in done.output
+    reader, mlflow_run = client(tmp_path), only_run(tmp_path)
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.tags["harness.attempt.2.step_from"] == "16"
+    for key in ("train/loss", "eval/loss", "epoch"):
+        assert [point.step for point in history(reader, mlflow_run, key)] == [8, 16, 24, 32], key
+    assert [model.tags["step"] for model in models(reader, mlflow_run)][-2:] == ["24", "32"]
+
+
+def test_run_has_failed_with_its_reason_when_fit_raises(tmp_path: Path) -> None:
+    failed = run(tmp_path, "fail")
+    assert failed.code == 1 and "RuntimeError: fell out" in failed.output
+    mlflow_run = only_run(tmp_path)
+    assert mlflow_run.info.status == "FAILED"
+    assert mlflow_run.data.tags["harness.end_reason"] == "RuntimeError: fell out"
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "numpy"])
+def test_remedy_is_told_when_the_backend_is_another(tmp_path: Path, backend: str) -> None:
+    done = tests.launching.run(
+        [sys.executable, "-c", "import harness.integrations.keras"], tmp_path, extra={"KERAS_BACKEND": backend}
+    )
+    assert done.code == 1
+    assert "set KERAS_BACKEND=torch in the environment, before keras is imported" in done.output.splitlines()[-1]
