@@ -1,0 +1,168 @@
+"""`HarnessTracker`: what a script gives `accelerator.log`, delivered to MLflow without waiting for it.
+
+    accelerator = Accelerator(log_with=HarnessTracker("my-experiment", run_name="vit"))
+    accelerator.init_trackers("", config={"lr": 1e-3})
+    accelerator.log({"train/loss": loss}, step=step)
+    accelerator.end_training()
+
+Tracking alone, for a script that keeps its own loop and its own checkpoints: a run directory with the outbox, and the
+process that delivers it. Accelerate's list of names is closed, so ``log_with="harness"`` is not possible; and a tracker
+that it is given is not told the name of the project.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, on_main_process
+
+from harness.config import TrackingConfig
+from harness.errors import HarnessError, Stopped
+from harness.redact import redact_message
+from harness.run_directory import RunDirectory, make_run_directory
+from harness.run_lifetime import FAILURE_WAIT_S
+from harness.run_lock import RunLock
+from harness.tracking import provenance
+from harness.tracking.tracker import RunStatus, Tracker
+
+
+class HarnessTracker(GeneralTracker):  # type: ignore[misc]
+    """A tracker for `accelerate.Accelerator(log_with=...)`; for checkpoints too, use `PeriodicLogger`.
+
+    Effects: on rank zero alone, whatever rank calls; not collective. `start` waits for the run's id, and `finish` for
+    what is left, at most ``tracking.drain_timeout_s``; all else only appends to a file. Leaves
+    ``<run_dir>/<run_name>/``. An exception that ends the process ends the run as FAILED; so does an end without
+    ``accelerator.end_training()``.
+
+    Args:
+        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on: points that it
+            has already are not sent again.
+        run_dir: the directory that the runs' directories are in.
+        tracking: everything else about tracking.
+    """
+
+    name = "harness"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(
+        self,
+        experiment_name: str | None = None,
+        run_name: str | None = None,
+        run_dir: str | Path = "runs",
+        tracking: TrackingConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self._run_name = run_name
+        self._runs_dir = Path(run_dir)
+        config = tracking or TrackingConfig()
+        self._config = replace(config, experiment_name=experiment_name or config.experiment_name)
+        self._tracker: Tracker | None = None
+        self._lock: RunLock | None = None
+        self._directory: RunDirectory | None = None
+        self._earlier_hook: Callable[..., Any] | None = None
+        self._step: int | None = None
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """What appends to the outbox, on rank zero while a run is open."""
+        return self._tracker
+
+    @property
+    def run_path(self) -> Path | None:
+        """The run's directory, on rank zero once there is one."""
+        return None if self._directory is None else self._directory.path
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def start(self) -> None:
+        """Make the run's directory and the MLflow run; its id is on disk when this returns.
+
+        Raises:
+            HarnessError: if the directory or the store cannot be used.
+        """
+        config = self._config
+        directory, self._lock = make_run_directory(self._runs_dir, self._run_name, config.experiment_name, "auto")
+        self._directory = directory
+        state = AcceleratorState()
+        facts = {"world_size": str(state.num_processes), "device": state.device.type}
+        tracker = Tracker(directory.path, config, directory.attempt)
+        try:
+            tracker.start(directory.name, provenance.attempt_facts(facts))
+        except BaseException:
+            self._lock.release()
+            raise
+        tracker.tags(provenance.tags(facts, config.tags))
+        self._tracker = tracker
+        self._earlier_hook, sys.excepthook = sys.excepthook, self._excepthook
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def store_init_configuration(self, values: Mapping[str, Any]) -> None:
+        """Parameters of the run, nested as you like: they become dotted names."""
+        if self._tracker is not None:
+            drift = self._tracker.params(provenance.flatten_params(values))
+            if drift.changed:
+                _say(f"parameters have changed since the run began: {drift.as_line()}")
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
+        """Metrics at a step; what is no number is left out.
+
+        Args:
+            values: name -> number, or tensor of one element, which is waited for.
+            step: of the run; None: the one after the latest.
+        """
+        tracker = self._tracker
+        if tracker is None:
+            return
+        if step is None:
+            step = 0 if self._step is None else self._step + 1
+        numbers: dict[str, float] = {}
+        for key, value in values.items():
+            with suppress(TypeError, ValueError, RuntimeError):
+                numbers[key] = float(value)
+        if self._step is None and self._directory is not None and self._directory.continues:
+            # What the script goes on from is its own affair: the first step that it tells says where that is.
+            tracker.resumed(step, None)
+        self._step = step
+        tracker.metrics(numbers, step)
+        while tracker.warnings:
+            _say(f"harness: warning: {tracker.warnings.pop(0)}")
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def finish(self) -> None:
+        """All was logged: the run is FINISHED. Waits for the delivery."""
+        self._end("FINISHED", "the script has ended its training", self._config.drain_timeout_s)
+
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier = self._earlier_hook or sys.__excepthook__
+        is_stop = isinstance(error, (KeyboardInterrupt, Stopped))
+        reason = str(error) if isinstance(error, HarnessError) else f"{kind.__name__}: {error}"
+        self._end("KILLED" if is_stop else "FAILED", redact_message(reason), FAILURE_WAIT_S)
+        earlier(kind, error, trace)
+
+    def _end(self, status: RunStatus, reason: str, timeout_s: float) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is None:
+            return
+        if sys.excepthook == self._excepthook and self._earlier_hook is not None:
+            sys.excepthook = self._earlier_hook
+        try:
+            if not tracker.end(status, reason, timeout_s, lambda _: True) and self._config.enabled:
+                _say(f"MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`")
+        except HarnessError as error:
+            tracker.abandon()
+            _say(f"harness: warning: {error}")
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")

@@ -1,0 +1,56 @@
+"""`accelerator.log` through the outbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from harness import TrackingConfig
+from harness.integrations.accelerate import HarnessTracker
+from tests.launching import ROOT, accelerate, run
+from tests.mlflow_reader import client, history, only_run
+
+SCRIPT = ROOT / "tests" / "unit" / "integrations" / "tracked_ranks.py"
+
+
+def train(begin: int, end: int, lr: float) -> None:
+    """A script that has put its state back by itself, at step `begin`."""
+    AcceleratorState._reset_state(True)
+    tracker = HarnessTracker("tracked", run_name="it", tracking=TrackingConfig(tags={"team": "vision"}))
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("", config={"lr": lr, "model": {"width": 4}})
+    for step in range(begin, end):
+        accelerator.log({"loss": torch.tensor(1.0 / (step + 1)), "note": "no number"}, step=step)
+    accelerator.log({"loss/last": 0.5})
+    accelerator.end_training()
+    assert tracker.tracker is None and tracker.run_path == Path("runs/it")
+
+
+def test_run_has_each_point_once_when_script_goes_on_before_its_end(tmp_path: Path) -> None:
+    train(0, 8, lr=0.1)
+    train(5, 12, lr=0.2)
+    reader, found = client(tmp_path), only_run(tmp_path)
+    assert found.info.status == "FINISHED"
+    assert reader.get_experiment(found.info.experiment_id).name == "tracked"
+    assert found.data.params == {"lr": "0.1", "model.width": "4"}
+    assert found.data.tags["team"] == "vision"
+    assert found.data.tags["harness.attempt.2.step_from"] == "5"
+    assert found.data.tags["harness.attempt.2.param_drift"] == '{"lr": ["0.1", "0.2"]}'
+    points = history(reader, found, "loss")
+    assert [point.step for point in points] == list(range(12))
+    assert [point.value for point in points] == pytest.approx([1.0 / (step + 1) for step in range(12)])
+    assert [point.step for point in history(reader, found, "loss/last")] == [8, 12]
+
+
+def test_all_ranks_have_one_run_that_has_failed_when_one_of_them_raises(tmp_path: Path) -> None:
+    done = run(accelerate("ddp", SCRIPT), tmp_path, extra={"ACCELERATE_USE_CPU": "true"})
+    assert done.code == 1
+    found = only_run(tmp_path, wait_for_end_s=30)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["harness.end_reason"] == "RuntimeError: fell out"
+    assert found.data.tags["harness.world_size"] == "2"
+    assert [(point.step, point.value) for point in history(client(tmp_path), found, "rank")] == [(0, 0), (1, 0), (2, 0)]
