@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from harness import data
@@ -189,6 +190,8 @@ def _environment(trainer: Trainer) -> Iterator[None]:
             "LOCAL_RANK": str(trainer.local_rank),
             "WORLD_SIZE": str(trainer.world_size),
             "LOCAL_WORLD_SIZE": str(trainer.num_devices),
+            # Where there is none, accelerate sets the number of this process's threads.
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

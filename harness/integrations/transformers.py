@@ -67,8 +67,8 @@ class HarnessCallback(TrainerCallback):
             Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
         )
         self._stopped: Stopped | None = None
-        # An epoch is over, and its end is still to be told: its evaluation is to come.
-        self._is_epoch_over = self._awaits_evaluation = False
+        # An epoch is over, and its end is still to be told: what is logged of it is to come.
+        self._is_epoch_over = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before the Trainer's own callback could begin a run."""
@@ -100,7 +100,7 @@ class HarnessCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch begins."""
-        self._end_epoch(state)
+        self._end_epoch(state, is_last=False)
         self._guest.begin_epoch()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -118,38 +118,33 @@ class HarnessCallback(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An epoch is over; the checkpoint of its end is to have its evaluation."""
+        """An epoch is over; the checkpoint of its end is to have its evaluation, which comes behind this."""
+        self._is_epoch_over = self._stopped is None
         if self._stopped is not None:
             control.should_evaluate = False
-            return
-        self._is_epoch_over, self._awaits_evaluation = True, control.should_evaluate
-        if not control.should_evaluate and not control.should_log:
-            self._end_epoch(state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Metrics, which the Trainer has reduced."""
+        if "train_runtime" in parts["logs"]:
+            # Of all the training: the last that is logged, before the Trainer takes its best weights back.
+            self._end_epoch(state, is_last=True)
         self._guest.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
-        if not self._awaits_evaluation:
-            self._end_epoch(state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An evaluation is done, and was logged."""
+        """Which is no step's time."""
         self._guest.evaluated()
-        self._end_epoch(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Training is complete, or has stopped in good order."""
         if self._stopped is not None:
             raise self._guest.fail(self._stopped)
-        self._end_epoch(state)
+        self._end_epoch(state, is_last=True)
         self._guest.end()
 
-    def _end_epoch(self, state: TrainerState) -> None:
-        if not self._is_epoch_over:
-            return
-        self._is_epoch_over = self._awaits_evaluation = False
-        is_last = state.global_step >= state.max_steps or state.epoch >= state.num_train_epochs
-        self._guest.end_epoch(is_whole=_is_whole(state), is_last=is_last)
+    def _end_epoch(self, state: TrainerState, *, is_last: bool) -> None:
+        if self._is_epoch_over:
+            self._is_epoch_over = False
+            self._guest.end_epoch(is_whole=_is_whole(state), is_last=is_last)
 
 
 class Pretrained:

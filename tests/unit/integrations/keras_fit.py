@@ -28,6 +28,15 @@ class At(keras.callbacks.Callback):  # type: ignore[misc]
             if HOW == "stop":
                 os.kill(os.getpid(), signal.SIGUSR1)
 
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 2:
+            # Of this moment, behind the checkpoint of which training goes on.
+            torch.save([self.model.layers[0].kernel.value, slots()["sequential_conv2d_kernel_velocity"]], "kept.pt")
+
+
+def slots() -> dict[str, torch.Tensor]:
+    return {slot.name: slot.value for slot in model.optimizer.variables}
+
 
 keras.utils.set_random_seed(0)
 model = keras.Sequential(
@@ -67,7 +76,10 @@ if HOW == "check":
     assert torch.equal(weights["batch_normalization.moving_mean"], model.layers[1].moving_mean.value)
     state = load_file("runs/digits/checkpoints/epoch-0004/optimizer.safetensors")
     assert state["step.dense.kernel"] == 32
-    slots = {slot.name: slot.value for slot in model.optimizer.variables}
-    assert torch.equal(state["velocity.conv2d.kernel"], slots["sequential_conv2d_kernel_velocity"])
+    assert torch.equal(state["velocity.conv2d.kernel"], slots()["sequential_conv2d_kernel_velocity"])
     assert len(state) == 6 * 3
+    kernel, velocity = torch.load("kept.pt", weights_only=False)
+    before = "runs/digits/checkpoints/epoch-0003"
+    assert torch.equal(load_file(f"{before}/model.safetensors")["conv2d.kernel"], kernel)
+    assert torch.equal(load_file(f"{before}/optimizer.safetensors")["velocity.conv2d.kernel"], velocity)
     print("the same")

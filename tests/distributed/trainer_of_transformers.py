@@ -1,0 +1,90 @@
+"""A `transformers.Trainer` of a tiny GPT-2 with tied weights on this project's own text, under DDP and then FSDP2.
+
+argv: ``train``; or ``fail``: under DDP, rank 1 raises at the end of the second epoch. Leaves ``<strategy>-<epoch>.pt``:
+what the Trainer itself would save at that moment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from harness import cpu
+from harness.integrations.transformers import HarnessCallback
+
+LENGTH = 16
+TEXT = (Path(__file__).resolve().parents[2] / "README.md").read_bytes()
+FAILS = sys.argv[1] == "fail"
+
+
+class Text(Dataset[Any]):
+    def __len__(self) -> int:
+        return 61  # the last batch is a small one
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = torch.tensor(list(TEXT[index * LENGTH : (index + 1) * LENGTH]))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class Keep(TrainerCallback):
+    trainer: Trainer
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        whole = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        if state.is_world_process_zero:
+            kept = {name: tensor.clone() for name, tensor in whole.items()}
+            torch.save(kept, f"{self.name}-{int(state.epoch)}.pt")
+        if FAILS and state.epoch == 2 and args.process_index == 1:
+            raise RuntimeError("the disk of this rank fell out")
+
+
+def train(name: str) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=256, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    arguments = TrainingArguments(
+        "out",
+        num_train_epochs=4,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        logging_steps=3,
+        save_strategy="no",
+        eval_strategy="epoch",
+        use_cpu=True,
+        disable_tqdm=True,
+        accelerator_config={"use_configured_state": name == "fsdp2"},
+    )
+    keep = Keep(name)
+    keep.trainer = Trainer(
+        GPT2LMHeadModel(config),
+        arguments,
+        train_dataset=Text(),
+        eval_dataset=Text(),
+        callbacks=[keep, HarnessCallback(2, run_name=name)],
+    )
+    keep.trainer.train()
+
+
+if __name__ == "__main__":
+    asked = {
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith(("ACCELERATE_USE_FSDP", "FSDP_"))
+    }
+    train("ddp")
+    os.environ.update(asked)
+    # Stock accelerate would run DDP again on a CPU, without a word.
+    AcceleratorState._reset_state(True)
+    cpu.prepare_fsdp2("no", InitProcessGroupKwargs())
+    train("fsdp2")
