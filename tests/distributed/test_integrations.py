@@ -71,3 +71,13 @@ def test_checkpoints_are_what_the_trainer_had_when_lightning_trains_on_two_ranks
             assert torch.equal(tensor, expected[key]), (name, key)
         moments = load_file(checkpoint / "optimizer.safetensors")
         assert moments["exp_avg.net.0.weight"].shape == weights["net.0.weight"].shape
+
+
+def test_all_ranks_have_one_run_that_has_failed_when_one_of_them_raises(tmp_path: Path) -> None:
+    done = run(accelerate("ddp", HERE / "tracked_ranks.py"), tmp_path, extra={"ACCELERATE_USE_CPU": "true"})
+    assert done.code == 1
+    found = only_run(tmp_path, wait_for_end_s=30)
+    assert found.info.status == "FAILED"
+    assert found.data.tags["harness.end_reason"] == "RuntimeError: fell out"
+    assert found.data.tags["harness.world_size"] == "2"
+    assert [(point.step, point.value) for point in history(client(tmp_path), found, "rank")] == [(0, 0), (1, 0), (2, 0)]

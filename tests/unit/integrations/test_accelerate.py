@@ -11,10 +11,7 @@ from accelerate.state import AcceleratorState
 
 from harness import TrackingConfig
 from harness.integrations.accelerate import HarnessTracker
-from tests.launching import ROOT, accelerate, run
 from tests.mlflow_reader import client, history, only_run
-
-SCRIPT = ROOT / "tests" / "unit" / "integrations" / "tracked_ranks.py"
 
 
 def train(begin: int, end: int, lr: float) -> None:
@@ -44,13 +41,3 @@ def test_run_has_each_point_once_when_script_goes_on_before_its_end(tmp_path: Pa
     assert [point.step for point in points] == list(range(12))
     assert [point.value for point in points] == pytest.approx([1.0 / (step + 1) for step in range(12)])
     assert [point.step for point in history(reader, found, "loss/last")] == [8, 12]
-
-
-def test_all_ranks_have_one_run_that_has_failed_when_one_of_them_raises(tmp_path: Path) -> None:
-    done = run(accelerate("ddp", SCRIPT), tmp_path, extra={"ACCELERATE_USE_CPU": "true"})
-    assert done.code == 1
-    found = only_run(tmp_path, wait_for_end_s=30)
-    assert found.info.status == "FAILED"
-    assert found.data.tags["harness.end_reason"] == "RuntimeError: fell out"
-    assert found.data.tags["harness.world_size"] == "2"
-    assert [(point.step, point.value) for point in history(client(tmp_path), found, "rank")] == [(0, 0), (1, 0), (2, 0)]
