@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from harness.config import RunConfig
-from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped
+from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped, reason_of
 from harness.options import parse_run_config
 from harness.redact import redact_message
 
@@ -63,10 +63,9 @@ def tell(error: BaseException) -> int:
         time.sleep(_RANK_ZERO_FIRST_S)
         nobody_knows = True
     if rank == 0 or nobody_knows:
-        name = "" if isinstance(error, HarnessError) else f"{type(error).__name__}: "
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
         what = "" if isinstance(error, Stopped) else f"error{where}: "
-        print(f"harness: {what}{name}{redact_message(str(error))}", file=sys.stderr, flush=True)
+        print(f"harness: {what}{redact_message(reason_of(error))}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 
 

@@ -130,3 +130,8 @@ class Stopped(HarnessError, SystemExit):
         super().__init__(f"stopped by {signal_name}")
         self.signal_name = signal_name
         self.code = EXIT_REQUEUE
+
+
+def reason_of(error: BaseException) -> str:
+    """What a user reads of it: ours say all, of others the name tells the most, and may be all there is."""
+    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from harness.errors import HarnessError, PeerFailure, Stopped
+from harness.errors import PeerFailure, Stopped, reason_of
 from harness.rendezvous import latest_meeting
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Peers:
         self._closing.set()
         if self._store is None or isinstance(error, PeerFailure):
             return
-        reason = _reason(error)
+        reason = reason_of(error)
         signal_name = error.signal_name if isinstance(error, Stopped) else None
         record = json.dumps({"rank": self._rank, "reason": reason, "signal": signal_name})
         # A store that is gone went with the rank that kept it, and that rank is noticed missing.
@@ -84,7 +84,7 @@ class Peers:
         except RuntimeError:
             found = None
         # What fails on all ranks alike is nobody's echo.
-        if found is not None and found.rank != self._rank and found.reason != _reason(error):
+        if found is not None and found.rank != self._rank and found.reason != reason_of(error):
             return found
         if _is_broken_collective(error):
             return PeerFailure(
@@ -118,10 +118,6 @@ class Peers:
             return None
         record = json.loads(self._store.get(self._key))
         return PeerFailure(record["rank"], record["reason"], record["signal"])
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
 
 
 def _is_broken_collective(error: BaseException) -> bool:

@@ -22,6 +22,8 @@ from harness.run_lock import TIMEOUT_S, RunLock
 
 FILE = "run.json"
 
+# A batch system that starts a stopped job again was asked to; torch's agent does so after whatever end but 0.
+_RESTARTS_AFTER_ANY_END = "torchelastic"
 # Room for the outbox and the configuration; checkpoints are another matter, and say so themselves.
 _NEEDED_BYTES = 256 * 1024
 
@@ -34,11 +36,14 @@ class RunDirectory:
         name: of the run.
         path: ``<runs_dir>/<name>``.
         attempt: which job in a row works on the run, from 1.
+        stopped_by: what this launch was stopped by in good order, where its launcher starts it again nevertheless;
+            else None.
     """
 
     name: str
     path: Path
     attempt: int
+    stopped_by: str | None = None
 
     @property
     def continues(self) -> bool:
@@ -79,7 +84,7 @@ def make_run_directory(
         try:
             # Again: another job may have made it meanwhile.
             _refuse_if_never(path, resume)
-            attempt = _write_record(path, name, is_made_up=run_name is None)
+            attempt, stopped_by = _write_record(path, name, is_made_up=run_name is None)
             # Only under the lock: another job's is no leftover.
             remove_leftovers(path / "checkpoints")
         except BaseException:
@@ -90,11 +95,26 @@ def make_run_directory(
             f"run_dir: cannot write into {path.absolute()}: {error.strerror}; "
             "free space, change its permissions, or give another --run_dir"
         ) from error
-    return RunDirectory(name, path, attempt), lock
+    return RunDirectory(name, path, attempt, stopped_by), lock
 
 
-def _write_record(path: Path, name: str, *, is_made_up: bool) -> int:
-    """Put this attempt into ``run.json``; its number."""
+def note_stop(path: Path, stopped_by: str) -> None:
+    """Note that this launch was stopped in good order: its launcher takes that for a failure, and may start it again.
+
+    Effects: not collective, rank zero only, under the lock; any thread; blocks on fsync; changes ``run.json``.
+
+    Raises:
+        RunDirError: if it cannot be read.
+        OSError: if the disk refuses.
+    """
+    identity = launch_identity().get(_RESTARTS_AFTER_ANY_END)
+    if identity is not None:
+        record = read_run_record(path) | {"stopped": {"launch": identity, "by": stopped_by}}
+        replace_file(path / FILE, json.dumps(record, indent=2) + "\n")
+
+
+def _write_record(path: Path, name: str, *, is_made_up: bool) -> tuple[int, str | None]:
+    """Put this attempt into ``run.json``; its number, and what this launch was stopped by before."""
     _require_space(path)
     record = read_run_record(path) if (path / FILE).exists() else None
     if record is None:
@@ -104,9 +124,14 @@ def _write_record(path: Path, name: str, *, is_made_up: bool) -> int:
         record["attempt"] = record.get("attempt", 1) + 1
     if is_made_up:
         record["launch"] = launch_identity()
+    stopped = record.get("stopped", {})
+    if restarted_identity() != (_RESTARTS_AFTER_ANY_END, stopped.get("launch")):
+        # Somebody has started it anew, to go on.
+        record.pop("stopped", None)
+        stopped = {}
     replace_file(path / FILE, json.dumps(record, indent=2) + "\n")
     attempt: int = record["attempt"]
-    return attempt
+    return attempt, stopped.get("by")
 
 
 def _refuse_if_never(path: Path, resume: str) -> None:

@@ -16,12 +16,12 @@ from torch import nn
 from harness.agreement import Agreement
 from harness.checkpoint.commit import Manifest, list_checkpoints
 from harness.config import ClassSpec, Mode, TrackingConfig
-from harness.errors import HarnessError, PeerFailure, Stopped
+from harness.errors import HarnessError, PeerFailure, Stopped, reason_of
 from harness.peers import Peers
 from harness.progress import Progress
 from harness.recipe import ExampleSource, infer_signature, make_recipe
 from harness.redact import redact_message
-from harness.run_directory import RunDirectory, make_run_directory
+from harness.run_directory import RunDirectory, make_run_directory, note_stop
 from harness.run_lock import RunLock
 from harness.runtime import Topology
 from harness.signals import STOP_REQUEST, StopSignals
@@ -100,10 +100,13 @@ class RunLifetime:
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
+            Stopped: on all ranks, if this launch was stopped in good order, and its launcher has started it again.
         """
 
         def make() -> RunDirectory:
             directory, self._lock = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
+            if directory.stopped_by is not None:
+                return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
@@ -116,6 +119,8 @@ class RunLifetime:
             return directory
 
         directory = agreement.from_rank_zero("make the run directory", make)
+        if directory.stopped_by is not None:
+            raise Stopped(directory.stopped_by)
         if self._config.enabled and self._config.log_system_metrics:
             self._sampler = start_sampler(agreement, device, self._log_system_metrics, self._say)
         return directory
@@ -326,6 +331,8 @@ class RunLifetime:
         before_end()
         self._stop_sampler()
         if self._tracker is not None:
+            if isinstance(cause, Stopped):
+                self._note_stop(self._tracker.run_dir, cause)
             # A job that is asked ahead of its time limit has more time than one that was hit.
             limit_s = max(FAILURE_WAIT_S, self._lead.delivery_s if self._is_request_told else 0.0)
             self._end(_status_of(cause), _reason_of(cause), limit_s)
@@ -338,6 +345,12 @@ class RunLifetime:
         """A line about tracking."""
         if not self._config.silent:
             self._progress.say(line)
+
+    def _note_stop(self, run_dir: Path, stopped: Stopped) -> None:
+        try:
+            note_stop(run_dir, stopped.signal_name)
+        except (OSError, HarnessError) as error:
+            self._progress.say(f"harness: warning: a launcher's restart would train on: {error}")
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -391,4 +404,4 @@ def _status_of(error: BaseException) -> RunStatus:
 
 def _reason_of(error: BaseException) -> str:
     # An error of a database that the task reads names its address, say.
-    return redact_message(str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}")
+    return redact_message(reason_of(error))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from harness.config import CheckpointConfig, ClassSpec, EarlyStopping, RunConfig, TrackingConfig, TrainerConfig
 from harness.errors import ConfigError, RunDirError
 from harness.options import parse_run_config
-from harness.run_directory import RunDirectory, make_run_directory, read_run_record, write_config
+from harness.run_directory import RunDirectory, make_run_directory, note_stop, read_run_record, write_config
 
 
 def make(runs_dir: Path, run_name: str | None, stem: str | None = None, resume: str = "auto") -> RunDirectory:
@@ -126,11 +128,7 @@ def test_launchs_own_run_goes_on_when_it_was_started_again_without_a_name(
     again: dict[str, str],
 ) -> None:
     def made_in(environment: dict[str, str], resume: str = "auto") -> RunDirectory:
-        with monkeypatch.context() as patch:
-            for name in [key for key in os.environ if key.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_"))]:
-                patch.delenv(name)
-            for name, value in environment.items():
-                patch.setenv(name, value)
+        with launched_with(environment, monkeypatch):
             return make(tmp_path, None, resume=resume)
 
     mine = made_in(first)
@@ -141,6 +139,41 @@ def test_launchs_own_run_goes_on_when_it_was_started_again_without_a_name(
     assert made_in(again, "never").name not in (mine.name, theirs.name)
     # The same launch without a restart, as a second training in one job: a run of its own.
     assert made_in(first).attempt == 1
+
+
+@contextmanager
+def launched_with(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        for name in [key for key in os.environ if key.startswith(("SLURM_", "TORCHELASTIC_", "MASTER_"))]:
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.mark.parametrize("run_name", [None, "mine"])
+def test_stop_is_told_when_the_launcher_starts_again_what_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_name: str | None
+) -> None:
+    with launched_with({**ELASTIC, "TORCHELASTIC_RESTART_COUNT": "0"}, monkeypatch):
+        first = make(tmp_path, run_name)
+        assert first.stopped_by is None
+        note_stop(first.path, "SIGUSR1")
+    for count in ("1", "2"):
+        with launched_with({**ELASTIC, "TORCHELASTIC_RESTART_COUNT": count}, monkeypatch):
+            assert make(tmp_path, run_name).stopped_by == "SIGUSR1"
+    # Somebody starts it anew, and then a rank dies.
+    for count in ("0", "1"):
+        with launched_with({**ELASTIC, "TORCHELASTIC_RESTART_COUNT": count}, monkeypatch):
+            assert make(tmp_path, first.name).stopped_by is None
+
+
+def test_queued_job_goes_on_when_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launched_with({"SLURM_JOB_ID": "7"}, monkeypatch):
+        first = make(tmp_path, "mine")
+        note_stop(first.path, "SIGUSR1")
+    with launched_with({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, monkeypatch):
+        assert make(tmp_path, "mine") == RunDirectory("mine", first.path, 2)
 
 
 def test_error_has_the_remedy_when_the_path_cannot_be_written(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_points_are_those_of_the_checkpoint_when_training_went_on_before_the_com
     [
         (ValueError("bad sample"), "FAILED", "ValueError: bad sample"),
         (Stopped("SIGTERM"), "KILLED", "stopped by SIGTERM"),
-        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt: "),
+        (KeyboardInterrupt(), "KILLED", "KeyboardInterrupt"),
         (PeerFailure(1, "out of memory"), "FAILED", "rank 1 failed: out of memory"),
         (PeerFailure(1, "stopped by SIGINT", "SIGINT"), "KILLED", "rank 1 was stopped by SIGINT"),
     ],
