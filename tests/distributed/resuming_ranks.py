@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,30 @@ NUM_EPOCHS = 4
 
 
 class Line:
-    """A line through noise; each rank writes down which samples it has had, and may be stopped at a batch."""
+    """A line through noise; each rank writes down which samples it has had, and may be stopped at a batch.
 
-    def __init__(self, directory: str, batch_size: int, signal_at: int = 0, signalled_rank: int = 0) -> None:
+    Args:
+        directory: for the samples.
+        batch_size: of one rank.
+        signal_at: the batch in which `signalled_rank` gets SIGTERM; 0: none.
+        signalled_rank: of the two signals.
+        signal_at_eval: the batch of evaluation in which it gets SIGUSR1; 0: none.
+        stuck_at: the batch in which that rank's writer process is stopped, until 2 s after the signal.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        batch_size: int,
+        signal_at: int = 0,
+        signalled_rank: int = 0,
+        signal_at_eval: int = 0,
+        stuck_at: int = 0,
+    ) -> None:
         self.directory, self.batch_size = Path(directory), batch_size
         self.signal_at, self.signalled_rank = signal_at, signalled_rank
-        self.num_batches = 0
+        self.signal_at_eval, self.stuck_at = signal_at_eval, stuck_at
+        self.num_batches = self.num_eval_batches = 0
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
@@ -55,10 +74,27 @@ class Line:
             rank = int(os.environ["RANK"])
             with (self.directory / f"seen-{rank}.jsonl").open("a") as log:
                 log.write(json.dumps(indices.tolist()) + "\n")
+            if self.num_batches == self.stuck_at and rank == self.signalled_rank:
+                os.kill(writer_process(), signal.SIGSTOP)
             if self.num_batches == self.signal_at and rank == self.signalled_rank:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if self.stuck_at:
+                    threading.Timer(2.0, os.kill, (writer_process(), signal.SIGCONT)).start()
+        elif self.signal_at_eval:
+            time.sleep(0.15)
+            self.num_eval_batches += 1
+            if self.num_eval_batches == self.signal_at_eval and int(os.environ["RANK"]) == self.signalled_rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
         loss = (model(inputs) - targets).square().mean()
         return StepOutput(loss, len(inputs), {})
+
+
+def writer_process() -> int:
+    """Of this rank."""
+    me = Path(f"/proc/{os.getpid()}/task")
+    children = [int(pid) for each in me.glob("*/children") for pid in each.read_text().split()]
+    (found,) = [pid for pid in children if b"harness.checkpoint.writer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
 
 
 def train_on_disks_of_their_own(rank: int, world_size: int, port: int, directory: Path, task: dict[str, Any]) -> None:
@@ -88,6 +124,7 @@ def train_some(
     attempt: str,
     task: dict[str, Any],
     strategy: str = "ddp",
+    every_n_steps: int | None = None,
 ) -> None:
     """One attempt; ends with the exit code of the program, and leaves the final metrics of rank zero."""
     become_rank_of(strategy, rank, world_size, port)
@@ -98,7 +135,7 @@ def train_some(
         run_dir=str(directory),
         run_name="run",
         trainer=TrainerConfig(max_epochs=NUM_EPOCHS, progress_bar=False),
-        checkpoint=CheckpointConfig(every_n_epochs=1, when_busy="wait"),
+        checkpoint=CheckpointConfig(every_n_epochs=1, every_n_steps=every_n_steps, when_busy="wait"),
         tracking=TrackingConfig(enabled=False, log_every_n_steps=1),
     )
     try:

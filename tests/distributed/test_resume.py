@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 
+from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.verify import verify
 from tests.distributed.resuming_ranks import NUM_EPOCHS, NUM_SAMPLES, train_some
 from tests.distributed.test_saver import ranks
 
 SAMPLES_PER_STEP = 12
 
 
-def attempt(directory: Path, name: str, world_size: int, strategy: str = "ddp", **task: Any) -> list[int | None]:
-    with ranks(world_size, train_some, directory, name, {"batch_size": 6, **task}, strategy) as processes:
+def attempt(
+    directory: Path, name: str, world_size: int, strategy: str = "ddp", every_n_steps: int | None = None, **task: Any
+) -> list[int | None]:
+    arguments = (directory, name, {"batch_size": 6, **task}, strategy, every_n_steps)
+    with ranks(world_size, train_some, *arguments) as processes:
         for process in processes:
             process.join(60)
         return [process.exitcode for process in processes]
@@ -54,3 +59,21 @@ def test_steps_take_the_same_samples_when_ranks_are_others(tmp_path: Path, strat
     cut = json.loads((tmp_path / "cut" / "end.json").read_text())
     assert cut["step"] == whole["step"]
     assert cut["eval/loss"] == pytest.approx(whole["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["evaluation", "save in flight"])
+def test_all_ranks_stop_with_a_checkpoint_when_one_gets_a_signal_in_an(tmp_path: Path, where: str) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    if where == "evaluation":
+        assert attempt(tmp_path, "one", 2, signal_at_eval=2, signalled_rank=1) == [75, 75]
+        # In the first epoch's evaluation, which begins again.
+        expected = {"step-00000004": 4}
+    else:
+        assert attempt(tmp_path, "one", 2, every_n_steps=2, stuck_at=2, signal_at=2, signalled_rank=1) == [75, 75]
+        # The one that was stuck was finished before the one that the stop takes.
+        expected = {"step-00000002": 2, "step-00000003": 3}
+    assert {name: manifest.step for name, manifest in list_checkpoints(checkpoints)} == expected
+    assert [problem for name in expected for problem in verify(checkpoints / name).problems] == []
+    assert attempt(tmp_path, "two", 2) == [0, 0]
+    steps = samples_of_steps(tmp_path / "two", 2)
+    assert len(steps) == NUM_EPOCHS * NUM_SAMPLES // SAMPLES_PER_STEP - max(expected.values())
