@@ -24,7 +24,8 @@ from harness.errors import CheckpointError, DamagedError
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 FORMAT = "harness-checkpoint"
-VERSION = 1
+# 1 had the XXH3-128 of each range as a whole.
+VERSION = 2
 _NUM_REMOVALS = 10
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
@@ -33,7 +34,7 @@ _LIMIT_BYTES = 1 << 30
 
 
 class Range(NamedTuple):
-    """Bytes `start` to `end` of a file: the rank that wrote them, and their XXH3-128 digest in hex."""
+    """Bytes `start` to `end` of a file: the rank that wrote them, and their `digest_of`, in hex."""
 
     start: int
     end: int
@@ -184,7 +185,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
     Raises:
         DamagedError: if there is none, or it is not what was written.
-        CheckpointError: if it is of a newer format, or the disk does not give it.
+        CheckpointError: if it is of another version of the format, or the disk does not give it.
     """
     path = checkpoint / MANIFEST
     try:
@@ -201,8 +202,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
         if record.get("version") != VERSION or not is_count(record["version"]):
             told = f"{path}: has version {record.get('version')}, this harness reads {VERSION}"
             if _is_as_written(record):
-                # No damage: to pass it by would be to train again what a newer harness has trained.
-                raise CheckpointError(f"{told}; update it, or give another run_name")
+                # No damage: to pass it by would be to train again what another harness has trained.
+                is_older = is_count(record.get("version")) and record["version"] < VERSION
+                remedy = "use the harness that has written it" if is_older else "update it"
+                raise CheckpointError(f"{told}; {remedy}, or give another run_name")
             raise DamagedError(f"{told}, and is damaged; use another checkpoint")
         manifest = _manifest(record)
         _require(_is_as_written(record), "its checksum is not that of what it holds")

@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import xxhash
-
 from harness.checkpoint import strict_json
 from harness.checkpoint.commit import FileRecord
+from harness.checkpoint.digest import digest_of
 from harness.checkpoint.files import Files, LocalFiles
 from harness.errors import CheckpointError, DamagedError
 
@@ -196,7 +195,7 @@ def _check_digest(header: bytes, record: FileRecord, size_bytes: int) -> None:
         raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
     # Rank zero writes headers, each as a range of its own.
     first = next(iter(record.ranges), None)
-    if first is None or first.end != len(header) or first.digest != xxhash.xxh3_128_hexdigest(header):
+    if first is None or first.end != len(header) or first.digest != digest_of(header):
         raise ValueError("its header is not what was written; use another checkpoint")
 
 

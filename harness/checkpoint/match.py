@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.layout import StoredTensor
-from harness.checkpoint.read import Want
+from harness.checkpoint.read import Want, unique_bytes
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import DTYPE_NAMES, DTYPES, Source
 from harness.checkpoint.stored import MASTER, Place, Stored, split_name
@@ -38,8 +38,8 @@ class Targets:
 
     @property
     def wanted_bytes(self) -> int:
-        """Of all files."""
-        return sum(want.end - want.start for wants in self.wants.values() for want in wants)
+        """Of all files, each byte once."""
+        return sum(unique_bytes(wants) for wants in self.wants.values())
 
 
 def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True) -> Targets:

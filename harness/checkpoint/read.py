@@ -1,27 +1,30 @@
 """Reading the bytes that a rank wants out of one file, with the digests of what it has read whole.
 
-A digest covers a range of a file, of which a rank on another topology may want a part only. So a range is
-checked here where all of it is wanted, at no cost but the hashing, and the ranks divide what is left.
+A digest covers a range of a file, of which a rank on another topology may want a part only. A range of which all
+is wanted is checked here, at no cost but the hashing; of the others the ranks put together what each knows
+(`check.joined`), and read once more what none knows: the leaves that lie across a border.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
-from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.check import Digests, Leaves, Span
+from harness.checkpoint.commit import FileRecord
+from harness.checkpoint.digest import LEAF_BYTES, leaves_of
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.shards.source import DTYPES
-from harness.errors import DamagedError
 
 # What is hashed is still in the core's cache; the kernel reads on meanwhile.
 CHUNK_BYTES = 512 << 10
+_LEAVES_OF_CHUNK = CHUNK_BYTES // LEAF_BYTES
 
 
 class Want(NamedTuple):
@@ -41,7 +44,17 @@ class Want(NamedTuple):
     @property
     def end(self) -> int:
         """Byte after the last."""
-        return self.start + self.target.numel() * DTYPES[self.dtype].itemsize
+        return self.start + self.target.numel() * self.item_bytes
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one element in the file."""
+        return DTYPES[self.dtype].itemsize
+
+    def part(self, start: int, end: int) -> Want:
+        """The elements from byte `start` of the file to before `end`."""
+        first, last = ((byte - self.start) // self.item_bytes for byte in (start, end))
+        return Want(start, self.dtype, self.target[first:last])
 
 
 @dataclass
@@ -50,11 +63,11 @@ class Reading:
 
     Attributes:
         read_bytes: from the file.
-        unchecked: numbers of the ranges that were not read whole, so that their digests are not checked.
+        spans: by number of the range, what is known of its digest; one that was read whole is what was written.
     """
 
     read_bytes: int = 0
-    unchecked: list[int] = field(default_factory=list)
+    spans: dict[int, list[Span]] = field(default_factory=dict)
 
 
 def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | None = None) -> Reading:
@@ -73,28 +86,30 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | N
         DamagedError: if a range is not what was written, or the file is cut off or not there.
         CheckpointError: if the disk does not give it.
     """
-    digests = _Digests(path, record.ranges)
+    digests = Digests(path, record.ranges)
     scratch = bytearray(CHUNK_BYTES)
     found = Reading()
-    ordered = sorted(wants, key=lambda want: want.start)
+    pieces = list(_once(wants))
     with (files or LocalFiles(path.parent)).opened(path.name) as file:
-        for want, reading_on_to in zip(ordered, _ends(ordered), strict=True):
-            item = DTYPES[want.dtype].itemsize
+        for same, reading_on_to in zip(pieces, _ends([same[0] for same in pieces]), strict=True):
+            start, dtype, item = same[0].start, DTYPES[same[0].dtype], same[0].item_bytes
+            targets = [want.target for want in same]
+            direct = next((target for target in targets if target.dtype == dtype and _bytes_of(target)), None)
+            memory = None if direct is None else _bytes_of(direct)
             num_items = CHUNK_BYTES // item
-            straight = _bytes_of(want.target) if want.target.dtype == DTYPES[want.dtype] else None
-            for first in range(0, want.target.numel(), num_items):
-                last = min(first + num_items, want.target.numel())
-                size_bytes = (last - first) * item
-                if straight is None:
-                    part = memoryview(scratch)[:size_bytes]
+            for first in range(0, len(targets[0]), num_items):
+                last = min(first + num_items, len(targets[0]))
+                if memory is None:
+                    part = memoryview(scratch)[: (last - first) * item]
                 else:
-                    part = straight[first * item : first * item + size_bytes]
-                file.fill(part, want.start + first * item, reading_on_to)
-                digests.add(want.start + first * item, part)
-                found.read_bytes += size_bytes
-                if straight is None:
-                    want.target[first:last].copy_(torch.frombuffer(part, dtype=DTYPES[want.dtype]))
-    found.unchecked = digests.unchecked()
+                    part = memory[first * item : last * item]
+                file.fill(part, start + first * item, reading_on_to)
+                digests.add(start + first * item, part)
+                found.read_bytes += len(part)
+                for target in targets:
+                    if target is not direct:
+                        target[first:last].copy_(torch.frombuffer(part, dtype=dtype))
+    found.spans = digests.spans
     return found
 
 
@@ -107,64 +122,60 @@ def _ends(ordered: Sequence[Want]) -> list[int]:
     return ends
 
 
-def check_ranges(path: Path, record: FileRecord, numbers: Sequence[int], files: Files | None = None) -> int:
-    """Read some ranges of a file for their digests alone; the number of bytes.
+def unique_bytes(wants: Iterable[Want]) -> int:
+    """Bytes of the file that are wanted, once or several times."""
+    found = reached = 0
+    for want in sorted(wants, key=lambda want: want.start):
+        found += max(0, want.end - max(want.start, reached))
+        reached = max(reached, want.end)
+    return found
+
+
+def _once(wants: Iterable[Want]) -> Iterator[list[Want]]:
+    """The wants in the order of the file, cut such that what several want, as a weight and its master, is together."""
+    overlapping: list[Want] = []
+    end = 0
+    for want in sorted(wants, key=lambda want: want.start):
+        first = overlapping[0] if overlapping else want
+        if want.start >= end or want.dtype != first.dtype or (want.start - first.start) % want.item_bytes:
+            yield from _cut(overlapping)
+            overlapping, end = [], want.end
+        overlapping.append(want)
+        end = max(end, want.end)
+    yield from _cut(overlapping)
+
+
+def _cut(overlapping: Sequence[Want]) -> Iterator[list[Want]]:
+    borders = {border for want in overlapping for border in (want.start, want.end)}
+    for start, end in pairwise(sorted(borders)):
+        yield [want.part(start, end) for want in overlapping if want.start <= start and end <= want.end]
+
+
+def digest_leaves(
+    path: Path, record: FileRecord, leaves: Iterable[Leaves], files: Files | None = None
+) -> tuple[int, list[int]]:
+    """Read some leaves for their digests alone: the number of bytes, and what each of the given has in its range's.
 
     Effects: as `read`'s.
 
     Raises:
         DamagedError, CheckpointError: as `read`.
     """
-    digests = _Digests(path, record.ranges)
     scratch = memoryview(bytearray(CHUNK_BYTES))
-    read_bytes = 0
+    read_bytes, found = 0, []
     with (files or LocalFiles(path.parent)).opened(path.name) as file:
-        for number in numbers:
+        for number, first, end in leaves:
             part = record.ranges[number]
-            for start in range(part.start, part.end, CHUNK_BYTES):
-                chunk = scratch[: min(CHUNK_BYTES, part.end - start)]
-                file.fill(chunk, start, part.end)
-                digests.add(start, chunk)
+            digest = 0
+            for leaf in range(first, end, _LEAVES_OF_CHUNK):
+                start = part.start + leaf * LEAF_BYTES
+                stop = min(part.end, part.start + min(end, leaf + _LEAVES_OF_CHUNK) * LEAF_BYTES)
+                chunk = scratch[: stop - start]
+                file.fill(chunk, start, min(part.end, part.start + end * LEAF_BYTES))
+                digest ^= leaves_of(chunk, leaf)
                 read_bytes += len(chunk)
-    return read_bytes
-
-
-class _Digests:
-    """The digests of a file's ranges, as their bytes come by."""
-
-    def __init__(self, path: Path, ranges: Sequence[Range]) -> None:
-        self._path = path
-        self._ranges = ranges
-        self._begun: dict[int, xxhash.xxh3_128] = {}
-        self._reached = [part.start for part in ranges]
-        self._number = 0
-
-    def add(self, start: int, data: memoryview) -> None:
-        """Bytes from `start` on; those that do not follow what came before are left out."""
-        end = start + len(data)
-        # They come nearly in order: from where the last began.
-        while self._number > 0 and self._ranges[self._number].start > start:
-            self._number -= 1
-        while self._number < len(self._ranges) - 1 and self._ranges[self._number].end <= start:
-            self._number += 1
-        for number in range(self._number, len(self._ranges)):
-            part = self._ranges[number]
-            if part.start >= end:
-                return
-            reached, last = self._reached[number], min(end, part.end)
-            if start <= reached < last:
-                digest = self._begun.setdefault(number, xxhash.xxh3_128())
-                digest.update(data[reached - start : last - start])
-                self._reached[number] = last
-                if last == part.end and self._begun.pop(number).hexdigest() != part.digest:
-                    raise DamagedError(
-                        f"{self._path}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what "
-                        "was written; use another checkpoint"
-                    )
-
-    def unchecked(self) -> list[int]:
-        """Numbers of the ranges that did not come by as a whole."""
-        return [number for number, part in enumerate(self._ranges) if self._reached[number] != part.end]
+            found.append(digest)
+    return read_bytes, found
 
 
 def _bytes_of(target: Tensor) -> memoryview | None:

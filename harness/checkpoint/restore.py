@@ -2,7 +2,7 @@
 
     headers  ->  optimizer makes its state  ->  what this rank holds  ->  matched by name  ->  read and checked
 
-Each rank reads what it holds and nothing else; the digests that no rank has come by are divided at the end.
+Each rank reads what it holds, and knows the digests of that; what none holds whole is put together at the end.
 After each part the ranks tell one another what went wrong, so that all of them stop with the same error.
 """
 
@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from harness.agreement import Agreement
+from harness.checkpoint.check import Span, joined, require_digest
 from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.match import Targets, match
 from harness.checkpoint.materialize import forget, materialize
-from harness.checkpoint.read import check_ranges, read
+from harness.checkpoint.read import digest_leaves, read
 from harness.checkpoint.shards.held import find_held, find_stepped, innermost
 from harness.checkpoint.stored import Stored
 from harness.checkpoint.trainer_state import Watched
@@ -33,7 +34,7 @@ class Restored:
     """What restoring took.
 
     Args:
-        wanted_bytes: of the files, that this rank holds.
+        wanted_bytes: of the files, that this rank holds, each once.
         read_bytes: from the files, with what was read for its digest alone.
         notes: what is not as it was saved (rounded, left out, started anew), for a person; the same on all ranks.
     """
@@ -139,20 +140,8 @@ def _restore(
 
         targets, refresh = agreement.together("matching the names in the checkpoint", matched)
         what = "reading the tensors"
-        read_bytes, unchecked = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
-        told = agreement.gather("which digests they have checked", unchecked)
-        # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
-        readers = range(agreement.world_size) if files.readers is None else files.readers
-        mine = {
-            name: sorted(set.intersection(*(set(each[name]) for each in told)))[
-                readers.index(agreement.rank) :: len(readers)
-            ]
-            if agreement.rank in readers
-            else []
-            for name in stored.records
-        }
-        what = "checking the digests"
-        read_bytes += agreement.together(what, lambda: files.reading(lambda: _check(stored, mine, files)))
+        read_bytes, spans = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
+        read_bytes += _check(stored, spans, files, agreement)
         refresh()
     except BaseException:
         forget(innermost(optimizer), made)
@@ -184,23 +173,46 @@ def _name(optimizer: torch.optim.Optimizer) -> str:
     return type(optimizer).__name__
 
 
-def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, list[int]]]:
-    """Read the targets; how many bytes, and by file the ranges whose digests are not checked yet."""
+def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:
+    """Read the targets; how many bytes, and by file what this rank knows of the ranges' digests."""
     read_bytes = 0
-    unchecked: dict[str, list[int]] = {}
+    spans: dict[str, dict[int, list[Span]]] = {}
     with torch.no_grad():
         for name, record in stored.records.items():
             reading = read(stored.checkpoint / name, record, targets.wants.get(name, []), files)
             read_bytes += reading.read_bytes
-            unchecked[name] = reading.unchecked
+            spans[name] = reading.spans
         for finish in targets.after:
             finish()
-    return read_bytes, unchecked
+    return read_bytes, spans
 
 
-def _check(stored: Stored, numbers: dict[str, list[int]], files: Files) -> int:
-    return sum(
-        check_ranges(stored.checkpoint / name, record, numbers[name], files)
-        for name, record in stored.records.items()
-        if numbers[name]
-    )
+def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files, agreement: Agreement) -> int:
+    """Put together what the ranks know of the digests; what none knows they divide, and read. How many bytes."""
+    told = agreement.gather("what they know of the digests", spans)
+    known = {name: joined(record, [each[name] for each in told]) for name, record in stored.records.items()}
+    # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
+    readers = range(agreement.world_size) if files.readers is None else files.readers
+
+    def read_mine() -> tuple[int, dict[str, list[tuple[int, int]]]]:
+        read_bytes = 0
+        found = {}
+        for name, (_, lacking) in known.items():
+            mine = lacking[readers.index(agreement.rank) :: len(readers)] if agreement.rank in readers else []
+            if mine:
+                more_bytes, digests = digest_leaves(stored.checkpoint / name, stored.records[name], mine, files)
+                read_bytes += more_bytes
+                found[name] = [(leaves.number, digest) for leaves, digest in zip(mine, digests, strict=True)]
+        return read_bytes, found
+
+    what = "reading the rest for its digests"
+    read_bytes, found = agreement.together(what, lambda: files.reading(read_mine))
+    for each in agreement.gather("the rest of the digests", found):
+        for name, parts in each.items():
+            for number, digest in parts:
+                known[name][0][number] ^= digest
+    # The same on every rank, and so is the error.
+    for name, record in stored.records.items():
+        for part, digest in zip(record.ranges, known[name][0], strict=True):
+            require_digest(stored.checkpoint / name, part, digest)
+    return read_bytes

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from harness.checkpoint import strict_json
 from harness.checkpoint.commit import TRAINER_STATE, FileRecord, Manifest
+from harness.checkpoint.digest import digest_of
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.strict_json import is_count, is_number
@@ -174,7 +174,7 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest, files: Files | None
         )
     try:
         data = _content(files or LocalFiles(checkpoint), record)
-        digests = [xxhash.xxh3_128_hexdigest(data[part.start : part.end]) for part in record.ranges]
+        digests = [digest_of(data[part.start : part.end]) for part in record.ranges]
         if digests != [part.digest for part in record.ranges]:
             raise ValueError("it is not what was written")
         return _state(strict_json.parse(data))

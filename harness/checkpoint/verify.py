@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from harness.checkpoint.commit import FileRecord, Range, read_manifest
+from harness.checkpoint.digest import LEAF_BYTES, in_hex, leaves_of
 from harness.errors import CheckpointError, RunDirError
 
-_CHUNK_BYTES = 4 << 20
+# Of whole leaves.
+_CHUNK_BYTES = 256 * LEAF_BYTES
 _NUM_THREADS = 4
 
 
@@ -81,24 +81,35 @@ def _problems(path: Path, file: FileRecord, threads: ThreadPoolExecutor) -> Iter
 
 
 def _problem(path: Path, part: Range) -> str | None:
-    digest = xxhash.xxh3_128()
+    digest = 0
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             position = part.start
             while position < part.end:
-                chunk = os.pread(descriptor, min(_CHUNK_BYTES, part.end - position), position)
-                if not chunk:
-                    return f"{path.name}: ends at byte {position}"
-                digest.update(chunk)
+                chunk = _read(descriptor, position, min(_CHUNK_BYTES, part.end - position))
+                if chunk is None:
+                    return f"{path.name}: ends before byte {part.end}"
+                digest ^= leaves_of(chunk, (position - part.start) // LEAF_BYTES)
                 position += len(chunk)
         finally:
             os.close(descriptor)
     except OSError as error:
         return f"{path.name}: bytes {part.start} to {part.end} cannot be read: {error.strerror}"
-    if digest.hexdigest() != part.digest:
+    if in_hex(digest) != part.digest:
         return f"{path.name}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what was written"
     return None
+
+
+def _read(descriptor: int, position: int, size_bytes: int) -> bytes | None:
+    """All of these bytes; None: the file ends before."""
+    found = bytearray()
+    while len(found) < size_bytes:
+        part = os.pread(descriptor, size_bytes - len(found), position + len(found))
+        if not part:
+            return None
+        found += part
+    return bytes(found)
 
 
 def summary(checkpoint: Path, found: Verified) -> str:

@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.digest import digest_of
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.plan import FileRange, Plan
 from harness.checkpoint.snapshot import StagingMemory
@@ -187,12 +186,12 @@ def write_json(path: Path, values: Any) -> FileRecord:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    return FileRecord(path.name, len(data), (Range(0, len(data), 0, xxhash.xxh3_128_hexdigest(data)),))
+    return FileRecord(path.name, len(data), (Range(0, len(data), 0, digest_of(data)),))
 
 
 def file_records(plan: Plan, digests: list[list[str]]) -> list[FileRecord]:
     """What the manifest says of the files of tensors, given each rank's digests of its ranges."""
-    by_file = [[Range(0, len(file.header), 0, xxhash.xxh3_128_hexdigest(file.header))] for file in plan.layout.files]
+    by_file = [[Range(0, len(file.header), 0, digest_of(file.header))] for file in plan.layout.files]
     for rank, (ranges, of_rank) in enumerate(zip(plan.ranges, digests, strict=True)):
         for part, digest in zip(ranges, of_rank, strict=True):
             by_file[part.file].append(Range(part.offset, part.offset + part.size, rank, digest))

@@ -27,8 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
+from harness.checkpoint.digest import digest_of
 from harness.checkpoint.direct_io import RangeFile
 
 _NICENESS = 10
@@ -145,7 +144,7 @@ class RangeWriter:
             }
 
     def _digest(self, staging: int, size: int) -> str:
-        return xxhash.xxh3_128_hexdigest(self._memory[staging : staging + size])
+        return digest_of(self._memory[staging : staging + size])
 
     def _start_flush(self, file: RangeFile) -> None:
         # Advice: where the system does not know it, the fsync does it all.

@@ -40,7 +40,6 @@ ENVIRONMENT = {
     | {
         "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
         "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
-        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
     },
     **{
         f"zero{stage}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
@@ -61,6 +60,8 @@ def become_rank_of(strategy: str, rank: int, world_size: int, port: int) -> None
     """What `accelerate launch` would have set for a strategy."""
     become_rank(rank, world_size, port)
     os.environ |= ENVIRONMENT[strategy]
+    if strategy == "hsdp":
+        os.environ["PARALLELISM_CONFIG_DP_SHARD_SIZE"] = str(world_size // 2)
     if strategy == "single":
         # With a launcher's variables it would be DDP, of one rank.
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -116,10 +117,11 @@ def save_under(
     precision: str = "fp32",
     kind: str = "AdamW",
     num_groups: int = 2,
+    model_name: str = "uneven",
 ) -> None:
     """Three steps and a save, into `directory`, and another step and save."""
     accelerator, agreement = started(rank, world_size, port, strategy, precision)
-    watched = prepared(accelerator, world_size, kind, num_groups)
+    watched = prepared(accelerator, world_size, kind, num_groups, model_name)
     saver = saver_of(accelerator, agreement, directory)
     saver.check(watched)
     for step in range(1, 5):
@@ -139,6 +141,7 @@ def restore_under(
     precision: str = "fp32",
     kind: str = "AdamW",
     num_groups: int = 2,
+    model_name: str = "uneven",
 ) -> None:
     """Restore each of the checkpoints in turn, save what was restored, and again after one step more.
 
@@ -146,7 +149,7 @@ def restore_under(
         names: of what is saved into `directory` -> path of the checkpoint.
     """
     accelerator, agreement = started(rank, world_size, port, strategy, precision)
-    watched = prepared(accelerator, 99, kind, num_groups)
+    watched = prepared(accelerator, 99, kind, num_groups, model_name)
     saver = saver_of(accelerator, agreement, directory)
     saver.check(watched)
     for name, path in names.items():

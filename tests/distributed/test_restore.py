@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.distributed.test_saver import ranks
 
 FILES = ("model.safetensors", "optimizer.safetensors")
 SAVED = [("single", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2)]
-RESTORED = [("single", 1), ("ddp", 3), ("fsdp2", 2), ("hsdp", 4), ("zero1", 3), ("zero2", 2), ("zero3", 3)]
+RESTORED = [("single", 1), ("ddp", 3), ("fsdp2", 2), ("hsdp", 6), ("zero1", 3), ("zero2", 2), ("zero3", 3)]
 
 
 def run(world_size: int, target: object, *arguments: object) -> None:
@@ -41,7 +42,7 @@ def test_values_are_what_was_saved_when_restored_on_any_topology(tmp_path: Path)
     checkpoints = {}
     for strategy, world_size in SAVED:
         name = f"{strategy}-{world_size}"
-        run(world_size, save_under, tmp_path / name, strategy)
+        run(world_size, save_under, tmp_path / name, strategy, "fp32", "AdamW", 2, "large")
         checkpoints[name] = tmp_path / name
     for strategy, world_size in sorted({*SAVED, *RESTORED}):
         mine = f"{strategy}-{world_size}"
@@ -51,16 +52,16 @@ def test_values_are_what_was_saved_when_restored_on_any_topology(tmp_path: Path)
             if name == mine or (strategy, world_size) in RESTORED
         }
         into = tmp_path / f"into-{mine}"
-        run(world_size, restore_under, into, strategy, names)
+        run(world_size, restore_under, into, strategy, names, "fp32", "AdamW", 2, "large")
         for name in names:
             # All of it, padding or not, is in what the same ranks save again.
             assert same_files(into / name, checkpoints[name] / "step-3"), f"{name} into {mine}"
             check_next(into / f"{name}-next", checkpoints[name] / "step-4", is_same=name == mine)
-            # What a rank reads beyond what it holds is for digests that no rank has come by.
-            size_bytes = sum((into / name / file).stat().st_size for file in FILES)
+            # What a rank reads beyond what it holds is for digests of what a border between ranks cuts.
             reports = json.loads((into / f"{name}.json").read_text())
-            assert sum(read - wanted for wanted, read, _ in reports) <= size_bytes
+            assert all(read <= 1.1 * wanted for wanted, read, _ in reports), f"{name} into {mine}: {reports}"
             assert all(notes == [] for _, _, notes in reports)
+        shutil.rmtree(into)
 
 
 def check_next(mine: Path, theirs: Path, *, is_same: bool) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import xxhash
 from safetensors.numpy import save_file
 
 from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, list_checkpoints, temporary_of
+from harness.checkpoint.digest import digest_of
 from harness.config import TrackingConfig
 from harness.errors import TrackingError
 from harness.run_directory import make_run_directory
@@ -74,7 +74,7 @@ def write_checkpoint(run_dir: Path, step: int, size_bytes: int, metrics: dict[st
 
 def _record(path: Path) -> FileRecord:
     content = path.read_bytes()
-    return FileRecord(path.name, len(content), (Range(0, len(content), 0, xxhash.xxh3_128_hexdigest(content)),))
+    return FileRecord(path.name, len(content), (Range(0, len(content), 0, digest_of(content)),))
 
 
 def _now_ms() -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.commit import VERSION, list_checkpoints
 from harness.checkpoint.strict_json import checksum
 from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, DamagedError, Stopped
@@ -343,11 +343,10 @@ def test_run_does_not_pass_by_a_checkpoint_of_a_newer_format(tmp_path: Path) -> 
         train(tmp_path, Setting(crash_at=(7,)), set())
     newest = tmp_path / "run" / "checkpoints" / "epoch-0001"
     record = json.loads((newest / "manifest.json").read_text())
-    record = {key: value for key, value in record.items() if key != "checksum"} | {"version": 2}
+    record = {key: value for key, value in record.items() if key != "checksum"} | {"version": VERSION + 1}
     (newest / "manifest.json").write_text(json.dumps(record | {"checksum": checksum(record)}))
-    with pytest.raises(
-        CheckpointError, match=r"epoch-0001/manifest\.json: has version 2, this harness reads 1; update"
-    ):
+    said = rf"epoch-0001/manifest\.json: has version {VERSION + 1}, this harness reads {VERSION}; update"
+    with pytest.raises(CheckpointError, match=said):
         train(tmp_path, Setting(), set())
     assert newest.exists()
 

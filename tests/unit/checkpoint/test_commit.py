@@ -13,6 +13,7 @@ import pytest
 from harness.checkpoint.commit import (
     FORMAT,
     MANIFEST,
+    VERSION,
     FileRecord,
     Manifest,
     Range,
@@ -175,7 +176,8 @@ def without(*path: Any) -> str:
         ("[]", f"is not the manifest of a {FORMAT}"),
         ("{}", f"is not the manifest of a {FORMAT}"),
         (changed("format", to="other"), f"is not the manifest of a {FORMAT}"),
-        (changed("version", to=2), "has version 2, this harness reads 1"),
+        (changed("version", to=VERSION + 1), f"has version {VERSION + 1}, this harness reads {VERSION}; update it"),
+        (changed("version", to=1), f"has version 1, this harness reads {VERSION}; use the harness that has written it"),
         (changed("version", to=True), "has version True"),
         (without("version"), "has version None"),
         (without("step"), "it has no step"),
@@ -251,7 +253,7 @@ def test_good_ones_are_found_and_the_bad_ones_told_when_some_are_damaged(tmp_pat
     for step in (1, 2, 3, 4):
         save(tmp_path / f"epoch-{step:04d}", manifest(step))
     (tmp_path / "epoch-0002" / MANIFEST).write_text(sealed(WHOLE)[:100])
-    (tmp_path / "epoch-0003" / MANIFEST).write_text(changed("version", to=2))
+    (tmp_path / "epoch-0003" / MANIFEST).write_text(changed("version", to=VERSION + 1))
     (tmp_path / "epoch-0000").mkdir()  # without a manifest it is no checkpoint, and no bad one
     found = scan_checkpoints(tmp_path)
     assert [name for name, _ in found.good] == ["epoch-0001", "epoch-0004"]
@@ -259,7 +261,7 @@ def test_good_ones_are_found_and_the_bad_ones_told_when_some_are_damaged(tmp_pat
     (truncated, first), (newer, second) = found.bad
     assert (truncated, newer) == ("epoch-0002", "epoch-0003")
     assert str(tmp_path / "epoch-0002" / MANIFEST) in first
-    assert "has version 2" in second
+    assert f"has version {VERSION + 1}" in second
 
 
 def test_error_has_the_path_when_the_directory_cannot_be_listed(tmp_path: Path) -> None:

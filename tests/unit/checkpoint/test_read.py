@@ -1,26 +1,27 @@
 from __future__ import annotations
 
+import random
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.checkpoint.check import Leaves, Span, joined, require_digest
 from harness.checkpoint.commit import FileRecord, Range
-from harness.checkpoint.read import CHUNK_BYTES, Reading, Want, check_ranges, read
+from harness.checkpoint.digest import LEAF_BYTES, digest_of
+from harness.checkpoint.read import CHUNK_BYTES, Reading, Want, digest_leaves, read, unique_bytes
 from harness.checkpoint.shards.source import DTYPES
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, DamagedError
 
 
 def record_of(name: str, content: bytes, cuts: list[int]) -> FileRecord:
     bounds = sorted({0, *cuts, len(content)})
     ranges = [
-        Range(start, end, number, xxhash.xxh3_128_hexdigest(content[start:end]))
-        for number, (start, end) in enumerate(pairwise(bounds))
+        Range(start, end, number, digest_of(content[start:end])) for number, (start, end) in enumerate(pairwise(bounds))
     ]
     return FileRecord(name, len(content), tuple(ranges))
 
@@ -47,14 +48,93 @@ def test_targets_are_what_is_stored_when_read(data: st.DataObject) -> None:
         found = read(path, record, wants)
         for want, values in zip(wants, expected, strict=True):
             assert torch.equal(want.target, values)
-        assert found.read_bytes == sum(want.end - want.start for want in wants)
         wanted = {byte for want in wants for byte in range(want.start, want.end)}
+        assert unique_bytes(wants) == len(wanted) <= found.read_bytes
+        if (
+            len({want.dtype for want in wants})
+            == len({want.start % DTYPES[want.dtype].itemsize for want in wants})
+            == 1
+        ):
+            assert found.read_bytes == len(wanted)  # once, whoever wants it
         for number, part in enumerate(record.ranges):
-            # What is wanted in part only is not checked; what is wanted whole and once is.
-            if not wanted.issuperset(range(part.start, part.end)):
-                assert number in found.unchecked
-        left = check_ranges(path, record, found.unchecked)
-        assert left == sum(record.ranges[number].end - record.ranges[number].start for number in found.unchecked)
+            # What is wanted whole, and by one want, is known.
+            is_one = any(want.start <= part.start and part.end <= want.end for want in wants)
+            assert (number in found.spans) >= is_one
+            assert wanted.issuperset(range(part.start, part.end)) >= (number in found.spans)
+        finish(path, record, [found.spans])
+
+
+def finish(path: Path, record: FileRecord, known: list[dict[int, list[Span]]]) -> int:
+    """Check all digests, with what several ranks have read; the number of bytes that it takes more."""
+    digests, lacking = joined(record, known)
+    read_bytes, rest = digest_leaves(path, record, lacking)
+    for leaves, digest in zip(lacking, rest, strict=True):
+        digests[leaves.number] ^= digest
+    for part, digest in zip(record.ranges, digests, strict=True):
+        require_digest(path, part, digest)
+    return read_bytes
+
+
+CONTENT = random.Random(1).randbytes(20 * LEAF_BYTES + 777)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_digests_are_put_together_when_each_rank_wants_a_part(data: st.DataObject) -> None:
+    borders = st.one_of(
+        st.integers(0, len(CONTENT)),
+        st.integers(0, 20).map(lambda leaf: leaf * LEAF_BYTES),
+        st.integers(1, 20).map(lambda leaf: leaf * LEAF_BYTES - 1),
+    )
+    record = record_of("file", CONTENT, data.draw(st.lists(borders, max_size=2)))
+    cuts = sorted({0, *data.draw(st.lists(borders, max_size=4)), len(CONTENT)})
+    pieces = list(pairwise(cuts))
+    # Some pieces are wanted by nobody, some twice, some by several ranks, some overlap.
+    ranks = [data.draw(st.lists(st.sampled_from(pieces), max_size=4)) for _ in range(data.draw(st.integers(1, 3)))]
+    if data.draw(st.booleans()):
+        first, last = sorted((data.draw(borders), data.draw(borders)))
+        ranks[0].append((first, last))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "file"
+        path.write_bytes(CONTENT)
+        known = []
+        for wanted in ranks:
+            wants = [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted]
+            known.append(read(path, record, wants).spans)
+        more_bytes = finish(path, record, known)
+        if len(ranks) == 1 and sorted(set(ranks[0])) == pieces:
+            assert more_bytes == 0
+        # A byte that was flipped is found, whoever has read it.
+        flipped = bytearray(CONTENT)
+        byte = data.draw(st.integers(0, len(CONTENT) - 1))
+        flipped[byte] ^= 1
+        path.write_bytes(flipped)
+        (hit,) = [part for part in record.ranges if part.start <= byte < part.end]
+        with pytest.raises(DamagedError, match=f"bytes {hit.start} to {hit.end}, written by rank {hit.rank}"):
+            finish(path, record, [])
+        with pytest.raises(DamagedError, match=f"bytes {hit.start} to {hit.end}, written by rank {hit.rank}"):
+            known = []
+            for wanted in ranks:
+                wants = [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted]
+                known.append(read(path, record, wants).spans)
+            finish(path, record, known)
+
+
+def test_only_leaves_at_borders_are_read_again_when_three_ranks_read_what_two_have_written(tmp_path: Path) -> None:
+    size = len(CONTENT)
+    record = record_of("file", CONTENT, [size // 2])
+    (tmp_path / "file").write_bytes(CONTENT)
+    known = []
+    for rank in range(3):
+        first, last = size * rank // 3, size * (rank + 1) // 3
+        found = read(tmp_path / "file", record, [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8))])
+        assert found.read_bytes == last - first
+        known.append(found.spans)
+    _, lacking = joined(record, known)
+    first_leaf = size // 3 // LEAF_BYTES
+    assert lacking[0] == Leaves(0, first_leaf, first_leaf + 1)
+    assert [leaves.end - leaves.first for leaves in lacking] == [1, 1]
+    assert finish(tmp_path / "file", record, known) <= 2 * LEAF_BYTES
 
 
 def test_all_digests_are_checked_when_everything_is_wanted_in_parts(tmp_path: Path) -> None:
@@ -63,7 +143,9 @@ def test_all_digests_are_checked_when_everything_is_wanted_in_parts(tmp_path: Pa
     (tmp_path / "file").write_bytes(content)
     bounds = [0, 5, 699, 20_000, 20_001, len(content)]
     wants = [Want(start, "U8", torch.empty(end - start, dtype=torch.uint8)) for start, end in pairwise(bounds)]
-    assert read(tmp_path / "file", record, wants[::-1]) == Reading(len(content), [])
+    found = read(tmp_path / "file", record, wants[::-1])
+    assert found.read_bytes == len(content)
+    assert joined(record, [found.spans])[1] == []
 
 
 @pytest.mark.parametrize("byte", [0, 500, 999])
@@ -77,10 +159,10 @@ def test_error_has_the_range_when_a_byte_of_it_is_another(tmp_path: Path, byte: 
     with pytest.raises(CheckpointError, match=said):
         read(tmp_path / "file", record, [Want(0, "U8", torch.empty(1000, dtype=torch.uint8))])
     with pytest.raises(CheckpointError, match=said):
-        check_ranges(tmp_path / "file", record, [0, 1, 2])
-    # A part of a range tells nothing of the range.
+        finish(tmp_path / "file", record, [])
+    # A part of a leaf tells nothing of it.
     part = Want(hit.start, "U8", torch.empty(hit.end - hit.start - 1, dtype=torch.uint8))
-    assert read(tmp_path / "file", record, [part]).unchecked == [0, 1, 2]
+    assert read(tmp_path / "file", record, [part]) == Reading(hit.end - hit.start - 1, {})
 
 
 def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Path) -> None:
@@ -88,9 +170,11 @@ def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Pat
     content = values.numpy().tobytes()
     (tmp_path / "file").write_bytes(content)
     target = torch.empty(len(values), dtype=torch.float64)
-    found = read(tmp_path / "file", record_of("file", content, [12_345]), [Want(0, "F32", target)])
+    record = record_of("file", content, [12_345])
+    found = read(tmp_path / "file", record, [Want(0, "F32", target)])
     assert torch.equal(target, values.double())
-    assert found == Reading(len(content), [])
+    assert found.read_bytes == len(content)
+    assert joined(record, [found.spans])[1] == []
 
 
 def test_error_has_the_byte_when_the_file_is_cut_off(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import xxhash
 
 from harness.checkpoint.commit import Manifest, commit
+from harness.checkpoint.digest import digest_of
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.plan import MAX_RANGE_BYTES, Holdings, Plan, plan_of
 from harness.checkpoint.shards.source import Run
@@ -63,7 +63,7 @@ Start = Callable[[Plan], tuple[WriterProcess, StagingMemory]]
 
 def expected_digests(plan: Plan, memory: StagingMemory) -> list[str]:
     data = memory.bytes.numpy().tobytes()
-    return [xxhash.xxh3_128_hexdigest(data[p.staging : p.staging + p.size]) for p in plan.ranges[0]]
+    return [digest_of(data[p.staging : p.staging + p.size]) for p in plan.ranges[0]]
 
 
 def expected_data(plan: Plan, memory: StagingMemory, file: int) -> bytes:
@@ -292,7 +292,7 @@ def test_ranges_are_written_alike_when_there_is_no_process(tmp_path: Path) -> No
     answer = RangeWriter(memoryview(memory), files, ranges).write(tmp_path, iter([50_000_000, 60_000_007]))
     assert (tmp_path / "a").read_bytes() == b"\0\0\0" + memory[:50_000_100]
     assert (tmp_path / "b").read_bytes() == memory[60_000_000:60_000_007]
-    assert split_digests(answer["digests"]) == [xxhash.xxh3_128_hexdigest(memory[s : s + n]) for _, _, s, n in ranges]
+    assert split_digests(answer["digests"]) == [digest_of(memory[s : s + n]) for _, _, s, n in ranges]
 
 
 def test_files_have_headers_and_their_length_when_made(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""The digests of a file's ranges: what is known of them as the bytes come by, and what several ranks know together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.checkpoint.commit import FileRecord, Range
+from harness.checkpoint.digest import LEAF_BYTES, in_hex, leaves_of, num_leaves
+from harness.errors import DamagedError
+
+
+class Span(NamedTuple):
+    """Leaves of a range, from `first` to before `end`, that have come by, and what they have in its digest."""
+
+    first: int
+    end: int
+    digest: int
+
+
+class Leaves(NamedTuple):
+    """Leaves of a file's range, of that number, from `first` to before `end`."""
+
+    number: int
+    first: int
+    end: int
+
+
+class Digests:
+    """What is known of the digests of a file's ranges, as their bytes come by.
+
+    Attributes:
+        spans: as those of `Reading`.
+    """
+
+    def __init__(self, path: Path, ranges: Sequence[Range]) -> None:
+        self._path = path
+        self._ranges = ranges
+        self._number = 0
+        # Of the leaf that has begun and not ended: where it goes on.
+        self._begun = bytearray()
+        self._goes_on = -1
+        self.spans: dict[int, list[Span]] = {}
+
+    def add(self, start: int, data: memoryview) -> None:
+        """Bytes from `start` on; whoever calls this goes through the file, and may go back."""
+        end = start + len(data)
+        while self._number > 0 and self._ranges[self._number].start > start:
+            self._number -= 1
+        while self._number < len(self._ranges) - 1 and self._ranges[self._number].end <= start:
+            self._number += 1
+        for number in range(self._number, len(self._ranges)):
+            part = self._ranges[number]
+            if part.start >= end:
+                return
+            first, last = max(start, part.start), min(end, part.end)
+            if first < last:
+                self._add(number, part, first, data[first - start : last - start])
+
+    def _add(self, number: int, part: Range, start: int, data: memoryview) -> None:
+        """Bytes that are all of one range."""
+        leaf, of_leaf = divmod(start - part.start, LEAF_BYTES)
+        if of_leaf:
+            rest = data[: LEAF_BYTES - of_leaf]
+            data = data[len(rest) :]
+            if start == self._goes_on:
+                self._begun += rest
+                self._goes_on += len(rest)
+                if len(self._begun) < LEAF_BYTES and self._goes_on < part.end:
+                    return
+                self._know(number, leaf, leaf + 1, memoryview(self._begun))
+                self._goes_on = -1
+            # Else the leaf's beginning is not known.
+            leaf += 1
+        at_end = part.start + leaf * LEAF_BYTES + len(data) == part.end
+        size_bytes = len(data) if at_end else len(data) - len(data) % LEAF_BYTES
+        if size_bytes:
+            self._know(number, leaf, leaf + num_leaves(size_bytes), data[:size_bytes])
+        if size_bytes < len(data):
+            self._begun = bytearray(data[size_bytes:])
+            self._goes_on = part.start + leaf * LEAF_BYTES + len(data)
+
+    def _know(self, number: int, first: int, end: int, data: memoryview) -> None:
+        """Whole leaves; those that have come by before are left out."""
+        spans = self.spans.setdefault(number, [])
+        last = spans[-1] if spans else Span(0, 0, 0)
+        if spans and first < last.end:
+            data = data[(last.end - first) * LEAF_BYTES :]
+            first = last.end
+        if first >= end:
+            return
+        digest = leaves_of(data, first)
+        if spans and first == last.end:
+            spans[-1] = last = Span(last.first, end, last.digest ^ digest)
+        else:
+            last = Span(first, end, digest)
+            spans.append(last)
+        part = self._ranges[number]
+        if last.first == 0 and end == num_leaves(part.end - part.start):
+            require_digest(self._path, part, last.digest)
+
+
+def joined(record: FileRecord, readings: Sequence[Mapping[int, Sequence[Span]]]) -> tuple[list[int], list[Leaves]]:
+    """What all ranks together know of a file: each range's digest, and the leaves that it lacks.
+
+    Args:
+        record: what the manifest says of the file.
+        readings: of each rank, as `Reading.spans`.
+    """
+    told: dict[int, list[Span]] = {}
+    for spans in readings:
+        for number, of_rank in spans.items():
+            told.setdefault(number, []).extend(of_rank)
+    digests, lacking = [], []
+    for number, part in enumerate(record.ranges):
+        reached = digest = 0
+        # Each leaf counts once, however many ranks hold it; who knows the most comes first.
+        for span in sorted(told.get(number, ()), key=lambda span: (span.first, -span.end)):
+            if span.first < reached:
+                continue
+            if span.first > reached:
+                lacking.append(Leaves(number, reached, span.first))
+            reached = span.end
+            digest ^= span.digest
+        if reached < (end := num_leaves(part.end - part.start)):
+            lacking.append(Leaves(number, reached, end))
+        digests.append(digest)
+    return digests, lacking
+
+
+def require_digest(path: Path, part: Range, digest: int) -> None:
+    """Refuse a range that is not what was written.
+
+    Raises:
+        DamagedError: if it is not.
+    """
+    if in_hex(digest) != part.digest:
+        raise DamagedError(
+            f"{path}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what was written; use "
+            "another checkpoint"
+        )
