@@ -54,10 +54,12 @@ def lose_the_sender(rank: int, world_size: int, port: int, directories: list[Pat
     accelerator, agreement = started(rank, world_size, port, "fsdp2", "fp32")
     watched = prepared(accelerator, 99, "AdamW", 2)
     manifest, files = open_checkpoint(Path(name), agreement, Relay(agreement), lambda line: None)
-    if rank == 0:
-        os._exit(9)
     said = "nothing"
     try:
+        # Not before all have their connections: a rank that is at it would fail otherwise.
+        agreement.gather("who has opened it", None)
+        if rank == 0:
+            os._exit(9)
         restore_tensors(accelerator, watched, Path(name), agreement, manifest=manifest, files=files)
     except HarnessError as error:
         said = str(error)
