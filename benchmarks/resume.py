@@ -61,20 +61,19 @@ def worker(arguments: argparse.Namespace) -> None:
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4)
     loader = torch.utils.data.DataLoader(torch.randn(64, WIDTH), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    batch = next(iter(loader))
-    for _ in range(2):
-        accelerator.backward(model(batch).square().mean())
-        optimizer.step()
-        optimizer.zero_grad()
     directory = Path(arguments.directory)
     checkpoint = CheckpointConfig(every_n_epochs=None, save_last=False, when_busy="wait")
     with PeriodicLogger(
         accelerator, None, run_dir=directory, run_name="ours", checkpoint=checkpoint, tracking=TrackingConfig(False)
     ) as logger:
         logger.watch(model, optimizer)
-        logger.step = 1
-        logger.save()
-    path = directory / "ours" / "checkpoints" / "step-00000001"
+        for _ in logger.epochs(1):
+            for batch in logger.batches(loader, 2):
+                accelerator.backward(model(batch).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            logger.save()
+    path = directory / "ours" / "checkpoints" / "step-00000002"
     rank, world_size = accelerator.process_index, accelerator.num_processes
     agreement = Agreement(rank, world_size)
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -113,7 +113,9 @@ def test_own_checkpoint_is_gone_on_from_when_there_is_one(tmp_path: Path) -> Non
     for _ in range(2):
         accelerator = Accelerator(cpu=True)
         model = torch.nn.Linear(1, 1)
-        prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        loader: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1, 1)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         with PeriodicLogger(
             accelerator,
             None,
@@ -125,8 +127,8 @@ def test_own_checkpoint_is_gone_on_from_when_there_is_one(tmp_path: Path) -> Non
         ) as logger:
             logger.watch(prepared, optimizer)
             found.append(model.weight.item())
-            if not logger.step:
-                model.weight.data.fill_(7.0)
-                logger.step = 1
-                assert logger.save()
+            for _ in logger.epochs(1):
+                for _ in logger.batches(loader):
+                    model.weight.data.fill_(7.0)
+                assert logger.save() == (len(found) == 1)  # then it is there already
     assert found == [5.0, 7.0]
