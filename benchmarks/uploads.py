@@ -58,7 +58,7 @@ def make_checkpoint(directory: Path, weights: Path, number: int) -> dict[str, An
     (directory / name / "manifest.json").write_text("{}")  # published as it is: nothing here reads it
     return {
         "name": name,
-        "key": f"key-{number}",
+        "key": f"{directory.parent.name}-{number}",  # of one that is there already nothing is sent
         "epoch": 0,
         "step": number,
         "files": [WEIGHTS, "manifest.json"],

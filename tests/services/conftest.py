@@ -13,6 +13,7 @@ from tests.services.s3 import BUCKET, S3
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """One for all tests: each has experiments of its own, and starts it again where it has stopped it."""
     running = MlflowServer(tmp_path_factory.mktemp("server") / "mlflow")
+    running.start()
     yield running
     running.stop()
 

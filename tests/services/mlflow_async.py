@@ -208,8 +208,12 @@ def full(place: Place) -> None:
 
 
 def trainers_killed(place: Place) -> None:
+    """While the server is away: what is logged then is nowhere but with them."""
+    place.proxy.refuse()
+    time.sleep(place.outage_s / 6)
     for process in place.processes.values():
         process.kill()
+    place.proxy.accept()
 
 
 FAULTS = {
@@ -223,7 +227,7 @@ FAULTS = {
     "401 to all": Case(answers(Fault("401", status=401))),
     "database locked": Case(locked),
     "server's disk full": Case(full, small_disk=True),
-    "trainer killed": Case(trainers_killed),
+    "trainer killed while the server is away": Case(trainers_killed),
 }
 
 

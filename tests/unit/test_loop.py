@@ -22,7 +22,7 @@ from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.runtime import start
 from harness.task import StepOutput
-from harness.tracking.entries import read_entries
+from harness.tracking.entries import Entry, read_entries
 
 NUM_SAMPLES = 20
 
@@ -246,3 +246,22 @@ def test_lines_about_tracking_are_there_unless_it_is_silent(
     lines = capsys.readouterr().err
     assert ("harness sync" in lines) is not silent
     assert "run a in" in lines
+
+
+def test_only_what_is_asked_for_is_told_to_mlflow(train: Callable[..., Run]) -> None:
+    def told(**tracking: Any) -> list[Entry]:
+        more = {"enabled": True, "offline": True, **tracking}
+        _, logger, _ = train(TrainerConfig(max_epochs=2), tracking=more, every_n_epochs=1, when_busy="wait")
+        assert logger.run_path is not None
+        return list(read_entries(logger.run_path / "outbox"))
+
+    everything = told(log_resume_state="all", tags={"team": "vision"})
+    published = [entry.body for entry in everything if entry.kind == "checkpoint"]
+    assert [body["name"] for body in published] == ["epoch-0001", "epoch-0002"]
+    for body in published:
+        assert "trainer_state.json" in body["resume_files"]
+        assert {*body["resume_files"], "model.safetensors", "manifest.json"} == {*body["files"]}
+    assert sum(entry.kind == "dataset" for entry in everything) == 2
+    assert any(entry.kind == "tags" and entry.body.get("team") == "vision" for entry in everything)
+    assert all(not entry.body["resume_files"] for entry in told() if entry.kind == "checkpoint")
+    assert not {entry.kind for entry in told(log_models=False, log_datasets=False)} & {"checkpoint", "dataset"}
