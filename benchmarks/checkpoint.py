@@ -49,6 +49,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.checkpoint.plan import Plan
 from harness.config import TrainerConfig
 from harness.runtime import start
 
@@ -351,7 +352,7 @@ def worker(arguments: argparse.Namespace) -> None:
         peers["ours"] = ours
         engine = logger._saver._engine
         assert engine is not None
-        share_bytes = engine.plan.staging_bytes[accelerator.process_index]
+        share_bytes = engine.plan.staging_bytes
         memory["share_bytes"] = share_bytes
         order = random.Random(0)
         for round_number in range(arguments.rounds + 1):  # the first is to warm the peers up
@@ -373,11 +374,16 @@ def worker(arguments: argparse.Namespace) -> None:
             "mode": mode,
             "transport": logger._saver._runner.facts.transport,
             "logical_bytes": engine.plan.layout.size_bytes,
-            "written_bytes": sum(part.size for ranges in engine.plan.ranges for part in ranges)
-            + sum(len(file.header) for file in engine.plan.layout.files),
+            "written_bytes": _written_bytes(engine.plan, accelerator.num_processes),
             "ranks": gathered,
         }
         Path(arguments.output).write_text(json.dumps(record))
+
+
+def _written_bytes(plan: Plan, num_processes: int) -> int:
+    assert plan.all_ranges is not None
+    written = sum(part.size for rank in range(num_processes) for part in plan.all_ranges.of_rank(rank))
+    return written + sum(len(file.header) for file in plan.layout.files)
 
 
 def _window(name: str, peer: Peer | None, step: Callable[[], float], num_steps: int, directory: Path) -> dict[str, Any]:

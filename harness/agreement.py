@@ -78,6 +78,17 @@ class Agreement:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
         return cast(list[T], values)
 
+    def to_rank_zero(self, what: str, value: bytes) -> list[bytes] | None:
+        """Each rank's bytes, in the order of ranks, on rank zero; None elsewhere. For what nobody else needs."""
+        if self._group is None:
+            return [value]
+        values: list[bytes | None] | None = [None] * self.world_size if self.rank == 0 else None
+        try:
+            dist.gather_object(value, values, dst=0, group=self._group)
+        except RuntimeError as error:
+            raise PeerFailure(None, f"telling rank 0 {what}: {error}") from error
+        return cast(list[bytes] | None, values)
+
     def together(self, what: str, run: Callable[[], T]) -> T:
         """Run on each rank what is not collective; if it fails on one, it fails on all, with the same class.
 

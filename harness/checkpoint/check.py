@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from harness.checkpoint.commit import FileRecord, Range
 from harness.checkpoint.digest import LEAF_BYTES, in_hex, leaves_of, num_leaves
+from harness.checkpoint.ranges import number_at
 from harness.errors import DamagedError
 
 
@@ -37,7 +38,6 @@ class Digests:
     def __init__(self, path: Path, ranges: Sequence[Range]) -> None:
         self._path = path
         self._ranges = ranges
-        self._number = 0
         # Of the leaf that has begun and not ended: where it goes on.
         self._begun = bytearray()
         self._goes_on = -1
@@ -46,11 +46,7 @@ class Digests:
     def add(self, start: int, data: memoryview) -> None:
         """Bytes from `start` on; whoever calls this goes through the file, and may go back."""
         end = start + len(data)
-        while self._number > 0 and self._ranges[self._number].start > start:
-            self._number -= 1
-        while self._number < len(self._ranges) - 1 and self._ranges[self._number].end <= start:
-            self._number += 1
-        for number in range(self._number, len(self._ranges)):
+        for number in range(number_at(self._ranges, start), len(self._ranges)):
             part = self._ranges[number]
             if part.start >= end:
                 return

@@ -12,11 +12,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.checkpoint import strict_json
+from harness.checkpoint.ranges import Range as Range
+from harness.checkpoint.ranges import Ranges
 from harness.checkpoint.strict_json import is_count, is_number, is_texts
 from harness.durable import replace_file, sync_directory
 from harness.errors import CheckpointError, DamagedError
@@ -29,17 +31,8 @@ VERSION = 2
 _NUM_REMOVALS = 10
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
-# A thousand ranks with a thousand tensors each write less.
+# A thousand ranks with a thousand tensors each write a twentieth of that.
 _LIMIT_BYTES = 1 << 30
-
-
-class Range(NamedTuple):
-    """Bytes `start` to `end` of a file: the rank that wrote them, and their `digest_of`, in hex."""
-
-    start: int
-    end: int
-    rank: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class FileRecord:
 
     name: str
     size_bytes: int
-    ranges: tuple[Range, ...]
+    ranges: Sequence[Range]
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,9 @@ def manifest_text(manifest: Manifest) -> str:
         TypeError: if something in it is no JSON.
         ValueError: if a number in it is not finite.
     """
-    record = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    files = [_file_values(file) for file in manifest.files]
+    rest = {field.name: getattr(manifest, field.name) for field in fields(manifest) if field.name != "files"}
+    record = {"format": FORMAT, "version": VERSION, **rest, "files": files}
     return json.dumps({**record, "checksum": strict_json.checksum(record)}, indent=1)
 
 
@@ -318,10 +313,11 @@ def _file(record: Any) -> FileRecord:
     is_name = isinstance(name, str) and name not in ("", ".", "..", MANIFEST) and not set(name) & set("/\\\0")
     _require(is_name, f"{name!r} is no name of a file in it")
     _require(is_count(size_bytes), f"{name}: size_bytes is no whole number from 0 on")
+    if isinstance(ranges, dict):
+        return FileRecord(name, size_bytes, _unpacked(name, ranges, size_bytes))
     _require(isinstance(ranges, list), f"{name}: ranges is no list")
     covered = 0
     parts = []
-    # There may be millions: nothing is put together here that is not needed.
     for part in ranges:
         if not isinstance(part, list) or [type(value) for value in part] != [int, int, int, str] or part[2] < 0:
             raise ValueError(f"{name}: {part!r} is not the start, end, rank and digest of a range")
@@ -332,6 +328,18 @@ def _file(record: Any) -> FileRecord:
         parts.append(Range(start, end, rank, digest))
     _require(covered == size_bytes, f"{name}: its ranges end at {covered}, the file at {size_bytes}")
     return FileRecord(name, size_bytes, tuple(parts))
+
+
+def _unpacked(name: str, ranges: dict[str, Any], size_bytes: int) -> Ranges:
+    try:
+        return Ranges.unpacked(ranges, size_bytes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _file_values(file: FileRecord) -> dict[str, Any]:
+    ranges = file.ranges.packed() if isinstance(file.ranges, Ranges) else [list(part) for part in file.ranges]
+    return {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges}
 
 
 def _require(is_so: bool, otherwise: str) -> None:

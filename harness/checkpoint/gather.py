@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harness.checkpoint.all_ranges import FileRange
 from harness.checkpoint.direct_io import RangeFile
-from harness.checkpoint.plan import FileRange, Plan
+from harness.checkpoint.plan import Plan
 from harness.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Gatherer:
             self._slots = [torch.frombuffer(mmap.mmap(-1, CHUNK_BYTES), dtype=torch.uint8) for _ in range(_NUM_SLOTS)]
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="harness-gather")
         assert self._writer is not None
+        all_ranges = plan.all_ranges
+        assert all_ranges is not None
         files: list[RangeFile] = []
         writing: list[Future[None] | None] = [None] * _NUM_SLOTS
         failures: list[BaseException] = []
@@ -88,9 +91,10 @@ class Gatherer:
             except OSError as error:
                 failures.append(error)
         try:
-            for rank, size_bytes in enumerate(plan.staging_bytes):
+            for rank, size_bytes in enumerate(all_ranges.staging_bytes):
                 if rank == 0:
                     continue
+                ranges = all_ranges.of_rank(rank)
                 for begin, end in _chunks(size_bytes):
                     slot = turn % _NUM_SLOTS
                     turn += 1
@@ -98,7 +102,7 @@ class Gatherer:
                     part = self._slots[slot][: end - begin]
                     self._await(self._group.recv([part], rank, 0), f"rank {rank} to send its part of the checkpoint")
                     if directory is not None and not failures:
-                        writing[slot] = self._writer.submit(_write, files, part, plan.ranges[rank], begin, end)
+                        writing[slot] = self._writer.submit(_write, files, part, ranges, begin, end)
             for future in writing:
                 _settle(future, failures)
             for output in files:
@@ -137,9 +141,15 @@ def _settle(future: Future[None] | None, failures: list[BaseException]) -> None:
 def _write(files: Sequence[RangeFile], part: Tensor, ranges: Sequence[FileRange], begin: int, end: int) -> None:
     """Write the bytes `begin` to `end` of a rank's memory, which `part` holds, where they belong."""
     data = memoryview(part.numpy())  # type: ignore[arg-type]
+    for file, first, last, offset in places(ranges, begin, end):
+        files[file].write(data, first - begin, last - begin, offset)
+
+
+def places(ranges: Sequence[FileRange], begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where the bytes `begin` to `end` of a rank's memory belong: file, first and last of them, byte in the file."""
     position = bisect_right(ranges, begin, key=lambda part: part.staging + part.size)
     while position < len(ranges) and ranges[position].staging < end:
         file, offset, staging, size = ranges[position]
         first, last = max(begin, staging), min(end, staging + size)
-        files[file].write(data, first - begin, last - begin, offset + first - staging)
+        yield file, first, last, offset + first - staging
         position += 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.commit import Manifest, Range, read_manifest
+from harness.checkpoint.commit import Manifest, read_manifest
 from harness.checkpoint.layout import read_header
+from harness.checkpoint.ranges import Range, number_at
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
@@ -25,7 +25,6 @@ def contents(checkpoint: Path) -> dict[str, Any]:
             continue
         stored, metadata = read_header(checkpoint / file.name, file)
         aliases |= {name: first for name, first in metadata.items() if name != "format" and first in stored}
-        starts = [part.start for part in file.ranges]
         for name, tensor in stored.items():
             tensors.append(
                 {
@@ -34,7 +33,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
                     "dtype": tensor.dtype,
                     "shape": list(tensor.shape),
                     "bytes": tensor.end - tensor.start,
-                    "ranks": _owners(file.ranges, starts, tensor.start, tensor.end),
+                    "ranks": _owners(file.ranges, tensor.start, tensor.end),
                 }
             )
     return {
@@ -49,11 +48,11 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _owners(ranges: Sequence[Range], starts: Sequence[int], start: int, end: int) -> list[int]:
+def _owners(ranges: Sequence[Range], start: int, end: int) -> list[int]:
     """The ranks that wrote any of these bytes."""
-    first = max(0, bisect_right(starts, start) - 1)
     found = set()
-    for part in ranges[first:]:
+    for number in range(number_at(ranges, start), len(ranges)):
+        part = ranges[number]
         if part.start >= end:
             break
         if part.end > start:

@@ -1,13 +1,14 @@
 """From what each rank holds to what each rank writes: every byte by exactly one rank.
 
-    holdings of all ranks  ->  owners  ->  ranges of files, and where they lie in each rank's memory
+    holdings of all ranks  ->  who shares what  ->  what this rank owns  ->  ranges of files, places in its memory
 
-Every rank computes all of it alike, from the same exchange: who writes what needs no further word.
+Every rank finds what it owns by itself, from the same exchange, and that all ranks together own each byte once;
+rank zero is told the ranges of the others. With a thousand ranks there are millions: what the ranks exchange, and
+what each looks at of the others, is by kinds of tensors, of which a model has a dozen.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,9 @@ from typing import NamedTuple
 import xxhash
 
 from harness.agreement import Agreement
+from harness.checkpoint.all_ranges import AllRanges, FileRange, packed
 from harness.checkpoint.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
+from harness.checkpoint.holdings import Holdings, Kind, Sharing, kinds_of, sharing_of
 from harness.checkpoint.layout import Layout, TensorSpec, plan_layout
 from harness.checkpoint.replicas import check_replicas
 from harness.checkpoint.shards.held import Held
@@ -42,30 +45,23 @@ class Piece(NamedTuple):
     staging: int
 
 
-class FileRange(NamedTuple):
-    """Bytes of a file that one rank writes from its staging memory; all in bytes."""
-
-    file: int
-    offset: int
-    staging: int
-    size: int
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Who writes what, the same on every rank except for `pieces`.
+    """What one rank writes.
 
     Args:
-        layout: files and places.
+        layout: files and places, the same on every rank.
         pieces: what this rank copies.
-        staging_bytes: how much memory that takes, for each rank.
-        ranges: for each rank, in the order of its staging memory.
+        staging_bytes: how much memory that takes.
+        ranges: what it writes, in the order of its staging memory.
+        all_ranges: what every rank writes; on rank zero alone.
     """
 
     layout: Layout
     pieces: tuple[Piece, ...]
-    staging_bytes: tuple[int, ...]
-    ranges: tuple[tuple[FileRange, ...], ...]
+    staging_bytes: int
+    ranges: tuple[FileRange, ...]
+    all_ranges: AllRanges | None = None
 
 
 def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None) -> Plan:
@@ -83,12 +79,12 @@ def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None
             ranks hold parts that overlap without being the same, or the same part with other values.
     """
     specs = tuple(source.spec for source in held.sources)
-    mine = Holdings(hash_of(specs, held.aliases), [source.runs for source in held.sources])
-    packed = agreement.gather("what each rank holds", mine.packed())
-    holdings = [Holdings.unpacked(part) for part in packed]
-    plan = plan_of(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
-    check_replicas(held.sources, [part.runs for part in holdings], agreement)
-    return plan
+    mine = Holdings.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
+    holdings = [Holdings.unpacked(part) for part in agreement.gather("what each rank holds", mine.packed())]
+    plan, sharing = _plan(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
+    told = agreement.to_rank_zero("what each rank writes", packed(plan.staging_bytes, plan.ranges))
+    check_replicas(held.sources, sharing, agreement)
+    return plan if told is None else with_all(plan, told)
 
 
 def plan_of(
@@ -99,6 +95,21 @@ def plan_of(
     max_shard_size_bytes: int | None,
 ) -> Plan:
     """The plan for one rank, given what all of them hold. Not collective; see `make_plan`."""
+    return _plan(specs, aliases, holdings, rank, max_shard_size_bytes)[0]
+
+
+def with_all(plan: Plan, told: Sequence[bytes]) -> Plan:
+    """Rank zero's plan, with what every rank has told of its own."""
+    return Plan(plan.layout, plan.pieces, plan.staging_bytes, plan.ranges, AllRanges.of(plan.layout, told))
+
+
+def _plan(
+    specs: Sequence[TensorSpec],
+    aliases: Mapping[str, str],
+    holdings: Sequence[Holdings],
+    rank: int,
+    max_shard_size_bytes: int | None,
+) -> tuple[Plan, Sharing]:
     for other, part in enumerate(holdings):
         if part.structure != holdings[0].structure:
             raise CheckpointError(
@@ -106,17 +117,10 @@ def plan_of(
                 "and the optimizer must be made alike on all ranks"
             )
     layout = plan_layout(specs, aliases, max_shard_size_bytes)
-    owned = assign(specs, [part.runs for part in holdings])
-    pieces: list[Piece] = []
-    ranges: list[tuple[FileRange, ...]] = []
-    staging_bytes: list[int] = []
-    for owner, runs in enumerate(owned):
-        own_pieces, own_ranges, size = _stage(specs, layout, runs)
-        ranges.append(tuple(own_ranges))
-        staging_bytes.append(size)
-        if owner == rank:
-            pieces = own_pieces
-    return Plan(layout, tuple(pieces), tuple(staging_bytes), tuple(ranges))
+    kinds = kinds_of(specs, holdings)
+    sharing = sharing_of(kinds)
+    pieces, ranges, size = _stage(specs, layout, assign(specs, holdings[rank], kinds, sharing, rank))
+    return Plan(layout, tuple(pieces), size, tuple(ranges)), sharing
 
 
 def hash_of(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> int:
@@ -129,83 +133,42 @@ def hash_of(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> int:
     return digest.intdigest() >> 1  # so that it fits a signed number
 
 
-@dataclass(frozen=True)
-class Holdings:
-    """What one rank holds.
-
-    Args:
-        structure: `hash_of` its tensors.
-        runs: for each tensor.
-    """
-
-    structure: int
-    runs: Sequence[tuple[Run, ...]]
-
-    def packed(self) -> bytes:
-        """As bytes, for the exchange."""
-        numbers = array("q", [self.structure])
-        for runs in self.runs:
-            numbers.append(len(runs))
-            for run in runs:
-                numbers.extend(run)
-        return numbers.tobytes()
-
-    @classmethod
-    def unpacked(cls, data: bytes) -> Holdings:
-        """What `packed` made."""
-        numbers = array("q")
-        numbers.frombytes(data)
-        runs: list[tuple[Run, ...]] = []
-        position = 1
-        while position < len(numbers):
-            end = position + 1 + 3 * numbers[position]
-            values = numbers[position + 1 : end]
-            runs.append(tuple(Run(*values[at : at + 3]) for at in range(0, len(values), 3)))
-            position = end
-        return cls(numbers[0], runs)
-
-
-def assign(specs: Sequence[TensorSpec], held: Sequence[Sequence[tuple[Run, ...]]]) -> list[dict[int, tuple[Run, ...]]]:
-    """Give each element to one of the ranks that hold it.
+def assign(
+    specs: Sequence[TensorSpec], mine: Holdings, kinds: Sequence[Kind], sharing: Sharing, rank: int
+) -> dict[int, tuple[Run, ...]]:
+    """What this rank owns: each element is one rank's among those that hold it.
 
     Ranks that hold the same parts of the same tensors (DDP's, HSDP's replicas) divide the bytes of those
     tensors among them, evenly, as one stream: nobody copies or writes what another does.
 
     Args:
         specs: of the tensors.
-        held: for each rank, for each tensor: what it holds.
+        mine: what this rank holds.
+        kinds: of all tensors.
+        sharing: which ranks hold the same.
+        rank: this rank.
 
     Returns:
-        For each rank: index of the tensor -> what it owns.
-
-    Raises:
-        CheckpointError: if the ranks' parts leave a gap, or overlap without being the same.
+        Index of the tensor -> what it owns.
     """
-    owned: list[dict[int, tuple[Run, ...]]] = [{} for _ in held]
-    # Ranks with the same part -> the tensors of which they hold such a part, and the part's length.
-    shared: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for index, spec in enumerate(specs):
-        holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
-        for rank, parts in enumerate(held):
-            if parts[index]:
-                holders.setdefault(tuple((run.logical, run.num_items) for run in parts[index]), []).append(rank)
-        _check_cover(spec, holders)
-        for part, ranks in holders.items():
-            if len(ranks) == 1:
-                owned[ranks[0]][index] = held[ranks[0]][index]
-            else:
-                shared.setdefault(tuple(ranks), []).append((index, sum(count for _, count in part)))
-    for sharers, tensors in shared.items():
-        total_bytes = sum(count * specs[index].item_bytes for index, count in tensors)
-        for position, rank in enumerate(sharers):
-            begin, end = (total_bytes * share // len(sharers) for share in (position, position + 1))
-            offset = 0
-            for index, count in tensors:
-                item = specs[index].item_bytes
-                first, last = (_clamp((bound - offset) // item, count) for bound in (begin, end))
-                if first < last:
-                    owned[rank][index] = _cut(held[rank][index], first, last)
-                offset += count * item
+    owned: dict[int, tuple[Run, ...]] = {}
+    for kind in kinds:
+        if any(ranks == (rank,) for ranks in kind.parts.values()):
+            owned |= {index: mine.runs(index) for index in kind.tensors}
+    for sharers, tensors in sharing.items():
+        if rank not in sharers:
+            continue
+        counts = [sum(run.num_items for run in mine.runs(index)) for index in tensors]
+        total_bytes = sum(count * specs[index].item_bytes for index, count in zip(tensors, counts, strict=True))
+        position = sharers.index(rank)
+        begin, end = (total_bytes * share // len(sharers) for share in (position, position + 1))
+        offset = 0
+        for index, count in zip(tensors, counts, strict=True):
+            item = specs[index].item_bytes
+            first, last = (_clamp((bound - offset) // item, count) for bound in (begin, end))
+            if first < last:
+                owned[index] = _cut(mine.runs(index), first, last)
+            offset += count * item
     return owned
 
 
@@ -223,24 +186,6 @@ def _cut(runs: Sequence[Run], first: int, last: int) -> tuple[Run, ...]:
             found.append(Run(run.logical + begin - offset, run.local + begin - offset, end - begin))
         offset += run.num_items
     return tuple(found)
-
-
-def _check_cover(spec: TensorSpec, parts: Iterable[tuple[tuple[int, int], ...]]) -> None:
-    intervals = sorted((start, start + count) for part in parts for start, count in part)
-    position = 0
-    for start, end in intervals:
-        if start != position:
-            what = "twice" if start < position else "by no rank"
-            raise CheckpointError(
-                f"{spec.name}: its elements from {min(start, position)} to {max(start, position)} are held {what}; "
-                "this way of sharding is not understood"
-            )
-        position = end
-    if position != spec.num_items:
-        raise CheckpointError(
-            f"{spec.name}: the ranks hold {position} of its {spec.num_items} elements; "
-            "this way of sharding is not understood"
-        )
 
 
 def _stage(

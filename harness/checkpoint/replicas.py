@@ -7,68 +7,89 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from harness.agreement import Agreement
-from harness.checkpoint.shards.source import Run, Source
+from harness.checkpoint.holdings import Sharing
+from harness.checkpoint.shards.source import Source
 from harness.errors import CheckpointError
 
 _MAX_SAMPLES = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(sources: Sequence[Source], held: Sequence[Sequence[tuple[Run, ...]]], agreement: Agreement) -> None:
+def check_replicas(sources: Sequence[Source], sharing: Sharing, agreement: Agreement) -> None:
     """Compare what several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
+
+    A hash of the sums is exchanged for each group of ranks, and the sums themselves only where that differs.
 
     Effects: collective; main thread; blocks for a read of the samples, on CUDA until the device is done;
     nothing on disk.
 
     Args:
         sources: what this rank holds.
-        held: for each rank, for each tensor: which part.
+        sharing: which ranks hold the same of which.
         agreement: of all ranks.
 
     Raises:
         CheckpointError: on all ranks, with the first tensor that differs.
     """
-    shared = [(index, ranks) for index in range(len(sources)) for ranks in _sharers([part[index] for part in held])]
-    mine = [sources[index] for index, ranks in shared if agreement.rank in ranks]
-    sums: list[int] = []
+    mine = [tensors for ranks, tensors in sharing.items() if agreement.rank in ranks]
+    sums: list[list[int]] = []
     failure: Exception | None = None
     try:
         with torch.no_grad():
-            sums = _numbers([_sum(source) for source in mine])
+            flat = iter(_numbers([_sum(sources[index]) for tensors in mine for index in tensors]))
+            sums = [list(islice(flat, len(tensors))) for tensors in mine]
     except (RuntimeError, struct.error) as error:
         failure = error
-    told = agreement.gather("sums of what ranks hold in common", (sums, None if failure is None else str(failure)))
+    hashes = [xxhash.xxh3_64_intdigest(repr(each).encode()) for each in sums]
+    told = agreement.gather("what ranks hold in common", (hashes, None if failure is None else str(failure)))
     for rank, (_, text) in enumerate(told):
         if text is not None:
             raise CheckpointError(f"rank {rank}: cannot compare its tensors with other ranks': {text}") from failure
-    position = [0] * agreement.world_size
-    for index, ranks in shared:
-        values = [told[rank][0][position[rank]] for rank in ranks]
+    if _differing(sharing, [each for each, _ in told]):
+        _refuse_first(sources, sharing, agreement.gather("sums of what ranks hold in common", sums))
+
+
+def _differing(sharing: Sharing, told: Sequence[Sequence[Any]]) -> list[tuple[int, int, int, int]]:
+    """Where a rank has told another thing than the first of its group.
+
+    Returns:
+        Number of the group; which of the first rank's groups it is, and which of the other's; the other rank.
+    """
+    position = [0] * len(told)
+    found = []
+    for number, ranks in enumerate(sharing):
+        at = {rank: position[rank] for rank in ranks}
         for rank in ranks:
             position[rank] += 1
-        for rank, value in zip(ranks, values, strict=True):
-            if value != values[0]:
-                raise CheckpointError(
-                    f"{sources[index].spec.name}: rank {rank} holds other values than rank {ranks[0]}, though the "
-                    "same part of it, so a checkpoint would be of no rank's state; make the model alike on all ranks "
-                    "(one seed, one file) and change it only in ways that are the same on all of them (stochastic "
-                    "rounding is not)"
-                )
+            if told[rank][at[rank]] != told[ranks[0]][at[ranks[0]]]:
+                found.append((number, at[ranks[0]], at[rank], rank))
+    return found
 
 
-def _sharers(parts: Sequence[tuple[Run, ...]]) -> list[list[int]]:
-    """Groups of ranks that hold the same part of a tensor."""
-    groups: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for rank, runs in enumerate(parts):
-        if runs:
-            groups.setdefault(tuple((run.logical, run.num_items) for run in runs), []).append(rank)
-    return [ranks for ranks in groups.values() if len(ranks) > 1]
+def _refuse_first(sources: Sequence[Source], sharing: Sharing, sums: Sequence[Sequence[Sequence[int]]]) -> None:
+    groups = list(sharing.items())
+    first = None
+    for number, of_first, of_rank, rank in _differing(sharing, sums):
+        ranks, tensors = groups[number]
+        pairs = zip(tensors, sums[ranks[0]][of_first], sums[rank][of_rank], strict=True)
+        index = next(index for index, one, other in pairs if one != other)
+        first = min(first or (index, rank, ranks[0]), (index, rank, ranks[0]))
+    assert first is not None
+    index, rank, one = first
+    raise CheckpointError(
+        f"{sources[index].spec.name}: rank {rank} holds other values than rank {one}, though the "
+        "same part of it, so a checkpoint would be of no rank's state; make the model alike on all ranks "
+        "(one seed, one file) and change it only in ways that are the same on all of them (stochastic "
+        "rounding is not)"
+    )
 
 
 def _sum(source: Source) -> Tensor | int:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ from harness.checkpoint.shards.held import Held
 from harness.checkpoint.snapshot import CopyRest, Fence, ModeChoice, Snapshot, StagingMemory
 from harness.checkpoint.trainer_state import Moment
 from harness.checkpoint.transport import Transport
-from harness.checkpoint.write import WriterProcess, file_records, sync_files, write_json
+from harness.checkpoint.write import WriterProcess, sync_files, write_json
 from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -65,6 +65,23 @@ class Small:
     trainer_state: Any
     rank_state: RankState | None
     failure: Exception | None = None
+
+
+class Told(NamedTuple):
+    """What a rank says of its part of a save: JSON values, and the digests of its ranges."""
+
+    record: dict[str, Any]
+    digests: bytes
+
+    def encoded(self) -> bytes:
+        """For the board: a line of JSON, and the digests as they are; of a thousand ranks they are the most of it."""
+        return json.dumps(self.record).encode() + b"\n" + self.digests
+
+    @classmethod
+    def decoded(cls, data: bytes) -> Told:
+        """What `encoded` made."""
+        line, _, digests = data.partition(b"\n")
+        return cls(json.loads(line), digests)
 
 
 class CalledOff(Exception):
@@ -182,9 +199,10 @@ class SaveRunner:
 
     def _run(self, save: Save, copy_rest: CopyRest) -> None:
         """Never raises; a failed save leaves the checkpoints before it."""
-        record: dict[str, Any]
+        record: dict[str, Any] = {}
+        digests = b""
         try:
-            record = self._copy_and_write(save, copy_rest)
+            digests = self._copy_and_write(save, copy_rest)
         except Exception as error:
             record = {"error": _told(error), "called_off": isinstance(error, CalledOff)}
         finally:
@@ -192,7 +210,7 @@ class SaveRunner:
         try:
             rank_state = save.small.rank_state
             record["rank_state"] = None if rank_state is None else rank_state.encoded()
-            self._board.put(save.number, json.dumps(record).encode())
+            self._board.put(save.number, Told(record, digests).encoded())
             if self._rank == 0:
                 self._finish(save)
             elif (outcome := self._board.hear(save.number, self._remaining_s(save) + _COMMIT_S)) is not None:
@@ -218,7 +236,7 @@ class SaveRunner:
             with suppress(RuntimeError):
                 self._board.tell(save.number, outcome)
 
-    def _copy_and_write(self, save: Save, copy_rest: CopyRest) -> dict[str, Any]:
+    def _copy_and_write(self, save: Save, copy_rest: CopyRest) -> bytes:
         engine, begun_s = save.engine, time.perf_counter()
         writes_itself = self._rank == 0 or self._gatherer is None
         failure: Exception | None = None
@@ -244,7 +262,7 @@ class SaveRunner:
                 if self._rank == 0:
                     self._gatherer.receive(engine.plan, None if failure is not None else save.temporary)
                 else:
-                    self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes[self._rank])
+                    self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes)
         except Exception as error:
             failure = failure or error
         if failure is not None:
@@ -253,7 +271,7 @@ class SaveRunner:
             raise failure
         digests, seconds = engine.writer.answer(self._remaining_s(save))
         save.seconds.update(seconds)
-        return {"digests": digests}
+        return digests
 
     def _remaining_s(self, save: Save) -> float:
         """Until the save is given up; a moment at least, so that what is done already is seen."""
@@ -262,13 +280,13 @@ class SaveRunner:
     def _finish(self, save: Save) -> None:
         """Rank zero: commit once every rank has written."""
         try:
-            records = [json.loads(text) for text in self._board.collect(save.number, self._remaining_s(save))]
-            for rank, record in enumerate(records):
+            told = [Told.decoded(data) for data in self._board.collect(save.number, self._remaining_s(save))]
+            for rank, (record, _) in enumerate(told):
                 if record.get("called_off"):
                     raise CalledOff
                 if "error" in record:
                     raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
-            manifest = self._manifest(save, records)
+            manifest = self._manifest(save, told)
             self._committing()
             commit.commit(save.temporary, save.final, manifest)
         except BaseException:
@@ -281,15 +299,16 @@ class SaveRunner:
             # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
             self.status = f"{save.moment.name} written, but not published: {error}"
 
-    def _manifest(self, save: Save, records: list[dict[str, Any]]) -> Manifest:
+    def _manifest(self, save: Save, told: list[Told]) -> Manifest:
         plan = save.engine.plan
-        files: list[FileRecord] = file_records(plan, [record["digests"] for record in records])
+        assert plan.all_ranges is not None
+        files: list[FileRecord] = plan.all_ranges.records([each.digests for each in told])
         if plan.layout.index is not None:
             files.append(write_json(save.temporary / "model.safetensors.index.json", plan.layout.index))
         if (state := save.small.trainer_state) is not None:
             for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
                 group["params"] = names
-            state["ranks"] = [record["rank_state"] for record in records]
+            state["ranks"] = [each.record["rank_state"] for each in told]
             files.append(write_json(save.temporary / trainer_state.FILE, state))
         sync_files(save.temporary, plan.layout)
         save.seconds["durable_s"] = time.perf_counter() - save.begun_s

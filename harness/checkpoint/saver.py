@@ -162,11 +162,13 @@ class Saver:
         except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
             failure = error
         # All or none: a rank without memory must not leave the others waiting at the first save.
-        states = self._agreement.gather_numbers("the preparation of checkpoints", [failure is not None])
-        failed = [rank for rank, (has_failed,) in enumerate(states) if has_failed]
+        states = self._agreement.gather_numbers(
+            "the preparation of checkpoints", [failure is not None, plan.staging_bytes]
+        )
+        failed = [rank for rank, (has_failed, _) in enumerate(states) if has_failed]
         if failed:
             self._drop_engine()
-            needed = f"{plan.staging_bytes[failed[0]]:,} bytes of host memory"
+            needed = f"{states[failed[0]][1]:,} bytes of host memory"
             raise CheckpointError(
                 f"rank {failed[0]} cannot prepare to save ({needed}): {failure or 'see its own output'}; give the node "
                 "more memory, more ranks, or use checkpoint.save_weights_only"
@@ -177,8 +179,8 @@ class Saver:
 
     def _make_engine(self, held: Held, plan: Plan) -> Engine:
         device = self._accelerator.device
-        staging = StagingMemory(plan.staging_bytes[self._rank], pinned=device.type == "cuda")
-        writer = WriterProcess(staging, plan.layout, plan.ranges[self._rank], makes_files=self._rank == 0)
+        staging = StagingMemory(plan.staging_bytes, pinned=device.type == "cuda")
+        writer = WriterProcess(staging, plan.layout, plan.ranges, makes_files=self._rank == 0)
         try:
             snapshot = Snapshot(held, plan, staging, device)
             writer.start()

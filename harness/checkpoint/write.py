@@ -11,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harness.checkpoint.all_ranges import FileRange
 from harness.checkpoint.commit import FileRecord, Range
 from harness.checkpoint.digest import digest_of
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.plan import FileRange, Plan
 from harness.checkpoint.snapshot import StagingMemory
-from harness.checkpoint.writer import OutputFile, split_digests
+from harness.checkpoint.writer import OutputFile
 from harness.errors import CheckpointError
 
 _END_TIMEOUT_S = 30.0
@@ -89,8 +89,8 @@ class WriterProcess:
             self._told_bytes = num_bytes
         self._send({"ready": num_bytes})
 
-    def answer(self, timeout_s: float = 3600.0) -> tuple[list[str], dict[str, float]]:
-        """Wait for what was asked: the ranges' digests, and seconds of each stage.
+    def answer(self, timeout_s: float = 3600.0) -> tuple[bytes, dict[str, float]]:
+        """Wait for what was asked: the ranges' digests, 16 bytes each, and seconds of each stage.
 
         Raises:
             CheckpointError: if the disk refused, or the process died, or did not answer in time; it is ended
@@ -113,7 +113,7 @@ class WriterProcess:
         record: dict[str, Any] = json.loads(line)
         if "error" in record:
             raise CheckpointError(record["error"])
-        return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
+        return bytes.fromhex(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
 
     def give_up(self) -> None:
         """After a failure elsewhere: have it end what it was asked for, and wait until it has.
@@ -187,19 +187,3 @@ def write_json(path: Path, values: Any) -> FileRecord:
         stream.flush()
         os.fsync(stream.fileno())
     return FileRecord(path.name, len(data), (Range(0, len(data), 0, digest_of(data)),))
-
-
-def file_records(plan: Plan, digests: list[list[str]]) -> list[FileRecord]:
-    """What the manifest says of the files of tensors, given each rank's digests of its ranges."""
-    by_file = [[Range(0, len(file.header), 0, digest_of(file.header))] for file in plan.layout.files]
-    for rank, (ranges, of_rank) in enumerate(zip(plan.ranges, digests, strict=True)):
-        for part, digest in zip(ranges, of_rank, strict=True):
-            by_file[part.file].append(Range(part.offset, part.offset + part.size, rank, digest))
-    records = []
-    for file, ranges_of_file in zip(plan.layout.files, by_file, strict=True):
-        ordered = sorted(ranges_of_file)
-        ends = [0, *(part.end for part in ordered)]
-        # An invariant of ours, and cheap beside what a wrong file would cost.
-        assert [part.start for part in ordered] == ends[:-1] and ends[-1] == file.size_bytes, file.name
-        records.append(FileRecord(file.name, file.size_bytes, tuple(ordered)))
-    return records

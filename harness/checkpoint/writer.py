@@ -34,7 +34,6 @@ _NICENESS = 10
 # Linux: best effort, the lowest of its levels. https://www.kernel.org/doc/Documentation/block/ioprio.txt
 _IOPRIO_CLASS_BE_LOWEST = (2 << 13) | 7
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
-_DIGEST_HEX_CHARS = 32
 # Start the disk on what is written so far, so that the fsync at the end has little left to do.
 _FLUSH_BYTES = 32 << 20
 _SYNC_FILE_RANGE_WRITE = 2
@@ -151,11 +150,6 @@ class RangeWriter:
         if self._sync_file_range is not None:
             self._sync_file_range(file.descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
         file.cached_bytes = 0
-
-
-def split_digests(text: str) -> list[str]:
-    """The digests that a writer has put one after another."""
-    return [text[at : at + _DIGEST_HEX_CHARS] for at in range(0, len(text), _DIGEST_HEX_CHARS)]
 
 
 def _lower_priority() -> None:

@@ -10,12 +10,14 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from torch import Tensor
 
+from harness.checkpoint.all_ranges import AllRanges, packed
 from harness.checkpoint.commit import Manifest, commit, temporary_of
+from harness.checkpoint.holdings import Holdings
 from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import Holdings, hash_of, plan_of
+from harness.checkpoint.plan import hash_of, plan_of
 from harness.checkpoint.shards.source import DTYPE_NAMES, whole
-from harness.checkpoint.write import file_records, output_files, write_json
-from harness.checkpoint.writer import RangeWriter, split_digests
+from harness.checkpoint.write import output_files, write_json
+from harness.checkpoint.writer import RangeWriter
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.
 settings.register_profile("unit", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -50,23 +52,24 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         specs += [
             TensorSpec("optimizer", key, DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in (optimizer or {}).items()
         ]
-        holdings = [Holdings(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
+        holdings = [Holdings.of(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
         final = tmp_path / "checkpoints" / name
         temporary = temporary_of(final, "test")
         temporary.mkdir(parents=True)
-        digests = []
+        digests, told = [], []
         for rank in range(num_ranks):
             plan = plan_of(specs, aliases or {}, holdings, rank, max_shard_size_bytes)
-            memory = bytearray(plan.staging_bytes[rank])
+            memory = bytearray(plan.staging_bytes)
             for piece in plan.pieces:
                 item = specs[piece.source].item_bytes
                 data = tensors[piece.source].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
                 part = data[piece.local * item : (piece.local + piece.num_items) * item]
                 memory[piece.staging : piece.staging + len(part)] = part
             files = output_files(plan.layout, with_headers=rank == 0)
-            writer = RangeWriter(memoryview(memory), files, plan.ranges[rank])
-            digests.append(split_digests(writer.write(temporary, iter([len(memory)]))["digests"]))
-        records = file_records(plan, digests)
+            writer = RangeWriter(memoryview(memory), files, plan.ranges)
+            digests.append(bytes.fromhex(writer.write(temporary, iter([len(memory)]))["digests"]))
+            told.append(packed(plan.staging_bytes, plan.ranges))
+        records = AllRanges.of(plan.layout, told).records(digests)
         if plan.layout.index is not None:
             records.append(write_json(temporary / "model.safetensors.index.json", plan.layout.index))
         topology = {"strategy": "ddp", "world_size": num_ranks}

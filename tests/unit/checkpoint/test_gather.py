@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harness.checkpoint.all_ranges import packed
 from harness.checkpoint.gather import CHUNK_BYTES, Gatherer
+from harness.checkpoint.holdings import Holdings
 from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import Holdings, Plan, plan_of
+from harness.checkpoint.plan import Plan, plan_of, with_all
 from harness.checkpoint.shards.source import Run
 from harness.checkpoint.write import output_files
 from harness.checkpoint.writer import make_files
@@ -32,19 +34,20 @@ def groups() -> Iterator[list[dist.ProcessGroup]]:
         yield [group.result(timeout=60) for group in made]
 
 
-def plan_for(sizes: list[int]) -> Plan:
-    """Tensors of bytes; even ones are on rank zero, odd ones on rank one."""
+def plans_for(sizes: list[int]) -> tuple[Plan, Plan]:
+    """Rank zero's and rank one's, of tensors of bytes: even ones are on rank zero, odd ones on rank one."""
     specs = [TensorSpec("model", f"t{number:03}", "U8", (size,)) for number, size in enumerate(sizes)]
     holdings = [
-        Holdings(0, [(Run(0, 0, size),) if number % 2 == rank else () for number, size in enumerate(sizes)])
+        Holdings.of(0, [(Run(0, 0, size),) if number % 2 == rank else () for number, size in enumerate(sizes)])
         for rank in range(2)
     ]
-    return plan_of(specs, {}, holdings, 1, None)
+    first, second = (plan_of(specs, {}, holdings, rank, None) for rank in range(2))
+    return with_all(first, [packed(plan.staging_bytes, plan.ranges) for plan in (first, second)]), second
 
 
 def memory_for(plan: Plan) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (plan.staging_bytes[1],), generator=generator, dtype=torch.uint8)
+    return torch.randint(0, 256, (plan.staging_bytes,), generator=generator, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -60,27 +63,27 @@ def memory_for(plan: Plan) -> Tensor:
 def test_ranges_are_where_they_belong_when_received(
     tmp_path: Path, groups: list[dist.ProcessGroup], sizes: list[int]
 ) -> None:
-    plan = plan_for(sizes)
-    memory = memory_for(plan)
+    plan, sender = plans_for(sizes)
+    memory = memory_for(sender)
     make_files(tmp_path, output_files(plan.layout, with_headers=True))
     with ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory, plan.staging_bytes[1])
+        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory, sender.staging_bytes)
         Gatherer(groups[0], 0, 30.0).receive(plan, tmp_path)
         sending.result(timeout=30)
     content = (tmp_path / "model.safetensors").read_bytes()
     assert len(content) == plan.layout.size_bytes
     expected = bytearray(plan.layout.files[0].header.ljust(len(content), b"\0"))
-    for _, offset, staging, size in plan.ranges[1]:
+    for _, offset, staging, size in sender.ranges:
         expected[offset : offset + size] = memory[staging : staging + size].numpy().tobytes()
     assert content == expected  # and nothing where rank zero's writer writes
 
 
 def test_sender_is_let_go_when_the_disk_of_rank_zero_is_full(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
-    plan = plan_for([1, 4 * CHUNK_BYTES])
+    plan, sender = plans_for([1, 4 * CHUNK_BYTES])
     make_files(tmp_path, output_files(plan.layout, with_headers=True))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with ThreadPoolExecutor(1) as thread:
-        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory_for(plan), plan.staging_bytes[1])
+        sending = thread.submit(Gatherer(groups[1], 1, 30.0).send, memory_for(sender), sender.staging_bytes)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK_BYTES // 2, limits[1]))
             with pytest.raises(OSError, match="File too large"):
@@ -91,7 +94,7 @@ def test_sender_is_let_go_when_the_disk_of_rank_zero_is_full(tmp_path: Path, gro
 
 
 def test_error_names_the_rank_when_it_does_not_send(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
-    plan = plan_for([1, 10])
+    plan, _ = plans_for([1, 10])
     make_files(tmp_path, output_files(plan.layout, with_headers=True))
     with pytest.raises(CheckpointError, match="waited for rank 1 to send its part of the checkpoint"):
         Gatherer(groups[0], 0, 0.1).receive(plan, tmp_path)

@@ -41,7 +41,7 @@ class Taken:
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, dtype: torch.dtype | None = None):
         held = find_held(accelerator, model, optimizer, weights_only=False, dtype=dtype)
         self.plan = make_plan(held, Agreement(0, 1), None)
-        self.staging = StagingMemory(self.plan.staging_bytes[0], pinned=False)
+        self.staging = StagingMemory(self.plan.staging_bytes, pinned=False)
         self.snapshot = Snapshot(held, self.plan, self.staging, torch.device("cpu"))
 
     def content(self) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class Taken:
         loaded: dict[str, Tensor] = {}
         for index, file in enumerate(self.plan.layout.files):
             content = io.BytesIO(file.header.ljust(file.size_bytes, b"\0"))
-            for part in self.plan.ranges[0]:
+            for part in self.plan.ranges:
                 if part.file == index:
                     content.seek(part.offset)
                     content.write(self.staging.bytes[part.staging : part.staging + part.size].numpy().tobytes())

@@ -11,21 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.checkpoint.all_ranges import AllRanges, packed
 from harness.checkpoint.commit import Manifest, commit
 from harness.checkpoint.digest import digest_of
+from harness.checkpoint.holdings import Holdings
 from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import MAX_RANGE_BYTES, Holdings, Plan, plan_of
+from harness.checkpoint.plan import MAX_RANGE_BYTES, Plan, plan_of
 from harness.checkpoint.shards.source import Run
 from harness.checkpoint.snapshot import StagingMemory
 from harness.checkpoint.verify import verify
-from harness.checkpoint.write import WriterProcess, file_records, output_files, write_json
-from harness.checkpoint.writer import OutputFile, RangeWriter, make_files, split_digests
+from harness.checkpoint.write import WriterProcess, output_files, write_json
+from harness.checkpoint.writer import OutputFile, RangeWriter, make_files
 from harness.errors import CheckpointError
 
 
 def plan_for(sizes: dict[str, int], limit: int | None = None) -> Plan:
     specs = [TensorSpec("model", name, "U8", (size,)) for name, size in sizes.items()]
-    return plan_of(specs, {}, [Holdings(0, [(Run(0, 0, size),) if size else () for size in sizes.values()])], 0, limit)
+    return plan_of(
+        specs, {}, [Holdings.of(0, [(Run(0, 0, size),) if size else () for size in sizes.values()])], 0, limit
+    )
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def staging() -> Iterator[Callable[[Plan], StagingMemory]]:
     made: list[StagingMemory] = []
 
     def make(plan: Plan) -> StagingMemory:
-        memory = StagingMemory(plan.staging_bytes[0], pinned=False)
+        memory = StagingMemory(plan.staging_bytes, pinned=False)
         memory.bytes.random_(256, generator=torch.Generator().manual_seed(0))
         made.append(memory)
         return memory
@@ -49,7 +53,7 @@ def start(staging: Callable[[Plan], StagingMemory]) -> Iterator[Callable[[Plan],
 
     def make(plan: Plan) -> tuple[WriterProcess, StagingMemory]:
         memory = staging(plan)
-        started.append(WriterProcess(memory, plan.layout, plan.ranges[0], makes_files=True))
+        started.append(WriterProcess(memory, plan.layout, plan.ranges, makes_files=True))
         started[-1].start()
         return started[-1], memory
 
@@ -61,15 +65,15 @@ def start(staging: Callable[[Plan], StagingMemory]) -> Iterator[Callable[[Plan],
 Start = Callable[[Plan], tuple[WriterProcess, StagingMemory]]
 
 
-def expected_digests(plan: Plan, memory: StagingMemory) -> list[str]:
+def expected_digests(plan: Plan, memory: StagingMemory) -> bytes:
     data = memory.bytes.numpy().tobytes()
-    return [digest_of(data[p.staging : p.staging + p.size]) for p in plan.ranges[0]]
+    return b"".join(bytes.fromhex(digest_of(data[p.staging : p.staging + p.size])) for p in plan.ranges)
 
 
 def expected_data(plan: Plan, memory: StagingMemory, file: int) -> bytes:
     data = memory.bytes.numpy().tobytes()
     content = bytearray(plan.layout.files[file].header.ljust(plan.layout.files[file].size_bytes, b"\0"))
-    for part in plan.ranges[0]:
+    for part in plan.ranges:
         if part.file == file:
             content[part.offset : part.offset + part.size] = data[part.staging : part.staging + part.size]
     return bytes(content)
@@ -108,7 +112,8 @@ def test_records_stand_up_to_verification_when_made_of_the_answers(tmp_path: Pat
     plan = plan_for({"a": 1000, "b": 7}, limit=500)
     writer, _ = start(plan)
     writer.ask(tmp_path)
-    records = [*file_records(plan, [writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
+    written = AllRanges.of(plan.layout, [packed(plan.staging_bytes, plan.ranges)])
+    records = [*written.records([writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
     commit(tmp_path, tmp_path.with_name("final"), Manifest("", 0, 0, 0, {}, tuple(records), {}, {}))
     assert verify(tmp_path.with_name("final")).problems == ()
 
@@ -128,7 +133,7 @@ def test_error_has_the_file_when_the_disk_is_full(tmp_path: Path, start: Start) 
 def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callable[[Plan], StagingMemory]) -> None:
     plan = plan_for({"a": 100_000})
     memory = staging(plan)
-    writer = WriterProcess(memory, plan.layout, plan.ranges[0], makes_files=True)
+    writer = WriterProcess(memory, plan.layout, plan.ranges, makes_files=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
@@ -267,7 +272,7 @@ def test_closing_is_quiet_when_the_process_took_no_more_requests(
     deaf.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(deaf))
     plan = plan_for({"a": 10})
-    writer = WriterProcess(staging(plan), plan.layout, plan.ranges[0], makes_files=True)
+    writer = WriterProcess(staging(plan), plan.layout, plan.ranges, makes_files=True)
     writer.start()
     reached.read_bytes()
     with pytest.raises(CheckpointError, match="the writer process is gone"):
@@ -292,7 +297,7 @@ def test_ranges_are_written_alike_when_there_is_no_process(tmp_path: Path) -> No
     answer = RangeWriter(memoryview(memory), files, ranges).write(tmp_path, iter([50_000_000, 60_000_007]))
     assert (tmp_path / "a").read_bytes() == b"\0\0\0" + memory[:50_000_100]
     assert (tmp_path / "b").read_bytes() == memory[60_000_000:60_000_007]
-    assert split_digests(answer["digests"]) == [digest_of(memory[s : s + n]) for _, _, s, n in ranges]
+    assert answer["digests"] == "".join(digest_of(memory[s : s + n]) for _, _, s, n in ranges)
 
 
 def test_files_have_headers_and_their_length_when_made(tmp_path: Path) -> None:
