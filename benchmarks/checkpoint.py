@@ -158,10 +158,9 @@ class WriterThread:
         self.marks.put(num_bytes)
 
     def answer(self, timeout_s: float) -> tuple[list[str], dict[str, float]]:
-        from harness.checkpoint.writer import split_digests
 
         record = self.answers.result(timeout_s)
-        return split_digests(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
+        return bytes.fromhex(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
 
     def close(self) -> None:
         self.thread.shutdown()
