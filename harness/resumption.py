@@ -23,7 +23,7 @@ from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_we
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume, set_damaged_aside
-from harness.checkpoint.shared import open_weights
+from harness.checkpoint.shared import open_weights, refuse_others_alone
 from harness.checkpoint.trainer_state import Watched
 from harness.errors import CheckpointError
 
@@ -78,6 +78,8 @@ class Resumption:
             HarnessError: on all ranks, if what the user has named is not there.
         """
         self._found, self.before = self._agreement.from_rank_zero("find the checkpoints", self._find)
+        if self._found.is_empty:
+            refuse_others_alone(self._run_path / "checkpoints", self._agreement)
 
     def _find(self) -> tuple[Found, GlobalBatch | None]:
         found = find_checkpoints(self._run_path / "checkpoints")

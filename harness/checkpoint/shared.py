@@ -95,6 +95,26 @@ def open_weights(
     return found, relay.files(directory, [record.name for record in found], blind)
 
 
+def refuse_others_alone(checkpoints_dir: Path, agreement: Agreement) -> None:
+    """Where rank zero has no checkpoint of the run: nobody else may have one, or the run would begin again.
+
+    Nodes that share no disk, and a batch system that has put rank zero on another one.
+
+    Effects: collective; main thread; blocks until every rank has looked; nothing on disk.
+
+    Raises:
+        CheckpointError: on all ranks, with the first rank that has one.
+    """
+    mine = sorted(path.parent.name for path in checkpoints_dir.glob(f"[!.]*/{MANIFEST}"))
+    sights = agreement.gather("who has checkpoints", Sight(os.uname().nodename, mine[-1] if mine else None))
+    for rank, sight in enumerate(sights):
+        if rank and sight.key is not None:
+            raise CheckpointError(
+                f"{checkpoints_dir}: rank {rank} on {sight.host} has {sight.key} there, and rank 0 on {sights[0].host} "
+                "has none: start the run with rank 0 on that node, copy the run's directory, or give another run_name"
+            )
+
+
 def _key_of(records: Sequence[FileRecord]) -> str:
     plain = [(record.name, record.size_bytes, [part.digest for part in record.ranges]) for record in records]
     return xxhash.xxh3_128_hexdigest(repr(plain).encode())

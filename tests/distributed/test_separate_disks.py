@@ -98,6 +98,18 @@ def test_run_ends_alike_when_it_goes_on_without_a_common_disk(tmp_path: Path) ->
     assert verify(ends["apart"]).problems == ()
 
 
+def test_run_does_not_begin_again_when_another_rank_has_its_checkpoints(tmp_path: Path) -> None:
+    assert attempt(tmp_path, 2, 6) == [75, 75]
+    # The next attempt has rank zero on the other node.
+    (tmp_path / "0").rename(tmp_path / "was-0")
+    (tmp_path / "1").rename(tmp_path / "0")
+    (tmp_path / "was-0").rename(tmp_path / "1")
+    assert attempt(tmp_path, 2, 0) == [0, 0]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert said[0] == said[1] and "start the run with rank 0 on that node" in said[0]
+    assert said[0].startswith("CheckpointError: runs/run/checkpoints: rank 1 on ")
+
+
 def test_ranks_say_who_is_gone_when_the_sender_dies(tmp_path: Path) -> None:
     directories = apart(tmp_path, 3)
     run(2, save_under, tmp_path / "0", "fsdp2")

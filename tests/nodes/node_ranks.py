@@ -12,7 +12,7 @@ from harness.app import train
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
-from harness.errors import CheckpointError
+from harness.errors import HarnessError
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saving_ranks import Counting, Weights, become_rank, ignore
 from tests.nodes.network import Node
@@ -76,7 +76,7 @@ def save_all_the_time(
             saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
         (directory / f"steps-{rank}").write_text(str(step))
         saver.close()
-    except CheckpointError as error:
+    except HarnessError as error:
         said = str(error)
     (directory / f"said-{rank}").write_text(said)
     # The connections that a fault has ended are not closed in good order.
