@@ -1,4 +1,7 @@
-"""Very many ranges of a file by columns: a thousand ranks write two million of them. Never imports torch."""
+"""Ranges of a file, and very many of them by columns: a thousand ranks write two million.
+
+Importing this never imports torch, and numpy only where there are so many.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import base64
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 DIGEST_BYTES = 16
-_SIZES, _RANKS = np.dtype("<i8"), np.dtype("<i4")
+_SIZES, _SIZE_BYTES = "<i8", 8
+_RANKS, _RANK_BYTES = "<i4", 4
 
 
 class Range(NamedTuple):
@@ -71,6 +76,8 @@ class Ranges(Sequence[Range]):
 
     def packed(self) -> dict[str, Any]:
         """As JSON values: little-endian columns, those that compress well by zlib, in base64."""
+        import numpy as np
+
         return {
             "num": len(self),
             "sizes": _text(zlib.compress(np.diff(self.bounds).astype(_SIZES).tobytes(), 1)),
@@ -85,6 +92,8 @@ class Ranges(Sequence[Range]):
         Raises:
             ValueError: if it is anything else.
         """
+        import numpy as np
+
         if not isinstance(record, dict) or record.keys() != {"num", "sizes", "ranks", "digests"}:
             raise ValueError("ranges is no list, and not num, sizes, ranks and digests")
         num = record["num"]
@@ -93,8 +102,8 @@ class Ranges(Sequence[Range]):
         digests = np.frombuffer(_data(record, "digests"), dtype=np.uint8)
         if len(digests) != num * DIGEST_BYTES:
             raise ValueError(f"it has {len(digests)} bytes of digests for {num} ranges")
-        sizes = np.frombuffer(_inflated(record, "sizes", num * _SIZES.itemsize), dtype=_SIZES)
-        ranks = np.frombuffer(_inflated(record, "ranks", num * _RANKS.itemsize), dtype=_RANKS)
+        sizes = np.frombuffer(_inflated(record, "sizes", num * _SIZE_BYTES), dtype=_SIZES)
+        ranks = np.frombuffer(_inflated(record, "ranks", num * _RANK_BYTES), dtype=_RANKS)
         bounds = np.zeros(num + 1, dtype=np.int64)
         np.cumsum(sizes, out=bounds[1:])
         # Each at most the file, and rising: so the sum has not come round.
@@ -108,7 +117,7 @@ class Ranges(Sequence[Range]):
 def number_at(ranges: Sequence[Range], byte: int) -> int:
     """Number of the last range that begins at or before a byte; 0 where none does."""
     if isinstance(ranges, Ranges):
-        found = int(np.searchsorted(ranges.bounds[:-1], byte, side="right"))
+        found = int(ranges.bounds[:-1].searchsorted(byte, side="right"))
     else:
         found = bisect_right(ranges, byte, key=lambda part: part.start)
     return max(0, found - 1)
