@@ -28,6 +28,8 @@ from tests.slurm.networks import Networks
 _ROOT = Path("/tmp")  # below pytest's directories only root may look; a socket's path has at most 107 letters
 _PREFIX = "harness-slurm-"
 _LIMIT_S = 60.0
+# A session is a command too.
+_COMMAND_LIMIT_S = 300.0
 _POLL_S = 0.1
 CPUS_PER_NODE = 8
 GPUS_PER_NODE = 4
@@ -176,7 +178,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=_COMMAND_LIMIT_S,
         )
         assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout

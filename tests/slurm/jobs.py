@@ -40,10 +40,10 @@ class Job:
     def checkpoints(self) -> list[str]:
         return sorted(path.parent.name for path in self.run_dir.glob("checkpoints/*/manifest.json"))
 
-    def until_log(self, words: str, limit_s: float = 120) -> None:
+    def until_log(self, words: str, limit_s: float = 180) -> None:
         self.cluster.until(lambda: self._log_has(words), f"{words!r} in the log of {self.name}", limit_s)
 
-    def until_saved(self, limit_s: float = 120) -> None:
+    def until_saved(self, limit_s: float = 180) -> None:
         """Wait for a checkpoint that is not there yet."""
         before = self.checkpoints
         self.cluster.until(lambda: set(self.checkpoints) - set(before), f"a checkpoint of {self.name}", limit_s)

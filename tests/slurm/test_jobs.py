@@ -41,7 +41,7 @@ def test_two_jobs_on_a_node_do_not_meet_and_one_goes_on_when_the_other_is_cancel
         assert_each_step_once(tmp_path, run)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_tasks_of_an_array_are_runs_below_one_and_each_is_queued_again_for_itself(
     cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -15,15 +15,15 @@ from tests.slurm.jobs import ENDLESS, assert_each_step_once, run_of, submit
 pytestmark = pytest.mark.services
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_same_run_goes_on_when_the_time_limit_comes_and_then_with_half_the_ranks(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     words = ("--nodes", "1-2", "--tasks_per_node", "2", "--strategy", "fsdp2", "--time", "1", "--lead_s", "30")
     job = submit(cluster, tmp_path, *words, *ENDLESS)
     # SLURM itself sends the signal, ahead of the minute's end.
-    job.until_log("SIGUSR1: the time limit is near", 90)
-    cluster.until(lambda: cluster.state(job.id) == "PENDING", "the job to be queued again", 90)
+    job.until_log("SIGUSR1: the time limit is near", 120)
+    cluster.until(lambda: cluster.state(job.id) == "PENDING", "the job to be queued again", 180)
     assert job.checkpoints, job.log
     cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     job.until_restart(1)
