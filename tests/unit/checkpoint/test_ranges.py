@@ -65,7 +65,7 @@ def text(data: bytes) -> str:
         ("digests", text(b"x"), "1 bytes of digests"),
         ("digests", 3, "are no text"),
         ("digests", "~", "base64|padding|Incorrect"),
-        ("sizes", text(b"x"), "cannot be unpacked"),
+        ("sizes", text(b"xyz"), "cannot be unpacked"),
         ("sizes", text(zlib.compress(bytes(24))), "its ranges end at 0, the file at 60"),
         ("sizes", text(zlib.compress(bytes(1 << 20))), "sizes of its ranges are not 24 bytes"),
         ("sizes", text(zlib.compress(np.array([-1, 31, 30], "<i8").tobytes())), "is negative"),
