@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.autologging.api import autolog, resume
     from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
     from harness.errors import HarnessError
     from harness.flavor import load_model
@@ -28,7 +29,9 @@ _HOME = {
     "Task": "harness.task",
     "TrackingConfig": "harness.config",
     "TrainerConfig": "harness.config",
+    "autolog": "harness.autologging.api",
     "load_model": "harness.flavor",
+    "resume": "harness.autologging.api",
 }
 
 __all__ = [
@@ -41,7 +44,9 @@ __all__ = [
     "Task",
     "TrackingConfig",
     "TrainerConfig",
+    "autolog",
     "load_model",
+    "resume",
 ]
 
 

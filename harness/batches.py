@@ -92,6 +92,9 @@ class TrainingBatches:
 
     Args:
         accelerator: that prepared the loaders.
+        seeds_workers: have each batch's random numbers in a worker begin with a seed of its own, so that they are the
+            same from any position on; False: what workers draw stays as it is without this, and so is new after a
+            resume within an epoch.
 
     Attributes:
         loaders_done: training loaders of the epoch that are done.
@@ -99,8 +102,9 @@ class TrainingBatches:
         serial: which iteration is the one that runs, of all that there were; 0: none.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, *, seeds_workers: bool = True) -> None:
         self._accelerator = accelerator
+        self._seeds_workers = seeds_workers
         self.loaders_done = 0
         self.num_taken = 0
         self.serial = 0
@@ -153,13 +157,15 @@ class TrainingBatches:
         self._num_begun += 1
         self.serial = self._num_begun
         self.num_taken = 0 if continuation is None else continuation.num_taken
-        self._unseeded = torch.get_rng_state() if _seeds_workers_once(loader) else None
+        # Where nothing was cut off, what is drawn without this is drawn with it.
+        is_put_back = self._seeds_workers or self._resumed is not None
+        self._unseeded = torch.get_rng_state() if is_put_back and _seeds_workers_once(loader) else None
         goes_on = continuation is not None and continuation.num_taken > 0
         if not goes_on:
             # Before anything is drawn from them: workers' seeds come first.
             self._put_generators_back()
         start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
-        sampler = self._sampler = _wrapped(loader, self._accelerator.device)
+        sampler = self._sampler = _wrapped(loader, self._accelerator.device, seeds_workers=self._seeds_workers)
         if sampler is None:
             start()
             if continuation is not None and goes_on:
@@ -226,6 +232,13 @@ class TrainingBatches:
         self._running = None
         self.serial, self.loaders_done, self.num_taken = 0, self._number + 1, 0
 
+    def forget(self) -> None:
+        """The iteration that began last was no training's, and has taken nothing."""
+        self.leave()
+        self._running = None
+        self._number -= 1
+        self.serial = self.num_taken = 0
+
     def leave(self) -> None:
         """Nothing is iterated over any more: whoever else uses the loader gets it as it is."""
         if self._sampler is not None:
@@ -286,9 +299,10 @@ class _Batch(list[int]):
 class _Sampler(BatchSampler):
     """Another batch sampler, which can begin later, and says when a batch is about to be fetched."""
 
-    def __init__(self, inner: Any, device: torch.device, *, fetches_here: bool) -> None:
+    def __init__(self, inner: Any, device: torch.device, *, fetches_here: bool, seeds: bool) -> None:
         self._inner = inner
         self._device = device
+        self._seeds = seeds
         self.fetches_here = fetches_here
         self.num_skipped = 0
         self.at_start: Callable[[], None] | None = None
@@ -311,7 +325,7 @@ class _Sampler(BatchSampler):
         if self.at_start is not None:
             self.at_start()
         # One number of the epoch's, from which each batch's follow: on any rank, in any worker.
-        seed = 0 if self.fetches_here else int(torch.empty((), dtype=torch.int64).random_().item())
+        seed = int(torch.empty((), dtype=torch.int64).random_().item()) if self._seeds else 0
         iterator = iter(self._inner)
         position = 0
         while position < self.num_skipped and next(iterator, None) is not None:
@@ -328,7 +342,7 @@ class _Sampler(BatchSampler):
                 return
             if self.before_fetch is not None:
                 self.before_fetch()
-            yield indices if self.fetches_here else _seeded(indices, seed, position)
+            yield _seeded(indices, seed, position) if self._seeds else indices
             position += 1
             num_asked += 1
 
@@ -340,7 +354,7 @@ def _seeded(indices: list[int], seed: int, position: int) -> _Batch:
     return batch
 
 
-def _wrapped(loader: Any, device: torch.device) -> _Sampler | None:
+def _wrapped(loader: Any, device: torch.device, *, seeds_workers: bool) -> _Sampler | None:
     """The sampler of a loader, wrapped; None where its batches do not come from one that is understood."""
     base = getattr(loader, "base_dataloader", loader)
     if isinstance(loader, DataLoaderDispatcher):
@@ -349,10 +363,12 @@ def _wrapped(loader: Any, device: torch.device) -> _Sampler | None:
         return None
     if isinstance(base.batch_sampler, _Sampler):
         return base.batch_sampler
-    sampler = _Sampler(base.batch_sampler, device, fetches_here=base.num_workers == 0)
+    fetches_here = base.num_workers == 0
+    seeds = seeds_workers and not fetches_here
+    sampler = _Sampler(base.batch_sampler, device, fetches_here=fetches_here, seeds=seeds)
     # Not by assignment, which a loader refuses once it is made.
     base.__dict__["batch_sampler"] = sampler
-    if base.num_workers:
+    if seeds:
         base.worker_init_fn = functools.partial(_begin_worker, base.worker_init_fn)
     return sampler
 

@@ -41,7 +41,7 @@ from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
 from harness.errors import CheckpointError, HarnessError
 from harness.history import MetricHistory
-from harness.metrics import Reducer
+from harness.metrics import Reducer, check_name
 from harness.place import Place
 from harness.progress import Progress
 from harness.recipe import ExampleSource, check_spec
@@ -77,9 +77,14 @@ class PeriodicLogger:
             checkpoint's directory, a run's, or an address in MLflow (``runs:/...``, ``models:/...``).
         initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
             Face has it, or an address in MLflow.
+        seeds_workers: have random numbers that a loader's workers draw be the same after a resume within an epoch;
+            False: they are what they are without this class.
 
     Attributes:
         latest: the latest reduced value of each metric; the same on every rank.
+        stem: what a made-up name of the run begins with; None: as the experiment is called. Set before `start`.
+        mlflow_run_id: of the MLflow run; rank zero's, None elsewhere. Set before `start`: of one that is there already
+            and is to be this one, where the run begins.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class PeriodicLogger:
         params: Any = None,
         resume_from_checkpoint: str = "auto",
         initial_weights: str | None = None,
+        seeds_workers: bool = True,
     ) -> None:
         checkpoint = checkpoint or CheckpointConfig()
         tracking = tracking or TrackingConfig()
@@ -106,6 +112,8 @@ class PeriodicLogger:
         self.progress = Progress(enabled=False)
         self.latest: dict[str, float] = {}
         self.run_name = run_name
+        self.stem: str | None = None
+        self.mlflow_run_id: str | None = None
         self.run_path: Path | None = None
         self._runs_dir = Path(run_dir)
         self._params = params
@@ -115,7 +123,7 @@ class PeriodicLogger:
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
         self._watched: Watched | None = None
         self._place = Place()
-        self._batches = TrainingBatches(accelerator)
+        self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
         # As they were when the checkpoint was taken that the run goes on from.
         self._random_to_begin_with: dict[str, Any] | None = None
 
@@ -180,7 +188,10 @@ class PeriodicLogger:
                 self.run_name,
                 self._params,
                 resume=self._resume_from,
+                stem=self.stem,
+                mlflow_run_id=self.mlflow_run_id,
             )
+            self.mlflow_run_id = self._run.mlflow_run_id
             self.run_name, self.run_path = directory.name, directory.path
             retention = Retention(
                 self.run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say
@@ -213,7 +224,7 @@ class PeriodicLogger:
                 self.say,
             )
             self._resumption.find()
-            history = self._history = MetricHistory(self.latest, self._run.log_metrics)
+            history = self._history = MetricHistory(self.latest, self._run.log_metrics, self._run.log_recorded)
             self._saves = Saves(
                 self.accelerator,
                 self._saver,
@@ -417,10 +428,7 @@ class PeriodicLogger:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.epoch)
         self.progress.epoch_begins(self.epoch, _length(loader, limit))
-        self._place.samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
-        self._windows.timer.resume()
-        course.random_before_eval = None
-        loader, iterator = self._batches.begin(loader, self._resumption.take(loader))
+        loader, iterator = self.begin_data(loader)
         serial = self._batches.serial
         try:
             if limit is not None and self._batches.num_taken >= limit:
@@ -454,8 +462,59 @@ class PeriodicLogger:
             raise
         finally:
             course.is_in_batch = False
-            self._batches.leave()
-            _leave(loader, iterator)
+            self.leave_data(loader, iterator)
+
+    def begin_data(self, loader: Any) -> tuple[Any, Iterator[Any]]:
+        """Iterate over a training loader in a loop that is not `batches`'s, from where the run goes on in it.
+
+        Effects: as accelerate's own iteration; main thread. Each batch is then told to `batch_done`.
+
+        Args:
+            loader: a loader that went through `accelerator.prepare`.
+
+        Returns:
+            The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
+        """
+        self._place.samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
+        self._windows.timer.resume()
+        self._course.random_before_eval = None
+        return self._batches.begin(loader, self._resumption.take(loader))
+
+    def skip_data(self, loader: Any) -> None:
+        """A training loader of the epoch was done before the run was cut off. Not collective; main thread."""
+        self._batches.skip(loader)
+
+    def count_data(self, num_batches: int) -> None:
+        """So many batches of `begin_data` were done before it was known that they are training's. Not collective."""
+        self._batches.num_taken += num_batches
+
+    def end_data(self) -> None:
+        """No other batch of `begin_data` is taken. Not collective; main thread."""
+        self._batches.end()
+
+    def resume_timer(self) -> None:
+        """What was done since the last step, such as an evaluation, is no part of the next one's time."""
+        self._windows.timer.resume()
+
+    def describe_dataset(self, loader: Any, context: str) -> None:
+        """Record the data set of a loader as an input of the run, once as ``train`` and as ``eval``.
+
+        Effects: not collective; main thread; rank zero reads some of its samples, and puts random numbers back.
+        """
+        self._run.describe_dataset(loader, context)
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
+        self._run.log_params(values)
+
+    def forget_data(self) -> None:
+        """What `begin_data` has begun was no training. Not collective; main thread."""
+        self._batches.forget()
+
+    def leave_data(self, loader: Any, iterator: Iterator[Any]) -> None:
+        """The iteration of `begin_data` is over, or is left early. Not collective."""
+        self._batches.leave()
+        _leave(loader, iterator)
 
     def batch_done(self, num_samples: int, *, is_epochs_last: bool = False, step: int | None = None) -> None:
         """A batch is done, in a loop that is not `batches`'s: with it a step, unless gradients are accumulated.
@@ -610,6 +669,27 @@ class PeriodicLogger:
         """
         self._windows.update(metrics, args, kwargs)
 
+    def record(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Log values that are whole already, as a loop of somebody else's has made them: nothing is reduced.
+
+        A name that comes this way is the loop's from then on: what this class would log under it is left out. The
+        next checkpoint is linked to the values.
+
+        Effects: not collective: rank zero's values count, and other ranks may call it or not; any step may be given,
+            since the loop may count epochs.
+
+        Args:
+            values: name -> number.
+            step: of the loop's own counting; None: the optimizer steps that are complete.
+
+        Raises:
+            MetricError: if MLflow would refuse a name.
+        """
+        for name in values:
+            check_name(name)
+        if self.topology.rank == 0:
+            self._history.record(values, self.step, step)
+
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
@@ -623,6 +703,19 @@ class PeriodicLogger:
         self._report_save(step)
         for callback in self._callbacks:
             callback(values, step)
+
+    def put_back_again(self) -> None:
+        """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.
+
+        Where a script's epochs that are done went by again, it has moved them. Not collective; main thread.
+        """
+        if self._watched is not None:
+            self._resumption.put_back_again(self._watched)
+
+    @property
+    def loaders_done(self) -> int:
+        """Training loaders of the epoch that runs that are done."""
+        return self._batches.loaders_done
 
     def _report_save(self, step: int) -> None:
         """What the last save has cost, and what went wrong with it, in the run: rank zero's."""

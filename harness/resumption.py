@@ -24,7 +24,8 @@ from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume, set_damaged_aside
 from harness.checkpoint.shared import open_weights, refuse_others_alone
-from harness.checkpoint.trainer_state import Watched
+from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.trainer_state import Watched, put_back
 from harness.errors import CheckpointError
 
 
@@ -120,6 +121,12 @@ class Resumption:
         if self._agreement.rank == 0:
             set_damaged_aside([path for path, _ in self._found.damaged], self._say)
         return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
+
+    def put_back_again(self, watched: Watched) -> None:
+        """Put what is no tensor back once more; before the first `take`. Not collective."""
+        if self._resumed is not None:
+            held = find_held(self._accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None)
+            put_back(self._resumed.state, watched, held.groups, self._accelerator.scaler)
 
     def _take_initial_weights(self, watched: Watched) -> None:
         where = self._initial_weights

@@ -85,6 +85,8 @@ class RunLifetime:
         params: Any,
         *,
         resume: str = "auto",
+        stem: str | None = None,
+        mlflow_run_id: str | None = None,
     ) -> RunDirectory:
         """Make or find the directory and the MLflow run, on rank zero; what it is, on all ranks.
 
@@ -97,6 +99,8 @@ class RunLifetime:
             run_name: its name; None: made up, see `make_run_directory`.
             params: parameters to log, nested; None: none.
             resume: ``never``: a run that is there is refused; anything else: it goes on.
+            stem: what a made-up name begins with; None: the experiment's name.
+            mlflow_run_id: of the MLflow run that a new run is to be; None: one is made.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
@@ -104,7 +108,10 @@ class RunLifetime:
         """
 
         def make() -> RunDirectory:
-            directory, self._lock = make_run_directory(runs_dir, run_name, self._config.experiment_name, resume)
+            stem_or_experiment = stem or self._config.experiment_name
+            directory, self._lock = make_run_directory(
+                runs_dir, run_name, stem_or_experiment, resume, mlflow_run_id=mlflow_run_id
+            )
             if directory.stopped_by is not None:
                 return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
@@ -112,8 +119,8 @@ class RunLifetime:
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
             self._requests = StopRequests(directory.path, directory.attempt)
             self._say_where(directory)
-            if params is not None and (drift := self._tracker.params(provenance.flatten_params(params))).changed:
-                self._say(f"parameters have changed since the run began: {drift.as_line()}")
+            if params is not None:
+                self.log_params(params)
             if directory.continues:
                 self._publish_forgotten(directory.path / "checkpoints")
             return directory
@@ -198,6 +205,21 @@ class RunLifetime:
             self._points.update(self._tracker.metrics(values, step))
             while self._tracker.warnings:
                 self._say(f"harness: warning: {self._tracker.warnings.pop(0)}")
+
+    def log_recorded(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics at a step of a loop's own counting."""
+        if self._tracker is not None:
+            self._points.update(self._tracker.metrics(values, step, is_own_step=True))
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Further parameters, nested; those that have changed since the run began are told as such."""
+        if self._tracker is not None and (drift := self._tracker.params(provenance.flatten_params(values))).changed:
+            self._say(f"parameters have changed since the run began: {drift.as_line()}")
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """Of the MLflow run; rank zero's, None elsewhere and where there is none."""
+        return None if self._tracker is None else self._tracker.run_id
 
     def log_save(self, costs: Mapping[str, float], step: int) -> None:
         """What a checkpoint has cost; a line where that is too much for how late the job is asked to stop."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -119,6 +120,36 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
     )
     check_launch(accelerator)
     return accelerator
+
+
+def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an `Accelerator` that is somebody else's, so that the strategy asked for runs on a CPU too.
+
+    Effects: not collective, or as `Accelerator` where it makes the process group; main thread.
+
+    Args:
+        kwargs: as they were given.
+    """
+    uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP")
+    is_first = not AcceleratorState._shared_state
+    if torch.accelerator.is_available() or not (uses_deepspeed or uses_fsdp) or not is_first:
+        return kwargs
+    handlers = list(kwargs.get("kwargs_handlers") or [])
+    init = next((each for each in handlers if isinstance(each, InitProcessGroupKwargs)), None)
+    if init is None:
+        handlers.append(init := InitProcessGroupKwargs())
+    made = {**kwargs, "kwargs_handlers": handlers}
+    if uses_deepspeed:
+        cpu.prepare_deepspeed()
+        init.backend = "gloo"
+        if kwargs.get("deepspeed_plugin") is None and kwargs.get("deepspeed_plugins") is None:
+            plugin = made["deepspeed_plugin"] = DeepSpeedPlugin()
+            plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    elif int(os.environ.get("FSDP_VERSION", "1")) == 2:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        precision = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        cpu.prepare_fsdp2(str(precision), init)
+    return made
 
 
 def _deepspeed_plugin(trainer: TrainerConfig, on_cpu: bool) -> DeepSpeedPlugin:

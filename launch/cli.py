@@ -23,6 +23,7 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
   harness train  --config configs/digits.yaml [--trainer.max_epochs 3 ...]
   harness launch --strategy fsdp2 --num_processes 4 --config configs/byte_lm.yaml
   harness submit --config configs/byte_lm.yaml --strategy fsdp2 --nodes 2 --gpus_per_node 8 --time 04:00:00
+  harness run    train.py [ARGS]
   harness stop   runs/RUN
   harness debug  --config configs/digits.yaml
   harness checkpoints runs/RUN [--json]
@@ -51,6 +52,7 @@ def _run(words: list[str]) -> int:
         ("launch", "start several processes: prints the accelerate command, then becomes it"),
         ("submit", "give a training to SLURM, by slurm/train.sbatch"),
         ("rank", "one rank of a SLURM step: what srun starts in slurm/train.sbatch"),
+        ("run", "an Accelerate script of your own, unchanged: logged and saved as it trains"),
         ("debug", "one process, a few batches, no MLflow run: anomaly detection, breakpoints work"),
     ):
         commands.add_parser(name, help=what, add_help=False)
@@ -134,12 +136,19 @@ def _debug(words: Sequence[str]) -> int:
     return debug(words)
 
 
+def _run_script(words: Sequence[str]) -> int:
+    from launch.run import main
+
+    main(words)
+
+
 _OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "launch": _launch,
     "submit": _submit,
     "rank": _rank,
     "debug": _debug,
+    "run": _run_script,
 }
 
 

@@ -29,6 +29,7 @@ class Plan:
         main_process_port: where the ranks meet; 0: a free one.
         training_words: the options of the configuration.
         max_restarts: how often all ranks are started again after one has failed; the run goes on.
+        module: what each rank runs.
     """
 
     strategy: str
@@ -36,6 +37,7 @@ class Plan:
     main_process_port: int
     training_words: tuple[str, ...]
     max_restarts: int = 0
+    module: str = "harness"
 
 
 def launch(words: Sequence[str]) -> int:
@@ -52,7 +54,7 @@ def launch(words: Sequence[str]) -> int:
     if dry_run:
         return EXIT_DONE
     if plan.main_process_port:
-        _require_free(plan.main_process_port)
+        require_free(plan.main_process_port)
     check_classes(config)
     environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(plan.num_processes)}
     executable = Path(sys.executable).with_name("accelerate")
@@ -119,7 +121,7 @@ def accelerate_command(plan: Plan) -> list[str]:
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
         *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
         *extra,
-        *("-m", "harness", *plan.training_words),
+        *("-m", plan.module, *plan.training_words),
     ]
 
 
@@ -152,7 +154,12 @@ def _default_num_processes() -> int:
     return num_gpus or 2
 
 
-def _require_free(port: int) -> None:
+def require_free(port: int) -> None:
+    """Refuse a port that is in use.
+
+    Raises:
+        ConfigError: with what to do.
+    """
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))

@@ -85,12 +85,14 @@ class KnownPoints:
         self.largest_difference = 0.0
         self.last_step = step
         self._series: dict[str, _Series] = {}
-        for key, point in _points(outbox_dir):
-            if point.step <= step and (key not in self.latest or self.latest[key].step < point.step):
+        for key, point, is_own_step in _points(outbox_dir):
+            # A script's own counting says nothing of where it goes on: all of those are known.
+            if (is_own_step or point.step <= step) and (key not in self.latest or self.latest[key].step < point.step):
                 self.latest[key] = point
-            if point.step >= step:
-                self.last_step = max(self.last_step, point.step)
+            if is_own_step or point.step >= step:
                 self._series.setdefault(key, _Series()).add(point)
+            if not is_own_step:
+                self.last_step = max(self.last_step, point.step)
         # Of what is gone from the journal, the last step of each metric: it has logged up to there.
         self._pruned = read_pruned(outbox_dir).latest
         for key, gone in self._pruned.items():
@@ -130,8 +132,9 @@ class KnownPoints:
 def points_at(outbox_dir: Path, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
     """The points that a checkpoint's metrics are: under each name the last one up to its step, of that value."""
     found: dict[str, Point] = {}
-    for key, point in _points(outbox_dir):
-        if key in metrics and point.step <= step and (key not in found or found[key].step <= point.step):
+    for key, point, is_own_step in _points(outbox_dir):
+        is_before = is_own_step or point.step <= step
+        if key in metrics and is_before and (key not in found or found[key].step <= point.step):
             found[key] = point
     for key, gone in read_pruned(outbox_dir).latest.items():
         if key in metrics and key not in found and gone[2] <= step:
@@ -139,10 +142,11 @@ def points_at(outbox_dir: Path, metrics: Mapping[str, float], step: int) -> dict
     return {key: point for key, point in found.items() if point.value == metrics[key]}
 
 
-def _points(outbox_dir: Path) -> Iterator[tuple[str, Point]]:
+def _points(outbox_dir: Path) -> Iterator[tuple[str, Point, bool]]:
+    """Name, point, and whether its step is of a script's own counting."""
     for entry in read_entries(outbox_dir, kinds=_METRICS):
         for key, value in entry.body["values"].items():
-            yield key, Point(value, entry.time_ms, entry.body["step"])
+            yield key, Point(value, entry.time_ms, entry.body["step"]), entry.body.get("is_own_step", False)
 
 
 def _is_same(one: float, other: float) -> bool:

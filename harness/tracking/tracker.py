@@ -199,20 +199,28 @@ class Tracker:
         """Tags of the run: name -> text."""
         self.outbox.append("tags", values)
 
-    def metrics(self, values: Mapping[str, float], step: int) -> dict[str, Point]:
-        """Metrics at an optimizer step; returns the points that they are, which may be an earlier attempt's."""
+    def metrics(self, values: Mapping[str, float], step: int, *, is_own_step: bool = False) -> dict[str, Point]:
+        """Metrics at an optimizer step; returns the points that they are, which may be an earlier attempt's.
+
+        Args:
+            values: name -> number.
+            step: optimizer steps that are complete.
+            is_own_step: the step is of a script's own counting, such as of epochs: no optimizer's is meant.
+        """
         self._revive()
         if self.attempt > 1 and self._known is None:
             # Nothing was restored: it begins again.
             self.resumed(0, None)
-        self._last_step = max(self._last_step, step)
+        if not is_own_step:
+            self._last_step = max(self._last_step, step)
         points: dict[str, Point] = {}
         if self._known is not None:
             points = {key: known for key, value in values.items() if (known := self._known.take(key, value, step))}
-            if step > self._known.last_step:
+            if not is_own_step and step > self._known.last_step:
                 self._tell_repeated()
         if new := {key: value for key, value in values.items() if key not in points}:
-            time_ms = self.outbox.append("metrics", {"step": step, "values": new})
+            body = {"step": step, "values": new}
+            time_ms = self.outbox.append("metrics", body | {"is_own_step": True} if is_own_step else body)
             self._look_at_disk()
             points |= {key: Point(value, time_ms, step) for key, value in new.items()}
         # A point is the same one, for a model too, by its time: where that is not known, no model has it.

@@ -22,7 +22,9 @@ PUBLIC = [
     "Task",
     "TrackingConfig",
     "TrainerConfig",
+    "autolog",
     "load_model",
+    "resume",
 ]
 
 

@@ -1,0 +1,115 @@
+"""What a script logs to MLflow itself: into the same run, once.
+
+MLflow is never imported here: its functions come as arguments, once the script has imported it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from harness.autologging.session import Session
+
+Function = Callable[..., Any]
+
+
+class FluentCalls:
+    """Stands in for MLflow's functions that log to the active run.
+
+    Effects: not collective; any rank: those that are not rank zero have no run, and log nothing; main thread.
+
+    Args:
+        session: gives the training that runs.
+        run_id_before: gives the id of the run that a training would go on in, before it has begun.
+    """
+
+    def __init__(self, session: Callable[[], Session], run_id_before: Callable[[], str | None]) -> None:
+        self._session = session
+        self._run_id_before = run_id_before
+        # Within a call that hands the same values on: once is enough.
+        self.is_within = False
+        self._was_active = False
+
+    def start_run(self, original: Function, run_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`mlflow.start_run`: of the run that is ours already, or that the training goes on in."""
+        session = self._session()
+        ours = session.logger.mlflow_run_id if session.logger is not None else self._run_id_before()
+        is_own = run_id is not None or "MLFLOW_RUN_ID" in os.environ or kwargs.get("nested") or len(args) > 2
+        if ours is None or is_own or session.settings.exclusive or not session.is_rank_zero:
+            return original(run_id, *args, **kwargs)
+        if self._was_active and active_run_id() is None:
+            return original(run_id, *args, **kwargs)  # the script has ended it, and begins another
+        try:
+            started = original(ours, *args, **kwargs)
+        except Exception:
+            # Of another experiment or server: it is the script's own then.
+            return original(run_id, *args, **kwargs)
+        self._was_active = True
+        return started
+
+    def log_metric(self, original: Function, key: str, value: Any, step: int | None = None, **kwargs: Any) -> Any:
+        """`mlflow.log_metric`."""
+        return self._log(lambda: original(key, value, step=step, **kwargs), {key: value}, step, kwargs)
+
+    def log_metrics(
+        self, original: Function, metrics: Mapping[str, Any], step: int | None = None, **kwargs: Any
+    ) -> Any:
+        """`mlflow.log_metrics`."""
+        return self._log(lambda: original(metrics, step=step, **kwargs), metrics, step, kwargs)
+
+    def _log(self, call: Function, values: Mapping[str, Any], step: int | None, others: Mapping[str, Any]) -> Any:
+        session = self._session()
+        if self._is_for_another(session, others):
+            return call()
+        if not self.is_within:
+            session.log(values, step)
+        return None
+
+    def log_param(self, original: Function, key: str, value: Any, **kwargs: Any) -> Any:
+        """`mlflow.log_param`, which gives the value back."""
+        return value if self._takes_params({key: value}, kwargs) else original(key, value, **kwargs)
+
+    def log_params(self, original: Function, params: Mapping[str, Any], **kwargs: Any) -> Any:
+        """`mlflow.log_params`."""
+        return None if self._takes_params(params, kwargs) else original(params, **kwargs)
+
+    def _takes_params(self, values: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Whether the run takes them: MLflow itself would refuse, in a run that goes on, those that have changed."""
+        session = self._session()
+        goes_on = not session.has_begun and self._run_id_before() is not None
+        if not goes_on and self._is_for_another(session, others):
+            return False
+        session.log_params(values)
+        return True
+
+    def _is_for_another(self, session: Session, others: Mapping[str, Any]) -> bool:
+        """Whether a call means another run than ours, or there is none yet."""
+        if session.settings.exclusive or any(
+            value is not None for name, value in others.items() if name != "synchronous"
+        ):
+            return True
+        if not session.is_rank_zero:
+            # Of the job's one run: here there would be a second one.
+            return active_run_id() is not None
+        if not session.has_begun or session.is_over:
+            return True
+        assert session.logger is not None
+        active = active_run_id()
+        return active is not None and active != session.logger.mlflow_run_id
+
+
+def active_run_id() -> str | None:
+    """Of the run that MLflow's own functions log to; None: there is none, or MLflow is not imported."""
+    module: Any = sys.modules.get("mlflow")
+    run = module.active_run() if module is not None and hasattr(module, "active_run") else None
+    return None if run is None else str(run.info.run_id)
+
+
+def end_active_run(run_id: str | None, status: str) -> None:
+    """End our run in MLflow's own eyes too: left to the end of the process it would call a failed one FINISHED."""
+    if run_id is not None and active_run_id() == run_id:
+        with suppress(Exception):  # the server is away: the publisher says it in any case
+            sys.modules["mlflow"].end_run(status)

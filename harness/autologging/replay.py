@@ -1,0 +1,76 @@
+"""Epochs that are done already go by again, because the script counts them itself, and nothing comes of them.
+
+Each pass gives one batch, so that what a script makes of a pass's results has something to work with. Backward and
+the optimizers' steps are left out, so the weights stay those that were put back; what else moves is put back again:
+
+    buffers                   when the last of the training passes is over: what comes then is evaluated on them
+    scheduler, random numbers when the first pass begins that is not done
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.periodic import PeriodicLogger
+
+
+class Replay:
+    """Passes that are done.
+
+    Effects: not collective beyond the script's own passes; main thread; memory for a copy of the buffers.
+
+    Args:
+        logger: whose run goes on.
+        model: as it was put back.
+        num_left: training passes that are done.
+    """
+
+    def __init__(self, logger: PeriodicLogger, model: nn.Module, num_left: int) -> None:
+        self._logger = logger
+        self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
+        self._iterations: dict[int, int] = {}
+        self._is_epoch_cut = bool(logger.loaders_done)
+        self.num_left = num_left
+
+    def one_batch(self, loader: Any, original: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+        """The first batch of a loader, as its last one."""
+        self._iterations.setdefault(id(loader), getattr(loader, "iteration", 0))
+        iterator = original(loader)
+        try:
+            for batch in iterator:
+                loader.end_of_dataloader = True  # or an accumulation would stay open
+                yield batch
+                break
+        finally:
+            iterator.close()  # type: ignore[attr-defined]
+            state = getattr(loader, "gradient_state", None)
+            if state is not None and loader in state.dataloader_references:
+                loader.end()
+
+    def pass_done(self, loader: Any) -> bool:
+        """A training pass is over; whether it is the last one, of an epoch whose end is still to come."""
+        self.num_left -= 1
+        if self.num_left:
+            return False
+        with torch.no_grad():
+            for buffer, before in self._buffers:
+                buffer.copy_(before)
+        if not self._is_epoch_cut:
+            return False
+        self._logger.skip_data(loader)
+        self.goes_on([loader])
+        if hasattr(loader, "iteration"):
+            loader.iteration += 1  # as accelerate does behind the last batch
+        self._logger.begin_epoch()
+        return True
+
+    def goes_on(self, loaders: Sequence[Any]) -> None:
+        """The first pass begins that is not done."""
+        for loader in loaders:
+            if id(loader) in self._iterations:
+                loader.iteration = self._iterations[id(loader)]
+        self._logger.put_back_again()

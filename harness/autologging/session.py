@@ -1,0 +1,455 @@
+"""One training of a script's, from what it has prepared to its end.
+
+    prepare    ->  prepared            what went through accelerate
+    first pass ->  _start              the run, and what a checkpoint is of; where it goes on, state is put back
+    a pass     ->  iterate             the epoch before ends; batches are counted
+    backward   ->  backward            the loss; that this pass trains
+    the end    ->  finish, or fail     the last epoch ends, all is delivered
+
+An epoch is one pass over a loader that is trained on. It ends when the next such pass begins, or the script ends: the
+script's evaluation and its scheduler's step come before that, and belong to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from harness.autologging.passes import Pass, TrainedOn
+from harness.autologging.replay import Replay
+from harness.autologging.script import Arguments, Prepared, raw
+from harness.autologging.settings import Settings
+from harness.errors import EXIT_REQUEUE, MetricError, Stopped
+from harness.periodic import PeriodicLogger
+from harness.progress import Progress
+
+Original = Callable[[Any], Iterator[Any]]
+
+
+class Session:
+    """Feeds a `PeriodicLogger` with what a script does.
+
+    Effects: `iterate` (as the loader's own iteration, and at the ends of epochs), `finish` and what they lead to are
+    collective, as the script's own passes are: every rank makes them alike, in the main thread. The rest is not.
+
+    Args:
+        settings: what was asked for.
+        arguments: the script's.
+        stem: what a made-up name of the run begins with.
+        active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
+        failed: called with the MLflow run's id and its status when the training has ended otherwise than well.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        arguments: Arguments,
+        stem: str,
+        active_run_id: Callable[[], str | None],
+        failed: Callable[[str | None, str], None],
+    ) -> None:
+        self.settings = settings
+        self.prepared = Prepared()
+        self.logger: PeriodicLogger | None = None
+        self._arguments = arguments
+        self._stem = stem
+        self._active_run_id = active_run_id
+        self._failed = failed
+        self._model: nn.Module | None = None
+        self._trained = TrainedOn()
+        self._replay: Replay | None = None
+        # The one that is open and trains, or may; the latest that a batch came from.
+        self._pass: Pass | None = None
+        self._inner: Any = None
+        self._is_epoch_open = False
+        # Samples of a batch at which a pass was left, which is not counted yet; whether the optimizer stepped there.
+        self._left: tuple[int, bool] | None = None
+        self._is_over = self._has_failed = False
+        self._said: set[str] = set()
+        self._early_params: dict[str, Any] = {}
+        self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
+        self._hook: Any = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run."""
+        return self.logger is not None
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether epochs go by that are done already."""
+        return self._replay is not None and self._replay.num_left > 0
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this rank is the one that logs."""
+        accelerator = self.prepared.accelerator
+        return accelerator is None or bool(accelerator.process_index == 0)
+
+    # ---------------------------------------------------------------------- what the script does
+
+    def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
+        """A pass over a loader: its batches, as the script would have had them."""
+        if loader is self._inner or self._is_over or not self._is_ready():
+            yield from original(loader)
+            return
+        if self.logger is None:
+            self._start()
+        if self.is_replaying:
+            yield from self._replayed(loader, original)
+            return
+        if self._pass is not None and self._pass.is_training:
+            yield from self._within(loader, original)
+            return
+        yield from self._pass_over(loader, original)
+
+    def backward(self, accelerator: Accelerator, loss: Any) -> bool:
+        """Backward is about to be called; whether it is to be."""
+        if accelerator is not self.prepared.accelerator or self._is_over:
+            return True
+        if self.is_replaying:
+            return False
+        if self._pass is None:
+            if self.logger is None and self.prepared.models:
+                self._say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
+            return True
+        if not self._pass.is_training:
+            self._is_training_after_all(self._pass)
+        self._pass.backward(loss)
+        return True
+
+    def log(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Values that the script logs itself, which are whole. Rank zero's count."""
+        numbers = {str(name): number for name, value in values.items() if (number := _number(value)) is not None}
+        if self.is_replaying or not numbers:
+            return
+        if self.logger is None:
+            self._early_metrics.append((numbers, step))
+            return
+        for name, number in numbers.items():
+            try:
+                self.logger.record({name: number}, step)
+            except MetricError as error:
+                self._say_once(f"a metric of the script is left out: {error}")
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Parameters that the script logs itself."""
+        if self.logger is None:
+            self._early_params.update(values)
+        else:
+            self.logger.log_params(values)
+
+    # ---------------------------------------------------------------------- the run begins
+
+    def _is_ready(self) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            self._say_once("a loader is iterated over in another thread, whose passes are not counted")
+            return False
+        prepared = self.prepared
+        return prepared.accelerator is not None and bool(prepared.models and prepared.optimizers)
+
+    def _start(self) -> None:
+        settings, prepared = self.settings, self.prepared
+        accelerator = prepared.accelerator
+        assert accelerator is not None
+        choice = prepared.choose()
+        logger = PeriodicLogger(
+            accelerator,
+            every_n_epochs=settings.checkpoint.every_n_epochs,
+            run_name=settings.run_name,
+            run_dir=settings.run_dir,
+            checkpoint=settings.checkpoint,
+            tracking=settings.tracking,
+            params=self._params(accelerator),
+            resume_from_checkpoint=settings.resume_from,
+            seeds_workers=False,
+        )
+        logger.progress = _Quiet() if settings.tracking.silent else logger.progress
+        logger.stem = self._stem
+        logger.mlflow_run_id = self._active_run_id() if self.is_rank_zero else None
+        logger.start()
+        self.logger = logger
+        logger.register("autolog", _Memory(self._trained, prepared))
+        if isinstance(choice, str):
+            self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
+        else:
+            self._model = choice.model
+            logger.watch(choice.model, choice.optimizer, choice.scheduler)
+        # Of all optimizers alike: one that is wrapped, or steps within backward, too.
+        self._hook = register_optimizer_step_post_hook(self._stepped)
+        for values, step in self._early_metrics:
+            self.log(values, step)
+        self._early_metrics.clear()
+        if num_done := logger.epoch + (1 if logger.loaders_done else 0):
+            assert self._model is not None
+            self._replay = Replay(logger, self._model, num_done)
+            self._say(
+                f"harness: the script's first {num_done} epochs are done: they go by with one batch each, which "
+                "changes nothing, and what the script logs or saves through accelerate meanwhile is left out"
+            )
+
+    def _params(self, accelerator: Accelerator) -> dict[str, Any]:
+        sizes = [getattr(loader, "total_batch_size", None) for loader in self.prepared.loaders[:1]]
+        training = {
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "mixed_precision": accelerator.mixed_precision,
+            **({"batch_size": sizes[0]} if sizes and isinstance(sizes[0], int) else {}),
+        }
+        own = {"args": dict(self._arguments.look())} if self._arguments.look() else {}
+        return {**own, **self.prepared.hyperparameters, "training": training, **self._early_params}
+
+    # ---------------------------------------------------------------------- one pass
+
+    def _pass_over(self, loader: Any, original: Original) -> Iterator[Any]:
+        logger = self.logger
+        assert logger is not None
+        index = self.prepared.index_of(loader)
+        is_likely = self._trained.makes_likely(index, is_in_train_mode=self._is_in_train_mode)
+        before, this = self._pass, Pass(loader, is_likely=is_likely)
+        self._pass = this
+        if before is not None and before.is_likely:
+            logger.forget_data()  # an iterator that is still there, of which nothing came
+        inner, iterator = loader, original(loader)
+        if not is_likely:
+            logger.describe_dataset(loader, "eval")
+        else:
+            self._begin_epoch()
+            inner, iterator = logger.begin_data(loader)
+            self._inner = inner
+        try:
+            for batch in iterator:
+                this.batch_is_out(batch)
+                yield batch
+                self._batch_done(this, is_last=bool(getattr(inner, "end_of_dataloader", False)))
+        except GeneratorExit:
+            if this is self._pass and this.is_training and this.has_news:
+                # Counting it is collective, for which this is no place: it comes with the epoch's end.
+                self._log_loss(this)
+                self._left = (this.num_samples, this.take_step())
+            raise
+        finally:
+            if this is self._pass:
+                self._leave(this, inner, iterator)
+
+    def _within(self, loader: Any, original: Original) -> Iterator[Any]:
+        """Within a training pass: an evaluation, or a second loader beside the one that is counted."""
+        assert self.logger is not None
+        self.logger.describe_dataset(loader, "eval")
+        try:
+            yield from original(loader)
+        finally:
+            if not self._is_over:
+                self.logger.resume_timer()
+
+    def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
+        assert self.logger is not None
+        self._pass = self._inner = None
+        if this.is_likely:
+            self.logger.leave_data(inner, iterator)
+        if this.is_training and self._left is None:
+            self.logger.end_data()
+        elif this.is_likely and not this.is_training:
+            self.logger.forget_data()
+
+    def _batch_done(self, this: Pass, *, is_last: bool) -> None:
+        if not this.is_training:
+            this.num_seen += 1
+            return
+        assert self.logger is not None
+        self._log_loss(this)
+        self._count(this.num_samples, is_last=is_last, is_step=this.take_step())
+
+    def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
+        logger = self.logger
+        assert logger is not None
+        # An optimizer that is not torch's tells nobody.
+        is_known = isinstance(raw(self.prepared.optimizers[0]), torch.optim.Optimizer)
+        try:
+            logger.batch_done(num_samples, is_epochs_last=is_last, step=logger.step + is_step if is_known else None)
+        except Stopped as error:
+            self.fail(error)
+            # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
+            raise SystemExit(EXIT_REQUEUE) from error
+
+    def _log_loss(self, this: Pass) -> None:
+        assert self.logger is not None
+        if (taken := this.take_loss()) is not None:
+            loss, num_samples = taken
+            self.logger.log({"train/loss": loss}, num_samples or 1)
+
+    def _is_training_after_all(self, this: Pass) -> None:
+        """The first backward of a pass."""
+        logger = self.logger
+        assert logger is not None
+        if not this.is_likely:
+            self._begin_epoch()
+        this.is_training = self._is_epoch_open = True
+        logger.count_data(this.num_seen)
+        index = self.prepared.index_of(this.loader)
+        if self._trained.loaders and index not in self._trained.loaders:
+            self._say_once("several loaders are trained on: a pass over any of them counts as an epoch")
+        self._trained.saw(index, is_in_train_mode=self._is_in_train_mode)
+        logger.describe_dataset(this.loader, "train")
+
+    @property
+    def _is_in_train_mode(self) -> bool:
+        return self._model is None or self._model.training
+
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._pass is not None:
+            self._pass.stepped()
+
+    # ---------------------------------------------------------------------- epochs
+
+    def _begin_epoch(self) -> None:
+        logger = self.logger
+        assert logger is not None
+        self._end_epoch(is_last=False)
+        if self._replay is not None:
+            self._replay.goes_on(self.prepared.loaders)
+            self._replay = None
+        logger.begin_epoch()
+
+    def _end_epoch(self, *, is_last: bool) -> None:
+        logger = self.logger
+        assert logger is not None
+        if not self._is_epoch_open:
+            return
+        if self._left is not None:
+            (num_samples, is_step), self._left = self._left, None
+            self._count(num_samples, is_last=True, is_step=is_step)
+        self._is_epoch_open = False
+        logger.end_epoch(logger.epoch + 1 if is_last else None)
+
+    def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
+        assert self._replay is not None and self.logger is not None
+        index = self.prepared.index_of(loader)
+        is_training = self._trained.makes_likely(index, is_in_train_mode=self._is_in_train_mode)
+        yield from self._replay.one_batch(loader, original)
+        if is_training and self._replay.pass_done(loader):
+            # Cut off between an epoch's last step and its end: what comes now is that end.
+            self._replay = None
+            self._is_epoch_open = True
+
+    # ---------------------------------------------------------------------- the end
+
+    def finish(self) -> None:
+        """The script has ended, or is done with this training: the last epoch ends, the run is FINISHED.
+
+        Raises:
+            HarnessError: if the last checkpoint could not be written.
+        """
+        logger = self.logger
+        if self._is_over or logger is None:
+            self._over()
+            return
+        try:
+            self._end_training(logger)
+            self._over()
+            logger.close()
+        except BaseException as error:
+            raise self.fail(error) from error.__cause__
+
+    def _end_training(self, logger: PeriodicLogger) -> None:
+        this = self._pass
+        if this is not None and this.is_training:
+            # An iterator that is still there: it would go on within the epoch.
+            if this.has_news:
+                self._batch_done(this, is_last=False)
+            self._pass = self._inner = None
+            logger.end_epoch(logger.epoch, is_whole=False)
+        else:
+            self._end_epoch(is_last=True)
+
+    def fail(self, error: BaseException) -> BaseException:
+        """The script has failed; returns what really ended it: another rank's failure, where this is its echo."""
+        logger = self.logger
+        has_ended, self._has_failed = self._has_failed or (self._is_over and logger is None), True
+        self._over()
+        if logger is None or has_ended:
+            return error
+        cause = logger.fail(error)
+        was_asked = isinstance(cause, (Stopped, KeyboardInterrupt))
+        self._failed(logger.mlflow_run_id, "KILLED" if was_asked else "FAILED")
+        return cause
+
+    def _over(self) -> None:
+        self._is_over = True
+        self._pass = self._inner = self._replay = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self._is_over
+
+    def say_what_was_not_seen(self) -> None:
+        """A line where a script has prepared something, and no training of it was seen."""
+        if self.logger is None and self.prepared.accelerator is not None:
+            self._say_once("no pass over a prepared loader with backward was seen: nothing was logged")
+
+    def _say(self, line: str) -> None:
+        if self.is_rank_zero and not self.settings.tracking.silent:
+            Progress(enabled=False).say(line)
+
+    def _say_once(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._say(
+                f"harness: autolog: {what}; with PeriodicLogger(accelerator), its watch(model, optimizer), epochs(n) "
+                "and batches(loader) you say it yourself"
+            )
+
+
+class _Memory:
+    """What a run that goes on must know of the passes before: part of each checkpoint."""
+
+    def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
+        self._trained = trained
+        self._prepared = prepared
+
+    def state_dict(self) -> dict[str, Any]:
+        trained = self._trained
+        return {
+            "loaders": sorted(trained.loaders),
+            "is_in_train_mode": trained.is_in_train_mode,
+            "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._trained.loaders = set(state["loaders"])
+        self._trained.is_in_train_mode = state["is_in_train_mode"]
+        for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
+            # accelerate seeds a pass's order with it.
+            if hasattr(loader, "iteration"):
+                loader.iteration = iteration
+
+
+class _Quiet(Progress):
+    """Says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False)
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def _number(value: Any) -> float | None:
+    """A value that is one number, or None."""
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    if isinstance(value, torch.Tensor):
+        return float(value.item()) if value.numel() == 1 else None
+    try:
+        return float(value) if getattr(value, "ndim", None) == 0 else None
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,28 @@
+"""What autologging was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harness.config import CheckpointConfig, TrackingConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What autologging was asked for.
+
+    Args:
+        checkpoint: when and how checkpoints are written.
+        tracking: what goes to MLflow.
+        exclusive: what is logged here stays out of a run that the script has made.
+        run_name: name of the run and of its directory; None: made up, from the script's name.
+        run_dir: the directory that the runs' directories are in.
+        resume_from: as `PeriodicLogger`'s `resume_from_checkpoint`.
+    """
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    exclusive: bool = False
+    run_name: str | None = None
+    run_dir: str = "runs"
+    resume_from: str = "auto"

@@ -1,0 +1,227 @@
+"""Autologging on and off: the table of what is replaced, and the training that runs now."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from harness import runtime
+from harness.autologging import ending, fluent
+from harness.autologging.api import run_id_of, script_name
+from harness.autologging.replacing import Replacement, Replacements
+from harness.autologging.script import Arguments
+from harness.autologging.session import Session
+from harness.autologging.settings import Settings
+
+Function = Callable[..., Any]
+
+
+class Switch:
+    """The one that is on in this process: replaces functions, and leads what they are called with to a session.
+
+    Effects: as `harness.autolog` says.
+
+    Args:
+        settings: what was asked for.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._arguments = Arguments()
+        self.session = self._new_session()
+        self._fluent = fluent.FluentCalls(lambda: self.session, self._run_id_before)
+        self._replacements = Replacements(self._table())
+        self._ending = ending.Ending(self.finish, self.fail)
+
+    def _table(self) -> list[Replacement]:
+        of_accelerate, of_loaders, calls = "accelerate.accelerator", "accelerate.data_loader", self._fluent
+        return [
+            Replacement(of_accelerate, "Accelerator.__init__", "FSDP2 and ZeRO run on a CPU too", self._made),
+            Replacement(of_accelerate, "Accelerator.prepare", "model, optimizer, scheduler, loaders", self._prepared),
+            Replacement(of_accelerate, "Accelerator.backward", "the loss; that this is training", self._backward),
+            Replacement(of_accelerate, "Accelerator.log", "the script's metrics", self._log),
+            Replacement(of_accelerate, "Accelerator.init_trackers", "the script's parameters", self._init_trackers),
+            Replacement(of_accelerate, "Accelerator.end_training", "the training has ended", self._ends),
+            Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._ends),
+            Replacement(of_accelerate, "Accelerator.save_state", "not of epochs that are done", self._not_replayed),
+            Replacement(of_accelerate, "Accelerator.save_model", "not of epochs that are done", self._not_replayed),
+            Replacement(of_accelerate, "Accelerator.save", "not of epochs that are done", self._not_replayed),
+            Replacement("accelerate.optimizer", "AcceleratedOptimizer.step", "likewise", self._not_replayed),
+            Replacement("accelerate.scheduler", "AcceleratedScheduler.step", "likewise", self._not_replayed),
+            Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
+            Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
+            Replacement("argparse", "ArgumentParser.parse_known_args", "the script's arguments", self._parsed),
+            Replacement("mlflow", "start_run", "the script's run and ours are one", calls.start_run),
+            Replacement("mlflow", "log_metric", "the script's metrics", calls.log_metric),
+            Replacement("mlflow", "log_metrics", "the script's metrics", calls.log_metrics),
+            Replacement("mlflow", "log_param", "the script's parameters", calls.log_param),
+            Replacement("mlflow", "log_params", "the script's parameters", calls.log_params),
+        ]
+
+    def turn_on(self) -> None:
+        """Replace, and watch for the script's end."""
+        self._replacements.put()
+        self._ending.watch()
+
+    def turn_off(self) -> None:
+        """Put everything back; a training that runs ends here, as far as it is logged."""
+        self._replacements.take_away()
+        self._ending.leave()
+        self.finish()
+
+    def change(self, settings: Settings) -> None:
+        """Other settings, for a training that has not begun."""
+        self.settings = settings
+        if not self.session.has_begun:
+            self.session.settings = settings
+
+    # ------------------------------------------------------------------- in place of accelerate's
+
+    def _made(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
+        if not args:
+            kwargs = runtime.with_cpu_strategies(kwargs)
+        original(accelerator, *args, **kwargs)
+
+    def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        result = original(accelerator, *args, **kwargs)
+        prepared = result if isinstance(result, tuple) and len(args) > 1 else (result,)
+        is_another = any(
+            isinstance(each, torch.nn.Module) and not self.session.prepared.holds(each) for each in prepared
+        )
+        if self.session.is_over or (self.session.has_begun and is_another):
+            # The next training of the same process.
+            self.finish()
+            self.session = self._new_session()
+        self.session.prepared.add(accelerator, args, prepared)
+        return result
+
+    def _backward(self, original: Function, accelerator: Accelerator, loss: Any, **kwargs: Any) -> None:
+        if self.session.backward(accelerator, loss):
+            original(accelerator, loss, **kwargs)
+
+    def _log(
+        self,
+        original: Function,
+        accelerator: Accelerator,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if self.session.is_replaying:
+            return
+        # accelerate's own tracker would hand the same values to MLflow: they are in the run already.
+        is_taken = self.session.has_begun and not self.session.is_over
+        self._fluent.is_within = is_taken
+        try:
+            original(accelerator, values, step, *args, **kwargs)
+        finally:
+            self._fluent.is_within = False
+        if is_taken or fluent.active_run_id() is None:
+            self.session.log(values, step)
+
+    def _init_trackers(
+        self,
+        original: Function,
+        accelerator: Accelerator,
+        project_name: str,
+        config: Mapping[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        original(accelerator, project_name, config, *args, **kwargs)
+        if config is not None:
+            self.session.log_params({"config": config})
+
+    def _ends(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        if accelerator is self.session.prepared.accelerator:
+            self.finish()
+            self.session = self._new_session()
+        return original(accelerator, *args, **kwargs)
+
+    def _not_replayed(self, original: Function, *args: Any, **kwargs: Any) -> Any:
+        return None if self.session.is_replaying else original(*args, **kwargs)
+
+    def _iterate(self, original: Function, loader: Any) -> Iterator[Any]:
+        return self.session.iterate(loader, original)
+
+    def _parsed(
+        self,
+        original: Function,
+        parser: argparse.ArgumentParser,
+        args: Sequence[str] | None = None,
+        *others: Any,
+        **kwargs: Any,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        found: tuple[argparse.Namespace, list[str]] = original(parser, args, *others, **kwargs)
+        self._arguments.parsed(args, found[0])
+        return found
+
+    # ------------------------------------------------------------------- trainings
+
+    def _new_session(self) -> Session:
+        return Session(self.settings, self._arguments, script_name(), self._run_to_be_ours, fluent.end_active_run)
+
+    def _run_id_before(self) -> str | None:
+        return run_id_of(self.settings)
+
+    def _run_to_be_ours(self) -> str | None:
+        return None if self.settings.exclusive else fluent.active_run_id()
+
+    def finish(self) -> None:
+        """The training has ended.
+
+        Raises:
+            HarnessError: if the last checkpoint could not be written.
+        """
+        self.session.say_what_was_not_seen()
+        self.session.finish()
+
+    def fail(self, error: BaseException) -> BaseException:
+        """The script has failed; returns what really ended it."""
+        return self.session.fail(error)
+
+
+_on: Switch | None = None
+
+
+def turn_on(settings: Settings) -> None:
+    """Begin autologging, or change what a training is logged with that has not begun."""
+    global _on
+    if _on is None:
+        _on = Switch(settings)
+        _on.turn_on()
+    else:
+        _on.change(settings)
+
+
+def turn_off() -> None:
+    """End autologging, where it is on."""
+    global _on
+    switch, _on = _on, None
+    if switch is not None:
+        switch.turn_off()
+
+
+def change(settings: Settings) -> None:
+    """Change what a training is logged with that has not begun, where autologging is on."""
+    if _on is not None:
+        _on.change(settings)
+
+
+def script_ended(error: BaseException | None) -> BaseException | None:
+    """The script has ended, by itself or by an error; returns what really ended it. For `harness run`.
+
+    Raises:
+        HarnessError: if the last checkpoint could not be written.
+    """
+    if _on is None:
+        return error
+    if error is not None:
+        return _on.fail(error)
+    _on.finish()
+    return None

@@ -1,0 +1,217 @@
+"""`harness run SCRIPT [ARGS]`: somebody's own Accelerate script, with not one line of it changed, autologged.
+
+In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as
+``python SCRIPT ARGS`` would run it: its arguments, its directory first in the path, `__main__`, its exit code and its
+traceback are those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, NoReturn
+
+import harness
+from harness.config import NUM_PROCESSES_VARIABLE
+from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
+from harness.redact import redact_words
+from launch.command_parser import CommandParser
+from launch.local import STRATEGIES, Plan, accelerate_command, require_free
+
+_DESCRIPTION = """\
+Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/autolog.md).
+
+  harness run train.py --lr 0.1                                  one process
+  harness run --strategy fsdp2 --num_processes 4 train.py        several: prints the accelerate command, becomes it
+  accelerate launch --no_python harness run train.py             as a rank of a launcher of yours
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the script; returns its exit code, where it has one that is not raised.
+
+    Raises:
+        HarnessError: if an option is wrong or there is no such script.
+        SystemExit: as the script raises it.
+    """
+    own, script_words = _parse(words)
+    script = Path(script_words[0])
+    if not script.is_file():
+        raise ConfigError("", f"harness run: there is no script {script}; options of harness run stand before it")
+    if own.num_processes is not None or own.strategy is not None:
+        return _launch(own, words, script_words)
+    if own.dry_run:
+        raise ConfigError("--dry_run", "shows the launcher's command; give --num_processes or --strategy too")
+    # As the script is to find it; runs are named after it.
+    sys.argv = [str(script), *script_words[1:]]
+    _turn_on(own)
+    return _run(script)
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = CommandParser(
+        prog="harness run",
+        allow_abbrev=False,
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    logging = parser.add_argument_group("as harness.autolog has them")
+    logging.add_argument("--every_n_epochs", type=_count_or_null, default=5, metavar="N", help="5; null: the end alone")
+    logging.add_argument("--log_models", type=_bool, default=True, metavar="BOOL")
+    logging.add_argument("--log_datasets", type=_bool, default=True, metavar="BOOL")
+    logging.add_argument("--log_every_n_steps", type=_count_or_null, default=None, metavar="N")
+    logging.add_argument("--monitor", default=None, metavar="METRIC")
+    logging.add_argument("--mode", choices=("min", "max"), default="min")
+    logging.add_argument("--save_top_k", type=int, default=-1, metavar="K")
+    logging.add_argument("--registered_model_name", default=None, metavar="NAME")
+    logging.add_argument("--extra_tags", type=_tag, nargs=1, action="extend", default=[], metavar="NAME=TEXT")
+    logging.add_argument("--silent", type=_bool, default=False, metavar="BOOL")
+    logging.add_argument("--exclusive", type=_bool, default=False, metavar="BOOL")
+    where = parser.add_argument_group("the run")
+    where.add_argument("--resume", default="never", metavar="auto|never|PATH", help="as harness.resume has it (never)")
+    where.add_argument("--run_name", default=None, metavar="NAME")
+    where.add_argument("--run_dir", default="runs", metavar="DIR")
+    where.add_argument("--experiment_name", default=None, metavar="NAME")
+    launcher = parser.add_argument_group("several processes on this machine")
+    launcher.add_argument("--strategy", choices=STRATEGIES, default=None)
+    launcher.add_argument("--num_processes", type=int, default=None, metavar="N")
+    launcher.add_argument("--main_process_port", type=int, default=0, metavar="PORT")
+    launcher.add_argument("--max_restarts", type=int, default=0, metavar="N")
+    launcher.add_argument("--dry_run", action="store_true", help="only print the command")
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS]")
+    own = parser.parse_args(list(words))
+    if not own.script:
+        raise ConfigError("", "harness run: give a script, behind the options")
+    return own, own.script
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _count_or_null(text: str) -> int | None:
+    return None if text.lower() in ("null", "none") else int(text)
+
+
+def _tag(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=TEXT, got {text!r}")
+    return name, value
+
+
+def _turn_on(own: argparse.Namespace) -> None:
+    if own.resume != "never" or own.run_name or own.run_dir != "runs" or own.experiment_name:
+        harness.resume(own.resume, run_name=own.run_name, run_dir=own.run_dir, experiment_name=own.experiment_name)
+    harness.autolog(
+        every_n_epochs=own.every_n_epochs,
+        log_models=own.log_models,
+        log_datasets=own.log_datasets,
+        log_every_n_steps=own.log_every_n_steps,
+        monitor=own.monitor,
+        mode=own.mode,
+        save_top_k=own.save_top_k,
+        registered_model_name=own.registered_model_name,
+        extra_tags=dict(own.extra_tags),
+        silent=own.silent,
+        exclusive=own.exclusive,
+    )
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def _launch(own: argparse.Namespace, words: Sequence[str], script_words: Sequence[str]) -> int:
+    """Become the accelerate command that starts the ranks, each of which is `harness run` again."""
+    kept = _without_launcher(list(words[: len(words) - len(script_words)]))
+    strategy = own.strategy or "ddp"
+    count = own.num_processes or (1 if strategy == "single" else 2)
+    plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, module="launch.run")
+    command = accelerate_command(plan)
+    print(shlex.join(redact_words(command)), flush=True)
+    if own.dry_run:
+        return EXIT_DONE
+    if plan.main_process_port:
+        require_free(plan.main_process_port)
+    environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(count)}
+    executable = Path(sys.executable).with_name("accelerate")
+    os.execve(executable, [str(executable), *command[1:]], environment)
+
+
+def _without_launcher(words: list[str]) -> list[str]:
+    """Options without the launcher's own."""
+    names = ("--strategy", "--num_processes", "--main_process_port", "--max_restarts")
+    kept: list[str] = []
+    position = 0
+    while position < len(words):
+        name, equals, _ = words[position].partition("=")
+        if name in names:
+            position += 1 if equals else 2
+            continue
+        kept.append(words[position])
+        position += 1
+    return kept
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def _run(script: Path) -> int:
+    """Run it as `__main__`, and tell the training how it ended."""
+    from harness.autologging.ending import failure_of
+    from harness.autologging.switch import script_ended
+
+    # In place of what stands there for this command: the script's own modules come first.
+    sys.path[0] = str(script.resolve().parent)
+    module = ModuleType("__main__")
+    vars(module).update(__file__=str(script), __builtins__=builtins, __spec__=None, __package__=None)
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(script.read_bytes(), str(script), "exec"), vars(module))
+    except SystemExit as exit:
+        script_ended(failure_of(exit.code))
+        raise
+    except BaseException as error:
+        script_ended(error)
+        _show(error)
+        return EXIT_FAILED
+    script_ended(None)
+    return EXIT_DONE
+
+
+def _show(error: BaseException) -> None:
+    """The traceback as the script alone would have it: without the frames of this command."""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+
+
+def main(words: Sequence[str]) -> NoReturn:
+    """What a rank of the launcher's runs."""
+    from harness.__main__ import leave, tell
+
+    try:
+        code: Any = run(words)
+    except HarnessError as error:
+        code = tell(error)
+    except SystemExit as exit:
+        if not isinstance(exit.code, (int, type(None))):
+            raise
+        code = exit.code or EXIT_DONE
+    leave(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
