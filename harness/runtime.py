@@ -131,9 +131,13 @@ def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs: as they were given.
     """
     uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP")
-    is_first = not AcceleratorState._shared_state
-    if torch.accelerator.is_available() or not (uses_deepspeed or uses_fsdp) or not is_first:
+    if torch.accelerator.is_available() or AcceleratorState._shared_state:
         return kwargs
+    if not uses_deepspeed:
+        # Without it each process would train alone.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if not uses_fsdp:
+            return kwargs
     handlers = list(kwargs.get("kwargs_handlers") or [])
     init = next((each for each in handlers if isinstance(each, InitProcessGroupKwargs)), None)
     if init is None:
@@ -145,8 +149,7 @@ def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("deepspeed_plugin") is None and kwargs.get("deepspeed_plugins") is None:
             plugin = made["deepspeed_plugin"] = DeepSpeedPlugin()
             plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-    elif int(os.environ.get("FSDP_VERSION", "1")) == 2:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif os.environ.get("FSDP_VERSION", "1") == "2":
         precision = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         cpu.prepare_fsdp2(str(precision), init)
     return made

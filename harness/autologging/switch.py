@@ -88,7 +88,7 @@ class Switch:
 
     def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
         result = original(accelerator, *args, **kwargs)
-        prepared = result if isinstance(result, tuple) and len(args) > 1 else (result,)
+        prepared = result if isinstance(result, (tuple, list)) and len(args) > 1 else (result,)
         is_another = any(
             isinstance(each, torch.nn.Module) and not self.session.prepared.holds(each) for each in prepared
         )

@@ -1,0 +1,418 @@
+"""Loops of other people's, run with autologging on: each epoch's checkpoint is the state that the loop itself had."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from harness.autologging.settings import Settings
+from harness.autologging.switch import Switch
+from harness.checkpoint.commit import Manifest, list_checkpoints
+from harness.config import CheckpointConfig, TrackingConfig
+from harness.stop_request import ask_to_stop
+from tests.distributed.gathered import gather_state
+
+State = dict[str, Tensor]
+On = Callable[..., Switch]
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Iterator[On]:
+    """Autologging without MLflow, a checkpoint each epoch, in a run of this name; off again afterwards."""
+    made: list[Switch] = []
+
+    def turn_on(run_name: str = "run", *, resume: str = "auto", every_n_epochs: int = 1, **checkpoint: Any) -> Switch:
+        AcceleratorState._reset_state(True)
+        settings = Settings(
+            CheckpointConfig(every_n_epochs=every_n_epochs, when_busy="wait", **checkpoint),
+            TrackingConfig(enabled=False, log_every_n_steps=None),
+            run_name=run_name,
+            run_dir=str(tmp_path),
+            resume_from=resume,
+        )
+        made.append(Switch(settings))
+        made[-1].turn_on()
+        return made[-1]
+
+    yield turn_on
+    for switch in made:
+        switch.turn_off()
+    AcceleratorState._reset_state(True)
+
+
+def checkpoints(directory: Path, run_name: str = "run") -> dict[str, Manifest]:
+    return dict(list_checkpoints(directory / run_name / "checkpoints"))
+
+
+def images(num: int = 40, *, shift: float = 0.0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(num, 6, generator=generator) + shift, torch.arange(num) % 3)
+
+
+class Loop:
+    """What the loops below have in common: prepared objects, and the state at the end of each epoch's body."""
+
+    def __init__(self, accelerator: Accelerator | None = None, *, workers: int = 0, batch_size: int = 8) -> None:
+        self.accelerator = accelerator or Accelerator(cpu=True)
+        set_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        train = DataLoader(images(), batch_size=batch_size, shuffle=True, num_workers=workers)
+        evaluation, other = DataLoader(images(12), batch_size=4), DataLoader(images(9, shift=1.0), batch_size=4)
+        prepared = self.accelerator.prepare(model, optimizer, train, evaluation, other)
+        self.model, self.optimizer, self.train, self.evaluation, self.other = prepared
+        self.states: list[State] = []
+        self.losses: list[float] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, labels = batch
+        loss = nn.functional.cross_entropy(self.model(inputs), labels)
+        self.losses.append(loss.item())
+        return loss
+
+    def step(self, batch: Any) -> None:
+        self.accelerator.backward(self.loss(batch))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self, loader: Any) -> float:
+        self.model.eval()
+        correct = total = 0
+        for inputs, labels in loader:
+            with torch.no_grad():
+                predictions = self.model(inputs).argmax(-1)
+            predictions, labels = self.accelerator.gather_for_metrics((predictions, labels))
+            correct, total = correct + int((predictions == labels).sum()), total + len(labels)
+        return correct / total
+
+    def keep_state(self) -> None:
+        gathered = gather_state(self.accelerator, self.model, self.optimizer)
+        self.states.append({**gathered.model, **{f"optimizer.{k}": v.clone() for k, v in gathered.optimizer.items()}})
+
+    def plain(self, num_epochs: int, stops: Callable[[int, int], None] = lambda epoch, batch: None) -> None:
+        """Training, evaluation, a scheduler of the script's own: the loop of most examples."""
+        for epoch in range(num_epochs):
+            self.model.train()
+            for number, batch in enumerate(self.train):
+                self.step(batch)
+                stops(epoch, number)
+            self.accelerator.log({"accuracy": self.evaluate(self.evaluation)}, step=epoch)
+            self.scheduler.step()
+            self.keep_state()
+
+
+def require_states(directory: Path, states: list[State], run_name: str = "run") -> None:
+    """Each epoch's checkpoint is the state that the loop kept, to the last bit."""
+    found = checkpoints(directory, run_name)
+    assert list(found) == [f"epoch-{epoch + 1:04d}" for epoch in range(len(states))]
+    for name, state in zip(found, states, strict=True):
+        saved = load_file(directory / run_name / "checkpoints" / name / "model.safetensors")
+        moments = load_file(directory / run_name / "checkpoints" / name / "optimizer.safetensors")
+        saved |= {f"optimizer.{key}": value for key, value in moments.items()}
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(saved[key], state[key]) for key in saved), name
+
+
+def test_checkpoints_are_the_loops_own_state_when_it_trains_and_evaluates(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop()
+    loop.plain(3)
+    switch.finish()
+    require_states(tmp_path, loop.states)
+    found = checkpoints(tmp_path)
+    assert [manifest.step for manifest in found.values()] == [5, 10, 15]
+    assert [manifest.metrics["train/lr"] for manifest in found.values()] == [1e-2, 5e-3, 2.5e-3]
+    assert {"accuracy", "train/loss"} <= found["epoch-0003"].metrics.keys()
+    assert found["epoch-0001"].metrics["train/loss"] == pytest.approx(sum(loop.losses[:5]) / 5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_script_computes_the_same_when_it_is_autologged(on: On, workers: int) -> None:
+    plain = Loop(workers=workers)
+    plain.plain(2)
+    switch = on()
+    logged = Loop(workers=workers)
+    logged.plain(2)
+    switch.finish()
+    assert logged.losses == plain.losses
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(logged.states, plain.states, strict=True) for k in a)
+
+
+def accumulates_by_hand(loop: Loop) -> None:
+    for _ in range(2):
+        loop.model.train()
+        for number, batch in enumerate(loop.train):
+            loop.accelerator.backward(loop.loss(batch) / 2)
+            if number % 2 == 1:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+        loop.keep_state()
+
+
+def evaluates_within_epochs(loop: Loop) -> None:
+    for _ in range(2):
+        for number, batch in enumerate(loop.train):
+            loop.model.train()
+            loop.step(batch)
+            if number == 2:
+                loop.evaluate(loop.evaluation)
+                loop.evaluate(loop.other)
+        loop.keep_state()
+
+
+def never_leaves_train_mode(loop: Loop) -> None:
+    for _ in range(2):
+        for batch in loop.train:
+            loop.step(batch)
+        for inputs, _ in loop.evaluation:
+            loop.model(inputs).argmax(-1)
+        loop.keep_state()
+        loop.optimizer.zero_grad()
+
+
+def evaluates_first_and_on_what_it_trains_on(loop: Loop) -> None:
+    loop.evaluate(loop.evaluation)
+    loop.evaluate(loop.train)
+    for _ in range(2):
+        loop.model.train()
+        for batch in loop.train:
+            loop.step(batch)
+        loop.keep_state()
+        loop.evaluate(loop.train)
+
+
+def leaves_epochs_early(loop: Loop) -> None:
+    for _ in range(2):
+        loop.model.train()
+        for number, batch in enumerate(loop.train):
+            loop.step(batch)
+            if number == 2:
+                break
+        loop.keep_state()
+
+
+def leaves_before_it_has_trained(loop: Loop) -> None:
+    next(iter(loop.train))
+    for _ in range(2):
+        loop.model.train()
+        for number, batch in enumerate(loop.train):
+            if number == 3:
+                break
+            loop.step(batch)
+        loop.keep_state()
+
+
+def fetches_several_before_backward(loop: Loop) -> None:
+    for _ in range(2):
+        loop.model.train()
+        iterator = iter(loop.train)
+        while batches := list(itertools.islice(iterator, 2)):
+            for batch in batches:
+                loop.accelerator.backward(loop.loss(batch))
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loop.keep_state()
+
+
+def trains_in_eval_mode(loop: Loop) -> None:
+    loop.model.eval()
+    for _ in range(2):
+        for batch in loop.train:
+            loop.step(batch)
+        with torch.no_grad():
+            for inputs, _ in loop.evaluation:
+                loop.model(inputs)
+        loop.keep_state()
+
+
+def holds_an_evaluation_open(loop: Loop) -> None:
+    for _ in range(2):
+        samples = iter(loop.evaluation)
+        next(samples)
+        loop.model.train()
+        for batch in loop.train:
+            loop.step(batch)
+        loop.keep_state()
+        next(samples)
+
+
+@pytest.mark.parametrize(
+    ("body", "steps"),
+    [
+        (accumulates_by_hand, [2, 4]),
+        (evaluates_within_epochs, [5, 10]),
+        (never_leaves_train_mode, [5, 10]),
+        (evaluates_first_and_on_what_it_trains_on, [5, 10]),
+        (leaves_epochs_early, [3, 6]),
+        (leaves_before_it_has_trained, [3, 6]),
+        (fetches_several_before_backward, [3, 6]),
+        (trains_in_eval_mode, [5, 10]),
+        (holds_an_evaluation_open, [5, 10]),
+    ],
+)
+def test_epochs_and_steps_are_the_loops_own_when_it(
+    on: On, tmp_path: Path, body: Callable[[Loop], None], steps: list[int]
+) -> None:
+    switch = on()
+    loop = Loop()
+    body(loop)
+    switch.finish()
+    require_states(tmp_path, loop.states)
+    assert [manifest.step for manifest in checkpoints(tmp_path).values()] == steps
+
+
+def test_steps_are_the_optimizers_when_accelerate_accumulates(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop(Accelerator(cpu=True, gradient_accumulation_steps=2))
+    loop.model.train()
+    for _ in range(2):
+        for batch in loop.train:
+            with loop.accelerator.accumulate(loop.model):
+                loop.step(batch)
+        loop.keep_state()
+    switch.finish()
+    require_states(tmp_path, loop.states)
+    assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 6]
+
+
+def test_training_ends_within_an_epoch_when_its_iterator_is_still_there(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop()
+    iterator = iter(loop.train)
+    for _ in range(3):
+        loop.step(next(iterator))
+    switch.finish()
+    (name, manifest), *others = checkpoints(tmp_path).items()
+    assert (name, manifest.epoch, manifest.step, others) == ("step-00000003", 0, 3, [])
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "done"), [((1, 2), "step-00000008"), ((1, 4), "step-00000010"), ((0, 0), "step-00000002")]
+)
+def test_script_ends_as_if_never_stopped_when_it_is_run_again(
+    on: On, tmp_path: Path, stop_at: tuple[int, int], done: str
+) -> None:
+    switch = on("whole")
+    whole = Loop()
+    whole.plain(3)
+    switch.finish()
+
+    switch = on("cut")
+    cut = Loop()
+
+    def stops(epoch: int, batch: int) -> None:
+        if (epoch, batch) == stop_at:
+            ask_to_stop(tmp_path / "cut", "a test")
+
+    with pytest.raises(SystemExit) as exit:
+        cut.plain(3, stops)
+    assert exit.value.code == 75
+    assert list(checkpoints(tmp_path, "cut"))[-1] == done
+    switch.turn_off()
+
+    switch = on("cut")
+    resumed = Loop()
+    resumed.plain(3)
+    switch.finish()
+    assert all(torch.equal(resumed.states[-1][key], whole.states[-1][key]) for key in whole.states[-1])
+    last = checkpoints(tmp_path, "cut")["epoch-0003"]
+    expected = checkpoints(tmp_path, "whole")["epoch-0003"].metrics
+    assert {key: last.metrics[key] for key in expected} == expected
+    assert resumed.scheduler.last_epoch == whole.scheduler.last_epoch
+
+
+def test_nothing_is_trained_when_all_epochs_are_done(on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    switch = on()
+    loop = Loop()
+    loop.plain(2)
+    switch.finish()
+    switch.turn_off()
+    switch = on()
+    again = Loop()
+    again.plain(2)
+    accuracy = again.evaluate(again.evaluation)
+    switch.finish()
+    assert len(again.losses) == 2  # one batch each, which has changed nothing
+    assert all(torch.equal(again.states[-1][key], loop.states[-1][key]) for key in loop.states[-1])
+    assert accuracy == loop.evaluate(loop.evaluation)
+    assert "the script's first 2 epochs are done" in capfd.readouterr().err
+    assert list(checkpoints(tmp_path)) == ["epoch-0001", "epoch-0002"]
+
+
+def test_checkpoints_are_ranked_when_monitor_is_a_metric_of_the_scripts(on: On, tmp_path: Path) -> None:
+    switch = on(monitor="score", mode="max", save_top_k=1)
+    loop = Loop()
+    for score in (1.0, 3.0, 2.0, 0.0):
+        loop.model.train()
+        for batch in loop.train:
+            loop.step(batch)
+        loop.accelerator.log({"score": score, "note": "text"})
+    switch.finish()
+    assert {name: m.metrics["score"] for name, m in checkpoints(tmp_path).items()} == {
+        "epoch-0002": 3.0,
+        "epoch-0004": 0.0,
+    }
+
+
+def test_line_says_what_to_pass_when_models_are_several(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switch = on()
+    loop = Loop()
+    loop.accelerator.prepare(nn.Linear(2, 2))
+    loop.plain(1)
+    switch.finish()
+    told = capfd.readouterr().err
+    assert "2 models were prepared that can be trained (Sequential, Linear)" in told
+    assert "watch(model, optimizer)" in told
+    assert checkpoints(tmp_path) == {}
+
+
+def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    switch = on()
+    loop = Loop()
+    for batch in DataLoader(images(), batch_size=8):
+        loop.step(batch)
+    switch.finish()
+    told = capfd.readouterr().err
+    assert "backward is called and no prepared loader is iterated over" in told
+    assert "nothing was logged" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_next_training_has_a_run_of_its_own_when_memory_is_freed(on: On, tmp_path: Path) -> None:
+    switch = on(resume="auto")
+    first = Loop()
+    first.plain(1)
+    first.accelerator.free_memory()
+    switch.change(Settings(**{**vars(switch.settings), "run_name": "second"}))
+    second = Loop(first.accelerator)
+    second.plain(2)
+    switch.finish()
+    require_states(tmp_path, first.states)
+    require_states(tmp_path, second.states, "second")
+
+
+def test_skipped_batches_are_no_epoch_of_their_own_when_a_script_skips_some(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop()
+    loop.model.train()
+    for loader in (loop.accelerator.skip_first_batches(loop.train, 2), loop.train):
+        for batch in loader:
+            loop.step(batch)
+        loop.keep_state()
+    switch.finish()
+    require_states(tmp_path, loop.states)
+    assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 8]
