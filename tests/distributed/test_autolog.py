@@ -1,0 +1,92 @@
+"""`harness run` with scripts that know nothing of it: one MLflow run, each epoch as the script had it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.checkpoint.commit import list_checkpoints
+from tests.autologged.recording import VARIABLE
+from tests.launching import BIN, ROOT, harness, run
+from tests.mlflow_reader import client, history, models, only_run
+
+SCRIPTS = ROOT / "tests" / "autologged"
+
+
+def require_recorded_states(run_dir: Path, states: Path) -> None:
+    names = [name for name, _ in list_checkpoints(run_dir / "checkpoints")]
+    assert names == sorted(path.stem for path in states.glob("*.pt"))
+    for name in names:
+        recorded = torch.load(states / f"{name}.pt", weights_only=True)
+        for part in ("model", "optimizer"):
+            saved = load_file(run_dir / "checkpoints" / name / f"{part}.safetensors")
+            assert saved.keys() == recorded[part].keys()
+            assert all(torch.equal(saved[key], recorded[part][key]) for key in saved), (name, part)
+
+
+@pytest.mark.parametrize(("strategy", "num_processes"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
+def test_checkpoints_are_the_scripts_own_state_when_it_runs_as(
+    tmp_path: Path, strategy: str, num_processes: int
+) -> None:
+    states = tmp_path / "states"
+    states.mkdir()
+    launcher = [] if num_processes == 1 else ["--strategy", strategy, "--num_processes", str(num_processes)]
+    own = ("--every_n_epochs", "1", "--run_name", "it", *launcher)
+    words = harness("run", *own, SCRIPTS / "by_epoch.py", "--num_epochs", "2", "--lr", "0.01")
+    done = run(words, tmp_path, extra={VARIABLE: str(states)})
+    assert done.code == 0, done.output
+    require_recorded_states(tmp_path / "runs" / "it", states)
+
+    reader, mlflow_run = client(tmp_path), only_run(tmp_path)
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.tags["harness.strategy"] == strategy
+    assert mlflow_run.data.tags["mlflow.source.name"] == str(SCRIPTS / "by_epoch.py")
+    params = mlflow_run.data.params
+    assert params["args.lr"] == params["optimizer.lr"] == "0.01"
+    assert params["scheduler.class"] == "OneCycleLR"
+    assert params["config.hidden"] == "32"
+    assert params["training.batch_size"] == str(16 * num_processes)
+    # The script logs by epochs, and each of its values once; what is ours is by optimizer steps.
+    recorded = [torch.load(path, weights_only=True)["accuracy"] for path in sorted(states.glob("*.pt"))]
+    points = history(reader, mlflow_run, "accuracy")
+    assert [(point.step, point.value) for point in points] == list(enumerate(recorded))
+    steps = 13 if num_processes == 1 else 7
+    assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [steps, 2 * steps]
+    linked = [{metric.key: metric.value for metric in model.metrics} for model in models(reader, mlflow_run)]
+    assert [each["accuracy"] for each in linked] == recorded
+
+
+def test_run_has_failed_and_script_ends_as_alone_when_it_raises(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(
+        (SCRIPTS / "by_epoch.py").read_text().replace("        model.eval()", "        raise KeyError('x')")
+    )
+    alone = run([BIN / "python", script], tmp_path)
+    done = run(harness("run", "--every_n_epochs", "1", script), tmp_path)
+    assert done.code == alone.code == 1
+    assert done.output[done.output.index("Traceback") :] == alone.output[alone.output.index("Traceback") :]
+    mlflow_run = only_run(tmp_path, wait_for_end_s=20)
+    assert mlflow_run.info.status == "FAILED"
+    assert mlflow_run.data.tags["harness.end_reason"] == "KeyError: 'x'"
+
+
+def test_everything_is_in_one_run_once_when_a_script_tracks_with_mlflow_itself(tmp_path: Path) -> None:
+    done = run([BIN / "python", SCRIPTS / "tracking.py"], tmp_path)
+    assert done.code == 0, done.output
+    told = json.loads((tmp_path / "told.json").read_text())
+    mlflow_run, reader = only_run(tmp_path), client(tmp_path)
+    assert mlflow_run.info.run_id == told["run_id"]
+    assert mlflow_run.info.run_name == "of the script's"
+    assert mlflow_run.info.status == "FINISHED"
+    assert {"hidden", "args.num_epochs", "late"} <= mlflow_run.data.params.keys()
+    for name in ("by_mlflow", "by_accelerate"):
+        points = history(reader, mlflow_run, name)
+        assert [(point.step, point.value) for point in points] == [(0, 0.0), (1, 10.0)]
+    assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [5, 10]
+    (model,) = models(reader, mlflow_run)
+    assert {metric.key for metric in model.metrics} >= {"by_mlflow", "by_accelerate", "train/loss"}
+    assert told["replaced_afterwards"] == []
