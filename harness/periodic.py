@@ -122,6 +122,7 @@ class PeriodicLogger:
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
         self._watched: Watched | None = None
+        self._kept_rates: dict[str, float] | None = None
         self._place = Place()
         self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
         # As they were when the checkpoint was taken that the run goes on from.
@@ -383,6 +384,7 @@ class PeriodicLogger:
 
     def begin_epoch(self) -> None:
         """An epoch begins, in a loop that is not `epochs`'s."""
+        self._kept_rates = None
         if self._random_to_begin_with is not None:
             random_state.put_back(self._random_to_begin_with, self.accelerator.device)
             self._random_to_begin_with = None
@@ -725,7 +727,13 @@ class PeriodicLogger:
         if failure is not None:
             self.say(f"harness: warning: {failure}")
 
+    def keep_learning_rates(self) -> None:
+        """Those of now are the epoch's, whatever its end does to them: a scheduler may step by epochs."""
+        self._kept_rates = self._learning_rates()
+
     def _learning_rates(self) -> dict[str, float]:
+        if self._kept_rates is not None:
+            return self._kept_rates
         optimizer = None if self._watched is None else self._watched.optimizer
         if optimizer is None:
             return {}

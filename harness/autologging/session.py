@@ -68,6 +68,8 @@ class Session:
         self._pass: Pass | None = None
         self._inner: Any = None
         self._is_epoch_open = False
+        # The last pass that trained: its last batch may come to backward when all of its batches are out.
+        self._ended: Pass | None = None
         # Samples of a batch at which a pass was left, which is not counted yet; whether the optimizer stepped there.
         self._left: tuple[int, bool] | None = None
         self._is_over = self._has_failed = False
@@ -115,13 +117,14 @@ class Session:
             return True
         if self.is_replaying:
             return False
-        if self._pass is None:
+        this = self._pass or self._ended
+        if this is None:
             if self.logger is None and self.prepared.models:
                 self._say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
             return True
-        if not self._pass.is_training:
-            self._is_training_after_all(self._pass)
-        self._pass.backward(loss)
+        if not this.is_training:
+            self._is_training_after_all(this)
+        this.backward(loss)
         return True
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
@@ -250,6 +253,9 @@ class Session:
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         assert self.logger is not None
         self._pass = self._inner = None
+        if this.is_training:
+            self._ended = this
+            self.logger.keep_learning_rates()
         if this.is_likely:
             self.logger.leave_data(inner, iterator)
         if this.is_training and self._left is None:
@@ -302,8 +308,8 @@ class Session:
         return self._model is None or self._model.training
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._pass is not None:
-            self._pass.stepped()
+        if (this := self._pass or self._ended) is not None:
+            this.stepped()
 
     # ---------------------------------------------------------------------- epochs
 
@@ -324,6 +330,10 @@ class Session:
         if self._left is not None:
             (num_samples, is_step), self._left = self._left, None
             self._count(num_samples, is_last=True, is_step=is_step)
+        elif self._ended is not None and self._ended.has_news:
+            self._log_loss(self._ended)
+            self._count(0, is_last=True, is_step=self._ended.take_step())
+        self._ended = None
         self._is_epoch_open = False
         logger.end_epoch(logger.epoch + 1 if is_last else None)
 
@@ -381,7 +391,7 @@ class Session:
 
     def _over(self) -> None:
         self._is_over = True
-        self._pass = self._inner = self._replay = None
+        self._pass = self._inner = self._replay = self._ended = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
