@@ -494,17 +494,6 @@ class PeriodicLogger:
         """No other batch of `begin_data` is taken. Not collective; main thread."""
         self._batches.end()
 
-    def resume_timer(self) -> None:
-        """What was done since the last step, such as an evaluation, is no part of the next one's time."""
-        self._windows.timer.resume()
-
-    def describe_dataset(self, loader: Any, context: str) -> None:
-        """Record the data set of a loader as an input of the run, once as ``train`` and as ``eval``.
-
-        Effects: not collective; main thread; rank zero reads some of its samples, and puts random numbers back.
-        """
-        self._run.describe_dataset(loader, context)
-
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
         self._run.log_params(values)

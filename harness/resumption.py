@@ -23,8 +23,8 @@ from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_we
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume, set_damaged_aside
-from harness.checkpoint.shared import open_weights, refuse_others_alone
 from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.shared import open_weights, refuse_others_alone
 from harness.checkpoint.trainer_state import Watched, put_back
 from harness.errors import CheckpointError
 

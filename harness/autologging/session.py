@@ -248,7 +248,7 @@ class Session:
             yield from original(loader)
         finally:
             if not self._is_over:
-                self.logger.resume_timer()
+                self.logger.skip_time()
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         assert self.logger is not None
