@@ -212,8 +212,11 @@ class Guest:
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         earlier = self._earlier_hook or sys.__excepthook__
-        self.fail(error)
-        earlier(kind, error, trace)
+        cause = self.fail(error)
+        if cause is not error:
+            # The echo of another rank's failure, which is what the user is to read last.
+            cause.__cause__ = error
+        earlier(type(cause), cause, cause.__traceback__)
 
     def _forget(self) -> None:
         self._logger = Guest._open = None
