@@ -1,6 +1,6 @@
 """A `transformers.Trainer` of a tiny GPT-2 with tied weights on this project's own text.
 
-argv: ``train``, under DDP and then FSDP2; ``zero2``; or ``fail``: under DDP, rank 1 raises at the end of the second
+argv: ``train``, under DDP and then FSDP2; or ``fail``: under DDP, rank 1 raises at the end of the second
 epoch. Leaves ``<strategy>-<epoch>.pt``:
 what the Trainer itself would save at that moment.
 """
@@ -50,7 +50,7 @@ class Keep(TrainerCallback):
             raise RuntimeError("the disk of this rank fell out")
 
 
-def train(name: str, **more: Any) -> None:
+def train(name: str) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
@@ -65,7 +65,8 @@ def train(name: str, **more: Any) -> None:
         save_strategy="no",
         eval_strategy="epoch",
         disable_tqdm=True,
-        **{"use_cpu": True, "accelerator_config": {"use_configured_state": name == "fsdp2"}, **more},
+        use_cpu=True,
+        accelerator_config={"use_configured_state": name == "fsdp2"},
     )
     keep = Keep(name)
     keep.trainer = Trainer(
@@ -78,25 +79,12 @@ def train(name: str, **more: Any) -> None:
     keep.trainer.train()
 
 
-ZERO2 = {
-    "zero_optimization": {"stage": 2},
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,  # it would compile one of its own
-}
-
 if __name__ == "__main__":
     fsdp = ("ACCELERATE_USE_FSDP", "FSDP_")
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(fsdp)}
-    if sys.argv[1] == "zero2":
-        cpu.prepare_deepspeed()
-        train("zero2", deepspeed=ZERO2, ddp_backend="gloo", use_cpu=False, accelerator_config=None)
-    else:
-        train("ddp")
-        os.environ.update(asked)
-        # Stock accelerate would run DDP again on a CPU, without a word.
-        AcceleratorState._reset_state(True)
-        cpu.prepare_fsdp2("no", InitProcessGroupKwargs())
-        train("fsdp2")
+    train("ddp")
+    os.environ.update(asked)
+    # Stock accelerate would run DDP again on a CPU, without a word.
+    AcceleratorState._reset_state(True)
+    cpu.prepare_fsdp2("no", InitProcessGroupKwargs())
+    train("fsdp2")
