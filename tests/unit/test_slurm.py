@@ -65,7 +65,7 @@ def test_task_is_read_from_its_variables() -> None:
     assert read_task({**TASK, "SLURM_NODEID": "2"}).local_world_size == 1
 
 
-@pytest.mark.parametrize("missing", TASK.keys() - {"SLURM_STEP_ID"})
+@pytest.mark.parametrize("missing", sorted(TASK.keys() - {"SLURM_STEP_ID"}))
 def test_error_names_the_variable_that_is_missing(missing: str) -> None:
     with pytest.raises(LaunchError, match=missing):
         read_task({name: value for name, value in TASK.items() if name != missing})
