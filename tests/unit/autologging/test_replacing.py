@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate.accelerator
+import accelerate.data_loader
+import pytest
+
+from harness.autologging.replacing import Replacement, Replacements
+from harness.autologging.settings import Settings
+from harness.autologging.switch import Switch
+
+
+def owners() -> dict[str, Any]:
+    found = (accelerate.accelerator.Accelerator, accelerate.data_loader.DataLoaderShard, sys.modules["argparse"])
+    return {f"{owner.__name__}.{name}": value for owner in found for name, value in vars(owner).items()}
+
+
+def test_nothing_is_left_replaced_when_turned_off() -> None:
+    before, hook, leave, finders = owners(), sys.excepthook, sys.exit, list(sys.meta_path)
+    switch = Switch(Settings())
+    switch.turn_on()
+    assert {name for name, value in owners().items() if value is not before[name]} >= {
+        "Accelerator.prepare",
+        "Accelerator.backward",
+        "DataLoaderShard.__iter__",
+    }
+    switch.turn_off()
+    assert owners() == before
+    assert (sys.excepthook, sys.exit, sys.meta_path) == (hook, leave, finders)
+
+
+def test_function_is_replaced_when_its_module_is_imported_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported_later.py").write_text("def twice(number):\n    return 2 * number\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    replacements = Replacements(
+        [Replacement("imported_later", "twice", "a test", lambda original, number: original(number) + 1)]
+    )
+    replacements.put()
+    module = importlib.import_module("imported_later")
+    assert module.twice(2) == 5
+    replacements.take_away()
+    assert module.twice(2) == 4
