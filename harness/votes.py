@@ -43,7 +43,7 @@ class Votes:
         self._group = group
         self._timeout_s = timeout_s
         self._work: dist.Work | None = None
-        self._numbers: torch.Tensor | None = None
+        self._numbers: torch.Tensor | list[int] | None = None
         self._steps_since = 0
         self.every_n_steps = 1
 
@@ -63,13 +63,15 @@ class Votes:
     def cast(self, numbers: Sequence[int]) -> None:
         """Say what this rank asks for; of each number the largest counts."""
         assert self._numbers is None, "a vote was cast before the one before it was read"
-        self._numbers = torch.tensor(numbers, dtype=torch.int64)
-        if self._group is not None:
-            import torch.distributed as dist
+        if self._group is None:
+            self._numbers = list(numbers)
+            return
+        import torch.distributed as dist
 
-            options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-            self._work = self._group.allreduce([self._numbers], options)
+        self._numbers = torch.tensor(numbers, dtype=torch.int64)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        self._work = self._group.allreduce([self._numbers], options)
 
     def read(self) -> list[int] | None:
         """What all ranks together ask for, or None where no vote was cast since the last time.
@@ -86,5 +88,5 @@ class Votes:
                 work.wait(timedelta(seconds=self._timeout_s))
             except RuntimeError as error:
                 raise PeerFailure(None, f"waiting for the ranks' votes: {error}") from error
-        found: list[int] = numbers.tolist()
+        found: list[int] = numbers if isinstance(numbers, list) else numbers.tolist()
         return found
