@@ -38,6 +38,7 @@ def words(tmp_path: Path, uri: str, experiment: str, name: str) -> list[str | Pa
         *("train", "--config", ROOT / "configs" / "digits.yaml", "--run_dir", tmp_path / "runs", "--run_name", name),
         *("--tracking.tracking_uri", uri, "--tracking.experiment_name", experiment, "--tracking.offline", "true"),
         *("--trainer.max_epochs", "3", "--checkpoint.every_n_epochs", "1", "--trainer.limit_train_batches", "12"),
+        *("--checkpoint.when_busy", "wait"),  # epochs are short
     ]
 
 

@@ -111,7 +111,7 @@ def outage_words(tmp_path: Path, server: MlflowServer) -> list[str | Path]:
     task = ("--task.class_path", "tests.services.tasks.Waits", "--task.init_args.directory", tmp_path)
     words = ("train", "--config", DIGITS, *task, "--trainer.max_epochs", "3", "--run_name", "it")
     tracking = ("--tracking.tracking_uri", server.uri, "--tracking.log_every_n_steps", "5")
-    return harness(*words, *tracking, "--checkpoint.every_n_epochs", "1")
+    return harness(*words, *tracking, "--checkpoint.every_n_epochs", "1", "--checkpoint.when_busy", "wait")
 
 
 def wait_for(path: Path, text: str = "", limit_s: float = 60) -> None:
