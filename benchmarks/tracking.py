@@ -127,7 +127,7 @@ def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any
                 windows.flush(logger.step, wait=False)
                 if not is_held:
                     flushes.append(1e6 * (time.perf_counter() - logged_s))
-                logger.step += CALLS_PER_WINDOW
+                logger._place.step += CALLS_PER_WINDOW
         # These have no values at all: whatever would read one, and so wait for a device, raises.
         without_values = {name: torch.empty((), device="meta") for name in plain}
         windows._train = windows._target = WeightedSums()
