@@ -1,9 +1,10 @@
-"""What holds for all tests: in CI, what a test needs is there."""
+"""What holds for all tests: in CI, what a test needs is there; none leaves its MLflow address to the next."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -27,3 +28,12 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid}: must run where CI is set: {reason}"
     return report
+
+
+@pytest.fixture(autouse=True)
+def no_address_is_left() -> Iterator[None]:
+    """Take back what a test has told MLflow for the whole process: it would come before the next one's variables."""
+    yield
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is not None and hasattr(mlflow, "set_tracking_uri"):
+        mlflow.set_tracking_uri(None)
