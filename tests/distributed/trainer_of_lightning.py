@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from harness.config import CheckpointConfig
 from harness.integrations.lightning import HarnessCallback
 from tests.unit.integrations.digits_module import DigitsModule, ShardedDigits
 
@@ -34,7 +35,7 @@ for name, (kind, strategy) in STRATEGIES.items():
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[HarnessCallback(2, run_name=name)],
+        callbacks=[HarnessCallback(2, run_name=name, checkpoint=CheckpointConfig(when_busy="wait"))],
     )
     module = kind(width=4)
     trainer.fit(module)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from harness import cpu
+from harness.config import CheckpointConfig
 from harness.integrations.transformers import HarnessCallback
 
 LENGTH = 16
@@ -74,7 +75,7 @@ def train(name: str) -> None:
         arguments,
         train_dataset=Text(),
         eval_dataset=Text(),
-        callbacks=[keep, HarnessCallback(2, run_name=name)],
+        callbacks=[keep, HarnessCallback(2, run_name=name, checkpoint=CheckpointConfig(when_busy="wait"))],
     )
     keep.trainer.train()
 

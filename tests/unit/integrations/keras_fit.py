@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import harness
+from harness.config import CheckpointConfig
 from harness.integrations.keras import HarnessCallback, load_model
 from harness.tasks import Digits
 
@@ -59,7 +60,7 @@ model.fit(
     verbose=0,
     callbacks=[
         keras.callbacks.BackupAndRestore("backup", delete_checkpoint=False),
-        HarnessCallback(1, run_name="digits"),
+        HarnessCallback(1, run_name="digits", checkpoint=CheckpointConfig(when_busy="wait")),
         At(),
     ],
 )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import harness
 from harness.checkpoint.commit import list_checkpoints
+from harness.config import CheckpointConfig
 from harness.errors import ConfigError, Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
@@ -37,7 +38,10 @@ def make_trainer(*callbacks: Callback, every_n_epochs: int = 1, **arguments: Any
     options = {"max_epochs": 4, "accelerator": "cpu", "devices": 1, "logger": False, "log_every_n_steps": 4}
     return pl.Trainer(
         **options | {"enable_progress_bar": False, "enable_model_summary": False} | arguments,  # type: ignore[arg-type]
-        callbacks=[HarnessCallback(every_n_epochs, run_name="digits"), *callbacks],
+        callbacks=[
+            HarnessCallback(every_n_epochs, run_name="digits", checkpoint=CheckpointConfig(when_busy="wait")),
+            *callbacks,
+        ],
     )
 
 
