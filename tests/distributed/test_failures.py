@@ -100,6 +100,8 @@ def test_run_goes_on_by_itself_when_the_launcher_starts_the_ranks_again(tmp_path
         harness(
             *words,
             *("--trainer.max_epochs", "2", "--checkpoint.every_n_steps", "4"),
+            # Twenty steps may be over before the first save is: it must be there when the rank is killed.
+            *("--checkpoint.when_busy", "wait"),
             *("--task.class_path", "tests.distributed.tasks.Breaks"),
             *("--task.init_args", '{"how": "kill once", "at": 20}'),
         ),

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 # 90 steps in each of 3 epochs, and a point at each fifth: killed in the second epoch.
 KILLED_AT = 150
 SAMPLED = ("--tracking.log_system_metrics",)
+SAMPLE = "system/cpu_utilization_percentage"
 SAMPLING = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "2"}
 
 
@@ -34,12 +35,14 @@ def words_of(cwd: Path, server: MlflowServer, experiment: str, *more: str) -> Se
     return harness(*words, "--tracking.log_every_n_steps", "5", "--checkpoint.every_n_epochs", "1", *SAMPLED, *more)
 
 
-def kill_at_step(words: Sequence[str | Path], cwd: Path, *, with_publisher: bool) -> None:
-    """Start a run, and kill it with SIGKILL as it waits at a step, once MLflow has its first epoch."""
+def kill_at_step(words: Sequence[str | Path], cwd: Path, is_ready: Callable[[], bool], *, with_publisher: bool) -> None:
+    """Start a run, and kill it with SIGKILL as it waits at a step, once MLflow has its first epoch and all is ready."""
     with started([*words, "--task.init_args.at", str(KILLED_AT)], cwd, SAMPLING) as process:
         deadline_s = time.monotonic() + 90
         delivered = cwd / "runs/it/outbox/delivered.json"
-        while not ((cwd / "arrived").exists() and delivered.exists() and "epoch-0001" in delivered.read_text()):
+        while not (
+            (cwd / "arrived").exists() and delivered.exists() and "epoch-0001" in delivered.read_text() and is_ready()
+        ):
             assert process.poll() is None and time.monotonic() < deadline_s, (cwd / "output.txt").read_text()
             time.sleep(0.05)
         for member in descendants(process.pid) if with_publisher else [process.pid]:
@@ -69,7 +72,11 @@ def test_one_run_has_each_point_once_when_killed_and_started_again(
     tmp_path: Path, server: MlflowServer, with_publisher: bool
 ) -> None:
     experiment = f"again-{with_publisher}"
-    kill_at_step(words_of(tmp_path, server, experiment), tmp_path, with_publisher=with_publisher)
+
+    def has_sampled() -> bool:
+        return SAMPLE in the_run(server, experiment)[1].data.metrics
+
+    kill_at_step(words_of(tmp_path, server, experiment), tmp_path, has_sampled, with_publisher=with_publisher)
     reader, killed = the_run(server, experiment)
     assert killed.info.status == ("RUNNING" if with_publisher else "FAILED")
 
@@ -90,7 +97,7 @@ def test_one_run_has_each_point_once_when_killed_and_started_again(
     assert set(steps["train/loss"]) >= set(range(5, 265, 5))
     assert len(steps["epoch"]) == 3
     # Of the machine, from both attempts, on one axis: the seconds of the clock.
-    seconds = steps["system/cpu_utilization_percentage"]
+    seconds = steps[SAMPLE]
     assert seconds[0] < again_s < seconds[-1] <= time.time()
     assert [model.name for model in models(reader, finished)] == ["epoch-0001", "epoch-0002", "epoch-0003"]
 

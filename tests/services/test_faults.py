@@ -50,7 +50,8 @@ class Load:
 
     @property
     def experiment(self) -> str:
-        return self.directory.name
+        # The server is shared with other files' tests, which may have the same word for an experiment.
+        return f"faults-{self.directory.name}"
 
     @property
     def runs_dir(self) -> Path:
@@ -139,7 +140,7 @@ ANSWERS = {
     "refuses-a-credential": (Fault("401", status=401, times=2), Fault("403", status=403)),
     "hangs": (Fault("hangs", hangs=True, is_forwarded=True),),
 }
-AWAY, COMES_LATE = "away", "comes-late"
+AWAY, COMES_LATE = "goes-away", "comes-late"
 
 
 @services
