@@ -24,9 +24,9 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from harness.errors import LaunchError
+from harness.meeting import JOB_VARIABLE
 
 SCHEME = "harness-job"
-JOB_VARIABLE = "HARNESS_JOB"
 
 _NUM_PORTS = 32
 # Below those that systems give to clients (32768 and up on Linux).

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import slurm
-from harness.rendezvous import latest_meeting
+from harness.meeting import latest_meeting
 
 
 def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from harness.errors import PeerFailure, Stopped, reason_of
-from harness.rendezvous import latest_meeting
+from harness.meeting import latest_meeting
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -18,7 +18,6 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from harness import job_rendezvous
+from harness.meeting import JOB_VARIABLE, Meeting, have_met
 
 _SCHEME = "harness"
 _NAME = "harness/meeting"
@@ -33,32 +33,11 @@ _NUMBER = "harness/num_meetings"
 _POLL_S = 0.02
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """What the ranks have met under.
-
-    Args:
-        name: of this start, and of no other.
-        is_restart: whether ranks have met at this store before: the launch goes on.
-    """
-
-    name: str
-    is_restart: bool
-
-
-_latest: Meeting | None = None
-
-
 def init_method() -> str | None:
     """What `torch.distributed.init_process_group` is to be given; None: what it does by itself is right."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{_SCHEME}://"
-    return f"{job_rendezvous.SCHEME}://" if job_rendezvous.JOB_VARIABLE in os.environ else None
-
-
-def latest_meeting() -> Meeting | None:
-    """How this process's ranks have met; None: not here."""
-    return _latest
+    return f"{job_rendezvous.SCHEME}://" if JOB_VARIABLE in os.environ else None
 
 
 def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Meeting:
@@ -126,12 +105,12 @@ def _answer(name: str) -> str:
 
 
 def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Store, int, int]]:
-    global _latest
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    _latest = meet(store, rank, world_size, timeout)
-    yield PrefixStore(f"harness/{_latest.name}", store), rank, world_size
+    meeting = meet(store, rank, world_size, timeout)
+    have_met(meeting)
+    yield PrefixStore(f"harness/{meeting.name}", store), rank, world_size
 
 
 register_rendezvous_handler(_SCHEME, _rendezvous)  # type: ignore[no-untyped-call]

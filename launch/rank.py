@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
-from harness.job_rendezvous import JOB_VARIABLE
+from harness.meeting import JOB_VARIABLE
 from harness.slurm import Task, read_task
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES

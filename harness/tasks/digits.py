@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -65,7 +67,15 @@ class Digits:
         return images[:2]
 
     def _images(self, *, evaluation: bool) -> TensorDataset:
-        data = load_digits()
-        chosen = (torch.arange(len(data.target)) % _EVAL_EVERY == 0) == evaluation
-        images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
-        return TensorDataset(images[chosen], torch.tensor(data.target)[chosen])
+        rows = torch.from_numpy(np.loadtxt(_digits_file(), delimiter=","))
+        images = rows[:, :-1].float().reshape(-1, 1, 8, 8) / 16.0
+        labels = rows[:, -1].long()
+        chosen = (torch.arange(len(labels)) % _EVAL_EVERY == 0) == evaluation
+        return TensorDataset(images[chosen], labels[chosen])
+
+
+def _digits_file() -> Path:
+    """The file that `sklearn.datasets.load_digits` reads; importing that takes each rank longer than torch does."""
+    package = find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations
+    return Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from harness.config import TrainerConfig
+from harness.meeting import latest_meeting
 from harness.peers import Peers
-from harness.rendezvous import latest_meeting
 from harness.runtime import start
 
 

@@ -24,8 +24,11 @@ WITHOUT_TORCH = (
     "harness.report",
     "harness.checkpoint.commit",
     "harness.tracking.outbox",
+    "harness.tracking.publisher_process",
     "launch.cli",
     "launch.local",
+    "launch.rank",
+    "launch.submit",
 )
 
 
@@ -126,6 +129,12 @@ def import_alone(module: str) -> subprocess.CompletedProcess[str]:
     heavy = "{'torch', 'accelerate', 'mlflow', 'numpy'}"
     code = f"import sys, {module}; found = {heavy} & set(sys.modules); sys.exit(f'imported: {{found}}' if found else 0)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_torch_is_not_imported_when_the_publisher_has_its_store() -> None:
+    names = "harness.tracking.publisher_process, harness.tracking.mlflow_store"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

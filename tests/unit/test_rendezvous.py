@@ -10,7 +10,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from harness.rendezvous import Meeting, meet
+from harness.meeting import Meeting
+from harness.rendezvous import meet
 from tests.distributed.saving_ranks import free_port
 
 LIMIT = timedelta(seconds=20)

@@ -1,0 +1,35 @@
+"""How this process's ranks have met. Importing this never imports torch: publisher and launchers do not need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Set by `harness rank`: a name of the job's, which the ranks meet under (`harness.job_rendezvous`).
+JOB_VARIABLE = "HARNESS_JOB"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What the ranks have met under (`harness.rendezvous`).
+
+    Args:
+        name: of this start, and of no other.
+        is_restart: whether ranks have met at this store before: the launch goes on.
+    """
+
+    name: str
+    is_restart: bool
+
+
+_latest: Meeting | None = None
+
+
+def have_met(meeting: Meeting) -> None:
+    """This process's ranks have met."""
+    global _latest
+    _latest = meeting
+
+
+def latest_meeting() -> Meeting | None:
+    """How this process's ranks have met last; None: not in a way of ours."""
+    return _latest
