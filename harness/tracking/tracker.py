@@ -141,9 +141,12 @@ class Tracker:
                 self._publisher.kill()
                 self._publisher.wait()
                 if is_last_try:
+                    self._publisher = None
                     raise
             except BaseException:
                 self.abandon()
+                # There is no run whose end another one could deliver: what ends now does not wait for that.
+                self._publisher = None
                 raise
 
     def _stay_offline(self, settings: Mapping[str, Any]) -> None:

@@ -89,6 +89,9 @@ def test_all_ranks_stop_with_the_address_when_the_server_is_unreachable(tmp_path
     assert len(done.error_lines) == 1, done.output
     assert "tracking.tracking_uri: no MLflow run could be made at http://user:***@127.0.0.1:9" in done.error_lines[0]
     assert "secret" not in done.output
+    # The end of a run that there is not is not waited for with another publisher, and another.
+    (log,) = tmp_path.glob("runs/*/outbox/publisher.log")
+    assert log.read_text().count("no run:") == 1, log.read_text()
     for path in tmp_path.glob("runs/**/*"):
         assert path.is_dir() or "secret" not in path.read_text(), path
 
