@@ -136,6 +136,17 @@ class Agreement:
         found: list[list[int]] = values.tolist()
         return found
 
+    def on_any(self, what: str, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, whether it is set on any rank. As many on each rank, and they may be millions."""
+        if self._group is None:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        try:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            raise PeerFailure(None, f"agreeing on {what}: {error}") from error
+        return [bool(flag) for flag in found.tolist()]
+
     def begin_count(self, what: str, flags: Sequence[bool]) -> Callable[[], list[int]]:
         """Begin to count on how many ranks each flag is set; the call of what it returns waits for the counts.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,22 +97,36 @@ class Digests:
             require_digest(self._path, part, last.digest)
 
 
-def joined(record: FileRecord, readings: Sequence[Mapping[int, Sequence[Span]]]) -> tuple[list[int], list[Leaves]]:
-    """What all ranks together know of a file: each range's digest, and the leaves that it lacks.
+def known_whole(record: FileRecord, spans: Mapping[int, Sequence[Span]]) -> list[bool]:
+    """Of each range of a file, whether all of it has come by here, and was what was written."""
+    found = [False] * len(record.ranges)
+    for number, parts in spans.items():
+        part = record.ranges[number]
+        found[number] = parts[0].first == 0 and parts[0].end == num_leaves(part.end - part.start)
+    return found
+
+
+def joined(
+    record: FileRecord, numbers: Iterable[int], readings: Sequence[Mapping[int, Sequence[Span]]]
+) -> tuple[dict[int, int], list[Leaves]]:
+    """What all ranks together know of some ranges of a file: each one's digest, and the leaves that it lacks.
 
     Args:
         record: what the manifest says of the file.
+        numbers: of the ranges.
         readings: of each rank, as `Reading.spans`.
     """
-    told: dict[int, list[Span]] = {}
+    told: dict[int, list[Span]] = {number: [] for number in numbers}
     for spans in readings:
         for number, of_rank in spans.items():
-            told.setdefault(number, []).extend(of_rank)
-    digests, lacking = [], []
-    for number, part in enumerate(record.ranges):
+            if number in told:
+                told[number].extend(of_rank)
+    digests, lacking = {}, []
+    for number, parts in told.items():
+        part = record.ranges[number]
         reached = digest = 0
         # Each leaf counts once, however many ranks hold it; who knows the most comes first.
-        for span in sorted(told.get(number, ()), key=lambda span: (span.first, -span.end)):
+        for span in sorted(parts, key=lambda span: (span.first, -span.end)):
             if span.first < reached:
                 continue
             if span.first > reached:
@@ -121,7 +135,7 @@ def joined(record: FileRecord, readings: Sequence[Mapping[int, Sequence[Span]]])
             digest ^= span.digest
         if reached < (end := num_leaves(part.end - part.start)):
             lacking.append(Leaves(number, reached, end))
-        digests.append(digest)
+        digests[number] = digest
     return digests, lacking
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from harness.agreement import Agreement
-from harness.checkpoint.check import Span, joined, require_digest
+from harness.checkpoint.check import Span, joined, known_whole, require_digest
 from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.match import Targets, match
@@ -189,8 +189,23 @@ def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str
 
 def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files, agreement: Agreement) -> int:
     """Put together what the ranks know of the digests; what none knows they divide, and read. How many bytes."""
-    told = agreement.gather("what they know of the digests", spans)
-    known = {name: joined(record, [each[name] for each in told]) for name, record in stored.records.items()}
+    # Where as many ranks resume as have written, each range has come by one of them whole and was looked at there: that
+    # is one bit of it, where a thousand ranks would tell one another millions of digests.
+    flags = [flag for name, record in stored.records.items() for flag in known_whole(record, spans[name])]
+    are_right = iter(agreement.on_any("the ranges that are right", flags))
+    unsure = {
+        name: {number for number in range(len(record.ranges)) if not next(are_right)}
+        for name, record in stored.records.items()
+    }
+    mine = {
+        name: {number: parts for number, parts in spans[name].items() if number in numbers}
+        for name, numbers in unsure.items()
+    }
+    told = agreement.gather("what they know of the other digests", mine)
+    known = {
+        name: joined(record, sorted(unsure[name]), [each[name] for each in told])
+        for name, record in stored.records.items()
+    }
     # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
     readers = range(agreement.world_size) if files.readers is None else files.readers
 
@@ -198,11 +213,11 @@ def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files
         read_bytes = 0
         found = {}
         for name, (_, lacking) in known.items():
-            mine = lacking[readers.index(agreement.rank) :: len(readers)] if agreement.rank in readers else []
-            if mine:
-                more_bytes, digests = digest_leaves(stored.checkpoint / name, stored.records[name], mine, files)
+            own = lacking[readers.index(agreement.rank) :: len(readers)] if agreement.rank in readers else []
+            if own:
+                more_bytes, digests = digest_leaves(stored.checkpoint / name, stored.records[name], own, files)
                 read_bytes += more_bytes
-                found[name] = [(leaves.number, digest) for leaves, digest in zip(mine, digests, strict=True)]
+                found[name] = [(leaves.number, digest) for leaves, digest in zip(own, digests, strict=True)]
         return read_bytes, found
 
     what = "reading the rest for its digests"
@@ -213,6 +228,6 @@ def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files
                 known[name][0][number] ^= digest
     # The same on every rank, and so is the error.
     for name, record in stored.records.items():
-        for part, digest in zip(record.ranges, known[name][0], strict=True):
-            require_digest(stored.checkpoint / name, part, digest)
+        for number, digest in known[name][0].items():
+            require_digest(stored.checkpoint / name, record.ranges[number], digest)
     return read_bytes

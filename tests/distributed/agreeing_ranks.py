@@ -24,6 +24,9 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
     become_rank(rank, world_size, port)
     Accelerator(cpu=True)
     agreement = Agreement(rank, world_size, timeout_s=60)
+    # Of each flag whether any rank has set it, however many ranks and flags there are.
+    flags = [False] * 5 + [True] + [number == rank for number in range(world_size)] * 1000
+    assert agreement.on_any("flags", flags) == [False] * 5 + [True] * (1 + 1000 * world_size)
     raised = []
     for case in cases:
 
