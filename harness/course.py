@@ -198,6 +198,8 @@ class Course:
 
     def _save_if_due(self, is_loaders_last: bool) -> None:
         is_due = self._cadence.is_due_after_step(self._place.step)
+        if not (is_due or self._save_is_asked or self._saves.owed is not None):
+            return
         name = self._place.step_name
         if (is_due or self._save_is_asked) and is_loaders_last:
             # At the epoch's last step it is saved after the evaluation, with its metrics.

@@ -49,7 +49,9 @@ class Replacements:
         self._finder = _Finder(self._imported, {each.module for each in table})
 
     def put(self) -> None:
-        """Put them in place."""
+        """Put them in place, once."""
+        if self._is_on:
+            return
         self._is_on = True
         for module in {each.module for each in self._table}:
             if module in sys.modules:

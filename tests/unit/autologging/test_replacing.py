@@ -46,3 +46,14 @@ def test_function_is_replaced_when_its_module_is_imported_later(
     assert module.twice(2) == 5
     replacements.take_away()
     assert module.twice(2) == 4
+
+
+def test_what_is_replaced_is_replaced_once_when_put_twice() -> None:
+    replacements = Replacements(
+        [Replacement("posixpath", "basename", "a test", lambda original, path: original(path) + "!")]
+    )
+    replacements.put()
+    replacements.put()
+    assert sys.modules["posixpath"].basename("a/b") == "b!"
+    replacements.take_away()
+    assert sys.modules["posixpath"].basename("a/b") == "b"
