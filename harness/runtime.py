@@ -176,9 +176,13 @@ def check_launch(accelerator: Accelerator) -> None:
     """
     asked_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked_size:
+        remedy = "set ACCELERATE_USE_CPU=true, or use `harness launch`"
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # Without a backend's name accelerate does not count the ranks that DeepSpeed brings together.
+            remedy = "give transformers' TrainingArguments use_cpu=True, or make the Accelerator with a gloo backend"
         raise LaunchError(
             f"{asked_size} processes were started, but each trains alone (accelerate found "
-            f"{accelerator.num_processes}); without GPUs set ACCELERATE_USE_CPU=true, or use `harness launch`"
+            f"{accelerator.num_processes}); without GPUs {remedy}"
         )
     if _flag("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
         if accelerator.distributed_type != DistributedType.FSDP:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import flavor
+from harness.checkpoint.commit import list_checkpoints
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, Stopped
 from harness.integrations.guest import Guest, Options, Recipe
@@ -83,6 +84,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         model = Weights(self.model)
         self._optimizer = _Optimizer(self.model.optimizer, model)
         self._begun_at, self._num_batches = int(self._optimizer.iterations), 0
+        _check_count(self._guest.options, epoch, self._begun_at)
         self._guest.begin(
             Accelerator(cpu=model.device.type == "cpu"),
             model,
@@ -232,6 +234,24 @@ def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
             at = "" if layer is keras_model else f"{layer.name}."
             found[id(variable)] = (f"{at}{number}{variable.name}", variable)
     return list(found.values())
+
+
+def _check_count(options: Options, epoch: int, step: int) -> None:
+    """Refuse a second `fit` that counts its epochs anew: the names of its checkpoints are there already.
+
+    Raises:
+        ConfigError: with what to give it.
+    """
+    if options.run_name is None:
+        return
+    for name, manifest in list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")[::-1]:
+        if manifest.step <= step and manifest.epoch > epoch:
+            raise ConfigError(
+                "HarnessCallback",
+                f"fit begins at epoch {epoch}, with an optimizer that has taken {step} steps, and {options.run_name} "
+                f"has {name} of step {manifest.step} already; give fit initial_epoch={manifest.epoch}, or the callback "
+                "another run_name",
+            )
 
 
 def _recipe(keras_model: Any) -> Recipe | None:

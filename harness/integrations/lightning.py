@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from harness import data
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
@@ -33,11 +34,10 @@ except ImportError as error:
 
 # Class of the strategy -> its name here, in the order in which they are looked for.
 _STRATEGIES = {"ModelParallelStrategy": "fsdp2", "DDPStrategy": "ddp", "SingleDeviceStrategy": "single"}
-_FSDP2 = "use ModelParallelStrategy, with torch's fully_shard in the module's configure_model (FSDP2), or DDP"
-_REFUSED = {
-    "FSDPStrategy": f"is FSDP1, which holds flat ranges with gaps that no name belongs to; {_FSDP2}",
-    "DeepSpeedStrategy": f"has optimizers of its own that only accelerate tells of; {_FSDP2}",
-}
+_FSDP1 = (
+    "FSDPStrategy is FSDP1, which holds flat ranges with gaps that no name belongs to; use ModelParallelStrategy, with "
+    "torch's fully_shard in the module's configure_model (FSDP2), or DeepSpeedStrategy, or DDP"
+)
 
 
 class HarnessCallback(Callback):
@@ -76,9 +76,8 @@ class HarnessCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before anything is sharded, what could not be saved."""
-        for base in type(trainer.strategy).__mro__:
-            if stage == "fit" and base.__name__ in _REFUSED:
-                raise ConfigError("HarnessCallback", f"{base.__name__} {_REFUSED[base.__name__]}")
+        if stage == "fit" and _is_a(trainer, "FSDPStrategy"):
+            raise ConfigError("HarnessCallback", _FSDP1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of metrics. Not earlier: where a Trainer puts its own checkpoints depends on its loggers."""
@@ -96,7 +95,7 @@ class HarnessCallback(Callback):
             _check(accelerator, trainer)
             self._guest.begin(
                 accelerator,
-                pl_module,
+                _model(trainer, pl_module),
                 self._optimizer(trainer),
                 schedulers[0].scheduler if len(schedulers) == 1 else None,
                 goes_on_at=(trainer.current_epoch, trainer.global_step),
@@ -225,9 +224,27 @@ def _is_tried_out(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def _is_a(trainer: Trainer, strategy: str) -> bool:
+    """By name: that of DeepSpeed is there only where DeepSpeed is."""
+    return any(base.__name__ == strategy for base in type(trainer.strategy).__mro__)
+
+
+def _model(trainer: Trainer, module: LightningModule) -> nn.Module:
+    """What knows which part of it is here: DeepSpeed's engine, and of all other strategies the module itself."""
+    engine = trainer.strategy.model
+    return engine if _is_a(trainer, "DeepSpeedStrategy") and engine is not None else module
+
+
 def _strategy_of(trainer: Trainer) -> str:
-    names = [base.__name__ for base in type(trainer.strategy).__mro__]
-    return next((ours for theirs, ours in _STRATEGIES.items() if theirs in names), names[0])
+    if _is_a(trainer, "DeepSpeedStrategy"):
+        return f"zero{_zero_stage(trainer)}"
+    name = type(trainer.strategy).__name__
+    return next((ours for theirs, ours in _STRATEGIES.items() if _is_a(trainer, theirs)), name)
+
+
+def _zero_stage(trainer: Trainer) -> int:
+    engine: Any = trainer.strategy.model
+    return int(engine.zero_optimization_stage())
 
 
 def _facts_of(trainer: Trainer) -> dict[str, Any]:

@@ -1,26 +1,26 @@
-"""Other people's trainers on two ranks, under DDP and under FSDP2."""
+"""Other people's trainers on two ranks, under each strategy that they have."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from harness.checkpoint.commit import list_checkpoints
-from tests.launching import ROOT, accelerate, run
+from tests.launching import BIN, ROOT, accelerate, run
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 
 HERE = ROOT / "tests" / "distributed"
-STRATEGIES = ("ddp", "fsdp2")
 
 
-def check_runs(cwd: Path, steps: list[int], keys: dict[str, list[int]]) -> None:
+def check_runs(cwd: Path, strategies: tuple[str, ...], steps: list[int], keys: dict[str, list[int]]) -> None:
     """Each strategy's run in MLflow: its models by step, and where its metrics have points."""
     reader = client(cwd)
     found = {run.info.run_name: run for run in all_runs(reader)}
-    assert set(found) == set(STRATEGIES)
+    assert set(found) == set(strategies)
     for name, mlflow_run in found.items():
         assert mlflow_run.info.status == "FINISHED", name
         assert mlflow_run.data.tags["harness.strategy"] == name
@@ -30,14 +30,26 @@ def check_runs(cwd: Path, steps: list[int], keys: dict[str, list[int]]) -> None:
             assert [point.step for point in history(reader, mlflow_run, key)] == expected, (name, key)
 
 
-def test_checkpoints_are_what_the_trainer_had_when_transformers_trains_on_two_ranks(tmp_path: Path) -> None:
-    script = HERE / "trainer_of_transformers.py"
-    done = run(accelerate("fsdp2", script, "train"), tmp_path, timeout_s=280)
+TRANSFORMERS = HERE / "trainer_of_transformers.py"
+
+
+@pytest.mark.parametrize(
+    ("strategies", "launch"),
+    [
+        (("ddp", "fsdp2"), accelerate("fsdp2", TRANSFORMERS, "train")),
+        # As DeepSpeed's users start it: the strategy is in the Trainer's arguments, and the launcher knows of none.
+        (("zero2", "zero3"), [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRANSFORMERS, "zero"]),
+    ],
+    ids=["ddp-fsdp2", "zero"],
+)
+def test_checkpoints_are_what_the_trainer_had_when_transformers_trains_on_two_ranks(
+    tmp_path: Path, strategies: tuple[str, ...], launch: list[str | Path]
+) -> None:
+    done = run(launch, tmp_path, timeout_s=280)
     assert done.code == 0, done.output
-    check_runs(
-        tmp_path, [8, 16], {"train/loss": [3, 6, 9, 12, 15], "eval/loss": [4, 8, 12, 16], "epoch": [4, 8, 12, 16]}
-    )
-    for name in STRATEGIES:
+    keys = {"train/loss": [3, 6, 9, 12, 15], "eval/loss": [4, 8, 12, 16], "epoch": [4, 8, 12, 16]}
+    check_runs(tmp_path, strategies, [8, 16], keys)
+    for name in strategies:
         checkpoints = tmp_path / "runs" / name / "checkpoints"
         assert [each for each, _ in list_checkpoints(checkpoints)] == ["epoch-0002", "epoch-0004"]
         for epoch in (2, 4):
@@ -49,7 +61,7 @@ def test_checkpoints_are_what_the_trainer_had_when_transformers_trains_on_two_ra
 
 
 def test_all_ranks_stop_with_the_reason_when_one_fails_under_transformers(tmp_path: Path) -> None:
-    done = run(accelerate("fsdp2", HERE / "trainer_of_transformers.py", "fail"), tmp_path, timeout_s=150)
+    done = run(accelerate("fsdp2", TRANSFORMERS, "fail"), tmp_path, timeout_s=150)
     assert done.code == 1
     assert "rank 1 failed: RuntimeError: the disk of this rank fell out" in done.output
     mlflow_run = only_run(tmp_path, wait_for_end_s=30)
@@ -61,8 +73,10 @@ def test_checkpoints_are_what_the_trainer_had_when_lightning_trains_on_two_ranks
     done = run([sys.executable, HERE / "trainer_of_lightning.py"], tmp_path, timeout_s=200)
     assert done.code == 0, done.output
     # 125 images for each rank, 32 at once, two batches to a step.
-    check_runs(tmp_path, [4, 8], {"train/loss_epoch": [2, 4, 6, 8], "eval/loss": [2, 4, 6, 8], "epoch": [2, 4, 6, 8]})
-    for name in STRATEGIES:
+    keys = {"train/loss_epoch": [2, 4, 6, 8], "eval/loss": [2, 4, 6, 8], "epoch": [2, 4, 6, 8]}
+    strategies = ("ddp", "fsdp2", "zero2", "zero3")
+    check_runs(tmp_path, strategies, [4, 8], keys)
+    for name in strategies:
         expected = torch.load(tmp_path / f"{name}.pt")
         checkpoint = tmp_path / "runs" / name / "checkpoints" / "epoch-0004"
         weights = load_file(checkpoint / "model.safetensors")

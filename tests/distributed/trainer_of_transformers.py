@@ -1,8 +1,7 @@
 """A `transformers.Trainer` of a tiny GPT-2 with tied weights on this project's own text.
 
-argv: ``train``, under DDP and then FSDP2; or ``fail``: under DDP, rank 1 raises at the end of the second
-epoch. Leaves ``<strategy>-<epoch>.pt``:
-what the Trainer itself would save at that moment.
+argv: ``train``, under DDP and then FSDP2; ``zero``, under ZeRO-2 and then ZeRO-3; or ``fail``: under DDP, rank 1 raises
+at the end of the second epoch. Leaves ``<strategy>-<epoch>.pt``: what the Trainer itself would save at that moment.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class Keep(TrainerCallback):
             raise RuntimeError("the disk of this rank fell out")
 
 
-def train(name: str) -> None:
+def train(name: str, deepspeed: dict[str, Any] | None = None) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
@@ -67,6 +66,7 @@ def train(name: str) -> None:
         eval_strategy="epoch",
         disable_tqdm=True,
         use_cpu=True,
+        deepspeed=deepspeed,
         accelerator_config={"use_configured_state": name == "fsdp2"},
     )
     keep = Keep(name)
@@ -80,7 +80,19 @@ def train(name: str) -> None:
     keep.trainer.train()
 
 
-if __name__ == "__main__":
+def with_zero(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+
+
+if __name__ == "__main__" and sys.argv[1] == "zero":
+    cpu.prepare_deepspeed()
+    for stage in (2, 3):
+        train(f"zero{stage}", with_zero(stage))
+elif __name__ == "__main__":
     fsdp = ("ACCELERATE_USE_FSDP", "FSDP_")
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(fsdp)}
     train("ddp")

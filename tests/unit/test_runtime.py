@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from harness.errors import LaunchError
 from harness.runtime import check_launch, describe, processes_asked
@@ -60,3 +61,12 @@ def test_error_has_the_remedy_when_accelerate_runs_less_than_asked(
     with pytest.raises(LaunchError, match=expected) as caught:
         check_launch(accelerator)
     assert "harness launch" in str(caught.value)
+
+
+def test_remedy_is_another_when_deepspeed_has_ranks_that_accelerate_does_not_count(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(LaunchError, match="give transformers' TrainingArguments use_cpu=True"):
+        check_launch(accelerator)

@@ -122,7 +122,7 @@ def find_held(
     sharded = _resharded(model)
     state = named_state(model)
     held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
-    find = zero.find if accelerator.distributed_type == DistributedType.DEEPSPEED else plain.find
+    find = zero.find if _is_deepspeed(accelerator, model) else plain.find
     find(held, state, model, optimizer, Selection(weights_only, dtype, accelerator.is_main_process, restoring))
     return held
 
@@ -153,9 +153,15 @@ def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.op
 
     _resharded(model)
     names = names_by_id(named_state(model))
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if _is_deepspeed(accelerator, model):
         return zero.find_stepped(model, names)
     return plain.find_stepped(optimizer, names)
+
+
+def _is_deepspeed(accelerator: Accelerator, model: nn.Module) -> bool:
+    # Lightning has an engine of which accelerate does not know.
+    is_engine = any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__)
+    return is_engine or accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def _resharded(model: nn.Module) -> tuple[Any, ...]:

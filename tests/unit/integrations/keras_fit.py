@@ -8,11 +8,13 @@ import sys
 from typing import Any
 
 import keras
+import numpy
 import torch
 from safetensors.torch import load_file
 
 import harness
 from harness.config import CheckpointConfig
+from harness.errors import ConfigError
 from harness.integrations.keras import HarnessCallback, load_model
 from harness.tasks import Digits
 
@@ -65,6 +67,7 @@ model.fit(
     ],
 )
 if HOW == "check":
+    import mlflow
     from mlflow import MlflowClient
 
     found = MlflowClient().search_logged_models(["1"], order_by=[{"field_name": "creation_time", "ascending": False}])
@@ -83,4 +86,36 @@ if HOW == "check":
     before = "runs/digits/checkpoints/epoch-0003"
     assert torch.equal(load_file(f"{before}/model.safetensors")["conv2d.kernel"], kernel)
     assert torch.equal(load_file(f"{before}/optimizer.safetensors")["velocity.conv2d.kernel"], velocity)
+
+    # Two outputs, each with its loss; and a `fit` that counts its epochs anew, with an optimizer that goes on.
+    pixels = keras.Input((8, 8, 1), name="pixels")
+    hidden = keras.layers.Dense(16, activation="relu")(keras.layers.Flatten()(pixels))
+    digit = keras.layers.Dense(10, name="digit")(hidden)
+    odd = keras.layers.Dense(1, activation="sigmoid", name="odd")(hidden)
+    two = keras.Model(pixels, {"digit": digit, "odd": odd})
+    losses = {"digit": keras.losses.SparseCategoricalCrossentropy(from_logits=True), "odd": "binary_crossentropy"}
+    two.compile("sgd", losses, metrics={"digit": ["accuracy"]})
+    targets = {"digit": labels[:256], "odd": (labels[:256] % 2).astype("float32")}
+
+    def fit_two(**epochs: int) -> None:
+        ours = HarnessCallback(
+            2, run_name="two", checkpoint=CheckpointConfig(when_busy="wait"), input_example=images[:4]
+        )
+        two.fit(images[:256], targets, validation_data=(images[:256], targets), verbose=0, callbacks=[ours], **epochs)
+
+    fit_two(epochs=2)
+    try:
+        fit_two(epochs=2)
+    except ConfigError as error:
+        assert "epoch-0002 of step 16 already; give fit initial_epoch=2, or the callback another run_name" in str(error)
+    else:
+        raise AssertionError("its checkpoints would have had the names of those before")
+    fit_two(epochs=4, initial_epoch=2)
+    (run,) = MlflowClient().search_runs(["1"], "run_name = 'two'")
+    assert run.info.status == "FINISHED"
+    assert {"train/digit_loss", "train/odd_loss", "eval/digit_accuracy", "eval/loss"} <= run.data.metrics.keys()
+    (last,) = MlflowClient().search_logged_models(["1"], f"source_run_id = '{run.info.run_id}' AND tags.step = '32'")
+    given = mlflow.pyfunc.load_model(f"models:/{last.model_id}").predict(images[:10])
+    for name, expected in two(images[:10], training=False).items():
+        assert numpy.array_equal(given[name], expected.detach().numpy())
     print("the same")
