@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from accelerate import Accelerator
 from torch import nn
 
+from harness.autologging import switch
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import HarnessError, Stopped
 from harness.periodic import PeriodicLogger
@@ -109,10 +110,10 @@ class Guest:
         *,
         goes_on_at: tuple[int, int],
         params: Mapping[str, Any],
-        recipe: Recipe | None,
+        recipe: Recipe | str,
         topology: Mapping[str, Any] | None = None,
     ) -> None:
-        """Training begins, or goes on: a run of its own, or the one of that name.
+        """Training begins, or goes on, in a run of its own or the one of that name; `harness.autolog` is off then.
 
         Args:
             accelerator: which ranks and which strategy.
@@ -121,13 +122,15 @@ class Guest:
             scheduler: of the learning rate, where its state can be saved.
             goes_on_at: epochs and steps that are complete.
             params: what the framework knows of the configuration.
-            recipe: how the model is built again; None: not known.
+            recipe: how the model is built again; or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
         """
         # In a notebook an error ends the training and not the process, and the next one begins with another callback.
         if Guest._open is not None:
             Guest._open.fail(HarnessError("training was left without a word, and another one has begun"))
         Guest._open = self
+        # It would log the same training in a run of its own.
+        switch.turn_off()
         options = self._options
         logger = self._logger = PeriodicLogger(
             accelerator,
@@ -143,8 +146,10 @@ class Guest:
         self._hook()
         with self._ending():
             logger.start()
-            if recipe is not None:
+            if isinstance(recipe, Recipe):
                 logger.describe(recipe.spec, model, options.input_example, packages=recipe.packages, files=recipe.files)
+            else:
+                logger.say(recipe)
             logger.watch(model, optimizer, scheduler, goes_on_at=goes_on_at)
 
     def begin_epoch(self) -> None:

@@ -254,11 +254,11 @@ def _check_count(options: Options, epoch: int, step: int) -> None:
             )
 
 
-def _recipe(keras_model: Any) -> Recipe | None:
+def _recipe(keras_model: Any) -> Recipe | str:
     try:
         config = keras_model.to_json()
     except NotImplementedError:  # a model that is written as a class, without get_config
-        return None
+        return f"{type(keras_model).__name__} is a class without get_config, so that Keras cannot build it again"
     return Recipe(ClassSpec(f"{__name__}.{FromConfig.__qualname__}", {"config": config}), ("keras",), {})
 
 

@@ -257,12 +257,12 @@ def _facts_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _recipe(module: LightningModule) -> Recipe | None:
+def _recipe(module: LightningModule) -> Recipe | str:
     """By the module's class and its hyperparameters, where it has saved them and they are all that it takes."""
     found = next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))
     spec = ClassSpec(f"{found.__module__}.{found.__qualname__}", dict(module.hparams))
     try:
-        check_spec("model", spec)
-    except ConfigError:
-        return None
+        check_spec("module", spec)
+    except ConfigError as error:
+        return f"{error} (its arguments are what save_hyperparameters() in its __init__ has kept)"
     return Recipe(spec, ("lightning",), {})

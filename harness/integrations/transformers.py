@@ -172,13 +172,13 @@ class Pretrained:
         return model
 
 
-def _recipe(model: nn.Module) -> Recipe | None:
+def _recipe(model: nn.Module) -> Recipe | str:
     if not isinstance(model, PreTrainedModel):
-        return None
+        return f"{type(model).__name__} is no transformers.PreTrainedModel, which a configuration builds again"
     # FSDP2 makes a subclass on the fly.
     found = next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
     if found.__module__ == "__main__":
-        return None
+        return f"{found.__name__} can only be imported by this script; move the class to a module"
     text = model.config.to_json_string(use_diff=False)
     spec = ClassSpec(
         f"{__name__}.{Pretrained.__qualname__}",
