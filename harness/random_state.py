@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# numpy's Mersenne Twister: 624 words and a position.
+# A Mersenne Twister, Python's as numpy's: 624 words and a position.
 _MT19937_BYTES = 2500
 
 
@@ -37,12 +37,40 @@ class _NumpyState:
 _numpy_state = _NumpyState()
 
 
+# The generator behind the functions of `random`.
+_python: Any = random.random.__self__  # type: ignore[attr-defined]
+
+
+def _words_asked_for() -> bytes:
+    """The words of `random.getstate`, and the position behind them."""
+    return array("I", random.getstate()[1]).tobytes()
+
+
+def _words_in_memory() -> bytes:
+    """The same in 0.5 us, where to ask takes 15, for a tuple of 625 numbers: there the position comes first."""
+    memory = ctypes.string_at(id(_python) + object.__basicsize__, _MT19937_BYTES)
+    return memory[4:] + memory[:4]
+
+
+def _lie_as_known() -> bool:
+    """Whether this interpreter has them where CPython has always had them, which nobody promises."""
+    is_large_enough = type(_python).__basicsize__ >= object.__basicsize__ + _MT19937_BYTES
+    return is_large_enough and _words_in_memory() == _words_asked_for()
+
+
+_python_words = _words_in_memory if _lie_as_known() else _words_asked_for
+
+
 def take(device: torch.device) -> dict[str, Any]:
     """The states of Python's, NumPy's, torch's and, on CUDA, the device's generator, as they come.
 
-    Effects: not collective; main thread, 20 us; on CUDA it synchronises with the device; nothing on disk.
+    Effects: not collective; main thread, 4 us; on CUDA it synchronises with the device; nothing on disk.
     """
-    states = {"python": random.getstate(), "numpy": _numpy_state.take(), "torch": torch.get_rng_state()}
+    states = {
+        "python": (_python.VERSION, _python_words(), _python.gauss_next),
+        "numpy": _numpy_state.take(),
+        "torch": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
@@ -55,7 +83,7 @@ def encoded(states: dict[str, Any]) -> dict[str, Any]:
     version, words, gauss = states["python"]
     kind, keys, position, has_gauss, cached = states["numpy"]
     record: dict[str, Any] = {
-        "python": [version, _encode(array("I", words).tobytes()), gauss],
+        "python": [version, _encode(words), gauss],
         "numpy": [kind, _encode(np.asarray(keys, dtype=np.uint32).tobytes()), position, has_gauss, cached],
     }
     for name in ("torch", "cuda"):
@@ -84,7 +112,8 @@ def _decode(text: str) -> bytes:
 
 def put_back(states: dict[str, Any], device: torch.device) -> None:
     """Put back what `take` took."""
-    random.setstate(states["python"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(array("I", words)), gauss))
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
@@ -98,7 +127,7 @@ def decoded(record: dict[str, Any]) -> dict[str, Any]:
     version, words, gauss = record["python"]
     kind, keys, position, has_gauss, cached = record["numpy"]
     states: dict[str, Any] = {
-        "python": (version, tuple(array("I", _decode(words))), gauss),
+        "python": (version, _decode(words), gauss),
         "numpy": (kind, np.frombuffer(_decode(keys), dtype=np.uint32), position, has_gauss, cached),
     }
     for name in ("torch", "cuda"):
