@@ -7,6 +7,7 @@ is given a few seconds, then the watcher ends the process: nobody waits for a ti
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.5
 # How long a main thread has to come out of its collective by itself (gloo notices a dead peer at once).
 _GRACE_S = 5.0
+# Runs of this process: every rank begins each of them.
+_num_runs = itertools.count()
 
 
 class Peers:
@@ -45,10 +48,11 @@ class Peers:
         self._last_words = last_words
         self._closing = threading.Event()
         self._failure: PeerFailure | None = None
-        # Of this start of the ranks: what an earlier one has left at the same store is not told again.
+        # Of this start of the ranks, and of this run in it: what an earlier one has left at the same store is not told
+        # again. A notebook, or a script that tries once more with less, trains on in processes where a run has failed.
         meeting = latest_meeting()
         which = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if meeting is None else meeting.name
-        self._key = f"harness/failed/{which}"
+        self._key = f"harness/failed/{which}/{next(_num_runs)}"
         self._store = connect() if world_size > 1 else None
         if self._store is not None:
             threading.Thread(target=self._watch, name="harness-peers", daemon=True).start()

@@ -136,3 +136,17 @@ def evaluate_unevenly(rank: int, world_size: int, port: int, directory: Path) ->
                 num_batches[-1] += 1
                 logger.log({"eval/index": indices.float().mean()}, weight=len(indices))
     (directory / f"evaluated-{rank}.json").write_text(json.dumps([num_batches, logger.latest["eval/index"]]))
+
+
+def fail_twice(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """Two runs in the same processes, each of which every rank ends by an error of its own; what ended them."""
+    become_rank(rank, world_size, port)
+    accelerator = Accelerator(cpu=True)
+    causes = []
+    for name in ("first", "second"):
+        logger = PeriodicLogger(
+            accelerator, None, run_name=name, run_dir=directory, tracking=TrackingConfig(enabled=False)
+        )
+        logger.start()
+        causes.append(str(logger.fail(Crash(f"the {name} of rank {rank}"))))
+    (directory / f"causes-{rank}.json").write_text(json.dumps(causes))

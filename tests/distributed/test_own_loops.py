@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.own_loops import KINDS, NUM_SAMPLES, evaluate_unevenly, train_on
+from tests.distributed.own_loops import KINDS, NUM_SAMPLES, evaluate_unevenly, fail_twice, train_on
 from tests.distributed.test_saver import ranks
 
 
@@ -40,3 +40,14 @@ def test_ranks_stay_in_step_when_one_has_an_evaluation_batch_more(tmp_path: Path
     told = [json.loads((tmp_path / f"evaluated-{rank}.json").read_text()) for rank in range(2)]
     assert [batches for batches, _ in told] == [[3, 3, 3], [2, 2, 2]]
     assert [mean for _, mean in told] == [pytest.approx(9.5), pytest.approx(9.5)]
+
+
+def test_failure_is_its_own_when_another_run_has_failed_in_the_same_processes(tmp_path: Path) -> None:
+    with ranks(2, fail_twice, tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    for rank in range(2):
+        first, second = json.loads((tmp_path / f"causes-{rank}.json").read_text())
+        assert "the first of rank" in first
+        assert "the second of rank" in second
