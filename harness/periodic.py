@@ -235,6 +235,7 @@ class PeriodicLogger:
                 history,
                 self._resumption.states,
                 self._run.keep_points,
+                self.say,
             )
             self._course = Course(
                 self.accelerator,

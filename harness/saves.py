@@ -34,6 +34,7 @@ class Saves:
         history: of metrics.
         states: gives the states of what else goes on, name -> JSON values.
         keep_points: called with a checkpoint's name and metrics before it is taken.
+        say: called with a line for the user.
 
     Attributes:
         owed: name of a checkpoint that is to be taken as soon as it can be; None: none is.
@@ -52,6 +53,7 @@ class Saves:
         history: MetricHistory,
         states: Callable[[], Mapping[str, Any]],
         keep_points: Callable[[str, Mapping[str, float]], None],
+        say: Callable[[str], None],
     ) -> None:
         self._accelerator = accelerator
         self._saver = saver
@@ -61,12 +63,14 @@ class Saves:
         self._history = history
         self._states = states
         self._keep_points = keep_points
+        self._say = say
         self._is_watching = False
         # Memory for saving is made once the optimizer has a state: after its first step.
         self._must_prepare = False
         # Where the last checkpoint was taken; whether the ranks have said that it goes on.
         self._saved_at: tuple[int, ...] | None = None
         self._is_open = False
+        self._latest = ""
         self.owed: str | None = None
         self.kept: frozenset[str] = frozenset()
 
@@ -130,7 +134,7 @@ class Saves:
         )
         self._keep_points(name, metrics)
         self._saver.save(moment, must=must)
-        self._saved_at, self._is_open = self._position(), True
+        self._saved_at, self._is_open, self._latest = self._position(), True, name
         return True
 
     def save_with_metrics(self, name: str) -> bool:
@@ -159,5 +163,11 @@ class Saves:
         if self._saver.settle():
             return True
         self._saved_at = None
-        self._history.add({"checkpoint/num_skipped": float(self._saver.num_skipped)}, self._place.step)
+        num_skipped = self._saver.num_skipped
+        self._history.add({"checkpoint/num_skipped": float(num_skipped)}, self._place.step)
+        # The first, and then ever fewer: where one is skipped, most are.
+        if num_skipped & (num_skipped - 1) == 0:
+            self._say(
+                f"harness: warning: {self._latest}: {self._saver.status} (checkpoint.when_busy; {num_skipped} so far)"
+            )
         return False

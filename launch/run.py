@@ -76,6 +76,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     logging.add_argument("--extra_tags", type=_tag, nargs=1, action="extend", default=[], metavar="NAME=TEXT")
     logging.add_argument("--silent", type=_bool, default=False, metavar="BOOL")
     logging.add_argument("--exclusive", type=_bool, default=False, metavar="BOOL")
+    logging.add_argument("--when_busy", choices=("wait", "skip"), default="wait", help="wait; skip: rather fewer saves")
     where = parser.add_argument_group("the run")
     where.add_argument("--resume", default="never", metavar="auto|never|PATH", help="as harness.resume has it (never)")
     where.add_argument("--run_name", default=None, metavar="NAME")
@@ -126,6 +127,7 @@ def _turn_on(own: argparse.Namespace) -> None:
         extra_tags=dict(own.extra_tags),
         silent=own.silent,
         exclusive=own.exclusive,
+        when_busy=own.when_busy,
     )
 
 

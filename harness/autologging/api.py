@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.autologging.settings import Settings
 from harness.config import CheckpointConfig, Mode, check_run_name
@@ -29,6 +29,7 @@ def autolog(
     disable: bool = False,
     silent: bool = False,
     exclusive: bool = False,
+    when_busy: Literal["wait", "skip"] = "wait",
 ) -> None:
     """Log and save what an Accelerate script trains, without another line in it.
 
@@ -53,6 +54,8 @@ def autolog(
         disable: end autologging: nothing is replaced any more, and a training that runs is logged no further.
         silent: no lines about it on the terminal.
         exclusive: make a run of our own, where the script has an active MLflow run.
+        when_busy: when an epoch's checkpoint is due and the one before is not on disk yet: ``wait`` until it is, or
+            ``skip`` this one, with a line. Only epochs that are shorter than a save see a difference.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -64,7 +67,9 @@ def autolog(
         turn_off()
         _settings = Settings()
         return
-    checkpoint = CheckpointConfig(every_n_epochs=every_n_epochs, monitor=monitor, mode=mode, save_top_k=save_top_k)
+    checkpoint = CheckpointConfig(
+        every_n_epochs=every_n_epochs, monitor=monitor, mode=mode, save_top_k=save_top_k, when_busy=when_busy
+    )
     tracking = replace(
         _settings.tracking,
         log_every_n_steps=log_every_n_steps,

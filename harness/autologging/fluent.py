@@ -19,7 +19,7 @@ Function = Callable[..., Any]
 class FluentCalls:
     """Stands in for MLflow's functions that log to the active run.
 
-    Effects: not collective; any rank: those that are not rank zero have no run, and log nothing; main thread.
+    Effects: not collective; rank zero, or where another rank has an active run of its own; main thread.
 
     Args:
         session: gives the training that runs.
@@ -38,7 +38,7 @@ class FluentCalls:
         session = self._session()
         ours = session.logger.mlflow_run_id if session.logger is not None else self._run_id_before()
         is_own = run_id is not None or "MLFLOW_RUN_ID" in os.environ or kwargs.get("nested") or len(args) > 2
-        if ours is None or is_own or session.settings.exclusive or not session.is_rank_zero:
+        if ours is None or is_own or session.settings.exclusive:
             return original(run_id, *args, **kwargs)
         if self._was_active and active_run_id() is None:
             return original(run_id, *args, **kwargs)  # the script has ended it, and begins another
@@ -91,9 +91,6 @@ class FluentCalls:
             value is not None for name, value in others.items() if name != "synchronous"
         ):
             return True
-        if not session.is_rank_zero:
-            # Of the job's one run: here there would be a second one.
-            return active_run_id() is not None
         if not session.has_begun or session.is_over:
             return True
         assert session.logger is not None
@@ -103,7 +100,8 @@ class FluentCalls:
 
 def active_run_id() -> str | None:
     """Of the run that MLflow's own functions log to; None: there is none, or MLflow is not imported."""
-    module: Any = sys.modules.get("mlflow")
+    # Not `mlflow.active_run`, which `other_ranks` replaces.
+    module: Any = sys.modules.get("mlflow.tracking.fluent")
     run = module.active_run() if module is not None and hasattr(module, "active_run") else None
     return None if run is None else str(run.info.run_id)
 

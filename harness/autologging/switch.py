@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from harness import runtime
 from harness.autologging import ending, fluent
 from harness.autologging.api import run_id_of, script_name
+from harness.autologging.other_ranks import OtherRanks
 from harness.autologging.replacing import Replacement, Replacements
 from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
+from harness.autologging.summary import what_there_is
 
 Function = Callable[..., Any]
 
@@ -34,7 +36,7 @@ class Switch:
         self._arguments = Arguments()
         self.session = self._new_session()
         self._fluent = fluent.FluentCalls(lambda: self.session, self._run_id_before)
-        self._replacements = Replacements(self._table())
+        self._replacements = Replacements([*self._table(), *OtherRanks(lambda: self.session).table()])
         self._ending = ending.Ending(self.finish, self.fail)
 
     def _table(self) -> list[Replacement]:
@@ -54,6 +56,7 @@ class Switch:
             Replacement("accelerate.scheduler", "AcceleratedScheduler.step", "likewise", self._not_replayed),
             Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
             Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
+            Replacement("accelerate.tracking", "MLflowTracker.log", "once", self._tracked),
             Replacement("argparse", "ArgumentParser.parse_known_args", "the script's arguments", self._parsed),
             Replacement("mlflow", "start_run", "the script's run and ours are one", calls.start_run),
             Replacement("mlflow", "log_metric", "the script's metrics", calls.log_metric),
@@ -114,15 +117,20 @@ class Switch:
     ) -> None:
         if self.session.is_replaying:
             return
-        # accelerate's own tracker would hand the same values to MLflow: they are in the run already.
+        # A tracker would hand the same values to MLflow: they are in the run already.
         is_taken = self.session.has_begun and not self.session.is_over
         self._fluent.is_within = is_taken
         try:
             original(accelerator, values, step, *args, **kwargs)
         finally:
             self._fluent.is_within = False
-        if is_taken or fluent.active_run_id() is None:
+        if is_taken or self.settings.exclusive or fluent.active_run_id() is None:
             self.session.log(values, step)
+
+    def _tracked(self, original: Function, *args: Any, **kwargs: Any) -> None:
+        # It would say of each tensor that it has dropped it, too.
+        if self.settings.exclusive or not self._fluent.is_within:
+            original(*args, **kwargs)
 
     def _init_trackers(
         self,
@@ -134,7 +142,9 @@ class Switch:
         **kwargs: Any,
     ) -> None:
         original(accelerator, project_name, config, *args, **kwargs)
-        if config is not None:
+        # accelerate's own tracker has put it into the run.
+        is_there = any(tracker.name == "mlflow" for tracker in accelerator.trackers) and not self.settings.exclusive
+        if config is not None and not is_there:
             self.session.log_params({"config": config})
 
     def _ends(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
@@ -178,8 +188,13 @@ class Switch:
         Raises:
             HarnessError: if the last checkpoint could not be written.
         """
-        self.session.say_what_was_not_seen()
-        self.session.finish()
+        session = self.session
+        session.say_what_was_not_seen()
+        is_end = session.has_begun and not session.is_over
+        session.finish()
+        if is_end and session.is_rank_zero and not self.settings.tracking.silent:
+            assert session.logger is not None and session.logger.run_path is not None
+            session.logger.say(what_there_is(session.logger.run_path))
 
     def fail(self, error: BaseException) -> BaseException:
         """The script has failed; returns what really ended it."""

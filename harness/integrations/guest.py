@@ -35,7 +35,8 @@ class Options:
         experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up.
         run_dir: the directory that the runs' directories are in.
-        checkpoint: everything else about checkpoints.
+        checkpoint: everything else about checkpoints; None: as `CheckpointConfig` has it, but one that is due waits
+            for the one before.
         tracking: everything else about tracking.
         params: parameters to log, beside those that the framework has.
         input_example: a batch of what the model takes, for its signature in MLflow.
@@ -138,7 +139,8 @@ class Guest:
             options.experiment_name,
             options.run_name,
             options.run_dir,
-            options.checkpoint,
+            # Who says how often gets so many, though epochs be shorter than a save.
+            options.checkpoint or CheckpointConfig(when_busy="wait"),
             options.tracking,
             {**params, **(options.params or {})},
         )

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from harness.checkpoint.commit import list_checkpoints
 from tests.autologged.recording import VARIABLE
-from tests.launching import BIN, ROOT, harness, run
-from tests.mlflow_reader import client, history, models, only_run
+from tests.launching import BIN, ROOT, accelerate, harness, run
+from tests.mlflow_reader import all_runs, client, history, models, only_run
 
 SCRIPTS = ROOT / "tests" / "autologged"
 
@@ -74,19 +74,27 @@ def test_run_has_failed_and_script_ends_as_alone_when_it_raises(tmp_path: Path) 
     assert mlflow_run.data.tags["harness.end_reason"] == "KeyError: 'x'"
 
 
-def test_everything_is_in_one_run_once_when_a_script_tracks_with_mlflow_itself(tmp_path: Path) -> None:
-    done = run([BIN / "python", SCRIPTS / "tracking.py"], tmp_path)
+def test_everything_is_in_one_run_once_when_every_rank_of_a_script_tracks_with_mlflow_itself(tmp_path: Path) -> None:
+    done = run(accelerate("ddp", "--num_processes", "2", SCRIPTS / "tracking.py"), tmp_path)
     assert done.code == 0, done.output
+    assert "dropped this attribute" not in done.output
     told = json.loads((tmp_path / "told.json").read_text())
-    mlflow_run, reader = only_run(tmp_path), client(tmp_path)
+    reader, runs = client(tmp_path), all_runs(client(tmp_path))
+    mlflow_run, apart = sorted(runs, key=lambda each: each.info.run_id != told["run_id"])
     assert mlflow_run.info.run_id == told["run_id"]
     assert mlflow_run.info.run_name == "of the script's"
     assert mlflow_run.info.status == "FINISHED"
     assert {"hidden", "args.num_epochs", "late"} <= mlflow_run.data.params.keys()
+    assert mlflow_run.data.tags["team"] == "a"
     for name in ("by_mlflow", "by_accelerate"):
         points = history(reader, mlflow_run, name)
         assert [(point.step, point.value) for point in points] == [(0, 0.0), (1, 10.0)]
-    assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [5, 10]
+    assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [3, 6]
     (model,) = models(reader, mlflow_run)
     assert {metric.key for metric in model.metrics} >= {"by_mlflow", "by_accelerate", "train/loss"}
+    # The second training, with `exclusive`: the script's run has what the script says itself, and ours all else.
+    assert mlflow_run.data.metrics["of_script_alone"] == 1.0
+    assert "of_script_alone" not in apart.data.metrics
+    assert apart.data.metrics["by_accelerate"] == 5.0
+    assert [model.tags["step"] for model in models(reader, apart)] == ["3"]
     assert told["replaced_afterwards"] == []

@@ -154,11 +154,15 @@ def test_no_checkpoint_is_taken_when_the_loss_of_its_window_is_nan(train: Callab
     assert list(tmp_path.glob("*/checkpoints/*")) == []
 
 
-def test_last_checkpoint_is_there_when_the_one_before_keeps_the_disk_busy(train: Callable[..., Run]) -> None:
+def test_last_checkpoint_is_there_when_the_one_before_keeps_the_disk_busy(
+    train: Callable[..., Run], capfd: pytest.CaptureFixture[str]
+) -> None:
     _, logger, _ = train(TrainerConfig(max_epochs=6), every_n_epochs=1, when_busy="skip")
     assert checkpoint_names(logger)[-1] == "epoch-0006"
     skipped = 6 - len(checkpoint_names(logger))
     assert logger.latest.get("checkpoint/num_skipped", 0) == skipped
+    # A line for the first that is skipped, the second, the fourth.
+    assert capfd.readouterr().err.count("skipped one") == skipped.bit_length()
 
 
 def test_metric_is_refused_when_mlflow_would_refuse_its_name(train: Callable[..., Run]) -> None:
