@@ -326,6 +326,10 @@ class PeriodicLogger:
             self._go_on_at(*goes_on_at)
         self._run.describe_model(unwrapped(model))
 
+    def unwatch(self) -> None:
+        """No checkpoint is taken from here on. Not collective, but every rank calls it alike; main thread."""
+        self._saves.watches_no_longer()
+
     def describe(
         self,
         spec: ClassSpec,

@@ -88,6 +88,10 @@ class Saves:
         """There is something to save from now on."""
         self._is_watching = self._must_prepare = True
 
+    def watches_no_longer(self) -> None:
+        """There is nothing to save from now on."""
+        self._is_watching = self._must_prepare = False
+
     def prepare(self) -> bool:
         """After an optimizer step: allocate what saving needs, once; whether that was now."""
         if not self._must_prepare:

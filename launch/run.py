@@ -1,18 +1,21 @@
-"""`harness run SCRIPT [ARGS]`: somebody's own Accelerate script, with not one line of it changed, autologged.
+"""`harness run SCRIPT [ARGS]`: somebody's own Accelerate script or module, not one line of it changed, autologged.
 
-In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as
-``python SCRIPT ARGS`` would run it: its arguments, its directory first in the path, `__main__`, its exit code and its
-traceback are those.
+In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as ``python
+SCRIPT ARGS``, or ``python -m MODULE ARGS``, would run it: its arguments, what is first in the path, `__main__`, its exit
+code and its traceback are those.
 """
 
 from __future__ import annotations
 
 import argparse
 import builtins
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
@@ -28,9 +31,14 @@ _DESCRIPTION = """\
 Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/autolog.md).
 
   harness run train.py --lr 0.1                                  one process
+  harness run -m package.train --lr 0.1                          as python -m does
   harness run --strategy fsdp2 --num_processes 4 train.py        several: prints the accelerate command, becomes it
   accelerate launch --no_python harness run train.py             as a rank of a launcher of yours
 """
+
+
+_MODULE = "-m"
+_FLAGS = ("-h", "--help", "--dry_run")
 
 
 def run(words: Sequence[str]) -> int:
@@ -40,26 +48,75 @@ def run(words: Sequence[str]) -> int:
         HarnessError: if an option is wrong or there is no such script.
         SystemExit: as the script raises it.
     """
-    own, script_words = _parse(words)
-    script = Path(script_words[0])
-    if not script.is_file():
-        raise ConfigError("", f"harness run: there is no script {script}; options of harness run stand before it")
+    own_words, script_words = _split(words)
+    own = _parse(own_words)
+    if not script_words:
+        raise ConfigError("", "harness run: give a script, or -m and a module, behind the options")
+    script = _find(script_words)
     if own.num_processes is not None or own.strategy is not None:
-        return _launch(own, words, script_words)
+        return _launch(own, own_words, script_words)
     if own.dry_run:
         raise ConfigError("--dry_run", "shows the launcher's command; give --num_processes or --strategy too")
     # As the script is to find it; runs are named after it.
-    sys.argv = [str(script), *script_words[1:]]
+    sys.argv = [script.path, *script.words]
     _turn_on(own)
     return _run(script)
+
+
+@dataclass(frozen=True)
+class _Script:
+    """What is to run.
+
+    Args:
+        path: of its file, as `sys.argv` is to have it.
+        words: its own arguments.
+        first_in_path: where its own modules are.
+        spec: of the module; None: it is a script.
+    """
+
+    path: str
+    words: tuple[str, ...]
+    first_in_path: str
+    spec: ModuleSpec | None
+
+
+def _find(words: Sequence[str]) -> _Script:
+    if words[0] != _MODULE:
+        path = Path(words[0])
+        if not path.is_file():
+            raise ConfigError("", f"harness run: there is no script {path}; options of harness run stand before it")
+        # In place of what stands there for this command: the script's own modules come first.
+        return _Script(words[0], tuple(words[1:]), str(path.resolve().parent), None)
+    if len(words) < 2:
+        raise ConfigError(_MODULE, "needs the name of a module, as in -m package.train")
+    here, name = os.getcwd(), words[1]
+    sys.path[0] = here
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(_MODULE, f"there is no module {name} that can be run; it is looked for in {here} first")
+    return _Script(spec.origin, tuple(words[2:]), here, spec)
 
 
 # ------------------------------------------------------------------------------ options
 
 
-def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of this command, and the script with what is its own: nothing of that is looked at."""
+    position = 0
+    while position < len(words) and words[position].startswith("-") and words[position] != _MODULE:
+        position += 1 if words[position] in _FLAGS or "=" in words[position] else 2
+    return list(words[:position]), list(words[position:])
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="harness run",
+        usage="harness run [OPTIONS] {SCRIPT | -m MODULE} [ARGS]",
         allow_abbrev=False,
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,7 +128,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     logging.add_argument("--log_every_n_steps", type=_count_or_null, default=None, metavar="N")
     logging.add_argument("--monitor", default=None, metavar="METRIC")
     logging.add_argument("--mode", choices=("min", "max"), default="min")
-    logging.add_argument("--save_top_k", type=int, default=-1, metavar="K")
+    logging.add_argument("--save_top_k", type=_whole, default=-1, metavar="K")
     logging.add_argument("--registered_model_name", default=None, metavar="NAME")
     logging.add_argument("--extra_tags", type=_tag, nargs=1, action="extend", default=[], metavar="NAME=TEXT")
     logging.add_argument("--silent", type=_bool, default=False, metavar="BOOL")
@@ -84,15 +141,17 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     where.add_argument("--experiment_name", default=None, metavar="NAME")
     launcher = parser.add_argument_group("several processes on this machine")
     launcher.add_argument("--strategy", choices=STRATEGIES, default=None)
-    launcher.add_argument("--num_processes", type=int, default=None, metavar="N")
-    launcher.add_argument("--main_process_port", type=int, default=0, metavar="PORT")
-    launcher.add_argument("--max_restarts", type=int, default=0, metavar="N")
+    launcher.add_argument("--num_processes", type=_at_least_one, default=None, metavar="N")
+    launcher.add_argument("--main_process_port", type=_whole, default=0, metavar="PORT")
+    launcher.add_argument("--max_restarts", type=_whole, default=0, metavar="N")
     launcher.add_argument("--dry_run", action="store_true", help="only print the command")
-    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS]")
-    own = parser.parse_args(list(words))
-    if not own.script:
-        raise ConfigError("", "harness run: give a script, behind the options")
-    return own, own.script
+    own, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        names = ", ".join(name for action in parser._actions for name in action.option_strings[-1:])
+        raise ConfigError(
+            unknown[0], f"is no option of harness run ({names}); the script's own stand behind the script"
+        )
+    return own
 
 
 def _bool(text: str) -> bool:
@@ -102,7 +161,23 @@ def _bool(text: str) -> bool:
 
 
 def _count_or_null(text: str) -> int | None:
-    return None if text.lower() in ("null", "none") else int(text)
+    if text.lower() in ("null", "none"):
+        return None
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or null, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _at_least_one(text: str) -> int:
+    if (number := _whole(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _tag(text: str) -> tuple[str, str]:
@@ -134,9 +209,9 @@ def _turn_on(own: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------ several processes
 
 
-def _launch(own: argparse.Namespace, words: Sequence[str], script_words: Sequence[str]) -> int:
+def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Sequence[str]) -> int:
     """Become the accelerate command that starts the ranks, each of which is `harness run` again."""
-    kept = _without_launcher(list(words[: len(words) - len(script_words)]))
+    kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)
     plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, module="launch.run")
@@ -151,7 +226,7 @@ def _launch(own: argparse.Namespace, words: Sequence[str], script_words: Sequenc
     os.execve(executable, [str(executable), *command[1:]], environment)
 
 
-def _without_launcher(words: list[str]) -> list[str]:
+def _without_launcher(words: Sequence[str]) -> list[str]:
     """Options without the launcher's own."""
     names = ("--strategy", "--num_processes", "--main_process_port", "--max_restarts")
     kept: list[str] = []
@@ -169,18 +244,18 @@ def _without_launcher(words: list[str]) -> list[str]:
 # ------------------------------------------------------------------------------ the script
 
 
-def _run(script: Path) -> int:
+def _run(script: _Script) -> int:
     """Run it as `__main__`, and tell the training how it ended."""
     from harness.autologging.ending import failure_of
     from harness.autologging.switch import script_ended
 
-    # In place of what stands there for this command: the script's own modules come first.
-    sys.path[0] = str(script.resolve().parent)
+    sys.path[0] = script.first_in_path
     module = ModuleType("__main__")
-    vars(module).update(__file__=str(script), __builtins__=builtins, __spec__=None, __package__=None)
+    package = None if script.spec is None else script.spec.parent
+    vars(module).update(__file__=script.path, __builtins__=builtins, __spec__=script.spec, __package__=package)
     sys.modules["__main__"] = module
     try:
-        exec(compile(script.read_bytes(), str(script), "exec"), vars(module))
+        exec(compile(Path(script.path).read_bytes(), script.path, "exec"), vars(module))
     except SystemExit as exit:
         script_ended(failure_of(exit.code))
         raise

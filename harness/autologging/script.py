@@ -37,6 +37,7 @@ class Prepared:
     Attributes:
         accelerator: the last one.
         hyperparameters: of optimizer and scheduler, as they were before training, by name.
+        is_apart: whether each rank trains a model of its own, as under LocalSGD.
     """
 
     accelerator: Accelerator | None = None
@@ -45,6 +46,7 @@ class Prepared:
     schedulers: list[Any] = field(default_factory=list)
     loaders: list[Any] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    is_apart: bool = False
 
     def add(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
         """What one call was given, and what it has returned."""
@@ -75,7 +77,9 @@ class Prepared:
         return next((i for i, each in enumerate(self.loaders) if getattr(each, "dataset", None) is dataset), None)
 
     def choose(self) -> Choice | str:
-        """What checkpoints are of; or why that cannot be told."""
+        """What checkpoints are of; or why that cannot be told, where that was not said."""
+        if self.is_apart:
+            return ""
         trained = [model for model in self.models if any(p.requires_grad for p in model.parameters())]
         if len(trained) != 1:
             names = ", ".join(type(getattr(model, "module", model)).__name__ for model in trained)

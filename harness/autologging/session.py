@@ -180,7 +180,8 @@ class Session:
         self.logger = logger
         logger.register("autolog", _Memory(self._trained, prepared))
         if isinstance(choice, str):
-            self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
+            if choice:
+                self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
         else:
             self._model = choice.model
             logger.watch(choice.model, choice.optimizer, choice.scheduler)

@@ -18,6 +18,7 @@ from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary import what_there_is
+from harness.progress import Progress
 
 Function = Callable[..., Any]
 
@@ -57,6 +58,7 @@ class Switch:
             Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
             Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
             Replacement("accelerate.tracking", "MLflowTracker.log", "once", self._tracked),
+            Replacement("accelerate.local_sgd", "LocalSGD.__enter__", "ranks train apart", self._apart),
             Replacement("argparse", "ArgumentParser.parse_known_args", "the script's arguments", self._parsed),
             Replacement("mlflow", "start_run", "the script's run and ours are one", calls.start_run),
             Replacement("mlflow", "log_metric", "the script's metrics", calls.log_metric),
@@ -152,6 +154,19 @@ class Switch:
             self.finish()
             self.session = self._new_session()
         return original(accelerator, *args, **kwargs)
+
+    def _apart(self, original: Function, local_sgd: Any) -> Any:
+        session = self.session
+        if local_sgd.enabled and not session.prepared.is_apart:
+            session.prepared.is_apart = True
+            if session.logger is not None:
+                session.logger.unwatch()
+            if session.is_rank_zero and not self.settings.tracking.silent:
+                Progress(enabled=False).say(
+                    "harness: autolog: under LocalSGD each rank has weights and an optimizer's state of its own, and a "
+                    "checkpoint would be of none: there are none from here on, metrics alone"
+                )
+        return original(local_sgd)
 
     def _not_replayed(self, original: Function, *args: Any, **kwargs: Any) -> Any:
         return None if self.session.is_replaying else original(*args, **kwargs)

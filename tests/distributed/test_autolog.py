@@ -21,11 +21,15 @@ def require_recorded_states(run_dir: Path, states: Path) -> None:
     names = [name for name, _ in list_checkpoints(run_dir / "checkpoints")]
     assert names == sorted(path.stem for path in states.glob("*.pt"))
     for name in names:
-        recorded = torch.load(states / f"{name}.pt", weights_only=True)
-        for part in ("model", "optimizer"):
-            saved = load_file(run_dir / "checkpoints" / name / f"{part}.safetensors")
-            assert saved.keys() == recorded[part].keys()
-            assert all(torch.equal(saved[key], recorded[part][key]) for key in saved), (name, part)
+        require_state(run_dir / "checkpoints" / name, states / f"{name}.pt")
+
+
+def require_state(checkpoint: Path, record: Path) -> None:
+    recorded = torch.load(record, weights_only=True)
+    for part in ("model", "optimizer"):
+        saved = load_file(checkpoint / f"{part}.safetensors")
+        assert saved.keys() == recorded[part].keys()
+        assert all(torch.equal(saved[key], recorded[part][key]) for key in saved), (checkpoint, part)
 
 
 @pytest.mark.parametrize(("strategy", "num_processes"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
@@ -58,6 +62,32 @@ def test_checkpoints_are_the_scripts_own_state_when_it_runs_as(
     assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [steps, 2 * steps]
     linked = [{metric.key: metric.value for metric in model.metrics} for model in models(reader, mlflow_run)]
     assert [each["accuracy"] for each in linked] == recorded
+    if strategy in ("fsdp2", "zero2"):
+        require_the_same_when_killed_within_an_epoch(tmp_path, states / "epoch-0002.pt", launcher)
+
+
+def require_the_same_when_killed_within_an_epoch(whole: Path, recorded: Path, launcher: list[str]) -> None:
+    cut = whole / "cut"
+    cut.mkdir()
+    own = ("--resume", "auto", "--run_name", "it", "--every_n_epochs", "1", *launcher)
+    words = ("--num_epochs", "2", "--lr", "0.01")
+    killed = run(harness("run", *own, SCRIPTS / "killed.py", *words), cut)
+    names = [name for name, _ in list_checkpoints(cut / "runs" / "it" / "checkpoints")]
+    assert killed.code != 0
+    assert names[0] == "epoch-0001"
+    assert names[1:] == [names[-1]]
+    assert names[-1].startswith("step-")
+    resumed = run(harness("run", *own, SCRIPTS / "by_epoch.py", *words), cut)
+    assert resumed.code == 0, resumed.output
+    assert f"goes on from {names[-1]}: epoch 2" in resumed.output
+    require_state(cut / "runs" / "it" / "checkpoints" / "epoch-0002", recorded)
+    before, after = only_run(whole), only_run(cut)
+    assert after.info.status == "FINISHED"
+    for name in ("train/loss", "train/lr", "accuracy"):
+        points = [
+            [(p.step, p.value) for p in history(client(at), r, name)] for at, r in ((whole, before), (cut, after))
+        ]
+        assert points[0] == points[1], name
 
 
 def test_run_has_failed_and_script_ends_as_alone_when_it_raises(tmp_path: Path) -> None:

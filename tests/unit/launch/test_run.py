@@ -1,0 +1,192 @@
+"""`harness run`: its options, the script's arguments, and how the script ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.autologging import api, switch
+from harness.autologging.settings import Settings
+from harness.config import CheckpointConfig, TrackingConfig
+from harness.errors import HarnessError
+from launch.run import run
+
+SCRIPT = """
+import json, sys
+with open("told.json", "w") as file:
+    json.dump([sys.argv, __name__, __file__, __package__, sys.path[0]], file)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """Writes a script into the directory that is worked in; what running it has changed is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setattr(api, "_settings", Settings())
+
+    def write(text: str) -> Path:
+        path = tmp_path / "train.py"
+        path.write_text(text)
+        return path
+
+    yield write
+    switch.turn_off()
+
+
+OPTIONS = {
+    "--every_n_epochs": "null",
+    "--log_models": "false",
+    "--log_datasets": "False",
+    "--log_every_n_steps": "7",
+    "--monitor": "eval/accuracy",
+    "--mode": "max",
+    "--save_top_k": "3",
+    "--registered_model_name": "digits",
+    "--extra_tags": "team=a=b",
+    "--silent": "true",
+    "--exclusive": "true",
+    "--when_busy": "skip",
+    "--resume": "models:/m-0123",
+    "--run_name": "mine",
+    "--run_dir": "elsewhere",
+    "--experiment_name": "exp",
+}
+
+
+def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[str], Path]) -> None:
+    script(SCRIPT)
+    words = [word for option in OPTIONS.items() for word in option]
+    assert run([*words, "--extra_tags", "more=", "train.py"]) == 0
+    assert switch._on is not None
+    assert switch._on.settings == Settings(
+        CheckpointConfig(every_n_epochs=None, monitor="eval/accuracy", mode="max", save_top_k=3, when_busy="skip"),
+        TrackingConfig(
+            experiment_name="exp",
+            log_every_n_steps=7,
+            log_models=False,
+            log_datasets=False,
+            registered_model_name="digits",
+            tags={"team": "a=b", "more": ""},
+            silent=True,
+        ),
+        exclusive=True,
+        run_name="mine",
+        run_dir="elsewhere",
+        resume_from="models:/m-0123",
+    )
+
+
+def test_settings_are_autologs_own_when_no_option_is_given(script: Callable[[str], Path]) -> None:
+    script(SCRIPT)
+    assert run(["train.py"]) == 0
+    assert switch._on is not None
+    by_command = switch._on.settings
+    switch.turn_off()
+    api.autolog()
+    assert switch._on.settings == by_command
+    assert by_command.checkpoint == CheckpointConfig(every_n_epochs=5, when_busy="wait")
+
+
+def test_arguments_of_the_script_are_its_own_when_they_are_called_as_ours(script: Callable[[str], Path]) -> None:
+    path = script(SCRIPT)
+    assert (
+        run(["--every_n_epochs", "2", "--silent=true", "train.py", "--every_n_epochs", "7", "-m", "x", "--help"]) == 0
+    )
+    argv, name, file, package, first = json.loads(Path("told.json").read_text())
+    assert argv == ["train.py", "--every_n_epochs", "7", "-m", "x", "--help"]
+    assert (name, file, package, first) == ("__main__", "train.py", None, str(path.parent))
+    assert switch._on is not None
+    assert switch._on.settings.checkpoint.every_n_epochs == 2
+
+
+def test_module_runs_as_python_m_would_when_it_is_given(script: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "their_package").mkdir()
+    module = script(SCRIPT).rename(tmp_path / "their_package" / "train.py")
+    assert run(["--every_n_epochs", "2", "-m", "their_package.train", "--lr", "1"]) == 0
+    argv, name, file, package, first = json.loads(Path("told.json").read_text())
+    assert argv == [str(module), "--lr", "1"]
+    assert (name, file, package, first) == ("__main__", str(module), "their_package", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "give a script"),
+        (["--every_n_epochs", "2"], "give a script"),
+        (["missing.py"], "there is no script missing.py"),
+        (["-m"], "-m: needs the name of a module"),
+        (["-m", "no_such_module"], "-m: there is no module no_such_module"),
+        (
+            ["--every_n_epoch", "2", "train.py"],
+            "--every_n_epoch: is no option of harness run (--help, --every_n_epochs,",
+        ),
+        (["--every_n_epochs", "two", "train.py"], "--every_n_epochs: must be a whole number or null, got 'two'"),
+        (["--every_n_epochs", "0", "train.py"], "every_n_epochs: must be at least 1, got 0"),
+        (["--save_top_k", "-2", "train.py"], "save_top_k: must be at least -1, got -2"),
+        (["--log_models", "maybe", "train.py"], "--log_models: must be true or false, got 'maybe'"),
+        (["--mode", "big", "train.py"], "--mode: invalid choice: 'big' (choose from 'min', 'max')"),
+        (["--when_busy", "stop", "train.py"], "--when_busy: invalid choice: 'stop' (choose from 'wait', 'skip')"),
+        (["--extra_tags", "a", "train.py"], "--extra_tags: must be NAME=TEXT, got 'a'"),
+        (["--run_name", "a/b", "train.py"], "run_name: must be letters"),
+        (["--num_processes", "0", "train.py"], "--num_processes: must be at least 1, got 0"),
+        (["--strategy", "fsdp", "train.py"], "--strategy: invalid choice: 'fsdp'"),
+        (["--strategy", "single", "--num_processes", "2", "train.py"], "--strategy single is one process"),
+        (["--dry_run", "train.py"], "--dry_run: shows the launcher's command"),
+    ],
+)
+def test_words_are_refused_when_they_make_no_sense(script: Callable[[str], Path], words: list[str], told: str) -> None:
+    script("raise AssertionError('the script has run')")
+    with pytest.raises(HarnessError) as refused:
+        run(words)
+    assert told in str(refused.value)
+
+
+def test_options_reach_the_ranks_when_there_are_several(
+    script: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(SCRIPT)
+    ours = ["--every_n_epochs", "2", "--strategy=zero2", "--num_processes", "3", "--dry_run", "--run_name", "x"]
+    assert run([*ours, "train.py", "--num_processes", "9"]) == 0
+    assert (
+        capsys.readouterr()
+        .out.strip()
+        .endswith("-m launch.run --every_n_epochs 2 --dry_run --run_name x train.py --num_processes 9")
+    )
+
+
+def test_help_names_each_option_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run(["--help"])
+    assert exit.value.code == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("def f(:", 'File "train.py", line 1'),
+        ("def f():\n    raise KeyError('mine')\nf()", 'Traceback (most recent call last):\n  File "train.py", line 3'),
+    ],
+)
+def test_exit_code_is_one_and_traceback_the_scripts_when_it(
+    script: Callable[[str], Path], capfd: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    script(text)
+    assert run(["train.py"]) == 1
+    assert capfd.readouterr().err.lstrip().startswith(told)
+
+
+@pytest.mark.parametrize("code", [3, 0, None, "a reason"])
+def test_exit_is_the_scripts_when_it_calls_exit_with(script: Callable[[str], Path], code: object) -> None:
+    script(f"import sys\nsys.exit({code!r})")
+    with pytest.raises(SystemExit) as exit:
+        run(["train.py"])
+    assert exit.value.code == code
