@@ -1,8 +1,8 @@
 """`harness run SCRIPT [ARGS]`: somebody's own Accelerate script or module, not one line of it changed, autologged.
 
-In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as ``python
-SCRIPT ARGS``, or ``python -m MODULE ARGS``, would run it: its arguments, what is first in the path, `__main__`, its exit
-code and its traceback are those.
+In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as
+``python SCRIPT ARGS``, or ``python -m MODULE ARGS``, would run it: its arguments, what is first in the path,
+`__main__`, its exit code and its traceback are those.
 """
 
 from __future__ import annotations

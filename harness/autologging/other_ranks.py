@@ -73,23 +73,31 @@ class OtherRanks:
         return not session.settings.exclusive and int(rank) != 0
 
     def _begin(self, *args: Any, **kwargs: Any) -> Any:
-        mlflow: Any = sys.modules["mlflow"]
-        entities: Any = sys.modules["mlflow.entities"]
-        end = self._end
-
-        class Elsewhere(mlflow.ActiveRun):  # type: ignore[misc]
-            """A run of which this rank knows that it is there."""
-
-            def __exit__(self, *error: Any) -> bool:
-                end()
-                return error[0] is None
-
-        info = entities.RunInfo("known-to-rank-zero", "", "", "RUNNING", 0, None, "active")
-        self._run = Elsewhere(entities.Run(info, entities.RunData()))
+        self._run = known_run(self._end)
         return self._run
 
     def _end(self, *args: Any, **kwargs: Any) -> None:
         self._run = None
+
+
+def known_run(end: Callable[[], Any]) -> Any:
+    """An active run as MLflow gives one, of which no more is known than that it is there.
+
+    Args:
+        end: called when a `with` around it is left.
+    """
+    mlflow: Any = sys.modules["mlflow"]
+    entities: Any = sys.modules["mlflow.entities"]
+
+    class KnownRun(mlflow.ActiveRun):  # type: ignore[misc]
+        """MLflow's own leaves alone what it has not begun."""
+
+        def __exit__(self, *error: Any) -> bool:
+            end()
+            return error[0] is None
+
+    info = entities.RunInfo("known-to-rank-zero", "", "", "RUNNING", 0, None, "active")
+    return KnownRun(entities.Run(info, entities.RunData()))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

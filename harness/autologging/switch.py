@@ -18,6 +18,7 @@ from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary import what_there_is
+from harness.autologging.summary_writers import SummaryWriters
 from harness.progress import Progress
 
 Function = Callable[..., Any]
@@ -37,7 +38,9 @@ class Switch:
         self._arguments = Arguments()
         self.session = self._new_session()
         self._fluent = fluent.FluentCalls(lambda: self.session, self._run_id_before)
-        self._replacements = Replacements([*self._table(), *OtherRanks(lambda: self.session).table()])
+        self._writers = SummaryWriters(lambda: self.session)
+        others = OtherRanks(lambda: self.session)
+        self._replacements = Replacements([*self._table(), *self._writers.table(), *others.table()])
         self._ending = ending.Ending(self.finish, self.fail)
 
     def _table(self) -> list[Replacement]:
@@ -121,12 +124,12 @@ class Switch:
             return
         # A tracker would hand the same values to MLflow: they are in the run already.
         is_taken = self.session.has_begun and not self.session.is_over
-        self._fluent.is_within = is_taken
+        self._fluent.is_within, self._writers.is_within = is_taken, True
         try:
             original(accelerator, values, step, *args, **kwargs)
         finally:
-            self._fluent.is_within = False
-        if is_taken or self.settings.exclusive or fluent.active_run_id() is None:
+            self._fluent.is_within = self._writers.is_within = False
+        if is_taken or self.settings.exclusive or not _tracks_in_mlflow(accelerator):
             self.session.log(values, step)
 
     def _tracked(self, original: Function, *args: Any, **kwargs: Any) -> None:
@@ -143,10 +146,13 @@ class Switch:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        original(accelerator, project_name, config, *args, **kwargs)
+        self._writers.is_within = True
+        try:
+            original(accelerator, project_name, config, *args, **kwargs)
+        finally:
+            self._writers.is_within = False
         # accelerate's own tracker has put it into the run.
-        is_there = any(tracker.name == "mlflow" for tracker in accelerator.trackers) and not self.settings.exclusive
-        if config is not None and not is_there:
+        if config is not None and (self.settings.exclusive or not _tracks_in_mlflow(accelerator)):
             self.session.log_params({"config": config})
 
     def _ends(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
@@ -214,6 +220,10 @@ class Switch:
     def fail(self, error: BaseException) -> BaseException:
         """The script has failed; returns what really ended it."""
         return self.session.fail(error)
+
+
+def _tracks_in_mlflow(accelerator: Accelerator) -> bool:
+    return any(tracker.name == "mlflow" for tracker in accelerator.trackers)
 
 
 _on: Switch | None = None

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from mlflow.pytorch import _pytorch_autolog
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -419,3 +421,23 @@ def test_skipped_batches_are_no_epoch_of_their_own_when_a_script_skips_some(on: 
     switch.finish()
     require_states(tmp_path, loop.states)
     assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 8]
+
+
+def test_event_of_a_summary_writer_is_in_the_run_when_mlflow_listens(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop()
+
+    def event(value: float) -> None:
+        # What MLflow does around one call of a SummaryWriter's where no run is active.
+        mlflow.start_run(tags={"mlflow.autologging": "pytorch"})
+        run = mlflow.active_run()
+        assert run is not None
+        _pytorch_autolog.add_to_metrics_queue("of_writer", value, 3, 0, run.info.run_id)
+        mlflow.end_run("FINISHED")
+        assert mlflow.active_run() is None
+
+    event(1.0)
+    loop.plain(1, lambda epoch, batch: event(float(batch)))
+    switch.finish()
+    assert checkpoints(tmp_path)["epoch-0001"].metrics["of_writer"] == 4.0
+    assert not (tmp_path / "mlflow.db").exists()
