@@ -77,7 +77,10 @@ class Replacements:
         for each in self._table:
             if each.module == module.__name__:
                 *owners, name = each.name.split(".")
-                self._replace(functools.reduce(getattr, owners, module), name, each.around)
+                owner = functools.reduce(getattr, owners, module)
+                # Another version may have no such function: then there is nothing of it to be seen.
+                if name in vars(owner):
+                    self._replace(owner, name, each.around)
 
     def _replace(self, owner: Any, name: str, around: Around) -> None:
         original = vars(owner)[name]
