@@ -141,12 +141,9 @@ class Tracker:
                 self._publisher.kill()
                 self._publisher.wait()
                 if is_last_try:
-                    self._publisher = None
                     raise
             except BaseException:
                 self.abandon()
-                # There is no run whose end another one could deliver: what ends now does not wait for that.
-                self._publisher = None
                 raise
 
     def _stay_offline(self, settings: Mapping[str, Any]) -> None:
@@ -351,6 +348,9 @@ class Tracker:
         self.outbox.close()
         if self._publisher is None:
             return not self.config.enabled
+        if self.run_id is None:
+            # The start has failed: there is no run whose end another publisher could deliver, after as long a wait.
+            return False
         while self._publisher.poll() not in (0, DAMAGED) and time.monotonic() < deadline_s:
             if not waiting(drain.left()):
                 break
