@@ -104,6 +104,7 @@ class TrainingBatches:
 
     def __init__(self, accelerator: Accelerator, *, seeds_workers: bool = True) -> None:
         self._accelerator = accelerator
+        self._device = accelerator.device
         self._seeds_workers = seeds_workers
         self.loaders_done = 0
         self.num_taken = 0
@@ -165,7 +166,7 @@ class TrainingBatches:
             # Before anything is drawn from them: workers' seeds come first.
             self._put_generators_back()
         start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
-        sampler = self._sampler = _wrapped(loader, self._accelerator.device, seeds_workers=self._seeds_workers)
+        sampler = self._sampler = _wrapped(loader, self._device, seeds_workers=self._seeds_workers)
         if sampler is None:
             start()
             if continuation is not None and goes_on:
@@ -200,7 +201,7 @@ class TrainingBatches:
 
     def _start(self, before: DataState | None) -> None:
         """The sampler begins: as it began before, if this loader goes on."""
-        device = self._accelerator.device
+        device = self._device
         if self._unseeded is not None:
             torch.set_rng_state(self._unseeded)
         if before is not None:
@@ -217,7 +218,7 @@ class TrainingBatches:
         if continuation is not None and continuation.num_taken and continuation.random:
             # Nothing that is fetched from here on draws from this process's random numbers.
             first = next(iterator, None)
-            random_state.put_back(continuation.random, self._accelerator.device)
+            random_state.put_back(continuation.random, self._device)
             if first is None:
                 return
             yield first
@@ -225,7 +226,7 @@ class TrainingBatches:
 
     def _keep(self) -> None:
         assert self._running is not None
-        self._running.fetch = random_state.take(self._accelerator.device)
+        self._running.fetch = random_state.take(self._device)
 
     def end(self) -> None:
         """The loader is done: a checkpoint goes on behind it, and needs only where its generators stand."""

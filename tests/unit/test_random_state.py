@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,13 +41,15 @@ def test_same_numbers_follow_when_the_state_went_through_json() -> None:
     assert draw() == expected
 
 
-def test_words_are_read_as_python_gives_them_when_numbers_were_drawn() -> None:
-    # Read in memory, and not asked for, wherever the suite runs: or each batch costs what asking does.
-    assert random_state._python_words is random_state._words_in_memory
+def test_words_are_those_that_python_gives_when_they_are_read_in_memory() -> None:
+    state = random_state._PythonState()
+    # Wherever the suite runs: or each batch costs what asking does.
+    assert state.is_in_memory
     for num_drawn in (0, 1, 623, 7):
         for _ in range(num_drawn):
             random.random()
-        assert random_state._words_in_memory() == random_state._words_asked_for()
+        version, words, held_back = random.getstate()
+        assert state.take() == (version, array("I", words).tobytes(), held_back)
 
 
 def test_nothing_is_drawn_when_captured() -> None:
