@@ -187,7 +187,8 @@ class Course:
         if every_n_steps is not None and self._place.step % every_n_steps == 0:
             self._windows.collect()
             self._windows.flush(self._place.step, wait=False)
-        self._progress.step_done(num_taken, self._saves.status)
+        if self._progress.shows_steps:
+            self._progress.step_done(num_taken, self._saves.status)
         if self.max_steps is not None and self._place.step >= self.max_steps:
             self.ends = True
         asked_signal = self.read_votes()

@@ -23,6 +23,9 @@ class Progress:
     Args:
         enabled: false: only `say` writes.
         bar: whether a bar may be drawn; without a terminal there is none in any case.
+
+    Attributes:
+        shows_steps: whether there is a bar.
     """
 
     def __init__(self, *, enabled: bool, bar: bool = True) -> None:
@@ -45,6 +48,7 @@ class Progress:
                 auto_refresh=False,
                 transient=True,
             )
+        self.shows_steps = self._bar is not None
 
     def watch(self, latest: Mapping[str, float]) -> None:
         """The dictionary in which the latest metrics will be found."""
@@ -112,4 +116,5 @@ class Progress:
             self._bar.stop()
             self._bar = None
             self._task = None
+            self.shows_steps = False
             sys.stderr.flush()

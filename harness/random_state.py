@@ -54,19 +54,16 @@ class _PythonState:
         # Where CPython has always had them, which nobody promises.
         if type(self._generator).__basicsize__ >= size_bytes:
             self._memory = _memory_at(id(self._generator) + object.__basicsize__)
-        self.is_in_memory = hasattr(self, "_memory") and self._words_in_memory() == self._words_asked_for()
+        self.is_in_memory = hasattr(self, "_memory") and self._memory.raw == self._asked_for()
 
     def take(self) -> tuple[int, bytes, float | None]:
-        """As `random.getstate` gives it, but the numbers as bytes: the words, and the position behind them."""
-        words = self._words_in_memory() if self.is_in_memory else self._words_asked_for()
-        return self._generator.VERSION, words, self._generator.gauss_next
+        """As `random.getstate` gives it, but the numbers as they are in memory: the position, and then the words."""
+        numbers = self._memory.raw if self.is_in_memory else self._asked_for()
+        return self._generator.VERSION, numbers, self._generator.gauss_next
 
-    def _words_in_memory(self) -> bytes:
-        memory: bytes = self._memory.raw
-        return memory[4:] + memory[:4]
-
-    def _words_asked_for(self) -> bytes:
-        return array("I", random.getstate()[1]).tobytes()
+    def _asked_for(self) -> bytes:
+        *words, position = random.getstate()[1]
+        return array("I", [position, *words]).tobytes()
 
 
 _numpy_state, _python_state = _NumpyState(), _PythonState()
@@ -87,10 +84,10 @@ def encoded(states: dict[str, Any]) -> dict[str, Any]:
     """What `take` gave, as JSON values; from any thread. Of nothing, nothing."""
     if not states:
         return {}
-    version, words, gauss = states["python"]
+    version, numbers, gauss = states["python"]
     kind, keys, position, has_gauss, cached = states["numpy"]
     record: dict[str, Any] = {
-        "python": [version, _encode(words), gauss],
+        "python": [version, _encode(numbers[4:] + numbers[:4]), gauss],
         "numpy": [kind, _encode(np.asarray(keys, dtype=np.uint32).tobytes()), position, has_gauss, cached],
     }
     for name in ("torch", "cuda"):
@@ -119,8 +116,9 @@ def _decode(text: str) -> bytes:
 
 def put_back(states: dict[str, Any], device: torch.device) -> None:
     """Put back what `take` took."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(array("I", words)), gauss))
+    version, numbers, gauss = states["python"]
+    position, *words = array("I", numbers)
+    random.setstate((version, (*words, position), gauss))
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
@@ -132,9 +130,10 @@ def decoded(record: dict[str, Any]) -> dict[str, Any]:
     if not record:
         return {}
     version, words, gauss = record["python"]
+    numbers = _decode(words)
     kind, keys, position, has_gauss, cached = record["numpy"]
     states: dict[str, Any] = {
-        "python": (version, _decode(words), gauss),
+        "python": (version, numbers[-4:] + numbers[:-4], gauss),
         "numpy": (kind, np.frombuffer(_decode(keys), dtype=np.uint32), position, has_gauss, cached),
     }
     for name in ("torch", "cuda"):

@@ -33,6 +33,10 @@ class MetricWindows:
         reducer: for this alone.
         rates: the learning rates as metrics.
         told: called with each reduced window and its step, on every rank alike.
+
+    Attributes:
+        timer: of the steps.
+        poll: sends a window off whose values have come from the device meanwhile.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class MetricWindows:
         self._rates_of_window: dict[str, float] = {}
         self._flushed_at_step: int | None = None
         self.timer = timing.StepTimer()
+        self.poll = reducer.poll
 
     def log(self, values: Mapping[str, Tensor | float], weight: float) -> None:
         """See `PeriodicLogger.log`."""
@@ -94,10 +99,6 @@ class MetricWindows:
         self._reducer.start(self._train, step, self._gauges())
         if wait:
             self.collect()
-
-    def poll(self) -> None:
-        """Send a window off whose values have come from the device meanwhile."""
-        self._reducer.poll()
 
     def collect(self) -> None:
         """Finish the reduction that was started last: by now the other ranks have started it too."""

@@ -77,6 +77,8 @@ class Session:
         self._early_params: dict[str, Any] = {}
         self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
         self._hook: Any = None
+        # An optimizer that is not torch's tells nobody.
+        self._sees_steps = False
 
     @property
     def has_begun(self) -> bool:
@@ -187,6 +189,7 @@ class Session:
             logger.watch(choice.model, choice.optimizer, choice.scheduler)
         # Of all optimizers alike: one that is wrapped, or steps within backward, too.
         self._hook = register_optimizer_step_post_hook(self._stepped)
+        self._sees_steps = isinstance(raw(prepared.optimizers[0]), torch.optim.Optimizer)
         for values, step in self._early_metrics:
             self.log(values, step)
         self._early_metrics.clear()
@@ -275,10 +278,9 @@ class Session:
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
         logger = self.logger
         assert logger is not None
-        # An optimizer that is not torch's tells nobody.
-        is_known = isinstance(raw(self.prepared.optimizers[0]), torch.optim.Optimizer)
         try:
-            logger.batch_done(num_samples, is_epochs_last=is_last, step=logger.step + is_step if is_known else None)
+            step = logger.step + is_step if self._sees_steps else None
+            logger.batch_done(num_samples, is_epochs_last=is_last, step=step)
         except Stopped as error:
             self.fail(error)
             # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.

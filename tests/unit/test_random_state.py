@@ -41,15 +41,15 @@ def test_same_numbers_follow_when_the_state_went_through_json() -> None:
     assert draw() == expected
 
 
-def test_words_are_those_that_python_gives_when_they_are_read_in_memory() -> None:
+def test_numbers_are_those_that_python_gives_when_they_are_read_in_memory() -> None:
     state = random_state._PythonState()
     # Wherever the suite runs: or each batch costs what asking does.
     assert state.is_in_memory
     for num_drawn in (0, 1, 623, 7):
         for _ in range(num_drawn):
             random.random()
-        version, words, held_back = random.getstate()
-        assert state.take() == (version, array("I", words).tobytes(), held_back)
+        version, (*words, position), held_back = random.getstate()
+        assert state.take() == (version, array("I", [position, *words]).tobytes(), held_back)
 
 
 def test_nothing_is_drawn_when_captured() -> None:
