@@ -16,7 +16,6 @@ import json
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,12 +43,12 @@ def tasks() -> dict[str, Task]:
 
 
 # A window of either kind: so many epochs, as a run has more than one and ends only once.
-_EPOCHS = 3
+EPOCHS_PER_WINDOW = 3
 
 
 def by_hand(accelerator: Any, task: Task, model: Any, optimizer: Any, loader: Any) -> None:
     """The loop that one writes oneself."""
-    for _ in range(_EPOCHS):
+    for _ in range(EPOCHS_PER_WINDOW):
         model.train()
         for batch in loader:
             with accelerator.accumulate(model):
@@ -70,6 +69,18 @@ class Times:
 
     def __add__(self, other: Times) -> Times:
         return Times(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+
+# Called with the accelerator, a task's name, the task, the number of rounds, and a directory for the run.
+Measure = Callable[[Any, str, Task, int, Path], list[tuple[Times, Times]]]
+
+
+def timed(accelerator: Any, window: Callable[[], None]) -> Times:
+    """Of one window, which all ranks begin together."""
+    accelerator.wait_for_everyone()
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    window()
+    return Times(time.perf_counter() - begun_s, time.process_time() - begun_cpu_s)
 
 
 def rounds(ours: Callable[[], Times], theirs: Callable[[], Times], num_rounds: int) -> Iterator[tuple[Times, Times]]:
@@ -99,18 +110,14 @@ def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory:
     ) as logger:
         logger.watch(model, optimizer)
 
-        def timed(window: Callable[[], None]) -> Times:
-            accelerator.wait_for_everyone()
-            begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
-            window()
-            return Times(time.perf_counter() - begun_s, time.process_time() - begun_cpu_s)
-
         def ours() -> Times:
-            config = TrainerConfig(max_epochs=logger.epoch + _EPOCHS, max_grad_norm=1.0)
-            return timed(lambda: fit(accelerator, task, config, logger, model, optimizer, None, loader, None))
+            config = TrainerConfig(max_epochs=logger.epoch + EPOCHS_PER_WINDOW, max_grad_norm=1.0)
+            return timed(
+                accelerator, lambda: fit(accelerator, task, config, logger, model, optimizer, None, loader, None)
+            )
 
         def theirs() -> Times:
-            return timed(lambda: by_hand(accelerator, task, model, optimizer, loader))
+            return timed(accelerator, lambda: by_hand(accelerator, task, model, optimizer, loader))
 
         list(rounds(ours, theirs, 1))  # warm
         times = list(rounds(ours, theirs, num_rounds))
@@ -135,8 +142,15 @@ def figures(name: str, steps_per_window: int, times: list[tuple[Times, Times]]) 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="ratio of our loop's time to a hand-written one's")
+def report(benchmark: str, of_what: str, measure: Measure) -> None:
+    """Measure the tasks that are asked for, and print what came out: a benchmark's whole command line.
+
+    Args:
+        benchmark: its name.
+        of_what: the ratio: ours over theirs.
+        measure: gives the times of some rounds of a task.
+    """
+    parser = argparse.ArgumentParser(description=f"ratio of times: {of_what}")
     parser.add_argument("--task", choices=sorted(tasks()), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=20, help="in all, of two windows of each kind")
     parser.add_argument("--repeats", type=int, default=5, help="the rounds are over so many models in turn")
@@ -148,7 +162,7 @@ def main() -> None:
     for name in arguments.task or sorted(tasks()):
         times: list[tuple[Times, Times]] = []
         task = tasks()[name]
-        steps_per_window = _EPOCHS * (len(task.train_data()) // accelerator.num_processes)
+        steps_per_window = EPOCHS_PER_WINDOW * (len(task.train_data()) // accelerator.num_processes)
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as directory:
                 num_rounds = arguments.rounds // arguments.repeats
@@ -157,7 +171,7 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     record = {
-        "benchmark": "loop_overhead",
+        "benchmark": benchmark,
         "strategy": strategy_of(accelerator),
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
@@ -171,10 +185,10 @@ def main() -> None:
     for result in results:
         low, high = result["ratio_95"]
         print(
-            f"{result['task']:8} {record['strategy']} x {record['num_processes']}: ours / by hand "
+            f"{result['task']:8} {record['strategy']} x {record['num_processes']}: {of_what} "
             f"{result['ratio']:.4f} (95 %: {low:.4f} to {high:.4f}), step {result['step_by_hand_ms']:.2f} ms"
         )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report("loop_overhead", "ours / by hand", measure)
