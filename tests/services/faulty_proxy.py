@@ -131,6 +131,13 @@ class FaultyProxy:
             if not self._changed.wait_for(is_so, max(0.0, deadline_s - time.monotonic())):
                 raise AssertionError(f"not {count} times {what} within {limit_s} s: {self.num_hit} {self.num_requests}")
 
+    def wait_until_each_has_hit(self, limit_s: float) -> None:
+        """Wait until each of the faults of this moment has met a request: those of a share meet some that are drawn."""
+        with self._changed:
+            names = {fault.name for fault in self._faults}
+            if not self._changed.wait_for(lambda: names <= self.num_hit.keys(), limit_s):
+                raise AssertionError(f"not all of {names} within {limit_s} s: {self.num_hit} {self.num_requests}")
+
     def close(self) -> None:
         """End."""
         self.behave()

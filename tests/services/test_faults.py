@@ -173,6 +173,7 @@ def test_nothing_is_lost_or_twice_whatever_the_server_answers_and_when_it_is_awa
         loads[AWAY].proxy.refuse()
         time.sleep(OUTAGE_S)
         for load in loads.values():
+            load.proxy.wait_until_each_has_hit(LIMIT_S / 4)
             load.proxy.behave()
             load.proxy.accept()
     for name, load in loads.items():
