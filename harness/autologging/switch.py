@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary import what_there_is
 from harness.autologging.summary_writers import SummaryWriters
+from harness.errors import HarnessError, Stopped
 from harness.progress import Progress
 
 Function = Callable[..., Any]
@@ -213,13 +215,24 @@ class Switch:
         session.say_what_was_not_seen()
         is_end = session.has_begun and not session.is_over
         session.finish()
-        if is_end and session.is_rank_zero and not self.settings.tracking.silent:
-            assert session.logger is not None and session.logger.run_path is not None
-            session.logger.say(what_there_is(session.logger.run_path))
+        if is_end:
+            self._say_what_there_is(session, is_done=True)
 
     def fail(self, error: BaseException) -> BaseException:
         """The script has failed; returns what really ended it."""
-        return self.session.fail(error)
+        session = self.session
+        is_end = session.has_begun and not session.is_over
+        cause = session.fail(error)
+        if is_end and not isinstance(cause, Stopped):
+            self._say_what_there_is(session, is_done=False)
+        return cause
+
+    def _say_what_there_is(self, session: Session, *, is_done: bool) -> None:
+        logger = session.logger
+        if session.is_rank_zero and not self.settings.tracking.silent and logger is not None and logger.run_path:
+            # Nothing that fails here is to hide how the training ended.
+            with suppress(OSError, ValueError, HarnessError):
+                logger.say(what_there_is(logger.run_path, is_done=is_done))
 
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:

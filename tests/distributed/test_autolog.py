@@ -98,6 +98,7 @@ def test_run_has_failed_and_script_ends_as_alone_when_it_raises(tmp_path: Path) 
     alone = run([BIN / "python", script], tmp_path)
     done = run(harness("run", "--every_n_epochs", "1", script), tmp_path)
     assert done.code == alone.code == 1
+    assert "no checkpoints; MLflow run" in done.output
     assert done.output[done.output.index("Traceback") :] == alone.output[alone.output.index("Traceback") :]
     mlflow_run = only_run(tmp_path, wait_for_end_s=20)
     assert mlflow_run.info.status == "FAILED"
