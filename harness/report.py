@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.checkpoint.commit import names_set_aside, scan_checkpoints
+from harness.checkpoint.commit import list_checkpoints, names_set_aside, scan_checkpoints
 from harness.checkpoint.retention import best_of
+from harness.run_directory import read_run_record
 from harness.tracking.acknowledged import read_delivered
 
 _SHOWN_METRICS = 4
@@ -103,3 +104,21 @@ def _mlflow_command() -> str:
     ours = Path(sys.executable).with_name("mlflow")
     found = shutil.which("mlflow")
     return "mlflow" if found is not None and Path(found).resolve() == ours.resolve() else shlex.quote(str(ours))
+
+
+def what_there_is(run_dir: Path, *, is_done: bool) -> str:
+    """Where a run's checkpoints are, and its MLflow run; reads the run's directory.
+
+    Args:
+        run_dir: of the run.
+        is_done: whether training is complete; else the line says how it goes on.
+    """
+    names = [name for name, _ in list_checkpoints(run_dir / "checkpoints")]
+    at = f" in {run_dir / 'checkpoints'}, the newest is {names[-1]}" if names else ""
+    parts = [f"{len(names) or 'no'} checkpoint{'' if len(names) == 1 else 's'}{at}"]
+    record = read_run_record(run_dir)
+    if record.get("run_id") is not None:
+        parts.append(f"MLflow run {record['run_id']} at {record.get('tracking_uri')}")
+    if names and not is_done:
+        parts.append(f"it goes on with `harness run --resume {run_dir}` and the script")
+    return "; ".join(parts)

@@ -161,16 +161,12 @@ def _bool(text: str) -> bool:
 
 
 def _count_or_null(text: str) -> int | None:
-    if text.lower() in ("null", "none"):
-        return None
-    if not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number or null, got {text!r}")
-    return int(text)
+    return None if text.lower() in ("null", "none") else _whole(text, "a whole number or null")
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, what: str = "a whole number") -> int:
     if not text.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
     return int(text)
 
 

@@ -4,6 +4,5 @@ Read in this order: `api` (what one calls), `switch` (on and off; what is replac
 `session` (one training, from what was prepared to its end), `passes` (one iteration over a loader: training or not),
 `replay` (epochs that are done already go by again), `script` (what was prepared, and with which values), `fluent`
 (what the script logs to MLflow itself), `other_ranks` (that it does so on rank zero alone),
-`summary_writers` (what it gives to TensorBoard, where MLflow listens), `ending` (how the script
-ends), `summary` (what it has left).
+`summary_writers` (what it gives to TensorBoard, where MLflow listens), `ending` (how the script ends).
 """

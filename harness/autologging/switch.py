@@ -18,10 +18,10 @@ from harness.autologging.replacing import Replacement, Replacements
 from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
-from harness.autologging.summary import what_there_is
 from harness.autologging.summary_writers import SummaryWriters
 from harness.errors import HarnessError, Stopped
 from harness.progress import Progress
+from harness.report import what_there_is
 
 Function = Callable[..., Any]
 

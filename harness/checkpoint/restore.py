@@ -194,17 +194,16 @@ def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files
     flags = [flag for name, record in stored.records.items() for flag in known_whole(record, spans[name])]
     are_right = iter(agreement.on_any("the ranges that are right", flags))
     unsure = {
-        name: {number for number in range(len(record.ranges)) if not next(are_right)}
+        name: [number for number in range(len(record.ranges)) if not next(are_right)]
         for name, record in stored.records.items()
     }
     mine = {
-        name: {number: parts for number, parts in spans[name].items() if number in numbers}
+        name: {number: spans[name][number] for number in numbers if number in spans[name]}
         for name, numbers in unsure.items()
     }
     told = agreement.gather("what they know of the other digests", mine)
     known = {
-        name: joined(record, sorted(unsure[name]), [each[name] for each in told])
-        for name, record in stored.records.items()
+        name: joined(record, unsure[name], [each[name] for each in told]) for name, record in stored.records.items()
     }
     # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
     readers = range(agreement.world_size) if files.readers is None else files.readers
