@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -61,3 +61,32 @@ def test_device_state_is_left_alone_when_the_device_is_a_cpu() -> None:
     assert "cuda" not in record
     random_state.restore({**record, "cuda": "AAAA"}, CPU)  # from a GPU; must not be looked at here
     assert random_state.capture(CPU) == record
+
+
+def draw_none() -> None:
+    pass
+
+
+def draw_as_many_as_there_are_words() -> None:
+    [random.getrandbits(32) for _ in range(624)]
+    np.random.randint(0, 2**32, 624, dtype=np.uint32)
+
+
+def hold_one_back() -> None:
+    random.gauss(0, 1), np.random.standard_normal()
+
+
+def seed() -> None:
+    random.seed(3), np.random.seed(3)
+
+
+@pytest.mark.parametrize("change", [draw_none, draw_as_many_as_there_are_words, hold_one_back, seed])
+def test_state_is_the_one_of_now_when_it_was_taken_before(change: Callable[[], None]) -> None:
+    for _ in range(3):
+        random_state.take(CPU)
+        change()
+        taken = random_state.take(CPU)
+        kind, words, *rest = np.random.get_state()
+        assert (taken["numpy"][0], taken["numpy"][1].tolist(), *taken["numpy"][2:]) == (kind, words.tolist(), *rest)
+        version, (*words, position), held_back = random.getstate()
+        assert taken["python"] == (version, array("I", [position, *words]).tobytes(), held_back)
