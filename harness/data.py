@@ -138,6 +138,20 @@ def batch_size(batch: Any) -> int:
     return next((size for size in map(batch_size, parts) if size), 0)
 
 
+def leave(loader: Any, iterator: Any) -> None:
+    """End an iteration early in good order: accelerate clears its state only at the natural end.
+
+    Args:
+        loader: that is iterated over.
+        iterator: over it, or over what was made of it.
+    """
+    if hasattr(iterator, "close"):
+        iterator.close()
+    gradient_state = getattr(loader, "gradient_state", None)
+    if gradient_state is not None and loader in gradient_state.dataloader_references:
+        loader.end()
+
+
 def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
     """The batches of a prepared evaluation loader, each sample of the data set on exactly one rank.
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness import data, random_state, runtime, timing
+from harness import random_state, runtime, timing
 from harness.agreement import Agreement
 from harness.batches import TrainingBatches
 from harness.buffers import take_rank_zero_buffers
@@ -39,9 +39,12 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
-from harness.errors import CheckpointError, HarnessError
+from harness.errors import CheckpointError
+from harness.events import LoopEvents
 from harness.history import MetricHistory
+from harness.learning_rates import LearningRates
 from harness.metrics import Reducer, check_name
+from harness.own_loop import OwnLoop
 from harness.place import Place
 from harness.progress import Progress
 from harness.recipe import ExampleSource, check_spec
@@ -85,6 +88,7 @@ class PeriodicLogger:
         stem: what a made-up name of the run begins with; None: as the experiment is called. Set before `start`.
         mlflow_run_id: of the MLflow run; rank zero's, None elsewhere. Set before `start`: of one that is there already
             and is to be this one, where the run begins.
+        events: by which a loop that is not `epochs`'s and `batches`'s says what happens in it; from `start` on.
     """
 
     def __init__(
@@ -122,11 +126,9 @@ class PeriodicLogger:
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
         self._watched: Watched | None = None
-        self._kept_rates: dict[str, float] | None = None
+        self._rates = LearningRates()
         self._place = Place()
         self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
-        # As they were when the checkpoint was taken that the run goes on from.
-        self._random_to_begin_with: dict[str, Any] | None = None
 
     @property
     def step(self) -> int:
@@ -175,7 +177,7 @@ class PeriodicLogger:
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._windows = MetricWindows(
-            self.accelerator.device, Reducer(group, timing.GAUGES), self._learning_rates, self._told
+            self.accelerator.device, Reducer(group, timing.GAUGES), self._rates.now, self._told
         )
         votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
@@ -251,6 +253,22 @@ class PeriodicLogger:
                 self.progress,
                 self.say,
             )
+            self.events = LoopEvents(
+                self.accelerator, self._place, self._batches, self._resumption, self._course, self._rates
+            )
+            self._loop = OwnLoop(
+                self.accelerator,
+                self._agreement,
+                self._run,
+                self._place,
+                self._batches,
+                self._windows,
+                self._resumption,
+                self._saves,
+                self._course,
+                self.events,
+                self.progress,
+            )
         except BaseException as error:
             raise self.fail(error) from None
 
@@ -319,12 +337,21 @@ class PeriodicLogger:
         watched = Watched(model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
+        self._rates.optimizer = watched.optimizer
         self._saves.watches()
         if goes_on_at is None:
             self._resume(watched)
         else:
             self._go_on_at(*goes_on_at)
         self._run.describe_model(unwrapped(model))
+
+    def put_back_again(self) -> None:
+        """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.
+
+        Where a script's epochs that are done went by again, it has moved them. Not collective; main thread.
+        """
+        if self._watched is not None:
+            self._resumption.put_back_again(self._watched)
 
     def unwatch(self) -> None:
         """No checkpoint is taken from here on. Not collective, but every rank calls it alike; main thread."""
@@ -371,42 +398,7 @@ class PeriodicLogger:
         Yields:
             The epoch's index, from 0.
         """
-        self._course.max_steps = max_steps
-        is_stopped = self._place.is_stopped
-        if is_stopped or self.epoch >= max_epochs or (max_steps is not None and self.step >= max_steps):
-            early = " (it was stopped early)" if is_stopped else ""
-            self.say(
-                f"the run is complete: epoch {self.epoch}, step {self.step}{early}; to train on, raise the limits, or "
-                "begin another run from it with resume_from_checkpoint"
-            )
-            return
-        for epoch in range(self.epoch, max_epochs):
-            self.begin_epoch()
-            yield epoch
-            self.end_epoch(max_epochs)
-            if self._course.ends:
-                return
-
-    def begin_epoch(self) -> None:
-        """An epoch begins, in a loop that is not `epochs`'s."""
-        self._kept_rates = None
-        if self._random_to_begin_with is not None:
-            random_state.put_back(self._random_to_begin_with, self.accelerator.device)
-            self._random_to_begin_with = None
-        self._course.begin_epoch()
-
-    def end_epoch(self, max_epochs: int | None = None, *, is_whole: bool = True, is_last: bool = False) -> None:
-        """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
-
-        Args:
-            max_epochs: number of epochs in all, so that the last one is known; None: it is not.
-            is_whole: it was not left before its last batch, by a loop that is not `batches`'s.
-            is_last: no other epoch follows, whatever their number was to be.
-        """
-        self._resumption.end()
-        self._course.is_cut_short |= not is_whole
-        self._course.ends |= is_last
-        self._course.end_epoch(max_epochs)
+        return self._loop.over_epochs(max_epochs, max_steps)
 
     def batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared training loader, counting steps and logging between them.
@@ -420,113 +412,7 @@ class PeriodicLogger:
             Stopped: if a signal asked any rank to stop.
             HarnessError: if two loaders are iterated over at the same time: where such a run goes on cannot be told.
         """
-        course = self._course
-        if self._course.ends:
-            course.is_cut_short = True
-            return
-        if self._resumption.is_done(self._batches.next_loader):
-            self._batches.skip(loader)
-            return
-        if self._saves.owed is not None and self._batches.loaders_done and self.accelerator.sync_gradients:
-            # Not at the end of the epoch after all: there is another loader.
-            self._saves.save_owed()
-        data.check_size(loader, self.topology.world_size, "training")
-        self._run.describe_dataset(loader, "train")
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.epoch)
-        self.progress.epoch_begins(self.epoch, _length(loader, limit))
-        loader, iterator = self.begin_data(loader)
-        serial = self._batches.serial
-        try:
-            if limit is not None and self._batches.num_taken >= limit:
-                self._batches.end()  # as many as that were taken, by this loader's size
-                return
-            for batch in iterator:
-                is_limit = self._batches.num_taken + 1 == limit
-                if is_limit:
-                    # The last one that will be taken: an accumulation that is open must end with it.
-                    loader.end_of_dataloader = True
-                course.is_in_batch = True
-                yield batch
-                course.is_in_batch = False
-                if self._batches.serial != serial:
-                    raise HarnessError(
-                        "batches(): two training loaders are iterated over at the same time, so where the run would go "
-                        "on cannot be told; iterate over one with batches(), and over the other as it is"
-                    )
-                is_last = is_limit or getattr(loader, "end_of_dataloader", False)
-                course.batch_done(data.batch_size(batch), is_loaders_last=is_last)
-                if is_last:
-                    return
-                if course.ends:
-                    course.is_cut_short = True
-                    return
-            self._batches.end()
-        except GeneratorExit:
-            # The loop was left: what it has not taken of this epoch is not taken.
-            if self._batches.serial == serial:
-                self._batches.end()
-            raise
-        finally:
-            course.is_in_batch = False
-            self.leave_data(loader, iterator)
-
-    def begin_data(self, loader: Any) -> tuple[Any, Iterator[Any]]:
-        """Iterate over a training loader in a loop that is not `batches`'s, from where the run goes on in it.
-
-        Effects: as accelerate's own iteration; main thread. Each batch is then told to `batch_done`.
-
-        Args:
-            loader: a loader that went through `accelerator.prepare`.
-
-        Returns:
-            The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
-        """
-        self._place.samples_per_batch = data.samples_per_batch(loader, self.topology.world_size)
-        self._windows.timer.resume()
-        self._course.random_before_eval = None
-        return self._batches.begin(loader, self._resumption.take(loader))
-
-    def skip_data(self, loader: Any) -> None:
-        """A training loader of the epoch was done before the run was cut off. Not collective; main thread."""
-        self._batches.skip(loader)
-
-    def count_data(self, num_batches: int) -> None:
-        """So many batches of `begin_data` were done before it was known that they are training's. Not collective."""
-        self._batches.num_taken += num_batches
-
-    def end_data(self) -> None:
-        """No other batch of `begin_data` is taken. Not collective; main thread."""
-        self._batches.end()
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
-        self._run.log_params(values)
-
-    def forget_data(self) -> None:
-        """What `begin_data` has begun was no training. Not collective; main thread."""
-        self._batches.forget()
-
-    def leave_data(self, loader: Any, iterator: Iterator[Any]) -> None:
-        """The iteration of `begin_data` is over, or is left early. Not collective."""
-        self._batches.leave()
-        _leave(loader, iterator)
-
-    def batch_done(self, num_samples: int, *, is_epochs_last: bool = False, step: int | None = None) -> None:
-        """A batch is done, in a loop that is not `batches`'s: with it a step, unless gradients are accumulated.
-
-        Effects: collective; main thread.
-
-        Args:
-            num_samples: of this rank, in the batch.
-            is_epochs_last: no other batch of the epoch follows.
-            step: optimizer steps that are complete, by the loop's own count; None: as the accelerator has it.
-
-        Raises:
-            PeerFailure: if another rank has failed.
-            Stopped: if a signal asked any rank to stop.
-        """
-        self._course.batch_done(num_samples, is_loaders_last=is_epochs_last, step=step)
+        return self._loop.over_batches(loader, limit)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
         """Iterate over a prepared evaluation loader; what is logged meanwhile is one value at its end.
@@ -539,44 +425,9 @@ class PeriodicLogger:
             loader: a loader that went through `accelerator.prepare`.
             limit: end after so many batches; None: all.
         """
-        data.check_size(loader, self.topology.world_size, "evaluation")
-        self._run.describe_dataset(loader, "eval")
-        self._windows.collect()
         if self._watched is not None:
             take_rank_zero_buffers(self._watched.model, self.topology.world_size)
-        course = self._course
-        if course.random_before_eval is None:
-            course.random_before_eval = random_state.take(self.accelerator.device)
-        # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.
-        num_votes = self._num_votes(loader)
-        is_in_batch = course.is_in_batch
-        iterator = data.without_repeats(self.accelerator, loader)
-        try:
-            for position, (batch, counts) in enumerate(iterator, start=1):
-                self._windows.evaluating(counts=counts)
-                yield batch
-                self._run.check()
-                if num_votes is None or position <= num_votes:
-                    # Within a training batch its step may be done and not counted, and what was accumulated is in no
-                    # checkpoint: it stops behind the step.
-                    asked_signal = course.read_votes()
-                    if asked_signal and not is_in_batch and self.accelerator.sync_gradients:
-                        course.stop(asked_signal)
-                    course.vote()
-                if position == limit:
-                    break
-        finally:
-            self._windows.training()
-            _leave(loader, iterator)
-        course.evaluation_ends()
-        course.evaluation_done(self._windows.end_evaluation(self.step, self._agreement))
-
-    def _num_votes(self, loader: Any) -> int | None:
-        """Batches that all ranks have; None: they have as many."""
-        own = data.uneven_length(loader)
-        if own is None:
-            return None
-        return min(length for (length,) in self._agreement.gather_numbers("the evaluation's length", [own]))
+        yield from self._loop.over_evaluation(loader, limit)
 
     def on_reduced(self, callback: Callable[[Mapping[str, float], int], None]) -> None:
         """Have `callback` called with each window's reduced values and its step, on every rank alike.
@@ -647,9 +498,9 @@ class PeriodicLogger:
         """
         self._history.add(values, self.step)
 
-    def skip_time(self) -> None:
-        """What lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s."""
-        self._course.skip_time()
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
+        self._run.log_params(values)
 
     def describe_dataset(self, loader: Any, context: str = "train") -> None:
         """The data set of a loader that is not `batches`'s or `eval_batches`'s, as an input of the run."""
@@ -700,19 +551,6 @@ class PeriodicLogger:
         for callback in self._callbacks:
             callback(values, step)
 
-    def put_back_again(self) -> None:
-        """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.
-
-        Where a script's epochs that are done went by again, it has moved them. Not collective; main thread.
-        """
-        if self._watched is not None:
-            self._resumption.put_back_again(self._watched)
-
-    @property
-    def loaders_done(self) -> int:
-        """Training loaders of the epoch that runs that are done."""
-        return self._batches.loaders_done
-
     def _report_save(self, step: int) -> None:
         """What the last save has cost, and what went wrong with it, in the run: rank zero's."""
         costs, failure = self._saver.take_report()
@@ -720,21 +558,6 @@ class PeriodicLogger:
             self._run.log_save(costs, step)
         if failure is not None:
             self.say(f"harness: warning: {failure}")
-
-    def keep_learning_rates(self) -> None:
-        """Those of now are the epoch's, whatever its end does to them: a scheduler may step by epochs."""
-        self._kept_rates = self._learning_rates()
-
-    def _learning_rates(self) -> dict[str, float]:
-        if self._kept_rates is not None:
-            return self._kept_rates
-        optimizer = None if self._watched is None else self._watched.optimizer
-        if optimizer is None:
-            return {}
-        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        if len(set(rates)) == 1:
-            return {"train/lr": rates[0]}
-        return {f"train/lr/group{index}": rate for index, rate in enumerate(rates)}
 
     # ------------------------------------------------------------------- checkpoints
 
@@ -767,24 +590,7 @@ class PeriodicLogger:
         self._batches.restore(resumed.data, state.loaders_done, state.batches_in_epoch)
         self._saves.is_saved()
         self._windows.put_back(resumed.sums)
-        self._random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
+        self.events.random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
-
-
-def _length(loader: Any, limit: int | None) -> int | None:
-    try:
-        length = len(loader)
-    except TypeError:
-        return limit
-    return length if limit is None else min(length, limit)
-
-
-def _leave(loader: Any, iterator: Any) -> None:
-    """End an iteration early in good order: accelerate clears its state only at the natural end."""
-    if hasattr(iterator, "close"):
-        iterator.close()
-    gradient_state = getattr(loader, "gradient_state", None)
-    if gradient_state is not None and loader in gradient_state.dataloader_references:
-        loader.end()

@@ -33,7 +33,7 @@ class Replay:
         self._logger = logger
         self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
         self._iterations: dict[int, int] = {}
-        self._is_epoch_cut = bool(logger.loaders_done)
+        self._is_epoch_cut = bool(logger.events.loaders_done)
         self.num_left = num_left
 
     def one_batch(self, loader: Any, original: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
@@ -61,11 +61,11 @@ class Replay:
                 buffer.copy_(before)
         if not self._is_epoch_cut:
             return False
-        self._logger.skip_data(loader)
+        self._logger.events.skip_data(loader)
         self.goes_on([loader])
         if hasattr(loader, "iteration"):
             loader.iteration += 1  # as accelerate does behind the last batch
-        self._logger.begin_epoch()
+        self._logger.events.begin_epoch()
         return True
 
     def goes_on(self, loaders: Sequence[Any]) -> None:

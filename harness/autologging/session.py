@@ -193,7 +193,7 @@ class Session:
         for values, step in self._early_metrics:
             self.log(values, step)
         self._early_metrics.clear()
-        if num_done := logger.epoch + (1 if logger.loaders_done else 0):
+        if num_done := logger.epoch + (1 if logger.events.loaders_done else 0):
             assert self._model is not None
             self._replay = Replay(logger, self._model, num_done)
             self._say(
@@ -221,13 +221,13 @@ class Session:
         before, this = self._pass, Pass(loader, is_likely=is_likely)
         self._pass = this
         if before is not None and before.is_likely:
-            logger.forget_data()  # an iterator that is still there, of which nothing came
+            logger.events.forget_data()  # an iterator that is still there, of which nothing came
         inner, iterator = loader, original(loader)
         if not is_likely:
             logger.describe_dataset(loader, "eval")
         else:
             self._begin_epoch()
-            inner, iterator = logger.begin_data(loader)
+            inner, iterator = logger.events.begin_data(loader)
             self._inner = inner
         try:
             for batch in iterator:
@@ -252,20 +252,20 @@ class Session:
             yield from original(loader)
         finally:
             if not self._is_over:
-                self.logger.skip_time()
+                self.logger.events.skip_time()
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         assert self.logger is not None
         self._pass = self._inner = None
         if this.is_training:
             self._ended = this
-            self.logger.keep_learning_rates()
+            self.logger.events.keep_learning_rates()
         if this.is_likely:
-            self.logger.leave_data(inner, iterator)
+            self.logger.events.leave_data(inner, iterator)
         if this.is_training and self._left is None:
-            self.logger.end_data()
+            self.logger.events.end_data()
         elif this.is_likely and not this.is_training:
-            self.logger.forget_data()
+            self.logger.events.forget_data()
 
     def _batch_done(self, this: Pass, *, is_last: bool) -> None:
         if not this.is_training:
@@ -280,7 +280,7 @@ class Session:
         assert logger is not None
         try:
             step = logger.step + is_step if self._sees_steps else None
-            logger.batch_done(num_samples, is_epochs_last=is_last, step=step)
+            logger.events.batch_done(num_samples, is_loaders_last=is_last, step=step)
         except Stopped as error:
             self.fail(error)
             # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
@@ -299,7 +299,7 @@ class Session:
         if not this.is_likely:
             self._begin_epoch()
         this.is_training = self._is_epoch_open = True
-        logger.count_data(this.num_seen)
+        logger.events.count_data(this.num_seen)
         index = self.prepared.index_of(this.loader)
         if self._trained.loaders and index not in self._trained.loaders:
             self._say_once("several loaders are trained on: a pass over any of them counts as an epoch")
@@ -323,7 +323,7 @@ class Session:
         if self._replay is not None:
             self._replay.goes_on(self.prepared.loaders)
             self._replay = None
-        logger.begin_epoch()
+        logger.events.begin_epoch()
 
     def _end_epoch(self, *, is_last: bool) -> None:
         logger = self.logger
@@ -338,7 +338,7 @@ class Session:
             self._count(0, is_last=True, is_step=self._ended.take_step())
         self._ended = None
         self._is_epoch_open = False
-        logger.end_epoch(logger.epoch + 1 if is_last else None)
+        logger.events.end_epoch(logger.epoch + 1 if is_last else None)
 
     def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
         assert self._replay is not None and self.logger is not None
@@ -376,7 +376,7 @@ class Session:
             if this.has_news:
                 self._batch_done(this, is_last=False)
             self._pass = self._inner = None
-            logger.end_epoch(logger.epoch, is_whole=False)
+            logger.events.end_epoch(logger.epoch, is_whole=False)
         else:
             self._end_epoch(is_last=True)
 

@@ -157,12 +157,12 @@ class Guest:
     def begin_epoch(self) -> None:
         """An epoch begins."""
         with self._ending():
-            self.logger.begin_epoch()
+            self.logger.events.begin_epoch()
 
     def batch_done(self, num_samples: int, *, is_epochs_last: bool, step: int) -> None:
-        """See `PeriodicLogger.batch_done`."""
+        """See `Course.batch_done`."""
         with self._ending():
-            self.logger.batch_done(num_samples, is_epochs_last=is_epochs_last, step=step)
+            self.logger.events.batch_done(num_samples, is_loaders_last=is_epochs_last, step=step)
 
     def report(self, values: Mapping[str, Any]) -> None:
         """Reduced values of now. What is no number is left out; what comes when no run is open is in none."""
@@ -178,12 +178,12 @@ class Guest:
     def evaluated(self) -> None:
         """The loop has evaluated, which is no step's time."""
         if self._logger is not None:
-            self._logger.skip_time()
+            self._logger.events.skip_time()
 
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
-        """See `PeriodicLogger.end_epoch`."""
+        """See `LoopEvents.end_epoch`."""
         with self._ending():
-            self.logger.end_epoch(is_whole=is_whole, is_last=is_last)
+            self.logger.events.end_epoch(is_whole=is_whole, is_last=is_last)
 
     def end(self) -> None:
         """Training is complete."""

@@ -1,0 +1,125 @@
+"""What happens in a loop, told as it happens: by `PeriodicLogger`'s own, and by loops that are somebody else's.
+
+    begin_epoch  ->  begin_data  ->  batch_done, for each batch  ->  end_data, leave_data  ->  end_epoch
+
+Autologging tells all of it. A framework's callback, which has no hand in the data, tells epochs and batches alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+
+from harness import data, random_state
+from harness.batches import TrainingBatches
+from harness.course import Course
+from harness.learning_rates import LearningRates
+from harness.place import Place
+from harness.resumption import Resumption
+
+
+class LoopEvents:
+    """Takes the events of a loop, and knows where the data go on.
+
+    Effects: `begin_epoch`, `batch_done` and `end_epoch` are collective: every rank tells them alike; the rest is not,
+    but for `begin_data`, which is as accelerate's own iteration. Main thread. They block as `Course` says.
+
+    Args:
+        accelerator: of the loop.
+        place: where training stands.
+        batches: where it stands in the data.
+        resumption: what the run goes on from.
+        course: what is due.
+        rates: the learning rates.
+
+    Attributes:
+        batch_done: see `Course.batch_done`.
+        skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
+        keep_learning_rates: those of now are the epoch's, whatever its end does to them.
+        random_to_begin_with: random numbers as they were when the checkpoint was taken that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        place: Place,
+        batches: TrainingBatches,
+        resumption: Resumption,
+        course: Course,
+        rates: LearningRates,
+    ) -> None:
+        self._accelerator = accelerator
+        self._place = place
+        self._batches = batches
+        self._resumption = resumption
+        self._course = course
+        self._rates = rates
+        self.batch_done = course.batch_done
+        self.skip_time = course.skip_time
+        self.keep_learning_rates = rates.keep
+        self.random_to_begin_with: dict[str, Any] | None = None
+
+    @property
+    def loaders_done(self) -> int:
+        """Training loaders of the epoch that runs that are done."""
+        return self._batches.loaders_done
+
+    def begin_epoch(self) -> None:
+        """An epoch begins."""
+        self._rates.follow()
+        if self.random_to_begin_with is not None:
+            random_state.put_back(self.random_to_begin_with, self._accelerator.device)
+            self.random_to_begin_with = None
+        self._course.begin_epoch()
+
+    def end_epoch(self, max_epochs: int | None = None, *, is_whole: bool = True, is_last: bool = False) -> None:
+        """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
+
+        Args:
+            max_epochs: number of epochs in all, so that the last one is known; None: it is not.
+            is_whole: it was not left before its last batch.
+            is_last: no other epoch follows, whatever their number was to be.
+        """
+        self._resumption.end()
+        self._course.is_cut_short |= not is_whole
+        self._course.ends |= is_last
+        self._course.end_epoch(max_epochs)
+
+    # ------------------------------------------------------------------------- the data
+
+    def begin_data(self, loader: Any) -> tuple[Any, Iterator[Any]]:
+        """Iterate over a training loader, from where the run goes on in it.
+
+        Args:
+            loader: a loader that went through `accelerator.prepare`.
+
+        Returns:
+            The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
+        """
+        self._place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
+        self._course.skip_time()
+        self._course.random_before_eval = None
+        return self._batches.begin(loader, self._resumption.take(loader))
+
+    def skip_data(self, loader: Any) -> None:
+        """A training loader of the epoch was done before the run was cut off."""
+        self._batches.skip(loader)
+
+    def count_data(self, num_batches: int) -> None:
+        """So many batches of `begin_data` were done before it was known that they are training's."""
+        self._batches.num_taken += num_batches
+
+    def end_data(self) -> None:
+        """No other batch of `begin_data` is taken."""
+        self._batches.end()
+
+    def forget_data(self) -> None:
+        """What `begin_data` has begun was no training."""
+        self._batches.forget()
+
+    def leave_data(self, loader: Any, iterator: Iterator[Any]) -> None:
+        """The iteration of `begin_data` is over, or is left early."""
+        self._batches.leave()
+        data.leave(loader, iterator)
