@@ -182,6 +182,9 @@ class TrainingBatches:
             if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
                 numbers = _Numbers(continuation.data.fetch or continuation.random, continuation.random)
                 sampler.resumed, continuation = numbers, None
+        if continuation is None and hasattr(loader, "base_dataloader"):
+            # accelerate's own iteration draws nothing before its first batch is asked for.
+            return loader, iter(loader)
         return loader, self._iterate(loader, continuation)
 
     def _meet(self, loader: Any) -> None:

@@ -7,6 +7,7 @@ begin_epoch -> batch_done, for each batch -> end_epoch
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,9 @@ from harness.schedule import Cadence
 from harness.signals import name_of
 from harness.votes import Votes
 from harness.windows import MetricWindows
+
+# In one process: how late a request to stop that no signal brings is seen, and a bar redrawn.
+_LOOK_EVERY_S = 0.05
 
 
 class Course:
@@ -86,6 +90,9 @@ class Course:
         self._asked_signal = 0
         self._is_in_epoch = False
         self._samples_in_step = 0
+        # Until then a step is counted, and nothing else is to be done at it; unless this rank is asked for something.
+        self._due_at_step = 0
+        self._look_at_s = 0.0
         self.max_steps: int | None = None
         self.ends = self.is_cut_short = self.is_in_batch = False
         self.random_before_eval: dict[str, Any] | None = None
@@ -107,6 +114,8 @@ class Course:
     def skip_time(self) -> None:
         """What lies behind is no step's time."""
         self._windows.timer.resume()
+        # Whatever has happened meanwhile, a save or a window, is looked after at the next step.
+        self._due_at_step = 0
 
     def end_epoch(self, max_epochs: int | None) -> None:
         """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
@@ -161,25 +170,45 @@ class Course:
             PeerFailure: if another rank has failed.
             Stopped: on all ranks alike, if a signal asked any of them to stop.
         """
-        self._batches.num_taken += 1
-        num_taken = self._batches.num_taken
+        batches, place, run, votes = self._batches, self._place, self._run, self._votes
+        batches.num_taken += 1
+        num_taken = batches.num_taken
         self.random_before_eval = None
         if is_loaders_last:
-            self._batches.end()
+            batches.end()
         self._samples_in_step += num_samples
-        self._run.check()
+        is_asked = run.is_asked
+        if is_asked:
+            run.check()
         if step is None:
             # A step that fp16's overflow has skipped has changed nothing, and is none.
             is_step = self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
-            step = self._place.step + is_step
-        if step > self._place.step:
-            self._step_done(num_taken, is_loaders_last, step)
-
-    def _step_done(self, num_taken: int, is_loaders_last: bool, step: int) -> None:
-        self._saves.settle()
-        self._place.step = step
-        self._windows.timer.step(self._samples_in_step)
+            step = place.step + is_step
+        if step <= place.step:
+            return
+        place.step = step
+        now_s = self._windows.timer.step(self._samples_in_step)
         self._samples_in_step = 0
+        votes.steps_since += 1
+        is_quiet = step < self._due_at_step and votes.steps_since < votes.every_n_steps and now_s < self._look_at_s
+        if is_quiet and not is_asked:
+            return
+        self._attend(num_taken, is_loaders_last)
+        self._due_at_step = self._next_due()
+        self._look_at_s = now_s + _LOOK_EVERY_S
+
+    def _next_due(self) -> int:
+        """The next step at which more is to be done than to count it: on every rank what is to be done on all."""
+        step = self._place.step
+        if self._save_is_asked or self._saves.is_waiting or self._windows.is_waiting or self._votes.is_cast:
+            return step + 1
+        cadences = (self._tracking.log_every_n_steps, self._cadence.every_n_steps)
+        due = [step - step % each + each for each in cadences if each is not None]
+        return min([*due, sys.maxsize if self.max_steps is None else self.max_steps])
+
+    def _attend(self, num_taken: int, is_loaders_last: bool) -> None:
+        """A step is done at which something is due, or may be."""
+        self._saves.settle()
         self._windows.poll()
         if self._saves.prepare():
             self._windows.timer.resume()
@@ -219,12 +248,13 @@ class Course:
     def ask_for_save(self) -> None:
         """Save when the step that is running is counted."""
         self._save_is_asked = True
+        self._due_at_step = 0
 
     def evaluation_done(self, values: Mapping[str, float]) -> None:
         """What an evaluation's metric objects have given; in an epoch that may not be logged it waits."""
         self._history.add(values, self._place.step)
         self._history.withholds = False
-        self._windows.timer.resume()
+        self.skip_time()
 
     def evaluation_ends(self) -> None:
         """An evaluation is about to be reduced."""
@@ -238,8 +268,14 @@ class Course:
 
     def vote(self) -> None:
         """Say what this rank is asked for, where a vote is due."""
-        if self._votes.is_due():
+        if self._votes.is_due:
             self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
+            self._due_at_step = 0
+
+    def vote_at_evaluation(self) -> None:
+        """The same at a batch of an evaluation, which counts as a step does."""
+        self._votes.steps_since += 1
+        self.vote()
 
     def read_votes(self) -> int:
         """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""

@@ -18,6 +18,7 @@ from harness.course import Course
 from harness.learning_rates import LearningRates
 from harness.place import Place
 from harness.resumption import Resumption
+from harness.windows import MetricWindows
 
 
 class LoopEvents:
@@ -32,10 +33,13 @@ class LoopEvents:
         batches: where it stands in the data.
         resumption: what the run goes on from.
         course: what is due.
+        windows: of metrics.
         rates: the learning rates.
 
     Attributes:
+        place: where training stands.
         batch_done: see `Course.batch_done`.
+        log: see `PeriodicLogger.log`.
         skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
         keep_learning_rates: those of now are the epoch's, whatever its end does to them.
         random_to_begin_with: random numbers as they were when the checkpoint was taken that the run goes on from.
@@ -48,15 +52,17 @@ class LoopEvents:
         batches: TrainingBatches,
         resumption: Resumption,
         course: Course,
+        windows: MetricWindows,
         rates: LearningRates,
     ) -> None:
         self._accelerator = accelerator
-        self._place = place
+        self.place = place
         self._batches = batches
         self._resumption = resumption
         self._course = course
         self._rates = rates
         self.batch_done = course.batch_done
+        self.log = windows.log
         self.skip_time = course.skip_time
         self.keep_learning_rates = rates.keep
         self.random_to_begin_with: dict[str, Any] | None = None
@@ -98,7 +104,7 @@ class LoopEvents:
         Returns:
             The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
         """
-        self._place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
+        self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
         self._course.skip_time()
         self._course.random_before_eval = None
         return self._batches.begin(loader, self._resumption.take(loader))

@@ -260,6 +260,11 @@ class Reducer:
         if window.copied is None or window.copied.query():  # type: ignore[no-untyped-call]
             self._send(window)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a window is to be sent off, and its copy from the device not there yet."""
+        return self._group is not None and self._window is not None and self._window.work is None
+
     def _send(self, window: _Window) -> None:
         assert self._group is not None
         window.settle()

@@ -151,7 +151,7 @@ class OwnLoop:
                     asked_signal = course.read_votes()
                     if asked_signal and not is_in_batch and self.accelerator.sync_gradients:
                         course.stop(asked_signal)
-                    course.vote()
+                    course.vote_at_evaluation()
                 if position == limit:
                     break
         finally:

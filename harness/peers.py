@@ -41,13 +41,16 @@ class Peers:
         rank: this rank.
         world_size: number of ranks; with 1 there is nothing to watch.
         last_words: called by the watcher just before it ends a process that is stuck.
+
+    Attributes:
+        failure: another rank's; None: none is known.
     """
 
     def __init__(self, rank: int, world_size: int, last_words: Callable[[PeerFailure], None]) -> None:
         self._rank = rank
         self._last_words = last_words
         self._closing = threading.Event()
-        self._failure: PeerFailure | None = None
+        self.failure: PeerFailure | None = None
         # Of this start of the ranks, and of this run in it: what an earlier one has left at the same store is not told
         # again. A notebook, or a script that tries once more with less, trains on in processes where a run has failed.
         meeting = latest_meeting()
@@ -63,8 +66,8 @@ class Peers:
         Raises:
             PeerFailure: with that rank's reason.
         """
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     def report(self, error: BaseException) -> None:
         """Tell the others why this rank stops, unless it stops because of one of them."""
@@ -110,7 +113,7 @@ class Peers:
                 found = PeerFailure(None, "the rendezvous store is gone, and with it the rank that kept it")
             if found is None or found.rank == self._rank:
                 continue
-            self._failure = found
+            self.failure = found
             if not self._closing.wait(_GRACE_S):
                 self._last_words(found)
                 os._exit(1)

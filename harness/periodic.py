@@ -254,7 +254,7 @@ class PeriodicLogger:
                 self.say,
             )
             self.events = LoopEvents(
-                self.accelerator, self._place, self._batches, self._resumption, self._course, self._rates
+                self.accelerator, self._place, self._batches, self._resumption, self._course, self._windows, self._rates
             )
             self._loop = OwnLoop(
                 self.accelerator,
@@ -338,6 +338,7 @@ class PeriodicLogger:
         self._saver.check(watched)
         self._watched = watched
         self._rates.optimizer = watched.optimizer
+        self._course.skip_time()
         self._saves.watches()
         if goes_on_at is None:
             self._resume(watched)

@@ -175,6 +175,12 @@ class RunLifetime:
         if self._tracker is not None:
             self._points = dict(self._tracker.resumed(step, checkpoint).latest)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether anything is asked of this rank: by a signal, or by another rank's failure. Costs some attributes."""
+        signals = self._signals
+        return bool(signals.received) or signals.save_is_asked or self._peers.failure is not None
+
     def check(self) -> None:
         """Raise if another rank has failed. Costs one attribute.
 

@@ -70,7 +70,7 @@ class Saves:
         # Where the last checkpoint was taken; whether the ranks have said that it goes on.
         self._saved_at: tuple[int, ...] | None = None
         self._is_open = False
-        self._latest = ""
+        self._latest, self._latest_step = "", 0
         self.owed: str | None = None
         self.kept: frozenset[str] = frozenset()
 
@@ -78,6 +78,11 @@ class Saves:
     def is_ready(self) -> bool:
         """Whether there is something to save, and the memory for it."""
         return self._is_watching and not self._must_prepare
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something to do at the next step: a save to be settled or taken, memory to be made."""
+        return self._is_open or self._must_prepare or self.owed is not None
 
     @property
     def status(self) -> str:
@@ -138,7 +143,8 @@ class Saves:
         )
         self._keep_points(name, metrics)
         self._saver.save(moment, must=must)
-        self._saved_at, self._is_open, self._latest = self._position(), True, name
+        self._saved_at, self._is_open = self._position(), True
+        self._latest, self._latest_step = name, self._place.step
         return True
 
     def save_with_metrics(self, name: str) -> bool:
@@ -168,7 +174,7 @@ class Saves:
             return True
         self._saved_at = None
         num_skipped = self._saver.num_skipped
-        self._history.add({"checkpoint/num_skipped": float(num_skipped)}, self._place.step)
+        self._history.add({"checkpoint/num_skipped": float(num_skipped)}, self._latest_step)
         # The first, and then ever fewer: where one is skipped, most are.
         if num_skipped & (num_skipped - 1) == 0:
             self._say(

@@ -25,11 +25,15 @@ class StopSignals:
 
     Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
     A second SIGINT raises KeyboardInterrupt wherever the main thread is.
+
+    Attributes:
+        received: number of the signal that asked to stop; 0: none has.
+        save_is_asked: whether SIGUSR2 has come since `take_save_request`.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self._save_is_asked = False
+        self.save_is_asked = False
         self._earlier: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
@@ -44,11 +48,11 @@ class StopSignals:
             sys.stderr.write("harness: stopping after this step; once more to stop at once\n")
 
     def _ask_for_save(self, number: int, frame: FrameType | None) -> None:
-        self._save_is_asked = True
+        self.save_is_asked = True
 
     def take_save_request(self) -> bool:
         """Whether a save was asked for since the last call."""
-        asked, self._save_is_asked = self._save_is_asked, False
+        asked, self.save_is_asked = self.save_is_asked, False
         return asked
 
     @property

@@ -29,8 +29,8 @@ class StepTimer:
         """A stretch of training begins: what came before is not part of the next step."""
         self._last_s = time.perf_counter()
 
-    def step(self, num_samples: int) -> None:
-        """One optimizer step is done, over so many samples of this rank."""
+    def step(self, num_samples: int) -> float:
+        """One optimizer step is done, over so many samples of this rank; the time that it is, in seconds."""
         now_s = time.perf_counter()
         if self._last_s is not None:
             duration_s = now_s - self._last_s
@@ -39,6 +39,7 @@ class StepTimer:
             self._window_steps += 1
             self._window_samples += num_samples
         self._last_s = now_s
+        return now_s
 
     def take(self) -> dict[str, float]:
         """This rank's gauges since the last `take`: steps/s, samples/s and percentiles in seconds."""

@@ -9,6 +9,7 @@ at every so many of them, which all ranks count alike.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -36,7 +37,9 @@ class Votes:
         timeout_s: limit of a wait, in seconds.
 
     Attributes:
-        every_n_steps: how often a vote is due; the same on every rank.
+        every_n_steps: how often a vote is due; the same on every rank. In one process none is due by number: whoever
+            asks is heard at once.
+        steps_since: the last vote was due; counted by whoever steps.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float = 600.0) -> None:
@@ -44,27 +47,30 @@ class Votes:
         self._timeout_s = timeout_s
         self._work: dist.Work | None = None
         self._numbers: torch.Tensor | list[int] | None = None
-        self._steps_since = 0
-        self.every_n_steps = 1
+        self.steps_since = 0
+        self.every_n_steps = 1 if group is not None else sys.maxsize
 
     def pace(self, step_time_s: float) -> None:
         """Adapt to how long a step takes: the same number on every rank, such as a reduced metric."""
         if self._group is not None and step_time_s > 0:
             self.every_n_steps = max(1, min(_MAX_STEPS, int(_INTERVAL_S / step_time_s)))
 
+    @property
     def is_due(self) -> bool:
-        """Count one more step; whether a vote is to be cast at it."""
-        self._steps_since += 1
-        if self._steps_since < self.every_n_steps:
-            return False
-        self._steps_since = 0
-        return True
+        """Whether a vote is to be cast at this step."""
+        return self._group is None or self.steps_since >= self.every_n_steps
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether there is a vote to be read."""
+        return self._numbers is not None
 
     def cast(self, numbers: Sequence[int]) -> None:
         """Say what this rank asks for; of each number the largest counts."""
         assert self._numbers is None, "a vote was cast before the one before it was read"
+        self.steps_since = 0
         if self._group is None:
-            self._numbers = list(numbers)
+            self._numbers = list(numbers) if any(numbers) else None
             return
         import torch.distributed as dist
 

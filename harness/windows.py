@@ -60,6 +60,11 @@ class MetricWindows:
         self.timer = timing.StepTimer()
         self.poll = reducer.poll
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `poll` is to be called at the next step."""
+        return self._reducer.is_waiting
+
     def log(self, values: Mapping[str, Tensor | float], weight: float) -> None:
         """See `PeriodicLogger.log`."""
         if self._target is not None:

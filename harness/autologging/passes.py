@@ -32,6 +32,7 @@ class Pass:
         is_counting: whether the logger counts its batches.
         num_seen: batches that are done and were not told to the logger.
         num_samples: of this rank, in the batch that is out.
+        has_stepped: whether an optimizer has stepped since `take_step`.
     """
 
     def __init__(self, loader: Any, *, is_likely: bool) -> None:
@@ -40,7 +41,7 @@ class Pass:
         self.is_training = False
         self.num_seen = 0
         self.num_samples = 0
-        self._has_stepped = False
+        self.has_stepped = False
         self._loss: Tensor | None = None
         self._batches_of_loss = 0
         self._samples_of_loss = 0
@@ -54,22 +55,17 @@ class Pass:
     def backward(self, loss: Any) -> None:
         """Backward is called with a loss."""
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            value = loss.detach()
             # Of several for one batch the sum is what is trained on.
-            self._loss = value if self._loss is None else self._loss + value
-
-    def stepped(self) -> None:
-        """An optimizer has stepped."""
-        self._has_stepped = True
+            self._loss = loss if self._loss is None else self._loss.detach() + loss.detach()
 
     @property
     def has_news(self) -> bool:
         """Whether backward or a step came since the last batch was done."""
-        return self._loss is not None or self._has_stepped
+        return self._loss is not None or self.has_stepped
 
     def take_step(self) -> bool:
         """Whether an optimizer has stepped since this was asked last."""
-        stepped, self._has_stepped = self._has_stepped, False
+        stepped, self.has_stepped = self.has_stepped, False
         return stepped
 
     def take_loss(self) -> tuple[Tensor, int] | None:

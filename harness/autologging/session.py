@@ -21,11 +21,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from harness.autologging.opening import open_run
+from harness.autologging.own_values import OwnValues
 from harness.autologging.passes import Pass, TrainedOn
+from harness.autologging.replacing import Replacements
 from harness.autologging.replay import Replay
 from harness.autologging.script import Arguments, Prepared, raw
 from harness.autologging.settings import Settings
-from harness.errors import EXIT_REQUEUE, MetricError, Stopped
+from harness.errors import EXIT_REQUEUE, Stopped
+from harness.events import LoopEvents
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
 
@@ -44,6 +48,7 @@ class Session:
         stem: what a made-up name of the run begins with.
         active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
         failed: called with the MLflow run's id and its status when the training has ended otherwise than well.
+        stillness: by which steps and saves of the script's do nothing while epochs go by that are done.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Session:
         stem: str,
         active_run_id: Callable[[], str | None],
         failed: Callable[[str | None, str], None],
+        stillness: Replacements,
     ) -> None:
         self.settings = settings
         self.prepared = Prepared()
@@ -61,6 +67,8 @@ class Session:
         self._stem = stem
         self._active_run_id = active_run_id
         self._failed = failed
+        self._stillness = stillness
+        self._events_of_run: LoopEvents | None = None
         self._model: nn.Module | None = None
         self._trained = TrainedOn()
         self._replay: Replay | None = None
@@ -74,8 +82,7 @@ class Session:
         self._left: tuple[int, bool] | None = None
         self._is_over = self._has_failed = False
         self._said: set[str] = set()
-        self._early_params: dict[str, Any] = {}
-        self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
+        self._own = OwnValues(self._say_once)
         self._hook: Any = None
         # An optimizer that is not torch's tells nobody.
         self._sees_steps = False
@@ -100,7 +107,13 @@ class Session:
 
     def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
         """A pass over a loader: its batches, as the script would have had them."""
-        if loader is self._inner or self._is_over or not self._is_ready():
+        if loader is self._inner:
+            return original(loader)
+        return self._iterate(loader, original)
+
+    def _iterate(self, loader: Any, original: Original) -> Iterator[Any]:
+        # Not before the first batch is asked for: of two loaders that are iterated over together, it tells which leads.
+        if self._is_over or not self._is_ready():
             yield from original(loader)
             return
         if self.logger is None:
@@ -117,7 +130,7 @@ class Session:
         """Backward is about to be called; whether it is to be."""
         if accelerator is not self.prepared.accelerator or self._is_over:
             return True
-        if self.is_replaying:
+        if self._replay is not None and self.is_replaying:
             return False
         this = self._pass or self._ended
         if this is None:
@@ -131,24 +144,18 @@ class Session:
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
         """Values that the script logs itself, which are whole. Rank zero's count."""
-        numbers = {str(name): number for name, value in values.items() if (number := _number(value)) is not None}
-        if self.is_replaying or not numbers:
-            return
-        if self.logger is None:
-            self._early_metrics.append((numbers, step))
-            return
-        for name, number in numbers.items():
-            try:
-                self.logger.record({name: number}, step)
-            except MetricError as error:
-                self._say_once(f"a metric of the script is left out: {error}")
+        if not self.is_replaying:
+            self._own.log(values, step)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Parameters that the script logs itself."""
-        if self.logger is None:
-            self._early_params.update(values)
-        else:
-            self.logger.log_params(values)
+        self._own.log_params(values)
+
+    @property
+    def _events(self) -> LoopEvents:
+        """Of the run, which has begun."""
+        assert self._events_of_run is not None
+        return self._events_of_run
 
     # ---------------------------------------------------------------------- the run begins
 
@@ -160,27 +167,18 @@ class Session:
         return prepared.accelerator is not None and bool(prepared.models and prepared.optimizers)
 
     def _start(self) -> None:
-        settings, prepared = self.settings, self.prepared
-        accelerator = prepared.accelerator
-        assert accelerator is not None
+        prepared = self.prepared
         choice = prepared.choose()
-        logger = PeriodicLogger(
-            accelerator,
-            every_n_epochs=settings.checkpoint.every_n_epochs,
-            run_name=settings.run_name,
-            run_dir=settings.run_dir,
-            checkpoint=settings.checkpoint,
-            tracking=settings.tracking,
-            params=self._params(accelerator),
-            resume_from_checkpoint=settings.resume_from,
-            seeds_workers=False,
+        logger = self.logger = open_run(
+            self.settings,
+            prepared,
+            self._arguments,
+            self._trained,
+            params=self._own.early_params,
+            stem=self._stem,
+            mlflow_run_id=self._active_run_id() if self.is_rank_zero else None,
         )
-        logger.progress = _Quiet() if settings.tracking.silent else logger.progress
-        logger.stem = self._stem
-        logger.mlflow_run_id = self._active_run_id() if self.is_rank_zero else None
-        logger.start()
-        self.logger = logger
-        logger.register("autolog", _Memory(self._trained, prepared))
+        self._events_of_run = logger.events
         if isinstance(choice, str):
             if choice:
                 self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
@@ -190,26 +188,15 @@ class Session:
         # Of all optimizers alike: one that is wrapped, or steps within backward, too.
         self._hook = register_optimizer_step_post_hook(self._stepped)
         self._sees_steps = isinstance(raw(prepared.optimizers[0]), torch.optim.Optimizer)
-        for values, step in self._early_metrics:
-            self.log(values, step)
-        self._early_metrics.clear()
-        if num_done := logger.epoch + (1 if logger.events.loaders_done else 0):
+        self._own.begin(logger)
+        if num_done := logger.epoch + (1 if self._events.loaders_done else 0):
             assert self._model is not None
             self._replay = Replay(logger, self._model, num_done)
+            self._stillness.put()
             self._say(
                 f"harness: the script's first {num_done} epochs are done: they go by with one batch each, which "
                 "changes nothing, and what the script logs or saves through accelerate meanwhile is left out"
             )
-
-    def _params(self, accelerator: Accelerator) -> dict[str, Any]:
-        sizes = [getattr(loader, "total_batch_size", None) for loader in self.prepared.loaders[:1]]
-        training = {
-            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-            "mixed_precision": accelerator.mixed_precision,
-            **({"batch_size": sizes[0]} if sizes and isinstance(sizes[0], int) else {}),
-        }
-        own = {"args": dict(self._arguments.look())} if self._arguments.look() else {}
-        return {**own, **self.prepared.hyperparameters, "training": training, **self._early_params}
 
     # ---------------------------------------------------------------------- one pass
 
@@ -221,19 +208,23 @@ class Session:
         before, this = self._pass, Pass(loader, is_likely=is_likely)
         self._pass = this
         if before is not None and before.is_likely:
-            logger.events.forget_data()  # an iterator that is still there, of which nothing came
+            self._events.forget_data()  # an iterator that is still there, of which nothing came
         inner, iterator = loader, original(loader)
         if not is_likely:
             logger.describe_dataset(loader, "eval")
         else:
             self._begin_epoch()
-            inner, iterator = logger.events.begin_data(loader)
+            self._inner = loader
+            inner, iterator = self._events.begin_data(loader)
             self._inner = inner
         try:
             for batch in iterator:
                 this.batch_is_out(batch)
                 yield batch
-                self._batch_done(this, is_last=bool(getattr(inner, "end_of_dataloader", False)))
+                if this.is_training:
+                    self._batch_done(this, is_last=getattr(inner, "end_of_dataloader", False))
+                else:
+                    this.num_seen += 1
         except GeneratorExit:
             if this is self._pass and this.is_training and this.has_news:
                 # Counting it is collective, for which this is no place: it comes with the epoch's end.
@@ -252,45 +243,39 @@ class Session:
             yield from original(loader)
         finally:
             if not self._is_over:
-                self.logger.events.skip_time()
+                self._events.skip_time()
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         assert self.logger is not None
         self._pass = self._inner = None
         if this.is_training:
             self._ended = this
-            self.logger.events.keep_learning_rates()
+            self._events.keep_learning_rates()
         if this.is_likely:
-            self.logger.events.leave_data(inner, iterator)
+            self._events.leave_data(inner, iterator)
         if this.is_training and self._left is None:
-            self.logger.events.end_data()
+            self._events.end_data()
         elif this.is_likely and not this.is_training:
-            self.logger.events.forget_data()
+            self._events.forget_data()
 
     def _batch_done(self, this: Pass, *, is_last: bool) -> None:
-        if not this.is_training:
-            this.num_seen += 1
-            return
-        assert self.logger is not None
         self._log_loss(this)
         self._count(this.num_samples, is_last=is_last, is_step=this.take_step())
 
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
-        logger = self.logger
-        assert logger is not None
+        events = self._events
         try:
-            step = logger.step + is_step if self._sees_steps else None
-            logger.events.batch_done(num_samples, is_loaders_last=is_last, step=step)
+            step = events.place.step + is_step if self._sees_steps else None
+            events.batch_done(num_samples, is_loaders_last=is_last, step=step)
         except Stopped as error:
             self.fail(error)
             # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
             raise SystemExit(EXIT_REQUEUE) from error
 
     def _log_loss(self, this: Pass) -> None:
-        assert self.logger is not None
         if (taken := this.take_loss()) is not None:
             loss, num_samples = taken
-            self.logger.log({"train/loss": loss}, num_samples or 1)
+            self._events.log({"train/loss": loss}, num_samples or 1)
 
     def _is_training_after_all(self, this: Pass) -> None:
         """The first backward of a pass."""
@@ -299,7 +284,7 @@ class Session:
         if not this.is_likely:
             self._begin_epoch()
         this.is_training = self._is_epoch_open = True
-        logger.events.count_data(this.num_seen)
+        self._events.count_data(this.num_seen)
         index = self.prepared.index_of(this.loader)
         if self._trained.loaders and index not in self._trained.loaders:
             self._say_once("several loaders are trained on: a pass over any of them counts as an epoch")
@@ -312,7 +297,7 @@ class Session:
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if (this := self._pass or self._ended) is not None:
-            this.stepped()
+            this.has_stepped = True
 
     # ---------------------------------------------------------------------- epochs
 
@@ -322,8 +307,8 @@ class Session:
         self._end_epoch(is_last=False)
         if self._replay is not None:
             self._replay.goes_on(self.prepared.loaders)
-            self._replay = None
-        logger.events.begin_epoch()
+            self._replay_is_over()
+        self._events.begin_epoch()
 
     def _end_epoch(self, *, is_last: bool) -> None:
         logger = self.logger
@@ -338,7 +323,7 @@ class Session:
             self._count(0, is_last=True, is_step=self._ended.take_step())
         self._ended = None
         self._is_epoch_open = False
-        logger.events.end_epoch(logger.epoch + 1 if is_last else None)
+        self._events.end_epoch(logger.epoch + 1 if is_last else None)
 
     def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
         assert self._replay is not None and self.logger is not None
@@ -347,8 +332,12 @@ class Session:
         yield from self._replay.one_batch(loader, original)
         if is_training and self._replay.pass_done(loader):
             # Cut off between an epoch's last step and its end: what comes now is that end.
-            self._replay = None
+            self._replay_is_over()
             self._is_epoch_open = True
+
+    def _replay_is_over(self) -> None:
+        self._replay = None
+        self._stillness.take_away()
 
     # ---------------------------------------------------------------------- the end
 
@@ -376,7 +365,7 @@ class Session:
             if this.has_news:
                 self._batch_done(this, is_last=False)
             self._pass = self._inner = None
-            logger.events.end_epoch(logger.epoch, is_whole=False)
+            self._events.end_epoch(logger.epoch, is_whole=False)
         else:
             self._end_epoch(is_last=True)
 
@@ -394,7 +383,8 @@ class Session:
 
     def _over(self) -> None:
         self._is_over = True
-        self._pass = self._inner = self._replay = self._ended = None
+        self._pass = self._inner = self._ended = None
+        self._replay_is_over()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -420,49 +410,3 @@ class Session:
                 f"harness: autolog: {what}; with PeriodicLogger(accelerator), its watch(model, optimizer), epochs(n) "
                 "and batches(loader) you say it yourself"
             )
-
-
-class _Memory:
-    """What a run that goes on must know of the passes before: part of each checkpoint."""
-
-    def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
-        self._trained = trained
-        self._prepared = prepared
-
-    def state_dict(self) -> dict[str, Any]:
-        trained = self._trained
-        return {
-            "loaders": sorted(trained.loaders),
-            "is_in_train_mode": trained.is_in_train_mode,
-            "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._trained.loaders = set(state["loaders"])
-        self._trained.is_in_train_mode = state["is_in_train_mode"]
-        for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
-            # accelerate seeds a pass's order with it.
-            if hasattr(loader, "iteration"):
-                loader.iteration = iteration
-
-
-class _Quiet(Progress):
-    """Says nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(enabled=False)
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-
-def _number(value: Any) -> float | None:
-    """A value that is one number, or None."""
-    if isinstance(value, (bool, int, float)):
-        return float(value)
-    if isinstance(value, torch.Tensor):
-        return float(value.item()) if value.numel() == 1 else None
-    try:
-        return float(value) if getattr(value, "ndim", None) == 0 else None
-    except (TypeError, ValueError):
-        return None

@@ -55,11 +55,6 @@ class Switch:
             Replacement(of_accelerate, "Accelerator.init_trackers", "the script's parameters", self._init_trackers),
             Replacement(of_accelerate, "Accelerator.end_training", "the training has ended", self._ends),
             Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._ends),
-            Replacement(of_accelerate, "Accelerator.save_state", "not of epochs that are done", self._not_replayed),
-            Replacement(of_accelerate, "Accelerator.save_model", "not of epochs that are done", self._not_replayed),
-            Replacement(of_accelerate, "Accelerator.save", "not of epochs that are done", self._not_replayed),
-            Replacement("accelerate.optimizer", "AcceleratedOptimizer.step", "likewise", self._not_replayed),
-            Replacement("accelerate.scheduler", "AcceleratedScheduler.step", "likewise", self._not_replayed),
             Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
             Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
             Replacement("accelerate.tracking", "MLflowTracker.log", "once", self._tracked),
@@ -70,6 +65,19 @@ class Switch:
             Replacement("mlflow", "log_metrics", "the script's metrics", calls.log_metrics),
             Replacement("mlflow", "log_param", "the script's parameters", calls.log_param),
             Replacement("mlflow", "log_params", "the script's parameters", calls.log_params),
+        ]
+
+    def _table_of_stillness(self) -> list[Replacement]:
+        """What does nothing while epochs go by that are done."""
+        return [
+            Replacement(f"accelerate.{module}", name, "of an epoch that is done", _do_nothing)
+            for module, name in (
+                ("accelerator", "Accelerator.save_state"),
+                ("accelerator", "Accelerator.save_model"),
+                ("accelerator", "Accelerator.save"),
+                ("optimizer", "AcceleratedOptimizer.step"),
+                ("scheduler", "AcceleratedScheduler.step"),
+            )
         ]
 
     def turn_on(self) -> None:
@@ -176,9 +184,6 @@ class Switch:
                 )
         return original(local_sgd)
 
-    def _not_replayed(self, original: Function, *args: Any, **kwargs: Any) -> Any:
-        return None if self.session.is_replaying else original(*args, **kwargs)
-
     def _iterate(self, original: Function, loader: Any) -> Iterator[Any]:
         return self.session.iterate(loader, original)
 
@@ -197,7 +202,14 @@ class Switch:
     # ------------------------------------------------------------------- trainings
 
     def _new_session(self) -> Session:
-        return Session(self.settings, self._arguments, script_name(), self._run_to_be_ours, fluent.end_active_run)
+        return Session(
+            self.settings,
+            self._arguments,
+            script_name(),
+            self._run_to_be_ours,
+            fluent.end_active_run,
+            Replacements(self._table_of_stillness()),
+        )
 
     def _run_id_before(self) -> str | None:
         return run_id_of(self.settings)
@@ -237,6 +249,10 @@ class Switch:
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:
     return any(tracker.name == "mlflow" for tracker in accelerator.trackers)
+
+
+def _do_nothing(original: Function, *args: Any, **kwargs: Any) -> None:
+    """In place of what would change or save something."""
 
 
 _on: Switch | None = None

@@ -13,14 +13,18 @@ def test_own_vote_is_read_when_there_is_one_process() -> None:
     assert votes.read() is None
 
 
-def test_vote_is_due_at_each_step_when_there_is_one_process() -> None:
+def test_vote_can_be_cast_at_any_time_when_there_is_one_process() -> None:
     votes = Votes(None)
     votes.pace(0.001)
-    assert [votes.is_due() for _ in range(3)] == [True] * 3
+    assert votes.is_due
+    votes.cast([0, 0])
+    assert not votes.is_cast  # nobody has asked for anything
+    votes.cast([0, 1])
+    assert votes.is_cast
 
 
 def test_vote_is_refused_when_the_one_before_is_not_read() -> None:
     votes = Votes(None)
-    votes.cast([0, 0])
+    votes.cast([0, 1])
     with pytest.raises(AssertionError, match="before it was read"):
         votes.cast([0, 0])

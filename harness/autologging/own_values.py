@@ -1,0 +1,70 @@
+"""What the script logs itself, before its run has begun and in it: each value once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from harness.errors import MetricError
+from harness.periodic import PeriodicLogger
+
+
+class OwnValues:
+    """The script's own metrics and parameters, which are whole; rank zero's count.
+
+    Effects: not collective; main thread; nothing on disk but by the logger.
+
+    Args:
+        say_once: a line for the user.
+
+    Attributes:
+        early_params: what was logged before there was a run.
+    """
+
+    def __init__(self, say_once: Callable[[str], None]) -> None:
+        self._say_once = say_once
+        self._logger: PeriodicLogger | None = None
+        self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
+        self.early_params: dict[str, Any] = {}
+
+    def begin(self, logger: PeriodicLogger) -> None:
+        """There is a run, which has had `early_params`: it gets the metrics too."""
+        self._logger = logger
+        for values, step in self._early_metrics:
+            self.log(values, step)
+        self._early_metrics.clear()
+
+    def log(self, values: Mapping[str, Any], step: int | None) -> None:
+        """Metrics. What is no number is left out."""
+        numbers = {str(name): number for name, value in values.items() if (number := _number(value)) is not None}
+        if not numbers:
+            return
+        if self._logger is None:
+            self._early_metrics.append((numbers, step))
+            return
+        for name, number in numbers.items():
+            try:
+                self._logger.record({name: number}, step)
+            except MetricError as error:
+                self._say_once(f"a metric of the script is left out: {error}")
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Parameters."""
+        if self._logger is None:
+            self.early_params.update(values)
+        else:
+            self._logger.log_params(values)
+
+
+def _number(value: Any) -> float | None:
+    """A value that is one number, or None."""
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    if isinstance(value, torch.Tensor):
+        return float(value.item()) if value.numel() == 1 else None
+    try:
+        return float(value) if getattr(value, "ndim", None) == 0 else None
+    except (TypeError, ValueError):
+        return None
