@@ -27,7 +27,7 @@ from harness.votes import Votes
 from harness.windows import MetricWindows
 
 # In one process: how late a request to stop that no signal brings is seen, and a bar redrawn.
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S = 0.1
 
 
 class Course:

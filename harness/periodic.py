@@ -196,81 +196,83 @@ class PeriodicLogger:
             )
             self.mlflow_run_id = self._run.mlflow_run_id
             self.run_name, self.run_path = directory.name, directory.path
-            retention = Retention(
-                self.run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say
-            )
-
-            def committed(name: str, manifest: Manifest) -> None:
-                self._run.publish(name, manifest)
-                remove_downloads(directory.path / "downloads")
-                # Behind its publication: in MLflow too nothing goes before what takes its place is there.
-                retention.apply(name)
-
-            self._saver = Saver(
-                self.accelerator,
-                self._agreement,
-                self.checkpoint_config,
-                self.run_path / "checkpoints",
-                self.topology.run_facts,
-                provenance.versions(),
-                committed,
-                self._take_rank_state,
-                self._run.sync,
-            )
-            self._resumption = Resumption(
-                self.accelerator,
-                self._agreement,
-                self.run_path,
-                self._resume_from,
-                self._initial_weights,
-                self.tracking_config.tracking_uri,
-                self.say,
-            )
-            self._resumption.find()
-            history = self._history = MetricHistory(self.latest, self._run.log_metrics, self._run.log_recorded)
-            self._saves = Saves(
-                self.accelerator,
-                self._saver,
-                self._place,
-                self._batches,
-                self._windows,
-                history,
-                self._resumption.states,
-                self._run.keep_points,
-                self.say,
-            )
-            self._course = Course(
-                self.accelerator,
-                self.checkpoint_config,
-                self.tracking_config,
-                self._place,
-                self._batches,
-                self._run,
-                self._windows,
-                history,
-                self._saves,
-                votes,
-                self.progress,
-                self.say,
-            )
-            self.events = LoopEvents(
-                self.accelerator, self._place, self._batches, self._resumption, self._course, self._windows, self._rates
-            )
-            self._loop = OwnLoop(
-                self.accelerator,
-                self._agreement,
-                self._run,
-                self._place,
-                self._batches,
-                self._windows,
-                self._resumption,
-                self._saves,
-                self._course,
-                self.events,
-                self.progress,
-            )
+            self._build(directory.path, votes)
         except BaseException as error:
             raise self.fail(error) from None
+
+    def _build(self, run_path: Path, votes: Votes) -> None:
+        """All that a run's directory is needed for, each part from those before it."""
+        retention = Retention(run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say)
+
+        def committed(name: str, manifest: Manifest) -> None:
+            self._run.publish(name, manifest)
+            remove_downloads(run_path / "downloads")
+            # Behind its publication: in MLflow too nothing goes before what takes its place is there.
+            retention.apply(name)
+
+        self._saver = Saver(
+            self.accelerator,
+            self._agreement,
+            self.checkpoint_config,
+            run_path / "checkpoints",
+            self.topology.run_facts,
+            provenance.versions(),
+            committed,
+            self._take_rank_state,
+            self._run.sync,
+        )
+        self._resumption = Resumption(
+            self.accelerator,
+            self._agreement,
+            run_path,
+            self._resume_from,
+            self._initial_weights,
+            self.tracking_config.tracking_uri,
+            self.say,
+        )
+        self._resumption.find()
+        history = self._history = MetricHistory(self.latest, self._run.log_metrics, self._run.log_recorded)
+        self._saves = Saves(
+            self.accelerator,
+            self._saver,
+            self._place,
+            self._batches,
+            self._windows,
+            history,
+            self._resumption.states,
+            self._run.keep_points,
+            self.say,
+        )
+        self._course = Course(
+            self.accelerator,
+            self.checkpoint_config,
+            self.tracking_config,
+            self._place,
+            self._batches,
+            self._run,
+            self._windows,
+            history,
+            self._saves,
+            votes,
+            self.progress,
+            self.say,
+        )
+        self.events = LoopEvents(
+            self.accelerator, self._place, self._batches, self._resumption, self._course, self._windows, self._rates
+        )
+        self._loop = OwnLoop(
+            self.accelerator,
+            self._agreement,
+            self._run,
+            self._place,
+            self._batches,
+            self._windows,
+            self._resumption,
+            self._saves,
+            self._course,
+            self.events,
+            self.progress,
+        )
 
     @property
     def batch_before(self) -> GlobalBatch | None:
