@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from harness import cpu
-from harness.config import CheckpointConfig
 from harness.integrations.lightning import HarnessCallback
 from tests.unit.integrations.digits_module import DigitsModule, ShardedDigits
 
@@ -62,7 +61,7 @@ for name, (kind, strategy) in STRATEGIES.items():
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[HarnessCallback(2, run_name=name, checkpoint=CheckpointConfig(when_busy="wait"))],
+        callbacks=[HarnessCallback(2, run_name=name)],
     )
     module = kind(width=4)
     trainer.fit(module)

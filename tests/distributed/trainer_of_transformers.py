@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from harness import cpu
-from harness.config import CheckpointConfig
 from harness.integrations.transformers import HarnessCallback
 
 LENGTH = 16
@@ -75,7 +74,7 @@ def train(name: str, deepspeed: dict[str, Any] | None = None) -> None:
         arguments,
         train_dataset=Text(),
         eval_dataset=Text(),
-        callbacks=[keep, HarnessCallback(2, run_name=name, checkpoint=CheckpointConfig(when_busy="wait"))],
+        callbacks=[keep, HarnessCallback(2, run_name=name)],
     )
     keep.trainer.train()
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 import harness
-from harness.config import CheckpointConfig
 from harness.errors import ConfigError
 from harness.integrations.keras import HarnessCallback, load_model
 from harness.tasks import Digits
@@ -62,7 +61,7 @@ model.fit(
     verbose=0,
     callbacks=[
         keras.callbacks.BackupAndRestore("backup", delete_checkpoint=False),
-        HarnessCallback(1, run_name="digits", checkpoint=CheckpointConfig(when_busy="wait")),
+        HarnessCallback(1, run_name="digits"),
         At(),
     ],
 )
@@ -98,9 +97,7 @@ if HOW == "check":
     targets = {"digit": labels[:256], "odd": (labels[:256] % 2).astype("float32")}
 
     def fit_two(**epochs: int) -> None:
-        ours = HarnessCallback(
-            2, run_name="two", checkpoint=CheckpointConfig(when_busy="wait"), input_example=images[:4]
-        )
+        ours = HarnessCallback(2, run_name="two", input_example=images[:4])
         two.fit(images[:256], targets, validation_data=(images[:256], targets), verbose=0, callbacks=[ours], **epochs)
 
     fit_two(epochs=2)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import harness
 from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig
 from harness.errors import ConfigError, Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
@@ -39,7 +38,7 @@ def make_trainer(*callbacks: Callback, every_n_epochs: int = 1, **arguments: Any
     return pl.Trainer(
         **options | {"enable_progress_bar": False, "enable_model_summary": False} | arguments,  # type: ignore[arg-type]
         callbacks=[
-            HarnessCallback(every_n_epochs, run_name="digits", checkpoint=CheckpointConfig(when_busy="wait")),
+            HarnessCallback(every_n_epochs, run_name="digits"),
             *callbacks,
         ],
     )

@@ -23,7 +23,6 @@ from transformers import (
 
 import harness
 from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig
 from harness.errors import CheckpointError, Stopped
 from harness.integrations.transformers import HarnessCallback
 from harness.tasks import Digits
@@ -78,7 +77,7 @@ def make_trainer(*callbacks: TrainerCallback, every_n_epochs: int = 1, **argumen
         train_dataset=Images(256),
         eval_dataset=Images(64),
         callbacks=[
-            HarnessCallback(every_n_epochs, run_name="bert", checkpoint=CheckpointConfig(when_busy="wait")),
+            HarnessCallback(every_n_epochs, run_name="bert"),
             *callbacks,
         ],
     )
