@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -87,8 +86,12 @@ def checkpoint_table(run_dir: Path) -> str:
 
 
 def how_to_open(run_dir: Path) -> str:
-    """The one command that opens the MLflow page of a run, or what to do instead."""
-    record = json.loads((run_dir / "run.json").read_text())
+    """The one command that opens the MLflow page of a run, or what to do instead.
+
+    Raises:
+        RunDirError: if the run's record cannot be read.
+    """
+    record = read_run_record(run_dir)
     if "run_id" not in record and (run_dir / "outbox" / "settings.json").exists():
         return f"not in MLflow yet; deliver it with:  harness sync {shlex.quote(str(run_dir))}"
     if "run_id" not in record:

@@ -107,5 +107,5 @@ def test_table_says_so_when_there_is_no_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_line_opens_the_page_when_there_is_a_run(tmp_path: Path, record: dict[str, str], expected: str) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key-1", **record}))
     assert expected in how_to_open(tmp_path)
