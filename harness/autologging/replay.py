@@ -10,10 +10,12 @@ the optimizers' steps are left out, so the weights stay those that were put back
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from harness.periodic import PeriodicLogger
 
@@ -31,6 +33,7 @@ class Replay:
 
     def __init__(self, logger: PeriodicLogger, model: nn.Module, num_left: int) -> None:
         self._logger = logger
+        self._reducing = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
         self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
         self._iterations: dict[int, int] = {}
         self._is_epoch_cut = bool(logger.events.loaders_done)
@@ -43,13 +46,29 @@ class Replay:
         try:
             for batch in iterator:
                 loader.end_of_dataloader = True  # or an accumulation would stay open
-                yield batch
+                with self._no_backward_follows():
+                    yield batch
                 break
         finally:
             iterator.close()  # type: ignore[attr-defined]
             state = getattr(loader, "gradient_state", None)
             if state is not None and loader in state.dataloader_references:
                 loader.end()
+
+    @contextmanager
+    def _no_backward_follows(self) -> Iterator[None]:
+        """Have DDP not wait for the backward of these forwards.
+
+        It would take the next one for it, and reduce gradients there that are still to be accumulated.
+        """
+        before = [(each, each.require_backward_grad_sync, each.require_forward_param_sync) for each in self._reducing]
+        for each in self._reducing:
+            each.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            for each, reduces, broadcasts in before:
+                each.require_backward_grad_sync, each.require_forward_param_sync = reduces, broadcasts
 
     def pass_done(self, loader: Any) -> bool:
         """A training pass is over; whether it is the last one, of an epoch whose end is still to come."""
