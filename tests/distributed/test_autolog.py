@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from harness.checkpoint.commit import list_checkpoints
+from tests.autologged.local_sgd import train_apart
 from tests.autologged.recording import VARIABLE
+from tests.distributed.test_saver import ranks
 from tests.launching import BIN, ROOT, accelerate, harness, run
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 from tests.services.mlflow_server import make_database
@@ -132,3 +135,24 @@ def test_everything_is_in_one_run_once_when_every_rank_of_a_script_tracks_with_m
     assert apart.data.metrics["by_accelerate"] == 5.0
     assert [model.tags["step"] for model in models(reader, apart)] == ["3"]
     assert told["replaced_afterwards"] == []
+
+
+def test_metrics_are_logged_and_no_checkpoint_is_made_when_ranks_train_apart(tmp_path: Path) -> None:
+    with ranks(2, train_apart, tmp_path) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "said-0").read_text()
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(2)]
+    assert [text.count("under LocalSGD each rank has weights") for text in said] == [1, 0]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    reader, mlflow_run = client(tmp_path), only_run(tmp_path)
+    assert mlflow_run.info.status == "FINISHED"
+    assert models(reader, mlflow_run) == []
+    of_ranks = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
+    means = [mean([*first, *second]) for first, second in zip(*of_ranks, strict=True)]
+    points = history(reader, mlflow_run, "train/loss")
+    assert [(point.step, point.value) for point in points] == [
+        (4, pytest.approx(means[0])),
+        (8, pytest.approx(means[1])),
+    ]
