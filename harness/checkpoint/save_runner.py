@@ -28,14 +28,14 @@ import torch
 from harness.checkpoint import commit, trainer_state
 from harness.checkpoint.board import Board
 from harness.checkpoint.commit import FileRecord, Manifest
+from harness.checkpoint.engine import Engine
+from harness.checkpoint.fence import Fence
 from harness.checkpoint.gather import Gatherer
-from harness.checkpoint.plan import Plan
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.shards.held import Held
-from harness.checkpoint.snapshot import CopyRest, Fence, ModeChoice, Snapshot, StagingMemory
+from harness.checkpoint.snapshot import CopyRest
 from harness.checkpoint.trainer_state import Moment
 from harness.checkpoint.transport import Transport
-from harness.checkpoint.write import WriterProcess, sync_files, write_json
+from harness.checkpoint.write import sync_files, write_json
 from harness.checkpoint.writer import told
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -44,18 +44,6 @@ _NICENESS = 5
 # How long rank zero may take from the last rank's record to a committed checkpoint, published included.
 _COMMIT_S = 120.0
 _CALLED_OFF = "called off"
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What is made once for a structure: of the model, of the optimizer's state."""
-
-    held: Held
-    plan: Plan
-    staging: StagingMemory
-    snapshot: Snapshot
-    writer: WriterProcess
-    mode: ModeChoice
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
@@ -28,15 +27,15 @@ from harness.agreement import Agreement
 from harness.checkpoint import commit
 from harness.checkpoint.board import Board
 from harness.checkpoint.commit import Manifest
+from harness.checkpoint.engine import Engine, make_engine, plan_saves
+from harness.checkpoint.fence import Fence
 from harness.checkpoint.gather import Gatherer
-from harness.checkpoint.plan import Plan, make_plan
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.save_runner import CalledOff, Engine, Save, SaveFacts, SaveRunner, Small
-from harness.checkpoint.shards.held import Held, find_held, innermost
-from harness.checkpoint.snapshot import CopyRest, Fence, Lower, ModeChoice, Ready, Snapshot, StagingMemory
+from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
+from harness.checkpoint.shards.held import Held, innermost
+from harness.checkpoint.snapshot import copied, copy_nothing
 from harness.checkpoint.trainer_state import Moment, Watched, check_scheduler, take_trainer_state
 from harness.checkpoint.transport import choose
-from harness.checkpoint.write import WriterProcess
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
 from harness.peers import connect
@@ -92,7 +91,6 @@ class Saver:
         if transport == "gather" and agreement.world_size > 1:
             self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
         self._fence = Fence()
-        self._dtype = None if config.dtype is None else getattr(torch, config.dtype)
         facts = SaveFacts(transport, topology, versions)
         self._runner = SaveRunner(
             config, self._board, self._gatherer, self._fence, accelerator.device, facts, committing, committed
@@ -141,7 +139,7 @@ class Saver:
         self._await_save()
         self._watched = watched
         self._drop_engine()
-        self._plan(watched)
+        plan_saves(self._accelerator, self._agreement, self._config, watched)
         if not self._config.save_weights_only:
             check_scheduler(watched)
 
@@ -155,63 +153,14 @@ class Saver:
         self._await_save()
         self._drop_engine()
         self._must_prepare = False
-        held, plan = self._plan(self._watched)
-        failure: Exception | None = None
-        try:
-            self._engine = self._make_engine(held, plan)
-        except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
-            failure = error
-        # All or none: a rank without memory must not leave the others waiting at the first save.
-        states = self._agreement.gather_numbers(
-            "the preparation of checkpoints", [failure is not None, plan.staging_bytes]
-        )
-        failed = [rank for rank, (has_failed, _) in enumerate(states) if has_failed]
-        if failed:
-            self._drop_engine()
-            needed = f"{states[failed[0]][1]:,} bytes of host memory"
-            raise CheckpointError(
-                f"rank {failed[0]} cannot prepare to save ({needed}): {failure or 'see its own output'}; give the node "
-                "more memory, more ranks, or use checkpoint.save_weights_only"
-            ) from failure
+        self._engine = make_engine(self._accelerator, self._agreement, self._config, self._watched)
         # That torch calls the hook before another optimizer's steps says nothing of this one's.
         self._fence.watched = innermost(self._watched.optimizer)
         self._steps_at_prepare = self._fence.num_steps
 
-    def _make_engine(self, held: Held, plan: Plan) -> Engine:
-        device = self._accelerator.device
-        staging = StagingMemory(plan.staging_bytes, pinned=device.type == "cuda")
-        writer = WriterProcess(staging, plan.layout, plan.ranges, makes_files=self._rank == 0)
-        try:
-            snapshot = Snapshot(held, plan, staging, device)
-            writer.start()
-            snapshot.look_up()
-            begun_s = time.perf_counter()
-            snapshot.begin()(_no_matter, _no_matter)
-            mode = ModeChoice(time.perf_counter() - begun_s)
-        except BaseException:
-            writer.close()
-            staging.close()
-            raise
-        return Engine(held, plan, staging, snapshot, writer, mode)
-
-    def _plan(self, watched: Watched) -> tuple[Held, Plan]:
-        """Find what this rank holds, and plan; if one rank does not understand its state, all say so."""
-        held = self._agreement.together(
-            "finding what is to be saved",
-            lambda: find_held(
-                self._accelerator,
-                watched.model,
-                watched.optimizer,
-                weights_only=self._config.save_weights_only,
-                dtype=self._dtype,
-            ),
-        )
-        return held, make_plan(held, self._agreement, self._config.max_shard_size_bytes)
-
     def _drop_engine(self) -> None:
         if self._engine is not None:
-            self._engine.writer.close()
-            self._engine.staging.close()
+            self._engine.close()
             self._engine = None
         self._measured = None
 
@@ -319,7 +268,7 @@ class Saver:
     def _call_off(self, moment: Moment, engine: Engine, begun_s: float) -> None:
         """Say, after what this rank is at, that it takes no part in a save."""
         save = self._next_save(moment, engine, Small(None, None, CalledOff()), begun_s)
-        self._saving = self._runner.start(save, _copied_nothing)
+        self._saving = self._runner.start(save, copy_nothing)
 
     def _begin(self, moment: Moment, engine: Engine, small: Small, begun_s: float) -> None:
         save = self._next_save(moment, engine, small, begun_s)
@@ -331,7 +280,7 @@ class Saver:
             self._fence.raise_()
             self._measured = save
         else:
-            copy_rest = _copied(copy_rest)
+            copy_rest = copied(copy_rest)
         self._runner.status = f"writing {moment.name}"
         self._saving = self._runner.start(save, copy_rest)
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
@@ -433,26 +382,3 @@ class Saver:
         self._fence.close()
         if self._saving is None or self._saving.done():
             self._drop_engine()
-
-
-def _copied(copy_rest: CopyRest) -> CopyRest:
-    """Copy now; what remains for the other thread is to fail if this did."""
-    failure: list[RuntimeError] = []
-    try:
-        copy_rest(_no_matter, _no_matter)
-    except RuntimeError as error:  # this rank's alone
-        failure.append(error)
-
-    def remains(lower: Lower, ready: Ready) -> None:
-        if failure:
-            raise failure[0]
-
-    return remains
-
-
-def _copied_nothing(lower: Lower, ready: Ready) -> None:
-    """There is nothing to copy."""
-
-
-def _no_matter(_: object) -> None:
-    """Nobody waits for it."""

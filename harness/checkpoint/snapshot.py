@@ -2,36 +2,27 @@
 
     main thread     save: look the tensors up, copy what may change at once, hand over
     copying thread  one call of ATen without the GIL (CPU), or copies on a side stream (CUDA)
-    main thread     the next optimizer step waits, if it must, until the copy is done: the fence
+    main thread     the next optimizer step waits, if it must, until the copy is done: `fence`
 
-The fence is a hook that torch calls before every optimizer's step, inside DeepSpeed's and accelerate's
-too. Parameters and moments change in a step and nowhere else; what may change earlier is copied before
-`begin` returns.
+Parameters and moments change in a step and nowhere else; what may change earlier is copied before `begin`
+returns.
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
 import operator
-import os
-import statistics
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.checkpoint.plan import Piece, Plan
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import DTYPES, Source
-from harness.errors import CheckpointError
+from harness.checkpoint.staging import StagingMemory
 
-Mode = Literal["overlapped", "blocking"]
 # Says that the next step may come, on CUDA after an event; and how much of the memory is copied.
 Lower = Callable[["torch.cuda.Event | None"], None]
 Ready = Callable[[int], None]
@@ -42,59 +33,13 @@ _CALL_TENSORS = 256
 # And no more than this, so that the disk has something to do soon.
 _CALL_BYTES = 16 << 20
 _LOCAL_OF = operator.attrgetter("_local_tensor")
-_FENCE_TIMEOUT_S = 600.0
-_NUM_TRIALS = 3
-
-
-class StagingMemory:
-    """Host memory for what one rank owns, that other processes can map by its file descriptor.
-
-    Effects: not collective; blocks while the pages are made; leaves nothing on disk.
-
-    Args:
-        size_bytes: at least one page is taken.
-        pinned: page-lock it, for copies from a CUDA device.
-    """
-
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        self.size_bytes = max(size_bytes, mmap.PAGESIZE)
-        self.descriptor = _anonymous_file()
-        os.ftruncate(self.descriptor, self.size_bytes)
-        self._map = mmap.mmap(self.descriptor, self.size_bytes)
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        # Every page is made now: the first save shall not pay for it.
-        self.bytes.zero_()
-        self._pinned = pinned
-        if pinned:
-            _cudart("cudaHostRegister", self.bytes.data_ptr(), self.size_bytes, 0)
-
-    def close(self) -> None:
-        """Give the memory back. Whoever has mapped it keeps it."""
-        if self._pinned:
-            _cudart("cudaHostUnregister", self.bytes.data_ptr())
-            self._pinned = False
-        os.close(self.descriptor)
-
-
-def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("harness-staging", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux
-        return os.dup(file.fileno())
-
-
-def _cudart(function: str, *arguments: int) -> None:
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    code = int(getattr(runtime, function)(*arguments))
-    if code != 0:
-        raise CheckpointError(f"{function}: host memory for checkpoints cannot be page-locked (CUDA error {code})")
 
 
 class Snapshot:
     """Copies the pieces of a plan into staging memory.
 
-    Effects: not collective; `begin` and the fence run in the main thread (the fence in whichever thread
-    steps an optimizer); `begin` blocks for what is copied at once; nothing on disk.
+    Effects: not collective; main thread, but for what `begin` returns; `begin` blocks for what is copied at once;
+    nothing on disk.
 
     Args:
         held: what this rank holds.
@@ -309,87 +254,33 @@ def _copy_on(
         ready(batch.ready_bytes)
 
 
-class Fence:
-    """Holds optimizer steps back while a snapshot is being copied.
+def copy_here(copy_rest: CopyRest) -> None:
+    """Copy the rest in this thread, with nobody to wait for it.
 
-    Effects: not collective; one hook on every optimizer's step of this process until `close`; a step
-    blocks while a copy on the CPU runs, and never on CUDA beyond the enqueueing; nothing on disk.
-
-    Attributes:
-        watched: the optimizer whose steps `num_steps` counts; None: every optimizer's.
-        num_steps: how often torch has called the hook.
+    Raises:
+        RuntimeError: if a copy fails, on this rank alone.
     """
-
-    def __init__(self) -> None:
-        self.watched: Any = None
-        self._copied = threading.Event()
-        self._copied.set()
-        self._event: torch.cuda.Event | None = None
-        # Not traced into a compiled optimizer: it must run, each time.
-        before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
-        self._hook = register_optimizer_step_pre_hook(before_step)
-        self.is_passed = True
-        self.num_steps = 0
-        self.waited_s = 0.0
-
-    def raise_(self) -> None:
-        """From here on no optimizer steps until `lower`."""
-        self._copied.clear()
-        self._event = None
-        self.waited_s = 0.0
-        self.is_passed = False
-
-    def lower(self, event: torch.cuda.Event | None = None) -> None:
-        """The copy is done, or (CUDA) will be when `event` is: any thread. The first call counts."""
-        if not self._copied.is_set():
-            self._event = event
-            self._copied.set()
-
-    def _before_step(self, optimizer: Any, *_: Any) -> None:
-        self.num_steps += self.watched is None or optimizer is self.watched
-        if not self.is_passed:
-            self._wait()
-        event = self._event
-        if event is not None:
-            # Each step on its own stream, in its own thread: all of them wait until the copy is over.
-            torch.cuda.current_stream().wait_event(event)
-            if event.query():  # type: ignore[no-untyped-call]
-                self._event = None
-
-    def _wait(self) -> None:
-        begun_s = time.perf_counter()
-        if not self._copied.wait(_FENCE_TIMEOUT_S):
-            raise CheckpointError(
-                f"the copy of a checkpoint into host memory was not done {_FENCE_TIMEOUT_S:.0f} s after the next step "
-                "was due; look at this node's memory"
-            )
-        self.waited_s = time.perf_counter() - begun_s
-        self.is_passed = True
-
-    def close(self) -> None:
-        """Take the hook away."""
-        self._copied.set()
-        self._hook.remove()
+    copy_rest(_no_matter, _no_matter)
 
 
-class ModeChoice:
-    """Overlapped or blocking, by what the first saves have cost this rank.
+def copied(copy_rest: CopyRest) -> CopyRest:
+    """The same; what remains for the copying thread is to fail if this did."""
+    failure: list[RuntimeError] = []
+    try:
+        copy_here(copy_rest)
+    except RuntimeError as error:
+        failure.append(error)
 
-    Overlapping can lose: where the step's own work is shorter than the copy, or memory is the limit, the
-    next step waits at the fence for longer than a copy takes while nothing else runs.
+    def remains(lower: Lower, ready: Ready) -> None:
+        if failure:
+            raise failure[0]
 
-    Args:
-        blocking_s: what a copy took while nothing else ran.
-    """
+    return remains
 
-    def __init__(self, blocking_s: float) -> None:
-        self.blocking_s = blocking_s
-        self.mode: Mode = "overlapped"
-        self._waits_s: list[float] = []
 
-    def add(self, waited_s: float) -> None:
-        """How long the step after an overlapped save has waited."""
-        if len(self._waits_s) < _NUM_TRIALS:
-            self._waits_s.append(waited_s)
-            if len(self._waits_s) == _NUM_TRIALS and statistics.median(self._waits_s) > self.blocking_s:
-                self.mode = "blocking"
+def copy_nothing(lower: Lower, ready: Ready) -> None:
+    """What there is to copy where a save is called off."""
+
+
+def _no_matter(_: object) -> None:
+    """Nobody waits for it."""

@@ -15,7 +15,7 @@ from harness.checkpoint.all_ranges import FileRange
 from harness.checkpoint.commit import FileRecord, Range
 from harness.checkpoint.digest import digest_of
 from harness.checkpoint.layout import Layout
-from harness.checkpoint.snapshot import StagingMemory
+from harness.checkpoint.staging import StagingMemory
 from harness.checkpoint.writer import OutputFile
 from harness.errors import CheckpointError
 

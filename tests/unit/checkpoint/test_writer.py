@@ -18,7 +18,7 @@ from harness.checkpoint.holdings import Holdings
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.plan import MAX_RANGE_BYTES, Plan, plan_of
 from harness.checkpoint.shards.source import Run
-from harness.checkpoint.snapshot import StagingMemory
+from harness.checkpoint.staging import StagingMemory
 from harness.checkpoint.verify import verify
 from harness.checkpoint.write import WriterProcess, output_files, write_json
 from harness.checkpoint.writer import OutputFile, RangeWriter, make_files

@@ -1,0 +1,123 @@
+"""What saving needs of one structure of the model and the optimizer's state, made once: plan, memory, writer process.
+
+find what this rank holds -> plan, validated across ranks         before training: may it be saved?
+the same -> memory -> writer process -> one copy, measured        once the optimizer has a state
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from harness.agreement import Agreement
+from harness.checkpoint.fence import ModeChoice
+from harness.checkpoint.plan import Plan, make_plan
+from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.snapshot import Snapshot, copy_here
+from harness.checkpoint.staging import StagingMemory
+from harness.checkpoint.trainer_state import Watched
+from harness.checkpoint.write import WriterProcess
+from harness.config import CheckpointConfig
+from harness.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is made once for a structure: of the model, of the optimizer's state."""
+
+    held: Held
+    plan: Plan
+    staging: StagingMemory
+    snapshot: Snapshot
+    writer: WriterProcess
+    mode: ModeChoice
+
+    def close(self) -> None:
+        """End the writer process, and give the memory back. Not collective."""
+        self.writer.close()
+        self.staging.close()
+
+
+def plan_saves(
+    accelerator: Accelerator, agreement: Agreement, config: CheckpointConfig, watched: Watched
+) -> tuple[Held, Plan]:
+    """Find what this rank holds, and plan; if one rank does not understand its state, all say so.
+
+    Effects: collective; main thread; nothing on disk.
+
+    Args:
+        accelerator: which ranks and which strategy.
+        agreement: of all ranks.
+        config: what to save of it.
+        watched: what there is to save.
+
+    Raises:
+        CheckpointError: on all ranks, if the model's sharding or the optimizer's state is not understood.
+    """
+    held = agreement.together(
+        "finding what is to be saved",
+        lambda: find_held(
+            accelerator,
+            watched.model,
+            watched.optimizer,
+            weights_only=config.save_weights_only,
+            dtype=None if config.dtype is None else getattr(torch, config.dtype),
+        ),
+    )
+    return held, make_plan(held, agreement, config.max_shard_size_bytes)
+
+
+def make_engine(accelerator: Accelerator, agreement: Agreement, config: CheckpointConfig, watched: Watched) -> Engine:
+    """Plan, allocate, and copy once, on all ranks or on none.
+
+    Effects: collective; main thread; blocks for the allocation and the copy; leaves a writer process on each rank.
+
+    Args:
+        accelerator: which ranks and which strategy.
+        agreement: of all ranks.
+        config: what to save of it.
+        watched: what there is to save.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them has not the memory, or does not understand its state.
+    """
+    held, plan = plan_saves(accelerator, agreement, config, watched)
+    engine: Engine | None = None
+    failure: Exception | None = None
+    try:
+        engine = _make(held, plan, accelerator.device, makes_files=agreement.rank == 0)
+    except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
+        failure = error
+    # All or none: a rank without memory must not leave the others waiting at the first save.
+    states = agreement.gather_numbers("the preparation of checkpoints", [failure is not None, plan.staging_bytes])
+    failed = [rank for rank, (has_failed, _) in enumerate(states) if has_failed]
+    if not failed:
+        assert engine is not None
+        return engine
+    if engine is not None:
+        engine.close()
+    needed = f"{states[failed[0]][1]:,} bytes of host memory"
+    raise CheckpointError(
+        f"rank {failed[0]} cannot prepare to save ({needed}): {failure or 'see its own output'}; give the node "
+        "more memory, more ranks, or use checkpoint.save_weights_only"
+    ) from failure
+
+
+def _make(held: Held, plan: Plan, device: torch.device, *, makes_files: bool) -> Engine:
+    staging = StagingMemory(plan.staging_bytes, pinned=device.type == "cuda")
+    writer = WriterProcess(staging, plan.layout, plan.ranges, makes_files=makes_files)
+    try:
+        snapshot = Snapshot(held, plan, staging, device)
+        writer.start()
+        snapshot.look_up()
+        begun_s = time.perf_counter()
+        copy_here(snapshot.begin())
+        mode = ModeChoice(time.perf_counter() - begun_s)
+    except BaseException:
+        writer.close()
+        staging.close()
+        raise
+    return Engine(held, plan, staging, snapshot, writer, mode)

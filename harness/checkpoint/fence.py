@@ -1,0 +1,108 @@
+"""What holds the next optimizer step back while a snapshot is copied, and whether that is worth it.
+
+The fence is a hook that torch calls before every optimizer's step, inside DeepSpeed's and accelerate's
+too. Parameters and moments change in a step and nowhere else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from typing import Any, Literal
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from harness.errors import CheckpointError
+
+Mode = Literal["overlapped", "blocking"]
+
+_FENCE_TIMEOUT_S = 600.0
+_NUM_TRIALS = 3
+
+
+class Fence:
+    """Holds optimizer steps back while a snapshot is being copied.
+
+    Effects: not collective; one hook on every optimizer's step of this process until `close`; a step
+    blocks while a copy on the CPU runs, and never on CUDA beyond the enqueueing; nothing on disk.
+
+    Attributes:
+        watched: the optimizer whose steps `num_steps` counts; None: every optimizer's.
+        num_steps: how often torch has called the hook.
+    """
+
+    def __init__(self) -> None:
+        self.watched: Any = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._event: torch.cuda.Event | None = None
+        # Not traced into a compiled optimizer: it must run, each time.
+        before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
+        self._hook = register_optimizer_step_pre_hook(before_step)
+        self.is_passed = True
+        self.num_steps = 0
+        self.waited_s = 0.0
+
+    def raise_(self) -> None:
+        """From here on no optimizer steps until `lower`."""
+        self._copied.clear()
+        self._event = None
+        self.waited_s = 0.0
+        self.is_passed = False
+
+    def lower(self, event: torch.cuda.Event | None = None) -> None:
+        """The copy is done, or (CUDA) will be when `event` is: any thread. The first call counts."""
+        if not self._copied.is_set():
+            self._event = event
+            self._copied.set()
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        self.num_steps += self.watched is None or optimizer is self.watched
+        if not self.is_passed:
+            self._wait()
+        event = self._event
+        if event is not None:
+            # Each step on its own stream, in its own thread: all of them wait until the copy is over.
+            torch.cuda.current_stream().wait_event(event)
+            if event.query():  # type: ignore[no-untyped-call]
+                self._event = None
+
+    def _wait(self) -> None:
+        begun_s = time.perf_counter()
+        if not self._copied.wait(_FENCE_TIMEOUT_S):
+            raise CheckpointError(
+                f"the copy of a checkpoint into host memory was not done {_FENCE_TIMEOUT_S:.0f} s after the next step "
+                "was due; look at this node's memory"
+            )
+        self.waited_s = time.perf_counter() - begun_s
+        self.is_passed = True
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._copied.set()
+        self._hook.remove()
+
+
+class ModeChoice:
+    """Overlapped or blocking, by what the first saves have cost this rank.
+
+    Overlapping can lose: where the step's own work is shorter than the copy, or memory is the limit, the
+    next step waits at the fence for longer than a copy takes while nothing else runs.
+
+    Args:
+        blocking_s: what a copy took while nothing else ran.
+    """
+
+    def __init__(self, blocking_s: float) -> None:
+        self.blocking_s = blocking_s
+        self.mode: Mode = "overlapped"
+        self._waits_s: list[float] = []
+
+    def add(self, waited_s: float) -> None:
+        """How long the step after an overlapped save has waited."""
+        if len(self._waits_s) < _NUM_TRIALS:
+            self._waits_s.append(waited_s)
+            if len(self._waits_s) == _NUM_TRIALS and statistics.median(self._waits_s) > self.blocking_s:
+                self.mode = "blocking"
