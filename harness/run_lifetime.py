@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest, list_checkpoints
+from harness.checkpoint.commit import Manifest
+from harness.checkpoint_entries import CheckpointEntries
 from harness.config import ClassSpec, Mode, TrackingConfig
 from harness.errors import HarnessError, PeerFailure, Stopped, reason_of
 from harness.peers import Peers
@@ -29,7 +30,6 @@ from harness.stop_request import StopLead, StopRequests
 from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
-from harness.tracking.continuation import Point
 from harness.tracking.drain import Left
 from harness.tracking.sync import refused_line
 from harness.tracking.tracker import RunStatus, Tracker
@@ -66,8 +66,7 @@ class RunLifetime:
         self._monitor, self._mode = monitor, mode
         self._tracker: Tracker | None = None
         self._lock: RunLock | None = None
-        self._points: dict[str, Point] = {}
-        self._points_of: dict[str, list[list[Any]]] = {}
+        self._checkpoints: CheckpointEntries | None = None
         self._known_datasets: set[str] = set()
         self._sampler: Sampler | None = None
         self._signals = StopSignals()
@@ -115,6 +114,7 @@ class RunLifetime:
             if directory.stopped_by is not None:
                 return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
+            self._checkpoints = CheckpointEntries(self._tracker, self._config, self._monitor)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
             self._requests = StopRequests(directory.path, directory.attempt)
@@ -122,7 +122,7 @@ class RunLifetime:
             if params is not None:
                 self.log_params(params)
             if directory.continues:
-                self._publish_forgotten(directory.path / "checkpoints")
+                self._checkpoints.publish_forgotten(directory.path / "checkpoints")
             return directory
 
         directory = agreement.from_rank_zero("make the run directory", make)
@@ -152,16 +152,6 @@ class RunLifetime:
                 "the run at the same time"
             )
 
-    def _publish_forgotten(self, checkpoints_dir: Path) -> None:
-        """Publish what an attempt was killed over, between a checkpoint's commit and its entry in the journal."""
-        tracker = self._tracker
-        assert tracker is not None
-        for name, manifest in list_checkpoints(checkpoints_dir):
-            if self._config.log_models and not tracker.has_checkpoint(manifest.key):
-                points = tracker.points_at(manifest.metrics, manifest.step)
-                self._points_of[name] = [[key, *point] for key, point in points.items()]
-                self.publish(name, manifest)
-
     def resumed(self, step: int, checkpoint: str | None) -> None:
         """The run goes on from a step: points that MLflow has from there on are not sent again. Rank zero's.
 
@@ -172,8 +162,8 @@ class RunLifetime:
             step: optimizer steps that are complete.
             checkpoint: name of what was put back; None: the run begins again.
         """
-        if self._tracker is not None:
-            self._points = dict(self._tracker.resumed(step, checkpoint).latest)
+        if self._tracker is not None and self._checkpoints is not None:
+            self._checkpoints.latest = dict(self._tracker.resumed(step, checkpoint).latest)
 
     @property
     def is_asked(self) -> bool:
@@ -207,15 +197,15 @@ class RunLifetime:
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Reduced metrics at a step."""
-        if self._tracker is not None:
-            self._points.update(self._tracker.metrics(values, step))
+        if self._tracker is not None and self._checkpoints is not None:
+            self._checkpoints.latest.update(self._tracker.metrics(values, step))
             while self._tracker.warnings:
                 self._say(f"harness: warning: {self._tracker.warnings.pop(0)}")
 
     def log_recorded(self, values: Mapping[str, float], step: int) -> None:
         """Metrics at a step of a loop's own counting."""
-        if self._tracker is not None:
-            self._points.update(self._tracker.metrics(values, step, is_own_step=True))
+        if self._tracker is not None and self._checkpoints is not None:
+            self._checkpoints.latest.update(self._tracker.metrics(values, step, is_own_step=True))
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Further parameters, nested; those that have changed since the run began are told as such."""
@@ -287,12 +277,9 @@ class RunLifetime:
             self._tracker.dataset(provenance.dataset_record(dataset, context))
 
     def keep_points(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
-        """Remember the points that a checkpoint's metrics are, as they are now.
-
-        By the time that it is committed, training has logged others under the same names.
-        """
-        if self._tracker is not None:
-            self._points_of[checkpoint] = [[key, *self._points[key]] for key in metrics if key in self._points]
+        """Remember the points that a checkpoint's metrics are, as they are now."""
+        if self._checkpoints is not None:
+            self._checkpoints.keep_points(checkpoint, metrics)
 
     def sync(self) -> None:
         """Rank zero's writer thread: all that happened is on disk before a checkpoint is that goes on from there."""
@@ -301,35 +288,13 @@ class RunLifetime:
 
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
         """Rank zero's writer thread: a checkpoint is committed."""
-        tracker = self._tracker
-        if tracker is not None:
-            resume_files = self._resume_files(manifest)
-            tracker.checkpoint(
-                {
-                    "name": checkpoint,
-                    "key": manifest.key,
-                    "epoch": manifest.epoch,
-                    "step": manifest.step,
-                    "files": [*manifest.weight_files, *resume_files, "manifest.json"],
-                    "resume_files": resume_files,
-                    "log_resume_state": self._config.log_resume_state,
-                    "metrics": self._points_of.pop(checkpoint, []),
-                    "monitored": None if self._monitor is None else manifest.metrics.get(self._monitor),
-                    "time_ms": manifest.time_ms,
-                    "size_bytes": sum(file.size_bytes for file in manifest.files if file.name in manifest.weight_files),
-                }
-            )
-
-    def _resume_files(self, manifest: Manifest) -> Sequence[str]:
-        """Names of what only resuming needs, where MLflow is to have it."""
-        if self._config.log_resume_state == "none" or not manifest.can_be_resumed:
-            return []
-        return [file.name for file in manifest.files if file.name not in manifest.weight_files]
+        if (checkpoints := self._checkpoints) is not None:
+            checkpoints.publish(checkpoint, manifest)
 
     def retire(self, checkpoint: str, key: str) -> None:
         """Rank zero's writer thread: a checkpoint is about to be removed."""
-        if self._tracker is not None:
-            self._tracker.retire({"name": checkpoint, "key": key})
+        if (checkpoints := self._checkpoints) is not None:
+            checkpoints.retire(checkpoint, key)
 
     # ---------------------------------------------------------------------- how it ends
 
@@ -394,7 +359,7 @@ class RunLifetime:
     def _end(
         self, status: RunStatus, reason: str, timeout_s: float, may_wait: Callable[[], bool] = lambda: True
     ) -> None:
-        tracker, self._tracker = self._tracker, None
+        tracker, self._tracker, self._checkpoints = self._tracker, None, None
         if tracker is None:
             return
 
