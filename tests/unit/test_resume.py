@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ class Crash(Exception):
     pass
 
 
+@contextmanager
+def ending_workers(loader: Any) -> Iterator[None]:
+    """Workers that outlast an epoch end with it, and not when a garbage collection comes, which waits 5 s for each."""
+    try:
+        yield
+    finally:
+        loader.base_dataloader._iterator = None
+
+
 def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
     """One attempt; what is in `ignore` has happened already, and does not again."""
     AcceleratorState._reset_state(True)
@@ -120,15 +130,18 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
             return True
         return False
 
-    with PeriodicLogger(
-        accelerator,
-        every_n_epochs=1,
-        run_name="run",
-        run_dir=run_dir,
-        checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait", save_weights_only=setting.save_weights_only),
-        tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
-        resume_from_checkpoint=setting.resume_from,
-    ) as logger:
+    with (
+        PeriodicLogger(
+            accelerator,
+            every_n_epochs=1,
+            run_name="run",
+            run_dir=run_dir,
+            checkpoint=CheckpointConfig(every_n_steps=4, when_busy="wait", save_weights_only=setting.save_weights_only),
+            tracking=TrackingConfig(enabled=False, log_every_n_steps=3),
+            resume_from_checkpoint=setting.resume_from,
+        ) as logger,
+        ending_workers(loader),
+    ):
         logger.watch(model, optimizer, None if setting.other_scheduler else scheduler)
         for epoch in logger.epochs(NUM_EPOCHS):
             model.train()
