@@ -49,10 +49,7 @@ def _trained(
         done = run(accelerate(strategy, "--num_processes", str(num_processes), *words), cwd)
         assert done.code == 0, done.output
     else:
-        with ranks(num_processes, train_words, strategy, cwd, [str(word) for word in words[2:]]) as processes:
-            for process in processes:
-                process.join(120)
-            assert [process.exitcode for process in processes] == [0] * num_processes
+        train_forked(strategy, num_processes, cwd, *words[2:])
     checkpoints = cwd / "runs" / "it" / "checkpoints"
     name, manifest = list_checkpoints(checkpoints)[-1]
     return (
@@ -60,6 +57,13 @@ def _trained(
         load((checkpoints / name / "model.safetensors").read_bytes()),
         load((checkpoints / name / "optimizer.safetensors").read_bytes()),
     )
+
+
+def train_forked(strategy: str, num_processes: int, cwd: Path, *words: str | Path) -> None:
+    with ranks(num_processes, train_words, strategy, cwd, [str(word) for word in words]) as processes:
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * num_processes
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -86,51 +90,32 @@ def test_losses_and_checkpoint_equal_ddp_when_strategy_is(strategy: str, task: s
             )
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
-def test_gradients_are_not_clipped_when_max_grad_norm_is_null(tmp_path: Path, strategy: str) -> None:
-    # SGD, so that a gradient's length shows in the weights; a loss this large would be clipped to 1.
-    words = (
-        "--trainer.max_grad_norm",
-        "null",
-        "--optimizer.class_path",
-        "torch.optim.SGD",
-        "--optimizer.init_args.lr",
-        "0.5",
-    )
+# SGD, so that a gradient's length shows in the weights; a loss this large would be clipped to 1.
+STEEP = (
+    *("--config", ROOT / "configs/digits.yaml", "--run_name", "it", "--tracking.enabled", "false"),
+    *("--task.class_path", "tests.distributed.tasks.Steep", "--trainer.max_steps", "1"),
+    *("--trainer.max_grad_norm", "null", "--optimizer.class_path", "torch.optim.SGD"),
+    *("--optimizer.init_args.lr", "0.5"),
+)
+
+
+def test_gradients_are_not_clipped_when_max_grad_norm_is_null(tmp_path: Path) -> None:
     weights = {}
-    for name in ("ddp", strategy):
-        task = ("--task.class_path", "tests.distributed.tasks.Steep", "--trainer.max_steps", "1")
-        line = (
-            "-m",
-            "harness",
-            "--config",
-            ROOT / "configs/digits.yaml",
-            "--run_name",
-            name,
-            "--tracking.enabled",
-            "false",
-        )
-        done = run(accelerate(name, *line, *task, *words), tmp_path)
-        assert done.code == 0, done.output
-        weights[name] = load_file(tmp_path / "runs" / name / "checkpoints/step-00000001/model.safetensors")
-    for key, tensor in weights["ddp"].items():
-        torch.testing.assert_close(weights[strategy][key], tensor, rtol=1e-3, atol=1e-3)
+    for strategy in ("ddp", "fsdp2", "zero2"):
+        (cwd := tmp_path / strategy).mkdir()
+        train_forked(strategy, 2, cwd, *STEEP)
+        weights[strategy] = load_file(cwd / "runs/it/checkpoints/step-00000001/model.safetensors")
+    for strategy in ("fsdp2", "zero2"):
+        for key, tensor in weights["ddp"].items():
+            torch.testing.assert_close(
+                weights[strategy][key], tensor, rtol=1e-3, atol=1e-3, msg=lambda text, name=strategy: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_bf16_trains_with_fp32_optimizer_state_when_sharded(tmp_path: Path, strategy: str) -> None:
-    line = (
-        "-m",
-        "harness",
-        "--config",
-        ROOT / "configs/byte_lm.yaml",
-        "--run_name",
-        "it",
-        "--tracking.enabled",
-        "false",
-    )
-    done = run(accelerate(strategy, *line, *TASKS["byte_lm"], "--trainer.mixed_precision", "bf16"), tmp_path)
-    assert done.code == 0, done.output
+    words = ("--config", ROOT / "configs/byte_lm.yaml", "--run_name", "it", "--tracking.enabled", "false")
+    train_forked(strategy, 2, tmp_path, *words, *TASKS["byte_lm"], "--trainer.mixed_precision", "bf16")
     ((name, manifest),) = list_checkpoints(tmp_path / "runs/it/checkpoints")
     assert manifest.metrics["train/loss"] < 5.5
     optimizer = load_file(tmp_path / "runs/it/checkpoints" / name / "optimizer.safetensors")
