@@ -11,6 +11,8 @@ from harness.checkpoint.commit import list_checkpoints
 from tests.launching import ROOT, Done, harness, run
 from tests.mlflow_reader import only_run
 
+pytestmark = pytest.mark.usefixtures("empty_database")
+
 DIGITS = ROOT / "configs" / "digits.yaml"
 # Start (imports, rendezvous, the MLflow database) takes most of it; the failure itself seconds.
 LIMIT_S = 75

@@ -13,6 +13,8 @@ from harness.checkpoint.commit import list_checkpoints
 from tests.launching import BIN, ROOT, accelerate, run
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 
+pytestmark = pytest.mark.usefixtures("empty_database")
+
 HERE = ROOT / "tests" / "distributed"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from harness.checkpoint.commit import list_checkpoints
@@ -11,6 +12,8 @@ from harness.report import checkpoint_records
 from harness.tasks import Digits
 from tests.launching import BIN, ROOT, run
 from tests.mlflow_reader import client, history, models, only_run
+
+pytestmark = pytest.mark.usefixtures("empty_database")
 
 LAUNCH = (BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 SCRIPT = ROOT / "tests" / "distributed" / "own_loop.py"
