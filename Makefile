@@ -11,8 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # Files of tests, so many at a time: most of a test's time is spent waiting for a server, a limit or other ranks.
+# In the order of their names: by the number of their tests the longest would come last, and one process have them.
 TEST_PROCESSES ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 DEMO_DIR ?= $(shell mktemp -d -t harness-demo-XXXXXX)
 
 .PHONY: env demo test test-quick lint format

@@ -17,6 +17,7 @@ from harness.run_lifetime import RunLifetime
 from harness.runtime import Topology
 from harness.tasks import Digits
 from harness.tracking.entries import Entry, read_entries
+from tests.services.mlflow_server import make_database
 
 CPU = torch.device("cpu")
 ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")
@@ -211,7 +212,7 @@ def test_checkpoint_has_the_recipe_of_its_own_attempt_when_a_later_one_has_anoth
 def test_training_goes_on_without_a_signature_when_the_example_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking = TrackingConfig(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}", start_timeout_s=60)
+    tracking = TrackingConfig(tracking_uri=make_database(tmp_path / "mlflow.db"), start_timeout_s=60)
     run = RunLifetime(ALONE, tracking, Progress(enabled=True, bar=False))
     path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
     run.describe_recipe(ClassSpec("torch.nn.Linear"), torch.nn.Linear(3, 2), torch.ones(2, 4), None)
