@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -30,8 +31,8 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def prepare_fsdp2(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
-    """Make the state that `Accelerator()` will find, with FSDP2 in it instead of DDP.
+def prepare_fsdp(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
+    """Make the state that `Accelerator()` will find, with FSDP in it instead of DDP: the version that was asked for.
 
     Accelerate's state is a singleton that an `Accelerator` takes as it is found, so nothing of
     accelerate is replaced: the state is made first, by its own constructor, and two fields corrected.
@@ -58,3 +59,6 @@ def prepare_fsdp2(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
     state.fsdp_plugin = plugin
     state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if plugin.fsdp_version == 1:
+        # FSDP1 compares it with what torch.cpu.current_device() gives, which has no number.
+        state.device = PartialState._shared_state["device"] = torch.device("cpu")

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.config import EarlyStopping, TrainerConfig
 from harness.errors import ConfigError, NonFiniteLossError
+from harness.runtime import strategy_of
 from harness.schedule import Patience
 from harness.task import StepOutput, Task
 
@@ -107,8 +108,12 @@ def _log_gradient_norm(
         norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
     elif is_logged:
         # Not clipped: the norm costs a pass over the gradients.
-        accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if strategy_of(accelerator) == "fsdp1":
+            # Its gradients are slices of which no tensor says so: its own clipping sums over the ranks.
+            norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
+        else:
+            accelerator.unscale_gradients()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if is_logged and norm is not None:
         logger.log({"train/grad_norm": norm.full_tensor() if isinstance(norm, DTensor) else norm})
 

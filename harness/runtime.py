@@ -40,7 +40,7 @@ class Topology:
     """Where a run runs.
 
     Args:
-        strategy: single, ddp, fsdp2, hsdp, zero1, zero2 or zero3.
+        strategy: single, ddp, fsdp1, fsdp2, hsdp, zero1, zero2 or zero3.
         rank: this rank.
         world_size: number of ranks.
         num_nodes: number of nodes.
@@ -86,10 +86,11 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
     _refuse_lost_processes()
     uses_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     uses_fsdp = _flag("ACCELERATE_USE_FSDP")
-    if uses_fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+    if uses_fsdp and os.environ.get("FSDP_VERSION", "1") == "1" and not _flag("FSDP_USE_ORIG_PARAMS"):
         raise LaunchError(
-            "FSDP1 is not supported: it holds flat ranges with gaps that no name belongs to; "
-            "put `fsdp_version: 2` into the accelerate configuration (see configs/accelerate/fsdp2.yaml)"
+            "FSDP1 without the original parameters hides them from an optimizer that was made before; put "
+            "`fsdp_use_orig_params: true` or `fsdp_version: 2` into the accelerate configuration "
+            "(see configs/accelerate/fsdp2.yaml)"
         )
     on_cpu = not torch.accelerator.is_available()
     init = InitProcessGroupKwargs(timeout=timedelta(minutes=30), init_method=rendezvous.init_method())
@@ -105,7 +106,7 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
     elif on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if uses_fsdp:
-            cpu.prepare_fsdp2(precision, init)
+            cpu.prepare_fsdp(precision, init)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -149,9 +150,9 @@ def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get("deepspeed_plugin") is None and kwargs.get("deepspeed_plugins") is None:
             plugin = made["deepspeed_plugin"] = DeepSpeedPlugin()
             plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-    elif os.environ.get("FSDP_VERSION", "1") == "2":
+    else:
         precision = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        cpu.prepare_fsdp2(str(precision), init)
+        cpu.prepare_fsdp(str(precision), init)
     return made
 
 
@@ -184,14 +185,12 @@ def check_launch(accelerator: Accelerator) -> None:
             f"{asked_size} processes were started, but each trains alone (accelerate found "
             f"{accelerator.num_processes}); without GPUs {remedy}"
         )
-    if _flag("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1:
-        if accelerator.distributed_type != DistributedType.FSDP:
-            raise LaunchError(
-                f"FSDP was asked for, but accelerate would run {accelerator.distributed_type.value}; "
-                "make the Accelerator with harness.runtime.start, or train on GPUs"
-            )
-        if accelerator.state.fsdp_plugin.fsdp_version != 2:
-            raise LaunchError("FSDP1 is not supported; put `fsdp_version: 2` into the accelerate configuration")
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if _flag("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1 and not is_fsdp:
+        raise LaunchError(
+            f"FSDP was asked for, but accelerate would run {accelerator.distributed_type.value}; "
+            "make the Accelerator with harness.runtime.start, or train on GPUs"
+        )
     if _flag("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise LaunchError(
             f"DeepSpeed was asked for, but accelerate would run {accelerator.distributed_type.value}; "
@@ -265,10 +264,12 @@ def _flag(variable: str) -> bool:
 
 
 def strategy_of(accelerator: Accelerator) -> str:
-    """The strategy that really runs, by the name that `harness launch --strategy` takes."""
+    """The strategy that really runs, by the name that `harness launch --strategy` takes, or ``fsdp1``."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.state.fsdp_plugin.fsdp_version == 1:
+            return "fsdp1"
         mesh = accelerator.parallelism_config
         return "hsdp" if mesh is not None and mesh.dp_replicate_enabled else "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"

@@ -76,7 +76,7 @@ def forget(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
 def _form(each: Stepped) -> Any:
     """All that an optimizer could go by when it makes a state; of its own for a flat partition, where zeros count."""
     tensor = each.tensor
-    if len(each.names) > 1:
+    if len(each.names) > 1 or getattr(tensor, "_is_flat_param", False):
         return id(tensor)
     kind = (type(tensor), tensor.dtype, tensor.shape, getattr(tensor, "placements", None), tensor.requires_grad)
     return id(each.group), kind, _place(tensor)

@@ -7,7 +7,7 @@ an adapter's tensors stand beside the weight that they adapt: ``fc.weight``, ``f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ _ADAPTERS = {
     "BaseTunerLayer": "base_layer",
     "AuxiliaryTrainingWrapper": "original_module",
 }
+# A module, a name in it, and what stands for the parameter that would be there, were it not a part of a flat one.
+Stand = tuple[nn.Module, str, nn.Parameter]
 
 
 def _attribute_of(module: nn.Module, table: Mapping[str, str]) -> str | None:
@@ -77,10 +79,14 @@ class NamedState:
     members: tuple[tuple[Any, Any, Any], ...] = ()
 
 
-def named_state(model: nn.Module) -> NamedState:
+def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
     """Name every parameter and persistent buffer of a model, wrapped or not.
 
     Effects: not collective; any thread, outside of forward; reads only.
+
+    Args:
+        model: wrapped or not.
+        stands: for what is in FSDP1's flat parameters, which have no name of their own. They have no holder.
 
     Raises:
         CheckpointError: if two tensors would have the same name.
@@ -92,13 +98,18 @@ def named_state(model: nn.Module) -> NamedState:
     sizes: list[tuple[Any, int]] = []
     members: list[tuple[Any, Any, Any]] = []
     first_name: dict[int, str] = {}
+    standing: dict[int, dict[str, Any]] = {}
+    for module, key, stand in stands:
+        standing.setdefault(id(module), {})[key] = stand
     for prefix, module in _modules(model):
         sizes.append((module._modules, len(module._modules)))
         members += [(module._modules, key, child) for key, child in module._modules.items()]
-        tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+        tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (module._parameters, parameters),
             (module._buffers, buffers),
-        )
+        ]
+        if id(module) in standing:
+            tables.append((standing[id(module)], parameters))
         for held, into in tables:
             sizes.append((held, len(held)))
             for key, tensor in held.items():
@@ -106,6 +117,8 @@ def named_state(model: nn.Module) -> NamedState:
                     members.append((held, key, None))
                 if tensor is None or (into is buffers and key in module._non_persistent_buffers_set):
                     continue
+                if getattr(tensor, "_is_flat_param", False):
+                    continue  # FSDP1's: what it is made of stands in `stands`
                 name = prefix + key
                 if (first := first_name.setdefault(id(tensor), name)) != name:
                     aliases[name] = first

@@ -78,6 +78,7 @@ def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None
         CheckpointError: on all ranks alike, if they hold different tensors, if bytes are held by none, if
             ranks hold parts that overlap without being the same, or the same part with other values.
     """
+    held.complete(agreement)
     specs = tuple(source.spec for source in held.sources)
     mine = Holdings.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
     holdings = [Holdings.unpacked(part) for part in agreement.gather("what each rank holds", mine.packed())]

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.names import NamedState, named_state
@@ -61,7 +61,11 @@ def gather_state(
     with torch.no_grad():
         if accelerator.distributed_type == DistributedType.DEEPSPEED and not has_groups:
             optimizer = None  # DeepSpeed's own accessors fail where there are several parameter groups
-        gather = _zero_gatherer if accelerator.distributed_type == DistributedType.DEEPSPEED else _torch_gatherer
+        gather = _torch_gatherer
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            gather = _zero_gatherer
+        elif isinstance(model, FullyShardedDataParallel):
+            gather = _fsdp1_gatherer
         gather(gathered, state, model, optimizer, keep)
     return gathered
 
@@ -116,6 +120,34 @@ def _torch_gatherer(
                         f"{type(inner).__name__}: cannot save its state {kind!r} of {name}: a {type(value).__name__}, "
                         "not a tensor or a number; use checkpoint.save_weights_only, or another optimizer"
                     )
+
+
+def _fsdp1_gatherer(
+    gathered: GatheredState,
+    state: NamedState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    keep: _Keeper,
+) -> None:
+    """FSDP1, by what torch has for it, all of which is collective.
+
+    Its full state dictionary of a model crashes where a module is there twice.
+    """
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for name, parameter in model.named_parameters():
+            keep(gathered.model, name.replace("_fsdp_wrapped_module.", ""), parameter)
+    for name, buffer in state.buffers.items():
+        keep(gathered.model, name, buffer)
+    if optimizer is None:
+        return
+    whole = optimizer.state_dict()
+    kinds = sorted({kind for values in whole["state"].values() for kind in values})
+    # Each kind by itself: torch gathers one after another into the same memory, of which a CPU makes no copy.
+    for kind in kinds:
+        part = {number: {kind: values[kind]} for number, values in whole["state"].items()}
+        found = FullyShardedDataParallel.optim_state_dict(model, optimizer, {**whole, "state": part})
+        for name, values in found["state"].items():
+            keep(gathered.optimizer, f"{kind}.{name}", values[kind])
 
 
 def _zero_gatherer(

@@ -32,9 +32,16 @@ _FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
 }
+# What accelerate's users have who never asked for a version.
+_FSDP1 = {
+    **{name: value for name, value in _FSDP2.items() if name not in ("FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD")},
+    "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+    "FSDP_USE_ORIG_PARAMS": "true",
+}
 ENVIRONMENT = {
     "single": {},
     "ddp": {},
+    "fsdp1": _FSDP1,
     "fsdp2": _FSDP2,
     "hsdp": _FSDP2
     | {

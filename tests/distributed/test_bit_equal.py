@@ -68,6 +68,7 @@ OURS_AND_OTHERS = "uneven,convolutional,gpt2,llama,peft"
         ("ddp", f"{OURS_AND_OTHERS},channels_last"),
         # accelerate keeps the first model's way of wrapping layers, so each has a launch of its own.
         *(("fsdp2", model) for model in OURS_AND_OTHERS.split(",")),
+        ("fsdp1", "uneven"),
         *((strategy, OURS_AND_OTHERS) for strategy in ("zero1", "zero2", "zero3")),
     ],
 )

@@ -98,5 +98,5 @@ elif __name__ == "__main__":
     os.environ.update(asked)
     # Stock accelerate would run DDP again on a CPU, without a word.
     AcceleratorState._reset_state(True)
-    cpu.prepare_fsdp2("no", InitProcessGroupKwargs())
+    cpu.prepare_fsdp("no", InitProcessGroupKwargs())
     train("fsdp2")

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from harness.agreement import Agreement
 from harness.checkpoint.json_values import encode
 from harness.checkpoint.names import NamedState, named_state
 from harness.checkpoint.shards.source import Source
@@ -39,9 +40,10 @@ class Held:
             holds nothing.
         aliases: tied name -> the name under which the tensor is stored.
         groups: the optimizer's parameter groups: the live dictionary, and the names of its parameters.
-        sharded_modules: FSDP2's modules, which may hold unsharded parameters for a while.
+        sharded_modules: FSDP2's modules, or FSDP1's units, which may hold unsharded parameters for a while.
         sizes: containers whose length must stay for all this to hold.
         members: (dictionary, key, value): what must stay where it is; None: there is nothing.
+        complete: collective; adds the sources that a rank cannot find by itself, once all ranks have found theirs.
         refresh: collective; what follows from the tensors, once a checkpoint has been read into them.
     """
 
@@ -51,6 +53,7 @@ class Held:
     sharded_modules: tuple[Any, ...] = ()
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     members: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    complete: Callable[[Agreement], None] = lambda _: None
     refresh: Callable[[], None] = lambda: None
 
     @property
@@ -73,10 +76,10 @@ class Held:
         )
 
     def reshard(self) -> None:
-        """Make FSDP2 hold its sharded parameters.
+        """Make FSDP hold its sharded parameters.
 
-        After a forward without a backward (an evaluation) the root keeps the unsharded ones, which are
-        other tensors than those that the optimizer updates.
+        After a forward without a backward (an evaluation) FSDP2's root keeps the unsharded ones, which are
+        other tensors than those that the optimizer updates; FSDP1 where it does not reshard after forward.
         """
         for module in self.sharded_modules:
             module.reshard()
@@ -115,15 +118,20 @@ def find_held(
     Raises:
         CheckpointError: if something is not understood; nothing is guessed.
     """
-    from harness.checkpoint.shards import plain, zero
+    from harness.checkpoint.shards import fsdp1, plain, zero
 
-    _refuse_fsdp1(model)
     _refuse_extra_state(model)
-    sharded = _resharded(model)
-    state = named_state(model)
+    selection = Selection(weights_only, dtype, accelerator.is_main_process, restoring)
+    units = fsdp1.units_of(model)
+    sharded = _resharded(model, units)
+    state = named_state(model, fsdp1.stands_of(units))
     held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
-    find = zero.find if _is_deepspeed(accelerator, model) else plain.find
-    find(held, state, model, optimizer, Selection(weights_only, dtype, accelerator.is_main_process, restoring))
+    if units:
+        fsdp1.find(held, state, units, optimizer, selection)
+    elif _is_deepspeed(accelerator, model):
+        zero.find(held, state, model, optimizer, selection)
+    else:
+        plain.find(held, state, model, optimizer, selection)
     return held
 
 
@@ -149,10 +157,14 @@ def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.op
     Raises:
         CheckpointError: as `find_held`.
     """
-    from harness.checkpoint.shards import plain, zero
+    from harness.checkpoint.shards import fsdp1, plain, zero
 
-    _resharded(model)
-    names = names_by_id(named_state(model))
+    units = fsdp1.units_of(model)
+    _resharded(model, units)
+    state = named_state(model, fsdp1.stands_of(units))
+    if units:
+        return fsdp1.find_stepped(optimizer, state, units)
+    names = names_by_id(state)
     if _is_deepspeed(accelerator, model):
         return zero.find_stepped(model, names)
     return plain.find_stepped(optimizer, names)
@@ -164,21 +176,12 @@ def _is_deepspeed(accelerator: Accelerator, model: nn.Module) -> bool:
     return is_engine or accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def _resharded(model: nn.Module) -> tuple[Any, ...]:
-    """FSDP2's modules, which hold their sharded parameters now."""
-    sharded = tuple(module for module in model.modules() if isinstance(module, FSDPModule))
-    for module in sharded:
-        module.reshard()
+def _resharded(model: nn.Module, units: Sequence[Any]) -> tuple[Any, ...]:
+    """FSDP2's modules and FSDP1's units, which hold their sharded parameters now."""
+    sharded = (*(module for module in model.modules() if isinstance(module, FSDPModule)), *units)
+    for each in sharded:
+        each.reshard()
     return sharded
-
-
-def _refuse_fsdp1(model: nn.Module) -> None:
-    for module in model.modules():
-        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
-            raise CheckpointError(
-                "FSDP1 cannot be saved: it holds flat ranges with gaps that no name belongs to; "
-                "put `fsdp_version: 2` into the accelerate configuration (see configs/accelerate/fsdp2.yaml)"
-            )
 
 
 def _refuse_extra_state(model: nn.Module) -> None:
