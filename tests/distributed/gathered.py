@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.names import NamedState, named_state
@@ -134,20 +136,25 @@ def _fsdp1_gatherer(
     Its full state dictionary of a model crashes where a module is there twice.
     """
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        ours = {id(parameter): name for name, parameter in state.parameters.items()}
+        names = {clean_tensor_name(name): ours[id(parameter)] for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
-            keep(gathered.model, name.replace("_fsdp_wrapped_module.", ""), parameter)
+            keep(gathered.model, names[clean_tensor_name(name)], parameter)
     for name, buffer in state.buffers.items():
         keep(gathered.model, name, buffer)
     if optimizer is None:
         return
     whole = optimizer.state_dict()
-    kinds = sorted({kind for values in whole["state"].values() for kind in values})
+    told: list[Any] = [None] * dist.get_world_size()
+    # A rank may have nothing of what is trained.
+    dist.all_gather_object(told, {kind for values in whole["state"].values() for kind in values})
+    kinds = sorted(set().union(*told))
     # Each kind by itself: torch gathers one after another into the same memory, of which a CPU makes no copy.
     for kind in kinds:
         part = {number: {kind: values[kind]} for number, values in whole["state"].items()}
         found = FullyShardedDataParallel.optim_state_dict(model, optimizer, {**whole, "state": part})
         for name, values in found["state"].items():
-            keep(gathered.optimizer, f"{kind}.{name}", values[kind])
+            keep(gathered.optimizer, f"{kind}.{names[name]}", values[kind])
 
 
 def _zero_gatherer(

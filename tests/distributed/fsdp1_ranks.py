@@ -1,0 +1,89 @@
+"""Ranks that save under one way of FSDP1's, and go on under it with what another way has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from harness.agreement import Agreement
+from harness.checkpoint.restore import restore_tensors
+from harness.checkpoint.trainer_state import Moment, Watched
+from tests.distributed.restoring_ranks import saver_of, started, train
+from tests.distributed.saved_models import Block, Uneven
+
+
+def wrapped(way: str, seed: int) -> nn.Module:
+    """A model in FSDP1's own hands, as ``HYBRID_SHARD flat bf16`` says it."""
+    strategy, of_what, precision = way.split()
+    torch.manual_seed(seed)
+    model = Uneven()
+    # Without the original parameters FSDP1 wants all of them trained, or none.
+    model.frozen.requires_grad_(of_what == "flat" or precision == "all")
+    kinds = MixedPrecision(torch.bfloat16, torch.float32) if precision == "bf16" else None
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if "HYBRID" in strategy else None
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=of_what == "views",
+        mixed_precision=kinds,
+        device_id=torch.device("cpu"),
+        device_mesh=mesh,
+    )
+
+
+def prepared(accelerator: Accelerator, way: str, seed: int) -> Watched:
+    model = wrapped(way, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    return Watched(*accelerator.prepare(model, optimizer), None)
+
+
+def look_at(watched: Watched) -> None:
+    """An evaluation, by somebody who has not turned gradients off: FSDP1 may keep what it has gathered."""
+    watched.model(torch.zeros(2, 8, dtype=torch.long))
+
+
+def go_through(rank: int, world_size: int, port: int, directory: Path, ways: list[str], source: str) -> None:
+    """Each way trains and saves; then it reads what the first one, or `source`, has saved, and goes on with that."""
+    accelerator, agreement = started(rank, world_size, port, "fsdp1", "fp32")
+    for way in ways:
+        save(accelerator, agreement, directory / way, way)
+    for way in ways:
+        read(accelerator, agreement, directory / way, way, Path(source or directory / ways[0]) / "step-3")
+
+
+def save(accelerator: Accelerator, agreement: Agreement, directory: Path, way: str) -> None:
+    watched = prepared(accelerator, way, 1)
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    for step in range(1, 5):
+        train(accelerator, watched, step)
+        if step >= 3:
+            look_at(watched)
+            saver.save(Moment(f"step-{step}", 0, step, 0, {}))
+    saver.close()
+    accelerator.free_memory()
+
+
+def read(accelerator: Accelerator, agreement: Agreement, directory: Path, way: str, checkpoint: Path) -> None:
+    watched = prepared(accelerator, way, 99)
+    look_at(watched)
+    restore_tensors(accelerator, watched, checkpoint, agreement)
+    saver = saver_of(accelerator, agreement, directory)
+    saver.check(watched)
+    optimizer: Any = watched.optimizer
+    # As if it had stepped so far itself: of what a rank has nothing, it has no state either.
+    assert all(tensor.numel() for tensor in optimizer.optimizer.state)
+    saver.save(Moment("read", 0, 3, 0, {}))
+    train(accelerator, watched, 4)
+    look_at(watched)
+    saver.save(Moment("read-next", 0, 4, 0, {}))
+    saver.close()
+    accelerator.free_memory()

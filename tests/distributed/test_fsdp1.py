@@ -1,0 +1,41 @@
+"""FSDP1 in all its ways: the files are the same, and each goes on with what another has saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.fsdp1_ranks import go_through
+from tests.distributed.restoring_ranks import save_under
+from tests.distributed.test_restore import assert_close_tensors, run, same_files
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ways"),
+    [
+        (
+            2,
+            [
+                "FULL_SHARD views all",
+                "FULL_SHARD flat all",
+                "SHARD_GRAD_OP views all",
+                "SHARD_GRAD_OP flat all",
+                "NO_SHARD views all",
+                "NO_SHARD flat all",
+            ],
+        ),
+        (2, ["FULL_SHARD views bf16", "SHARD_GRAD_OP views bf16", "NO_SHARD views bf16"]),
+        (4, ["HYBRID_SHARD views all", "_HYBRID_SHARD_ZERO2 views all", "HYBRID_SHARD flat all"]),
+    ],
+    ids=["fp32", "bf16", "hybrid"],
+)
+def test_files_and_the_next_step_are_the_same_bit_for_bit_when_another_way_has_saved(
+    tmp_path: Path, world_size: int, ways: list[str]
+) -> None:
+    run(world_size, go_through, tmp_path, ways, "")
+    first = tmp_path / ways[0]
+    assert not same_files(first / "step-3", first / "step-4")
+    for way in ways:
+        for name, expected in (("step-3", "step-3"), ("step-4", "step-4"), ("read", "step-3"), ("read-next", "step-4")):
+            assert same_files(tmp_path / way / name, first / expected), (way, name)
