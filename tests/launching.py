@@ -96,6 +96,17 @@ def accelerate(strategy: str, *words: str | Path) -> list[str | Path]:
     return [BIN / "accelerate", "launch", "--config_file", config, "--main_process_port", "0", *words]
 
 
+def fsdp1_config(directory: Path, **changes: str) -> Path:
+    """A configuration file of accelerate's as its users have it who never chose a version of FSDP: the first one."""
+    text = (ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text()
+    lines = [line for line in text.splitlines() if "fsdp_version" not in line]
+    changes = {"fsdp_reshard_after_forward": "FULL_SHARD"} | changes
+    lines = [line for line in lines if line.partition(":")[0].strip() not in changes]
+    path = directory / "fsdp1.yaml"
+    path.write_text("\n".join([*lines, *(f"  {name}: {value}" for name, value in changes.items())]))
+    return path
+
+
 def descendants(pid: int) -> list[int]:
     """Process ids below `pid`, itself included."""
     found = [pid]

@@ -33,11 +33,14 @@ except ImportError as error:
     ) from error
 
 # Class of the strategy -> its name here, in the order in which they are looked for.
-_STRATEGIES = {"ModelParallelStrategy": "fsdp2", "DDPStrategy": "ddp", "SingleDeviceStrategy": "single"}
-_FSDP1 = (
-    "FSDPStrategy is FSDP1, which holds flat ranges with gaps that no name belongs to; use ModelParallelStrategy, with "
-    "torch's fully_shard in the module's configure_model (FSDP2), or DeepSpeedStrategy, or DDP"
-)
+_STRATEGIES = {
+    "ModelParallelStrategy": "fsdp2",
+    "FSDPStrategy": "fsdp1",
+    "DDPStrategy": "ddp",
+    "SingleDeviceStrategy": "single",
+}
+# What these make of the module knows which part of it is here.
+_WRAPPING = ("DeepSpeedStrategy", "FSDPStrategy")
 
 
 class HarnessCallback(Callback):
@@ -73,11 +76,6 @@ class HarnessCallback(Callback):
         )
         # Whether the last batch was the last one of its epoch; whether an epoch's end is still to be told.
         self._is_whole = self._is_epoch_over = False
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is sharded, what could not be saved."""
-        if stage == "fit" and _is_a(trainer, "FSDPStrategy"):
-            raise ConfigError("HarnessCallback", _FSDP1)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of metrics. Not earlier: where a Trainer puts its own checkpoints depends on its loggers."""
@@ -230,9 +228,9 @@ def _is_a(trainer: Trainer, strategy: str) -> bool:
 
 
 def _model(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """What knows which part of it is here: DeepSpeed's engine, and of all other strategies the module itself."""
-    engine = trainer.strategy.model
-    return engine if _is_a(trainer, "DeepSpeedStrategy") and engine is not None else module
+    """What knows which part of it is here: DeepSpeed's engine, FSDP1's wrapper, and else the module itself."""
+    made = trainer.strategy.model
+    return made if any(_is_a(trainer, each) for each in _WRAPPING) and made is not None else module
 
 
 def _strategy_of(trainer: Trainer) -> str:

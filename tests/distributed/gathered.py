@@ -131,10 +131,7 @@ def _fsdp1_gatherer(
     optimizer: torch.optim.Optimizer | None,
     keep: _Keeper,
 ) -> None:
-    """FSDP1, by what torch has for it, all of which is collective.
-
-    Its full state dictionary of a model crashes where a module is there twice.
-    """
+    """FSDP1, by what torch has for it, all of which is collective."""
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         ours = {id(parameter): name for name, parameter in state.parameters.items()}
         names = {clean_tensor_name(name): ours[id(parameter)] for name, parameter in model.named_parameters()}

@@ -15,7 +15,7 @@ from harness.checkpoint.commit import list_checkpoints
 from tests.autologged.local_sgd import train_apart
 from tests.autologged.recording import VARIABLE
 from tests.distributed.test_saver import ranks
-from tests.launching import BIN, ROOT, accelerate, harness, run
+from tests.launching import BIN, ROOT, accelerate, fsdp1_config, harness, run
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 from tests.services.mlflow_server import make_database
 
@@ -39,15 +39,22 @@ def require_state(checkpoint: Path, record: Path) -> None:
         assert all(torch.equal(saved[key], recorded[part][key]) for key in saved), (checkpoint, part)
 
 
-@pytest.mark.parametrize(("strategy", "num_processes"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "num_processes"), [("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("zero2", 2)]
+)
 def test_checkpoints_are_the_scripts_own_state_when_it_runs_as(
     tmp_path: Path, strategy: str, num_processes: int
 ) -> None:
     states = tmp_path / "states"
     states.mkdir()
-    launcher = [] if num_processes == 1 else ["--strategy", strategy, "--num_processes", str(num_processes)]
+    launcher = (
+        [] if strategy in ("single", "fsdp1") else ["--strategy", strategy, "--num_processes", str(num_processes)]
+    )
     own = ("--every_n_epochs", "1", "--run_name", "it", *launcher)
     words = harness("run", *own, SCRIPTS / "by_epoch.py", "--num_epochs", "2", "--lr", "0.01")
+    if strategy == "fsdp1":  # which `harness launch` does not have, and accelerate's configuration files do
+        config = ("--config_file", fsdp1_config(tmp_path), "--main_process_port", "0")
+        words = [BIN / "accelerate", "launch", *config, "--no_python", *words]
     done = run(words, tmp_path, extra={VARIABLE: str(states)})
     assert done.code == 0, done.output
     require_recorded_states(tmp_path / "runs" / "it", states)

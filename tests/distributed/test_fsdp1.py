@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.fsdp1_ranks import go_through
-from tests.distributed.restoring_ranks import save_under
-from tests.distributed.test_restore import assert_close_tensors, run, same_files
+from tests.distributed.test_restore import run, same_files
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_checkpoints_are_what_the_trainer_had_when_lightning_trains_on_two_ranks
     assert done.code == 0, done.output
     # 125 images for each rank, 32 at once, two batches to a step.
     keys = {"train/loss_epoch": [2, 4, 6, 8], "eval/loss": [2, 4, 6, 8], "epoch": [2, 4, 6, 8]}
-    strategies = ("ddp", "fsdp2", "zero2", "zero3")
+    strategies = ("ddp", "fsdp2", "fsdp1", "zero2", "zero3")
     check_runs(tmp_path, strategies, [4, 8], keys)
     for name in strategies:
         expected = torch.load(tmp_path / f"{name}.pt")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import BIN, ROOT, accelerate, harness, run
+from tests.launching import BIN, ROOT, accelerate, fsdp1_config, harness, run
 
 CONFIG = ("--config", ROOT / "configs" / "digits.yaml", "--trainer.max_epochs", "1")
 
@@ -21,7 +21,6 @@ debug: false
 mixed_precision: 'no'
 main_training_function: main
 """
-FSDP1 = (ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1")
 
 
 def refused(cwd: Path, *words: str | Path) -> str:
@@ -43,10 +42,10 @@ def test_run_is_refused_when_accelerate_starts_one_process_for_multi_cpu_file(tm
     assert "2 processes were asked for, but the launcher started one" in line
 
 
-def test_run_is_refused_when_fsdp_version_is_1(tmp_path: Path) -> None:
-    (tmp_path / "fsdp1.yaml").write_text(FSDP1)
-    line = refused(tmp_path, "--config_file", "fsdp1.yaml", "--main_process_port", "0")
-    assert "fsdp_version: 2" in line
+def test_run_is_refused_when_fsdp1_hides_the_parameters(tmp_path: Path) -> None:
+    config = fsdp1_config(tmp_path, fsdp_use_orig_params="false")
+    line = refused(tmp_path, "--config_file", config, "--main_process_port", "0")
+    assert "`fsdp_use_orig_params: true` or `fsdp_version: 2`" in line
 
 
 def test_command_that_is_printed_runs_when_harness_launch_becomes_it(tmp_path: Path) -> None:

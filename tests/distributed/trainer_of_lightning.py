@@ -10,8 +10,10 @@ from typing import Any
 import deepspeed
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from harness import cpu
 from harness.integrations.lightning import HarnessCallback
@@ -30,7 +32,19 @@ class DeepSpeedOnCpu(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
 
+class Fsdp1OnCpu(FSDPStrategy):
+    """Lightning has it for CUDA alone: it names the device by a number, which a CPU has not. All else is its own."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
+        )
+
+
 def gathered(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    if isinstance(trainer.strategy, FSDPStrategy):
+        # Without `cpu_offload`, with which torch 2.13 crashes on a CPU: it frees what it has not copied.
+        return get_model_state_dict(trainer.strategy.model, options=StateDictOptions(full_state_dict=True))
     if not isinstance(trainer.strategy, DeepSpeedStrategy):
         return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with deepspeed.zero.GatheredParameters(list(module.parameters())):
@@ -43,6 +57,7 @@ STRATEGIES = {
         ShardedDigits,
         ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
     ),
+    "fsdp1": (DigitsModule, Fsdp1OnCpu(process_group_backend="gloo", auto_wrap_policy={nn.Conv2d, nn.Linear})),
     "zero2": (DigitsModule, DeepSpeedOnCpu(stage=2, process_group_backend="gloo")),
     "zero3": (DigitsModule, DeepSpeedOnCpu(stage=3, process_group_backend="gloo")),
 }

@@ -11,12 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy
 from safetensors.torch import load_file
 
 import harness
 from harness.checkpoint.commit import list_checkpoints
-from harness.errors import ConfigError, Stopped
+from harness.errors import Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
 from tests.mlflow_reader import client, history, models, only_run
@@ -118,11 +117,3 @@ def test_trainer_ends_with_75_when_a_signal_asks_for_it(tmp_path: Path) -> None:
     assert name == f"step-{manifest.step:08d}" and manifest.step in (11, 12)
     # Lightning's own, by a callback of its own, to go on from.
     assert torch.load(tmp_path / "own" / "on_exception.ckpt", weights_only=False)["global_step"] == manifest.step
-
-
-def test_fsdp1_is_refused_with_the_remedy_when_a_trainer_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = make_trainer(enable_checkpointing=False)
-    strategy = FSDPStrategy()  # which a Trainer takes only where there are GPUs
-    monkeypatch.setattr(trainer._accelerator_connector, "strategy", strategy)
-    with pytest.raises(ConfigError, match=r"FSDPStrategy is FSDP1, .* use ModelParallelStrategy"):
-        HarnessCallback().setup(trainer, DigitsModule(), "fit")
