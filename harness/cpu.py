@@ -41,6 +41,10 @@ def prepare_fsdp(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
         mixed_precision: accelerate's name: no, bf16 or fp16.
         init: what the process group is made with.
     """
+    if os.environ.get("FSDP_VERSION", "1") == "1":
+        # FSDP1 sends rank zero's weights to the others on GPUs alone, and `accelerate launch` asks for it by default,
+        # as for loading them on rank zero only. Here each rank makes or loads its own.
+        os.environ |= {"FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     plugin = FullyShardedDataParallelPlugin()
     uses_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
     state = AcceleratorState(

@@ -17,7 +17,7 @@ def refuse_what_fails(accelerator: Accelerator, model: nn.Module) -> None:
     """Say, before training, what would fail in the first forward.
 
     Raises:
-        ConfigError: for BatchNorm in 16 bits under FSDP2 and ZeRO: its weights are cast and its statistics
+        ConfigError: for BatchNorm in 16 bits under FSDP and ZeRO: its weights are cast and its statistics
             are not (seen on CPUs).
     """
     casts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -27,7 +27,7 @@ def refuse_what_fails(accelerator: Accelerator, model: nn.Module) -> None:
         if isinstance(module, _BatchNorm):
             raise ConfigError(
                 "trainer.mixed_precision",
-                f"{accelerator.mixed_precision} under FSDP2 and ZeRO fails in BatchNorm ({name or 'the model'}): its "
+                f"{accelerator.mixed_precision} under FSDP and ZeRO fails in BatchNorm ({name or 'the model'}): its "
                 "weights would be cast, its statistics not; use fp32, ddp, or GroupNorm",
             )
 
@@ -35,7 +35,7 @@ def refuse_what_fails(accelerator: Accelerator, model: nn.Module) -> None:
 def cast_inputs(accelerator: Accelerator, model: nn.Module) -> None:
     """Give a DeepSpeed model in 16 bits its floating-point inputs in its own type.
 
-    DDP autocasts and FSDP2 casts inputs itself; a DeepSpeed engine hands them on as they are, and the
+    DDP autocasts and FSDP casts inputs itself; a DeepSpeed engine hands them on as they are, and the
     first layer refuses them.
 
     Effects: not collective; leaves a hook on the user's module.

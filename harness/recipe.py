@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from harness import random_state
 from harness.build import check_arguments
-from harness.checkpoint.names import unwrapped
+from harness.checkpoint.names import is_fsdp1, unwrapped
 from harness.config import ClassSpec
 from harness.errors import ConfigError
 from harness.redact import redact_tree
@@ -95,7 +95,8 @@ def infer_signature(
     """
     module = unwrapped(model)
     tensors = [*module.parameters(), *module.buffers()]
-    if any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") for tensor in tensors):
+    is_sharded = any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") for tensor in tensors)
+    if is_sharded or any(map(is_fsdp1, model.modules())):
         raise ValueError("the model is sharded already; describe it before accelerator.prepare")
     if any(is_lazy(tensor) for tensor in tensors):
         raise ValueError("the model has parameters that take their shape at its first batch")

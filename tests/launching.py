@@ -99,9 +99,9 @@ def accelerate(strategy: str, *words: str | Path) -> list[str | Path]:
 def fsdp1_config(directory: Path, **changes: str) -> Path:
     """A configuration file of accelerate's as its users have it who never chose a version of FSDP: the first one."""
     text = (ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text()
-    lines = [line for line in text.splitlines() if "fsdp_version" not in line]
     changes = {"fsdp_reshard_after_forward": "FULL_SHARD"} | changes
-    lines = [line for line in lines if line.partition(":")[0].strip() not in changes]
+    left_out = {"fsdp_version", "fsdp_cpu_ram_efficient_loading", *changes}
+    lines = [line for line in text.splitlines() if line.partition(":")[0].strip() not in left_out]
     path = directory / "fsdp1.yaml"
     path.write_text("\n".join([*lines, *(f"  {name}: {value}" for name, value in changes.items())]))
     return path

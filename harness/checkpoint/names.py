@@ -41,6 +41,11 @@ def _attribute_of(module: nn.Module, table: Mapping[str, str]) -> str | None:
     return next((table[base.__name__] for base in type(module).__mro__ if base.__name__ in table), None)
 
 
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether FSDP1 has wrapped it: what is below has slices for parameters, or none."""
+    return _attribute_of(module, {"FullyShardedDataParallel": ""}) is not None
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The user's own module inside any number of wrappers at the top."""
     while (attribute := _attribute_of(module, _WRAPPERS)) is not None:

@@ -119,6 +119,7 @@ def flatten_params(config: Any, prefix: str = "") -> dict[str, str]:
 
 def model_summary(model: nn.Module) -> str:
     """The modules down to the third level, each with its number of parameters, as a table of text."""
+    sizes = _fsdp1_sizes(model)
     rows = [("module", "class", "parameters", "trainable")]
     for name, module in model.named_modules():
         if name.count(".") < 2:
@@ -126,8 +127,8 @@ def model_summary(model: nn.Module) -> str:
                 (
                     name or "(model)",
                     type(module).__name__,
-                    f"{_num_elements(module.parameters()):,}",
-                    f"{_num_elements(p for p in module.parameters() if p.requires_grad):,}",
+                    f"{_num_elements(module.parameters(), sizes):,}",
+                    f"{_num_elements((p for p in module.parameters() if p.requires_grad), sizes):,}",
                 )
             )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -139,9 +140,20 @@ def model_summary(model: nn.Module) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _num_elements(parameters: Iterable[nn.Parameter]) -> int:
+def _num_elements(parameters: Iterable[nn.Parameter], sizes: Mapping[int, int]) -> int:
     # `ds_numel` is what DeepSpeed ZeRO-3 keeps the size under, once the parameter itself is empty.
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
+    return sum(sizes.get(id(p)) or int(getattr(p, "ds_numel", p.numel())) for p in parameters)
+
+
+def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
+    """Of FSDP1's parameters, which are slices, and of the flat ones, which have padding: id -> whole size."""
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        flat = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if flat is not None:
+            sizes[id(flat)] = sum(flat._numels)
+            sizes |= {id(p): numel for p, numel in zip(flat._params or (), flat._numels, strict=False)}
+    return sizes
 
 
 def dataset_record(dataset: Any, context: str) -> dict[str, Any]:

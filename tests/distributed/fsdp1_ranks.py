@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -15,6 +16,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from harness.agreement import Agreement
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.trainer_state import Moment, Watched
+from harness.recipe import infer_signature
+from harness.tracking.provenance import model_summary
 from tests.distributed.restoring_ranks import saver_of, started, train
 from tests.distributed.saved_models import Block, Uneven
 
@@ -50,6 +53,14 @@ def look_at(watched: Watched) -> None:
     watched.model(torch.zeros(2, 8, dtype=torch.long))
 
 
+def check_what_is_said_of(model: nn.Module) -> None:
+    """Its size is the whole one's, and it is not run on rank zero alone, which would wait for the others."""
+    size = sum(parameter.numel() for parameter in Uneven().parameters())
+    assert f" {size:,} " in model_summary(model).splitlines()[1]
+    with pytest.raises(ValueError, match="sharded already"):
+        infer_signature(model, torch.zeros(2, 8, dtype=torch.long))
+
+
 def go_through(rank: int, world_size: int, port: int, directory: Path, ways: list[str], source: str) -> None:
     """Each way trains and saves; then it reads what the first one, or `source`, has saved, and goes on with that."""
     accelerator, agreement = started(rank, world_size, port, "fsdp1", "fp32")
@@ -61,6 +72,7 @@ def go_through(rank: int, world_size: int, port: int, directory: Path, ways: lis
 
 def save(accelerator: Accelerator, agreement: Agreement, directory: Path, way: str) -> None:
     watched = prepared(accelerator, way, 1)
+    check_what_is_said_of(watched.model)
     saver = saver_of(accelerator, agreement, directory)
     saver.check(watched)
     for step in range(1, 5):

@@ -38,11 +38,11 @@ TRANSFORMERS = HERE / "trainer_of_transformers.py"
 @pytest.mark.parametrize(
     ("strategies", "launch"),
     [
-        (("ddp", "fsdp2"), accelerate("fsdp2", TRANSFORMERS, "train")),
+        (("ddp", "fsdp2", "fsdp1"), accelerate("fsdp2", TRANSFORMERS, "train")),
         # As DeepSpeed's users start it: the strategy is in the Trainer's arguments, and the launcher knows of none.
         (("zero2", "zero3"), [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", TRANSFORMERS, "zero"]),
     ],
-    ids=["ddp-fsdp2", "zero"],
+    ids=["ddp-fsdp", "zero"],
 )
 def test_checkpoints_are_what_the_trainer_had_when_transformers_trains_on_two_ranks(
     tmp_path: Path, strategies: tuple[str, ...], launch: list[str | Path]

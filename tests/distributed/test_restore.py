@@ -23,8 +23,17 @@ from tests.distributed.saved_models import MODELS
 from tests.distributed.test_saver import ranks
 
 FILES = ("model.safetensors", "optimizer.safetensors")
-SAVED = [("single", 1), ("ddp", 2), ("fsdp2", 3), ("hsdp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2)]
-RESTORED = [("single", 1), ("ddp", 3), ("fsdp2", 2), ("hsdp", 6), ("zero1", 3), ("zero2", 2), ("zero3", 3)]
+SAVED = [("single", 1), ("ddp", 2), ("fsdp1", 2), ("fsdp2", 3), ("hsdp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2)]
+RESTORED = [
+    ("single", 1),
+    ("ddp", 3),
+    ("fsdp1", 3),
+    ("fsdp2", 2),
+    ("hsdp", 6),
+    ("zero1", 3),
+    ("zero2", 2),
+    ("zero3", 3),
+]
 
 
 def run(world_size: int, target: object, *arguments: object) -> None:

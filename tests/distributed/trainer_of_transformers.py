@@ -1,7 +1,7 @@
 """A `transformers.Trainer` of a tiny GPT-2 with tied weights on this project's own text.
 
-argv: ``train``, under DDP and then FSDP2; ``zero``, under ZeRO-2 and then ZeRO-3; or ``fail``: under DDP, rank 1 raises
-at the end of the second epoch. Leaves ``<strategy>-<epoch>.pt``: what the Trainer itself would save at that moment.
+argv: ``train``, under DDP, FSDP2 and then FSDP1; ``zero``, under ZeRO-2 and then ZeRO-3; or ``fail``: under DDP, rank 1
+raises at the end of the second epoch. Leaves ``<strategy>-<epoch>.pt``: what the Trainer itself would save then.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -34,6 +36,15 @@ class Text(Dataset[Any]):
         return {"input_ids": tokens, "labels": tokens}
 
 
+def whole_state(trainer: Trainer) -> dict[str, Any]:
+    model = trainer.model_wrapped
+    if isinstance(model, FullyShardedDataParallel):
+        # As accelerate, but without the offloading to a CPU, with which torch 2.13 crashes on one.
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    found: dict[str, Any] = trainer.accelerator.get_state_dict(model)
+    return found
+
+
 class Keep(TrainerCallback):
     trainer: Trainer
 
@@ -41,7 +52,7 @@ class Keep(TrainerCallback):
         self.name = name
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        whole = self.trainer.accelerator.get_state_dict(self.trainer.model_wrapped)
+        whole = whole_state(self.trainer)
         if state.is_world_process_zero:
             kept = {name: tensor.clone() for name, tensor in whole.items()}
             torch.save(kept, f"{self.name}-{int(state.epoch)}.pt")
@@ -66,7 +77,7 @@ def train(name: str, deepspeed: dict[str, Any] | None = None) -> None:
         disable_tqdm=True,
         use_cpu=True,
         deepspeed=deepspeed,
-        accelerator_config={"use_configured_state": name == "fsdp2"},
+        accelerator_config={"use_configured_state": name in ("fsdp1", "fsdp2")},
     )
     keep = Keep(name)
     keep.trainer = Trainer(
@@ -95,8 +106,14 @@ elif __name__ == "__main__":
     fsdp = ("ACCELERATE_USE_FSDP", "FSDP_")
     asked = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(fsdp)}
     train("ddp")
-    os.environ.update(asked)
-    # Stock accelerate would run DDP again on a CPU, without a word.
-    AcceleratorState._reset_state(True)
-    cpu.prepare_fsdp("no", InitProcessGroupKwargs())
-    train("fsdp2")
+    first_version = {
+        "FSDP_VERSION": "1",
+        "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD",
+        "FSDP_USE_ORIG_PARAMS": "true",
+    }
+    for name, more in (("fsdp2", {}), ("fsdp1", first_version)):
+        os.environ.update(asked | more)
+        # Stock accelerate would run DDP again on a CPU, without a word.
+        AcceleratorState._reset_state(True)
+        cpu.prepare_fsdp("no", InitProcessGroupKwargs())
+        train(name)

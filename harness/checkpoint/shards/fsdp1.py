@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from harness.agreement import Agreement
 from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.names import NamedState, Stand
+from harness.checkpoint.names import NamedState, Stand, is_fsdp1
 from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, refuse_state, trained_ids
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import Run, Source, number_spec, source_of, spec_of, whole, whole_number
@@ -122,11 +122,7 @@ def units_of(model: nn.Module) -> list[Unit]:
     Raises:
         CheckpointError: if something is not understood.
     """
-    wrappers: list[Any] = [
-        module
-        for module in model.modules()
-        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
-    ]
+    wrappers: list[Any] = [module for module in model.modules() if is_fsdp1(module)]
     try:
         return [Unit(wrapper._handle) for wrapper in wrappers if wrapper._handle is not None]
     except AttributeError as error:
