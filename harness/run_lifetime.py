@@ -232,8 +232,8 @@ class RunLifetime:
             self.describe_recipe(None, model, None, None)
             if self._publishes:
                 self._say(
-                    "no class is named for the models in MLflow (see PeriodicLogger.describe): they load with "
-                    "harness.load_model(..., model=...), and not with mlflow.pyfunc"
+                    "no class is named for the models in MLflow, so mlflow.pyfunc cannot build them: load one with "
+                    'harness.load_model("models:/...", model=model), which fills a model that is made as here'
                 )
 
     @property

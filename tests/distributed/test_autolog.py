@@ -7,10 +7,14 @@ import signal
 from pathlib import Path
 from statistics import mean
 
+import mlflow
 import pytest
 import torch
+from mlflow.entities import LoggedModel
 from safetensors.torch import load_file
+from torch import nn
 
+from harness import load_model
 from harness.checkpoint.commit import list_checkpoints
 from tests.autologged.local_sgd import train_apart
 from tests.autologged.recording import VARIABLE
@@ -76,8 +80,23 @@ def test_checkpoints_are_the_scripts_own_state_when_it_runs_as(
     assert [point.step for point in history(reader, mlflow_run, "train/loss")] == [steps, 2 * steps]
     linked = [{metric.key: metric.value for metric in model.metrics} for model in models(reader, mlflow_run)]
     assert [each["accuracy"] for each in linked] == recorded
-    if num_processes > 1:
+    if strategy == "single":
+        require_loaded_as_the_run_says(tmp_path, done.output, models(reader, mlflow_run)[-1])
+    if launcher:
         require_the_same_when_killed_within_an_epoch(tmp_path, states / "epoch-0002.pt", launcher)
+
+
+def require_loaded_as_the_run_says(cwd: Path, output: str, logged: LoggedModel) -> None:
+    """A script that builds its model itself can name no class of it, and is not told to."""
+    (line,) = [line for line in output.splitlines() if "no class is named" in line]
+    assert 'harness.load_model("models:/...", model=model)' in line
+    assert "PeriodicLogger" not in line
+    mlflow.set_tracking_uri(f"sqlite:///{cwd / 'mlflow.db'}")
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10))
+    found = load_model(f"models:/{logged.model_id}", model=model).state_dict()
+    saved = load_file(cwd / "runs" / "it" / "checkpoints" / "epoch-0002" / "model.safetensors")
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(saved[key], found[key]) for key in saved)
 
 
 def require_the_same_when_killed_within_an_epoch(whole: Path, recorded: Path, launcher: list[str]) -> None:
