@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,11 +40,13 @@ class Proxy:
     Attributes:
         requests: that have been answered, in order.
         fault: asked about each request, by method and path: how it is to fail, if at all.
+        delay_s: asked likewise: how long it waits before it goes on to the server.
     """
 
     def __init__(self, port: int) -> None:
         self.requests: list[Request] = []
         self.fault: Callable[[str, str], Fault | None] = lambda method, path: None
+        self.delay_s: Callable[[str, str], float] = lambda method, path: 0.0
         self._target = port
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -78,6 +81,7 @@ class Proxy:
                     self._answer(503, [], b"try again")
                     self._end(len(body), 503)
                     return
+                time.sleep(proxy.delay_s(self.command, self.path))
                 connection = http.client.HTTPConnection("127.0.0.1", proxy._target, timeout=120)
                 try:
                     headers = {name: value for name, value in self.headers.items() if name.lower() not in _OF_A_HOP}
