@@ -28,7 +28,12 @@ class Done:
     @property
     def error_lines(self) -> list[str]:
         """The lines in which harness itself says why it ended."""
-        return [line for line in self.output.splitlines() if line.startswith(("harness: error", "harness: stopped by"))]
+        return error_lines(self.output)
+
+
+def error_lines(output: str) -> list[str]:
+    """Those in which harness itself says why it ended."""
+    return [line for line in output.splitlines() if line.startswith(("harness: error", "harness: stopped by"))]
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

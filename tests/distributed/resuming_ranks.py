@@ -108,10 +108,16 @@ def train_on_disks_of_their_own(rank: int, world_size: int, port: int, directory
     (directory / f"said-{rank}").write_text(said)
 
 
-def train_words(rank: int, world_size: int, port: int, strategy: str, cwd: Path, words: list[str]) -> None:
-    """What the command line does under `accelerate launch`."""
+def train_words(
+    rank: int, world_size: int, port: int, strategy: str, cwd: Path, words: list[str], output: str | None = None
+) -> None:
+    """What the command line does under `accelerate launch`; what the ranks print is in the file `output` of `cwd`."""
     become_rank_of(strategy, rank, world_size, port)
     os.chdir(cwd)
+    if output is not None:
+        said = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
     if code := main(words, prog="harness"):
         os._exit(code)
 

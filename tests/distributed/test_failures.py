@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint.commit import list_checkpoints
-from tests.launching import ROOT, Done, harness, run
+from tests.distributed.resuming_ranks import train_words
+from tests.distributed.test_saver import ranks
+from tests.launching import ROOT, Done, error_lines, harness, run
 from tests.mlflow_reader import only_run
 
 pytestmark = pytest.mark.usefixtures("empty_database")
@@ -75,10 +77,15 @@ def assert_nothing_half_written(cwd: Path) -> None:
     ],
 )
 def test_run_is_failed_with_one_line_when_the_task(tmp_path: Path, task: str, reason: str) -> None:
-    done = train(tmp_path, "--task.class_path", f"tests.distributed.tasks.{task}")
-    assert done.code != 0
-    assert len(done.error_lines) == 1, done.output
-    assert reason in done.error_lines[0]
+    # No launcher has a part in these.
+    words = ("--config", DIGITS, "--trainer.max_epochs", "3", "--task.class_path", f"tests.distributed.tasks.{task}")
+    with ranks(2, train_words, "ddp", tmp_path, [str(word) for word in words], "output.txt") as processes:
+        for process in processes:
+            process.join(LIMIT_S)
+        assert all(process.exitcode for process in processes)
+    output = (tmp_path / "output.txt").read_text()
+    (line,) = error_lines(output)
+    assert reason in line
     run_ = only_run(tmp_path, wait_for_end_s=40)
     assert run_.info.status == "FAILED"
     assert reason.removeprefix("rank 1 failed: ") in run_.data.tags["harness.end_reason"]
