@@ -16,24 +16,48 @@ from launch.strategy_environment import strategy_environment
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 PRINTS = "import json, os; print('ENV' + json.dumps(dict(os.environ)))\n"
+# `accelerate launch` again and again, imported once; what each prints is in a file.
+LAUNCHES = """\
+import json, os, sys
+import torch.distributed.run
+from accelerate.commands.accelerate_cli import main
+
+for path, words in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), 1)
+        sys.argv = ["accelerate", *words]
+        main()
+        os._exit(0)
+    _, status = os.wait()
+    assert status == 0, (path, status)
+"""
+NUM_PROCESSES = {"single": 1, "ddp": 2, "fsdp2": 2, "hsdp": 4, "zero3": 2}
 # What its launcher adds for itself, and nobody reads.
 OF_THE_LAUNCHER = {"ACCELERATE_RECIPE_NAME"}
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "hsdp", "zero3"])
-def test_ranks_are_told_what_accelerate_tells_its_own(strategy: str, tmp_path: Path) -> None:
-    count = {"single": 1, "hsdp": 4}.get(strategy, 2)
-    script = tmp_path / "prints.py"
-    script.write_text(PRINTS)
-    command = accelerate_command(Plan(strategy, count, 0, ()))
-    launcher = Path(sys.executable).with_name("accelerate")
-    words = [launcher, *command[1 : command.index("-m")], script]
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each strategy's ranks have printed their environment."""
+    directory = tmp_path_factory.mktemp("printed")
+    (script := directory / "prints.py").write_text(PRINTS)
+    words = {}
+    for strategy, count in NUM_PROCESSES.items():
+        command = accelerate_command(Plan(strategy, count, 0, ()))
+        words[str(directory / strategy)] = [*command[1 : command.index("-m")], str(script)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
-    done = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=120, check=True)
-    line = next(line for line in done.stdout.splitlines() if "ENV{" in line)
+    launches = [sys.executable, "-c", LAUNCHES]
+    subprocess.run(launches, input=json.dumps(words), env=clean, text=True, timeout=240, check=True)
+    return directory
+
+
+@pytest.mark.parametrize("strategy", NUM_PROCESSES)
+def test_ranks_are_told_what_accelerate_tells_its_own(strategy: str, printed: Path) -> None:
+    line = next(line for line in (printed / strategy).read_text().splitlines() if "ENV{" in line)
     told = json.JSONDecoder().raw_decode(line[line.index("ENV{") + 3 :])[0]
     expected = {name: value for name, value in told.items() if name.startswith(PREFIXES)}
-    found = {name: value for name, value in strategy_environment(strategy, count).items() if name in expected}
+    environment = strategy_environment(strategy, NUM_PROCESSES[strategy])
+    found = {name: value for name, value in environment.items() if name in expected}
     assert found == {name: value for name, value in expected.items() if name not in OF_THE_LAUNCHER}
 
 
