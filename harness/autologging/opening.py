@@ -38,7 +38,7 @@ def open_run(
     """
     accelerator = prepared.accelerator
     assert accelerator is not None
-    sizes = [getattr(loader, "total_batch_size", None) for loader in prepared.loaders[:1]]
+    sizes = [_batch_size(loader) for loader in prepared.loaders[:1]]
     training = {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
@@ -62,6 +62,14 @@ def open_run(
     logger.start()
     logger.register("autolog", _Memory(trained, prepared))
     return logger
+
+
+def _batch_size(loader: Any) -> Any:
+    """Of all ranks, where batches are of one size."""
+    try:
+        return getattr(loader, "total_batch_size", None)
+    except TypeError:
+        return None  # accelerate reckons with a size that a batch sampler of the script's own need not have
 
 
 class _Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class OwnValues:
         self._say_once = say_once
         self._logger: PeriodicLogger | None = None
         self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
+        self._left_out: dict[str, str] = {}
         self.early_params: dict[str, Any] = {}
 
     def begin(self, logger: PeriodicLogger) -> None:
@@ -35,10 +36,17 @@ class OwnValues:
         for values, step in self._early_metrics:
             self.log(values, step)
         self._early_metrics.clear()
+        self._say_left_out(self._left_out)
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
-        """Metrics. What is no number is left out."""
-        numbers = {str(name): number for name, value in values.items() if (number := _number(value)) is not None}
+        """Metrics. What is no number is left out, which is said once for each name."""
+        numbers: dict[str, float] = {}
+        for name, value in values.items():
+            if (number := _number(value)) is not None:
+                numbers[str(name)] = number
+            elif name not in self._left_out:
+                self._left_out[name] = f"harness: autolog: {name} is left out: {_kind(value)} is no number"
+                self._say_left_out([name])
         if not numbers:
             return
         if self._logger is None:
@@ -49,6 +57,12 @@ class OwnValues:
                 self._logger.record({name: number}, step)
             except MetricError as error:
                 self._say_once(f"a metric of the script is left out: {error}")
+
+    def _say_left_out(self, names: Iterable[str]) -> None:
+        # The run alone knows how silent it is to be.
+        if self._logger is not None and self._logger.topology.rank == 0:
+            for name in names:
+                self._logger.progress.say(self._left_out[name])
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Parameters."""
@@ -65,6 +79,11 @@ def _number(value: Any) -> float | None:
     if isinstance(value, torch.Tensor):
         return float(value.item()) if value.numel() == 1 else None
     try:
-        return float(value) if getattr(value, "ndim", None) == 0 else None
-    except (TypeError, ValueError):
+        return float(value.item()) if getattr(value, "size", None) == 1 else None
+    except (AttributeError, TypeError, ValueError):
         return None
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from mlflow.pytorch import _pytorch_autolog
@@ -369,6 +371,40 @@ def test_checkpoints_are_ranked_when_monitor_is_a_metric_of_the_scripts(on: On, 
         "epoch-0002": 3.0,
         "epoch-0004": 0.0,
     }
+
+
+def test_values_are_taken_or_told_once_when_the_script_logs_all_kinds(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switch = on()
+    loop = Loop()
+    loop.accelerator.log({"early": "text"})
+    for _ in range(2):
+        loop.model.train()
+        for batch in loop.train:
+            loop.step(batch)
+        ones = {"array": np.array([4.0]), "tensor": torch.tensor([[3.0]]), "flag": True}
+        loop.accelerator.log({**ones, "note": "text", "pair": torch.ones(2), "nothing": None})
+    switch.finish()
+    for manifest in checkpoints(tmp_path).values():
+        assert {name: manifest.metrics[name] for name in ones} == {"array": 4.0, "tensor": 3.0, "flag": 1.0}
+        assert not manifest.metrics.keys() & {"early", "note", "pair", "nothing"}
+    told = capfd.readouterr().err
+    for name, kind in {"early": "str", "note": "str", "pair": "Tensor of shape (2,)", "nothing": "NoneType"}.items():
+        assert told.count(f"{name} is left out: a {kind} is no number") == 1
+
+
+def test_script_trains_when_its_batches_are_of_no_one_size(on: On, tmp_path: Path) -> None:
+    """Divided among two ranks, as accelerate does it: then it cannot say how large a batch of all ranks is."""
+    switch = on()
+    accelerator = Accelerator(cpu=True)
+    own = DataLoader(images(16), batch_sampler=[list(range(6)), [6, 7], list(range(8, 14)), [14, 15]])  # type: ignore[arg-type]
+    train = accelerator.prepare(prepare_data_loader(own, num_processes=2, process_index=0, even_batches=False))
+    loop = Loop(accelerator)
+    loop.train = train
+    loop.plain(1)
+    switch.finish()
+    assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [2]
 
 
 def test_line_says_what_to_pass_when_models_are_several(
