@@ -15,7 +15,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from harness.agreement import Agreement
 from harness.checkpoint.restore import restore_tensors
+from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import Moment, Watched
+from harness.errors import CheckpointError
 from harness.recipe import infer_signature
 from harness.tracking.provenance import model_summary
 from tests.distributed.restoring_ranks import saver_of, started, train
@@ -59,6 +61,29 @@ def check_what_is_said_of(model: nn.Module) -> None:
     assert f" {size:,} " in model_summary(model).splitlines()[1]
     with pytest.raises(ValueError, match="sharded already"):
         infer_signature(model, torch.zeros(2, 8, dtype=torch.long))
+
+
+def say_what_is_refused(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """What each rank says to an optimizer that trains nothing, to another order of elements, to a state of its own kind."""
+    accelerator, _ = started(rank, world_size, port, "fsdp1", "fp32")
+
+    def said(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
+        with pytest.raises(CheckpointError) as refused:
+            find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+        return str(refused.value)
+
+    early = torch.optim.SGD(Uneven().parameters(), lr=0.1)
+    turned = nn.Conv2d(3, 7, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    factored = wrapped("FULL_SHARD views all", 1)
+    optimizer = torch.optim.SGD(factored.parameters(), lr=0.1)
+    for parameter in factored.parameters():
+        optimizer.state[parameter]["rows"] = torch.zeros(parameter.numel() + 2)
+    lines = [
+        said(wrapped("FULL_SHARD flat all", 1), early),
+        said(FullyShardedDataParallel(turned, device_id=torch.device("cpu"), use_orig_params=True), None),
+        said(factored, optimizer),
+    ]
+    directory.joinpath(f"said-{rank}").write_text("\n".join(lines))
 
 
 def go_through(rank: int, world_size: int, port: int, directory: Path, ways: list[str], source: str) -> None:

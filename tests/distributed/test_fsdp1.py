@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.fsdp1_ranks import go_through
+from tests.distributed.fsdp1_ranks import go_through, say_what_is_refused
 from tests.distributed.test_restore import run, same_files
 
 
@@ -38,3 +38,14 @@ def test_files_and_the_next_step_are_the_same_bit_for_bit_when_another_way_has_s
     for way in ways:
         for name, expected in (("step-3", "step-3"), ("step-4", "step-4"), ("read", "step-3"), ("read-next", "step-4")):
             assert same_files(tmp_path / way / name, first / expected), (way, name)
+
+
+def test_ranks_say_what_and_why_when_a_state_is_not_understood(tmp_path: Path) -> None:
+    run(2, say_what_is_refused, tmp_path)
+    for rank in range(2):
+        early, turned, factored = (tmp_path / f"said-{rank}").read_text().splitlines()
+        assert (
+            "make the optimizer of the parameters of the prepared model, or put `fsdp_use_orig_params: true`" in early
+        )
+        assert turned.startswith("weight: does not lie in C order") and "make it contiguous before" in turned
+        assert factored.startswith("SGD: cannot save its state 'rows' of ")

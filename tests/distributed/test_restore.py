@@ -169,7 +169,7 @@ def test_flat_state_is_zero_where_the_checkpoint_has_none(tmp_path: Path) -> Non
     checkpoint = tmp_path / "uneven/saved"
     expected = load_file(checkpoint / FILES[1])
     assert "step.scale" not in expected and expected["step.blocks.2.norm.bias"] == 2
-    for strategy in ("single", "fsdp2", "zero1", "zero3"):
+    for strategy in ("single", "fsdp1", "fsdp2", "zero1", "zero3"):
         into = tmp_path / f"into-{strategy}"
         run(
             1 if strategy == "single" else 2, restore_under, into, strategy, {"it": str(checkpoint)}, "fp32", "AdamW", 1
@@ -195,7 +195,7 @@ def test_flat_state_is_zero_where_the_checkpoint_has_none(tmp_path: Path) -> Non
 def test_there_is_no_state_when_a_checkpoint_is_of_before_the_first_step(tmp_path: Path) -> None:
     run(1, save_unevenly, tmp_path / "uneven", 0)
     checkpoint = tmp_path / "uneven/saved"
-    for strategy in ("fsdp2", "zero2", "zero3"):
+    for strategy in ("fsdp1", "fsdp2", "zero2", "zero3"):
         into = tmp_path / f"into-{strategy}"
         run(2, restore_under, into, strategy, {"it": str(checkpoint)}, "fp32", "AdamW", 1)
         assert_same_tensors(into / "it", checkpoint)
@@ -203,7 +203,9 @@ def test_there_is_no_state_when_a_checkpoint_is_of_before_the_first_step(tmp_pat
         assert load_file(into / "it-next" / FILES[1])["step.scale"] == 1
 
 
-@pytest.mark.parametrize(("strategy", "precision"), [("fsdp2", "fp32"), ("zero1", "bf16"), ("zero3", "bf16")])
+@pytest.mark.parametrize(
+    ("strategy", "precision"), [("fsdp1", "fp32"), ("fsdp2", "fp32"), ("zero1", "bf16"), ("zero3", "bf16")]
+)
 def test_masters_follow_when_weights_alone_are_restored(tmp_path: Path, strategy: str, precision: str) -> None:
     run(1, save_under, tmp_path / "single", "single")
     checkpoint = tmp_path / "single/step-3"
@@ -230,7 +232,7 @@ def test_shards_take_the_weights_of_transformers_when_a_run_begins(tmp_path: Pat
         assert torch.equal(found[f"{FILES[0]}:{name}"], value), name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
 def test_all_ranks_say_the_same_when_one_cannot_restore(tmp_path: Path, strategy: str) -> None:
     run(1, save_under, tmp_path / "single", "single")
     checkpoint = tmp_path / "single/step-3"
