@@ -64,7 +64,7 @@ def check_what_is_said_of(model: nn.Module) -> None:
 
 
 def say_what_is_refused(rank: int, world_size: int, port: int, directory: Path) -> None:
-    """What each rank says to an optimizer that trains nothing, to another order of elements, to a state of its own kind."""
+    """What each rank says to an optimizer that trains nothing, another order of elements, a state of its own kind."""
     accelerator, _ = started(rank, world_size, port, "fsdp1", "fp32")
 
     def said(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
