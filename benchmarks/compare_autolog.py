@@ -9,7 +9,8 @@ stacks of all its processes are kept, and then MLflow is asked what there is.
 
     alone                    trains to the end, three epochs; values that are no number are logged too
     ddp, fsdp2, zero2        trains to the end on two ranks, whose batches are uneven
-    loop, batches, default   of MLflow's autologging: beside a loop of one's own, and how often it saves
+    loop, batches, default,  of MLflow's autologging: beside a loop of one's own, and how often it saves; elsewhere it
+    fsdp2_ and zero2_default saves each epoch
     raise, exit, sigterm,    how it fails in its second epoch; where it was killed it is run again, and goes on by the
     sigint, sigkill          peer's own means
     slow                     each file that is uploaded takes `SLOW_S` more
@@ -24,6 +25,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import sys
 import tempfile
 import threading
@@ -43,13 +45,14 @@ os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
 import mlflow  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 
+from benchmarks.peers import task  # noqa: E402
 from benchmarks.peers.in_mlflow import ended_runs, facts_of  # noqa: E402
 from tests.launching import accelerate, harness, run  # noqa: E402
 from tests.services.mlflow_server import MlflowServer, make_database  # noqa: E402
 from tests.services.proxy import Proxy  # noqa: E402
 
 PEERS = ("mlflow_autolog", "accelerate_tracker", "lightning_logger", "hf_callback", "harness_autolog")
-SLOW_S = 4.0
+SLOW_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Situation:
 
 
 def failing(how: str, **more: Any) -> Situation:
-    return Situation(words=("--fails", how, "--fails_at", "13"), **more)
+    # Slow enough for what is written beside the steps to be there.
+    return Situation(words=("--fails", how, "--fails_at", "13", "--pace_s", "0.2"), **more)
 
 
 PACED = ("--epochs", "3", "--steps", "30", "--pace_s", "0.3")
@@ -91,6 +95,8 @@ SITUATIONS = {
     "loop": Situation(words=("--loop", "own"), peers=OF_MLFLOW),
     "batches": Situation(words=("--save_freq", "5"), peers=OF_MLFLOW),
     "default": Situation(words=("--save_freq", "default"), peers=OF_MLFLOW),
+    "fsdp2_default": Situation(words=("--save_freq", "default"), strategy="fsdp2", peers=OF_MLFLOW),
+    "zero2_default": Situation(words=("--save_freq", "default"), strategy="zero2", peers=OF_MLFLOW),
     "ddp": Situation(strategy="ddp"),
     "fsdp2": Situation(strategy="fsdp2"),
     "zero2": Situation(strategy="zero2"),
@@ -137,7 +143,10 @@ def measure(peer: str, situation: Situation, limit_s: float, cwd: Path) -> dict[
             "COMPARE_LIGHTNING": "pytorch_lightning" if peer == "mlflow_autolog" else "lightning.pytorch",
             **situation.variables,
         }
+        begun_s = time.time()
         found = attempt(command(peer, situation), cwd, limit_s, variables, outage)
+        if away := (cwd / "away.json").exists() and json.loads((cwd / "away.json").read_text()):
+            found["away_s"] = [round(when_s - begun_s, 1) for when_s in away]
         if situation.is_run_again:
             found["statuses_before"] = [each.info.status for each in ended_runs(MlflowClient(uri))]
             calm = Situation(strategy=situation.strategy)
@@ -174,11 +183,14 @@ def attempt(
         gaps = [later - sooner for sooner, later in pairwise(times[1:])]
         found["steps"] = len(times) - 1
         found["longest_step_s"] = round(max(gaps, default=0.0), 2)
+        found["stood_s"] = round(sum(gaps) - len(gaps) * statistics.median(gaps), 2) if gaps else 0.0
         found["end_s"] = round(ended_s - times[-1], 2)
     if raised := {line["odd"]: line["raised"] for line in lines if "odd" in line}:
         found["raised"] = raised
-    if found["exit_code"] != 0:
-        found["errors"] = errors((cwd / "output.txt").read_text())
+    output = (cwd / "output.txt").read_text()
+    if warned := [name for name in task.ODD_VALUES if f"odd_{name}" in output]:
+        found["warned"] = warned
+    found["errors"] = errors(output)
     return found
 
 
@@ -188,20 +200,17 @@ def notes(cwd: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 
 def errors(output: str) -> list[str]:
-    """The lines with which tracebacks end, and those of ours, each once; not the launcher's."""
-    lines = [re.sub(r"^\[rank\d\]: ", "", line) for line in output.splitlines()]
-    found = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b|harness: (error|stopped)", line)]
-    return list(dict.fromkeys(line[:300] for line in found if "ChildFailedError" not in line))[-3:]
+    """The last line of the last traceback, not the launcher's; or what MLflow says of an error of its own."""
+    lines = [re.sub(r"^\[rank\d\]: |^.* WARNING mlflow.utils.autologging_utils: ", "", x) for x in output.splitlines()]
+    found = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b|Encountered unexpected", line)]
+    return list(dict.fromkeys(line[:200] for line in found if "ChildFailedError" not in line))[-1:]
 
 
 def frames(text: str) -> list[str]:
-    """The innermost frames of each process's main thread, of what py-spy says."""
-    found = []
-    for stack in text.split("(active"):
-        lines = [line.strip() for line in stack.splitlines()[1:7]]
-        if '"MainThread"' in stack or lines:
-            found.append(" < ".join(line for line in lines if "(" in line))
-    return found
+    """Where each process's main thread stood, innermost frames first, of what py-spy says."""
+    stacks = re.findall(r'"MainThread"\n((?:    .*\n?)+)', text)
+    lines = [[line.strip() for line in stack.splitlines() if "wrapper" not in line] for stack in stacks]
+    return [" < ".join(each[:6]) for each in lines]
 
 
 @contextmanager
@@ -220,9 +229,11 @@ def store(situation: Situation, cwd: Path) -> Iterator[tuple[str, Callable[[], N
         deadline_s = time.monotonic() + 120
         while len(notes(cwd)) < 46 and time.monotonic() < deadline_s:
             time.sleep(0.1)  # the script's own notes are the only sign of where it is
+        stopped_s = time.time()
         server.stop()
         time.sleep(situation.away_s)
         server.start()
+        (cwd / "away.json").write_text(json.dumps([stopped_s, time.time()]))
 
     try:
         # An outage is a server that does not answer, and not a proxy that says so.
@@ -245,7 +256,7 @@ def show(cells: dict[str, dict[str, Any]]) -> None:
             for key, found in each["losses"].items():
                 print(f"        {key}: {found['points']} points at {found['at_steps']} steps: {found['is']}")
             for key, found in {**each["models"], **each["artifacts"]}.items():
-                print(f"        {key}: {found.get('weights') or found.get('error') or found['files']}")
+                print(f"        {key}: {found.get('weights') or found.get('error') or found['kinds']}")
             if each["odd_values"]:
                 print(f"        {each['odd_values']}")
 

@@ -60,7 +60,6 @@ def facts_of(client: MlflowClient, run: Run, cwd: Path) -> dict[str, Any]:
             key: {
                 "points": len(found),
                 "at_steps": len({point.step for point in found}),
-                "first_step": found[0].step,
                 "value": found[-1].value,
                 "is": MEANS.get(round(found[-1].value, 4), "another"),
             }
@@ -74,14 +73,14 @@ def facts_of(client: MlflowClient, run: Run, cwd: Path) -> dict[str, Any]:
 
 
 def facts_of_files(directory: Path) -> dict[str, Any]:
-    """Which there are, and for those with weights whether these are whole."""
+    """Of which kinds there are, and for those with weights whether these are whole."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     # One directory of `torch.distributed.checkpoint` is one thing, whose parts say nothing alone.
     sharded = {path.parent for path in paths if path.suffix == ".distcp"}
     candidates = [*sharded, *(path for path in paths if path.suffix in WEIGHTS)]
     weights = {str(path.relative_to(directory)): wholeness(path) for path in candidates}
     return {
-        "files": [str(path.relative_to(directory)) for path in paths],
+        "kinds": sorted({path.suffix or path.name for path in paths}),
         "weights": {name: verdict for name, verdict in weights.items() if verdict},
     }
 
