@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -261,13 +261,13 @@ def show(cells: dict[str, dict[str, Any]]) -> None:
                 print(f"        {each['odd_values']}")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="what autologging and trackers leave in MLflow")
     parser.add_argument("--only", default="", help="peers, situations, or both, of those that `--help` names above")
     parser.add_argument("--limit_s", type=float, default=240.0, help="of one start of a script")
     parser.add_argument("--into", type=Path, help="a JSON file to put the cells into, beside those that are there")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     wanted = set(filter(None, arguments.only.split(",")))
     if unknown := wanted - {*PEERS, *SITUATIONS}:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join([*PEERS, *SITUATIONS])}")
