@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.fsdp1_ranks import go_through, say_what_is_refused
+from tests.distributed.fsdp1_ranks import UPCAST, go_through, say_what_is_refused
 from tests.distributed.test_restore import run, same_files
 
 
@@ -26,8 +26,9 @@ from tests.distributed.test_restore import run, same_files
         ),
         (2, ["FULL_SHARD views bf16", "SHARD_GRAD_OP views bf16", "NO_SHARD views bf16"]),
         (4, ["HYBRID_SHARD views all", "_HYBRID_SHARD_ZERO2 views all", "HYBRID_SHARD flat all"]),
+        (2, [UPCAST]),
     ],
-    ids=["fp32", "bf16", "hybrid"],
+    ids=["fp32", "bf16", "hybrid", "upcast"],
 )
 def test_files_and_the_next_step_are_the_same_bit_for_bit_when_another_way_has_saved(
     tmp_path: Path, world_size: int, ways: list[str]
