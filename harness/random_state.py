@@ -24,7 +24,8 @@ class _NumpyState:
 
     To ask takes 60 us; this less than 1, in two lines of the cache: it is asked for before each batch that this process
     loads. Each draw moves the position, which is at the end of that memory, and makes all words new before it comes
-    round; another seed has other words.
+    round; another seed has other words. (Who takes a normal number that was kept, has this asked, and then sets the
+    state from before, is given the number's absence: it is not in that memory.)
     """
 
     def __init__(self) -> None:
@@ -36,13 +37,29 @@ class _NumpyState:
     def take(self) -> Any:
         generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if generator is not self._generator:
-            self._generator, self._memory = generator, _memory_at(generator.ctypes.state_address)
-            self._state = None
+            self._generator = generator
+            self.forget()
+            # numpy's own is a Mersenne Twister; a script may have put another kind in its place.
+            is_known = type(generator) is np.random.MT19937
+            self._memory = _memory_at(generator.ctypes.state_address) if is_known else None
+        if self._memory is None:
+            return np.random.get_state(legacy=False)
         end = self._memory[-32:]
         # A normal number that is kept for later is not in that memory.
         if self._state is None or end != self._end or self._state[3]:
             self._end, self._state = end, np.random.get_state()
         return self._state
+
+    def forget(self) -> None:
+        """Ask the next time."""
+        self._state = None
+
+    def put_back(self, state: Any) -> None:
+        """Have the generator stand where it stood; one of another kind than it was is left alone."""
+        kind = state["bit_generator"] if isinstance(state, dict) else state[0]
+        if type(np.random.get_bit_generator()).__name__ == kind:  # type: ignore[attr-defined]
+            np.random.set_state(state)
+        self.forget()
 
 
 class _PythonState:
@@ -92,10 +109,9 @@ def encoded(states: dict[str, Any]) -> dict[str, Any]:
     if not states:
         return {}
     version, numbers, gauss = states["python"]
-    kind, keys, position, has_gauss, cached = states["numpy"]
     record: dict[str, Any] = {
         "python": [version, _encode(numbers[4:] + numbers[:4]), gauss],
-        "numpy": [kind, _encode(np.asarray(keys, dtype=np.uint32).tobytes()), position, has_gauss, cached],
+        "numpy": _encode_numpy(states["numpy"]),
     }
     for name in ("torch", "cuda"):
         if name in states:
@@ -121,12 +137,35 @@ def _decode(text: str) -> bytes:
     return base64.b64decode(text)
 
 
+def _encode_numpy(state: Any) -> Any:
+    """Of a Mersenne Twister a list; of another kind nested fields, as its `state` has them."""
+    if isinstance(state, tuple):
+        kind, keys, *others = state
+        return [kind, _encode(np.asarray(keys, dtype=np.uint32).tobytes()), *others]
+    if isinstance(state, dict):
+        return {name: _encode_numpy(value) for name, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return {"dtype": str(state.dtype), "bytes": _encode(state.tobytes())}
+    return state.item() if isinstance(state, np.generic) else state
+
+
+def _decode_numpy(record: Any) -> Any:
+    if isinstance(record, list):
+        kind, keys, *others = record
+        return (kind, np.frombuffer(_decode(keys), dtype=np.uint32), *others)
+    if isinstance(record, dict):
+        if record.keys() == {"dtype", "bytes"}:
+            return np.frombuffer(_decode(record["bytes"]), dtype=record["dtype"])
+        return {name: _decode_numpy(value) for name, value in record.items()}
+    return record
+
+
 def put_back(states: dict[str, Any], device: torch.device) -> None:
     """Put back what `take` took."""
     version, numbers, gauss = states["python"]
     position, *words = array("I", numbers)
     random.setstate((version, (*words, position), gauss))
-    np.random.set_state(states["numpy"])
+    _numpy_state.put_back(states["numpy"])
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -138,10 +177,9 @@ def decoded(record: dict[str, Any]) -> dict[str, Any]:
         return {}
     version, words, gauss = record["python"]
     numbers = _decode(words)
-    kind, keys, position, has_gauss, cached = record["numpy"]
     states: dict[str, Any] = {
         "python": (version, numbers[-4:] + numbers[:-4], gauss),
-        "numpy": (kind, np.frombuffer(_decode(keys), dtype=np.uint32), position, has_gauss, cached),
+        "numpy": _decode_numpy(record["numpy"]),
     }
     for name in ("torch", "cuda"):
         if name in record:

@@ -4,6 +4,7 @@ import json
 import random
 from array import array
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,25 @@ def test_numbers_are_those_that_python_gives_when_they_are_read_in_memory() -> N
             random.random()
         version, (*words, position), held_back = random.getstate()
         assert state.take() == (version, array("I", [position, *words]).tobytes(), held_back)
+
+
+@pytest.mark.parametrize("kind", [np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_same_numbers_follow_when_numpys_generator_is_of_another_kind(kind: Any) -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(kind(1))
+    try:
+        np.random.standard_normal(3)
+        for _ in range(2):
+            text = json.dumps(random_state.capture(CPU))
+            expected = draw()
+            random_state.restore(json.loads(text), CPU)
+            assert draw() == expected
+        twister = np.random.RandomState(0).get_state()
+        state = np.random.get_state(legacy=False)
+        random_state.restore({**json.loads(text), "numpy": random_state._encode_numpy(twister)}, CPU)
+        assert str(np.random.get_state(legacy=False)) == str(state)  # one of another kind cannot be put back
+    finally:
+        np.random.set_bit_generator(before)
 
 
 def test_nothing_is_drawn_when_captured() -> None:
