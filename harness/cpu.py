@@ -8,8 +8,10 @@ want the strategy that was asked for. Measured with accelerate 1.15.0, deepspeed
 from __future__ import annotations
 
 import os
+from itertools import chain
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -18,6 +20,7 @@ from accelerate.utils import (
     ParallelismConfig,
     TorchDynamoPlugin,
 )
+from torch import nn
 
 
 def prepare_deepspeed() -> None:
@@ -31,21 +34,28 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def prepare_fsdp(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
+def prepare_fsdp(
+    mixed_precision: str, init: InitProcessGroupKwargs, plugin: FullyShardedDataParallelPlugin | None = None
+) -> None:
     """Make the state that `Accelerator()` will find, with FSDP in it instead of DDP: the version that was asked for.
 
     Accelerate's state is a singleton that an `Accelerator` takes as it is found, so nothing of
-    accelerate is replaced: the state is made first, by its own constructor, and two fields corrected.
+    accelerate is replaced: the state is made first, by its own constructor, and a few fields corrected.
+
+    Effects: collective, it makes the process group, for which it waits; main thread; two environment variables of
+    FSDP1's stay changed; nothing on disk.
 
     Args:
         mixed_precision: accelerate's name: no, bf16 or fp16.
         init: what the process group is made with.
+        plugin: as somebody has made it; None: of the environment that `accelerate launch` gives.
     """
-    if os.environ.get("FSDP_VERSION", "1") == "1":
+    version = os.environ.get("FSDP_VERSION", "1") if plugin is None else str(plugin.fsdp_version)
+    if version == "1":
         # FSDP1 sends rank zero's weights to the others on GPUs alone, and `accelerate launch` asks for it by default,
-        # as for loading them on rank zero only. Here each rank makes or loads its own.
+        # as for loading them on rank zero only. Here each rank makes or loads its own; see `send_weights`.
         os.environ |= {"FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-    plugin = FullyShardedDataParallelPlugin()
+    plugin = plugin or FullyShardedDataParallelPlugin()
     uses_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
     state = AcceleratorState(
         mixed_precision=mixed_precision,
@@ -66,3 +76,18 @@ def prepare_fsdp(mixed_precision: str, init: InitProcessGroupKwargs) -> None:
     if plugin.fsdp_version == 1:
         # FSDP1 compares it with what torch.cpu.current_device() gives, which has no number.
         state.device = PartialState._shared_state["device"] = torch.device("cpu")
+
+
+def send_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all ranks rank zero's weights and buffers, as FSDP1 does on GPUs and DDP anywhere, before it is wrapped.
+
+    Effects: collective on the default group, where FSDP1 runs on a CPU, and else nothing; main thread; blocks.
+
+    Args:
+        accelerator: of the model.
+        model: not prepared yet.
+    """
+    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1
+    if is_fsdp1 and accelerator.device.type == "cpu":
+        for tensor in chain(model.parameters(), model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)

@@ -223,11 +223,11 @@ class RunLifetime:
         if (line := self._lead.check(costs.get("checkpoint/durable_s", 0.0))) is not None:
             self._progress.say(f"harness: warning: {line}")
 
-    def describe_model(self, model: nn.Module) -> None:
-        """The summary of the user's own model, among the run's artifacts."""
+    def describe_model(self, model: nn.Module, wrapped: nn.Module) -> None:
+        """The summary of the user's own model, which is trained wrapped, among the run's artifacts."""
         if self._tracker is None:
             return
-        self._tracker.text("model_summary.txt", provenance.model_summary(model))
+        self._tracker.text("model_summary.txt", provenance.model_summary(model, wrapped))
         if not self._tracker.has_recipe:
             self.describe_recipe(None, model, None, None)
             if self._publishes:

@@ -131,7 +131,8 @@ def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
     Args:
         kwargs: as they were given.
     """
-    uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP")
+    plugin = kwargs.get("fsdp_plugin")
+    uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP") or plugin is not None
     if torch.accelerator.is_available() or AcceleratorState._shared_state:
         return kwargs
     if not uses_deepspeed:
@@ -148,11 +149,11 @@ def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
         cpu.prepare_deepspeed()
         init.backend = "gloo"
         if kwargs.get("deepspeed_plugin") is None and kwargs.get("deepspeed_plugins") is None:
-            plugin = made["deepspeed_plugin"] = DeepSpeedPlugin()
-            plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+            deepspeed = made["deepspeed_plugin"] = DeepSpeedPlugin()
+            deepspeed.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
     else:
         precision = kwargs.get("mixed_precision") or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        cpu.prepare_fsdp(str(precision), init)
+        cpu.prepare_fsdp(str(precision), init, plugin)
     return made
 
 

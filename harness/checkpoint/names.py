@@ -91,7 +91,7 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
 
     Args:
         model: wrapped or not.
-        stands: for what is in FSDP1's flat parameters, which have no name of their own. They have no holder.
+        stands: for what is in FSDP1's flat parameters, which have no name of their own, and hold its values.
 
     Raises:
         CheckpointError: if two tensors would have the same name.
@@ -109,14 +109,13 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
     for prefix, module in _modules(model):
         sizes.append((module._modules, len(module._modules)))
         members += [(module._modules, key, child) for key, child in module._modules.items()]
-        tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        sizes += [(held, len(held)) for held in (module._parameters, module._buffers)]
+        tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (module._parameters, parameters),
             (module._buffers, buffers),
-        ]
-        if id(module) in standing:
-            tables.append((standing[id(module)], parameters))
+            (standing.get(id(module), {}), parameters),
+        )
         for held, into in tables:
-            sizes.append((held, len(held)))
             for key, tensor in held.items():
                 if tensor is None:
                     members.append((held, key, None))

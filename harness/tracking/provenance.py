@@ -117,9 +117,14 @@ def flatten_params(config: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: "***" if is_secret_name(prefix) else redact(str(config))}
 
 
-def model_summary(model: nn.Module) -> str:
-    """The modules down to the third level, each with its number of parameters, as a table of text."""
-    sizes = _fsdp1_sizes(model)
+def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:
+    """The modules down to the third level, each with its number of parameters, as a table of text.
+
+    Args:
+        model: the user's own.
+        wrapped: as it is trained, which knows how large sharded parameters are; None: it is not wrapped.
+    """
+    sizes = _fsdp1_sizes(model if wrapped is None else wrapped)
     rows = [("module", "class", "parameters", "trainable")]
     for name, module in model.named_modules():
         if name.count(".") < 2:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+import harness
 from harness.agreement import Agreement
+from harness.checkpoint.names import unwrapped
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.trainer_state import Moment, Watched
@@ -22,6 +25,7 @@ from harness.recipe import infer_signature
 from harness.tracking.provenance import model_summary
 from tests.distributed.restoring_ranks import saver_of, started, train
 from tests.distributed.saved_models import Block, Uneven
+from tests.distributed.saving_ranks import become_rank
 
 # A model of 16 bits: accelerate makes 32 of them in the flat parameters, which their views follow in the first forward.
 UPCAST = "as accelerate wraps it"
@@ -69,7 +73,7 @@ def look_at(watched: Watched, way: str) -> None:
 def check_what_is_said_of(model: nn.Module) -> None:
     """Its size is the whole one's, and it is not run on rank zero alone, which would wait for the others."""
     size = sum(parameter.numel() for parameter in Uneven().parameters())
-    assert f" {size:,} " in model_summary(model).splitlines()[1]
+    assert f" {size:,} " in model_summary(unwrapped(model), model).splitlines()[1]
     with pytest.raises(ValueError, match="sharded already"):
         infer_signature(model, torch.zeros(2, 8, dtype=torch.long))
 
@@ -95,6 +99,19 @@ def say_what_is_refused(rank: int, world_size: int, port: int, directory: Path) 
         said(factored, optimizer),
     ]
     directory.joinpath(f"said-{rank}").write_text("\n".join(lines))
+
+
+def prepare_as_a_script(rank: int, world_size: int, port: int, directory: Path) -> None:
+    """A script with a plugin of its own, whose ranks have made weights of their own; those that they train with."""
+    become_rank(rank, world_size, port)
+    harness.autolog()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, sharding_strategy="SHARD_GRAD_OP", use_orig_params=True)
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    assert accelerator.state.fsdp_plugin is plugin
+    torch.manual_seed(rank)
+    model = accelerator.prepare(nn.Linear(3, 2))
+    with FullyShardedDataParallel.summon_full_params(model):
+        torch.save([parameter.detach().clone() for parameter in model.parameters()], directory / f"weights-{rank}.pt")
 
 
 def go_through(rank: int, world_size: int, port: int, directory: Path, ways: list[str], source: str) -> None:

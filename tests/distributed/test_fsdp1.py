@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.distributed.fsdp1_ranks import UPCAST, go_through, say_what_is_refused
+from tests.distributed.fsdp1_ranks import UPCAST, go_through, prepare_as_a_script, say_what_is_refused
 from tests.distributed.test_restore import run, same_files
 
 
@@ -50,3 +51,12 @@ def test_ranks_say_what_and_why_when_a_state_is_not_understood(tmp_path: Path) -
         )
         assert turned.startswith("weight: does not lie in C order") and "make it contiguous before" in turned
         assert factored.startswith("SGD: cannot save its state 'rows' of ")
+
+
+def test_ranks_have_rank_zeros_weights_when_a_script_brings_a_plugin_of_its_own(tmp_path: Path) -> None:
+    run(2, prepare_as_a_script, tmp_path)
+    mine, theirs = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
+    torch.manual_seed(0)
+    expected = list(torch.nn.Linear(3, 2).parameters())
+    for other in (mine, theirs):
+        assert all(torch.equal(weight, wanted) for weight, wanted in zip(other, expected, strict=True))
