@@ -145,8 +145,8 @@ def _write_record(path: Path, name: str, *, is_made_up: bool, mlflow_run_id: str
 def _refuse_if_never(path: Path, resume: str) -> None:
     if resume == "never" and (path / FILE).exists():
         raise RunDirError(
-            f"run_name: {path} holds a run already, and resume_from_checkpoint is never; use auto to go on with it, "
-            "give another run_name, or remove that directory"
+            f"run_name: {path} holds a run already, and resume_from_checkpoint (--resume of harness run) is never; "
+            "use auto to go on with it, give another run_name, or remove that directory"
         )
 
 

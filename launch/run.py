@@ -21,6 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import harness
+from harness.autologging.api import script_name
 from harness.config import NUM_PROCESSES_VARIABLE
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
 from harness.redact import redact_words
@@ -183,7 +184,28 @@ def _tag(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _check_resume(own: argparse.Namespace) -> None:
+    """Refuse what is not there, before the script takes its time; say so where `auto` begins beside what was begun.
+
+    Raises:
+        ConfigError: if there is no such path.
+    """
+    if own.resume not in ("auto", "never") and ":/" not in own.resume and not Path(own.resume).exists():
+        raise ConfigError(
+            "--resume",
+            f"there is no {own.resume}; give auto, never, a run's directory (such as {own.run_dir}/<run_name>), a "
+            "checkpoint's, or an address in MLflow (models:/..., runs:/...)",
+        )
+    if own.resume == "auto" and own.run_name is None and not own.silent and os.environ.get("RANK", "0") == "0":
+        name = script_name()
+        unnamed = sorted(Path(own.run_dir).glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime)
+        if unnamed and not (Path(own.run_dir) / name / "run.json").exists():
+            latest = unnamed[-1].parent
+            print(f"harness: begins the run {name}; to go on with the latest one: --resume {latest}", file=sys.stderr)
+
+
 def _turn_on(own: argparse.Namespace) -> None:
+    _check_resume(own)
     if own.resume != "never" or own.run_name or own.run_dir != "runs" or own.experiment_name:
         harness.resume(own.resume, run_name=own.run_name, run_dir=own.run_dir, experiment_name=own.experiment_name)
     harness.autolog(
@@ -254,6 +276,10 @@ def _run(script: _Script) -> int:
         exec(compile(Path(script.path).read_bytes(), script.path, "exec"), vars(module))
     except SystemExit as exit:
         script_ended(failure_of(exit.code))
+        raise
+    except HarnessError as error:
+        # What we have found wrong, with its remedy: where in the script that came to light is no help.
+        script_ended(error)
         raise
     except BaseException as error:
         script_ended(error)

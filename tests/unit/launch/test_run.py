@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,7 @@ def test_module_runs_as_python_m_would_when_it_is_given(script: Callable[[str], 
         (["--strategy", "fsdp", "train.py"], "--strategy: invalid choice: 'fsdp'"),
         (["--strategy", "single", "--num_processes", "2", "train.py"], "--strategy single is one process"),
         (["--dry_run", "train.py"], "--dry_run: shows the launcher's command"),
+        (["--resume", "runs/nosuch", "train.py"], "--resume: there is no runs/nosuch; give auto, never,"),
     ],
 )
 def test_words_are_refused_when_they_make_no_sense(script: Callable[[str], Path], words: list[str], told: str) -> None:
@@ -190,3 +192,23 @@ def test_exit_is_the_scripts_when_it_calls_exit_with(script: Callable[[str], Pat
     with pytest.raises(SystemExit) as exit:
         run(["train.py"])
     assert exit.value.code == code
+
+
+def test_error_is_a_line_and_no_traceback_when_it_is_ours(script: Callable[[str], Path]) -> None:
+    script("from harness.errors import RunDirError\nraise RunDirError('runs/x: holds a run already')")
+    with pytest.raises(HarnessError, match="runs/x: holds a run already"):
+        run(["train.py"])
+
+
+def test_line_names_the_latest_run_when_auto_begins_beside_those_without_a_name(
+    script: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("")
+    for name in ("train-1", "train-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    os.utime(tmp_path / "runs" / "train-2" / "run.json", (1, 1))
+    assert run(["--resume", "auto", "train.py"]) == 0
+    assert "begins the run train; to go on with the latest one: --resume runs/train-1" in capsys.readouterr().err
+    assert run(["--resume", "auto", "--run_name", "other", "train.py"]) == 0
+    assert "to go on with" not in capsys.readouterr().err
