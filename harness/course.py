@@ -21,20 +21,21 @@ from harness.place import Place
 from harness.progress import Progress
 from harness.run_lifetime import RunLifetime
 from harness.saves import Saves
-from harness.schedule import Cadence
+from harness.schedule import Cadence, is_passed
 from harness.signals import name_of
 from harness.votes import Votes
 from harness.windows import MetricWindows
 
-# In one process: how late a request to stop that no signal brings is seen, and a bar redrawn.
+# How late a bar is redrawn and, in one process, a request to stop is seen that no signal brings.
 _LOOK_EVERY_S = 0.1
 
 
 class Course:
     """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
 
-    Effects: all methods are collective: every rank calls them alike; main thread. They block only where a checkpoint
-    needs the metrics of its moment, and for the votes of the step before.
+    Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
+    a checkpoint needs the metrics of its moment, and for the votes of the step before. `skip_time`, `ask_for_save`,
+    `pace` and `is_log_step_next` are not.
 
     Args:
         accelerator: of the loop.
@@ -100,8 +101,8 @@ class Course:
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
-        next_step, every_n_steps = self._place.step + 1, self._tracking.log_every_n_steps
-        if every_n_steps is not None and next_step % every_n_steps == 0:
+        next_step = self._place.step + 1
+        if is_passed(self._tracking.log_every_n_steps, next_step):
             return True
         return self._cadence.is_due_after_step(next_step) or self._accelerator.gradient_state.end_of_dataloader
 
@@ -169,6 +170,8 @@ class Course:
         Raises:
             PeerFailure: if another rank has failed.
             Stopped: on all ranks alike, if a signal asked any of them to stop.
+            CheckpointError: on all ranks alike, if the state that is to be saved is not understood, or a save has
+                failed and ``checkpoint.when_failed`` is stop. Whatever `on_reduced`'s callbacks raise comes too.
         """
         batches, place, run, votes = self._batches, self._place, self._run, self._votes
         batches.num_taken += 1
@@ -184,7 +187,8 @@ class Course:
             # A step that fp16's overflow has skipped has changed nothing, and is none.
             is_step = self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
             step = place.step + is_step
-        if step <= place.step:
+        before = place.step
+        if step <= before:
             return
         place.step = step
         now_s = self._windows.timer.step(self._samples_in_step)
@@ -193,7 +197,7 @@ class Course:
         is_quiet = step < self._due_at_step and votes.steps_since < votes.every_n_steps and now_s < self._look_at_s
         if is_quiet and not is_asked:
             return
-        self._attend(num_taken, is_loaders_last)
+        self._attend(before, num_taken, is_loaders_last)
         self._due_at_step = self._next_due()
         self._look_at_s = now_s + _LOOK_EVERY_S
 
@@ -206,14 +210,18 @@ class Course:
         due = [step - step % each + each for each in cadences if each is not None]
         return min([*due, sys.maxsize if self.max_steps is None else self.max_steps])
 
-    def _attend(self, num_taken: int, is_loaders_last: bool) -> None:
-        """A step is done at which something is due, or may be."""
+    def _attend(self, before: int, num_taken: int, is_loaders_last: bool) -> None:
+        """A step is done at which something is due, or may be; so many were done before.
+
+        A rank may come here at a step at which the others do not: it was asked for something, its window was copied,
+        0.1 s have passed. What is collective in here is therefore done by numbers that all ranks have alike (steps,
+        votes that were cast, a save that is open), and at a step that is due on all.
+        """
         self._saves.settle()
         self._windows.poll()
         if self._saves.prepare():
             self._windows.timer.resume()
-        every_n_steps = self._tracking.log_every_n_steps
-        if every_n_steps is not None and self._place.step % every_n_steps == 0:
+        if is_passed(self._tracking.log_every_n_steps, self._place.step, before):
             self._windows.collect()
             self._windows.flush(self._place.step, wait=False)
         if self._progress.shows_steps:
@@ -221,13 +229,13 @@ class Course:
         if self.max_steps is not None and self._place.step >= self.max_steps:
             self.ends = True
         asked_signal = self.read_votes()
-        self._save_if_due(is_loaders_last)
+        self._save_if_due(before, is_loaders_last)
         if asked_signal:
             self.stop(asked_signal)
         self.vote()
 
-    def _save_if_due(self, is_loaders_last: bool) -> None:
-        is_due = self._cadence.is_due_after_step(self._place.step)
+    def _save_if_due(self, before: int, is_loaders_last: bool) -> None:
+        is_due = self._cadence.is_due_after_step(self._place.step, before)
         if not (is_due or self._save_is_asked or self._saves.owed is not None):
             return
         name = self._place.step_name

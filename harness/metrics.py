@@ -265,6 +265,16 @@ class Reducer:
         """Whether a window is to be sent off, and its copy from the device not there yet."""
         return self._group is not None and self._window is not None and self._window.work is None
 
+    @property
+    def is_there(self) -> bool:
+        """Whether `finish` would wait for nobody: for a rank that is about to end alone."""
+        window = self._window
+        if window is None or self._group is None:
+            return True
+        if window.work is None or window.vector is None or not window.work.is_completed():
+            return False
+        return not window.vector[0]  # or the ranks would have names to exchange
+
     def _send(self, window: _Window) -> None:
         assert self._group is not None
         window.settle()

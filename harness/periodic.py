@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, HarnessError
 from harness.events import LoopEvents
 from harness.history import MetricHistory
 from harness.learning_rates import LearningRates
@@ -309,7 +310,15 @@ class PeriodicLogger:
             return error
         self._started = False
         saver = getattr(self, "_saver", None)
-        return self._run.fail(error, before_end=lambda: None if saver is None else saver.abandon(FAILURE_WAIT_S))
+
+        def before_end() -> None:
+            if saver is not None:
+                # The values of the last step that is complete, where its reduction is.
+                with suppress(HarnessError):
+                    self._windows.collect_what_is_there()
+                saver.abandon(FAILURE_WAIT_S)
+
+        return self._run.fail(error, before_end)
 
     # ------------------------------------------------------------------------- the loop
 
@@ -346,7 +355,7 @@ class PeriodicLogger:
             self._resume(watched)
         else:
             self._go_on_at(*goes_on_at)
-        self._run.describe_model(unwrapped(model))
+        self._run.describe_model(unwrapped(model), model)
 
     def put_back_again(self) -> None:
         """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.

@@ -24,9 +24,20 @@ class Cadence:
         """Whether something is due now that so many epochs are complete."""
         return self.every_n_epochs is not None and num_epochs_done % self.every_n_epochs == 0
 
-    def is_due_after_step(self, num_steps_done: int) -> bool:
-        """Whether something is due now that so many optimizer steps are complete."""
-        return self.every_n_steps is not None and num_steps_done % self.every_n_steps == 0
+    def is_due_after_step(self, num_steps_done: int, num_before: int | None = None) -> bool:
+        """Whether something is due now that so many optimizer steps are complete.
+
+        Args:
+            num_steps_done: of them.
+            num_before: how many were when this was asked before: a loop of several optimizers steps by more than one;
+                None: one fewer.
+        """
+        return is_passed(self.every_n_steps, num_steps_done, num_before)
+
+
+def is_passed(every_n: int | None, count: int, before: int | None = None) -> bool:
+    """Whether a multiple of `every_n` (None: there is none) lies behind `before` (None: one fewer), up to `count`."""
+    return every_n is not None and count // every_n > (count - 1 if before is None else before) // every_n
 
 
 def is_better(value: float, best: float | None, mode: Mode) -> bool:

@@ -39,7 +39,8 @@ class Votes:
     Attributes:
         every_n_steps: how often a vote is due; the same on every rank. In one process none is due by number: whoever
             asks is heard at once.
-        steps_since: the last vote was due; counted by whoever steps.
+        steps_since: how many steps were done since the last vote was cast; counted by whoever steps, since at most of
+            them nothing else is to be done here.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float = 600.0) -> None:

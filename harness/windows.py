@@ -111,6 +111,11 @@ class MetricWindows:
         if reduced is not None:
             self._told(_values(reduced) | self._rates_of_window, reduced.step)
 
+    def collect_what_is_there(self) -> None:
+        """The same for a rank that ends alone: not collective, waits for nobody."""
+        if self._reducer.is_there:
+            self.collect()
+
     def end_evaluation(self, step: int, agreement: Agreement) -> Mapping[str, float]:
         """Reduce and tell the evaluation's sums; what its metric objects give is returned."""
         self._rates_of_window = {}

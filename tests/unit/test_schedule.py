@@ -17,6 +17,15 @@ def test_due_each_n_when_counting_up(every_n: int, num_done: int) -> None:
     assert due == [n for n in range(1, num_done + 1) if Cadence(None, every_n).is_due_after_step(n)]
 
 
+@given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=20))
+def test_due_once_for_each_multiple_that_is_passed_when_steps_jump(every_n: int, jumps: list[int]) -> None:
+    cadence, before = Cadence(None, every_n), 0
+    for jump in jumps:
+        passes = any(n % every_n == 0 for n in range(before + 1, before + jump + 1))
+        assert cadence.is_due_after_step(before + jump, before) == passes
+        before += jump
+
+
 def test_nothing_is_due_when_no_cadence_is_given() -> None:
     never = Cadence(None, None)
     assert not any(never.is_due_after_epoch(n) or never.is_due_after_step(n) for n in range(1, 50))
