@@ -16,7 +16,6 @@ def open_run(
     settings: Settings,
     prepared: Prepared,
     arguments: Arguments,
-    trained: TrainedOn,
     *,
     params: Mapping[str, Any],
     stem: str,
@@ -28,7 +27,6 @@ def open_run(
         settings: what was asked for.
         prepared: what the script has prepared.
         arguments: the script's.
-        trained: which passes train: part of each checkpoint.
         params: parameters that the script has logged already.
         stem: what a made-up name of the run begins with.
         mlflow_run_id: of an MLflow run that the script has made and that is to be this one; rank zero's.
@@ -60,7 +58,6 @@ def open_run(
     logger.stem = stem
     logger.mlflow_run_id = mlflow_run_id
     logger.start()
-    logger.register("autolog", _Memory(trained, prepared))
     return logger
 
 
@@ -72,14 +69,20 @@ def _batch_size(loader: Any) -> Any:
         return None  # accelerate reckons with a size that a batch sampler of the script's own need not have
 
 
-class _Memory:
-    """What a run that goes on must know of the passes before: part of each checkpoint."""
+class Memory:
+    """What a run that goes on must know of the passes before: part of each checkpoint.
+
+    Args:
+        trained: which passes train.
+        prepared: what the script has prepared.
+    """
 
     def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
         self._trained = trained
         self._prepared = prepared
 
     def state_dict(self) -> dict[str, Any]:
+        """What is known now."""
         trained = self._trained
         return {
             "loaders": sorted(trained.loaders),
@@ -88,6 +91,7 @@ class _Memory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What was known at the checkpoint that the run goes on from."""
         self._trained.loaders = set(state["loaders"])
         self._trained.is_in_train_mode = state["is_in_train_mode"]
         for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):

@@ -60,9 +60,9 @@ class OwnValues:
 
     def _say_left_out(self, names: Iterable[str]) -> None:
         # The run alone knows how silent it is to be.
-        if self._logger is not None and self._logger.topology.rank == 0:
+        if self._logger is not None:
             for name in names:
-                self._logger.progress.say(self._left_out[name])
+                self._logger.say(self._left_out[name])
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Parameters."""

@@ -29,7 +29,6 @@ class Pass:
 
     Attributes:
         is_training: whether backward was called.
-        is_counting: whether the logger counts its batches.
         num_seen: batches that are done and were not told to the logger.
         num_samples: of this rank, in the batch that is out.
         has_stepped: whether an optimizer has stepped since `take_step`.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness import data
 from harness.periodic import PeriodicLogger
 
 
@@ -50,10 +51,7 @@ class Replay:
                     yield batch
                 break
         finally:
-            iterator.close()  # type: ignore[attr-defined]
-            state = getattr(loader, "gradient_state", None)
-            if state is not None and loader in state.dataloader_references:
-                loader.end()
+            data.leave(loader, iterator)
 
     @contextmanager
     def _no_backward_follows(self) -> Iterator[None]:

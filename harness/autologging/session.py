@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.autologging.opening import open_run
+from harness.autologging.opening import Memory, open_run
 from harness.autologging.own_values import OwnValues
 from harness.autologging.passes import Pass, TrainedOn
 from harness.autologging.replacing import Replacements
@@ -130,7 +130,7 @@ class Session:
         """Backward is about to be called; whether it is to be."""
         if accelerator is not self.prepared.accelerator or self._is_over:
             return True
-        if self._replay is not None and self.is_replaying:
+        if self.is_replaying:
             return False
         this = self._pass or self._ended
         if this is None:
@@ -169,16 +169,22 @@ class Session:
     def _start(self) -> None:
         prepared = self.prepared
         choice = prepared.choose()
-        logger = self.logger = open_run(
-            self.settings,
-            prepared,
-            self._arguments,
-            self._trained,
-            params=self._own.early_params,
-            stem=self._stem,
-            mlflow_run_id=self._active_run_id() if self.is_rank_zero else None,
-        )
-        self._events_of_run = logger.events
+        active_run_id = self._active_run_id() if self.is_rank_zero else None
+        try:
+            logger = open_run(
+                self.settings,
+                prepared,
+                self._arguments,
+                params=self._own.early_params,
+                stem=self._stem,
+                mlflow_run_id=active_run_id,
+            )
+        except BaseException:
+            # There is no run of ours to fail, and MLflow would call the script's FINISHED.
+            self._failed(active_run_id, "FAILED")
+            raise
+        self.logger, self._events_of_run = logger, logger.events
+        logger.register("autolog", Memory(self._trained, prepared))
         if isinstance(choice, str):
             if choice:
                 self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
@@ -193,9 +199,10 @@ class Session:
             assert self._model is not None
             self._replay = Replay(logger, self._model, num_done)
             self._stillness.put()
+            those = "first epoch is done: it goes" if num_done == 1 else f"first {num_done} epochs are done: they go"
             self._say(
-                f"harness: the script's first {num_done} epochs are done: they go by with one batch each, which "
-                "changes nothing, and what the script logs or saves through accelerate meanwhile is left out"
+                f"harness: the script's {those} by with one batch each, which changes nothing, and what the script "
+                "logs or saves through accelerate meanwhile is left out"
             )
 
     # ---------------------------------------------------------------------- one pass
@@ -246,7 +253,6 @@ class Session:
                 self._events.skip_time()
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
-        assert self.logger is not None
         self._pass = self._inner = None
         if this.is_training:
             self._ended = this
@@ -302,17 +308,13 @@ class Session:
     # ---------------------------------------------------------------------- epochs
 
     def _begin_epoch(self) -> None:
-        logger = self.logger
-        assert logger is not None
         self._end_epoch(is_last=False)
         if self._replay is not None:
             self._replay.goes_on(self.prepared.loaders)
-            self._replay_is_over()
+            self._replay = None
         self._events.begin_epoch()
 
     def _end_epoch(self, *, is_last: bool) -> None:
-        logger = self.logger
-        assert logger is not None
         if not self._is_epoch_open:
             return
         if self._left is not None:
@@ -323,21 +325,23 @@ class Session:
             self._count(0, is_last=True, is_step=self._ended.take_step())
         self._ended = None
         self._is_epoch_open = False
-        self._events.end_epoch(logger.epoch + 1 if is_last else None)
+        self._events.end_epoch(is_last=is_last)
 
     def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
         assert self._replay is not None and self.logger is not None
         index = self.prepared.index_of(loader)
         is_training = self._trained.makes_likely(index, is_in_train_mode=self._is_in_train_mode)
         yield from self._replay.one_batch(loader, original)
-        if is_training and self._replay.pass_done(loader):
+        if not is_training:
+            return
+        is_end_to_come = self._replay.pass_done(loader)
+        if not self.is_replaying:
+            # What the script does behind its last epoch is done.
+            self._stillness.take_away()
+        if is_end_to_come:
             # Cut off between an epoch's last step and its end: what comes now is that end.
-            self._replay_is_over()
+            self._replay = None
             self._is_epoch_open = True
-
-    def _replay_is_over(self) -> None:
-        self._replay = None
-        self._stillness.take_away()
 
     # ---------------------------------------------------------------------- the end
 
@@ -352,20 +356,20 @@ class Session:
             self._over()
             return
         try:
-            self._end_training(logger)
+            self._end_training()
             self._over()
             logger.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
 
-    def _end_training(self, logger: PeriodicLogger) -> None:
+    def _end_training(self) -> None:
         this = self._pass
         if this is not None and this.is_training:
             # An iterator that is still there: it would go on within the epoch.
             if this.has_news:
                 self._batch_done(this, is_last=False)
             self._pass = self._inner = None
-            self._events.end_epoch(logger.epoch, is_whole=False)
+            self._events.end_epoch(is_whole=False, is_last=True)
         else:
             self._end_epoch(is_last=True)
 
@@ -383,8 +387,8 @@ class Session:
 
     def _over(self) -> None:
         self._is_over = True
-        self._pass = self._inner = self._ended = None
-        self._replay_is_over()
+        self._pass = self._inner = self._ended = self._replay = None
+        self._stillness.take_away()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -396,8 +400,9 @@ class Session:
 
     def say_what_was_not_seen(self) -> None:
         """A line where a script has prepared something, and no training of it was seen."""
-        if self.logger is None and self.prepared.accelerator is not None:
-            self._say_once("no pass over a prepared loader with backward was seen: nothing was logged")
+        if self.prepared.accelerator is not None and self._trained.is_in_train_mode is None:
+            lost = "nothing was logged" if self.logger is None else "no loss, no epoch and no checkpoint is in the run"
+            self._say_once(f"no pass over a prepared loader with accelerator.backward was seen: {lost}")
 
     def _say(self, line: str) -> None:
         if self.is_rank_zero and not self.settings.tracking.silent:

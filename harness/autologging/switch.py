@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from harness import runtime
+from harness import cpu, runtime
 from harness.autologging import ending, fluent
 from harness.autologging.api import run_id_of, script_name
 from harness.autologging.other_ranks import OtherRanks
@@ -48,7 +48,7 @@ class Switch:
     def _table(self) -> list[Replacement]:
         of_accelerate, of_loaders, calls = "accelerate.accelerator", "accelerate.data_loader", self._fluent
         return [
-            Replacement(of_accelerate, "Accelerator.__init__", "FSDP2 and ZeRO run on a CPU too", self._made),
+            Replacement(of_accelerate, "Accelerator.__init__", "FSDP and ZeRO run on a CPU too", self._made),
             Replacement(of_accelerate, "Accelerator.prepare", "model, optimizer, scheduler, loaders", self._prepared),
             Replacement(of_accelerate, "Accelerator.backward", "the loss; that this is training", self._backward),
             Replacement(of_accelerate, "Accelerator.log", "the script's metrics", self._log),
@@ -105,6 +105,9 @@ class Switch:
         original(accelerator, *args, **kwargs)
 
     def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        for each in args:
+            if isinstance(each, torch.nn.Module):
+                cpu.send_weights(accelerator, each)
         result = original(accelerator, *args, **kwargs)
         prepared = result if isinstance(result, (tuple, list)) and len(args) > 1 else (result,)
         is_another = any(

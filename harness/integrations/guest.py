@@ -159,10 +159,10 @@ class Guest:
         with self._ending():
             self.logger.events.begin_epoch()
 
-    def batch_done(self, num_samples: int, *, is_epochs_last: bool, step: int) -> None:
+    def batch_done(self, num_samples: int, *, is_loaders_last: bool, step: int) -> None:
         """See `Course.batch_done`."""
         with self._ending():
-            self.logger.events.batch_done(num_samples, is_loaders_last=is_epochs_last, step=step)
+            self.logger.events.batch_done(num_samples, is_loaders_last=is_loaders_last, step=step)
 
     def report(self, values: Mapping[str, Any]) -> None:
         """Reduced values of now. What is no number is left out; what comes when no run is open is in none."""

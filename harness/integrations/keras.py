@@ -104,7 +104,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # Counted here: the optimizer's own count is on the device, and would be waited for.
         step = self._begun_at + self._num_batches // self._optimizer.accumulation
         try:
-            self._guest.batch_done(0, is_epochs_last=self._in_epoch == self.params["steps"], step=step)
+            self._guest.batch_done(0, is_loaders_last=self._in_epoch == self.params["steps"], step=step)
         except Stopped as stopped:
             raise self._guest.fail(stopped) from None
 

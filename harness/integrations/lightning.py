@@ -125,7 +125,7 @@ class HarnessCallback(Callback):
         """A batch is done, and an optimizer step or none."""
         if self._guest.is_open:
             self._is_whole = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
-            self._guest.batch_done(data.batch_size(batch), is_epochs_last=self._is_whole, step=trainer.global_step)
+            self._guest.batch_done(data.batch_size(batch), is_loaders_last=self._is_whole, step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which is no step's time."""

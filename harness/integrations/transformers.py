@@ -105,12 +105,12 @@ class HarnessCallback(TrainerCallback):
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A batch is done, and its gradients are accumulated."""
-        self._guest.batch_done(args.train_batch_size, is_epochs_last=False, step=state.global_step)
+        self._guest.batch_done(args.train_batch_size, is_loaders_last=False, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A batch is done, and with it an optimizer step."""
         try:
-            self._guest.batch_done(args.train_batch_size, is_epochs_last=_is_whole(state), step=state.global_step)
+            self._guest.batch_done(args.train_batch_size, is_loaders_last=_is_whole(state), step=state.global_step)
         except Stopped as stopped:
             # It goes on from its own checkpoint, so it has to write one too.
             self._stopped = stopped

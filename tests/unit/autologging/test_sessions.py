@@ -26,6 +26,7 @@ from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
 from harness.checkpoint.commit import Manifest, list_checkpoints
 from harness.config import CheckpointConfig, TrackingConfig
+from harness.errors import RunDirError
 from tests.distributed.gathered import gather_state
 
 State = dict[str, Tensor]
@@ -350,6 +351,9 @@ def test_nothing_is_trained_when_all_epochs_are_done(on: On, tmp_path: Path, cap
     again = Loop()
     again.plain(2)
     accuracy = again.evaluate(again.evaluation)
+    # Behind the last epoch a script does what it did: it may have been cut off just here.
+    again.accelerator.save({"of": "the end"}, tmp_path / "end.pt")
+    assert (tmp_path / "end.pt").exists()
     switch.finish()
     assert len(again.losses) == 2  # one batch each, which has changed nothing
     assert all(torch.equal(again.states[-1][key], loop.states[-1][key]) for key in loop.states[-1])
@@ -431,6 +435,38 @@ def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: p
     assert "backward is called and no prepared loader is iterated over" in told
     assert "nothing was logged" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_line_says_so_when_backward_is_called_past_accelerate(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switch = on()
+    loop = Loop()
+    for batch in loop.train:
+        loop.loss(batch).backward()
+        loop.optimizer.step()
+    switch.finish()
+    assert (
+        "no pass over a prepared loader with accelerator.backward was seen: no loss, no epoch and no checkpoint is in "
+        "the run" in capfd.readouterr().err
+    )
+
+
+def test_scripts_own_mlflow_run_is_failed_when_ours_cannot_begin(on: On, tmp_path: Path) -> None:
+    switch = on()
+    Loop().plain(1)
+    switch.finish()
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    try:
+        on(resume="never")
+        run = mlflow.start_run()
+        with pytest.raises(RunDirError, match="holds a run already"):
+            Loop().plain(1)
+        assert mlflow.active_run() is None
+        assert mlflow.get_run(run.info.run_id).info.status == "FAILED"
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def test_next_training_has_a_run_of_its_own_when_memory_is_freed(on: On, tmp_path: Path) -> None:
