@@ -82,7 +82,7 @@ class Session:
         self._left: tuple[int, bool] | None = None
         self._is_over = self._has_failed = False
         self._said: set[str] = set()
-        self._own = OwnValues(self._say_once)
+        self._own = OwnValues(lambda what: self._say_once(what, advises=False))
         self._hook: Any = None
         # An optimizer that is not torch's tells nobody.
         self._sees_steps = False
@@ -408,10 +408,11 @@ class Session:
         if self.is_rank_zero and not self.settings.tracking.silent:
             Progress(enabled=False).say(line)
 
-    def _say_once(self, what: str) -> None:
+    def _say_once(self, what: str, *, advises: bool = True) -> None:
         if what not in self._said:
             self._said.add(what)
-            self._say(
-                f"harness: autolog: {what}; with PeriodicLogger(accelerator), its watch(model, optimizer), epochs(n) "
-                "and batches(loader) you say it yourself"
+            advice = (
+                "; with PeriodicLogger(accelerator), its watch(model, optimizer), epochs(n) and batches(loader) you "
+                "say it yourself"
             )
+            self._say(f"harness: autolog: {what}{advice if advises else ''}")
