@@ -40,7 +40,7 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
-from harness.errors import CheckpointError, HarnessError
+from harness.errors import CheckpointError
 from harness.events import LoopEvents
 from harness.history import MetricHistory
 from harness.learning_rates import LearningRates
@@ -313,8 +313,9 @@ class PeriodicLogger:
 
         def before_end() -> None:
             if saver is not None:
-                # The values of the last step that is complete, where its reduction is.
-                with suppress(HarnessError):
+                # The values of the last step that is complete, where its reduction is; whatever a callback of the
+                # user's makes of them, it is not what has ended the run.
+                with suppress(Exception):
                     self._windows.collect_what_is_there()
                 saver.abandon(FAILURE_WAIT_S)
 
@@ -590,7 +591,7 @@ class PeriodicLogger:
         self._saves.kept = there
         if step:
             self._run.resumed(step, None)
-            self.say(f"goes on at epoch {epoch + 1}, step {step}")
+            self.say(f"goes on: {_counted(epoch, step)}")
 
     def _resume(self, watched: Watched) -> None:
         resumed = self._resumption.put_back(watched)
@@ -605,4 +606,8 @@ class PeriodicLogger:
         self.events.random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
-        self.say(f"goes on from {resumed.name}: epoch {state.epoch + 1}, step {state.step}")
+        self.say(f"goes on from {resumed.name}: {_counted(state.epoch, state.step)}")
+
+
+def _counted(epoch: int, step: int) -> str:
+    return f"{epoch} epoch{'' if epoch == 1 else 's'} and {step} step{'' if step == 1 else 's'} are done"
