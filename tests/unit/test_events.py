@@ -1,10 +1,12 @@
-"""A loop of somebody else's that tells a `PeriodicLogger` what happens in it."""
+"""What a `PeriodicLogger` makes of what happens in a loop, its own or somebody else's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -38,3 +40,25 @@ def test_each_multiple_has_its_window_and_checkpoint_when_steps_jump(accelerator
     names = [name for name, _ in list_checkpoints(tmp_path / "it" / "checkpoints")]
     assert names == ["step-00000012", "step-00000021", "step-00000030"]
     assert windows == {6: 4.5, 12: 10.5, 15: 15.0, 21: 19.5, 27: 25.5, 30: 30.0}
+
+
+def test_values_of_each_complete_step_are_told_when_the_loop_fails(accelerator: Accelerator, tmp_path: Path) -> None:
+    told: dict[int, float] = {}
+
+    def take(values: Mapping[str, float], step: int) -> None:
+        told[step] = values["loss"]
+        if step == 3:
+            raise KeyError("in a callback, while the run ends")
+
+    tracking = TrackingConfig(enabled=False, log_every_n_steps=1)
+    with (
+        pytest.raises(ValueError, match="the loop's own"),
+        PeriodicLogger(accelerator, None, run_name="it", run_dir=tmp_path, tracking=tracking) as logger,
+    ):
+        logger.on_reduced(take)
+        for _ in logger.epochs(1):
+            for number in logger.batches(range(8)):
+                if number == 3:
+                    raise ValueError("the loop's own")
+                logger.log({"loss": float(number)})
+    assert told == {1: 0.0, 2: 1.0, 3: 2.0}
