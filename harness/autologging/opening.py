@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from harness import data
 from harness.autologging.passes import TrainedOn
 from harness.autologging.script import Arguments, Prepared
 from harness.autologging.settings import Settings
@@ -36,11 +37,11 @@ def open_run(
     """
     accelerator = prepared.accelerator
     assert accelerator is not None
-    sizes = [_batch_size(loader) for loader in prepared.loaders[:1]]
+    sizes = [data.samples_per_batch(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
     training = {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,
-        **({"batch_size": sizes[0]} if sizes and isinstance(sizes[0], int) else {}),
+        **({"batch_size": sizes[0]} if sizes and sizes[0] is not None else {}),
     }
     own = {"args": dict(arguments.look())} if arguments.look() else {}
     logger = PeriodicLogger(
@@ -59,14 +60,6 @@ def open_run(
     logger.mlflow_run_id = mlflow_run_id
     logger.start()
     return logger
-
-
-def _batch_size(loader: Any) -> Any:
-    """Of all ranks, where batches are of one size."""
-    try:
-        return getattr(loader, "total_batch_size", None)
-    except TypeError:
-        return None  # accelerate reckons with a size that a batch sampler of the script's own need not have
 
 
 class Memory:

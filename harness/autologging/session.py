@@ -68,7 +68,6 @@ class Session:
         self._active_run_id = active_run_id
         self._failed = failed
         self._stillness = stillness
-        self._events_of_run: LoopEvents | None = None
         self._model: nn.Module | None = None
         self._trained = TrainedOn()
         self._replay: Replay | None = None
@@ -154,8 +153,8 @@ class Session:
     @property
     def _events(self) -> LoopEvents:
         """Of the run, which has begun."""
-        assert self._events_of_run is not None
-        return self._events_of_run
+        assert self.logger is not None
+        return self.logger.events
 
     # ---------------------------------------------------------------------- the run begins
 
@@ -183,7 +182,7 @@ class Session:
             # There is no run of ours to fail, and MLflow would call the script's FINISHED.
             self._failed(active_run_id, "FAILED")
             raise
-        self.logger, self._events_of_run = logger, logger.events
+        self.logger = logger
         logger.register("autolog", Memory(self._trained, prepared))
         if isinstance(choice, str):
             if choice:
