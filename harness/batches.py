@@ -167,6 +167,8 @@ class TrainingBatches:
             self._put_generators_back()
         start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
         sampler = self._sampler = _wrapped(loader, self._device, seeds_workers=self._seeds_workers)
+        # A loader that accelerate has not prepared does not fetch ahead.
+        is_ahead = hasattr(loader, "base_dataloader")
         if sampler is None:
             start()
             if continuation is not None and goes_on:
@@ -176,13 +178,11 @@ class TrainingBatches:
         else:
             sampler.at_start = start
             sampler.num_skipped = 0 if continuation is None else continuation.num_taken
-            # A loader that accelerate has not prepared does not fetch ahead.
-            is_ahead = hasattr(loader, "base_dataloader")
             sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
             if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
                 numbers = _Numbers(continuation.data.fetch or continuation.random, continuation.random)
                 sampler.resumed, continuation = numbers, None
-        if continuation is None and hasattr(loader, "base_dataloader"):
+        if continuation is None and is_ahead:
             # accelerate's own iteration draws nothing before its first batch is asked for.
             return loader, iter(loader)
         return loader, self._iterate(loader, continuation)

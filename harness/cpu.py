@@ -11,7 +11,6 @@ import os
 from itertools import chain
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -78,16 +77,13 @@ def prepare_fsdp(
         state.device = PartialState._shared_state["device"] = torch.device("cpu")
 
 
-def send_weights(accelerator: Accelerator, model: nn.Module) -> None:
+def send_weights(model: nn.Module) -> None:
     """Give all ranks rank zero's weights and buffers, as FSDP1 does on GPUs and DDP anywhere, before it is wrapped.
 
-    Effects: collective on the default group, where FSDP1 runs on a CPU, and else nothing; main thread; blocks.
+    Effects: collective on the default group; main thread; blocks; nothing on disk.
 
     Args:
-        accelerator: of the model.
         model: not prepared yet.
     """
-    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1
-    if is_fsdp1 and accelerator.device.type == "cpu":
-        for tensor in chain(model.parameters(), model.buffers()):
-            torch.distributed.broadcast(tensor.detach(), 0)
+    for tensor in chain(model.parameters(), model.buffers()):
+        torch.distributed.broadcast(tensor.detach(), 0)

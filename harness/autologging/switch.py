@@ -105,9 +105,10 @@ class Switch:
         original(accelerator, *args, **kwargs)
 
     def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        for each in args:
-            if isinstance(each, torch.nn.Module):
-                cpu.send_weights(accelerator, each)
+        if runtime.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
+            for each in args:
+                if isinstance(each, torch.nn.Module):
+                    cpu.send_weights(each)
         result = original(accelerator, *args, **kwargs)
         prepared = result if isinstance(result, (tuple, list)) and len(args) > 1 else (result,)
         is_another = any(
