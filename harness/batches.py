@@ -15,8 +15,8 @@ from __future__ import annotations
 import base64
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -118,6 +118,8 @@ class TrainingBatches:
         self._before: Sequence[Sequence[Tensor]] = ()
         # As this process's numbers were before workers were seeded that are seeded once.
         self._unseeded: Tensor | None = None
+        # Of generators that the next epoch has drawn from already, their states before that; by id.
+        self._before_next: Mapping[int, Tensor] = {}
         # What the run goes on with, until a loader has begun.
         self._resumed: DataState | None = None
         self._put_back: set[int] = set()
@@ -127,12 +129,25 @@ class TrainingBatches:
         """What a checkpoint of now needs beside its random numbers."""
         if self._resumed is not None:
             return self._resumed
-        now = [[generator.get_state() for generator in each] for each in self._generators]
+        now = [[self._state_of(generator) for generator in each] for each in self._generators]
         if self._running is None:
             return DataState({}, now, None)
         # A copy: it is encoded while the next batches are fetched.
         now[self._number] = list(self._running.generators[0])
         return replace(self._running, generators=now)
+
+    def _state_of(self, generator: torch.Generator) -> Tensor:
+        before = self._before_next.get(id(generator))
+        return generator.get_state() if before is None else before
+
+    @contextmanager
+    def next_has_begun(self, generators: Mapping[int, Tensor]) -> Iterator[None]:
+        """Within it `state` is as before a pass that belongs to the next epoch, and had these states then, by `id`."""
+        self._before_next = generators
+        try:
+            yield
+        finally:
+            self._before_next = {}
 
     def restore(self, before: DataState, loaders_done: int, num_taken: int) -> None:
         """The run goes on: as its loaders come by, their generators stand where they stood."""
@@ -186,6 +201,22 @@ class TrainingBatches:
             # accelerate's own iteration draws nothing before its first batch is asked for.
             return loader, iter(loader)
         return loader, self._iterate(loader, continuation)
+
+    def adopt(self, loader: Any, position: _Sampler | None, begun: DataState) -> None:
+        """A pass that runs is over the epoch's next loader, which was not known when it began.
+
+        Args:
+            loader: the loader.
+            position: what gives its batches; None: that is not understood.
+            begun: as it began, and before its latest fetch.
+        """
+        self._meet(loader)
+        self._num_begun += 1
+        self.serial = self._num_begun
+        self.num_taken = 0
+        self._resumed, self._running, self._sampler = None, begun, position
+        if position is not None and position.before_fetch is not None:
+            position.before_fetch = self._keep
 
     def _meet(self, loader: Any) -> None:
         self._number += 1

@@ -56,7 +56,8 @@ class Course:
         ends: no further batch is taken.
         is_cut_short: the epoch that runs has ended before its last batch.
         is_in_batch: a batch's body runs, which is not counted yet.
-        random_before_eval: random numbers as they were when the first evaluation since the last training batch began.
+        random_to_keep: random numbers that a checkpoint has in place of those of now: as they were when the first
+            evaluation since the last training batch began, or what is of the next epoch; None: those of now.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Course:
         self._look_at_s = 0.0
         self.max_steps: int | None = None
         self.ends = self.is_cut_short = self.is_in_batch = False
-        self.random_before_eval: dict[str, Any] | None = None
+        self.random_to_keep: dict[str, Any] | None = None
 
     @property
     def is_log_step_next(self) -> bool:
@@ -118,19 +119,21 @@ class Course:
         # Whatever has happened meanwhile, a save or a window, is looked after at the next step.
         self._due_at_step = 0
 
-    def end_epoch(self, max_epochs: int | None) -> None:
+    def end_epoch(self, max_epochs: int | None, random_then: dict[str, Any] | None = None) -> None:
         """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
 
         Args:
             max_epochs: number of epochs in all; None: not known.
+            random_then: the random numbers at its end; None: those of now.
         """
         self._is_in_epoch = False
         is_whole = not self.is_cut_short
         if is_whole:
             self._place.epoch += 1
             self._batches.end_epoch()
-        self.random_before_eval = None
+        self.random_to_keep = random_then
         self._save_and_log(is_whole=is_whole, is_last=self._place.epoch == max_epochs or self.ends)
+        self.random_to_keep = None
         self._progress.epoch_done(
             self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
         )
@@ -176,7 +179,7 @@ class Course:
         batches, place, run, votes = self._batches, self._place, self._run, self._votes
         batches.num_taken += 1
         num_taken = batches.num_taken
-        self.random_before_eval = None
+        self.random_to_keep = None
         if is_loaders_last:
             batches.end()
         self._samples_in_step += num_samples

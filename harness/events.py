@@ -2,6 +2,8 @@
 
     begin_epoch  ->  begin_data  ->  batch_done, for each batch  ->  end_data, leave_data  ->  end_epoch
 
+    overhear  ->  adopt_data in place of begin_data, where a pass had begun before it was known to train
+
 Autologging tells all of it. A framework's callback, which has no hand in the data, tells epochs and batches alone.
 """
 
@@ -16,6 +18,7 @@ from harness import data, random_state
 from harness.batches import TrainingBatches
 from harness.course import Course
 from harness.learning_rates import LearningRates
+from harness.overheard import Overheard
 from harness.place import Place
 from harness.resumption import Resumption
 from harness.windows import MetricWindows
@@ -80,18 +83,30 @@ class LoopEvents:
             self.random_to_begin_with = None
         self._course.begin_epoch()
 
-    def end_epoch(self, max_epochs: int | None = None, *, is_whole: bool = True, is_last: bool = False) -> None:
+    def end_epoch(
+        self,
+        max_epochs: int | None = None,
+        *,
+        is_whole: bool = True,
+        is_last: bool = False,
+        behind: Overheard | None = None,
+    ) -> None:
         """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
 
         Args:
             max_epochs: number of epochs in all, so that the last one is known; None: it is not.
             is_whole: it was not left before its last batch.
             is_last: no other epoch follows, whatever their number was to be.
+            behind: a pass that runs already, and is of the next epoch: a checkpoint is of the moment before it.
         """
         self._resumption.end()
         self._course.is_cut_short |= not is_whole
         self._course.ends |= is_last
-        self._course.end_epoch(max_epochs)
+        if behind is None:
+            self._course.end_epoch(max_epochs)
+            return
+        with self._batches.next_has_begun(behind.generators), behind.before_forward():
+            self._course.end_epoch(max_epochs, behind.random)
 
     # ------------------------------------------------------------------------- the data
 
@@ -106,8 +121,19 @@ class LoopEvents:
         """
         self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
         self._course.skip_time()
-        self._course.random_before_eval = None
+        self._course.random_to_keep = None
         return self._batches.begin(loader, self._resumption.take(loader))
+
+    def overhear(self, loader: Any) -> Overheard:
+        """A pass over a loader is about to begin that may turn out to train: `adopt_data` it then, or `leave` it."""
+        return Overheard(loader, self._accelerator.device)
+
+    def adopt_data(self, heard: Overheard) -> None:
+        """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
+        loader = heard.loader
+        self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
+        self._course.skip_time()
+        self._batches.adopt(loader, heard.position, heard.data)
 
     def skip_data(self, loader: Any) -> None:
         """A training loader of the epoch was done before the run was cut off."""

@@ -134,8 +134,8 @@ class OwnLoop:
         self.run.describe_dataset(loader, "eval")
         self.windows.collect()
         course = self.course
-        if course.random_before_eval is None:
-            course.random_before_eval = random_state.take(self.accelerator.device)
+        if course.random_to_keep is None:
+            course.random_to_keep = random_state.take(self.accelerator.device)
         # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.
         num_votes = self._num_votes(loader)
         is_in_batch = course.is_in_batch

@@ -577,7 +577,7 @@ class PeriodicLogger:
     def _take_rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
-        now = self._course.random_before_eval or random_state.take(self.accelerator.device)
+        now = self._course.random_to_keep or random_state.take(self.accelerator.device)
         return RankState(now, self._batches.state, self._windows.partial())
 
     def _go_on_at(self, epoch: int, step: int) -> None:

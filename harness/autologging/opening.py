@@ -76,17 +76,12 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """What is known now."""
-        trained = self._trained
-        return {
-            "loaders": sorted(trained.loaders),
-            "is_in_train_mode": trained.is_in_train_mode,
-            "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
-        }
+        iterations = [getattr(loader, "iteration", 0) for loader in self._prepared.loaders]
+        return {"trained": self._trained.state(), "iterations": iterations}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was known at the checkpoint that the run goes on from."""
-        self._trained.loaders = set(state["loaders"])
-        self._trained.is_in_train_mode = state["is_in_train_mode"]
+        self._trained.put_back(state["trained"])
         for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
             # accelerate seeds a pass's order with it.
             if hasattr(loader, "iteration"):

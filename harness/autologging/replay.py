@@ -1,7 +1,7 @@
 """Epochs that are done already go by again, because the script counts them itself, and nothing comes of them.
 
-Each pass gives one batch, so that what a script makes of a pass's results has something to work with. Backward and
-the optimizers' steps are left out, so the weights stay those that were put back; what else moves is put back again:
+Each pass gives one batch, so that what a script makes of a pass's results has something to work with. One on which
+backward is called was a training pass, as it was the first time. Backward and the optimizers' steps are left out, so the weights stay those that were put back; what else moves is put back again:
 
     buffers                   when the last of the training passes is over: what comes then is evaluated on them
     scheduler, random numbers when the first pass begins that is not done
@@ -38,11 +38,29 @@ class Replay:
         self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
         self._iterations: dict[int, int] = {}
         self._is_epoch_cut = bool(logger.events.loaders_done)
+        # The latest pass, until it is known that it is one of those that are done.
+        self._loader: Any = None
+        self._has_trained = False
         self.num_left = num_left
+
+    def backward(self) -> None:
+        """Backward was called on what the latest pass has given, or would have been."""
+        self._has_trained = True
+
+    def take_trained(self) -> Any:
+        """The loader of the latest pass, if it is over and has trained, once; None: it has not, until now.
+
+        A script may fetch all its batches before the first backward: then it is known when the next pass begins.
+        """
+        if not self._has_trained:
+            return None
+        loader, self._loader, self._has_trained = self._loader, None, False
+        return loader
 
     def one_batch(self, loader: Any, original: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
         """The first batch of a loader, as its last one."""
         self._iterations.setdefault(id(loader), getattr(loader, "iteration", 0))
+        self._loader, self._has_trained = loader, False
         iterator = original(loader)
         try:
             for batch in iterator:

@@ -23,13 +23,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.autologging.opening import Memory, open_run
 from harness.autologging.own_values import OwnValues
-from harness.autologging.passes import Pass, TrainedOn
+from harness.autologging.passes import Pass, Start, TrainedOn
 from harness.autologging.replacing import Replacements
 from harness.autologging.replay import Replay
 from harness.autologging.script import Arguments, Prepared, raw
 from harness.autologging.settings import Settings
 from harness.errors import EXIT_REQUEUE, Stopped
 from harness.events import LoopEvents
+from harness.overheard import Overheard
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
 
@@ -117,19 +118,20 @@ class Session:
             return
         if self.logger is None:
             self._start()
+        self._settle_replay()
         if self.is_replaying:
             yield from self._replayed(loader, original)
-            return
-        if self._pass is not None and self._pass.is_training:
-            yield from self._within(loader, original)
-            return
-        yield from self._pass_over(loader, original)
+        elif (running := self._pass) is not None and (running.is_training or running.may_lead(loader)):
+            yield from self._within(loader, original, running)
+        else:
+            yield from self._pass_over(loader, original)
 
     def backward(self, accelerator: Accelerator, loss: Any) -> bool:
         """Backward is about to be called; whether it is to be."""
         if accelerator is not self.prepared.accelerator or self._is_over:
             return True
-        if self.is_replaying:
+        if self._replay is not None and self.is_replaying:
+            self._replay.backward()
             return False
         this = self._pass or self._ended
         if this is None:
@@ -137,8 +139,16 @@ class Session:
                 self._say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
             return True
         if not this.is_training:
-            self._is_training_after_all(this)
+            if not this.is_likely:
+                self._becomes_likely(this)
+            this.is_training = self._is_epoch_open = True
+            this.is_in_train_mode = self._is_in_train_mode
+            self._events.count_data(this.num_seen)
+            if this is self._ended:
+                self._events.end_data()  # all its batches were fetched before
         this.backward(loss)
+        if this is self._ended:
+            self._has_trained(this)
         return True
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
@@ -209,28 +219,49 @@ class Session:
     def _pass_over(self, loader: Any, original: Original) -> Iterator[Any]:
         logger = self.logger
         assert logger is not None
-        index = self.prepared.index_of(loader)
-        is_likely = self._trained.makes_likely(index, is_in_train_mode=self._is_in_train_mode)
-        before, this = self._pass, Pass(loader, is_likely=is_likely)
+        start = Start(self.prepared.index_of(loader), self._is_in_train_mode)
+        before, this = self._pass, Pass(loader, start, is_likely=self._trained.makes_likely(start))
         self._pass = this
-        if before is not None and before.is_likely:
-            self._events.forget_data()  # an iterator that is still there, of which nothing came
-        inner, iterator = loader, original(loader)
-        if not is_likely:
-            logger.describe_dataset(loader, "eval")
-        else:
+        ended = self._ended
+        if (before is not None and before.is_likely) or (ended is not None and not ended.is_training):
+            # Nothing came of it, be its iterator still there, or its batches all out.
+            self._events.forget_data()
+            self._ended = None
+        if this.is_likely:
             self._begin_epoch()
             self._inner = loader
             inner, iterator = self._events.begin_data(loader)
             self._inner = inner
+            return self._go_through(this, inner, iterator)
+        logger.describe_dataset(loader, "eval")
+        if torch.is_grad_enabled():
+            this.heard = self._events.overhear(loader)
+            if self._model is not None:
+                this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this))
+        return self._go_through(this, loader, original(loader))
+
+    def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
+        """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
+        assert self.logger is not None
+        self.logger.describe_dataset(loader, "eval")
+        this = Pass(loader, Start(self.prepared.index_of(loader), self._is_in_train_mode), is_likely=False)
+        if not running.is_training:
+            this.heard = self._events.overhear(loader)
+        return self._go_through(this, loader, original(loader), running)
+
+    def _go_through(
+        self, this: Pass, inner: Any, iterator: Iterator[Any], running: Pass | None = None
+    ) -> Iterator[Any]:
         try:
             for batch in iterator:
                 this.batch_is_out(batch)
                 yield batch
                 if this.is_training:
                     self._batch_done(this, is_last=getattr(inner, "end_of_dataloader", False))
-                else:
-                    this.num_seen += 1
+                    continue
+                this.num_seen += 1
+                if running is not None and running is self._pass and this.leads_over(running):
+                    self._leads(this, running)
         except GeneratorExit:
             if this is self._pass and this.is_training and this.has_news:
                 # Counting it is collective, for which this is no place: it comes with the epoch's end.
@@ -238,17 +269,12 @@ class Session:
                 self._left = (this.num_samples, this.take_step())
             raise
         finally:
+            this.forget_hook()
             if this is self._pass:
                 self._leave(this, inner, iterator)
-
-    def _within(self, loader: Any, original: Original) -> Iterator[Any]:
-        """Within a training pass: an evaluation, or a second loader beside the one that is counted."""
-        assert self.logger is not None
-        self.logger.describe_dataset(loader, "eval")
-        try:
-            yield from original(loader)
-        finally:
-            if not self._is_over:
+            elif this.heard is not None:
+                this.heard.leave()
+            if running is not None and not self._is_over:
                 self._events.skip_time()
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
@@ -258,10 +284,12 @@ class Session:
             self._events.keep_learning_rates()
         if this.is_likely:
             self._events.leave_data(inner, iterator)
+        elif this.heard is not None:
+            this.heard.leave()
         if this.is_training and self._left is None:
             self._events.end_data()
         elif this.is_likely and not this.is_training:
-            self._events.forget_data()
+            self._ended = this
 
     def _batch_done(self, this: Pass, *, is_last: bool) -> None:
         self._log_loss(this)
@@ -278,23 +306,53 @@ class Session:
             raise SystemExit(EXIT_REQUEUE) from error
 
     def _log_loss(self, this: Pass) -> None:
+        self._has_trained(this)
         if (taken := this.take_loss()) is not None:
             loss, num_samples = taken
             self._events.log({"train/loss": loss}, num_samples or 1)
 
-    def _is_training_after_all(self, this: Pass) -> None:
-        """The first backward of a pass."""
-        logger = self.logger
-        assert logger is not None
-        if not this.is_likely:
-            self._begin_epoch()
-        this.is_training = self._is_epoch_open = True
-        self._events.count_data(this.num_seen)
-        index = self.prepared.index_of(this.loader)
-        if self._trained.loaders and index not in self._trained.loaders:
+    def _forward_comes(self, this: Pass) -> None:
+        """The first forward of a pass that has not begun as training does."""
+        assert self._model is not None
+        this.forget_hook()
+        if this is not self._pass or this.is_likely or not torch.is_grad_enabled():
+            return
+        if self._trained.makes_likely_now(this.start, is_in_train_mode=self._is_in_train_mode):
+            self._becomes_likely(this)
+        elif this.heard is not None:
+            this.heard.keep_buffers(self._model)
+
+    def _becomes_likely(self, this: Pass) -> None:
+        """A pass that did not begin as training is, before anything has come of it but batches, or a forward."""
+        this.is_likely = True
+        # Before the epoch ends: its checkpoint says how the next one begins.
+        self._trained.starts.add(this.start)
+        self._begin_epoch(this.heard)
+        if this.heard is not None:
+            self._events.adopt_data(this.heard)
+
+    def _leads(self, this: Pass, running: Pass) -> None:
+        """Of two passes, the one within the other is trained on."""
+        assert this.heard is not None
+        self._events.forget_data()
+        self._events.adopt_data(this.heard)
+        self._events.count_data(this.num_seen - 1)
+        this.take_over(running)
+        self._pass, self._inner = this, None
+        self._batch_done(this, is_last=getattr(this.loader, "end_of_dataloader", False))
+
+    def _has_trained(self, this: Pass) -> None:
+        """A batch of a pass was trained on, and it is this pass's."""
+        if this.is_known:
+            return
+        this.is_known = True
+        assert self.logger is not None
+        trained = self._trained
+        if trained.starts and this.start.number not in trained.numbers:
             self._say_once("several loaders are trained on: a pass over any of them counts as an epoch")
-        self._trained.saw(index, is_in_train_mode=self._is_in_train_mode)
-        logger.describe_dataset(this.loader, "train")
+        trained.starts.add(this.start)
+        trained.is_in_train_mode = this.is_in_train_mode
+        self.logger.describe_dataset(this.loader, "train")
 
     @property
     def _is_in_train_mode(self) -> bool:
@@ -306,32 +364,39 @@ class Session:
 
     # ---------------------------------------------------------------------- epochs
 
-    def _begin_epoch(self) -> None:
-        self._end_epoch(is_last=False)
+    def _begin_epoch(self, behind: Overheard | None = None) -> None:
+        """An epoch begins: with a pass that begins now, or that has begun already, as was overheard."""
+        self._end_epoch(is_last=False, behind=behind)
         if self._replay is not None:
             self._replay.goes_on(self.prepared.loaders)
             self._replay = None
         self._events.begin_epoch()
 
-    def _end_epoch(self, *, is_last: bool) -> None:
+    def _end_epoch(self, *, is_last: bool, behind: Overheard | None = None) -> None:
         if not self._is_epoch_open:
             return
         if self._left is not None:
             (num_samples, is_step), self._left = self._left, None
+            # A script may step for what is left of an accumulation.
+            is_step |= self._ended is not None and self._ended.take_step()
             self._count(num_samples, is_last=True, is_step=is_step)
         elif self._ended is not None and self._ended.has_news:
             self._log_loss(self._ended)
             self._count(0, is_last=True, is_step=self._ended.take_step())
         self._ended = None
         self._is_epoch_open = False
-        self._events.end_epoch(is_last=is_last)
+        self._events.end_epoch(is_last=is_last, behind=behind)
 
     def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
-        assert self._replay is not None and self.logger is not None
-        index = self.prepared.index_of(loader)
-        is_training = self._trained.makes_likely(index, is_in_train_mode=self._is_in_train_mode)
-        yield from self._replay.one_batch(loader, original)
-        if not is_training:
+        assert self._replay is not None
+        try:
+            yield from self._replay.one_batch(loader, original)
+        finally:
+            self._settle_replay()
+
+    def _settle_replay(self) -> None:
+        """A pass went by: if it trained, one less is to come."""
+        if self._replay is None or (loader := self._replay.take_trained()) is None:
             return
         is_end_to_come = self._replay.pass_done(loader)
         if not self.is_replaying:
@@ -355,6 +420,7 @@ class Session:
             self._over()
             return
         try:
+            self._settle_replay()
             self._end_training()
             self._over()
             logger.close()
@@ -399,7 +465,7 @@ class Session:
 
     def say_what_was_not_seen(self) -> None:
         """A line where a script has prepared something, and no training of it was seen."""
-        if self.prepared.accelerator is not None and self._trained.is_in_train_mode is None:
+        if self.prepared.accelerator is not None and not self._trained.starts:
             lost = "nothing was logged" if self.logger is None else "no loss, no epoch and no checkpoint is in the run"
             self._say_once(f"no pass over a prepared loader with accelerator.backward was seen: {lost}")
 

@@ -146,6 +146,21 @@ def test_checkpoints_are_the_loops_own_state_when_it_trains_and_evaluates(on: On
     assert found["epoch-0001"].metrics["train/loss"] == pytest.approx(sum(loop.losses[:5]) / 5)
 
 
+def test_loss_is_the_batchs_own_when_the_script_sums_up_in_its_tensor(on: On, tmp_path: Path) -> None:
+    switch = on()
+    loop = Loop()
+    total: Tensor | None = None
+    for batch in loop.train:
+        loss = loop.loss(batch)
+        loop.accelerator.backward(loss)
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        total = loss.detach() if total is None else total.mul_(2).add_(loss.detach())
+        loss.detach().mul_(10)
+    switch.finish()
+    assert checkpoints(tmp_path)["epoch-0001"].metrics["train/loss"] == pytest.approx(sum(loop.losses) / 5)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_script_computes_the_same_when_it_is_autologged(on: On, workers: int) -> None:
     plain = Loop(workers=workers)
@@ -256,6 +271,36 @@ def holds_an_evaluation_open(loop: Loop) -> None:
         next(samples)
 
 
+def trains_on_two_loaders_together(loop: Loop) -> None:
+    def for_ever() -> Iterator[Any]:
+        while True:
+            yield from loop.evaluation
+
+    others = for_ever()
+    for _ in range(2):
+        loop.model.train()
+        for batch in loop.train:
+            loop.accelerator.backward(loop.loss(batch) + loop.loss(next(others)))
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loop.keep_state()
+
+
+def steps_again_behind_a_pass_it_leaves(loop: Loop) -> None:
+    for _ in range(2):
+        loop.model.train()
+        for number, batch in enumerate(loop.train):
+            loop.accelerator.backward(loop.loss(batch) / 2)
+            if number == 2:
+                break
+            if number % 2 == 1:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.keep_state()
+
+
 @pytest.mark.parametrize(
     ("body", "steps"),
     [
@@ -268,6 +313,8 @@ def holds_an_evaluation_open(loop: Loop) -> None:
         (fetches_several_before_backward, [3, 6]),
         (trains_in_eval_mode, [5, 10]),
         (holds_an_evaluation_open, [5, 10]),
+        (trains_on_two_loaders_together, [5, 10]),
+        (steps_again_behind_a_pass_it_leaves, [2, 4]),
     ],
 )
 def test_epochs_and_steps_are_the_loops_own_when_it(
