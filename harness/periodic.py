@@ -31,6 +31,7 @@ from harness.agreement import Agreement
 from harness.batches import TrainingBatches
 from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
+from harness.checkpoint.json_values import decode
 from harness.checkpoint.locate import longest_wait_s, remove_downloads
 from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
@@ -278,7 +279,12 @@ class PeriodicLogger:
     @property
     def batch_before(self) -> GlobalBatch | None:
         """What an optimizer step took of the run that goes on; None: it begins, or that is not known."""
-        return self._resumption.before
+        return self._resumption.before.batch
+
+    def state_before(self, name: str) -> Any:
+        """The state under that name (`register`) of the run that goes on, as it will be put back; None: there is none."""
+        state = self._resumption.before.states.get(name)
+        return None if state is None else decode(state)
 
     def close(self) -> None:
         """Write and deliver what is still on its way; the run is FINISHED.
@@ -357,6 +363,26 @@ class PeriodicLogger:
         else:
             self._go_on_at(*goes_on_at)
         self._run.describe_model(unwrapped(model), model)
+
+    def watch_instead(self, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
+        """Have checkpoints be of the same model and another optimizer from here on: the loop has made one.
+
+        Effects: collective; main thread, between steps; waits for a save that is being written.
+
+        Args:
+            optimizer: prepared; None: checkpoints are of the model alone.
+            scheduler: of the optimizer.
+
+        Raises:
+            CheckpointError: on all ranks, if their state could not be saved.
+        """
+        assert self._watched is not None
+        watched = Watched(self._watched.model, optimizer, scheduler)
+        self._saver.check(watched)
+        self._watched = watched
+        self._rates.optimizer = optimizer
+        self._course.skip_time()
+        self._saves.watches()
 
     def put_back_again(self) -> None:
         """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.

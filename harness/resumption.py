@@ -22,7 +22,7 @@ from harness.checkpoint.json_values import decode, encode
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
-from harness.checkpoint.resume import GlobalBatch, Resumed, global_batch, resume, set_damaged_aside
+from harness.checkpoint.resume import Before, Resumed, look_before, resume, set_damaged_aside
 from harness.checkpoint.shards.held import find_held
 from harness.checkpoint.shared import open_weights, refuse_others_alone
 from harness.checkpoint.trainer_state import Watched, put_back
@@ -45,7 +45,7 @@ class Resumption:
         say: a line for the user.
 
     Attributes:
-        before: the global batch of the run that goes on; None: it begins, or is not known.
+        before: what is known of the run that goes on before anything is put back; empty: it begins.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Resumption:
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
         self._is_over = False
-        self.before: GlobalBatch | None = None
+        self.before = Before()
 
     def find(self) -> None:
         """Find what there is to go on from; rank zero looks.
@@ -82,7 +82,7 @@ class Resumption:
         if self._found.is_empty:
             refuse_others_alone(self._run_path / "checkpoints", self._agreement)
 
-    def _find(self) -> tuple[Found, GlobalBatch | None]:
+    def _find(self) -> tuple[Found, Before]:
         found = find_checkpoints(self._run_path / "checkpoints")
         for _, reason in found.damaged:
             self._say(f"harness: warning: {reason}")
@@ -93,7 +93,7 @@ class Resumption:
                 downloads = self._run_path / "downloads"
                 usable = locate("resume_from_checkpoint", self._resume_from, downloads, self._tracking_uri)
                 found = replace(found, usable=usable)
-        return found, global_batch(found.usable)
+        return found, look_before(found.usable)
 
     def put_back(self, watched: Watched) -> Resumed | None:
         """Fill what is watched with the newest checkpoint, or with the initial weights; None: the run begins.

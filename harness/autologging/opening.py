@@ -9,6 +9,7 @@ from harness import data
 from harness.autologging.passes import TrainedOn
 from harness.autologging.script import Arguments, Prepared
 from harness.autologging.settings import Settings
+from harness.errors import CheckpointError
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
 
@@ -68,16 +69,20 @@ class Memory:
     Args:
         trained: which passes train.
         prepared: what the script has prepared.
+
+    Attributes:
+        optimizer: number of the prepared optimizer that checkpoints are of.
     """
 
     def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
         self._trained = trained
         self._prepared = prepared
+        self.optimizer = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What is known now."""
         iterations = [getattr(loader, "iteration", 0) for loader in self._prepared.loaders]
-        return {"trained": self._trained.state(), "iterations": iterations}
+        return {"trained": self._trained.state(), "iterations": iterations, "optimizer": self.optimizer}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was known at the checkpoint that the run goes on from."""
@@ -86,6 +91,23 @@ class Memory:
             # accelerate seeds a pass's order with it.
             if hasattr(loader, "iteration"):
                 loader.iteration = iteration
+
+
+def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
+    """Refuse to go on from a checkpoint of an optimizer that the script makes only later.
+
+    Args:
+        state: of the `Memory` of the run that goes on; None: the run begins.
+
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    if state is not None and state["optimizer"] > 0:
+        raise CheckpointError(
+            f"the checkpoint is of the script's optimizer number {state['optimizer'] + 1}, which it makes in the middle "
+            "of its training: that cannot be put back from outside; give another run_name, or write the loop with "
+            "PeriodicLogger"
+        )
 
 
 class _Quiet(Progress):

@@ -23,11 +23,19 @@ _MOVED = ("lr", "betas", "momentum")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a checkpoint is of."""
+    """What a checkpoint is of.
+
+    Args:
+        model: prepared.
+        optimizer: prepared; None: it cannot be told which one, so checkpoints are of the model alone.
+        scheduler: prepared, or the script's own, or several as one; None: there is none.
+        note: what the user is to know of it; empty: nothing.
+    """
 
     model: nn.Module
     optimizer: Any
     scheduler: Any
+    note: str = ""
 
 
 @dataclass
@@ -85,13 +93,24 @@ class Prepared:
             names = ", ".join(type(getattr(model, "module", model)).__name__ for model in trained)
             return f"{len(trained)} models were prepared that can be trained ({names})" if trained else "no model was"
         if len(self.optimizers) != 1:
-            return f"{len(self.optimizers)} optimizers were prepared"
+            note = (
+                f"{len(self.optimizers)} optimizers were prepared for the one model: checkpoints hold the model alone, "
+                "and where the run goes on the optimizers begin anew"
+            )
+            return Choice(trained[0], None, None, note)
         schedulers = self.schedulers or _schedulers_of(self.optimizers[0])
-        if len(schedulers) > 1:
-            return f"{len(schedulers)} schedulers are there for the one optimizer"
         if schedulers and "scheduler" not in self.hyperparameters:
             self.hyperparameters["scheduler"] = scheduler_values(schedulers[0])
-        return Choice(trained[0], self.optimizers[0], schedulers[0] if schedulers else None)
+        return Choice(trained[0], self.optimizers[0], _as_one(schedulers))
+
+    def number_of(self, optimizer: Any) -> int | None:
+        """Which of the optimizers this one is, given as torch has it; None: none."""
+        return next((number for number, each in enumerate(self.optimizers) if raw(each) is optimizer), None)
+
+    def scheduler_of(self, optimizer: Any) -> Any:
+        """The scheduler, or several as one, of an optimizer that is given as torch has it; None: there is none."""
+        prepared = [each for each in self.schedulers if raw(each) is optimizer]
+        return _as_one(prepared or _schedulers_of(optimizer))
 
 
 def _kind_of(given: Any) -> str | None:
@@ -104,6 +123,30 @@ def _kind_of(given: Any) -> str | None:
     if hasattr(given, "step") and hasattr(given, "optimizer"):
         return "schedulers"
     return None
+
+
+class _Schedulers:
+    """Several schedulers of one optimizer, each in its own time, as one."""
+
+    def __init__(self, schedulers: Sequence[Any]) -> None:
+        # By what they are: in which order they are found may differ between two processes.
+        known = sorted(schedulers, key=lambda each: repr(sorted(scheduler_values(each).items())))
+        self._named = {f"{number}": each for number, each in enumerate(known)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each."""
+        return {name: each.state_dict() for name, each in self._named.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave."""
+        for name, each in self._named.items():
+            each.load_state_dict(state[name])
+
+
+def _as_one(schedulers: Sequence[Any]) -> Any:
+    if len(schedulers) > 1:
+        return _Schedulers(schedulers)
+    return schedulers[0] if schedulers else None
 
 
 def _schedulers_of(optimizer: Any) -> list[Any]:

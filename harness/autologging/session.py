@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.autologging.opening import Memory, open_run
+from harness.autologging.opening import Memory, open_run, require_first_optimizer
 from harness.autologging.own_values import OwnValues
 from harness.autologging.passes import Pass, Start, TrainedOn
 from harness.autologging.replacing import Replacements
@@ -86,6 +86,9 @@ class Session:
         self._hook: Any = None
         # An optimizer that is not torch's tells nobody.
         self._sees_steps = False
+        # Those that checkpoints were of, in order; the one that has stepped in place of the last one.
+        self._optimizers: list[Any] = []
+        self._another: Any = None
 
     @property
     def has_begun(self) -> bool:
@@ -193,13 +196,18 @@ class Session:
             self._failed(active_run_id, "FAILED")
             raise
         self.logger = logger
-        logger.register("autolog", Memory(self._trained, prepared))
+        self._memory = Memory(self._trained, prepared)
+        logger.register("autolog", self._memory)
         if isinstance(choice, str):
             if choice:
                 self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
         else:
             self._model = choice.model
+            if choice.note:
+                self._say_once(choice.note)
+            require_first_optimizer(logger.state_before("autolog"))
             logger.watch(choice.model, choice.optimizer, choice.scheduler)
+            self._optimizers = [] if choice.optimizer is None else [raw(choice.optimizer)]
         # Of all optimizers alike: one that is wrapped, or steps within backward, too.
         self._hook = register_optimizer_step_post_hook(self._stepped)
         self._sees_steps = isinstance(raw(prepared.optimizers[0]), torch.optim.Optimizer)
@@ -295,8 +303,29 @@ class Session:
         self._log_loss(this)
         self._count(this.num_samples, is_last=is_last, is_step=this.take_step())
 
+    def _watch_another(self) -> None:
+        """The script steps with an optimizer that it has prepared since: checkpoints are of that one."""
+        assert self.logger is not None
+        optimizer, self._another = self._another, None
+        number = self.prepared.number_of(optimizer)
+        assert number is not None
+        if optimizer in self._optimizers:
+            self._optimizers.clear()
+            self.logger.watch_instead(None)
+            self._say_once("several optimizers step in turn for the one model: checkpoints hold the model alone")
+            return
+        self._optimizers.append(optimizer)
+        self._memory.optimizer = number
+        self.logger.watch_instead(self.prepared.optimizers[number], self.prepared.scheduler_of(optimizer))
+        self._say_once(
+            f"another optimizer steps from here on ({type(optimizer).__name__}): checkpoints hold its state, and a run "
+            "cannot go on from them"
+        )
+
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
         events = self._events
+        if self._another is not None:
+            self._watch_another()
         try:
             step = events.place.step + is_step if self._sees_steps else None
             events.batch_done(num_samples, is_loaders_last=is_last, step=step)
@@ -361,6 +390,12 @@ class Session:
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if (this := self._pass or self._ended) is not None:
             this.has_stepped = True
+        if (
+            self._optimizers
+            and optimizer is not self._optimizers[-1]
+            and self.prepared.number_of(optimizer) is not None
+        ):
+            self._another = optimizer
 
     # ---------------------------------------------------------------------- epochs
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -62,17 +63,30 @@ class GlobalBatch:
     world_size: int
 
 
-def global_batch(checkpoints: Sequence[Path]) -> GlobalBatch | None:
-    """What an optimizer step took, by the first of the checkpoints that tells; None: none does."""
+@dataclass(frozen=True)
+class Before:
+    """What is known of a run that goes on, before anything is put back.
+
+    Args:
+        batch: what an optimizer step took; None: that is not known.
+        states: name -> state, as JSON values, of what else goes on where it was.
+    """
+
+    batch: GlobalBatch | None = None
+    states: Mapping[str, Any] = field(default_factory=dict)
+
+
+def look_before(checkpoints: Sequence[Path]) -> Before:
+    """What the first of the checkpoints tells that can be read; nothing, where none can. Reads one file of it."""
     for path in checkpoints:
         try:
             state = read_trainer_state(path, read_manifest(path))
         except CheckpointError:
             continue  # which is told when it is to be put back
-        if state.samples_per_batch is None:
-            return None
-        return GlobalBatch(state.samples_per_batch * state.accumulation, len(state.ranks))
-    return None
+        size = state.samples_per_batch
+        batch = None if size is None else GlobalBatch(size * state.accumulation, len(state.ranks))
+        return Before(batch, state.states)
+    return Before()
 
 
 def resume(

@@ -26,7 +26,7 @@ from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
 from harness.checkpoint.commit import Manifest, list_checkpoints
 from harness.config import CheckpointConfig, TrackingConfig
-from harness.errors import RunDirError
+from harness.errors import CheckpointError, RunDirError
 from tests.distributed.gathered import gather_state
 
 State = dict[str, Tensor]
@@ -470,6 +470,77 @@ def test_line_says_what_to_pass_when_models_are_several(
     assert "2 models were prepared that can be trained (Sequential, Linear)" in told
     assert "watch(model, optimizer)" in told
     assert checkpoints(tmp_path) == {}
+
+
+def test_checkpoints_are_of_the_optimizer_that_steps_when_the_script_makes_another(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switch = on()
+    loop = Loop()
+    loop.plain(1)
+    loop.optimizer = loop.accelerator.prepare(torch.optim.SGD(loop.model.parameters(), lr=0.5, momentum=0.9))
+    loop.plain(2)
+    switch.finish()
+    require_states(tmp_path, loop.states)
+    assert [m.metrics["train/lr"] for m in checkpoints(tmp_path).values()] == [1e-2, 0.5, 0.5]
+    assert capfd.readouterr().err.count("another optimizer steps from here on (SGD)") == 1
+    on()
+    with pytest.raises(CheckpointError, match="of the script's optimizer number 2"):
+        Loop().plain(3)
+
+
+def test_checkpoints_are_of_the_model_alone_when_optimizers_are_several(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    switch = on()
+    loop = Loop()
+    other = loop.accelerator.prepare(torch.optim.SGD(loop.model[0].parameters(), lr=1e-3))
+    loop.plain(2, lambda *_: other.step())
+    switch.finish()
+    assert "2 optimizers were prepared for the one model: checkpoints hold the model alone" in capfd.readouterr().err
+    directories = [tmp_path / "run" / "checkpoints" / name for name in checkpoints(tmp_path)]
+    assert len(directories) == 2
+    for directory, state in zip(directories, loop.states, strict=True):
+        saved = load_file(directory / "model.safetensors")
+        assert all(torch.equal(saved[key], state[key]) for key in saved)
+        assert not (directory / "optimizer.safetensors").exists()
+    on()
+    again = Loop()
+    again.accelerator.prepare(torch.optim.SGD(again.model[0].parameters(), lr=1e-3))
+    for _ in range(2):
+        for batch in again.train:
+            again.step(batch)
+    assert all(torch.equal(again.model.state_dict()[key], loop.model.state_dict()[key]) for key in saved)
+
+
+def test_schedulers_go_on_when_they_are_several_for_one_optimizer(on: On, tmp_path: Path) -> None:
+    def train(num_epochs: int) -> tuple[Loop, list[Any]]:
+        loop = Loop()
+        inner = loop.optimizer.optimizer
+        schedulers = [
+            torch.optim.lr_scheduler.LinearLR(inner, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.CosineAnnealingLR(inner, 4),
+        ]
+        for epoch in range(num_epochs):
+            loop.model.train()
+            for batch in loop.train:
+                loop.step(batch)
+                schedulers[epoch > 1].step()
+            loop.keep_state()
+        return loop, [each.state_dict() for each in schedulers]
+
+    switch = on("whole")
+    whole, states = train(4)
+    switch.finish()
+    require_states(tmp_path, whole.states, "whole")
+    switch = on("cut")
+    train(3)
+    switch.finish()
+    switch = on("cut")
+    resumed, resumed_states = train(4)
+    switch.finish()
+    assert resumed_states == states
+    assert all(torch.equal(resumed.states[-1][key], whole.states[-1][key]) for key in whole.states[-1])
 
 
 def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
