@@ -78,10 +78,14 @@ class LoopEvents:
     def begin_epoch(self) -> None:
         """An epoch begins."""
         self._rates.follow()
+        self.put_back_random()
+        self._course.begin_epoch()
+
+    def put_back_random(self) -> None:
+        """Random numbers are those of the checkpoint that the run goes on from, once."""
         if self.random_to_begin_with is not None:
             random_state.put_back(self.random_to_begin_with, self._accelerator.device)
             self.random_to_begin_with = None
-        self._course.begin_epoch()
 
     def end_epoch(
         self,

@@ -109,12 +109,12 @@ def _mlflow_command() -> str:
     return "mlflow" if found is not None and Path(found).resolve() == ours.resolve() else shlex.quote(str(ours))
 
 
-def what_there_is(run_dir: Path, *, is_done: bool) -> str:
+def what_there_is(run_dir: Path, *, goes_on_with: Path | None) -> str:
     """Where a run's checkpoints are, and its MLflow run; reads the run's directory.
 
     Args:
         run_dir: of the run.
-        is_done: whether training is complete; else the line says how it goes on.
+        goes_on_with: which run's directory it goes on with, which the line says; None: training is complete.
     """
     names = [name for name, _ in list_checkpoints(run_dir / "checkpoints")]
     at = f" in {run_dir / 'checkpoints'}, the newest is {names[-1]}" if names else ""
@@ -122,6 +122,6 @@ def what_there_is(run_dir: Path, *, is_done: bool) -> str:
     record = read_run_record(run_dir)
     if record.get("run_id") is not None:
         parts.append(f"MLflow run {record['run_id']} at {record.get('tracking_uri')}")
-    if names and not is_done:
-        parts.append(f"it goes on with `harness run --resume {run_dir}` and the script")
+    if goes_on_with is not None and (names or goes_on_with.name != run_dir.name):
+        parts.append(f"it goes on with `harness run --resume {goes_on_with}` and the script")
     return "; ".join(parts)

@@ -21,7 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import harness
-from harness.autologging.api import script_name
+from harness.autologging.api import first_run_of, script_name
 from harness.config import NUM_PROCESSES_VARIABLE
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
 from harness.redact import redact_words
@@ -198,7 +198,10 @@ def _check_resume(own: argparse.Namespace) -> None:
         )
     if own.resume == "auto" and own.run_name is None and not own.silent and os.environ.get("RANK", "0") == "0":
         name = script_name()
-        unnamed = sorted(Path(own.run_dir).glob(f"{name}-*/run.json"), key=lambda path: path.stat().st_mtime)
+        made = Path(own.run_dir).glob(f"{name}-*/run.json")
+        unnamed = sorted(
+            (path for path in made if first_run_of(path.parent) == path.parent), key=lambda path: path.stat().st_mtime
+        )
         if unnamed and not (Path(own.run_dir) / name / "run.json").exists():
             latest = unnamed[-1].parent
             print(f"harness: begins the run {name}; to go on with the latest one: --resume {latest}", file=sys.stderr)

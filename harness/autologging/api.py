@@ -13,6 +13,9 @@ from harness.autologging.settings import Settings
 from harness.config import CheckpointConfig, Mode, check_run_name
 from harness.errors import ConfigError
 
+# In the run's directory of a training that is not its process's first: which one is.
+FURTHER_FILE = "further_training.json"
+
 _settings = Settings()
 
 
@@ -101,8 +104,9 @@ def resume(
     Args:
         resume_from: ``auto``: go on with the run of this name, or begin it; ``never``: a run that is there is
             refused; a run's directory, such as ``runs/vit``: go on with that; or a checkpoint's directory, or an
-            address in MLflow, where a new run begins.
-        run_name: name of the run and of its directory; None: the script's.
+            address in MLflow, where a new run begins, of the first training if there are several.
+        run_name: name of the run and of its directory; None: the script's. The run of a second training in the same
+            process is ``<run_name>-2``, and so on.
         run_dir: the directory that the runs' directories are in.
         experiment_name: the MLflow experiment; None: the script's, or ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
 
@@ -117,6 +121,8 @@ def resume(
     check_run_name(run_name)
     path = Path(resume_from)
     if run_name is None and (path / "run.json").exists():
+        # The script begins with its first training, whichever is meant.
+        path = first_run_of(path)
         run_name, run_dir, resume_from = path.resolve().name, path.resolve().parent, "auto"
     if run_name is None and resume_from == "auto":
         run_name = script_name()
@@ -132,12 +138,28 @@ def script_name() -> str:
     return kept.lstrip(".") or "run"
 
 
-def run_id_of(settings: Settings) -> str | None:
-    """The MLflow run that a training would go on in, where that is known before it begins."""
-    if settings.run_name is None or settings.resume_from == "never":
+def first_run_of(run_dir: Path) -> Path:
+    """The run's directory of the first training of the script that has made this one."""
+    try:
+        name = json.loads((run_dir / FURTHER_FILE).read_text())["first_run"]
+    except (OSError, ValueError, KeyError):
+        return run_dir
+    return run_dir.resolve().parent / str(name)
+
+
+def run_record(settings: Settings) -> Mapping[str, Any] | None:
+    """What is known of the run of this name; None: nothing, or none is named."""
+    if settings.run_name is None:
         return None
     try:
-        found = json.loads((Path(settings.run_dir) / settings.run_name / "run.json").read_text()).get("run_id")
+        found = json.loads((Path(settings.run_dir) / settings.run_name / "run.json").read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def run_id_of(settings: Settings) -> str | None:
+    """The MLflow run that a training would go on in, where that is known before it begins."""
+    record = None if settings.resume_from == "never" else run_record(settings)
+    found = (record or {}).get("run_id")
     return None if found is None else str(found)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from harness import data
+from harness.autologging.api import FURTHER_FILE
 from harness.autologging.passes import TrainedOn
 from harness.autologging.script import Arguments, Prepared
 from harness.autologging.settings import Settings
+from harness.durable import replace_file
 from harness.errors import CheckpointError
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
+from harness.tracking import provenance
 
 
 def open_run(
@@ -22,6 +26,7 @@ def open_run(
     params: Mapping[str, Any],
     stem: str,
     mlflow_run_id: str | None,
+    params_of_runs: dict[str, dict[str, str]],
 ) -> PeriodicLogger:
     """Start the logger of a training. Collective; main thread; blocks and leaves on disk as `PeriodicLogger.start`.
 
@@ -32,6 +37,7 @@ def open_run(
         params: parameters that the script has logged already.
         stem: what a made-up name of the run begins with.
         mlflow_run_id: of an MLflow run that the script has made and that is to be this one; rank zero's.
+        params_of_runs: what trainings of this process have logged, by the MLflow run's id; this one's are added.
 
     Raises:
         HarnessError: on all ranks, if the run's directory or the store cannot be used.
@@ -45,6 +51,10 @@ def open_run(
         **({"batch_size": sizes[0]} if sizes and sizes[0] is not None else {}),
     }
     own = {"args": dict(arguments.look())} if arguments.look() else {}
+    flat = provenance.flatten_params({**own, **prepared.hyperparameters, "training": training, **params})
+    before = params_of_runs.setdefault(mlflow_run_id, {}) if mlflow_run_id is not None else {}
+    changed = {name: value for name, value in flat.items() if before.get(name, value) != value}
+    before.update({name: value for name, value in flat.items() if name not in changed})
     logger = PeriodicLogger(
         accelerator,
         every_n_epochs=settings.checkpoint.every_n_epochs,
@@ -52,7 +62,7 @@ def open_run(
         run_dir=settings.run_dir,
         checkpoint=settings.checkpoint,
         tracking=settings.tracking,
-        params={**own, **prepared.hyperparameters, "training": training, **params},
+        params={name: value for name, value in flat.items() if name not in changed},
         resume_from_checkpoint=settings.resume_from,
         seeds_workers=False,
     )
@@ -60,6 +70,11 @@ def open_run(
     logger.stem = stem
     logger.mlflow_run_id = mlflow_run_id
     logger.start()
+    if settings.first_run is not None and logger.run_path is not None and accelerator.is_main_process:
+        replace_file(logger.run_path / FURTHER_FILE, json.dumps({"first_run": settings.first_run}) + "\n")
+    if changed:
+        now = ", ".join(f"{name}={value}" for name, value in changed.items())
+        logger.say(f"harness: the MLflow run keeps the parameters of the training before, where this one's are {now}")
     return logger
 
 
@@ -72,21 +87,35 @@ class Memory:
 
     Attributes:
         optimizer: number of the prepared optimizer that checkpoints are of.
+        num_states: saved by `accelerator.save_state` at the checkpoint that the run goes on from; None: it begins.
     """
 
     def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
         self._trained = trained
         self._prepared = prepared
         self.optimizer = 0
+        self.num_states: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What is known now."""
-        iterations = [getattr(loader, "iteration", 0) for loader in self._prepared.loaders]
-        return {"trained": self._trained.state(), "iterations": iterations, "optimizer": self.optimizer}
+        return {
+            "trained": self._trained.state(),
+            "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
+            "optimizer": self.optimizer,
+            "num_states": self._num_states,
+        }
+
+    @property
+    def _num_states(self) -> int:
+        accelerator = self._prepared.accelerator
+        counted = 0 if accelerator is None else accelerator.project_configuration.iteration
+        # Until the script saves again it counts those that are done anew.
+        return max(counted, self.num_states or 0)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was known at the checkpoint that the run goes on from."""
         self._trained.put_back(state["trained"])
+        self.num_states = state["num_states"]
         for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
             # accelerate seeds a pass's order with it.
             if hasattr(loader, "iteration"):

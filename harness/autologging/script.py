@@ -60,7 +60,7 @@ class Prepared:
         """What one call was given, and what it has returned."""
         self.accelerator = accelerator
         for before, after in zip(given, prepared, strict=True):
-            kind = _kind_of(before)
+            kind = kind_of(before)
             if kind is None:
                 continue
             known: list[Any] = getattr(self, kind)
@@ -72,9 +72,10 @@ class Prepared:
             if kind == "schedulers" and "scheduler" not in self.hyperparameters:
                 self.hyperparameters["scheduler"] = scheduler_values(before)
 
-    def holds(self, model: Any) -> bool:
-        """Whether a model, given or prepared, is one of these."""
-        return any(model is each or model is getattr(each, "module", None) for each in self.models)
+    def know(self, loader: Any) -> None:
+        """A loader is iterated over, which may be prepared for a training before: it is one of these from now on."""
+        if self.index_of(loader) is None:
+            self.loaders.append(loader)
 
     def index_of(self, loader: Any) -> int | None:
         """Which of the loaders reads the same data set; None: none."""
@@ -113,7 +114,8 @@ class Prepared:
         return _as_one(prepared or _schedulers_of(optimizer))
 
 
-def _kind_of(given: Any) -> str | None:
+def kind_of(given: Any) -> str | None:
+    """Which list of `Prepared` this belongs in; None: none."""
     if isinstance(given, nn.Module):
         return "models"
     if isinstance(given, DataLoader):

@@ -64,6 +64,9 @@ class Session:
         self.settings = settings
         self.prepared = Prepared()
         self.logger: PeriodicLogger | None = None
+        self.memory: Memory | None = None
+        # Of all trainings of the process: several may be in one MLflow run of the script's.
+        self.params_of_runs: dict[str, dict[str, str]] = {}
         self._arguments = arguments
         self._stem = stem
         self._active_run_id = active_run_id
@@ -101,6 +104,11 @@ class Session:
         return self._replay is not None and self._replay.num_left > 0
 
     @property
+    def is_behind_what_is_done(self) -> bool:
+        """Whether the first pass has begun that is not done, or nothing was."""
+        return self._replay is None
+
+    @property
     def is_rank_zero(self) -> bool:
         """Whether this rank is the one that logs."""
         accelerator = self.prepared.accelerator
@@ -119,6 +127,7 @@ class Session:
         if self._is_over or not self._is_ready():
             yield from original(loader)
             return
+        self.prepared.know(loader)
         if self.logger is None:
             self._start()
         self._settle_replay()
@@ -190,14 +199,15 @@ class Session:
                 params=self._own.early_params,
                 stem=self._stem,
                 mlflow_run_id=active_run_id,
+                params_of_runs=self.params_of_runs,
             )
         except BaseException:
             # There is no run of ours to fail, and MLflow would call the script's FINISHED.
             self._failed(active_run_id, "FAILED")
             raise
         self.logger = logger
-        self._memory = Memory(self._trained, prepared)
-        logger.register("autolog", self._memory)
+        self.memory = Memory(self._trained, prepared)
+        logger.register("autolog", self.memory)
         if isinstance(choice, str):
             if choice:
                 self._say_once(f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone")
@@ -315,7 +325,8 @@ class Session:
             self._say_once("several optimizers step in turn for the one model: checkpoints hold the model alone")
             return
         self._optimizers.append(optimizer)
-        self._memory.optimizer = number
+        assert self.memory is not None
+        self.memory.optimizer = number
         self.logger.watch_instead(self.prepared.optimizers[number], self.prepared.scheduler_of(optimizer))
         self._say_once(
             f"another optimizer steps from here on ({type(optimizer).__name__}): checkpoints hold its state, and a run "
@@ -472,6 +483,9 @@ class Session:
             self._events.end_epoch(is_whole=False, is_last=True)
         else:
             self._end_epoch(is_last=True)
+            if self._replay is not None and not self.is_replaying:
+                # Nothing was left to train: what the script does next begins with the numbers that it had then.
+                self._events.put_back_random()
 
     def fail(self, error: BaseException) -> BaseException:
         """The script has failed; returns what really ended it: another rank's failure, where this is its echo."""

@@ -15,9 +15,10 @@ class Settings:
         checkpoint: when and how checkpoints are written.
         tracking: what goes to MLflow.
         exclusive: what is logged here stays out of a run that the script has made.
-        run_name: name of the run and of its directory; None: made up, from the script's name.
+        run_name: name of the run of the first training, and of its directory; None: made up, from the script's name.
         run_dir: the directory that the runs' directories are in.
         resume_from: as `PeriodicLogger`'s `resume_from_checkpoint`.
+        first_run: name of the run of the process's first training, where this is for a later one.
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -26,3 +27,4 @@ class Settings:
     run_name: str | None = None
     run_dir: str = "runs"
     resume_from: str = "auto"
+    first_run: str | None = None

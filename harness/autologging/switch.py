@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +12,15 @@ from accelerate import Accelerator
 
 from harness import cpu, runtime
 from harness.autologging import ending, fluent
-from harness.autologging.api import run_id_of, script_name
 from harness.autologging.other_ranks import OtherRanks
 from harness.autologging.replacing import Replacement, Replacements
+from harness.autologging.saved_states import SavedStates
 from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
-from harness.errors import HarnessError, Stopped
+from harness.autologging.trainings import Trainings
 from harness.progress import Progress
-from harness.report import what_there_is
 
 Function = Callable[..., Any]
 
@@ -38,23 +37,46 @@ class Switch:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._arguments = Arguments()
-        self.session = self._new_session()
-        self._fluent = fluent.FluentCalls(lambda: self.session, self._run_id_before)
+        self._trainings = trainings = Trainings(
+            settings,
+            self._arguments,
+            self._run_to_be_ours,
+            fluent.end_active_run,
+            lambda: Replacements(self._table_of_stillness()),
+        )
+        self._fluent = fluent.FluentCalls(lambda: self.session, trainings.run_id_before)
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
+        self._saved_states = SavedStates(lambda: self.session)
         self._replacements = Replacements([*self._table(), *self._writers.table(), *others.table()])
+        self.finish, self.fail = trainings.finish, trainings.fail
         self._ending = ending.Ending(self.finish, self.fail)
+        # Within `prepare`, which calls for each thing what prepares it alone.
+        self._is_preparing = False
+
+    @property
+    def session(self) -> Session:
+        """The training that runs, or is to begin."""
+        return self._trainings.session
 
     def _table(self) -> list[Replacement]:
         of_accelerate, of_loaders, calls = "accelerate.accelerator", "accelerate.data_loader", self._fluent
         return [
             Replacement(of_accelerate, "Accelerator.__init__", "FSDP and ZeRO run on a CPU too", self._made),
             Replacement(of_accelerate, "Accelerator.prepare", "model, optimizer, scheduler, loaders", self._prepared),
+            *(
+                Replacement(
+                    of_accelerate, f"Accelerator.prepare_{name}", "each alone", partial(self._prepared_alone, name)
+                )
+                for name in ("model", "optimizer", "scheduler", "data_loader")
+            ),
             Replacement(of_accelerate, "Accelerator.backward", "the loss; that this is training", self._backward),
             Replacement(of_accelerate, "Accelerator.log", "the script's metrics", self._log),
             Replacement(of_accelerate, "Accelerator.init_trackers", "the script's parameters", self._init_trackers),
             Replacement(of_accelerate, "Accelerator.end_training", "the training has ended", self._ends),
-            Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._ends),
+            Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._frees),
+            Replacement(of_accelerate, "Accelerator.save_state", "once each", self._saved_states.save),
+            Replacement("accelerate.utils.memory", "should_reduce_batch_size", "an attempt fails", self._reduces),
             Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
             Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
             Replacement("accelerate.tracking", "MLflowTracker.log", "once", self._tracked),
@@ -72,7 +94,8 @@ class Switch:
         return [
             Replacement(f"accelerate.{module}", name, "of an epoch that is done", _do_nothing)
             for module, name in (
-                ("accelerator", "Accelerator.save_state"),
+                # Of gradients that nobody has scaled.
+                ("accelerator", "Accelerator.unscale_gradients"),
                 ("accelerator", "Accelerator.save_model"),
                 ("accelerator", "Accelerator.save"),
                 ("optimizer", "AcceleratedOptimizer.step"),
@@ -94,8 +117,7 @@ class Switch:
     def change(self, settings: Settings) -> None:
         """Other settings, for a training that has not begun."""
         self.settings = settings
-        if not self.session.has_begun:
-            self.session.settings = settings
+        self._trainings.change(settings)
 
     # ------------------------------------------------------------------- in place of accelerate's
 
@@ -105,20 +127,31 @@ class Switch:
         original(accelerator, *args, **kwargs)
 
     def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        return self._prepare(accelerator, args, lambda: original(accelerator, *args, **kwargs))
+
+    def _prepared_alone(
+        self, name: str, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = args[0] if args else kwargs.get(name)
+        is_for_evaluation = name == "model" and (args[2] if len(args) > 2 else kwargs.get("evaluation_mode", False))
+        return self._prepare(
+            accelerator, () if is_for_evaluation else (given,), lambda: original(accelerator, *args, **kwargs)
+        )
+
+    def _prepare(self, accelerator: Accelerator, given: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
+        if self._is_preparing:
+            return prepare()
         if runtime.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
-            for each in args:
+            for each in given:
                 if isinstance(each, torch.nn.Module):
                     cpu.send_weights(each)
-        result = original(accelerator, *args, **kwargs)
-        prepared = result if isinstance(result, (tuple, list)) and len(args) > 1 else (result,)
-        is_another = any(
-            isinstance(each, torch.nn.Module) and not self.session.prepared.holds(each) for each in prepared
-        )
-        if self.session.is_over or (self.session.has_begun and is_another):
-            # The next training of the same process.
-            self.finish()
-            self.session = self._new_session()
-        self.session.prepared.add(accelerator, args, prepared)
+        self._is_preparing = True
+        try:
+            result = prepare()
+        finally:
+            self._is_preparing = False
+        if given:
+            self._trainings.came(accelerator, given, result if len(given) > 1 else (result,))
         return result
 
     def _backward(self, original: Function, accelerator: Accelerator, loss: Any, **kwargs: Any) -> None:
@@ -167,13 +200,21 @@ class Switch:
             self._writers.is_within = False
         # accelerate's own tracker has put it into the run.
         if config is not None and (self.settings.exclusive or not _tracks_in_mlflow(accelerator)):
-            self.session.log_params({"config": config})
+            self._trainings.log_config(config)
 
     def _ends(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        if accelerator is self.session.prepared.accelerator:
-            self.finish()
-            self.session = self._new_session()
+        self._trainings.ends(accelerator, is_tracker_done=True)
         return original(accelerator, *args, **kwargs)
+
+    def _frees(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
+        self._trainings.ends(accelerator, is_tracker_done=False)
+        return original(accelerator, *args, **kwargs)
+
+    def _reduces(self, original: Function, error: Exception) -> bool:
+        is_attempt_over = bool(original(error))
+        if is_attempt_over:
+            self._trainings.attempt_failed(error)
+        return is_attempt_over
 
     def _apart(self, original: Function, local_sgd: Any) -> Any:
         session = self.session
@@ -189,6 +230,7 @@ class Switch:
         return original(local_sgd)
 
     def _iterate(self, original: Function, loader: Any) -> Iterator[Any]:
+        self._trainings.passes()
         return self.session.iterate(loader, original)
 
     def _parsed(
@@ -203,52 +245,10 @@ class Switch:
         self._arguments.parsed(args, found[0])
         return found
 
-    # ------------------------------------------------------------------- trainings
-
-    def _new_session(self) -> Session:
-        return Session(
-            self.settings,
-            self._arguments,
-            script_name(),
-            self._run_to_be_ours,
-            fluent.end_active_run,
-            Replacements(self._table_of_stillness()),
-        )
-
-    def _run_id_before(self) -> str | None:
-        return run_id_of(self.settings)
-
     def _run_to_be_ours(self) -> str | None:
-        return None if self.settings.exclusive else fluent.active_run_id()
-
-    def finish(self) -> None:
-        """The training has ended.
-
-        Raises:
-            HarnessError: if the last checkpoint could not be written.
-        """
-        session = self.session
-        session.say_what_was_not_seen()
-        is_end = session.has_begun and not session.is_over
-        session.finish()
-        if is_end:
-            self._say_what_there_is(session, is_done=True)
-
-    def fail(self, error: BaseException) -> BaseException:
-        """The script has failed; returns what really ended it."""
-        session = self.session
-        is_end = session.has_begun and not session.is_over
-        cause = session.fail(error)
-        if is_end and not isinstance(cause, Stopped):
-            self._say_what_there_is(session, is_done=False)
-        return cause
-
-    def _say_what_there_is(self, session: Session, *, is_done: bool) -> None:
-        logger = session.logger
-        if session.is_rank_zero and not self.settings.tracking.silent and logger is not None and logger.run_path:
-            # Nothing that fails here is to hide how the training ended.
-            with suppress(OSError, ValueError, HarnessError):
-                logger.say(what_there_is(logger.run_path, is_done=is_done))
+        if self.settings.exclusive:
+            return None
+        return fluent.active_run_id()
 
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:
