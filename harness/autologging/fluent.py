@@ -23,32 +23,52 @@ class FluentCalls:
 
     Args:
         session: gives the training that runs.
-        run_id_before: gives the id of the run that a training would go on in, before it has begun.
+        run_id_before: gives the id of the run that the training would go on in, before it has begun.
+        run_id_after: likewise, of the training that comes after the one that runs.
     """
 
-    def __init__(self, session: Callable[[], Session], run_id_before: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        session: Callable[[], Session],
+        run_id_before: Callable[[], str | None],
+        run_id_after: Callable[[], str | None],
+    ) -> None:
         self._session = session
         self._run_id_before = run_id_before
+        self._run_id_after = run_id_after
         # Within a call that hands the same values on: once is enough.
         self.is_within = False
-        self._was_active = False
+        self._were_active: set[str] = set()
+
+    def saw_active(self, run_id: str | None) -> None:
+        """A run is the script's active one: once it is so no more, the script is done with it."""
+        if run_id is not None:
+            self._were_active.add(run_id)
 
     def start_run(self, original: Function, run_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """`mlflow.start_run`: of the run that is ours already, or that the training goes on in."""
-        session = self._session()
-        ours = session.logger.mlflow_run_id if session.logger is not None else self._run_id_before()
-        is_own = run_id is not None or "MLFLOW_RUN_ID" in os.environ or kwargs.get("nested") or len(args) > 2
-        if ours is None or is_own or session.settings.exclusive:
+        is_own = run_id is not None or "MLFLOW_RUN_ID" in os.environ or len(args) > 2
+        ours = None if is_own or self._session().settings.exclusive else self._ours(kwargs)
+        if ours is None:
             return original(run_id, *args, **kwargs)
-        if self._was_active and active_run_id() is None:
-            return original(run_id, *args, **kwargs)  # the script has ended it, and begins another
         try:
             started = original(ours, *args, **kwargs)
         except Exception:
             # Of another experiment or server: it is the script's own then.
             return original(run_id, *args, **kwargs)
-        self._was_active = True
+        self.saw_active(ours)
         return started
+
+    def _ours(self, asked: Mapping[str, Any]) -> str | None:
+        """The run that the script means as it begins one; None: another, of its own."""
+        session = self._session()
+        parent_id = asked.get("parent_run_id") or (active_run_id() if asked.get("nested") else None)
+        ours = None if session.logger is None or session.is_over else session.logger.mlflow_run_id
+        if ours is not None and (ours not in self._were_active or ours == active_run_id()):
+            return ours if parent_id is None else None
+        before = self._run_id_before() if session.logger is None else self._run_id_after()
+        found = None if before is None else _with_parent(before, parent_id)
+        return None if found in self._were_active else found
 
     def log_metric(self, original: Function, key: str, value: Any, step: int | None = None, **kwargs: Any) -> Any:
         """`mlflow.log_metric`."""
@@ -104,6 +124,18 @@ def active_run_id() -> str | None:
     module: Any = sys.modules.get("mlflow.tracking.fluent")
     run = module.active_run() if module is not None and hasattr(module, "active_run") else None
     return None if run is None else str(run.info.run_id)
+
+
+def _with_parent(run_id: str, parent_id: str | None) -> str | None:
+    """A run, or the one that it is nested in, and so on: which of them is nested in this one, or in none."""
+    found: str | None = run_id
+    with suppress(Exception):  # it is deleted, or of another server
+        while found is not None:
+            above = sys.modules["mlflow"].get_run(found).data.tags.get("mlflow.parentRunId")
+            if above == parent_id:
+                return found
+            found = above
+    return None
 
 
 def end_active_run(run_id: str | None, status: str) -> None:

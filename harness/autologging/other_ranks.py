@@ -40,7 +40,8 @@ class OtherRanks:
 
     def __init__(self, session: Callable[[], Session]) -> None:
         self._session = session
-        self._run: Any = None
+        # The script's, each nested in the one before.
+        self._runs: list[Any] = []
 
     def table(self) -> list[Replacement]:
         """What is replaced: around what `fluent` puts there, which is then asked on rank zero alone."""
@@ -49,7 +50,7 @@ class OtherRanks:
             **dict.fromkeys(_WRITING, _nothing),
             "log_param": _the_value,
             "start_run": self._begin,
-            "active_run": lambda: self._run,
+            "active_run": lambda: self._runs[-1] if self._runs else None,
             "end_run": self._end,
             "set_experiment": _experiment,
             "create_experiment": lambda *args, **kwargs: "",
@@ -73,11 +74,12 @@ class OtherRanks:
         return not session.settings.exclusive and int(rank) != 0
 
     def _begin(self, *args: Any, **kwargs: Any) -> Any:
-        self._run = known_run(self._end)
-        return self._run
+        self._runs.append(known_run(self._end))
+        return self._runs[-1]
 
     def _end(self, *args: Any, **kwargs: Any) -> None:
-        self._run = None
+        if self._runs:
+            self._runs.pop()
 
 
 def known_run(end: Callable[[], Any]) -> Any:

@@ -44,7 +44,7 @@ class Switch:
             fluent.end_active_run,
             lambda: Replacements(self._table_of_stillness()),
         )
-        self._fluent = fluent.FluentCalls(lambda: self.session, trainings.run_id_before)
+        self._fluent = fluent.FluentCalls(lambda: self.session, trainings.run_id_before, trainings.run_id_after)
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
         self._saved_states = SavedStates(lambda: self.session)
@@ -248,7 +248,9 @@ class Switch:
     def _run_to_be_ours(self) -> str | None:
         if self.settings.exclusive:
             return None
-        return fluent.active_run_id()
+        found = fluent.active_run_id()
+        self._fluent.saw_active(found)
+        return found
 
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:
