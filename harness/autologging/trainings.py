@@ -173,7 +173,7 @@ class Trainings:
         (self._later if session.has_begun else self._calls).append(call)
         if not session.has_begun:
             session.prepared.add(accelerator, given, prepared)
-        elif any(self._steps_another(each) for each in given):
+        elif self._another_is_stepped():
             self._end(self._later)
         else:
             own = [not self._is_another(each) for each in prepared]
@@ -189,17 +189,20 @@ class Trainings:
         parameters = {id(each) for each in model.parameters() if each.requires_grad}
         return bool(parameters) and not any(id(each) in parameters for model in known for each in model.parameters())
 
-    def _steps_another(self, given: Any) -> bool:
-        """Whether this is an optimizer of a model that is none of the training that runs."""
-        if kind_of(given) != "optimizers":
-            return False
+    def _another_is_stepped(self) -> bool:
+        """Whether an optimizer has been prepared, at once or by and by, with a model that is another training's."""
         models = [each for call in self._later for each in call.prepared if self._is_another(each)]
-        if not hasattr(given, "param_groups"):  # DeepSpeed's stand-in, which is prepared together with its model
-            return any(each is model for each in self._later[-1].prepared for model in models)
-        stepped = {id(each) for group in given.param_groups for each in group["params"]}
-        return any(
-            id(each) in stepped for model in models for each in (*model.parameters(), *unwrapped(model).parameters())
-        )
+        parameters = {id(each) for model in models for top in (model, unwrapped(model)) for each in top.parameters()}
+        for call in self._later if models else ():
+            for given in call.given:
+                if kind_of(given) != "optimizers":
+                    continue
+                if not hasattr(given, "param_groups"):  # DeepSpeed's stand-in, which comes together with its model
+                    if any(each is model for each in call.prepared for model in models):
+                        return True
+                elif any(id(each) in parameters for group in given.param_groups for each in group["params"]):
+                    return True
+        return False
 
     def passes(self) -> None:
         """A pass over a loader begins."""

@@ -342,16 +342,19 @@ def test_training_goes_on_when_the_script_prepares(
     assert runs(tmp_path) == {"x": EPOCHS}
 
 
-@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("pieces", ["model first", "optimizer first", "each by its own method"])
 def test_another_training_begins_when_another_model_is_prepared_piece_by_piece(
-    on: On, tmp_path: Path, is_alone: bool
+    on: On, tmp_path: Path, pieces: str
 ) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     for _ in range(2):
         model, optimizer = net()
-        if is_alone:
-            loader: Any = accelerator.prepare_data_loader(data_loader=samples())
+        if pieces == "optimizer first":
+            optimizer = accelerator.prepare(optimizer)
+            model, loader = accelerator.prepare(model, samples())
+        elif pieces != "model first":
+            loader = accelerator.prepare_data_loader(data_loader=samples())
             model, optimizer = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer)
         else:
             model, loader = accelerator.prepare(model), accelerator.prepare(samples())
@@ -359,15 +362,19 @@ def test_another_training_begins_when_another_model_is_prepared_piece_by_piece(
         train(accelerator, (model, optimizer, loader))
     switch.finish()
     assert runs(tmp_path) == {"x": EPOCHS, "x-2": EPOCHS}
-    switch = on()
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = net()
-    loader = accelerator.prepare_data_loader(samples())
-    prepared = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer), loader
-    losses = train(accelerator, prepared, 3)
-    switch.finish()
-    assert len(losses) == 2 + 5  # it is known which loader was trained on: two epochs go by
-    assert runs(tmp_path)["x"] == [*EPOCHS, ("epoch-0003", 15)]
+
+
+def test_epochs_go_by_when_each_thing_was_prepared_by_its_own_method(on: On, tmp_path: Path) -> None:
+    for num_epochs, num_batches in ((2, 10), (3, 2 + 5)):
+        switch = on()
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = net()
+        loader = accelerator.prepare_data_loader(samples())
+        prepared = accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer), loader
+        losses = train(accelerator, prepared, num_epochs)
+        switch.finish()
+        assert len(losses) == num_batches
+    assert runs(tmp_path) == {"x": [*EPOCHS, ("epoch-0003", 15)]}
 
 
 def test_model_for_evaluation_is_none_that_trains_when_it_is_prepared_as_such(on: On, tmp_path: Path) -> None:
