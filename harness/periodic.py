@@ -282,7 +282,7 @@ class PeriodicLogger:
         return self._resumption.before.batch
 
     def state_before(self, name: str) -> Any:
-        """The state under that name (`register`) of the run that goes on, as it will be put back; None: there is none."""
+        """The state under that name (`register`) of the run that goes on, before it is put back; None: it has none."""
         state = self._resumption.before.states.get(name)
         return None if state is None else decode(state)
 

@@ -133,9 +133,9 @@ def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
     """
     if state is not None and state["optimizer"] > 0:
         raise CheckpointError(
-            f"the checkpoint is of the script's optimizer number {state['optimizer'] + 1}, which it makes in the middle "
-            "of its training: that cannot be put back from outside; give another run_name, or write the loop with "
-            "PeriodicLogger"
+            f"the checkpoint is of the script's optimizer number {state['optimizer'] + 1}, which it makes in the "
+            "middle of its training: that cannot be put back from outside; give another run_name, or write the loop "
+            "with PeriodicLogger"
         )
 
 

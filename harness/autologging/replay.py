@@ -1,7 +1,8 @@
 """Epochs that are done already go by again, because the script counts them itself, and nothing comes of them.
 
 Each pass gives one batch, so that what a script makes of a pass's results has something to work with. One on which
-backward is called was a training pass, as it was the first time. Backward and the optimizers' steps are left out, so the weights stay those that were put back; what else moves is put back again:
+backward is called was a training pass, as it was the first time. Backward and the optimizers' steps are left out, so
+the weights stay those that were put back; what else moves is put back again:
 
     buffers                   when the last of the training passes is over: what comes then is evaluated on them
     scheduler, random numbers when the first pass begins that is not done

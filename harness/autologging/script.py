@@ -108,6 +108,13 @@ class Prepared:
         """Which of the optimizers this one is, given as torch has it; None: none."""
         return next((number for number, each in enumerate(self.optimizers) if raw(each) is optimizer), None)
 
+    def steps(self, optimizer: Any, model: nn.Module | None) -> bool:
+        """Whether this is one of the optimizers, given as torch has it, and of the model's parameters."""
+        if model is None or self.number_of(optimizer) is None:
+            return False
+        own = {id(each) for each in model.parameters()}
+        return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+
     def scheduler_of(self, optimizer: Any) -> Any:
         """The scheduler, or several as one, of an optimizer that is given as torch has it; None: there is none."""
         prepared = [each for each in self.schedulers if raw(each) is optimizer]

@@ -401,11 +401,7 @@ class Session:
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if (this := self._pass or self._ended) is not None:
             this.has_stepped = True
-        if (
-            self._optimizers
-            and optimizer is not self._optimizers[-1]
-            and self.prepared.number_of(optimizer) is not None
-        ):
+        if self._optimizers and optimizer is not self._optimizers[-1] and self.prepared.steps(optimizer, self._model):
             self._another = optimizer
 
     # ---------------------------------------------------------------------- epochs

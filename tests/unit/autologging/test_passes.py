@@ -1,4 +1,4 @@
-"""Which pass over the data trains, where a loop's first glance does not tell; and a loop of such a kind that goes on."""
+"""Loops in which a pass over the data does not show as it begins that it trains: saved, and gone on with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.autologging.test_sessions import Loop, On, checkpoints, on, require_states  # noqa: F401
+from tests.unit.autologging.loops import Loop, On, checkpoints, require_states
 
 
 def sets_train_mode_in_the_body(loop: Loop, stops: Callable[[int, int], None]) -> None:

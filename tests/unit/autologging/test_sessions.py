@@ -15,122 +15,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from mlflow.pytorch import _pytorch_autolog
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
-from harness.checkpoint.commit import Manifest, list_checkpoints
-from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import CheckpointError, RunDirError
-from tests.distributed.gathered import gather_state
-
-State = dict[str, Tensor]
-On = Callable[..., Switch]
-
-
-@pytest.fixture
-def on(tmp_path: Path) -> Iterator[On]:
-    """Autologging without MLflow, a checkpoint each epoch, in a run of this name; off again afterwards."""
-    made: list[Switch] = []
-
-    def turn_on(run_name: str = "run", *, resume: str = "auto", every_n_epochs: int = 1, **checkpoint: Any) -> Switch:
-        for earlier in made:
-            earlier.turn_off()
-        AcceleratorState._reset_state(True)
-        settings = Settings(
-            CheckpointConfig(every_n_epochs=every_n_epochs, when_busy="wait", **checkpoint),
-            TrackingConfig(enabled=False, log_every_n_steps=None),
-            run_name=run_name,
-            run_dir=str(tmp_path),
-            resume_from=resume,
-        )
-        made.append(Switch(settings))
-        made[-1].turn_on()
-        return made[-1]
-
-    yield turn_on
-    for switch in made:
-        switch.turn_off()
-    AcceleratorState._reset_state(True)
-
-
-def checkpoints(directory: Path, run_name: str = "run") -> dict[str, Manifest]:
-    return dict(list_checkpoints(directory / run_name / "checkpoints"))
-
-
-def images(num: int = 40, *, shift: float = 0.0) -> TensorDataset:
-    generator = torch.Generator().manual_seed(3)
-    return TensorDataset(torch.randn(num, 6, generator=generator) + shift, torch.arange(num) % 3)
-
-
-class Loop:
-    """What the loops below have in common: prepared objects, and the state at the end of each epoch's body."""
-
-    def __init__(self, accelerator: Accelerator | None = None, *, workers: int = 0, batch_size: int = 8) -> None:
-        self.accelerator = accelerator or Accelerator(cpu=True)
-        set_seed(1)
-        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-        train = DataLoader(images(), batch_size=batch_size, shuffle=True, num_workers=workers)
-        evaluation, other = DataLoader(images(12), batch_size=4), DataLoader(images(9, shift=1.0), batch_size=4)
-        prepared = self.accelerator.prepare(model, optimizer, train, evaluation, other)
-        self.model, self.optimizer, self.train, self.evaluation, self.other = prepared
-        self.states: list[State] = []
-        self.losses: list[float] = []
-
-    def loss(self, batch: Any) -> Tensor:
-        inputs, labels = batch
-        loss = nn.functional.cross_entropy(self.model(inputs), labels)
-        self.losses.append(loss.item())
-        return loss
-
-    def step(self, batch: Any) -> None:
-        self.accelerator.backward(self.loss(batch))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def evaluate(self, loader: Any) -> float:
-        self.model.eval()
-        correct = total = 0
-        for inputs, labels in loader:
-            with torch.no_grad():
-                predictions = self.model(inputs).argmax(-1)
-            predictions, labels = self.accelerator.gather_for_metrics((predictions, labels))
-            correct, total = correct + int((predictions == labels).sum()), total + len(labels)
-        return correct / total
-
-    def keep_state(self) -> None:
-        gathered = gather_state(self.accelerator, self.model, self.optimizer)
-        self.states.append({**gathered.model, **{f"optimizer.{k}": v.clone() for k, v in gathered.optimizer.items()}})
-
-    def plain(self, num_epochs: int, stops: Callable[[int, int], None] = lambda epoch, batch: None) -> None:
-        """Training, evaluation, a scheduler of the script's own: the loop of most examples."""
-        for epoch in range(num_epochs):
-            self.model.train()
-            for number, batch in enumerate(self.train):
-                self.step(batch)
-                stops(epoch, number)
-            self.accelerator.log({"accuracy": self.evaluate(self.evaluation)}, step=epoch)
-            self.scheduler.step()
-            self.keep_state()
-
-
-def require_states(directory: Path, states: list[State], run_name: str = "run") -> None:
-    """Each epoch's checkpoint is the state that the loop kept, to the last bit."""
-    found = checkpoints(directory, run_name)
-    assert list(found) == [f"epoch-{epoch + 1:04d}" for epoch in range(len(states))]
-    for name, state in zip(found, states, strict=True):
-        saved = load_file(directory / run_name / "checkpoints" / name / "model.safetensors")
-        moments = load_file(directory / run_name / "checkpoints" / name / "optimizer.safetensors")
-        saved |= {f"optimizer.{key}": value for key, value in moments.items()}
-        assert saved.keys() == state.keys()
-        assert all(torch.equal(saved[key], state[key]) for key in saved), name
+from tests.unit.autologging.loops import Loop, On, checkpoints, images, require_states
 
 
 def test_checkpoints_are_the_loops_own_state_when_it_trains_and_evaluates(on: On, tmp_path: Path) -> None:
@@ -479,7 +371,9 @@ def test_checkpoints_are_of_the_optimizer_that_steps_when_the_script_makes_anoth
     loop = Loop()
     loop.plain(1)
     loop.optimizer = loop.accelerator.prepare(torch.optim.SGD(loop.model.parameters(), lr=0.5, momentum=0.9))
-    loop.plain(2)
+    stranger = nn.Linear(2, 2)  # never prepared
+    other = loop.accelerator.prepare(torch.optim.SGD(stranger.parameters(), lr=1.0))
+    loop.plain(2, lambda *_: other.step())
     switch.finish()
     require_states(tmp_path, loop.states)
     assert [m.metrics["train/lr"] for m in checkpoints(tmp_path).values()] == [1e-2, 0.5, 0.5]

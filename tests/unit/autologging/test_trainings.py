@@ -13,39 +13,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, find_executable_batch_size, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging import api
 from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
 from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import RunDirError
-
-On = Callable[..., Switch]
+from tests.unit.autologging.loops import On, switching
 
 
 @pytest.fixture
 def on(tmp_path: Path) -> Iterator[On]:
-    """Autologging without MLflow, a checkpoint each epoch; the earlier one is off then, as in a new process."""
-    made: list[Switch] = []
-
-    def turn_on(run_name: str | None = "x", resume: str = "auto") -> Switch:
-        for earlier in made:
-            earlier.turn_off()
-        AcceleratorState._reset_state(True)
-        checkpoint, tracking = CheckpointConfig(every_n_epochs=1), TrackingConfig(enabled=False)
-        made.append(Switch(Settings(checkpoint, tracking, False, run_name, str(tmp_path / "runs"), resume)))
-        made[-1].turn_on()
-        return made[-1]
-
-    yield turn_on
-    for switch in made:
-        switch.turn_off()
-    AcceleratorState._reset_state(True)
+    """Puts autologging on, in runs below `runs` in the test's directory; it is off again afterwards."""
+    yield from switching(tmp_path / "runs", "x")
 
 
 def runs(directory: Path) -> dict[str, list[tuple[str, int]]]:
