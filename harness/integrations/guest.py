@@ -126,9 +126,7 @@ class Guest:
             recipe: how the model is built again; or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
         """
-        # In a notebook an error ends the training and not the process, and the next one begins with another callback.
-        if Guest._open is not None:
-            Guest._open.fail(HarnessError("training was left without a word, and another one has begun"))
+        Guest.end_what_was_left()
         Guest._open = self
         # It would log the same training in a run of its own.
         switch.turn_off()
@@ -153,6 +151,12 @@ class Guest:
             else:
                 logger.say(recipe)
             logger.watch(model, optimizer, scheduler, goes_on_at=goes_on_at)
+
+    @classmethod
+    def end_what_was_left(cls) -> None:
+        """A run that is open still has failed: in a notebook an error ends the training and not the process."""
+        if cls._open is not None:
+            cls._open.fail(HarnessError("training was left without a word, and another one has begun"))
 
     def begin_epoch(self) -> None:
         """An epoch begins."""

@@ -4,7 +4,8 @@
 
 Keras makes names up as it goes (``dense_3``), and others when a model is built again. So a checkpoint has names of its
 own: ``<layer>.<variable>``, and ``<slot>.<layer>.<variable>`` for what the optimizer keeps of it, in Keras's words
-(``momentum``, ``velocity``); ``step`` is the number of its steps.
+(``momentum``, ``velocity``); ``step`` is the number of its steps, and ``iteration`` that of batches, where it
+accumulates several for a step.
 """
 
 from __future__ import annotations
@@ -71,26 +72,33 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
             Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
         )
         self._optimizer: _Optimizer | None = None
-        self._begun_at = self._num_batches = self._in_epoch = 0
+        # Batches that the optimizer has had, in all; of the epoch that runs.
+        self._num_batches = self._in_epoch = 0
+        self._is_left = False
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Another training begins; the one before may have been left by an error, of which `fit` tells nobody."""
+        Guest.end_what_was_left()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """An epoch begins; with the first, training: only now it is known which one that is."""
         if not self._guest.is_open:
             self._begin(epoch)
-        self._in_epoch = 0
+        self._in_epoch, self._is_left = 0, False
         self._guest.begin_epoch()
 
     def _begin(self, epoch: int) -> None:
         model = Weights(self.model)
         self._optimizer = _Optimizer(self.model.optimizer, model)
-        self._begun_at, self._num_batches = int(self._optimizer.iterations), 0
-        _check_count(self._guest.options, epoch, self._begun_at)
+        self._num_batches = self._optimizer.num_batches
+        step = self._optimizer.steps_of(self._num_batches)
+        _check_count(self._guest.options, epoch, step)
         self._guest.begin(
             Accelerator(cpu=model.device.type == "cpu"),
             model,
             self._optimizer,
             None,
-            goes_on_at=(epoch, self._begun_at),
+            goes_on_at=(epoch, step),
             params={"optimizer": self.model.optimizer.get_config(), "fit": dict(self.params)},
             recipe=_recipe(self.model),
         )
@@ -98,13 +106,15 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """A batch is done, or as many as are executed at once."""
         assert self._optimizer is not None
-        self._optimizer.find_slots()
+        self._optimizer.follow()
         self._num_batches += batch + 1 - self._in_epoch
         self._in_epoch = batch + 1
-        # Counted here: the optimizer's own count is on the device, and would be waited for.
-        step = self._begun_at + self._num_batches // self._optimizer.accumulation
+        if self._optimizer.may_skip:
+            self._num_batches = self._optimizer.num_batches
+        is_last = self._in_epoch == self.params["steps"]
+        self._is_left = self.model.stop_training and not is_last
         try:
-            self._guest.batch_done(0, is_loaders_last=self._in_epoch == self.params["steps"], step=step)
+            self._guest.batch_done(0, is_loaders_last=is_last, step=self._optimizer.steps_of(self._num_batches))
         except Stopped as stopped:
             raise self._guest.fail(stopped) from None
 
@@ -113,8 +123,10 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         assert self._optimizer is not None
         values = {_named(key): value for key, value in (logs or {}).items()}
         self._guest.report({**values, "train/lr": self._optimizer.rate})
-        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        self._guest.end_epoch(is_last=is_last)
+        stops = self.model.stop_training
+        # Where the length is known, a callback behind this one may have asked for the end within the epoch too.
+        is_left = self._is_left or (stops and self._in_epoch < (self.params["steps"] or 0))
+        self._guest.end_epoch(is_whole=not is_left, is_last=stops or epoch + 1 == self.params["epochs"])
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Training is complete."""
@@ -185,33 +197,43 @@ class _Optimizer:
     """A Keras optimizer as the engine knows optimizers: ``param_groups``, and ``state`` by parameter.
 
     Keras steps it without torch's hooks, so a checkpoint is copied before training goes on, and not beside it.
+
+    Attributes:
+        may_skip: a batch may be none for it: where the scaled loss has overflowed.
     """
 
     def __init__(self, optimizer: Any, weights: Weights) -> None:
         self._own = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
-        self._names = weights.names
         self._trained = list(weights.keras_model.trainable_variables)
+        self._accumulation = int(self._own.gradient_accumulation_steps or 1)
+        # Of batches; `iterations` is of steps, and a tensor made anew each time where gradients are accumulated.
+        self._iteration = next(each.value for each in self._own.variables if each.name == "iteration")
+        self._counts = {"step": self._iteration}
+        if self._accumulation > 1:
+            self._counts = {"step": torch.empty_like(self._iteration), "iteration": self._iteration}
+        self.may_skip = self._own is not optimizer
         self.state: dict[Any, dict[str, Any]] = {}
         self.param_groups: list[dict[str, Any]] = [{"params": [variable.value for variable in self._trained]}]
-        self.find_slots()
+        self.follow()
 
     @property
-    def iterations(self) -> int:
-        """Optimizer steps that are complete; waits for the device."""
-        return int(self._own.iterations.value if hasattr(self._own.iterations, "value") else self._own.iterations)
+    def num_batches(self) -> int:
+        """Batches that it has had, also those whose gradients wait for the rest of their step; waits for the device."""
+        return int(self._iteration)
 
-    @property
-    def accumulation(self) -> int:
-        """Batches for an optimizer step."""
-        return int(getattr(self._own, "gradient_accumulation_steps", None) or 1)
+    def steps_of(self, num_batches: int) -> int:
+        """Optimizer steps that are complete with so many batches."""
+        return num_batches // self._accumulation
 
     @property
     def rate(self) -> float:
         """The learning rate now."""
         return float(self._own.learning_rate)
 
-    def find_slots(self) -> None:
-        """Once the optimizer has made its variables, which it does with its first step."""
+    def follow(self) -> None:
+        """After a batch: count its steps, on the device; find its variables, which it makes with the first."""
+        if self._accumulation > 1:
+            torch.div(self._iteration, self._accumulation, rounding_mode="floor", out=self._counts["step"])
         if self.state or not self._own.built:
             return
         prefixes = {variable.path.replace("/", "_") + "_": variable for variable in self._trained}
@@ -219,7 +241,7 @@ class _Optimizer:
             # The longest: the name of a variable may begin with another's.
             prefix = max((each for each in prefixes if slot.name.startswith(each)), key=len, default=None)
             if prefix is not None:
-                kinds = self.state.setdefault(prefixes[prefix].value, {"step": self._own.iterations.value})
+                kinds = self.state.setdefault(prefixes[prefix].value, dict(self._counts))
                 kinds[slot.name.removeprefix(prefix)] = slot.value
 
 

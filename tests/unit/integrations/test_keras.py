@@ -12,11 +12,11 @@ from harness.checkpoint.commit import list_checkpoints
 from tests.launching import ROOT
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 
-SCRIPT = ROOT / "tests" / "unit" / "integrations" / "keras_fit.py"
+SCRIPTS = ROOT / "tests" / "unit" / "integrations"
 
 
-def run(cwd: Path, *words: str, backend: str = "torch") -> tests.launching.Done:
-    return tests.launching.run([sys.executable, SCRIPT, *words], cwd, extra={"KERAS_BACKEND": backend})
+def run(cwd: Path, *words: str, script: str = "keras_fit.py") -> tests.launching.Done:
+    return tests.launching.run([sys.executable, SCRIPTS / script, *words], cwd, extra={"KERAS_BACKEND": "torch"})
 
 
 def test_models_load_and_give_the_same_when_fit_is_stopped_and_goes_on(tmp_path: Path) -> None:
@@ -44,6 +44,30 @@ def test_run_has_failed_with_its_reason_when_fit_raises(tmp_path: Path) -> None:
     mlflow_run = only_run(tmp_path)
     assert mlflow_run.info.status == "FAILED"
     assert mlflow_run.data.tags["harness.end_reason"] == "RuntimeError: fell out"
+
+
+def test_steps_and_state_are_the_optimizers_when_gradients_are_accumulated_and_fit_goes_on(tmp_path: Path) -> None:
+    failed = run(tmp_path, "fail", script="keras_accumulating.py")
+    assert failed.code == 1 and "RuntimeError: fell out" in failed.output, failed.output
+
+    done = run(tmp_path, "check", script="keras_accumulating.py")
+    assert done.code == 0, done.output
+    found = [(name, manifest.step) for name, manifest in list_checkpoints(tmp_path / "runs/digits/checkpoints")]
+    assert found == [("epoch-0001", 2), ("epoch-0002", 5), ("epoch-0003", 8), ("epoch-0004", 10)]
+    mlflow_run = only_run(tmp_path)
+    assert mlflow_run.data.tags["harness.attempt.2.step_from"] == "5"
+    rates = history(client(tmp_path), mlflow_run, "train/lr")
+    assert [point.step for point in rates] == [2, 5, 8, 10]
+    assert f"the same, at the rate {rates[-1].value}" in done.output
+
+
+def test_each_fit_has_a_run_that_ended_as_it_did_when_one_callback_sees_several(tmp_path: Path) -> None:
+    done = run(tmp_path, script="keras_ends.py")
+    assert done.code == 0, done.output
+    assert "as they ended" in done.output
+    ends = {run.data.tags.get("harness.end_reason"): run.info.status for run in all_runs(client(tmp_path))}
+    assert ends["training was left without a word, and another one has begun"] == "FAILED"
+    assert sorted(ends.values()) == ["FAILED", "FINISHED"]
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "numpy"])
