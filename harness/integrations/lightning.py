@@ -133,6 +133,8 @@ class HarnessCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch is over; its own means are logged behind this."""
+        # Also where the module has left out the rest of its batches.
+        self._is_whole |= trainer.is_last_batch
         self._is_epoch_over = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from harness.build import load_class
+from harness.checkpoint.commit import list_checkpoints
 from harness.checkpoint.names import unwrapped
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, HarnessError, Stopped
@@ -25,6 +27,7 @@ from harness.recipe import ExampleSource
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import has_length
 except ImportError as error:
     raise ConfigError(
         "harness.integrations.transformers", f"needs transformers: pip install 'harness[transformers]' ({error})"
@@ -67,8 +70,11 @@ class HarnessCallback(TrainerCallback):
             Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
         )
         self._stopped: Stopped | None = None
-        # An epoch is over, and its end is still to be told: what is logged of it is to come.
-        self._is_epoch_over = False
+        # Of the epoch that is over, and whose end is still to be told, since what is logged of it is to come: whether
+        # it had its last batch. None: there is none.
+        self._was_whole: bool | None = None
+        # Batches are done in this pass over the data.
+        self._has_batches = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Before the Trainer's own callback could begin a run."""
@@ -84,7 +90,7 @@ class HarnessCallback(TrainerCallback):
         """The Trainer has prepared everything, and put back what it goes on from."""
         trainer = _trainer()
         _take_out_mlflow(trainer)
-        self._stopped, self._is_epoch_over = None, False
+        self._stopped, self._was_whole = None, None
         model = trainer.model_wrapped
         config = getattr(unwrapped(model), "config", None)
         self._guest.begin(
@@ -92,7 +98,7 @@ class HarnessCallback(TrainerCallback):
             model,
             parts["optimizer"],
             parts["lr_scheduler"],
-            goes_on_at=(int(state.epoch or 0), state.global_step),
+            goes_on_at=(_epochs_done(trainer, parts["train_dataloader"], self._guest.options), state.global_step),
             params={"args": _values(args), **({} if config is None else {"model": config.to_dict()})},
             recipe=_recipe(unwrapped(model)),
         )
@@ -100,17 +106,20 @@ class HarnessCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch begins."""
-        self._end_epoch(state, is_last=False)
+        self._end_epoch(is_last=False)
+        self._has_batches = False
         self._guest.begin_epoch()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A batch is done, and its gradients are accumulated."""
+        self._has_batches = True
         self._guest.batch_done(args.train_batch_size, is_loaders_last=False, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A batch is done, and with it an optimizer step."""
+        self._has_batches = True
         try:
-            self._guest.batch_done(args.train_batch_size, is_loaders_last=_is_whole(state), step=state.global_step)
+            self._guest.batch_done(args.train_batch_size, is_loaders_last=self._is_whole(state), step=state.global_step)
         except Stopped as stopped:
             # It goes on from its own checkpoint, so it has to write one too.
             self._stopped = stopped
@@ -119,15 +128,18 @@ class HarnessCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch is over; the checkpoint of its end is to have its evaluation, which comes behind this."""
-        self._is_epoch_over = self._stopped is None
         if self._stopped is not None:
             control.should_evaluate = False
+        elif self._has_batches:
+            # Whoever goes on in a stream, as the Trainer does, passes over what was done in passes without a batch.
+            goes_on = not (control.should_training_stop or control.should_epoch_stop)
+            self._was_whole = goes_on or self._is_whole(state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Metrics, which the Trainer has reduced."""
         if "train_runtime" in parts["logs"]:
             # Of all the training: the last that is logged, before the Trainer takes its best weights back.
-            self._end_epoch(state, is_last=True)
+            self._end_epoch(is_last=True)
         self._guest.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -138,13 +150,21 @@ class HarnessCallback(TrainerCallback):
         """Training is complete, or has stopped in good order."""
         if self._stopped is not None:
             raise self._guest.fail(self._stopped)
-        self._end_epoch(state, is_last=True)
+        self._end_epoch(is_last=True)
         self._guest.end()
 
-    def _end_epoch(self, state: TrainerState, *, is_last: bool) -> None:
-        if self._is_epoch_over:
-            self._is_epoch_over = False
-            self._guest.end_epoch(is_whole=_is_whole(state), is_last=is_last)
+    def _end_epoch(self, *, is_last: bool) -> None:
+        if self._was_whole is not None:
+            was_whole, self._was_whole = self._was_whole, None
+            self._guest.end_epoch(is_whole=was_whole, is_last=is_last)
+
+    def _is_whole(self, state: TrainerState) -> bool:
+        """Whether this batch is the epoch's last.
+
+        The epoch's fraction is of batches, and is exact then. Where the data have no length it is one of `max_steps`,
+        and accelerate's loader has seen that nothing follows.
+        """
+        return float(state.epoch).is_integer() or self._guest.logger.accelerator.gradient_state.end_of_dataloader
 
 
 class Pretrained:
@@ -189,15 +209,25 @@ def _recipe(model: nn.Module) -> Recipe | str:
     return Recipe(spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"})
 
 
+def _epochs_done(trainer: Trainer, loader: Any, options: Options) -> int:
+    """Epochs that are complete as training begins. Collective where it goes on in data without a length.
+
+    There the Trainer passes over steps as if all were of the first epoch, and counts from it; the run has counted more.
+    """
+    state = trainer.state
+    found = [int(state.epoch or 0)]
+    if state.global_step == 0 or options.run_name is None or has_length(loader):
+        return found[0]
+    if trainer.accelerator.is_main_process:
+        known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
+        found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
+    return int(broadcast_object_list([max(found)])[0])
+
+
 def _values(args: Any) -> dict[str, Any]:
     """Of the Trainer's arguments, tokens replaced."""
     values: dict[str, Any] = args.to_dict()
     return values
-
-
-def _is_whole(state: TrainerState) -> bool:
-    """Whether the epoch has had its last batch: its fraction is of batches, and is exact there."""
-    return float(state.epoch).is_integer()
 
 
 def _named(key: str) -> str:

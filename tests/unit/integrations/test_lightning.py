@@ -102,6 +102,24 @@ def test_run_goes_on_with_no_point_twice_when_trainer_resumes_behind_it(tmp_path
     assert [model.tags["step"] for model in models(reader, run)] == ["8", "16", "24", "32"]
 
 
+class Skipping(DigitsModule):
+    """Leaves out the rest of an epoch after two batches."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 2 else None
+
+
+def test_epochs_count_as_lightning_counts_them_when_batches_are_left_out(tmp_path: Path) -> None:
+    trainer = make_trainer(max_epochs=-1, max_steps=5, enable_checkpointing=False)
+    trainer.fit(Skipping())
+    found = list_checkpoints(tmp_path / "runs/digits/checkpoints")
+    assert [(name, manifest.epoch, manifest.step) for name, manifest in found] == [
+        ("epoch-0001", 1, 2),
+        ("epoch-0002", 2, 4),
+        ("step-00000005", 2, 5),
+    ]
+
+
 class StopAt(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 10:

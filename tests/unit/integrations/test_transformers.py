@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import mlflow
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -46,6 +47,13 @@ class Images(Dataset[Any]):
         return {"input_ids": (image * 16).long().flatten(), "labels": label}
 
 
+class Stream(IterableDataset[Any]):
+    """The first 128 images, of which nobody knows how many they are."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(Images(128).__getitem__, range(128))
+
+
 class At(TrainerCallback):  # type: ignore[misc]
     """Does something at a step."""
 
@@ -57,7 +65,9 @@ class At(TrainerCallback):  # type: ignore[misc]
             self.act()
 
 
-def make_trainer(*callbacks: TrainerCallback, every_n_epochs: int = 1, **arguments: Any) -> Trainer:
+def make_trainer(
+    *callbacks: TrainerCallback, every_n_epochs: int = 1, data: Dataset[Any] | None = None, **arguments: Any
+) -> Trainer:
     torch.manual_seed(0)
     arguments = {"save_strategy": "no", "eval_strategy": "epoch", "logging_steps": 4, **arguments}
     config = BertConfig(
@@ -74,7 +84,7 @@ def make_trainer(*callbacks: TrainerCallback, every_n_epochs: int = 1, **argumen
         TrainingArguments(
             "out", num_train_epochs=4, per_device_train_batch_size=32, use_cpu=True, disable_tqdm=True, **arguments
         ),
-        train_dataset=Images(256),
+        train_dataset=data or Images(256),
         eval_dataset=Images(64),
         callbacks=[
             HarnessCallback(every_n_epochs, run_name="bert"),
@@ -161,3 +171,25 @@ def test_trainer_saves_and_ends_with_75_when_a_signal_asks_for_it(tmp_path: Path
     assert run.info.status == "FINISHED"
     assert run.data.tags["harness.attempt.3.step_from"] == str(manifest.step)
     assert list_checkpoints(tmp_path / "runs/bert/checkpoints")[-1][1].step == 4 * EPOCH_STEPS
+
+
+def found_checkpoints() -> list[tuple[str, int, int]]:
+    found = list_checkpoints(Path("runs/bert/checkpoints"))
+    return [(name, manifest.epoch, manifest.step) for name, manifest in found]
+
+
+def test_each_pass_is_an_epoch_when_the_data_have_no_length(tmp_path: Path) -> None:
+    arguments = {"data": Stream(), "max_steps": 14, "save_strategy": "epoch", "eval_strategy": "no"}
+    with pytest.raises(RuntimeError, match="fell out"):
+        make_trainer(At(10, fail), **arguments).train()
+    # It passes over 8 steps as if they were all of a first epoch, in which there is no batch.
+    make_trainer(**arguments).train(resume_from_checkpoint="out/checkpoint-8")
+    passes = [("epoch-0001", 1, 4), ("epoch-0002", 2, 8), ("epoch-0003", 3, 12)]
+    assert found_checkpoints() == [*passes, ("step-00000014", 3, 14)]
+    points = history(client(tmp_path), only_run(tmp_path), "epoch")
+    assert [(point.step, point.value) for point in points] == [(4, 1), (8, 2), (12, 3)]
+
+
+def test_the_last_pass_is_whole_when_max_steps_ends_with_it(tmp_path: Path) -> None:
+    make_trainer(data=Stream(), max_steps=4, gradient_accumulation_steps=2, eval_strategy="no").train()
+    assert found_checkpoints() == [("epoch-0001", 1, 2), ("epoch-0002", 2, 4)]
