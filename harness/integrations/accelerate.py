@@ -39,7 +39,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
     Effects: on rank zero alone, whatever rank calls; not collective. `start` waits for the run's id, and `finish` for
     what is left, at most ``tracking.drain_timeout_s``; all else only appends to a file. Leaves
     ``<run_dir>/<run_name>/``. An exception that ends the process ends the run as FAILED; so does an end without
-    ``accelerator.end_training()``.
+    ``accelerator.end_training()``, and one that is open when the next one begins.
 
     Args:
         experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
@@ -86,8 +86,17 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         """Make the run's directory and the MLflow run; its id is on disk when this returns.
 
         Raises:
-            HarnessError: if the directory or the store cannot be used.
+            HarnessError: if the directory or the store cannot be used; or the accelerator has this tracker twice.
         """
+        if self._tracker is not None:
+            if self._step is None:
+                # It keeps the trackers of its `init_trackers` before, and would log everything to each.
+                raise HarnessError(
+                    "HarnessTracker: init_trackers was called before on this Accelerator, which has the tracker twice "
+                    "now; make an Accelerator and a HarnessTracker for each run"
+                )
+            self._end("FAILED", "training was left without a word, and another one has begun", FAILURE_WAIT_S)
+        self._step = None
         config = self._config
         directory, self._lock = make_run_directory(self._runs_dir, self._run_name, config.experiment_name, "auto")
         self._directory = directory

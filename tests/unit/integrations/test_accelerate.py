@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from harness import TrackingConfig
+from harness.errors import HarnessError
 from harness.integrations.accelerate import HarnessTracker
-from tests.mlflow_reader import client, history, only_run
+from tests.mlflow_reader import all_runs, client, history, only_run
 
 
 def train(begin: int, end: int, lr: float) -> None:
@@ -41,3 +43,25 @@ def test_run_has_each_point_once_when_script_goes_on_before_its_end(tmp_path: Pa
     assert [point.step for point in points] == list(range(12))
     assert [point.value for point in points] == pytest.approx([1.0 / (step + 1) for step in range(12)])
     assert [point.step for point in history(reader, found, "loss/last")] == [8, 12]
+
+
+def test_each_training_has_a_run_when_one_tracker_sees_several_and_an_error_left_the_first(tmp_path: Path) -> None:
+    tracker = HarnessTracker("tracked")
+    hook = sys.excepthook
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True, log_with=tracker)
+        accelerator.init_trackers("")
+        accelerator.log({"loss": 1.0})
+    accelerator.end_training()
+    assert sys.excepthook == hook
+    reader = client(tmp_path)
+    ends = {run.data.tags["harness.end_reason"]: run for run in all_runs(reader)}
+    failed = ends.pop("training was left without a word, and another one has begun")
+    (finished,) = ends.values()
+    assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
+    assert [point.step for point in history(reader, finished, "loss")] == [0]
+
+    # Accelerate has kept it from the first time, and would log everything twice.
+    with pytest.raises(HarnessError, match="has the tracker twice now; make an Accelerator and a HarnessTracker for"):
+        accelerator.init_trackers("")
+    accelerator.end_training()
