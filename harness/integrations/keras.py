@@ -75,6 +75,8 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # Batches that the optimizer has had, in all; of the epoch that runs.
         self._num_batches = self._in_epoch = 0
         self._is_left = False
+        # Of the epoch, if its length is known: its end may have another already, by a callback before this one.
+        self._rate: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Another training begins; the one before may have been left by an error, of which `fit` tells nobody."""
@@ -84,7 +86,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """An epoch begins; with the first, training: only now it is known which one that is."""
         if not self._guest.is_open:
             self._begin(epoch)
-        self._in_epoch, self._is_left = 0, False
+        self._in_epoch, self._is_left, self._rate = 0, False, None
         self._guest.begin_epoch()
 
     def _begin(self, epoch: int) -> None:
@@ -113,6 +115,8 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._num_batches = self._optimizer.num_batches
         is_last = self._in_epoch == self.params["steps"]
         self._is_left = self.model.stop_training and not is_last
+        if is_last:
+            self._rate = self._optimizer.rate
         try:
             self._guest.batch_done(0, is_loaders_last=is_last, step=self._optimizer.steps_of(self._num_batches))
         except Stopped as stopped:
@@ -122,7 +126,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         """An epoch is over, and evaluated."""
         assert self._optimizer is not None
         values = {_named(key): value for key, value in (logs or {}).items()}
-        self._guest.report({**values, "train/lr": self._optimizer.rate})
+        self._guest.report({**values, "train/lr": self._optimizer.rate if self._rate is None else self._rate})
         stops = self.model.stop_training
         # Where the length is known, a callback behind this one may have asked for the end within the epoch too.
         is_left = self._is_left or (stops and self._in_epoch < (self.params["steps"] or 0))

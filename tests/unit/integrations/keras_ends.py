@@ -78,6 +78,12 @@ assert checkpoints("endless") == [("epoch-0001", 1, 8), ("step-00000012", 1, 12)
 fit(named("whole"), At(7, stop), epochs=4)
 assert checkpoints("whole") == [("epoch-0001", 1, 8), ("epoch-0002", 2, 16)], checkpoints("whole")
 
+# The rate is the epoch's own, though a callback before ours has changed it for the next.
+halving = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.5, patience=0, min_delta=1e9)
+fit(halving, named("halved"), optimizer=keras.optimizers.SGD(0.5), epochs=3)
+found = list_checkpoints(Path("runs/halved/checkpoints"))
+assert [manifest.metrics["train/lr"] for _, manifest in found] == [0.5, 0.5, 0.25], found
+
 # Gradients of the scaled loss overflow at first, and the batch is no step.
 scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01, momentum=0.9), initial_scale=3e38)
 fit(named("scaled"), optimizer=scaled, epochs=2)
