@@ -184,6 +184,11 @@ class Guest:
         if self._logger is not None:
             self._logger.events.skip_time()
 
+    def keep_rates(self) -> None:
+        """The learning rates of now are the epoch's: what follows changes them for the next one."""
+        if self._logger is not None:
+            self._logger.events.keep_learning_rates()
+
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
         """See `LoopEvents.end_epoch`."""
         with self._ending():

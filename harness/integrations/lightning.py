@@ -119,12 +119,17 @@ class HarnessCallback(Callback):
             self._end_epoch(is_last=False)
             self._guest.begin_epoch()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The epoch's last batch begins: with its end the schedulers step that count epochs."""
+        if _is_last(trainer, batch_idx):
+            self._guest.keep_rates()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A batch is done, and an optimizer step or none."""
         if self._guest.is_open:
-            self._is_whole = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
+            self._is_whole = _is_last(trainer, batch_idx)
             self._guest.batch_done(data.batch_size(batch), is_loaders_last=self._is_whole, step=trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,6 +222,11 @@ def _check(accelerator: Accelerator, trainer: Trainer) -> None:
             f"accelerate was used in this process before, for rank {found[1]} of {found[0]} on {found[2]}, and the "
             f"Trainer has rank {expected[1]} of {expected[0]} on {expected[2]}; train in a process of its own"
         )
+
+
+def _is_last(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether this batch is the epoch's last, of the data or of as many as there are to be."""
+    return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
 
 
 def _is_tried_out(trainer: Trainer) -> bool:

@@ -134,6 +134,8 @@ class HarnessCallback(TrainerCallback):
             # Whoever goes on in a stream, as the Trainer does, passes over what was done in passes without a batch.
             goes_on = not (control.should_training_stop or control.should_epoch_stop)
             self._was_whole = goes_on or self._is_whole(state)
+            # The evaluation moves them, where they wait for a plateau.
+            self._guest.keep_rates()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Metrics, which the Trainer has reduced."""

@@ -102,6 +102,20 @@ def test_run_goes_on_with_no_point_twice_when_trainer_resumes_behind_it(tmp_path
     assert [model.tags["step"] for model in models(reader, run)] == ["8", "16", "24", "32"]
 
 
+class Halving(DigitsModule):
+    """Halves its learning rate with each epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+def test_learning_rate_is_the_epochs_own_when_its_end_moves_it(tmp_path: Path) -> None:
+    make_trainer(max_epochs=3, enable_checkpointing=False).fit(Halving())
+    found = list_checkpoints(tmp_path / "runs/digits/checkpoints")
+    assert [manifest.metrics["train/lr"] for _, manifest in found] == [0.5, 0.25, 0.125]
+
+
 class Skipping(DigitsModule):
     """Leaves out the rest of an epoch after two batches."""
 

@@ -193,3 +193,10 @@ def test_each_pass_is_an_epoch_when_the_data_have_no_length(tmp_path: Path) -> N
 def test_the_last_pass_is_whole_when_max_steps_ends_with_it(tmp_path: Path) -> None:
     make_trainer(data=Stream(), max_steps=4, gradient_accumulation_steps=2, eval_strategy="no").train()
     assert found_checkpoints() == [("epoch-0001", 1, 2), ("epoch-0002", 2, 4)]
+
+
+def test_learning_rate_is_the_epochs_own_when_its_evaluation_moves_it(tmp_path: Path) -> None:
+    plateau = {"factor": 0.5, "patience": 0, "threshold": 1e9, "threshold_mode": "abs"}
+    make_trainer(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs=plateau, learning_rate=0.5).train()
+    found = list_checkpoints(tmp_path / "runs/bert/checkpoints")
+    assert [manifest.metrics["train/lr"] for _, manifest in found] == [0.5, 0.5, 0.25, 0.125]
