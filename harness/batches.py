@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import base64
 import functools
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from harness import data, random_state
+from harness.batch_sampler import Numbers, WrappedSampler, unwrap, wrap
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Continuation:
 class TrainingBatches:
     """Iterates over an epoch's training loaders, and knows what a checkpoint must have to go on in the middle.
 
-    Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped, for good.
+    Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped, until `close`.
 
     Args:
         accelerator: that prepared the loaders.
@@ -114,7 +113,8 @@ class TrainingBatches:
         self._generators: list[list[torch.Generator]] = []
         self._number = -1
         self._running: DataState | None = None
-        self._sampler: _Sampler | None = None
+        self._sampler: WrappedSampler | None = None
+        self._wrapped: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
         self._before: Sequence[Sequence[Tensor]] = ()
         # As this process's numbers were before workers were seeded that are seeded once.
         self._unseeded: Tensor | None = None
@@ -181,7 +181,7 @@ class TrainingBatches:
             # Before anything is drawn from them: workers' seeds come first.
             self._put_generators_back()
         start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
-        sampler = self._sampler = _wrapped(loader, self._device, seeds_workers=self._seeds_workers)
+        sampler = self._sampler = self.wrapped(loader)
         # A loader that accelerate has not prepared does not fetch ahead.
         is_ahead = hasattr(loader, "base_dataloader")
         if sampler is None:
@@ -195,28 +195,36 @@ class TrainingBatches:
             sampler.num_skipped = 0 if continuation is None else continuation.num_taken
             sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
             if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
-                numbers = _Numbers(continuation.data.fetch or continuation.random, continuation.random)
+                numbers = Numbers(continuation.data.fetch or continuation.random, continuation.random)
                 sampler.resumed, continuation = numbers, None
         if continuation is None and is_ahead:
             # accelerate's own iteration draws nothing before its first batch is asked for.
             return loader, iter(loader)
         return loader, self._iterate(loader, continuation)
 
-    def adopt(self, loader: Any, position: _Sampler | None, begun: DataState) -> None:
+    def wrapped(self, loader: Any) -> WrappedSampler | None:
+        """A loader's sampler, wrapped until `close`; None: it is not understood."""
+        base = getattr(loader, "base_dataloader", loader)
+        sampler = wrap(loader, base, self._device, seeds_workers=self._seeds_workers)
+        if sampler is not None:
+            self._wrapped.add(base)
+        return sampler
+
+    def adopt(self, loader: Any, sampler: WrappedSampler | None, begun: DataState) -> None:
         """A pass that runs is over the epoch's next loader, which was not known when it began.
 
         Args:
             loader: the loader.
-            position: what gives its batches; None: that is not understood.
+            sampler: what gives its batches, as `wrapped` gave it.
             begun: as it began, and before its latest fetch.
         """
         self._meet(loader)
         self._num_begun += 1
         self.serial = self._num_begun
         self.num_taken = 0
-        self._resumed, self._running, self._sampler = None, begun, position
-        if position is not None and position.before_fetch is not None:
-            position.before_fetch = self._keep
+        self._resumed, self._running, self._sampler = None, begun, sampler
+        if sampler is not None and sampler.before_fetch is not None:
+            sampler.before_fetch = self._keep
 
     def _meet(self, loader: Any) -> None:
         self._number += 1
@@ -224,7 +232,7 @@ class TrainingBatches:
             self._generators.append([])
         if self._number < len(self._before) and self._before[self._number]:
             _give_generator(loader)
-        self._generators[self._number] = _generators_of(loader)
+        self._generators[self._number] = data.generators_of(loader)
 
     def _put_generators_back(self) -> None:
         """Once each: a loader that comes twice in an epoch has drawn by the second time."""
@@ -280,6 +288,12 @@ class TrainingBatches:
             self._sampler.reset()
             self._sampler = None
 
+    def close(self) -> None:
+        """Nothing of this is in a loader any more; an iteration that runs goes on."""
+        self.leave()
+        while self._wrapped:
+            unwrap(self._wrapped.pop())
+
     def end_epoch(self) -> None:
         """The next loader is the first one of an epoch again."""
         self._number, self.loaders_done, self.num_taken = -1, 0, 0
@@ -305,126 +319,3 @@ def _give_generator(loader: Any) -> None:
     sampler = data.sampler_of(loader)
     if data.draws_order(loader) and sampler.generator is None:
         sampler.generator = torch.Generator()
-
-
-def _generators_of(loader: Any) -> list[torch.Generator]:
-    """Those that its order or its seeds come from, each once."""
-    places = (
-        (loader, "synchronized_generator"),
-        (data.sampler_of(loader), "generator"),
-        (getattr(loader, "base_dataloader", loader), "generator"),
-    )
-    found = [getattr(holder, name, None) for holder, name in places]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
-class _Numbers(NamedTuple):
-    """Random numbers of a loader that goes on: before the fetch of its next batch, and after the last step."""
-
-    fetch: dict[str, Any]
-    after: dict[str, Any]
-
-
-class _Batch(list[int]):
-    """Indices of a batch, with the seed of the random numbers that its worker draws."""
-
-    seed: int = 0
-
-
-class _Sampler(BatchSampler):
-    """Another batch sampler, which can begin later, and says when a batch is about to be fetched."""
-
-    def __init__(self, inner: Any, device: torch.device, *, fetches_here: bool, seeds: bool) -> None:
-        self._inner = inner
-        self._device = device
-        self._seeds = seeds
-        self.fetches_here = fetches_here
-        self.num_skipped = 0
-        self.at_start: Callable[[], None] | None = None
-        self.before_fetch: Callable[[], None] | None = None
-        self.resumed: _Numbers | None = None
-
-    def reset(self) -> None:
-        """Whoever iterates next gets all batches, and nothing is put back."""
-        self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, None
-
-    def __getattr__(self, name: str) -> Any:
-        # accelerate asks the sampler for its size, its own sampler, its epoch.
-        return getattr(self.__dict__["_inner"], name)
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # Here and not before the loader's iteration: what that draws differs between workers that are new and old.
-        if self.at_start is not None:
-            self.at_start()
-        # One number of the epoch's, from which each batch's follow: on any rank, in any worker.
-        seed = int(torch.empty((), dtype=torch.int64).random_().item()) if self._seeds else 0
-        iterator = iter(self._inner)
-        position = 0
-        while position < self.num_skipped and next(iterator, None) is not None:
-            position += 1
-        resumed, self.resumed = self.resumed, None
-        num_asked = 0
-        while True:
-            if resumed is not None and num_asked == 1:
-                random_state.put_back(resumed.after, self._device)
-            indices = next(iterator, None)
-            if resumed is not None and num_asked == 0:
-                random_state.put_back(resumed.after if indices is None else resumed.fetch, self._device)
-            if indices is None:
-                return
-            if self.before_fetch is not None:
-                self.before_fetch()
-            yield _seeded(indices, seed, position) if self._seeds else indices
-            position += 1
-            num_asked += 1
-
-
-def _seeded(indices: list[int], seed: int, position: int) -> _Batch:
-    batch = _Batch(indices)
-    # Far apart for neighbours: generators are seeded with it as it is.
-    batch.seed = int(np.random.SeedSequence([seed & (2**63 - 1), position]).generate_state(1, np.uint32)[0])
-    return batch
-
-
-def _wrapped(loader: Any, device: torch.device, *, seeds_workers: bool) -> _Sampler | None:
-    """The sampler of a loader, wrapped; None where its batches do not come from one that is understood."""
-    base = getattr(loader, "base_dataloader", loader)
-    if isinstance(loader, DataLoaderDispatcher):
-        return None  # it takes several batches of this at once, on rank zero alone
-    if type(base) is not DataLoader or isinstance(base.dataset, IterableDataset) or base.batch_sampler is None:
-        return None
-    if isinstance(base.batch_sampler, _Sampler):
-        return base.batch_sampler
-    fetches_here = base.num_workers == 0
-    seeds = seeds_workers and not fetches_here
-    sampler = _Sampler(base.batch_sampler, device, fetches_here=fetches_here, seeds=seeds)
-    # Not by assignment, which a loader refuses once it is made.
-    base.__dict__["batch_sampler"] = sampler
-    if seeds:
-        base.worker_init_fn = functools.partial(_begin_worker, base.worker_init_fn)
-    return sampler
-
-
-def _begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker: have the random numbers of each batch begin with its seed."""
-    if then is not None:
-        then(worker)
-    info = get_worker_info()
-    assert info is not None
-    dataset: Any = info.dataset
-    of_many = getattr(dataset, "__getitems__", None)
-
-    def fetch(indices: list[int]) -> Any:
-        seed = getattr(indices, "seed", None)
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-        return of_many(indices) if of_many is not None else [dataset[index] for index in indices]
-
-    # One with slots goes on as torch has seeded its workers.
-    with suppress(AttributeError):
-        dataset.__getitems__ = fetch

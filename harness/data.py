@@ -116,6 +116,17 @@ def draws_order(loader: Any) -> bool:
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Those that its order or its seeds come from, each once."""
+    places = (
+        (loader, "synchronized_generator"),
+        (sampler_of(loader), "generator"),
+        (getattr(loader, "base_dataloader", loader), "generator"),
+    )
+    found = [getattr(holder, name, None) for holder, name in places]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
 def sampler_of(loader: Any) -> Any:
     """What the order of the samples, or of the batches, comes from, inside all that accelerate puts around it."""
     sampler = getattr(getattr(loader, "base_dataloader", loader), "batch_sampler", None)

@@ -130,14 +130,14 @@ class LoopEvents:
 
     def overhear(self, loader: Any) -> Overheard:
         """A pass over a loader is about to begin that may turn out to train: `adopt_data` it then, or `leave` it."""
-        return Overheard(loader, self._accelerator.device)
+        return Overheard(loader, self._batches.wrapped(loader), self._accelerator.device)
 
     def adopt_data(self, heard: Overheard) -> None:
         """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
         loader = heard.loader
         self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
         self._course.skip_time()
-        self._batches.adopt(loader, heard.position, heard.data)
+        self._batches.adopt(loader, heard.sampler, heard.data)
 
     def skip_data(self, loader: Any) -> None:
         """A training loader of the epoch was done before the run was cut off."""

@@ -9,41 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import random_state
-from harness.batches import DataState, _generators_of, _Sampler, _wrapped
+from harness import data, random_state
+from harness.batch_sampler import WrappedSampler
+from harness.batches import DataState
 
 
 class Overheard:
     """Listens to a pass that begins, without a hand in it.
 
-    Effects: not collective; main thread; the loader's batch sampler is wrapped.
+    Effects: not collective; main thread; nothing on disk.
 
     Args:
         loader: a loader that went through `accelerator.prepare`, before it is iterated over.
+        sampler: what gives its batches, wrapped; None: that is not understood.
         device: this rank's.
 
     Attributes:
         loader: the loader.
-        position: what gives its batches; None: that is not understood.
+        sampler: the sampler.
         random: random numbers before anything of the pass: those of the epoch before, where it trains.
         generators: of the loader's own generators, by `id`, the state then.
         data: random numbers as the sampler began, and before the latest fetch.
     """
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, sampler: WrappedSampler | None, device: torch.device) -> None:
         self.loader = loader
         self._device = device
-        self._own = _generators_of(loader)
+        self._own = data.generators_of(loader)
         self.random = random_state.take(device)
         self.generators: dict[int, Tensor] = {id(each): each.get_state() for each in self._own}
         self.data = DataState(self.random, [list(self.generators.values())], None)
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        self.position: _Sampler | None = _wrapped(loader, device, seeds_workers=False)
-        if self.position is not None:
-            self.position.reset()
-            self.position.at_start = self._start
-            if self.position.fetches_here:
-                self.position.before_fetch = self._keep
+        self.sampler = sampler
+        if self.sampler is not None:
+            self.sampler.reset()
+            self.sampler.at_start = self._start
+            if self.sampler.fetches_here:
+                self.sampler.before_fetch = self._keep
 
     def _start(self) -> None:
         self.data = DataState(random_state.take(self._device), [[each.get_state() for each in self._own]], None)
@@ -73,5 +75,5 @@ class Overheard:
 
     def leave(self) -> None:
         """The pass is over, and has not trained."""
-        if self.position is not None:
-            self.position.reset()
+        if self.sampler is not None:
+            self.sampler.reset()

@@ -302,6 +302,7 @@ class PeriodicLogger:
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
+        self._batches.close()
         self._run.finish()
 
     def fail(self, error: BaseException) -> BaseException:
@@ -315,6 +316,7 @@ class PeriodicLogger:
         if not self._started:
             return error
         self._started = False
+        self._batches.close()
         saver = getattr(self, "_saver", None)
 
         def before_end() -> None:

@@ -1,0 +1,68 @@
+"""Where a training is no longer autologging's: it is turned off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from harness.autologging import api, switch
+from harness.autologging.settings import Settings
+from harness.checkpoint.commit import list_checkpoints
+from harness.config import TrackingConfig
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "_settings", Settings(tracking=TrackingConfig(enabled=False), run_name="run"))
+    AcceleratorState._reset_state(True)
+    yield
+    switch.turn_off()
+    AcceleratorState._reset_state(True)
+
+
+def train(during: Callable[[Accelerator, int], None] = lambda accelerator, number: None) -> tuple[list[float], Any]:
+    """Two epochs of five batches, with a call at each; the losses, and the loader."""
+    set_seed(1)
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = DataLoader(TensorDataset(torch.randn(40, 6), torch.arange(40) % 3), batch_size=8, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for _ in range(2):
+        for inputs, labels in loader:
+            during(accelerator, len(losses))
+            loss = nn.functional.cross_entropy(model(inputs), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, loader
+
+
+def test_loader_is_the_scripts_own_again_and_goes_on_when_turned_off_within_a_pass(tmp_path: Path) -> None:
+    def turn_off(accelerator: Accelerator, number: int) -> None:
+        if number == 7:
+            api.autolog(disable=True)
+
+    plain, as_it_is = train()
+    AcceleratorState._reset_state(True)
+    api.autolog(every_n_epochs=1)
+    losses, loader = train(turn_off)
+    assert losses == plain
+    base, plain_base = loader.base_dataloader, as_it_is.base_dataloader
+    assert type(base.batch_sampler) is type(plain_base.batch_sampler)
+    assert len(list(copy.deepcopy(base))) == 5
+    names = [name for name, _ in list_checkpoints(tmp_path / "runs" / "run" / "checkpoints")]
+    assert names == ["epoch-0001", "step-00000007"]
