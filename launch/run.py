@@ -267,7 +267,7 @@ def _without_launcher(words: Sequence[str]) -> list[str]:
 
 def _run(script: _Script) -> int:
     """Run it as `__main__`, and tell the training how it ended."""
-    from harness.autologging.ending import failure_of
+    from harness.autologging.exit_codes import failure_of
     from harness.autologging.switch import script_ended
 
     sys.path[0] = script.first_in_path
@@ -278,7 +278,7 @@ def _run(script: _Script) -> int:
     try:
         exec(compile(Path(script.path).read_bytes(), script.path, "exec"), vars(module))
     except SystemExit as exit:
-        script_ended(failure_of(exit.code))
+        script_ended(failure_of(exit))
         raise
     except HarnessError as error:
         # What we have found wrong, with its remedy: where in the script that came to light is no help.

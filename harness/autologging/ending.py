@@ -1,4 +1,9 @@
-"""How a script ends, seen from within its process: by itself, by an error, or by an exit code."""
+"""How a script ends, seen from within its process: by itself, by an error, or by an exit code.
+
+an error        sys.excepthook
+an exit code    exit_codes: the interpreter tells nobody what it is exited with
+by itself       atexit, where it was neither of them
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from harness.autologging.exit_codes import ExitCodes
 from harness.errors import EXIT_FAILED, HarnessError
-
-
-class ExitCodeError(Exception):
-    """The script has ended with an exit code that says that it failed."""
-
-
-def failure_of(code: Any) -> BaseException | None:
-    """What an exit's code means for a run; None: it is in good order."""
-    if code in (None, 0):
-        return None
-    return ExitCodeError(f"exit code {code}" if isinstance(code, int) else str(code))
 
 
 class Ending:
@@ -38,38 +33,37 @@ class Ending:
         self._finish = finish
         self._fail = fail
         self._pid = os.getpid()
-        self._code: Any = None
         self._earlier_hook: Any = None
-        self._earlier_exit: Any = None
+        self._codes = ExitCodes()
 
     def watch(self) -> None:
         """Watch for the end."""
         atexit.register(self._at_exit)
         self._earlier_hook, sys.excepthook = sys.excepthook, self._hook
-        # The interpreter tells nobody what it was exited with.
-        self._earlier_exit, sys.exit = sys.exit, self._exit  # type: ignore[assignment]
+        self._codes.watch()
+
+    def begins(self) -> None:
+        """A training begins."""
+        self._codes.forget()
 
     def leave(self) -> None:
         """Watch no longer."""
         atexit.unregister(self._at_exit)
         if sys.excepthook == self._hook:
             sys.excepthook = self._earlier_hook
-        if sys.exit == self._exit:
-            sys.exit = self._earlier_exit
+        self._codes.leave()
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() == self._pid:
             self._fail(error)
         self._earlier_hook(kind, error, trace)
 
-    def _exit(self, code: Any = None) -> None:
-        self._code = code
-        self._earlier_exit(code)
-
     def _at_exit(self) -> None:
-        if os.getpid() != self._pid:
-            return
-        if (failure := failure_of(self._code)) is not None:
+        if os.getpid() == self._pid:
+            self._ended(self._codes.failure())
+
+    def _ended(self, failure: BaseException | None) -> None:
+        if failure is not None:
             self._fail(failure)
             return
         try:

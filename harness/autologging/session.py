@@ -50,6 +50,7 @@ class Session:
         active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
         failed: called with the MLflow run's id and its status when the training has ended otherwise than well.
         stillness: by which steps and saves of the script's do nothing while epochs go by that are done.
+        begins: called when there is a run.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Session:
         active_run_id: Callable[[], str | None],
         failed: Callable[[str | None, str], None],
         stillness: Replacements,
+        begins: Callable[[], None],
     ) -> None:
         self.settings = settings
         self.prepared = Prepared()
@@ -72,6 +74,7 @@ class Session:
         self._active_run_id = active_run_id
         self._failed = failed
         self._stillness = stillness
+        self._begins = begins
         self._model: nn.Module | None = None
         self._trained = TrainedOn()
         self._replay: Replay | None = None
@@ -206,6 +209,7 @@ class Session:
             self._failed(active_run_id, "FAILED")
             raise
         self.logger = logger
+        self._begins()
         self.memory = Memory(self._trained, prepared)
         logger.register("autolog", self.memory)
         if isinstance(choice, str):

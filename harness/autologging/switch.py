@@ -37,20 +37,20 @@ class Switch:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._arguments = Arguments()
+        self._ending = ending.Ending(self.finish, self.fail)
         self._trainings = trainings = Trainings(
             settings,
             self._arguments,
             self._run_to_be_ours,
             fluent.end_active_run,
             lambda: Replacements(self._table_of_stillness()),
+            self._ending.begins,
         )
         self._fluent = fluent.FluentCalls(lambda: self.session, trainings.run_id_before, trainings.run_id_after)
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
         self._saved_states = SavedStates(lambda: self.session)
         self._replacements = Replacements([*self._table(), *self._writers.table(), *others.table()])
-        self.finish, self.fail = trainings.finish, trainings.fail
-        self._ending = ending.Ending(self.finish, self.fail)
         # Within `prepare`, which calls for each thing what prepares it alone.
         self._is_preparing = False
 
@@ -244,6 +244,14 @@ class Switch:
         found: tuple[argparse.Namespace, list[str]] = original(parser, args, *others, **kwargs)
         self._arguments.parsed(args, found[0])
         return found
+
+    def finish(self) -> None:
+        """The training has ended; see `Trainings.finish`."""
+        self._trainings.finish()
+
+    def fail(self, error: BaseException) -> BaseException:
+        """The script has failed; returns what really ended it."""
+        return self._trainings.fail(error)
 
     def _run_to_be_ours(self) -> str | None:
         if self.settings.exclusive:

@@ -51,6 +51,7 @@ class Trainings:
         active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
         end_active_run: called with our MLflow run's id and its status when a training has ended otherwise than well.
         stillness: makes what keeps the script's steps and saves still while epochs go by that are done.
+        begins: called when a training has a run.
 
     Attributes:
         session: the training that runs, or is to begin.
@@ -63,12 +64,14 @@ class Trainings:
         active_run_id: Callable[[], str | None],
         end_active_run: Callable[[str | None, str], None],
         stillness: Callable[[], Replacements],
+        begins: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._arguments = arguments
         self._active_run_id = active_run_id
         self._end_active_run = end_active_run
         self._stillness = stillness
+        self._run_begins = begins
         # Of `session` among those with these settings, from 1; what the run of the first one is called.
         self._number = 1
         self._name: str | None = None
@@ -124,6 +127,7 @@ class Trainings:
             self._begins,
             self._ended_otherwise,
             self._stillness(),
+            self._run_begins,
         )
         session.params_of_runs = self._params_of_runs
         if self._config is not None:
