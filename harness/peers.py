@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
 
 from harness.errors import PeerFailure, Stopped, reason_of
 from harness.meeting import latest_meeting
@@ -138,6 +138,10 @@ def _first_line(error: BaseException) -> str:
 
 def connect() -> Store | None:
     """A connection of our own to the store that the ranks met at, or None where it cannot be named."""
+    if (path := os.environ.get("ACCELERATE_DEBUG_RDV_FILE")) is not None:
+        # accelerate's debug_launcher names an address too, at which nobody is. Without a number of ranks: the file is
+        # not this connection's to remove.
+        return FileStore(path)
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:
         return None

@@ -499,6 +499,10 @@ class Session:
         self._failed(logger.mlflow_run_id, "KILLED" if was_asked else "FAILED")
         return cause
 
+    def leave(self) -> None:
+        """In a child of the process that it runs in: nothing of it is the child's."""
+        self._over()
+
     def _over(self) -> None:
         self._is_over = True
         self._pass = self._inner = self._ended = self._replay = None

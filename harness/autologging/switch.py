@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -113,6 +114,12 @@ class Switch:
         self._replacements.take_away()
         self._ending.leave()
         self.finish()
+
+    def forked(self) -> None:
+        """This is a child: the training that runs is its parent's, and what the child trains is another."""
+        if self.session.has_begun:
+            self.session.leave()
+            self.session = self._new_session()
 
     def change(self, settings: Settings) -> None:
         """Other settings, for a training that has not begun."""
@@ -294,6 +301,14 @@ def change(settings: Settings) -> None:
     """Change what a training is logged with that has not begun, where autologging is on."""
     if _on is not None:
         _on.change(settings)
+
+
+def _forked() -> None:
+    if _on is not None:
+        _on.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def script_ended(error: BaseException | None) -> BaseException | None:

@@ -1,8 +1,9 @@
-"""Where a training is no longer autologging's: it is turned off."""
+"""Where a training is no longer autologging's: it is turned off, or the process is a child of the one that trains."""
 
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,30 @@ def test_loader_is_the_scripts_own_again_and_goes_on_when_turned_off_within_a_pa
     assert len(list(copy.deepcopy(base))) == 5
     names = [name for name, _ in list_checkpoints(tmp_path / "runs" / "run" / "checkpoints")]
     assert names == ["epoch-0001", "step-00000007"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_training_stays_its_parents_when_a_forked_child_prepares_another_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = []
+
+    def fork(accelerator: Accelerator, number: int) -> None:
+        if number == 7:
+            child = multiprocessing.get_context("fork").Process(target=lambda: accelerator.prepare(nn.Linear(2, 2)))
+            child.start()
+            child.join(30)
+            child.kill()
+            codes.append(child.exitcode)
+
+    plain, _ = train()
+    AcceleratorState._reset_state(True)
+    api.autolog(every_n_epochs=1)
+    losses, _ = train(fork)
+    switch.turn_off()
+    assert codes == [0]
+    assert losses == plain
+    names = [name for name, _ in list_checkpoints(tmp_path / "runs" / "run" / "checkpoints")]
+    assert names == ["epoch-0001", "epoch-0002"]
+    told = capfd.readouterr().err
+    assert (told.count("2 checkpoints in"), told.count("harness: autolog:")) == (1, 0)
