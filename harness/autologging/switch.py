@@ -116,10 +116,8 @@ class Switch:
         self.finish()
 
     def forked(self) -> None:
-        """This is a child: the training that runs is its parent's, and what the child trains is another."""
-        if self.session.has_begun:
-            self.session.leave()
-            self.session = self._new_session()
+        """This process is a child of the one before."""
+        self._trainings.forked()
 
     def change(self, settings: Settings) -> None:
         """Other settings, for a training that has not begun."""

@@ -218,6 +218,12 @@ class Trainings:
         self._config = config
         self.session.log_params({"config": config})
 
+    def forked(self) -> None:
+        """In a child process: the training that runs is its parent's, and what the child trains is the next one."""
+        if self.session.has_begun:
+            self.session.leave()
+            self._begin_next(())
+
     # ------------------------------------------------------------------- how it ends
 
     def ends(self, accelerator: Accelerator, *, is_tracker_done: bool) -> None:
