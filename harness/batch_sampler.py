@@ -34,6 +34,10 @@ class _Batch(list[int]):
     seed: int = 0
 
 
+# Attributes of the sampler below that are not those of the one within.
+_OWN = frozenset(("_inner", "_device", "_seeds", "fetches_here", "num_skipped", "at_start", "before_fetch", "resumed"))
+
+
 class WrappedSampler(BatchSampler):
     """Another batch sampler, which can begin later, and says when a batch is about to be fetched."""
 
@@ -58,6 +62,12 @@ class WrappedSampler(BatchSampler):
     def __getattr__(self, name: str) -> Any:
         # accelerate asks the sampler for its size, its own sampler, its epoch.
         return getattr(self.__dict__["_inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # And sets what it finds there, for a while: `join_uneven_inputs` whether batches are even.
+        inner = self.__dict__.get("_inner")
+        holder = inner if name not in _OWN and hasattr(inner, name) else super()
+        holder.__setattr__(name, value)
 
     def __len__(self) -> int:
         return len(self._inner)

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.batches import TrainingBatches
 from harness.checkpoint.commit import list_checkpoints
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
@@ -353,3 +355,17 @@ def test_loader_is_what_it_was_when_it_is_over_an_iterable_data_set() -> None:
     from harness.data import with_batch_size
 
     assert [len(indices) for indices, *_ in with_batch_size(DataLoader(Stream(), 4), 6)] == [6, 6, 6, 4]
+
+
+def test_loader_is_made_uneven_for_a_while_when_accelerate_sets_so_on_what_is_wrapped(accelerator: Accelerator) -> None:
+    loader: Any = prepare_data_loader(
+        DataLoader(TensorDataset(torch.arange(6)), 2), num_processes=2, process_index=1, put_on_device=False
+    )
+    batches = TrainingBatches(accelerator)
+    for even_batches, num_batches in ((True, 2), (False, 1), (True, 2)):
+        # As `join_uneven_inputs` does, and undoes.
+        loader.batch_sampler.even_batches = even_batches
+        _, iterator = batches.begin(loader, None)
+        assert len(list(iterator)) == num_batches
+        batches.end()
+        batches.leave()
