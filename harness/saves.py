@@ -105,6 +105,10 @@ class Saves:
         self._saver.prepare()
         return True
 
+    def ranks_differ(self) -> None:
+        """Ranks that held the same hold different values from now on: see `Saver.ranks_differ`."""
+        self._saver.ranks_differ()
+
     def is_saved(self) -> None:
         """This moment is in a checkpoint: the run goes on from it."""
         self._saved_at = self._position()

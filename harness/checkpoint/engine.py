@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from harness.agreement import Agreement
 from harness.checkpoint.fence import ModeChoice
-from harness.checkpoint.plan import Plan, make_plan
+from harness.checkpoint.plan import Plan, make_plan, plan_of_rank_zero
 from harness.checkpoint.shards.held import Held, find_held
 from harness.checkpoint.snapshot import Snapshot, copy_here
 from harness.checkpoint.staging import StagingMemory
@@ -42,7 +42,12 @@ class Engine:
 
 
 def plan_saves(
-    accelerator: Accelerator, agreement: Agreement, config: CheckpointConfig, watched: Watched
+    accelerator: Accelerator,
+    agreement: Agreement,
+    config: CheckpointConfig,
+    watched: Watched,
+    *,
+    is_rank_zeros: bool = False,
 ) -> tuple[Held, Plan]:
     """Find what this rank holds, and plan; if one rank does not understand its state, all say so.
 
@@ -53,6 +58,7 @@ def plan_saves(
         agreement: of all ranks.
         config: what to save of it.
         watched: what there is to save.
+        is_rank_zeros: ranks hold all of it, and different values: rank zero's are to be saved.
 
     Raises:
         CheckpointError: on all ranks, if the model's sharding or the optimizer's state is not understood.
@@ -67,10 +73,18 @@ def plan_saves(
             dtype=None if config.dtype is None else getattr(torch, config.dtype),
         ),
     )
-    return held, make_plan(held, agreement, config.max_shard_size_bytes)
+    plan = plan_of_rank_zero if is_rank_zeros else make_plan
+    return held, plan(held, agreement, config.max_shard_size_bytes)
 
 
-def make_engine(accelerator: Accelerator, agreement: Agreement, config: CheckpointConfig, watched: Watched) -> Engine:
+def make_engine(
+    accelerator: Accelerator,
+    agreement: Agreement,
+    config: CheckpointConfig,
+    watched: Watched,
+    *,
+    is_rank_zeros: bool = False,
+) -> Engine:
     """Plan, allocate, and copy once, on all ranks or on none.
 
     Effects: collective; main thread; blocks for the allocation and the copy; leaves a writer process on each rank.
@@ -80,11 +94,12 @@ def make_engine(accelerator: Accelerator, agreement: Agreement, config: Checkpoi
         agreement: of all ranks.
         config: what to save of it.
         watched: what there is to save.
+        is_rank_zeros: see `plan_saves`.
 
     Raises:
         CheckpointError: on all ranks, if one of them has not the memory, or does not understand its state.
     """
-    held, plan = plan_saves(accelerator, agreement, config, watched)
+    held, plan = plan_saves(accelerator, agreement, config, watched, is_rank_zeros=is_rank_zeros)
     engine: Engine | None = None
     failure: Exception | None = None
     try:

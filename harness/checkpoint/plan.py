@@ -88,6 +88,28 @@ def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None
     return plan if told is None else with_all(plan, told)
 
 
+def plan_of_rank_zero(held: Held, agreement: Agreement, max_shard_size_bytes: int | None) -> Plan:
+    """Plan a checkpoint of what rank zero holds, which is all of it; the others write nothing.
+
+    Where ranks that hold the same tensors have other values in them, of which no mixture would be anybody's.
+
+    Effects: collective; main thread; blocks until every rank has planned; nothing on disk.
+
+    Args:
+        held: what this rank holds.
+        agreement: of all ranks.
+        max_shard_size_bytes: limit of one file of weights, or None.
+    """
+    held.complete(agreement)
+    specs = tuple(source.spec for source in held.sources)
+    layout = agreement.from_rank_zero("plan its files", lambda: plan_layout(specs, held.aliases, max_shard_size_bytes))
+    owned = {index: source.runs for index, source in enumerate(held.sources)} if agreement.rank == 0 else {}
+    pieces, ranges, size = _stage(specs, layout, owned)
+    plan = Plan(layout, tuple(pieces), size, tuple(ranges))
+    told = agreement.to_rank_zero("what each rank writes", packed(size, ranges))
+    return plan if told is None else with_all(plan, told)
+
+
 def plan_of(
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],

@@ -39,6 +39,7 @@ from harness.checkpoint.transport import choose
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
 from harness.peers import connect
+from harness.runtime import strategy_of
 
 
 class Saver:
@@ -101,7 +102,7 @@ class Saver:
         # What the others have said to the last save, until it is read; and what came of it.
         self._others: Callable[[], list[int]] | None = None
         self._goes_on = True
-        self._must_prepare = False
+        self._must_prepare = self._is_rank_zeros = False
         self._number = 0
         self._steps_at_prepare = 0
         self._measured: Save | None = None
@@ -153,10 +154,21 @@ class Saver:
         self._await_save()
         self._drop_engine()
         self._must_prepare = False
-        self._engine = make_engine(self._accelerator, self._agreement, self._config, self._watched)
+        self._engine = make_engine(
+            self._accelerator, self._agreement, self._config, self._watched, is_rank_zeros=self._is_rank_zeros
+        )
         # That torch calls the hook before another optimizer's steps says nothing of this one's.
         self._fence.watched = innermost(self._watched.optimizer)
         self._steps_at_prepare = self._fence.num_steps
+
+    def ranks_differ(self) -> None:
+        """From now on ranks that held the same may hold different values: checkpoints are of rank zero's.
+
+        Effects: not collective, but every rank calls it alike; main thread; the next save plans anew.
+        """
+        if not self._is_rank_zeros and strategy_of(self._accelerator) == "ddp":
+            self._is_rank_zeros = True
+            self._must_prepare = self._engine is not None
 
     def _drop_engine(self) -> None:
         if self._engine is not None:
