@@ -8,15 +8,17 @@ begin_epoch -> batch_done, for each batch -> end_epoch
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 
+from harness import data
 from harness.batches import TrainingBatches
 from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import Stopped
 from harness.history import MetricHistory
+from harness.in_step import InStep
 from harness.place import Place
 from harness.progress import Progress
 from harness.run_lifetime import RunLifetime
@@ -86,11 +88,14 @@ class Course:
         self._history = history
         self._saves = saves
         self._votes = votes
+        self._in_step = InStep(votes, num_asked=2)
+        # All that was due by steps is done up to here.
+        self._step_attended = 0
         self._progress = progress
         self._say = say
         self._save_is_asked = False
         self._asked_signal = 0
-        self._is_in_epoch = False
+        self._is_in_epoch = self._has_met = False
         self._samples_in_step = 0
         # Until then a step is counted, and nothing else is to be done at it; unless this rank is asked for something.
         self._due_at_step = 0
@@ -109,7 +114,7 @@ class Course:
 
     def begin_epoch(self) -> None:
         """An epoch's body begins."""
-        self.is_cut_short = False
+        self.is_cut_short = self._has_met = False
         self._is_in_epoch = self._tracking.log_every_n_epochs > 1
         self.skip_time()
 
@@ -125,18 +130,25 @@ class Course:
         Args:
             max_epochs: number of epochs in all; None: not known.
             random_then: the random numbers at its end; None: those of now.
+
+        Raises:
+            Stopped: on all ranks alike, if a signal asked any of them to stop where the others had no step.
         """
+        self.meet()
         self._is_in_epoch = False
         is_whole = not self.is_cut_short
         if is_whole:
             self._place.epoch += 1
             self._batches.end_epoch()
         self.random_to_keep = random_then
-        self._save_and_log(is_whole=is_whole, is_last=self._place.epoch == max_epochs or self.ends)
+        is_last = self._place.epoch == max_epochs or self.ends
+        self._save_and_log(is_whole=is_whole, is_last=is_last)
         self.random_to_keep = None
         self._progress.epoch_done(
             self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
         )
+        if self._has_met and self._asked_signal and not is_last and self._accelerator.sync_gradients:
+            self.stop(self._asked_signal)
 
     def _save_and_log(self, *, is_whole: bool, is_last: bool) -> None:
         epoch, step, owed = self._place.epoch, self._place.step, self._saves.owed
@@ -220,22 +232,47 @@ class Course:
         0.1 s have passed. What is collective in here is therefore done by numbers that all ranks have alike (steps,
         votes that were cast, a save that is open), and at a step that is due on all.
         """
-        self._saves.settle()
         self._windows.poll()
+        if self._progress.shows_steps:
+            self._progress.step_done(num_taken, self._saves.status)
+        if self.max_steps is not None and self._place.step >= self.max_steps:
+            self.ends = True
+        may_differ = self._in_step.may_differ
+        if may_differ:
+            if self._in_step.is_apart or not self._is_due(before):
+                return
+            answer = self._in_step.ask(self._asked_or_known(), is_last=is_loaders_last)
+            self._take_asked(answer.asked)
+            if not answer.are_here:
+                return
+            is_loaders_last = answer.is_last
+        self._saves.settle()
         if self._saves.prepare():
             self._windows.timer.resume()
         if is_passed(self._tracking.log_every_n_steps, self._place.step, before):
             self._windows.collect()
             self._windows.flush(self._place.step, wait=False)
-        if self._progress.shows_steps:
-            self._progress.step_done(num_taken, self._saves.status)
-        if self.max_steps is not None and self._place.step >= self.max_steps:
-            self.ends = True
-        asked_signal = self.read_votes()
+        if not may_differ:
+            self.read_votes()
         self._save_if_due(before, is_loaders_last)
-        if asked_signal:
-            self.stop(asked_signal)
-        self.vote()
+        self._step_attended = self._place.step
+        if self._asked_signal:
+            self.stop(self._asked_signal)
+        if not may_differ:
+            self.vote()
+
+    def _is_due(self, before: int) -> bool:
+        """Whether anything collective is, by what all ranks know that get to this step."""
+        step = self._place.step
+        return (
+            self._votes.is_due
+            or self._save_is_asked
+            or self._asked_signal > 0
+            or self._saves.is_waiting
+            or is_passed(self._tracking.log_every_n_steps, step, before)
+            or self._cadence.is_due_after_step(step, before)
+            or self.ends
+        )
 
     def _save_if_due(self, before: int, is_loaders_last: bool) -> None:
         is_due = self._cadence.is_due_after_step(self._place.step, before)
@@ -269,9 +306,66 @@ class Course:
 
     def evaluation_ends(self) -> None:
         """An evaluation is about to be reduced."""
+        if self._in_step.may_differ:
+            self.read_votes()
         self._history.withholds = self._is_in_epoch
 
     # ------------------------------------------------------------------- what ranks agree on
+
+    def begin_pass(self, loader: Any) -> None:
+        """A pass over a prepared training loader begins, of which ranks may have different numbers of batches."""
+        self.meet()
+        if may_differ := data.may_be_uneven(loader, self._accelerator.num_processes):
+            self.read_votes()
+        self._in_step.begin(may_differ=may_differ)
+        self._step_attended = self._place.step
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether a rank may have fewer batches than another of the pass that runs."""
+        return self._in_step.may_differ
+
+    def end_pass(self) -> None:
+        """This rank has no further batch of it. Not collective, and waits for nobody."""
+        self._in_step.end()
+
+    def forget_pass(self) -> None:
+        """The pass that has begun is no training's: no step came of it, on any rank."""
+        self._in_step.begin(may_differ=False)
+
+    def meet(self) -> None:
+        """Before what is collective behind a pass: wait for the longest; from here on its steps are all ranks'."""
+        if not self._in_step.may_differ:
+            return
+        met = self._in_step.meet(self._place.step, self._asked_or_known(), is_cut_short=self.is_cut_short)
+        self._take_asked(met.asked)
+        self.is_cut_short, self._has_met = met.is_cut_short, True
+        self._due_at_step = 0
+        if met.fewest < met.most:
+            self._saves.ranks_differ(met.most, met.most - met.fewest)
+        self._place.step = met.most
+        if self.max_steps is not None and met.most >= self.max_steps:
+            self.ends = True
+        if met.most and self._saves.prepare():
+            self._windows.timer.resume()
+        if self._save_is_asked or self._cadence.is_due_after_step(met.most, self._step_attended):
+            # At the epoch's end, with all that belongs to it.
+            self._saves.owed = self._saves.owed or self._place.step_name
+        self._save_is_asked, self._step_attended = False, met.most
+
+    def _asked(self) -> list[int]:
+        """What this rank is asked for: to stop, to save."""
+        return [self._run.stop_signal, self._run.take_save_request()]
+
+    def _asked_or_known(self) -> list[int]:
+        """The same, with what this rank knows of the others, where these may not know it."""
+        signal_number, save_is_asked = self._asked()
+        return [self._asked_signal or signal_number, self._save_is_asked or save_is_asked]
+
+    def _take_asked(self, asked: Sequence[int]) -> None:
+        signal_number, save_is_asked = asked
+        self._save_is_asked |= bool(save_is_asked)
+        self._asked_signal = self._asked_signal or signal_number
 
     def pace(self, step_time_s: float) -> None:
         """Adapt how often it is voted to how long a step takes: the same number on every rank."""
@@ -280,7 +374,7 @@ class Course:
     def vote(self) -> None:
         """Say what this rank is asked for, where a vote is due."""
         if self._votes.is_due:
-            self._votes.cast([self._run.stop_signal, self._run.take_save_request()])
+            self._votes.cast(self._asked())
             self._due_at_step = 0
 
     def vote_at_evaluation(self) -> None:
@@ -291,9 +385,7 @@ class Course:
     def read_votes(self) -> int:
         """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
         if (asked := self._votes.read()) is not None:
-            signal_number, save_is_asked = asked
-            self._save_is_asked |= bool(save_is_asked)
-            self._asked_signal = self._asked_signal or signal_number
+            self._take_asked(asked)
         return self._asked_signal
 
     def stop(self, signal_number: int) -> None:

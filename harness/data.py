@@ -97,11 +97,40 @@ def samples_per_batch(loader: Any, world_size: int) -> int | None:
     return size if splits else size * world_size
 
 
+def may_be_uneven(loader: Any, world_size: int) -> bool:
+    """Whether a rank may have fewer batches of a prepared loader than another."""
+    if world_size == 1 or isinstance(loader, DataLoaderDispatcher) or not hasattr(loader, "base_dataloader"):
+        return False
+    if isinstance(loader.base_dataloader.dataset, IterableDataset):
+        # Each rank reads its own part, which may be of any length.
+        return True
+    shard = _shard_of(loader)
+    return shard is not None and not shard.even_batches
+
+
 def uneven_length(loader: Any) -> int | None:
-    """This rank's number of batches, where accelerate lets the ranks have different ones; None: they are as many."""
-    shard = getattr(getattr(loader, "base_dataloader", loader), "batch_sampler", None)
-    fills_up = getattr(shard, "even_batches", True) or getattr(shard, "num_processes", 1) == 1
-    return None if fills_up else len(loader)
+    """Batches that this rank has for sure, where accelerate lets the ranks have different numbers of them.
+
+    None: they have as many.
+    """
+    shard = _shard_of(loader)
+    if shard is None or shard.even_batches:
+        return None
+    # Of a batch that is split the last part of them may be empty, which accelerate's own count leaves out.
+    may_miss_last = shard.split_batches and not shard.drop_last
+    return max(0, len(loader) - int(may_miss_last))
+
+
+def _shard_of(loader: Any) -> Any:
+    """What gives a rank its batches of an indexed data set; None: there is one rank, or nothing of that kind."""
+    base = getattr(loader, "base_dataloader", loader)
+    sampler = getattr(base, "batch_sampler", None)
+    if sampler is None:
+        sampler = getattr(base, "sampler", None)
+    # Inside what skips the first batches.
+    while sampler is not None and not hasattr(sampler, "even_batches"):
+        sampler = getattr(sampler, "batch_sampler", None)
+    return None if sampler is None or sampler.num_processes == 1 else sampler
 
 
 def inner_batches(loader: Any, world_size: int) -> int:

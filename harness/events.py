@@ -27,8 +27,8 @@ from harness.windows import MetricWindows
 class LoopEvents:
     """Takes the events of a loop, and knows where the data go on.
 
-    Effects: `begin_epoch`, `batch_done` and `end_epoch` are collective: every rank tells them alike; the rest is not,
-    but for `begin_data`, which is as accelerate's own iteration. Main thread. They block as `Course` says.
+    Effects: `begin_epoch`, `begin_pass`, `batch_done` and `end_epoch` are collective: every rank tells them alike; the
+    rest is not, but for `begin_data`, which is as accelerate's own iteration. Main thread. They block as `Course` says.
 
     Args:
         accelerator: of the loop.
@@ -42,6 +42,9 @@ class LoopEvents:
     Attributes:
         place: where training stands.
         batch_done: see `Course.batch_done`.
+        begin_pass: see `Course.begin_pass`; `begin_data` does it.
+        end_pass: see `Course.end_pass`.
+        meet: see `Course.meet`; `end_epoch` does it.
         log: see `PeriodicLogger.log`.
         skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
         keep_learning_rates: those of now are the epoch's, whatever its end does to them.
@@ -65,10 +68,16 @@ class LoopEvents:
         self._course = course
         self._rates = rates
         self.batch_done = course.batch_done
+        self.begin_pass, self.end_pass, self.meet = course.begin_pass, course.end_pass, course.meet
         self.log = windows.log
         self.skip_time = course.skip_time
         self.keep_learning_rates = rates.keep
         self.random_to_begin_with: dict[str, Any] | None = None
+
+    @property
+    def may_differ(self) -> bool:
+        """Whether a rank may have fewer batches than another of the pass that runs."""
+        return self._course.may_differ
 
     @property
     def loaders_done(self) -> int:
@@ -124,6 +133,7 @@ class LoopEvents:
             The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
         """
         self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
+        self._course.begin_pass(loader)
         self._course.skip_time()
         self._course.random_to_keep = None
         return self._batches.begin(loader, self._resumption.take(loader))
@@ -136,6 +146,7 @@ class LoopEvents:
         """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
         loader = heard.loader
         self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
+        self._course.begin_pass(loader)
         self._course.skip_time()
         self._batches.adopt(loader, heard.sampler, heard.data)
 
@@ -153,6 +164,7 @@ class LoopEvents:
 
     def forget_data(self) -> None:
         """What `begin_data` has begun was no training."""
+        self._course.forget_pass()
         self._batches.forget()
 
     def leave_data(self, loader: Any, iterator: Iterator[Any]) -> None:

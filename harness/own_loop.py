@@ -84,6 +84,7 @@ class OwnLoop:
         if self.resumption.is_done(self.batches.next_loader):
             self.events.skip_data(loader)
             return
+        course.meet()
         if self.saves.owed is not None and self.batches.loaders_done and self.accelerator.sync_gradients:
             # Not at the end of the epoch after all: there is another loader.
             self.saves.save_owed()
@@ -126,14 +127,17 @@ class OwnLoop:
             raise
         finally:
             course.is_in_batch = False
+            course.end_pass()
             self.events.leave_data(loader, iterator)
 
     def over_evaluation(self, loader: Any, limit: int | None) -> Iterator[Any]:
         """See `PeriodicLogger.eval_batches`."""
         data.check_size(loader, self.agreement.world_size, "evaluation")
         self.run.describe_dataset(loader, "eval")
-        self.windows.collect()
         course = self.course
+        if not course.is_in_batch:
+            course.meet()
+        self.windows.collect()
         if course.random_to_keep is None:
             course.random_to_keep = random_state.take(self.accelerator.device)
         # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.

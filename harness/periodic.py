@@ -296,6 +296,7 @@ class PeriodicLogger:
             HarnessError: on all ranks, if the last checkpoint could not be written.
         """
         try:
+            self._course.meet()
             self._windows.collect()
             self._windows.flush(self.step, wait=True)
             self._course.read_votes()
@@ -385,6 +386,8 @@ class PeriodicLogger:
         self._rates.optimizer = optimizer
         self._course.skip_time()
         self._saves.watches()
+        # It has stepped, or there is none to wait for.
+        self._saves.prepare()
 
     def put_back_again(self) -> None:
         """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.
@@ -507,6 +510,7 @@ class PeriodicLogger:
         if self._course.is_in_batch:
             self._course.ask_for_save()
             return True
+        self._course.meet()
         # What this returns may be branched on: it is the same on every rank.
         return self._saves.save_with_metrics(self._place.step_name) and self._saves.settle()
 

@@ -105,9 +105,13 @@ class Saves:
         self._saver.prepare()
         return True
 
-    def ranks_differ(self) -> None:
-        """Ranks that held the same hold different values from now on: see `Saver.ranks_differ`."""
-        self._saver.ranks_differ()
+    def ranks_differ(self, num_steps: int, num_fewer: int) -> None:
+        """Some ranks had fewer of the optimizer's steps than others, and so have another state of it from now on."""
+        if self._saver.ranks_differ():
+            self._say(
+                f"harness: of {num_steps} optimizer steps some ranks had {num_fewer} fewer: what is due in these comes "
+                "at their end; checkpoints have rank zero's optimizer state from here on"
+            )
 
     def is_saved(self) -> None:
         """This moment is in a checkpoint: the run goes on from it."""

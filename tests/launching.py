@@ -82,10 +82,10 @@ def run(
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            stacks = _stacks(process.pid)
+            where = stacks(process.pid)
             raise AssertionError(
                 f"not done after {timeout_s} s: {' '.join(map(str, words))}\n"
-                f"{(cwd / 'output.txt').read_text()[-4000:]}\n{stacks}"
+                f"{(cwd / 'output.txt').read_text()[-4000:]}\n{where}"
             ) from None
     return Done(code, (cwd / "output.txt").read_text(), time.monotonic() - begun_s)
 
@@ -124,7 +124,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _stacks(pid: int) -> str:
+def stacks(pid: int) -> str:
     """The Python stacks of every process of a run, by py-spy."""
     texts = []
     for member in descendants(pid):

@@ -32,6 +32,7 @@ class Pass:
         loader: as the script has it.
         start: which data set it is over, and the model's mode, as it begins.
         is_likely: whether it begins as training does.
+        is_part: whether it is another pass of the epoch that is open.
 
     Attributes:
         is_training: whether backward was called.
@@ -45,10 +46,11 @@ class Pass:
         has_stepped: whether an optimizer has stepped since `take_step`.
     """
 
-    def __init__(self, loader: Any, start: Start, *, is_likely: bool) -> None:
+    def __init__(self, loader: Any, start: Start, *, is_likely: bool, is_part: bool = False) -> None:
         self.loader = loader
         self.start = start
         self.is_likely = is_likely
+        self.is_part = is_part
         self.is_training = self.is_in_train_mode = self.is_known = False
         self.hook: Any = None
         self.heard: Overheard | None = None
@@ -72,6 +74,11 @@ class Pass:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # A copy: the script may go on to sum up in it. Of several for one batch the sum is what is trained on.
             self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the script had no batch of it."""
+        return self.num_out == 0
 
     @property
     def has_news(self) -> bool:

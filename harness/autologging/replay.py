@@ -31,6 +31,9 @@ class Replay:
         logger: whose run goes on.
         model: as it was put back.
         num_left: training passes that are done.
+
+    Attributes:
+        is_empty: the latest pass has given no batch.
     """
 
     def __init__(self, logger: PeriodicLogger, model: nn.Module, num_left: int) -> None:
@@ -42,6 +45,7 @@ class Replay:
         # The latest pass, until it is known that it is one of those that are done.
         self._loader: Any = None
         self._has_trained = False
+        self.is_empty = False
         self.num_left = num_left
 
     def backward(self) -> None:
@@ -61,10 +65,11 @@ class Replay:
     def one_batch(self, loader: Any, original: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
         """The first batch of a loader, as its last one."""
         self._iterations.setdefault(id(loader), getattr(loader, "iteration", 0))
-        self._loader, self._has_trained = loader, False
+        self._loader, self._has_trained, self.is_empty = loader, False, True
         iterator = original(loader)
         try:
             for batch in iterator:
+                self.is_empty = False
                 loader.end_of_dataloader = True  # or an accumulation would stay open
                 with self._no_backward_follows():
                     yield batch

@@ -72,6 +72,11 @@ class Prepared:
             if kind == "schedulers" and "scheduler" not in self.hyperparameters:
                 self.hyperparameters["scheduler"] = scheduler_values(before)
 
+    @property
+    def num_processes(self) -> int:
+        """Of the accelerator."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
     def know(self, loader: Any) -> None:
         """A loader is iterated over, which may be prepared for a training before: it is one of these from now on."""
         if self.index_of(loader) is None:

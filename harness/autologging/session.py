@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from harness import data
 from harness.autologging.opening import Memory, open_run, require_first_optimizer
 from harness.autologging.own_values import OwnValues
 from harness.autologging.passes import Pass, Start, TrainedOn
@@ -82,6 +84,9 @@ class Session:
         self._pass: Pass | None = None
         self._inner: Any = None
         self._is_epoch_open = False
+        # What the script is within by which ranks join the others, and what it was within when the epoch began.
+        self.join: Any = None
+        self._join_of_epoch: Any = None
         # The last pass that trained: its last batch may come to backward when all of its batches are out.
         self._ended: Pass | None = None
         # Samples of a batch at which a pass was left, which is not counted yet; whether the optimizer stepped there.
@@ -154,13 +159,10 @@ class Session:
                 self._say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
             return True
         if not this.is_training:
-            if not this.is_likely:
-                self._becomes_likely(this)
-            this.is_training = self._is_epoch_open = True
-            this.is_in_train_mode = self._is_in_train_mode
-            self._events.count_data(this.num_seen)
+            self._is_training_after_all(this)
             if this is self._ended:
-                self._events.end_data()  # all its batches were fetched before
+                self._events.end_pass()  # all its batches were fetched before
+                self._events.end_data()
         this.backward(loss)
         if this is self._ended:
             self._has_trained(this)
@@ -242,13 +244,18 @@ class Session:
         logger = self.logger
         assert logger is not None
         start = Start(self.prepared.index_of(loader), self._is_in_train_mode)
-        before, this = self._pass, Pass(loader, start, is_likely=self._trained.makes_likely(start))
+        is_likely = self._trained.makes_likely(start)
+        is_part = is_likely and self._is_within_one_join
+        before, this = self._pass, Pass(loader, start, is_likely=is_likely and not is_part, is_part=is_part)
         self._pass = this
         ended = self._ended
         if (before is not None and before.is_likely) or (ended is not None and not ended.is_training):
             # Nothing came of it, be its iterator still there, or its batches all out.
             self._events.forget_data()
             self._ended = None
+        if is_part:
+            self._go_on_in_epoch()
+            return self._go_through(this, loader, original(loader))
         if this.is_likely:
             self._begin_epoch()
             self._inner = loader
@@ -301,7 +308,12 @@ class Session:
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         self._pass = self._inner = None
+        if this.is_likely and this.is_empty and self._events.may_differ and self._is_in_train_mode:
+            # On other ranks: this one has no batch of it.
+            self._is_training_after_all(this)
+            self._has_trained(this)
         if this.is_training:
+            self._events.end_pass()
             self._ended = this
             self._events.keep_learning_rates()
         if this.is_likely:
@@ -339,11 +351,16 @@ class Session:
 
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
         events = self._events
-        if self._another is not None:
+        if self._another is not None and not events.may_differ:
             self._watch_another()
-        try:
-            step = events.place.step + is_step if self._sees_steps else None
+        step = events.place.step + is_step if self._sees_steps else None
+        with self._stopping():
             events.batch_done(num_samples, is_loaders_last=is_last, step=step)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        try:
+            yield
         except Stopped as error:
             self.fail(error)
             # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
@@ -354,6 +371,14 @@ class Session:
         if (taken := this.take_loss()) is not None:
             loss, num_samples = taken
             self._events.log({"train/loss": loss}, num_samples or 1)
+
+    def _is_training_after_all(self, this: Pass) -> None:
+        """The first backward of a pass; or of one that other ranks have batches of, and this one has none."""
+        if not this.is_likely and not this.is_part:
+            self._becomes_likely(this)
+        this.is_training = self._is_epoch_open = True
+        this.is_in_train_mode = self._is_in_train_mode
+        self._events.count_data(this.num_seen)
 
     def _forward_comes(self, this: Pass) -> None:
         """The first forward of a pass that has not begun as training does."""
@@ -374,6 +399,8 @@ class Session:
         self._begin_epoch(this.heard)
         if this.heard is not None:
             self._events.adopt_data(this.heard)
+        else:
+            self._events.begin_pass(this.loader)
 
     def _leads(self, this: Pass, running: Pass) -> None:
         """Of two passes, the one within the other is trained on."""
@@ -416,11 +443,39 @@ class Session:
         if self._replay is not None:
             self._replay.goes_on(self.prepared.loaders)
             self._replay = None
+        self._join_of_epoch = self.join
         self._events.begin_epoch()
+
+    @property
+    def _is_within_one_join(self) -> bool:
+        """Whether other ranks may still be in a pass of this epoch, and wait there for this one's gradients."""
+        is_same = self.join is not None and self.join is self._join_of_epoch
+        return is_same and self._is_epoch_open and self._events.may_differ
+
+    def _go_on_in_epoch(self) -> None:
+        assert self.logger is not None
+        self._count_rest()
+        self.logger.unwatch()
+        self._say_once(
+            "a join of uneven inputs is around several passes over the data, within which the ranks are never at the "
+            "end of the same one: they are logged as one epoch, and no checkpoint is made; make it anew for each epoch",
+            advises=False,
+        )
 
     def _end_epoch(self, *, is_last: bool, behind: Overheard | None = None) -> None:
         if not self._is_epoch_open:
             return
+        self._count_rest()
+        self._ended = None
+        self._is_epoch_open = False
+        with self._stopping():
+            if self._another is not None:
+                self._events.meet()
+                self._watch_another()
+            self._events.end_epoch(is_last=is_last, behind=behind)
+
+    def _count_rest(self) -> None:
+        """Of a pass that is over, what came behind its last batch."""
         if self._left is not None:
             (num_samples, is_step), self._left = self._left, None
             # A script may step for what is left of an accumulation.
@@ -429,15 +484,16 @@ class Session:
         elif self._ended is not None and self._ended.has_news:
             self._log_loss(self._ended)
             self._count(0, is_last=True, is_step=self._ended.take_step())
-        self._ended = None
-        self._is_epoch_open = False
-        self._events.end_epoch(is_last=is_last, behind=behind)
 
     def _replayed(self, loader: Any, original: Original) -> Iterator[Any]:
-        assert self._replay is not None
+        replay, start = self._replay, Start(self.prepared.index_of(loader), self._is_in_train_mode)
+        assert replay is not None
         try:
-            yield from self._replay.one_batch(loader, original)
+            yield from replay.one_batch(loader, original)
         finally:
+            is_elsewhere = data.may_be_uneven(loader, self.prepared.num_processes)
+            if replay.is_empty and is_elsewhere and self._trained.makes_likely(start):
+                replay.backward()  # on other ranks: this one has no batch of it
             self._settle_replay()
 
     def _settle_replay(self) -> None:

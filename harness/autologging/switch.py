@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from harness import cpu, runtime
 from harness.autologging import ending, fluent
+from harness.autologging.joins import Joins
 from harness.autologging.other_ranks import OtherRanks
 from harness.autologging.replacing import Replacement, Replacements
 from harness.autologging.saved_states import SavedStates
@@ -51,7 +52,9 @@ class Switch:
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
         self._saved_states = SavedStates(lambda: self.session)
-        self._replacements = Replacements([*self._table(), *self._writers.table(), *others.table()])
+        joins = Joins(lambda: self.session)
+        tables = (self._table(), self._writers.table(), others.table(), joins.table())
+        self._replacements = Replacements([row for table in tables for row in table])
         # Within `prepare`, which calls for each thing what prepares it alone.
         self._is_preparing = False
 

@@ -161,14 +161,15 @@ class Saver:
         self._fence.watched = innermost(self._watched.optimizer)
         self._steps_at_prepare = self._fence.num_steps
 
-    def ranks_differ(self) -> None:
-        """From now on ranks that held the same may hold different values: checkpoints are of rank zero's.
+    def ranks_differ(self) -> bool:
+        """From now on ranks that held the same may hold different values; whether checkpoints were not rank zero's yet.
 
         Effects: not collective, but every rank calls it alike; main thread; the next save plans anew.
         """
-        if not self._is_rank_zeros and strategy_of(self._accelerator) == "ddp":
-            self._is_rank_zeros = True
-            self._must_prepare = self._engine is not None
+        if self._is_rank_zeros or strategy_of(self._accelerator) != "ddp":
+            return False
+        self._is_rank_zeros, self._must_prepare = True, self._engine is not None
+        return True
 
     def _drop_engine(self) -> None:
         if self._engine is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
@@ -174,3 +174,40 @@ def test_error_is_told_when_first_batches_have_no_size() -> None:
 )
 def test_batch_size_is_the_first_dimension_when_there_is_a_tensor(batch: Any, size: int) -> None:
     assert data.batch_size(batch) == size
+
+
+# ------------------------------------------------------------------------- ranks with fewer batches
+
+
+@given(topologies, st.booleans(), st.booleans(), st.integers(0, 3))
+def test_number_of_batches_is_one_that_the_rank_has_when_they_may_be_uneven(
+    topology: tuple[int, int, int], splits: bool, drops_last: bool, num_skipped: int
+) -> None:
+    num_samples, batch_size, num_ranks = topology
+    size = batch_size * num_ranks if splits else batch_size
+    lengths = []
+    for rank in range(num_ranks):
+        loader = prepare_data_loader(
+            DataLoader(dataset(num_samples), size, drop_last=drops_last),
+            num_processes=num_ranks,
+            process_index=rank,
+            put_on_device=False,
+            split_batches=splits,
+            even_batches=False,
+        )
+        if 0 < num_skipped < len(loader):
+            loader = skip_first_batches(loader, num_skipped)
+        assert data.may_be_uneven(loader, num_ranks) == (num_ranks > 1)
+        lengths.append((data.uneven_length(loader), len(list(loader))))
+    assert all(found is None if num_ranks == 1 else 0 <= found <= real <= found + 1 for found, real in lengths)
+
+
+def test_ranks_may_be_uneven_when_each_reads_a_stream_of_its_own() -> None:
+    def prepared(**how: Any) -> Any:
+        given = DataLoader(Letters(), 2)
+        return prepare_data_loader(given, torch.device("cpu"), num_processes=2, process_index=0, **how)
+
+    assert data.may_be_uneven(prepared(dispatch_batches=False), 2)
+    assert not data.may_be_uneven(prepared(dispatch_batches=True, put_on_device=True), 2)
+    assert not data.may_be_uneven(prepare_data_loader(DataLoader(dataset(5), 2), put_on_device=False), 1)
+    assert not data.may_be_uneven(range(5), 2)
