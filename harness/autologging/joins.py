@@ -31,11 +31,11 @@ class Joins:
 
     def _enter(self, original: Callable[..., Any], join: Any) -> Any:
         if join._enable:
-            self._session().join = join
+            self._session().prepared.join = join
         return original(join)
 
     def _leave(self, original: Callable[..., Any], join: Any, *error: Any) -> Any:
         try:
             return original(join, *error)
         finally:
-            self._session().join = None
+            self._session().prepared.join = None

@@ -46,6 +46,7 @@ class Prepared:
         accelerator: the last one.
         hyperparameters: of optimizer and scheduler, as they were before training, by name.
         is_apart: whether each rank trains a model of its own, as under LocalSGD.
+        join: what the script is within by which ranks join those that have more batches; None: nothing.
     """
 
     accelerator: Accelerator | None = None
@@ -55,6 +56,7 @@ class Prepared:
     loaders: list[Any] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     is_apart: bool = False
+    join: Any = None
 
     def add(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
         """What one call was given, and what it has returned."""

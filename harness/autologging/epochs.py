@@ -1,0 +1,347 @@
+"""A script's passes over its data, told as the epochs and steps of a run.
+
+    a pass begins   the epoch before ends, where this one is likely to train
+    backward        the loss; that this pass trains
+    a batch is out  the one before is counted: loss, step
+    the last end    of the script, or of the training
+
+An epoch is one pass over a loader that is trained on. It ends when the next such pass begins, or the script ends: the
+script's evaluation and its scheduler's step come before that, and belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.autologging.notes import Notes
+from harness.autologging.opening import Memory
+from harness.autologging.passes import Pass, Start, TrainedOn
+from harness.autologging.script import Choice, Prepared
+from harness.autologging.steps import Steps
+from harness.errors import EXIT_REQUEUE, Stopped
+from harness.overheard import Overheard
+from harness.periodic import PeriodicLogger
+
+Original = Callable[[Any], Iterator[Any]]
+
+
+class Epochs:
+    """Tells a `PeriodicLogger` what happens in a script's passes.
+
+    Effects: `iterate` (as the loader's own iteration, and at the ends of epochs), `end` and what they lead to are
+    collective, as the script's own passes are: every rank makes them alike, in the main thread. The rest is not.
+
+    Args:
+        logger: of the run, which has begun.
+        prepared: what the script has prepared.
+        trained: which passes train.
+        memory: of the run.
+        choice: what checkpoints are of; None: there are none.
+        begins: called as an epoch begins that is not done.
+        fail: called with what stops the run.
+        notes: for the user.
+
+    Attributes:
+        is_open: whether an epoch has been trained in, and has not ended.
+    """
+
+    def __init__(
+        self,
+        logger: PeriodicLogger,
+        prepared: Prepared,
+        trained: TrainedOn,
+        memory: Memory,
+        choice: Choice | None,
+        begins: Callable[[], None],
+        fail: Callable[[BaseException], BaseException],
+        notes: Notes,
+    ) -> None:
+        self._logger = logger
+        self._events = logger.events
+        self._prepared = prepared
+        self._trained = trained
+        self._model: nn.Module | None = None if choice is None else choice.model
+        self._begins = begins
+        self._fail = fail
+        self._notes = notes
+        self._steps = Steps(logger, prepared, memory, choice, self._stepped, notes.say_once)
+        # The one that is open and trains, or may; the latest that a batch came from.
+        self._pass: Pass | None = None
+        self._inner: Any = None
+        self.is_open = False
+        # What the script was within as the epoch began, by which ranks join the others.
+        self._join_of_epoch: Any = None
+        # The last pass that trained, or may have: its batches may come to backward when all of them are out.
+        self._ended: Pass | None = None
+        # Samples of a batch at which a pass was left, which is not counted yet; whether the optimizer stepped there.
+        self._left: tuple[int, bool] | None = None
+
+    def is_inner(self, loader: Any) -> bool:
+        """Whether it is what a pass that is told already iterates over."""
+        return loader is self._inner
+
+    def begins_as(self, loader: Any) -> Start:
+        """How a pass over a loader begins now."""
+        return Start(self._prepared.index_of(loader), self._is_in_train_mode)
+
+    def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
+        """A pass over a loader: its batches, as the script would have had them."""
+        running = self._pass
+        if running is not None and (running.is_training or running.may_lead(loader)):
+            return self._within(loader, original, running)
+        return self._pass_over(loader, original)
+
+    def backward(self, loss: Any) -> bool:
+        """Backward is about to be called; whether there is a pass that it is of."""
+        this = self._pass or self._ended
+        if this is None:
+            return False
+        if not this.is_training:
+            self._is_training_after_all(this)
+            if this is self._ended:
+                self._events.end_pass()  # all its batches were fetched before
+                self._events.end_data()
+        this.backward(loss)
+        if this is self._ended:
+            self._has_trained(this)
+        return True
+
+    def end(self) -> None:
+        """The training is over: the last epoch ends."""
+        this = self._pass
+        if this is None or not this.is_training:
+            self._end_epoch(is_last=True)
+            return
+        # An iterator that is still there: it would go on within the epoch.
+        if this.has_news:
+            self._batch_done(this, is_last=False)
+        self._pass = self._inner = None
+        self._events.end_epoch(is_whole=False, is_last=True)
+
+    def close(self) -> None:
+        """Nothing more is told."""
+        self._pass = self._inner = self._ended = None
+        self._steps.close()
+
+    # ---------------------------------------------------------------------- one pass
+
+    def _pass_over(self, loader: Any, original: Original) -> Iterator[Any]:
+        start = self.begins_as(loader)
+        is_likely = self._trained.makes_likely(start)
+        is_part = is_likely and self._is_within_one_join
+        before, this = self._pass, Pass(loader, start, is_likely=is_likely and not is_part, is_part=is_part)
+        self._pass = this
+        ended = self._ended
+        if (before is not None and before.is_likely) or (ended is not None and not ended.is_training):
+            # Nothing came of it, be its iterator still there, or its batches all out.
+            self._events.forget_data()
+            self._ended = None
+        if is_part:
+            self._go_on_in_epoch()
+            return self._go_through(this, loader, original(loader))
+        if this.is_likely:
+            self._begin_epoch()
+            self._inner = loader
+            inner, iterator = self._events.begin_data(loader)
+            self._inner = inner
+            return self._go_through(this, inner, iterator)
+        self._logger.describe_dataset(loader, "eval")
+        if torch.is_grad_enabled():
+            this.heard = self._events.overhear(loader)
+            if self._model is not None:
+                this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this))
+        return self._go_through(this, loader, original(loader))
+
+    def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
+        """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
+        self._logger.describe_dataset(loader, "eval")
+        this = Pass(loader, self.begins_as(loader), is_likely=False)
+        if not running.is_training:
+            this.heard = self._events.overhear(loader)
+        return self._go_through(this, loader, original(loader), running)
+
+    def _go_through(
+        self, this: Pass, inner: Any, iterator: Iterator[Any], running: Pass | None = None
+    ) -> Iterator[Any]:
+        try:
+            for batch in iterator:
+                this.batch_is_out(batch)
+                yield batch
+                if this.is_training and this is self._pass:
+                    self._batch_done(this, is_last=getattr(inner, "end_of_dataloader", False))
+                    continue
+                this.num_seen += 1
+                if running is not None and running is self._pass and this.leads_over(running):
+                    self._leads(this, running)
+        except GeneratorExit:
+            if this is self._pass and this.is_training and this.has_news:
+                # Counting it is collective, for which this is no place: it comes with the epoch's end.
+                self._log_loss(this)
+                self._left = (this.num_samples, this.take_step())
+            raise
+        finally:
+            this.forget_hook()
+            if this is self._pass:
+                self._leave(this, inner, iterator)
+            elif this.heard is not None:
+                this.heard.leave()
+            if running is not None and running is self._pass:
+                self._events.skip_time()
+
+    def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
+        self._pass = self._inner = None
+        if this.is_likely and this.is_empty and self._events.may_differ and self._is_in_train_mode:
+            # On other ranks: this one has no batch of it.
+            self._is_training_after_all(this)
+            self._has_trained(this)
+        if this.is_training:
+            self._events.end_pass()
+            self._ended = this
+            self._events.keep_learning_rates()
+        if this.is_likely:
+            self._events.leave_data(inner, iterator)
+        elif this.heard is not None:
+            this.heard.leave()
+        if this.is_training and self._left is None:
+            self._events.end_data()
+        elif this.is_likely and not this.is_training:
+            self._ended = this
+
+    def _batch_done(self, this: Pass, *, is_last: bool) -> None:
+        self._log_loss(this)
+        self._count(this.num_samples, is_last=is_last, is_step=this.take_step())
+
+    def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
+        events = self._events
+        if self._steps.is_another and not events.may_differ:
+            self._steps.attend()
+        step = events.place.step + is_step if self._steps.are_seen else None
+        with self._stopping():
+            events.batch_done(num_samples, is_loaders_last=is_last, step=step)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        try:
+            yield
+        except Stopped as error:
+            self._fail(error)
+            # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
+            raise SystemExit(EXIT_REQUEUE) from error
+
+    def _log_loss(self, this: Pass) -> None:
+        self._has_trained(this)
+        if (taken := this.take_loss()) is not None:
+            loss, num_samples = taken
+            self._events.log({"train/loss": loss}, num_samples or 1)
+
+    def _is_training_after_all(self, this: Pass) -> None:
+        """The first backward of a pass; or of one that other ranks have batches of, and this one has none."""
+        if not this.is_likely and not this.is_part:
+            self._becomes_likely(this)
+        this.is_training = self.is_open = True
+        this.is_in_train_mode = self._is_in_train_mode
+        self._events.count_data(this.num_seen)
+
+    def _forward_comes(self, this: Pass) -> None:
+        """The first forward of a pass that has not begun as training does."""
+        assert self._model is not None
+        this.forget_hook()
+        if this is not self._pass or this.is_likely or not torch.is_grad_enabled():
+            return
+        if self._trained.makes_likely_now(this.start, is_in_train_mode=self._is_in_train_mode):
+            self._becomes_likely(this)
+        elif this.heard is not None:
+            this.heard.keep_buffers(self._model)
+
+    def _becomes_likely(self, this: Pass) -> None:
+        """A pass that did not begin as training is, before anything has come of it but batches, or a forward."""
+        this.is_likely = True
+        # Before the epoch ends: its checkpoint says how the next one begins.
+        self._trained.starts.add(this.start)
+        self._begin_epoch(this.heard)
+        if this.heard is not None:
+            self._events.adopt_data(this.heard)
+        else:
+            self._events.begin_pass(this.loader)
+
+    def _leads(self, this: Pass, running: Pass) -> None:
+        """Of two passes, the one within the other is trained on."""
+        assert this.heard is not None
+        self._events.forget_data()
+        self._events.adopt_data(this.heard)
+        self._events.count_data(this.num_seen - 1)
+        this.take_over(running)
+        self._pass, self._inner = this, None
+        self._batch_done(this, is_last=getattr(this.loader, "end_of_dataloader", False))
+
+    def _has_trained(self, this: Pass) -> None:
+        """A batch of a pass was trained on, and it is this pass's."""
+        if this.is_known:
+            return
+        this.is_known = True
+        trained = self._trained
+        if trained.starts and this.start.number not in trained.numbers:
+            self._notes.say_once("several loaders are trained on: a pass over any of them counts as an epoch")
+        trained.starts.add(this.start)
+        trained.is_in_train_mode = this.is_in_train_mode
+        self._logger.describe_dataset(this.loader, "train")
+
+    @property
+    def _is_in_train_mode(self) -> bool:
+        return self._model is None or self._model.training
+
+    def _stepped(self) -> None:
+        if (this := self._pass or self._ended) is not None:
+            this.has_stepped = True
+
+    # ---------------------------------------------------------------------- epochs
+
+    def _begin_epoch(self, behind: Overheard | None = None) -> None:
+        """An epoch begins: with a pass that begins now, or that has begun already, as was overheard."""
+        self._end_epoch(is_last=False, behind=behind)
+        self._begins()
+        self._join_of_epoch = self._prepared.join
+        self._events.begin_epoch()
+
+    @property
+    def _is_within_one_join(self) -> bool:
+        """Whether other ranks may still be in a pass of this epoch, and wait there for this one's gradients."""
+        join = self._prepared.join
+        return join is not None and join is self._join_of_epoch and self.is_open and self._events.may_differ
+
+    def _go_on_in_epoch(self) -> None:
+        self._count_rest()
+        self._logger.unwatch()
+        self._notes.say_once(
+            "a join of uneven inputs is around several passes over the data, within which the ranks are never at the "
+            "end of the same one: they are logged as one epoch, and no checkpoint is made; make it anew for each epoch",
+            advises=False,
+        )
+
+    def _end_epoch(self, *, is_last: bool, behind: Overheard | None = None) -> None:
+        if not self.is_open:
+            return
+        self._count_rest()
+        self._ended = None
+        self.is_open = False
+        with self._stopping():
+            if self._steps.is_another:
+                self._events.meet()
+                self._steps.attend()
+            self._events.end_epoch(is_last=is_last, behind=behind)
+
+    def _count_rest(self) -> None:
+        """Of a pass that is over, what came behind its last batch."""
+        if self._left is not None:
+            (num_samples, is_step), self._left = self._left, None
+            # A script may step for what is left of an accumulation.
+            is_step |= self._ended is not None and self._ended.take_step()
+            self._count(num_samples, is_last=True, is_step=is_step)
+        elif self._ended is not None and self._ended.has_news:
+            self._log_loss(self._ended)
+            self._count(0, is_last=True, is_step=self._ended.take_step())
