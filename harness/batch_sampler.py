@@ -35,7 +35,9 @@ class _Batch(list[int]):
 
 
 # Attributes of the sampler below that are not those of the one within.
-_OWN = frozenset(("_inner", "_device", "_seeds", "fetches_here", "num_skipped", "at_start", "before_fetch", "resumed"))
+_OWN = frozenset(
+    ("_inner", "_device", "_seeds", "_told", "fetches_here", "num_skipped", "at_start", "before_fetch", "resumed")
+)
 
 
 class WrappedSampler(BatchSampler):
@@ -45,6 +47,8 @@ class WrappedSampler(BatchSampler):
         self._inner = inner
         self._device = device
         self._seeds = seeds
+        # The pass that tells of its fetches.
+        self._told: object | None = None
         self.fetches_here = fetches_here
         self.num_skipped = 0
         self.at_start: Callable[[], None] | None = None
@@ -52,8 +56,14 @@ class WrappedSampler(BatchSampler):
         self.resumed: Numbers | None = None
 
     def reset(self) -> None:
-        """Whoever iterates next gets all batches, and nothing is put back."""
+        """Whoever iterates next gets all batches, nothing is put back, and no pass that runs tells of its fetches."""
+        self._told = None
+        self._take()
+
+    def _take(self) -> Any:
+        taken = self.num_skipped, self.at_start, self.before_fetch, self.resumed
         self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, None
+        return taken
 
     def __reduce__(self) -> Any:
         # A copy of a loader is nobody's, and what is called here would bring the whole training along.
@@ -73,16 +83,20 @@ class WrappedSampler(BatchSampler):
         return len(self._inner)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # For this pass: another over the same loader, within it, is none of ours.
+        num_skipped, at_start, before_fetch, resumed = self._take()
+        this = object()
+        if before_fetch is not None:
+            self._told = this
         # Here and not before the loader's iteration: what that draws differs between workers that are new and old.
-        if self.at_start is not None:
-            self.at_start()
+        if at_start is not None:
+            at_start()
         # One number of the epoch's, from which each batch's follow: on any rank, in any worker.
         seed = int(torch.empty((), dtype=torch.int64).random_().item()) if self._seeds else 0
         iterator = iter(self._inner)
         position = 0
-        while position < self.num_skipped and next(iterator, None) is not None:
+        while position < num_skipped and next(iterator, None) is not None:
             position += 1
-        resumed, self.resumed = self.resumed, None
         num_asked = 0
         while True:
             if resumed is not None and num_asked == 1:
@@ -92,8 +106,8 @@ class WrappedSampler(BatchSampler):
                 random_state.put_back(resumed.after if indices is None else resumed.fetch, self._device)
             if indices is None:
                 return
-            if self.before_fetch is not None:
-                self.before_fetch()
+            if before_fetch is not None and self._told is this:
+                before_fetch()
             yield _seeded(indices, seed, position) if self._seeds else indices
             position += 1
             num_asked += 1
@@ -117,6 +131,10 @@ def wrap(loader: Any, base: Any, device: torch.device, *, seeds_workers: bool) -
     fetches_here = base.num_workers == 0
     seeds = seeds_workers and not fetches_here
     sampler = WrappedSampler(base.batch_sampler, device, fetches_here=fetches_here, seeds=seeds)
+    # Persistent workers' passes to come ask what their first one has asked.
+    iterator: Any = getattr(base, "_iterator", None)
+    if getattr(iterator, "_index_sampler", None) is base.batch_sampler:
+        iterator._index_sampler = sampler
     # Not by assignment, which a loader refuses once it is made.
     base.__dict__["batch_sampler"] = sampler
     if seeds:

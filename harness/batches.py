@@ -222,9 +222,8 @@ class TrainingBatches:
         self._num_begun += 1
         self.serial = self._num_begun
         self.num_taken = 0
+        # Its listener goes on to keep in `begun` what comes before a fetch.
         self._resumed, self._running, self._sampler = None, begun, sampler
-        if sampler is not None and sampler.before_fetch is not None:
-            sampler.before_fetch = self._keep
 
     def _meet(self, loader: Any) -> None:
         self._number += 1

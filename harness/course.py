@@ -36,8 +36,8 @@ class Course:
     """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
 
     Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
-    a checkpoint needs the metrics of its moment, and for the votes of the step before. `skip_time`, `ask_for_save`,
-    `pace` and `is_log_step_next` are not.
+    a checkpoint needs the metrics of its moment, for the votes of the step before, and in `meet`. `skip_time`,
+    `ask_for_save`, `pace`, `is_log_step_next`, `end_pass` and `forget_pass` are not.
 
     Args:
         accelerator: of the loop.
@@ -124,12 +124,19 @@ class Course:
         # Whatever has happened meanwhile, a save or a window, is looked after at the next step.
         self._due_at_step = 0
 
-    def end_epoch(self, max_epochs: int | None, random_then: dict[str, Any] | None = None) -> None:
+    def end_epoch(
+        self,
+        max_epochs: int | None,
+        random_then: dict[str, Any] | None = None,
+        *,
+        is_accumulating: bool | None = None,
+    ) -> None:
         """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
 
         Args:
             max_epochs: number of epochs in all; None: not known.
             random_then: the random numbers at its end; None: those of now.
+            is_accumulating: whether gradients were being accumulated at its end; None: as it is now.
 
         Raises:
             Stopped: on all ranks alike, if a signal asked any of them to stop where the others had no step.
@@ -142,15 +149,22 @@ class Course:
             self._batches.end_epoch()
         self.random_to_keep = random_then
         is_last = self._place.epoch == max_epochs or self.ends
-        self._save_and_log(is_whole=is_whole, is_last=is_last)
+        is_accumulating = not self._accelerator.sync_gradients if is_accumulating is None else is_accumulating
+        self._save_and_log(is_whole=is_whole, is_last=is_last, is_accumulating=is_accumulating)
         self.random_to_keep = None
         self._progress.epoch_done(
             self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
         )
-        if self._has_met and self._asked_signal and not is_last and self._accelerator.sync_gradients:
+        if self._has_met and self._asked_signal and not is_last and not is_accumulating:
             self.stop(self._asked_signal)
 
-    def _save_and_log(self, *, is_whole: bool, is_last: bool) -> None:
+    def end_training(self) -> None:
+        """Training was over with the epoch that has ended, which was not known then. Collective; waits for the disk."""
+        if self._saves_last:
+            self._windows.collect()
+            self._saves.save(f"epoch-{self._place.epoch:04d}", must=True)
+
+    def _save_and_log(self, *, is_whole: bool, is_last: bool, is_accumulating: bool) -> None:
         epoch, step, owed = self._place.epoch, self._place.step, self._saves.owed
         by_epoch = is_whole and self._cadence.is_due_after_epoch(epoch)
         name = f"epoch-{epoch:04d}" if is_whole else self._place.step_name
@@ -167,7 +181,7 @@ class Course:
                 self._history.add({"epoch": float(epoch)}, step)
         if not saves:
             return
-        if self._accelerator.sync_gradients or is_last:
+        if is_last or not is_accumulating:
             # The last one is what the training was for: it is not skipped because the disk is busy.
             self._saves.save(name, must=is_last)
         else:
@@ -239,6 +253,8 @@ class Course:
             self.ends = True
         may_differ = self._in_step.may_differ
         if may_differ:
+            # Of an evaluation within the pass, that was left before its end.
+            self.read_votes()
             if self._in_step.is_apart or not self._is_due(before):
                 return
             answer = self._in_step.ask(self._asked_or_known(), is_last=is_loaders_last)
@@ -352,6 +368,14 @@ class Course:
             # At the epoch's end, with all that belongs to it.
             self._saves.owed = self._saves.owed or self._place.step_name
         self._save_is_asked, self._step_attended = False, met.most
+
+    def largest(self, number: int) -> int:
+        """Of a number of each rank's. Collective, behind `meet`; blocks until every rank has called it."""
+        self.read_votes()
+        self._votes.cast([number])
+        found = self._votes.read()
+        assert found is not None, "a vote that was cast is there to be read"
+        return found[0]
 
     def _asked(self) -> list[int]:
         """What this rank is asked for: to stop, to save."""

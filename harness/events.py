@@ -27,8 +27,8 @@ from harness.windows import MetricWindows
 class LoopEvents:
     """Takes the events of a loop, and knows where the data go on.
 
-    Effects: `begin_epoch`, `begin_pass`, `batch_done` and `end_epoch` are collective: every rank tells them alike; the
-    rest is not, but for `begin_data`, which is as accelerate's own iteration. Main thread. They block as `Course` says.
+    Effects: `begin_epoch`, `begin_pass`, `meet`, `largest`, `batch_done`, `end_epoch`, `end_training`, `begin_data` and
+    `adopt_data` are collective: every rank tells them alike; the rest is not. Main thread. They block as `Course` says.
 
     Args:
         accelerator: of the loop.
@@ -45,6 +45,8 @@ class LoopEvents:
         begin_pass: see `Course.begin_pass`; `begin_data` does it.
         end_pass: see `Course.end_pass`.
         meet: see `Course.meet`; `end_epoch` does it.
+        largest: see `Course.largest`.
+        end_training: see `Course.end_training`.
         log: see `PeriodicLogger.log`.
         skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
         keep_learning_rates: those of now are the epoch's, whatever its end does to them.
@@ -69,6 +71,7 @@ class LoopEvents:
         self._rates = rates
         self.batch_done = course.batch_done
         self.begin_pass, self.end_pass, self.meet = course.begin_pass, course.end_pass, course.meet
+        self.largest, self.end_training = course.largest, course.end_training
         self.log = windows.log
         self.skip_time = course.skip_time
         self.keep_learning_rates = rates.keep
@@ -119,7 +122,7 @@ class LoopEvents:
             self._course.end_epoch(max_epochs)
             return
         with self._batches.next_has_begun(behind.generators), behind.before_forward():
-            self._course.end_epoch(max_epochs, behind.random)
+            self._course.end_epoch(max_epochs, behind.random, is_accumulating=behind.is_accumulating)
 
     # ------------------------------------------------------------------------- the data
 
@@ -140,7 +143,8 @@ class LoopEvents:
 
     def overhear(self, loader: Any) -> Overheard:
         """A pass over a loader is about to begin that may turn out to train: `adopt_data` it then, or `leave` it."""
-        return Overheard(loader, self._batches.wrapped(loader), self._accelerator.device)
+        is_accumulating = not self._accelerator.sync_gradients
+        return Overheard(loader, self._batches.wrapped(loader), self._accelerator.device, is_accumulating)
 
     def adopt_data(self, heard: Overheard) -> None:
         """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
@@ -163,9 +167,11 @@ class LoopEvents:
         self._batches.end()
 
     def forget_data(self) -> None:
-        """What `begin_data` has begun was no training."""
+        """What `begin_data` has begun was no training: where the run goes on in it, the next one does."""
         self._course.forget_pass()
         self._batches.forget()
+        if (resumed := self._resumption.give_back()) is not None:
+            self._batches.restore(resumed.data, resumed.state.loaders_done, resumed.state.batches_in_epoch)
 
     def leave_data(self, loader: Any, iterator: Iterator[Any]) -> None:
         """The iteration of `begin_data` is over, or is left early."""

@@ -34,7 +34,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Met:
     """What the ranks have said behind a pass.
 
     Args:
@@ -95,7 +95,7 @@ class InStep:
             with suppress(RuntimeError):
                 self._votes.cast([True, False, False, *[0] * self._num_asked])
 
-    def meet(self, step: int, asked: Sequence[int], *, is_cut_short: bool) -> Meeting:
+    def meet(self, step: int, asked: Sequence[int], *, is_cut_short: bool) -> Met:
         """Wait for the other ranks' ends of the pass.
 
         Args:
@@ -107,7 +107,7 @@ class InStep:
         self._votes.read()
         most, minus_fewest, any_is_cut_short, *largest = self._exchange([step, -step, is_cut_short, *asked])
         self.may_differ = self.is_apart = False
-        return Meeting(largest, most, -minus_fewest, bool(any_is_cut_short))
+        return Met(largest, most, -minus_fewest, bool(any_is_cut_short))
 
     def _exchange(self, numbers: Sequence[int]) -> list[int]:
         self._votes.cast(numbers)

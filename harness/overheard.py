@@ -23,6 +23,7 @@ class Overheard:
         loader: a loader that went through `accelerator.prepare`, before it is iterated over.
         sampler: what gives its batches, wrapped; None: that is not understood.
         device: this rank's.
+        is_accumulating: whether gradients were being accumulated as the pass began.
 
     Attributes:
         loader: the loader.
@@ -32,8 +33,11 @@ class Overheard:
         data: random numbers as the sampler began, and before the latest fetch.
     """
 
-    def __init__(self, loader: Any, sampler: WrappedSampler | None, device: torch.device) -> None:
+    def __init__(
+        self, loader: Any, sampler: WrappedSampler | None, device: torch.device, is_accumulating: bool
+    ) -> None:
         self.loader = loader
+        self.is_accumulating = is_accumulating
         self._device = device
         self._own = data.generators_of(loader)
         self.random = random_state.take(device)

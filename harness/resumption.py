@@ -70,6 +70,7 @@ class Resumption:
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
         self._is_over = False
+        self._taken: Resumed | None = None
         self.before = Before()
 
     def find(self) -> None:
@@ -188,12 +189,15 @@ class Resumption:
 
     def take(self, loader: Any) -> Continuation | None:
         """Where the loader that begins goes on, once after a resume: at its batch by this loader's size."""
-        resumed = self._begin_training()
+        is_again = self._taken is not None
+        resumed = self._taken = self._begin_training()
         if resumed is None:
             return None
+        say = (lambda line: None) if is_again else self._say
         state, world_size = resumed.state, self._agreement.world_size
         now = data.samples_per_batch(loader, world_size)
-        self._say_if_step_is_another(resumed, now)
+        if not is_again:
+            self._say_if_step_is_another(resumed, now)
         num_taken, before = state.batches_in_epoch, state.samples_per_batch
         if before is None or now is None:
             # Nothing is known of the batches but how many ranks took one each.
@@ -201,16 +205,21 @@ class Resumption:
         if num_taken and before != now:
             num_taken, left = divmod(num_taken * before, now)
             again = f"; {left} samples come again" if left else ""
-            self._say(f"harness: the epoch goes on at batch {num_taken}{again}")
+            say(f"harness: the epoch goes on at batch {num_taken}{again}")
         had_generators = any(resumed.data.generators[state.loaders_done : state.loaders_done + 1])
         if num_taken and resumed.rank_state is None and data.draws_order(loader) and not had_generators:
-            self._say(
+            say(
                 "harness: warning: the order of the data comes from the random numbers of each process, and is a new "
                 "one on another number of ranks: samples of this epoch may come again, or not at all; "
                 "DataLoaderConfiguration(use_seedable_sampler=True) keeps it"
             )
         own = resumed.rank_state
         return Continuation(num_taken, resumed.data, None if own is None else own.random)
+
+    def give_back(self) -> Resumed | None:
+        """What `take` has given last was not trained on: the next loader goes on with it. None: it gave nothing."""
+        self._resumed = self._taken
+        return self._taken
 
     def _say_if_step_is_another(self, resumed: Resumed, samples_now: int | None) -> None:
         state = resumed.state

@@ -33,8 +33,9 @@ Original = Callable[[Any], Iterator[Any]]
 class Epochs:
     """Tells a `PeriodicLogger` what happens in a script's passes.
 
-    Effects: `iterate` (as the loader's own iteration, and at the ends of epochs), `end` and what they lead to are
-    collective, as the script's own passes are: every rank makes them alike, in the main thread. The rest is not.
+    Effects: `iterate` (as the loader's own iteration, and at the ends of epochs), `backward` and the model's forward (a
+    pass's first one may be where an epoch ends), `end` and what they lead to are collective, as the script's own passes
+    are: every rank makes them alike, in the main thread. The rest is not.
 
     Args:
         logger: of the run, which has begun.
@@ -74,6 +75,8 @@ class Epochs:
         self._pass: Pass | None = None
         self._inner: Any = None
         self.is_open = False
+        # Whether nothing was trained since an epoch has ended that was not known to be the last one.
+        self._ends_unknown = False
         # What the script was within as the epoch began, by which ranks join the others.
         self._join_of_epoch: Any = None
         # The last pass that trained, or may have: its batches may come to backward when all of them are out.
@@ -91,8 +94,12 @@ class Epochs:
 
     def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
         """A pass over a loader: its batches, as the script would have had them."""
-        running = self._pass
-        if running is not None and (running.is_training or running.may_lead(loader)):
+        running, trained = self._pass, self._trained
+        if running is None:
+            return self._pass_over(loader, original)
+        # A pass as those that have trained takes the place of one that has not.
+        is_known = bool(trained.starts) and trained.makes_likely(self.begins_as(loader))
+        if running.is_training or (running.may_lead(loader) and not is_known):
             return self._within(loader, original, running)
         return self._pass_over(loader, original)
 
@@ -115,7 +122,10 @@ class Epochs:
         """The training is over: the last epoch ends."""
         this = self._pass
         if this is None or not this.is_training:
-            self._end_epoch(is_last=True)
+            if self.is_open:
+                self._end_epoch(is_last=True)
+            elif self._ends_unknown:
+                self._events.end_training()
             return
         # An iterator that is still there: it would go on within the epoch.
         if this.has_news:
@@ -154,13 +164,15 @@ class Epochs:
         if torch.is_grad_enabled():
             this.heard = self._events.overhear(loader)
             if self._model is not None:
-                this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this))
+                # Ahead of FSDP's own, which makes parameters whole.
+                this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this), prepend=True)
         return self._go_through(this, loader, original(loader))
 
     def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
         """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
         self._logger.describe_dataset(loader, "eval")
         this = Pass(loader, self.begins_as(loader), is_likely=False)
+        running.is_crossed |= loader is running.loader
         if not running.is_training:
             this.heard = self._events.overhear(loader)
         return self._go_through(this, loader, original(loader), running)
@@ -171,9 +183,13 @@ class Epochs:
         try:
             for batch in iterator:
                 this.batch_is_out(batch)
+                if this is self._pass:
+                    # From here on another pass over the same loader is the script's.
+                    self._inner = None
                 yield batch
                 if this.is_training and this is self._pass:
-                    self._batch_done(this, is_last=getattr(inner, "end_of_dataloader", False))
+                    is_last = not this.is_crossed and getattr(inner, "end_of_dataloader", False)
+                    self._batch_done(this, is_last=is_last)
                     continue
                 this.num_seen += 1
                 if running is not None and running is self._pass and this.leads_over(running):
@@ -218,8 +234,8 @@ class Epochs:
 
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
         events = self._events
-        if self._steps.is_another and not events.may_differ:
-            self._steps.attend()
+        if (another := self._steps.another) and not events.may_differ:
+            self._steps.attend(another)
         step = events.place.step + is_step if self._steps.are_seen else None
         with self._stopping():
             events.batch_done(num_samples, is_loaders_last=is_last, step=step)
@@ -244,14 +260,17 @@ class Epochs:
         if not this.is_likely and not this.is_part:
             self._becomes_likely(this)
         this.is_training = self.is_open = True
+        self._ends_unknown = False
         this.is_in_train_mode = self._is_in_train_mode
         self._events.count_data(this.num_seen)
 
     def _forward_comes(self, this: Pass) -> None:
         """The first forward of a pass that has not begun as training does."""
         assert self._model is not None
+        if not torch.is_grad_enabled():
+            return  # an evaluation, which may be one within this pass
         this.forget_hook()
-        if this is not self._pass or this.is_likely or not torch.is_grad_enabled():
+        if this is not self._pass or this.is_likely:
             return
         if self._trained.makes_likely_now(this.start, is_in_train_mode=self._is_in_train_mode):
             self._becomes_likely(this)
@@ -328,11 +347,15 @@ class Epochs:
             return
         self._count_rest()
         self._ended = None
-        self.is_open = False
+        self.is_open, self._ends_unknown = False, not is_last
         with self._stopping():
-            if self._steps.is_another:
+            another = self._steps.another
+            if self._events.may_differ:
+                # A rank may have had no step since.
                 self._events.meet()
-                self._steps.attend()
+                another = self._events.largest(another)
+            if another:
+                self._steps.attend(another)
             self._events.end_epoch(is_last=is_last, behind=behind)
 
     def _count_rest(self) -> None:

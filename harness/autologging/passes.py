@@ -38,6 +38,7 @@ class Pass:
         is_training: whether backward was called.
         is_in_train_mode: the model's mode then.
         is_known: whether a batch of it is known to have been trained on.
+        is_crossed: whether another pass over the same loader was within it: what accelerate says of its end is not its.
         hook: called at the model's next forward; None: nothing is.
         heard: what is known of its beginning, where it did not begin as training; None: nothing, or it did.
         num_out: batches that the script has had.
@@ -51,7 +52,7 @@ class Pass:
         self.start = start
         self.is_likely = is_likely
         self.is_part = is_part
-        self.is_training = self.is_in_train_mode = self.is_known = False
+        self.is_training = self.is_in_train_mode = self.is_known = self.is_crossed = False
         self.hook: Any = None
         self.heard: Overheard | None = None
         self.num_out = 0
@@ -87,7 +88,7 @@ class Pass:
 
     def may_lead(self, other: Any) -> bool:
         """Whether it goes on to be the pass that is counted while another loader is iterated over."""
-        return self.is_likely and self.num_out > 0 and other is not self.loader
+        return (self.is_likely or self.heard is not None) and self.num_out > 0 and other is not self.loader
 
     def forget_hook(self) -> None:
         """The model's next forward says nothing of this pass."""

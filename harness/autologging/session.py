@@ -31,8 +31,8 @@ from harness.periodic import PeriodicLogger
 class Session:
     """Feeds a `PeriodicLogger` with what a script does.
 
-    Effects: `iterate` (as the loader's own iteration, and at the ends of epochs), `finish` and what they lead to are
-    collective, as the script's own passes are: every rank makes them alike, in the main thread. The rest is not.
+    Effects: `iterate`, `backward` (see `Epochs`), `finish` and what they lead to are collective, as the script's own
+    passes are: every rank makes them alike, in the main thread. The rest is not.
 
     Args:
         settings: what was asked for.

@@ -29,7 +29,8 @@ class Steps:
 
     Attributes:
         are_seen: whether steps are told of: an optimizer that is not torch's tells nobody.
-        is_another: whether one has stepped that was prepared since, for the model that checkpoints are of.
+        another: number, from 1, of one that has stepped and was prepared since, for the model that checkpoints are of;
+            0: none has.
     """
 
     def __init__(
@@ -54,20 +55,27 @@ class Steps:
         self._hook = register_optimizer_step_post_hook(self._after)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._prepared.number_of(optimizer) is None:
+            return  # of something else that the script trains beside
         self._stepped()
         if self._known and optimizer is not self._known[-1] and self._prepared.steps(optimizer, self._model):
             self._another = optimizer
 
     @property
-    def is_another(self) -> bool:
+    def another(self) -> int:
         """See above."""
-        return self._another is not None
+        found = None if self._another is None else self._prepared.number_of(self._another)
+        return 0 if found is None else found + 1
 
-    def attend(self) -> None:
-        """Have checkpoints be of the optimizer that steps now, or of the model alone where several do in turn."""
-        optimizer, self._another = self._another, None
-        number = self._prepared.number_of(optimizer)
-        assert number is not None
+    def attend(self, another: int) -> None:
+        """Have checkpoints be of the optimizer that steps now, or of the model alone where several do in turn.
+
+        Args:
+            another: as the attribute gave it, on any rank.
+        """
+        self._another = None
+        number = another - 1
+        optimizer = raw(self._prepared.optimizers[number])
         if optimizer in self._known:
             self._known.clear()
             self._logger.watch_instead(None)

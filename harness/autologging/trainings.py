@@ -28,6 +28,10 @@ from harness.errors import HarnessError, Stopped
 from harness.progress import Progress
 from harness.report import what_there_is
 
+# Calls that run of functions that accelerate calls once more when memory is out, by their frames, innermost first. Held
+# as they are: the number of one that is over is given to another.
+Attempts = tuple[FrameType, ...]
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -36,13 +40,13 @@ class _Call:
     accelerator: Accelerator
     given: tuple[Any, ...]
     prepared: tuple[Any, ...]
-    attempts: frozenset[int]
+    attempts: Attempts
 
 
 class Trainings:
     """Holds the training that runs, and begins the next one.
 
-    Effects: `came`, `end` and `finish` are collective where a training ends in them: every rank calls them alike, in
+    Effects: `came`, `ends` and `finish` are collective where a training ends in them: every rank calls them alike, in
     the main thread. The rest is not.
 
     Args:
@@ -82,7 +86,7 @@ class Trainings:
         # Before the training began, and since.
         self._calls: list[_Call] = []
         self._later: list[_Call] = []
-        self._begun_in: frozenset[int] = frozenset()
+        self._begun_in: Attempts = ()
         self._params_of_runs: dict[str, dict[str, str]] = {}
         self.session = self._new_session()
 
@@ -157,7 +161,7 @@ class Trainings:
                 self._name = self.session.logger.run_name
             self._number += 1
         self.session = self._new_session()
-        self._calls, self._later, self._begun_in = list(calls), [], frozenset()
+        self._calls, self._later, self._begun_in = list(calls), [], ()
         for call in calls:
             self.session.prepared.add(call.accelerator, call.given, call.prepared)
 
@@ -246,15 +250,16 @@ class Trainings:
 
         What was prepared outside of it is there for its next attempt.
         """
-        here, session = _attempts_here(), self.session
+        here, session = next(iter(_attempts_here()), None), self.session
         is_begun = session.has_begun and not session.is_over
-        if not (self._begun_in if is_begun else frozenset().union(*(c.attempts for c in self._calls))) & here:
+        # One within it that fails, an evaluation, say, is no attempt of the training's.
+        if here not in (self._begun_in if is_begun else [each for call in self._calls for each in call.attempts]):
             return
         if is_begun:
             self._is_attempt_over = True
             session.fail(error)
             self._is_attempt_over = False
-        self._begin_next([each for each in (*self._calls, *self._later) if not each.attempts & here], is_attempt=True)
+        self._begin_next([each for each in (*self._calls, *self._later) if here not in each.attempts], is_attempt=True)
         if is_begun and session.is_rank_zero and not self._settings.tracking.silent:
             assert session.logger is not None
             Progress(enabled=False).say(
@@ -272,6 +277,7 @@ class Trainings:
         session.say_what_was_not_seen()
         is_end = session.has_begun and not session.is_over
         session.finish()
+        self._begun_in = ()
         if is_end:
             self._say_what_there_is(session, is_done=True)
 
@@ -297,12 +303,11 @@ def _where(settings: Settings) -> tuple[str | None, str, str]:
     return settings.run_name, settings.run_dir, settings.resume_from
 
 
-def _attempts_here() -> frozenset[int]:
-    """Which calls run here of functions that accelerate calls once more when memory is out: by their frames."""
-    found: set[int] = set()
+def _attempts_here() -> Attempts:
+    found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "decorator" and frame.f_globals.get("__name__") == "accelerate.utils.memory":
-            found.add(id(frame))
+            found.append(frame)
         frame = frame.f_back
-    return frozenset(found)
+    return tuple(found)

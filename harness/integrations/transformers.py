@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,10 @@ def _epochs_done(trainer: Trainer, loader: Any, options: Options) -> int:
     if state.global_step == 0 or options.run_name is None or has_length(loader):
         return found[0]
     if trainer.accelerator.is_main_process:
-        known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
-        found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
+        # Where they cannot be read it is for whoever begins the run to say so, on all ranks.
+        with suppress(OSError, HarnessError):
+            known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
+            found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
     return int(broadcast_object_list([max(found)])[0])
 
 

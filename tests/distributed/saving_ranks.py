@@ -100,7 +100,7 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
     (directory / "checkpoints").mkdir(exist_ok=True)
     model = Weights()
     optimizer = Counting(model)
-    config = CheckpointConfig(when_busy="wait", timeout_s=3 if trouble == "hung" else 60)
+    config = CheckpointConfig(when_busy="wait", timeout_s=6 if trouble == "hung" else 60)
     agreement = Agreement(rank, world_size)
     saver = Saver(accelerator, agreement, config, directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))

@@ -63,3 +63,15 @@ def test_copy_of_a_loader_is_its_own_when_training_iterates_over_it(copied: Call
     assert other.batch_sampler is not own
     assert numbers(other) == ALL
     assert taken + numbers(iterator) == ALL
+
+
+def test_pass_begins_where_it_is_to_when_workers_are_there_from_before() -> None:
+    accelerator, loader = prepared(num_workers=1, persistent_workers=True)
+    assert numbers(loader) == ALL
+    batches = TrainingBatches(accelerator)
+    sampler = batches.wrapped(loader)
+    assert sampler is not None
+    sampler.num_skipped = 3
+    assert numbers(loader) == ALL[3:]
+    assert numbers(loader) == ALL
+    batches.close()

@@ -59,11 +59,35 @@ def fetches_several_before_backward(loop: Loop, stops: Callable[[int, int], None
         loop.keep_state()
 
 
+def accumulates_and_sets_train_mode_in_the_body(loop: Loop, stops: Callable[[int, int], None]) -> None:
+    loop.accelerator.gradient_accumulation_steps = 2
+    for epoch in range(4):
+        for number, batch in enumerate(loop.train):
+            loop.model.train()
+            with loop.accelerator.accumulate(loop.model):
+                loop.step(batch)
+            stops(epoch, number)
+        loop.evaluate(loop.evaluation)
+        loop.keep_state()
+
+
+def looks_into_the_loader_first(loop: Loop, stops: Callable[[int, int], None]) -> None:
+    for epoch in range(4):
+        loop.model.train()
+        next(iter(loop.train))
+        for number, batch in enumerate(loop.train):
+            loop.step(batch)
+            stops(epoch, number)
+        loop.keep_state()
+
+
 BODIES = [
     (sets_train_mode_in_the_body, [(0, 1), (1, 0), (1, 2), (1, 4), (2, 1), (3, 3)]),
     (takes_turns_between_loaders, [(0, 1), (1, 0), (1, 1), (2, 2), (3, 1)]),
     (leaves_each_epoch_behind_one_batch, [(1, 0), (3, 0)]),
     (fetches_several_before_backward, [(1, 0), (2, 2)]),
+    (accumulates_and_sets_train_mode_in_the_body, [(1, 1), (2, 0)]),
+    (looks_into_the_loader_first, [(1, 1), (2, 4)]),
 ]
 
 

@@ -193,6 +193,41 @@ def steps_again_behind_a_pass_it_leaves(loop: Loop) -> None:
         loop.keep_state()
 
 
+def evaluates_within_epochs_on_what_it_trains_on(loop: Loop) -> None:
+    for _ in range(2):
+        for number, batch in enumerate(loop.train):
+            loop.model.train()
+            loop.step(batch)
+            if number == 2:
+                loop.evaluate(loop.train)
+        loop.keep_state()
+
+
+def evaluates_before_it_first_trains_in_an_epoch(loop: Loop) -> None:
+    for _ in range(3):
+        for number, batch in enumerate(loop.train):
+            if number == 0:
+                loop.evaluate(loop.other)
+            loop.model.train()
+            loop.step(batch)
+        loop.evaluate(loop.evaluation)
+        loop.keep_state()
+
+
+def trains_something_else_beside(loop: Loop) -> None:
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    loop.accelerator.gradient_accumulation_steps = 2
+    for _ in range(2):
+        loop.model.train()
+        for batch in loop.train:
+            other(torch.ones(2)).sum().backward()
+            optimizer.step()
+            with loop.accelerator.accumulate(loop.model):
+                loop.step(batch)
+        loop.keep_state()
+
+
 @pytest.mark.parametrize(
     ("body", "steps"),
     [
@@ -207,6 +242,9 @@ def steps_again_behind_a_pass_it_leaves(loop: Loop) -> None:
         (holds_an_evaluation_open, [5, 10]),
         (trains_on_two_loaders_together, [5, 10]),
         (steps_again_behind_a_pass_it_leaves, [2, 4]),
+        (evaluates_within_epochs_on_what_it_trains_on, [5, 10]),
+        (evaluates_before_it_first_trains_in_an_epoch, [5, 10, 15]),
+        (trains_something_else_beside, [3, 6]),
     ],
 )
 def test_epochs_and_steps_are_the_loops_own_when_it(
@@ -232,6 +270,15 @@ def test_steps_are_the_optimizers_when_accelerate_accumulates(on: On, tmp_path: 
     switch.finish()
     require_states(tmp_path, loop.states)
     assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 6]
+
+
+def test_checkpoint_of_the_end_is_there_when_the_script_looks_into_its_loader_at_last(on: On, tmp_path: Path) -> None:
+    switch = on(every_n_epochs=5)
+    loop = Loop()
+    loop.plain(2)
+    next(iter(loop.train))
+    switch.finish()
+    assert {name: manifest.step for name, manifest in checkpoints(tmp_path).items()} == {"epoch-0002": 10}
 
 
 def test_training_ends_within_an_epoch_when_its_iterator_is_still_there(on: On, tmp_path: Path) -> None:

@@ -247,24 +247,36 @@ def test_model_that_is_prepared_outside_trains_on_when_an_attempt_fails(on: On, 
     assert runs(tmp_path) == {"x": [], "x-2": EPOCHS[:1]}
 
 
-def test_training_goes_on_when_memory_is_out_in_an_evaluation_that_is_tried_again(on: On, tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", ["outside", "around", "before"])
+def test_training_goes_on_when_memory_is_out_in_an_evaluation_that_is_tried_again(
+    on: On, tmp_path: Path, training: str
+) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
-    prepared = accelerator.prepare(*net(), samples())
     sizes: list[int] = []
 
     @find_executable_batch_size(starting_batch_size=10)
-    def evaluate(batch_size: int) -> None:
+    def evaluate(batch_size: int, model: nn.Module) -> None:
         for inputs, _ in accelerator.prepare(samples(batch_size)):
             sizes.append(len(inputs))
             if batch_size == 10:
                 raise RuntimeError("CUDA out of memory.")
             with torch.no_grad():
-                prepared[0](inputs)
+                model(inputs)
 
-    for _ in range(2):
-        train(accelerator, prepared, 1)
-        evaluate()
+    def train_and_evaluate(batch_size: int = 8, *, evaluates: bool = True) -> Any:
+        prepared = accelerator.prepare(*net(), samples(batch_size))
+        for _ in range(2):
+            train(accelerator, prepared, 1)
+            if evaluates:
+                evaluate(prepared[0])
+        return prepared
+
+    attempted = find_executable_batch_size(train_and_evaluate, starting_batch_size=8)
+    if training == "before":
+        evaluate(attempted(evaluates=False)[0])
+    else:
+        (attempted if training == "around" else train_and_evaluate)()
     switch.finish()
     assert sizes.count(10) == 1
     assert runs(tmp_path) == {"x": EPOCHS}
