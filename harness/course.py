@@ -253,10 +253,10 @@ class Course:
             self.ends = True
         may_differ = self._in_step.may_differ
         if may_differ:
-            # Of an evaluation within the pass, that was left before its end.
-            self.read_votes()
             if self._in_step.is_apart or not self._is_due(before):
                 return
+            # Of an evaluation within the pass, that was left before its end.
+            self.read_votes()
             answer = self._in_step.ask(self._asked_or_known(), is_last=is_loaders_last)
             self._take_asked(answer.asked)
             if not answer.are_here:

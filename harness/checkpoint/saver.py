@@ -140,7 +140,7 @@ class Saver:
         self._await_save()
         self._watched = watched
         self._drop_engine()
-        plan_saves(self._accelerator, self._agreement, self._config, watched)
+        plan_saves(self._accelerator, self._agreement, self._config, watched, is_rank_zeros=self._is_rank_zeros)
         if not self._config.save_weights_only:
             check_scheduler(watched)
 

@@ -179,6 +179,19 @@ def test_passes_are_one_epoch_without_checkpoints_when_one_join_is_around_them(t
     assert said(tmp_path).count("a join of uneven inputs is around several passes") == 1
 
 
+@pytest.mark.parametrize(("kind", "batches"), [("even", (6, 6)), ("joined", (6, 5)), ("stream", (2, 0))])
+def test_checkpoints_are_of_the_optimizer_that_steps_when_a_rank_may_have_no_step_of_it(
+    tmp_path: Path, kind: str, batches: tuple[int, int]
+) -> None:
+    case = Case(kind, num_epochs=3, batches=batches, other_optimizer_from=1)
+    assert train(tmp_path, case) == [0, 0], said(tmp_path)
+    steps = max(batches)
+    assert [m.step for m in checkpoints(tmp_path).values()] == [steps, 2 * steps, 3 * steps]
+    for epoch in range(3):
+        directory = tmp_path / "run" / "checkpoints" / f"epoch-{epoch + 1:04d}"
+        require_state(directory, tmp_path / f"state-{epoch + 1}-0.pt")
+
+
 def require_state(checkpoint: Path, record: Path, *, but: Collection[str] = ()) -> None:
     """What the script has on rank zero."""
     recorded = torch.load(record, weights_only=True)

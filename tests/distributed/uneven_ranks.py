@@ -45,6 +45,7 @@ class Case:
         signal_at: (rank, batch of the training from 1, signal) that the rank sends itself.
         dies_at: (rank, batch of the training from 1) at which a rank raises.
         dies_behind: epochs after whose end all ranks are killed.
+        other_optimizer_from: epochs after which the script makes another optimizer.
     """
 
     kind: str = "joined"
@@ -58,6 +59,7 @@ class Case:
     signal_at: tuple[int, int, int] | None = None
     dies_at: tuple[int, int] | None = None
     dies_behind: int | None = None
+    other_optimizer_from: int | None = None
 
     @property
     def settings(self) -> tuple[CheckpointConfig, TrackingConfig]:
@@ -212,6 +214,9 @@ def _script(training: Training) -> None:
             if epoch == training.case.dies_behind:
                 for _ in training.loader:
                     _die_once_saved(training, epoch)
+            if epoch == training.case.other_optimizer_from:
+                other = torch.optim.SGD(training.model.parameters(), lr=0.01, momentum=0.9)
+                training.optimizer = training.accelerator.prepare(other)
             training.losses.append([])
             with training.joined(is_around_all=False):
                 for batch in training.loader:
