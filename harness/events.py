@@ -135,9 +135,7 @@ class LoopEvents:
         Returns:
             The loader that is really iterated over, and its batches; `leave_data` takes both when they are left.
         """
-        self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
-        self._course.begin_pass(loader)
-        self._course.skip_time()
+        self._begin_pass(loader)
         self._course.random_to_keep = None
         return self._batches.begin(loader, self._resumption.take(loader))
 
@@ -148,11 +146,13 @@ class LoopEvents:
 
     def adopt_data(self, heard: Overheard) -> None:
         """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
-        loader = heard.loader
+        self._begin_pass(heard.loader)
+        self._batches.adopt(heard.loader, heard.sampler, heard.data)
+
+    def _begin_pass(self, loader: Any) -> None:
         self.place.samples_per_batch = data.samples_per_batch(loader, self._accelerator.num_processes)
         self._course.begin_pass(loader)
         self._course.skip_time()
-        self._batches.adopt(loader, heard.sampler, heard.data)
 
     def skip_data(self, loader: Any) -> None:
         """A training loader of the epoch was done before the run was cut off."""

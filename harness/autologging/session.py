@@ -42,6 +42,9 @@ class Session:
         failed: called with the MLflow run's id and its status when the training has ended otherwise than well.
         stillness: by which steps and saves of the script's do nothing while epochs go by that are done.
         begins: called when there is a run.
+
+    Attributes:
+        notes: for the user, from rank zero, unless tracking is silent.
     """
 
     def __init__(
@@ -70,8 +73,8 @@ class Session:
         self._epochs: Epochs | None = None
         self._replay: Replay | None = None
         self._is_over = self._has_failed = False
-        self._notes = Notes(lambda: self.is_rank_zero and not self.settings.tracking.silent)
-        self._own = OwnValues(lambda what: self._notes.say_once(what, advises=False))
+        self.notes = Notes(lambda: self.is_rank_zero and not self.settings.tracking.silent)
+        self._own = OwnValues(lambda what: self.notes.say_once(what, advises=False))
 
     @property
     def has_begun(self) -> bool:
@@ -125,7 +128,7 @@ class Session:
             return False
         is_seen = self._epochs is not None and self._epochs.backward(loss)
         if not is_seen and self._epochs is None and self.prepared.models:
-            self._notes.say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
+            self.notes.say_once("backward is called and no prepared loader is iterated over, so no epoch can be seen")
         return True
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
@@ -141,7 +144,7 @@ class Session:
 
     def _is_ready(self) -> bool:
         if threading.current_thread() is not threading.main_thread():
-            self._notes.say_once("a loader is iterated over in another thread, whose passes are not counted")
+            self.notes.say_once("a loader is iterated over in another thread, whose passes are not counted")
             return False
         prepared = self.prepared
         return prepared.accelerator is not None and bool(prepared.models and prepared.optimizers)
@@ -170,12 +173,12 @@ class Session:
         logger.register("autolog", self.memory)
         if isinstance(choice, str):
             if choice:
-                self._notes.say_once(
+                self.notes.say_once(
                     f"{choice}, so it cannot tell which checkpoints are of: there are none, metrics alone"
                 )
         else:
             if choice.note:
-                self._notes.say_once(choice.note)
+                self.notes.say_once(choice.note)
             require_first_optimizer(logger.state_before("autolog"))
             logger.watch(choice.model, choice.optimizer, choice.scheduler)
         self._epochs = Epochs(
@@ -186,7 +189,7 @@ class Session:
             None if isinstance(choice, str) else choice,
             self._begins_epoch,
             self.fail,
-            self._notes,
+            self.notes,
         )
         self._own.begin(logger)
         if num_done := logger.epoch + (1 if logger.events.loaders_done else 0):
@@ -194,7 +197,7 @@ class Session:
             self._replay = Replay(logger, choice.model, num_done)
             self._stillness.put()
             those = "first epoch is done: it goes" if num_done == 1 else f"first {num_done} epochs are done: they go"
-            self._notes.say(
+            self.notes.say(
                 f"harness: the script's {those} by with one batch each, which changes nothing, and what the script "
                 "logs or saves through accelerate meanwhile is left out"
             )
@@ -289,4 +292,4 @@ class Session:
         """A line where a script has prepared something, and no training of it was seen."""
         if self.prepared.accelerator is not None and not self._trained.starts:
             lost = "nothing was logged" if self.logger is None else "no loss, no epoch and no checkpoint is in the run"
-            self._notes.say_once(f"no pass over a prepared loader with accelerator.backward was seen: {lost}")
+            self.notes.say_once(f"no pass over a prepared loader with accelerator.backward was seen: {lost}")

@@ -55,10 +55,13 @@ class Steps:
         self._hook = register_optimizer_step_post_hook(self._after)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._known and optimizer is self._known[-1]:
+            self._stepped()  # which is nearly every step
+            return
         if self._prepared.number_of(optimizer) is None:
             return  # of something else that the script trains beside
         self._stepped()
-        if self._known and optimizer is not self._known[-1] and self._prepared.steps(optimizer, self._model):
+        if self._known and self._prepared.steps(optimizer, self._model):
             self._another = optimizer
 
     @property

@@ -22,7 +22,6 @@ from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
-from harness.progress import Progress
 
 Function = Callable[..., Any]
 
@@ -230,11 +229,10 @@ class Switch:
             session.prepared.is_apart = True
             if session.logger is not None:
                 session.logger.unwatch()
-            if session.is_rank_zero and not self.settings.tracking.silent:
-                Progress(enabled=False).say(
-                    "harness: autolog: under LocalSGD each rank has weights and an optimizer's state of its own, and a "
-                    "checkpoint would be of none: there are none from here on, metrics alone"
-                )
+            session.notes.say(
+                "harness: autolog: under LocalSGD each rank has weights and an optimizer's state of its own, and a "
+                "checkpoint would be of none: there are none from here on, metrics alone"
+            )
         return original(local_sgd)
 
     def _iterate(self, original: Function, loader: Any) -> Iterator[Any]:

@@ -25,7 +25,6 @@ from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.checkpoint.names import unwrapped
 from harness.errors import HarnessError, Stopped
-from harness.progress import Progress
 from harness.report import what_there_is
 
 # Calls that run of functions that accelerate calls once more when memory is out, by their frames, innermost first. Held
@@ -146,8 +145,8 @@ class Trainings:
     def _begins(self) -> str | None:
         """Rank zero's, as a training begins: of the script's own MLflow run that is to be ours."""
         settings, asked = self.session.settings, self._settings.resume_from
-        if settings.resume_from != asked and run_record(settings) is None and not settings.tracking.silent:
-            Progress(enabled=False).say(
+        if settings.resume_from != asked and run_record(settings) is None:
+            self.session.notes.say(
                 f"harness: autolog: {settings.run_name} begins as the script has made it: {asked} is for "
                 "the first training"
             )
@@ -191,7 +190,7 @@ class Trainings:
         """Whether this is a model that can be trained, and none of the training that runs."""
         if not isinstance(model, nn.Module):
             return False
-        known = [each for each in self.session.prepared.models]
+        known = self.session.prepared.models
         if any(unwrapped(each) is unwrapped(model) for each in known):
             return False
         parameters = {id(each) for each in model.parameters() if each.requires_grad}
@@ -260,9 +259,9 @@ class Trainings:
             session.fail(error)
             self._is_attempt_over = False
         self._begin_next([each for each in (*self._calls, *self._later) if here not in each.attempts], is_attempt=True)
-        if is_begun and session.is_rank_zero and not self._settings.tracking.silent:
+        if is_begun:
             assert session.logger is not None
-            Progress(enabled=False).say(
+            session.notes.say(
                 f"harness: autolog: the attempt of run {session.logger.run_name} has failed, and the next one begins: "
                 f"its run is {self.session.settings.run_name}"
             )
