@@ -37,7 +37,7 @@ class Course:
 
     Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
     a checkpoint needs the metrics of its moment, for the votes of the step before, and in `meet`. `skip_time`,
-    `ask_for_save`, `pace`, `is_log_step_next`, `end_pass` and `forget_pass` are not.
+    `ask_for_save`, `pace`, `is_log_step_next`, `end_pass`, `finish_copy` and `forget_pass` are not.
 
     Args:
         accelerator: of the loop.
@@ -151,6 +151,9 @@ class Course:
         is_last = self._place.epoch == max_epochs or self.ends
         is_accumulating = not self._accelerator.sync_gradients if is_accumulating is None else is_accumulating
         self._save_and_log(is_whole=is_whole, is_last=is_last, is_accumulating=is_accumulating)
+        if is_last:
+            # No step follows that would wait for the copy, and the best weights are often loaded next.
+            self.finish_copy()
         self.random_to_keep = None
         self._progress.epoch_done(
             self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
@@ -163,6 +166,14 @@ class Course:
         if self._saves_last:
             self._windows.collect()
             self._saves.save(f"epoch-{self._place.epoch:04d}", must=True)
+        self.finish_copy()
+
+    def finish_copy(self) -> None:
+        """Block until the save in flight has copied everything: what follows may write weights outside a step.
+
+        Effects: not collective; main thread; blocks for the rest of the copy, not for the disk.
+        """
+        self._saves.finish_copy()
 
     def _save_and_log(self, *, is_whole: bool, is_last: bool, is_accumulating: bool) -> None:
         epoch, step, owed = self._place.epoch, self._place.step, self._saves.owed

@@ -173,6 +173,10 @@ class Saves:
         self.settle()
         self._saver.wait()
 
+    def finish_copy(self) -> None:
+        """Block until the save in flight has copied everything; see `Saver.finish_copy`."""
+        self._saver.finish_copy()
+
     def settle(self) -> bool:
         """Whether the last save goes on on every rank: by the next step the others have said so."""
         if not self._is_open:

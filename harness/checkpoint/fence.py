@@ -1,7 +1,7 @@
-"""What holds the next optimizer step back while a snapshot is copied, and whether that is worth it.
+"""What holds the next optimizer step back while a snapshot is copied, and whether that is worth it and safe.
 
-The fence is a hook that torch calls before every optimizer's step, inside DeepSpeed's and accelerate's
-too. Parameters and moments change in a step and nowhere else.
+The fence is a hook that torch calls before every optimizer's step, inside DeepSpeed's and accelerate's too. Code that
+writes weights outside a step does not meet it: `SourceGuard` detects such writes, and `Overlap` decides by them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from harness.checkpoint.source_guard import SourceGuard
 from harness.errors import CheckpointError
 
 Mode = Literal["overlapped", "blocking"]
@@ -38,6 +39,7 @@ class Fence:
         self._copied = threading.Event()
         self._copied.set()
         self._event: torch.cuda.Event | None = None
+        self._guard: SourceGuard | None = None
         # Not traced into a compiled optimizer: it must run, each time.
         before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hook = register_optimizer_step_pre_hook(before_step)
@@ -45,10 +47,11 @@ class Fence:
         self.num_steps = 0
         self.waited_s = 0.0
 
-    def raise_(self) -> None:
-        """From here on no optimizer steps until `lower`."""
+    def raise_(self, guard: SourceGuard) -> None:
+        """From here on no optimizer steps until `lower`; the next step checks the guard before it writes."""
         self._copied.clear()
         self._event = None
+        self._guard = guard
         self.waited_s = 0.0
         self.is_passed = False
 
@@ -60,6 +63,16 @@ class Fence:
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         self.num_steps += self.watched is None or optimizer is self.watched
+        self.pass_()
+
+    def pass_(self) -> None:
+        """Block until everything is copied: what follows may write the sources.
+
+        Effects: not collective; main thread; blocks while a copy on the CPU runs; on CUDA the current stream waits.
+
+        Raises:
+            CheckpointError: if the copy is not done after 600 s.
+        """
         if not self.is_passed:
             self._wait()
         event = self._event
@@ -77,7 +90,15 @@ class Fence:
                 "was due; look at this node's memory"
             )
         self.waited_s = time.perf_counter() - begun_s
+        if self._guard is not None:
+            # Before `is_passed`: whoever reads that has the guard's result, and no step has written yet.
+            self._guard.check()
+            self._guard = None
         self.is_passed = True
+
+    def disarm(self) -> None:
+        """Drop the guard, and with it the staging memory that it compares with."""
+        self._guard = None
 
     def close(self) -> None:
         """Take the hook away."""
@@ -106,3 +127,44 @@ class ModeChoice:
             self._waits_s.append(waited_s)
             if len(self._waits_s) == _NUM_TRIALS and statistics.median(self._waits_s) > self.blocking_s:
                 self.mode = "blocking"
+
+
+class Overlap:
+    """Whether a save may be copied while training continues, by what was seen of earlier saves.
+
+    The first save of each kind (at an epoch's end, at a step) is copied before training continues, and its guard
+    watches until the next step. If it has seen no write, later ones of that kind overlap; if any has, none does again.
+    A program that writes its weights outside steps thus loses no checkpoint, unless it begins to do so later: then the
+    guard of the overlapped save finds it, and that save is not committed.
+
+    Attributes:
+        written: name of a tensor that was written outside a step; None: none was seen.
+    """
+
+    def __init__(self) -> None:
+        self.written: str | None = None
+        self._safe_kinds: set[str] = set()
+        self._observed: tuple[str, SourceGuard] | None = None
+
+    def allows(self, kind: str) -> bool:
+        """Whether a save of that kind may overlap."""
+        return self.written is None and kind in self._safe_kinds
+
+    def observe(self, kind: str, guard: SourceGuard) -> None:
+        """A save of that kind has been begun; `learn` takes what its guard has seen."""
+        self._observed = (kind, guard)
+
+    def learn(self) -> str | None:
+        """Once the fence of the save is passed: name of a tensor that was seen to be written, the first time."""
+        if self._observed is None:
+            return None
+        (kind, guard), self._observed = self._observed, None
+        self._safe_kinds.add(kind)
+        return self.note_write(guard.written)
+
+    def note_write(self, name: str | None) -> str | None:
+        """A tensor was written outside a step; its name where it is the first."""
+        if name is None or self.written is not None:
+            return None
+        self.written = name
+        return name

@@ -33,6 +33,7 @@ from harness.checkpoint.fence import Fence
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.snapshot import CopyRest
+from harness.checkpoint.source_guard import SourceGuard
 from harness.checkpoint.trainer_state import Moment
 from harness.checkpoint.transport import Transport
 from harness.checkpoint.write import sync_files, write_json
@@ -76,9 +77,29 @@ class CalledOff(Exception):
     """A save that some ranks had begun when another could not."""
 
 
+class TornSnapshotError(CheckpointError):
+    """A tensor was written while a save copied it, so that the save is of no one moment.
+
+    Attributes:
+        tensor: its name.
+    """
+
+    def __init__(self, tensor: str) -> None:
+        self.tensor = tensor
+        super().__init__(
+            f"{tensor} was written outside an optimizer step while it was copied (load_state_dict, averaged weights "
+            "for an evaluation, an optimizer's train() or eval(), weights changed in forward), so the checkpoint is "
+            "not committed; from now on training continues only after a save's copy"
+        )
+
+
 @dataclass
 class Save:
-    """One save on its way."""
+    """One save on its way.
+
+    Attributes:
+        guard: of the snapshot, where the copy overlaps training; None: it was complete before training continued.
+    """
 
     number: int
     moment: Moment
@@ -88,6 +109,7 @@ class Save:
     small: Small
     begun_s: float
     seconds: dict[str, float] = field(default_factory=dict)
+    guard: SourceGuard | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,7 @@ class SaveRunner:
         last_seconds: what the last save has cost.
         num_failed: saves.
         is_reported: whether what the last save has cost was taken already.
+        written: name of a tensor that was written while an overlapped save copied it; None: none was.
     """
 
     def __init__(
@@ -156,6 +179,7 @@ class SaveRunner:
         self.last_seconds: Mapping[str, float] = {}
         self.num_failed = 0
         self.is_reported = True
+        self.written: str | None = None
 
     def start(self, save: Save, copy_rest: CopyRest) -> Future[None]:
         """Have a save run; done when it is on disk on every rank, or has failed."""
@@ -259,7 +283,24 @@ class SaveRunner:
             raise failure
         digests, seconds = engine.writer.answer(self._remaining_s(save))
         save.seconds.update(seconds)
+        if save.guard is not None:
+            self._require_one_moment(save.guard)
         return digests
+
+    def _require_one_moment(self, guard: SourceGuard) -> None:
+        """Refuse an overlapped save whose sources were written before the next step.
+
+        Raises:
+            TornSnapshotError: if one was.
+        """
+        torn = guard.find_torn_copy()
+        if torn is None:
+            # In this order: versions that were read before the fence was passed are not those of a step.
+            written = guard.find_written()
+            torn = guard.written if self._fence.is_passed else written
+        if torn is not None:
+            self.written = torn
+            raise TornSnapshotError(torn)
 
     def _remaining_s(self, save: Save) -> float:
         """Until the save is given up; a moment at least, so that what is done already is seen."""

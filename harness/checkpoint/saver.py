@@ -28,7 +28,7 @@ from harness.checkpoint import commit
 from harness.checkpoint.board import Board
 from harness.checkpoint.commit import Manifest
 from harness.checkpoint.engine import Engine, make_engine, plan_saves
-from harness.checkpoint.fence import Fence
+from harness.checkpoint.fence import Fence, Overlap
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
@@ -92,6 +92,8 @@ class Saver:
         if transport == "gather" and agreement.world_size > 1:
             self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
         self._fence = Fence()
+        self._overlap = Overlap()
+        self._notes: list[str] = []
         facts = SaveFacts(transport, topology, versions)
         self._runner = SaveRunner(
             config, self._board, self._gatherer, self._fence, accelerator.device, facts, committing, committed
@@ -172,6 +174,7 @@ class Saver:
         return True
 
     def _drop_engine(self) -> None:
+        self._fence.disarm()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -286,14 +289,22 @@ class Saver:
     def _begin(self, moment: Moment, engine: Engine, small: Small, begun_s: float) -> None:
         save = self._next_save(moment, engine, small, begun_s)
         copy_rest = engine.snapshot.begin()
+        guard, kind = engine.snapshot.guard, moment.name.partition("-")[0]
         # Overlapped only where torch has been seen to call the hook before this optimizer's steps.
-        is_overlapped = engine.mode.mode == "overlapped" and self._fence.num_steps > self._steps_at_prepare
+        is_overlapped = (
+            engine.mode.mode == "overlapped"
+            and self._fence.num_steps > self._steps_at_prepare
+            and self._overlap.allows(kind)
+        )
         save.seconds["overlapped"] = float(is_overlapped)
+        guard.compares_samples = not is_overlapped
+        self._fence.raise_(guard)
         if is_overlapped:
-            self._fence.raise_()
-            self._measured = save
+            save.guard, self._measured = guard, save
         else:
             copy_rest = copied(copy_rest)
+            self._fence.lower()
+        self._overlap.observe(kind, guard)
         self._runner.status = f"writing {moment.name}"
         self._saving = self._runner.start(save, copy_rest)
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
@@ -332,14 +343,31 @@ class Saver:
         if "durable_s" in seconds:
             found["checkpoint/durable_s"] = seconds["durable_s"]
         failures = [self._runner.failures.popleft() for _ in range(len(self._runner.failures))]
-        return found, "; ".join(failures) or None
+        notes, self._notes = self._notes, []
+        return found, "; ".join([*failures, *notes]) or None
 
     def _learn_mode(self) -> None:
-        """Take what the last overlapped save has cost into account, once its fence is passed."""
-        if self._measured is not None and self._fence.is_passed:
+        """Take what the last save has cost, and what its guard has seen, into account, once its fence is passed."""
+        torn = self._overlap.note_write(self._runner.written)
+        if not self._fence.is_passed:
+            return
+        if self._measured is not None:
             self._measured.seconds["fence_s"] = self._fence.waited_s
             self._measured.engine.mode.add(self._fence.waited_s)
             self._measured = None
+        seen = self._overlap.learn()
+        if seen is not None and torn is None:
+            self._notes.append(
+                f"{seen} changes outside optimizer steps, so training continues only after each checkpoint's copy "
+                "(checkpoint/overlapped is 0)"
+            )
+
+    def finish_copy(self) -> None:
+        """Block until the save in flight has copied everything: what follows may write weights outside a step.
+
+        Effects: not collective; main thread; blocks for the rest of the copy, not for the disk.
+        """
+        self._fence.pass_()
 
     # -------------------------------------------------------------------------- the end
 

@@ -1,11 +1,11 @@
 """The copy of what a rank owns, taken while the next forward and backward run.
 
-    main thread     save: look the tensors up, copy what may change at once, hand over
+    main thread     save: look the tensors up, copy what may change at once, arm the guard, hand over
     copying thread  one call of ATen without the GIL (CPU), or copies on a side stream (CUDA)
     main thread     the next optimizer step waits, if it must, until the copy is done: `fence`
 
-Parameters and moments change in a step and nowhere else; what may change earlier is copied before `begin`
-returns.
+What may change before the next step (buffers, frozen weights, plain numbers) is copied before `begin` returns. The
+rest should change in a step and nowhere else; `source_guard` detects user code that writes it elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from harness.checkpoint.plan import Piece, Plan
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import DTYPES, Source
+from harness.checkpoint.source_guard import GuardedTensor, SourceGuard
 from harness.checkpoint.staging import StagingMemory
 
 # Says that the next step may come, on CUDA after an event; and how much of the memory is copied.
@@ -46,7 +47,12 @@ class Snapshot:
         plan: what of it to copy, and where to.
         staging: the memory.
         device: of the model.
+
+    Attributes:
+        guard: of what is copied after `begin` has returned; armed by it.
     """
+
+    guard: SourceGuard
 
     def __init__(self, held: Held, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
         self._held = held
@@ -85,7 +91,9 @@ class Snapshot:
         self._known = _Known([copies for copies in self._copies if copies.local is not None])
         self._unknown = [copies for copies in self._copies if copies.local is None]
         self._at_once = [copies for copies in self._copies if copies.is_at_once]
-        self._batches = _batches([copies for copies in self._copies if not copies.is_at_once], self._staging_bytes)
+        later = [copies for copies in self._copies if not copies.is_at_once]
+        self._batches = _batches(later, self._staging_bytes)
+        self.guard = SourceGuard([copies.guarded() for copies in later])
 
     def begin(self) -> CopyRest:
         """Copy at once what may change before the next optimizer step. `look_up` comes first.
@@ -101,6 +109,7 @@ class Snapshot:
         with torch.no_grad():
             if targets:
                 torch._foreach_copy_(targets, values, non_blocking=self._stream is not None)
+            self.guard.arm()
         batches, stream = self._batches, self._stream
         if stream is None:
             return functools.partial(_copy, batches)
@@ -136,6 +145,16 @@ class _Copies:
     def pieces(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
         """Each piece with its target and its value."""
         return zip(self._pieces, self.targets, self.values, strict=True)
+
+    def guarded(self) -> GuardedTensor:
+        """What the guard compares: versions of weights, samples of everything."""
+        counters: list[Tensor] = []
+        if self.source.spec.section == "model":
+            # A DTensor's own operations advance its own counter, those on its local tensor that one's.
+            counters = [each for each in (self.value, self.local) if isinstance(each, Tensor)]
+        unique = {id(counter): counter for counter in counters}
+        parts = list(zip(self.values, self.targets, strict=True))
+        return GuardedTensor(self.source.spec.name, tuple(unique.values()), parts)
 
     def look_up(self) -> bool:
         """Find the values as they are now; whether they are of the kind that was planned."""

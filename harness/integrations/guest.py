@@ -193,6 +193,13 @@ class Guest:
         """See `LoopEvents.end_epoch`."""
         with self._ending():
             self.logger.events.end_epoch(is_whole=is_whole, is_last=is_last)
+        self.finish_copy()
+
+    def finish_copy(self) -> None:
+        """Block until the save in flight has copied everything: the framework and its callbacks may write weights."""
+        if self._logger is not None:
+            with self._ending():
+                self.logger.events.finish_copy()
 
     def end(self) -> None:
         """Training is complete."""

@@ -143,6 +143,8 @@ class HarnessCallback(TrainerCallback):
         if "train_runtime" in parts["logs"]:
             # Of all the training: the last that is logged, before the Trainer takes its best weights back.
             self._end_epoch(is_last=True)
+            # A save at a step may be in flight without an epoch's end.
+            self._guest.finish_copy()
         self._guest.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

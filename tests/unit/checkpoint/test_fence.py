@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from harness.checkpoint.fence import Fence, ModeChoice
+from harness.checkpoint.source_guard import SourceGuard
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def stepping(optimizer: torch.optim.Optimizer) -> threading.Thread:
 
 def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     thread = stepping(optimizer)
     thread.join(0.2)
     assert thread.is_alive()
@@ -47,7 +48,7 @@ def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
 
 def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
     optimizers = [one_parameter()[1] for _ in range(3)]
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     threads = [stepping(optimizer) for optimizer in optimizers]
     threads[0].join(0.2)
     assert all(thread.is_alive() for thread in threads)
@@ -61,7 +62,7 @@ def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
 def test_steps_are_free_when_the_fence_is_down(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
     optimizer.step()
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     fence.lower()
     assert not fence.is_passed
     optimizer.step()
@@ -75,7 +76,7 @@ def test_steps_are_free_when_the_fence_is_down(fence: Fence) -> None:
 def test_fence_stands_again_when_raised_again(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
     for number in range(1, 4):
-        fence.raise_()
+        fence.raise_(SourceGuard([]))
         thread = stepping(optimizer)
         thread.join(0.05)
         assert thread.is_alive()
@@ -87,7 +88,7 @@ def test_fence_stands_again_when_raised_again(fence: Fence) -> None:
 def test_step_goes_on_when_the_fence_is_closed() -> None:
     fence = Fence()
     parameter, optimizer = one_parameter()
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     thread = stepping(optimizer)
     thread.join(0.1)
     assert thread.is_alive()
@@ -103,7 +104,7 @@ def test_backward_waits_when_the_step_is_fused_into_it(fence: Fence) -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     thread = threading.Thread(target=lambda: parameter.sum().backward(), daemon=True)
     thread.start()
     thread.join(0.2)
@@ -123,7 +124,7 @@ def test_fence_holds_when_the_optimizer_is_compiled(fence: Fence) -> None:
     seen = fence.num_steps
     assert seen >= 2
     before = parameter.detach().clone()
-    fence.raise_()
+    fence.raise_(SourceGuard([]))
     thread = threading.Thread(target=compiled, daemon=True)
     thread.start()
     thread.join(0.2)

@@ -227,6 +227,9 @@ def test_state_is_of_the_moment_when_training_goes_on(make: Make, checkpoints: P
     if is_overlapped:
         saver.prepare()
         train(watched)  # a step is seen: from now on the fence can be relied on
+        saver.save(moment(5))  # the first of its kind does not overlap
+        saver.wait()
+        train(watched)
     weights, moments = weights_of(watched.model), moments_of(watched)
     last_epoch = watched.scheduler.last_epoch
     assert saver.save(moment(10))
@@ -259,6 +262,9 @@ def test_state_is_of_the_moment_when_steps_are_fused_into_backward(make: Make, c
     run()
     saver = make(Watched(model, None, None))
     saver.prepare()
+    run()
+    saver.save(moment(5))
+    saver.wait()
     run()
     weights = weights_of(model)
     saver.save(moment(10))

@@ -24,6 +24,7 @@ from transformers import (
 
 import harness
 from harness.checkpoint.commit import list_checkpoints
+from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import CheckpointError, Stopped
 from harness.integrations.transformers import HarnessCallback
 from harness.tasks import Digits
@@ -66,23 +67,29 @@ class At(TrainerCallback):  # type: ignore[misc]
 
 
 def make_trainer(
-    *callbacks: TrainerCallback, every_n_epochs: int = 1, data: Dataset[Any] | None = None, **arguments: Any
+    *callbacks: TrainerCallback,
+    every_n_epochs: int = 1,
+    data: Dataset[Any] | None = None,
+    width: int = 16,
+    **arguments: Any,
 ) -> Trainer:
     torch.manual_seed(0)
     arguments = {"save_strategy": "no", "eval_strategy": "epoch", "logging_steps": 4, **arguments}
     config = BertConfig(
         vocab_size=17,
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=32,
+        intermediate_size=2 * width,
         max_position_embeddings=64,
         num_labels=10,
     )
     return Trainer(
         BertForSequenceClassification(config),
         TrainingArguments(
-            "out", num_train_epochs=4, per_device_train_batch_size=32, use_cpu=True, disable_tqdm=True, **arguments
+            "out",
+            **{"num_train_epochs": 4, "per_device_train_batch_size": 32, "disable_tqdm": True, **arguments},
+            use_cpu=True,
         ),
         train_dataset=data or Images(256),
         eval_dataset=Images(64),
@@ -200,3 +207,46 @@ def test_learning_rate_is_the_epochs_own_when_its_evaluation_moves_it(tmp_path: 
     make_trainer(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_kwargs=plateau, learning_rate=0.5).train()
     found = list_checkpoints(tmp_path / "runs/bert/checkpoints")
     assert [manifest.metrics["train/lr"] for _, manifest in found] == [0.5, 0.5, 0.25, 0.125]
+
+
+class Weights(TrainerCallback):  # type: ignore[misc]
+    """Keeps the weights as each epoch's evaluation has left them."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
+        named = parts["model"].state_dict()
+        self.by_step[state.global_step] = {name: tensor.clone() for name, tensor in named.items()}
+
+
+@pytest.mark.parametrize("cadence", ["epoch", "step"])
+def test_last_checkpoint_is_the_last_step_when_best_weights_are_loaded(tmp_path: Path, cadence: str) -> None:
+    kept = Weights()
+    # Wide, so that the copy takes longer than it takes the Trainer to load its best weights.
+    trainer = make_trainer(
+        kept,
+        width=512,
+        data=Images(8),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=1e-3,
+        save_strategy="epoch",
+        save_only_model=True,
+        load_best_model_at_end=True,
+    )
+    by_step = CheckpointConfig(every_n_steps=2, save_last=False, when_busy="wait")
+    every_n_epochs, checkpoint = (1, None) if cadence == "epoch" else (None, by_step)
+    tracking = TrackingConfig(enabled=False)
+    trainer.remove_callback(HarnessCallback)
+    trainer.add_callback(HarnessCallback(every_n_epochs, run_name="bert", checkpoint=checkpoint, tracking=tracking))
+    trainer.train()
+    found = list_checkpoints(tmp_path / "runs/bert/checkpoints")
+    assert [manifest.step for _, manifest in found] == [2, 4]
+    assert trainer.state.best_global_step == 2
+    for name, manifest in found:
+        saved = load_file(tmp_path / "runs/bert/checkpoints" / name / "model.safetensors")
+        wrong = [key for key in saved if not torch.equal(saved[key], kept.by_step[manifest.step][key])]
+        assert wrong == [], name
