@@ -5,6 +5,8 @@ accelerate launch ... -m tests.distributed.bit_equal OUT MODEL,MODEL,... NUM_GRO
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,17 @@ from harness.runtime import start, strategy_of
 from tests.distributed.gathered import gather_state
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saved_models import MODELS, groups_of, logits_of
+
+# Of each the checkpoint is compared; after another, the weights are written outside a step while it is copied.
+STEPS = (3, 4, 5, 7)
+TORN_STEP = 6
+
+
+def double_weights(model: torch.nn.Module) -> None:
+    """On every rank, of every strategy, uncounted by autograd."""
+    for parameter in model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter)
+        getattr(part, "_local_tensor", part).data.mul_(2)
 
 
 def save_all(
@@ -52,23 +65,31 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
         accelerator, None, run_dir=out, run_name="it", checkpoint=checkpoint, tracking=TrackingConfig(enabled=False)
     ) as logger:
         logger.watch(model, optimizer)
+        held = threading.Event()
         for _ in logger.epochs(1):
             for batch in logger.batches(loader):
+                if logger.step == TORN_STEP:
+                    double_weights(model)
+                    held.set()
                 logits = logits_of(model(batch))
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), batch.flatten())
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
                 logger.log({"train/loss": loss}, len(batch))
-                if (
-                    2 <= logger.step <= 4
-                ):  # the step that has just been taken is counted when the next batch is asked for
+                # The step that has just been taken is counted when the next batch is asked for.
+                step = logger.step + 1
+                if step == TORN_STEP:
+                    # The copy begins when the weights are written again.
+                    logger._saver._runner.submit(lambda: None if held.wait(60) else sys.exit("nothing was written"))
+                    assert logger.save()
+                elif step in STEPS:
                     expected = gather_state(accelerator, model, optimizer, has_groups=num_groups == 1)
                     assert logger.save()
                     # The copy goes on while the next batch is trained on.
                     if accelerator.is_main_process:
                         # Counted, and so saved, when the next batch is asked for.
-                        directory = out / "expected" / f"step-{logger.step + 1:08d}"
+                        directory = out / "expected" / f"step-{step:08d}"
                         directory.mkdir(parents=True)
                         metadata = {**expected.aliases, "format": "pt"}
                         save_file(expected.model, directory / "model.safetensors", metadata)
