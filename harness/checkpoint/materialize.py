@@ -1,134 +1,296 @@
 """An optimizer's state before its first step, so that there is something to read a checkpoint into.
 
-The optimizer itself makes it, in a step with gradients of zero at a rate of zero: types, devices and what is
-a plain number are its own choice. The values are of no use, so of many parameters that are alike in all that an
-optimizer could go by, one is stepped on and the others get memory of the same form: writing zeros, and
-the arithmetic on them, takes longer than reading the file.
+It is built from the names, types and shapes in the checkpoint and the recorded form, not by a step: a step would move
+counters that the optimizer keeps elsewhere, and some optimizers cannot take one with gradients of zero. A step is taken
+for two things alone, and leaves no trace:
+
+- objects in a state (with ``state_dict`` and ``load_state_dict``), which no file can make;
+- the check whether a checkpoint is of another optimizer, where the recorded class is another or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.checkpoint.huge_pages import advise_huge_pages
+from harness.checkpoint.optimizer_record import OptimizerRecord, class_name
 from harness.checkpoint.shards.held import Stepped
-from harness.errors import CheckpointError
+from harness.checkpoint.shards.source import DTYPES
+from harness.checkpoint.shards.state_form import (
+    Branch,
+    Form,
+    Path,
+    build,
+    is_leaf,
+    is_object,
+    leaves_of,
+    objects_in,
+    plain_form,
+)
+from harness.checkpoint.stored import Place, Stored
+from harness.errors import CheckpointError, DamagedError
 
-_GRADIENT_BYTES = 64 << 20
+_NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
 
 
-def materialize(optimizer: torch.optim.Optimizer, wanted: Iterable[Stepped]) -> list[Tensor]:
-    """Have the innermost optimizer make its state for some of what it steps on.
-
-    Effects: as the optimizer's step, which is not collective for most; main thread, before training; blocks
-    for that step; at most 64 MiB of gradients at a time, or as much as the largest tensor has.
+class BuiltState:
+    """The state that was built for a restore, until its tensors are read.
 
     Args:
         optimizer: the user's own, inside all wrappers.
-        wanted: what has a state already is left as it is.
+    """
 
-    Returns:
-        The tensors that have a state now and had none before. After an error they have none again.
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._before: list[tuple[Tensor, Any]] = []
+        self._objects: list[tuple[Branch, Path, Any]] = []
+
+    def put(self, tensor: Tensor, state: dict[Any, Any]) -> None:
+        """Give the optimizer a state of a tensor."""
+        self._before.append((tensor, self.optimizer.state.pop(tensor, None)))
+        self.optimizer.state[tensor] = state
+
+    def expect(self, state: dict[Any, Any], path: Path, value: Any) -> None:
+        """Have an object take the place of what is read for it."""
+        self._objects.append((Branch(state), path, value))
+
+    def finish(self) -> None:
+        """Once all is read: let the objects load what was read for them."""
+        for branch, path, value in self._objects:
+            value.load_state_dict(branch[path])
+            branch[path] = value
+
+    def undo(self) -> None:
+        """After an error: the optimizer has the state that it had before."""
+        for tensor, before in reversed(self._before):
+            self.optimizer.state.pop(tensor, None)
+            if before is not None:
+                self.optimizer.state[tensor] = before
+
+
+def build_state(built: BuiltState, stepped: Sequence[Stepped], stored: Stored, record: OptimizerRecord) -> None:
+    """Give the innermost optimizer a state of what the checkpoint has a state of.
+
+    Effects: not collective, but for the step of an optimizer whose step is collective; main thread, before training;
+    nothing on disk. The values are not read yet. What is there already is kept.
+
+    Args:
+        built: of the optimizer; undo it after an error.
+        stepped: all that it steps on, by `find_stepped`.
+        stored: the checkpoint.
+        record: what the checkpoint has of the optimizer beside tensors.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another optimizer, or objects in its state cannot be made.
+        DamagedError: if the checkpoint contradicts itself.
+    """
+    wanted = [each for each in stepped if any(stored.state_of(name) for name in each.names)]
+    if record.class_name != class_name(built.optimizer):
+        _refuse_another(built.optimizer, stepped, wanted, stored, record)
+    for each in wanted:
+        _build(built, each, stored, record)
+
+
+def _build(built: BuiltState, each: Stepped, stored: Stored, record: OptimizerRecord) -> None:
+    optimizer = built.optimizer
+    # In a flat partition there is one state of what may have been many; that with the most is taken as the example.
+    name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
+    form = record.forms.get(name) or _form_without(record, stored.state_of(name))
+    state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored))
+    live = optimizer.state.get(each.tensor) or {}
+    if live.keys() >= state.keys():
+        return
+    objects = list(objects_in(form))
+    if objects:
+        made = Branch(zero_step(optimizer, [each])[0])
+        for path in objects:
+            value = _made(optimizer, made, path, name)
+            if isinstance(value, Tensor):
+                Branch(state)[path] = value
+            else:
+                built.expect(state, path, value)
+    built.put(each.tensor, {**state, **live} if live else state)
+
+
+def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
+    """The form of a state that has none in the checkpoint: a dict of tensors.
+
+    A checkpoint from before forms were recorded does not tell a plain number from a tensor of 64 bits without
+    dimensions; a plain number is assumed.
+    """
+    form = plain_form(set(kinds))
+    if record.class_name is None:
+        numbers = {"I64": "int"} if torch.get_default_dtype() == torch.float64 else {"I64": "int", "F64": "float"}
+        for item in form["dict"]:
+            place = kinds[item[0]]
+            if not place.tensor.shape:
+                item[1] = numbers.get(place.tensor.dtype, item[1])
+    return form
+
+
+def _leaf(each: Stepped, name: str, path: Path, kind: str, stored: Stored) -> Any:
+    """Memory for one tensor, or a number, to be read into."""
+    of_name = ".".join(map(str, path))
+    place = stored.state_of(name).get(of_name)
+    if place is None:
+        raise DamagedError(
+            f"{stored.checkpoint}: trainer_state.json has {of_name}.{name}, and optimizer.safetensors has not; use "
+            "another checkpoint"
+        )
+    if kind in _NUMBERS:
+        return _NUMBERS[kind](0)
+    is_number = not place.tensor.shape and of_name == "step"
+    if not is_number and _has_shape_of_parameter(each, of_name, stored):
+        is_flat = len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape
+        # Of a flat partition, padding and parameters without a state are zero.
+        make = torch.zeros_like if is_flat else torch.empty_like
+        value = make(each.tensor, dtype=_dtype(each, name, place, stored), requires_grad=False)
+        advise_huge_pages(getattr(value, "_local_tensor", value))
+        return value
+    shape = place.tensor.shape
+    if math.prod(shape) != 1:
+        return torch.empty(shape, dtype=_dtype(each, name, place, stored), device=each.tensor.device)
+    # As torch's load_state_dict: on the host, where no kernel reads it.
+    is_on_device = kind == "device_tensor" or each.group.get("capturable") or each.group.get("fused")
+    return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
+
+
+def _has_shape_of_parameter(each: Stepped, of_name: str, stored: Stored) -> bool:
+    names = [stored.name_of(name) for name in each.names]
+    pairs = [(stored.state_of(name).get(of_name), stored.model.get(name)) for name in names]
+    return all(place is None or (model and place.tensor.shape == model.tensor.shape) for place, model in pairs)
+
+
+def _dtype(each: Stepped, name: str, place: Place, stored: Stored) -> torch.dtype:
+    """That of what is stepped on now, if it was that of what was stepped on then; else what is stored."""
+    then = stored.master(name)
+    is_same = then is not None and then.dtype == place.dtype and place.dtype.is_floating_point
+    return each.tensor.dtype if is_same else place.dtype
+
+
+def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
+    try:
+        value = made[path]
+    except (KeyError, IndexError, TypeError):
+        value = None
+    if isinstance(value, Tensor) or is_object(value):
+        return value
+    raise CheckpointError(
+        f"{type(optimizer).__name__}: has made no {'.'.join(map(str, path))} of {name} in a step with gradients of "
+        "zero, so it cannot be resumed; restore its weights only"
+    )
+
+
+def _refuse_another(
+    optimizer: Any, stepped: Sequence[Stepped], wanted: Sequence[Stepped], stored: Stored, record: OptimizerRecord
+) -> None:
+    """Refuse a checkpoint of another optimizer, by what this one keeps of one parameter after a step.
+
+    An optimizer that cannot take such a step is not refused.
+
+    Raises:
+        CheckpointError: if it keeps something else.
+    """
+    if not wanted and not stored.step:
+        return
+    candidates = [each for each in wanted or stepped if each.tensor.numel() and (wanted or each.tensor.requires_grad)]
+    if not candidates:
+        return
+    each = min(candidates, key=lambda each: each.tensor.numel())
+    try:
+        keeps = {leaf.name for leaf in leaves_of(zero_step(optimizer, [each])[0])}
+    except CheckpointError:
+        return
+    name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
+    has = set(stored.state_of(name))
+    if keeps == has:
+        return
+    if not wanted:
+        raise CheckpointError(
+            f"{stored.checkpoint}: has no state of the optimizer after step {stored.step}, though "
+            f"{type(optimizer).__name__} keeps one: it holds the weights only, or is of another optimizer; restore its "
+            "weights only, or resume with the optimizer that was saved"
+        )
+    was = f"{record.class_name} was saved" if record.class_name else "another optimizer was saved"
+    raise CheckpointError(
+        f"{stored.checkpoint}: has {_some(has)} of {name}, and {type(optimizer).__name__} keeps {_some(keeps)} ({was})"
+        "; resume with the optimizer that was saved, or restore the weights only"
+    )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+# ---------------------------------------------------------------------------- a step that leaves no trace
+
+
+def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]:
+    """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
+
+    Effects: as the optimizer's step, which is not collective for most; main thread, before training. Its state, groups
+    and counters are as before when this returns; hooks on its steps are not called.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+        wanted: of what it steps on.
 
     Raises:
         CheckpointError: if the optimizer cannot step so.
     """
-    made = [each for each in wanted if not optimizer.state.get(each.tensor)]
-    rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
-    members = [(group, group["params"]) for group in optimizer.param_groups]
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    with _kept(optimizer, [each.tensor for each in wanted]):
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for group in optimizer.param_groups:
+            group["params"] = [each.tensor for each in wanted if each.group is group]
+        # DeepSpeed keeps gradients of its own where the optimizer is offloaded.
+        gradients = [each.tensor.grad for each in wanted]
+        try:
+            for each in wanted:
+                each.tensor.grad = torch.zeros_like(each.tensor)
+            step(optimizer)
+            return [optimizer.state.pop(each.tensor, {}) for each in wanted]
+        except Exception as error:
+            raise CheckpointError(
+                f"{type(optimizer).__name__}: cannot make its state before training: {error}; it cannot be resumed"
+            ) from error
+        finally:
+            for each, gradient in zip(wanted, gradients, strict=True):
+                each.tensor.grad = gradient
+
+
+@contextmanager
+def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put an optimizer's groups, counters and state of some tensors back as they were."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    attributes = set(vars(optimizer))
+    counters = {name: value for name, value in vars(optimizer).items() if is_leaf(value) or value is None}
+    states = {tensor: optimizer.state.pop(tensor, None) for tensor in tensors}
+    shared = {key: copy.deepcopy(value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     try:
-        for group, rate in rates:
-            group["lr"] = torch.zeros_like(rate) if isinstance(rate, Tensor) else 0.0
-        alike: dict[Any, list[Stepped]] = {}
-        for each in made:
-            alike.setdefault(_form(each), []).append(each)
-        for part in _parts(same[0] for same in alike.values()):
-            _step(optimizer, part)
-        for part in _parts(each for same in alike.values() for each in same[1:] if not _copy(optimizer, same[0], each)):
-            _step(optimizer, part)
-    except (TypeError, RuntimeError, AttributeError, KeyError) as error:
-        forget(optimizer, [each.tensor for each in made])
-        raise CheckpointError(
-            f"{type(optimizer).__name__}: cannot make its state before training: {error}; it cannot be resumed"
-        ) from error
+        yield
     finally:
-        for group, rate in rates:
-            group["lr"] = rate
-        for group, parameters in members:
-            group["params"] = parameters
-    for each in made:
-        # In the order that they would have come in; a look into a defaultdict has left an entry for nothing.
-        if state := optimizer.state.pop(each.tensor, None):
-            optimizer.state[each.tensor] = state
-    return [each.tensor for each in made if each.tensor in optimizer.state]
-
-
-def forget(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
-    """Take the state of some tensors away, as before the first step."""
-    for tensor in tensors:
-        optimizer.state.pop(tensor, None)
-
-
-def _form(each: Stepped) -> Any:
-    """All that an optimizer could go by when it makes a state; of its own for a flat partition, where zeros count."""
-    tensor = each.tensor
-    if len(each.names) > 1 or getattr(tensor, "_is_flat_param", False):
-        return id(tensor)
-    kind = (type(tensor), tensor.dtype, tensor.shape, getattr(tensor, "placements", None), tensor.requires_grad)
-    return id(each.group), kind, _place(tensor)
-
-
-def _place(tensor: Tensor) -> Any:
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.shape, local.stride(), local.device
-
-
-def _copy(optimizer: torch.optim.Optimizer, first: Stepped, each: Stepped) -> bool:
-    """Give a state of the form that another has; whether it is of a kind that can be told from its values."""
-    state: dict[Any, Any] = {}
-    for kind, value in optimizer.state.get(first.tensor, {}).items():
-        if value is None or isinstance(value, bool | int | float):
-            state[kind] = value
-        elif not isinstance(value, Tensor):
-            return False
-        elif not value.shape and first.tensor.numel() > 1 and type(value) is Tensor:
-            state[kind] = value.clone()
-        elif _place(value) == _place(first.tensor):
-            state[kind] = torch.empty_like(each.tensor, dtype=value.dtype, requires_grad=False)
-            advise_huge_pages(getattr(state[kind], "_local_tensor", state[kind]))
-            if type(state[kind]) is not type(value):
-                return False
-        else:
-            return False
-    if state:
-        optimizer.state[each.tensor] = state
-    return True
-
-
-def _step(optimizer: Any, part: list[Stepped]) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [each.tensor for each in part if each.group is group]
-    # DeepSpeed keeps gradients of its own where the optimizer is offloaded.
-    before = [each.tensor.grad for each in part]
-    try:
-        for each in part:
-            each.tensor.grad = torch.zeros_like(each.tensor)
-        optimizer.step()
-    finally:
-        for each, gradient in zip(part, before, strict=True):
-            each.tensor.grad = gradient
-
-
-def _parts(wanted: Iterable[Stepped]) -> Iterator[list[Stepped]]:
-    part: list[Stepped] = []
-    for each in wanted:
-        part.append(each)
-        if sum(one.tensor.nbytes for one in part) >= _GRADIENT_BYTES:
-            yield part
-            part = []
-    if part:
-        yield part
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        for name in [name for name in vars(optimizer) if name not in attributes]:
+            delattr(optimizer, name)
+        vars(optimizer).update(counters)
+        for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+            del optimizer.state[key]
+        optimizer.state.update(shared)
+        for tensor, state in states.items():
+            optimizer.state.pop(tensor, None)
+            if state is not None:
+                optimizer.state[tensor] = state

@@ -1,6 +1,6 @@
 """A checkpoint's tensors into what the ranks hold now, whatever strategy and world size wrote them.
 
-    headers  ->  optimizer makes its state  ->  what this rank holds  ->  matched by name  ->  read and checked
+    headers  ->  the optimizer's state is built  ->  what this rank holds  ->  matched by name  ->  read and checked
 
 Each rank reads what it holds, and knows the digests of that; what none holds whole is put together at the end.
 After each part the ranks tell one another what went wrong, so that all of them stop with the same error.
@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from harness.agreement import Agreement
 from harness.checkpoint.check import Span, joined, known_whole, require_digest
-from harness.checkpoint.commit import FileRecord, Manifest
+from harness.checkpoint.commit import FileRecord, Manifest, read_manifest
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.match import Targets, match
-from harness.checkpoint.materialize import forget, materialize
+from harness.checkpoint.materialize import BuiltState, build_state
+from harness.checkpoint.optimizer_record import OptimizerRecord
 from harness.checkpoint.read import digest_leaves, read
 from harness.checkpoint.shards.held import find_held, find_stepped, innermost
 from harness.checkpoint.stored import Stored
-from harness.checkpoint.trainer_state import Watched
-from harness.errors import CheckpointError
+from harness.checkpoint.trainer_state import Watched, read_trainer_state
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def restore_tensors(
     weights_only: bool = False,
     manifest: Manifest | None = None,
     files: Files | None = None,
+    record: OptimizerRecord | None = None,
 ) -> Restored:
     """Fill the weights, the buffers and the optimizer's state from a checkpoint.
 
@@ -60,9 +61,8 @@ def restore_tensors(
     where one state is of many parameters, zeros. State of a parameter that is no longer trained is left out.
 
     Effects: collective; main thread, before training; blocks until every rank has read its part; nothing on
-    disk. The optimizer steps with gradients of zero at a rate of zero where it has no state yet. After an
-    error the tensors hold anything, so another checkpoint, or none, has to take its place; states that were
-    made for this are taken away again.
+    disk. The optimizer takes no step, but for what `materialize` says. After an error the tensors hold
+    anything, so another checkpoint, or none, has to take its place; the optimizer's state is what it was before.
 
     Args:
         accelerator: which ranks and which strategy.
@@ -72,16 +72,23 @@ def restore_tensors(
         weights_only: leave the optimizer's state as it is; ZeRO's masters become what the weights are.
         manifest: the checkpoint's, where it has been read already.
         files: where its files are read from; None: every rank sees them.
+        record: what it has of the optimizer beside tensors, where that has been read already.
 
     Raises:
         DamagedError: on all ranks, if the checkpoint is damaged for any of them.
         CheckpointError: on all ranks, if it is of another model or optimizer, or a rank fails otherwise.
     """
     files = files or LocalFiles(checkpoint)
-    what = "reading the checkpoint's headers"
-    stored = agreement.together(what, lambda: files.reading(lambda: Stored.of(checkpoint, manifest, files)))
     weights_only = weights_only or watched.optimizer is None
-    return _restore(accelerator, watched, stored, files, agreement, weights_only=weights_only, strict=True)
+
+    def headers() -> tuple[Stored, OptimizerRecord]:
+        found = manifest or read_manifest(checkpoint)
+        is_read = record is not None or weights_only or not found.can_be_resumed
+        own = None if is_read else read_trainer_state(checkpoint, found, files).optimizer
+        return Stored.of(checkpoint, found, files), record or own or OptimizerRecord()
+
+    stored, of_optimizer = agreement.together("reading the checkpoint's headers", lambda: files.reading(headers))
+    return _restore(accelerator, watched, stored, files, agreement, None if weights_only else of_optimizer, strict=True)
 
 
 def restore_weights(
@@ -112,7 +119,7 @@ def restore_weights(
     files = files or LocalFiles(directory)
     what = "reading the headers of the weights"
     stored = agreement.together(what, lambda: files.reading(lambda: Stored.of_weights(directory, records, files)))
-    return _restore(accelerator, watched, stored, files, agreement, weights_only=True, strict=False)
+    return _restore(accelerator, watched, stored, files, agreement, None, strict=False)
 
 
 def _restore(
@@ -121,16 +128,19 @@ def _restore(
     stored: Stored,
     files: Files,
     agreement: Agreement,
+    record: OptimizerRecord | None,
     *,
-    weights_only: bool,
     strict: bool,
 ) -> Restored:
-    optimizer = watched.optimizer
-    made: list[Tensor] = []
+    """Fill what is held; without a record of the optimizer, the weights only."""
+    optimizer, weights_only = watched.optimizer, record is None
+    built = BuiltState(innermost(optimizer))
     try:
-        if not weights_only:
-            what = "making the optimizer's state before its first step"
-            agreement.together(what, lambda: made.extend(_make_state(accelerator, watched, stored)))
+        if record is not None:
+            assert optimizer is not None
+            stepped = partial(find_stepped, accelerator, watched.model, optimizer)
+            what = "building the optimizer's state"
+            agreement.together(what, lambda: build_state(built, stepped(), stored, record))
 
         def matched() -> tuple[Targets, Callable[[], None]]:
             held = find_held(
@@ -142,35 +152,12 @@ def _restore(
         what = "reading the tensors"
         read_bytes, spans = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
         read_bytes += _check(stored, spans, files, agreement)
+        agreement.together("loading the state of the optimizer's objects", built.finish)
         refresh()
     except BaseException:
-        forget(innermost(optimizer), made)
+        built.undo()
         raise
     return Restored(targets.wanted_bytes, read_bytes, tuple(targets.notes))
-
-
-def _make_state(accelerator: Accelerator, watched: Watched, stored: Stored) -> list[Tensor]:
-    """Have the optimizer make its state for what the checkpoint has a state of; for what it was made."""
-    assert watched.optimizer is not None
-    optimizer = innermost(watched.optimizer)
-    stepped = find_stepped(accelerator, watched.model, watched.optimizer)
-    if stored.has_state or not stored.step:
-        # No more than that: a large frozen model may be in the optimizer's groups, and never get a state.
-        return materialize(optimizer, [each for each in stepped if any(stored.state_of(name) for name in each.names)])
-    # It has stepped, and there is no state: that is right for an optimizer that keeps none.
-    made = materialize(optimizer, [each for each in stepped if each.tensor.requires_grad])
-    if made:
-        forget(optimizer, made)
-        raise CheckpointError(
-            f"{stored.checkpoint}: has no state of the optimizer after step {stored.step}, though {_name(optimizer)} "
-            "keeps one: it holds the weights only, or is of another optimizer; restore its weights only, or resume "
-            "with the optimizer that was saved"
-        )
-    return made
-
-
-def _name(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__
 
 
 def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:

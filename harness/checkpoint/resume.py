@@ -192,7 +192,9 @@ def _put_back(
 
     # What takes no time first: that is refused before gigabytes are read.
     state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
-    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest, files=files)
+    restored = restore_tensors(
+        accelerator, watched, path, agreement, manifest=manifest, files=files, record=state.optimizer
+    )
     for note in restored.notes:
         say(f"harness: {path.name}: {note}")
     return agreement.together(f"putting back {path / FILE}", finish)

@@ -30,6 +30,7 @@ from harness.checkpoint.commit import Manifest
 from harness.checkpoint.engine import Engine, make_engine, plan_saves
 from harness.checkpoint.fence import Fence, Overlap
 from harness.checkpoint.gather import Gatherer
+from harness.checkpoint.optimizer_record import check_step, record_of
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
 from harness.checkpoint.shards.held import Held, innermost
@@ -137,9 +138,11 @@ class Saver:
 
         Raises:
             CheckpointError: if the model's sharding, or what there is of the optimizer's state, is not
-                understood, or the scheduler's state is not JSON.
+                understood, the optimizer needs a closure, or the scheduler's state is not JSON.
         """
         self._await_save()
+        if not self._config.save_weights_only:
+            check_step(watched.optimizer)
         self._watched = watched
         self._drop_engine()
         plan_saves(self._accelerator, self._agreement, self._config, watched, is_rank_zeros=self._is_rank_zeros)
@@ -317,7 +320,8 @@ class Saver:
         state = None
         try:
             if self._rank == 0:
-                state = take_trainer_state(moment, self._watched, held.hyperparameters(), self._accelerator.scaler)
+                optimizer = record_of(held, self._watched.optimizer)
+                state = take_trainer_state(moment, self._watched, optimizer, self._accelerator.scaler)
             return Small(state, self._take_rank_state())
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.

@@ -15,6 +15,7 @@ from harness.checkpoint.commit import TRAINER_STATE, FileRecord, Manifest
 from harness.checkpoint.digest import digest_of
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.optimizer_record import OptimizerRecord
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError, DamagedError
 
@@ -75,7 +76,7 @@ def check_scheduler(watched: Watched) -> None:
         ) from error
 
 
-def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mapping[str, Any]], scaler: Any) -> Any:
+def take_trainer_state(moment: Moment, watched: Watched, optimizer: Mapping[str, Any], scaler: Any) -> Any:
     """The state as it is now, as JSON values.
 
     Effects: not collective; main thread, between steps; a learning rate that is a tensor on CUDA is waited
@@ -84,7 +85,7 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
     Args:
         moment: counters and position.
         watched: for the scheduler.
-        groups: hyperparameters of each of the optimizer's parameter groups, as JSON values.
+        optimizer: what `record_of` gives.
         scaler: accelerate's gradient scaler, or None.
     """
     return {
@@ -99,7 +100,7 @@ def take_trainer_state(moment: Moment, watched: Watched, groups: Sequence[Mappin
         "is_stopped": moment.is_stopped,
         "metrics": dict(moment.metrics),
         "states": dict(moment.states),
-        "optimizer": {"param_groups": list(groups)},
+        "optimizer": dict(optimizer),
         "scheduler": encode(None if watched.scheduler is None else watched.scheduler.state_dict()),
         "scaler": encode(None if scaler is None else scaler.state_dict()),
         "loss_scale": encode(_loss_scale(watched.model)),
@@ -133,6 +134,7 @@ class TrainerState:
         states: name -> state, as JSON values, of what else goes on.
         is_stopped: whether the training had ended before its last epoch, for good.
         ranks: of each rank that saved, as `RankState.encoded` made it.
+        optimizer: what there is of the optimizer beside its groups and its tensors.
     """
 
     epoch: int
@@ -149,6 +151,7 @@ class TrainerState:
     states: Mapping[str, Any]
     is_stopped: bool
     ranks: Sequence[dict[str, Any]]
+    optimizer: OptimizerRecord = field(default_factory=OptimizerRecord)
 
 
 def read_trainer_state(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> TrainerState:
@@ -219,6 +222,7 @@ def _state(record: Any) -> TrainerState:
             states=record["states"],
             is_stopped=record["is_stopped"],
             ranks=record["ranks"],
+            optimizer=OptimizerRecord.read(record["optimizer"]),
         )
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error

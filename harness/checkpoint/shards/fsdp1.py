@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from harness.agreement import Agreement
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.names import NamedState, Stand, is_fsdp1
-from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, refuse_state, trained_ids
+from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, refuse_state, state_leaves, trained_ids
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import Run, Source, number_spec, source_of, spec_of, whole, whole_number
+from harness.checkpoint.shards.state_form import Leaf
 from harness.errors import CheckpointError
 
 
@@ -164,13 +165,9 @@ def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, s
         if values is None or selection.weights_only or (is_absent and not selection.restoring):
             continue
         held.members.append((inner.state, stepped.tensor, values))
-        held.sizes.append((values, len(values)))
-        for kind, value in values.items():
-            if value is None:
-                held.members.append((values, kind, None))
-                continue
+        for leaf in state_leaves(held, inner, stepped.names, values, tuple(stepped.tensor.shape)):
             for name in stepped.names:
-                source = _state(inner, kind, name, values, parts[name])
+                source = _state(inner, name, leaf, parts[name])
                 held.sources.append(source)
                 if parts[name].runs and parts[name].runs[0].logical == 0:
                     told.setdefault(name, []).append(source.spec)
@@ -211,25 +208,30 @@ def _stepped(inner: Any, parts: Mapping[str, Part], units: Sequence[Unit]) -> It
             yield Stepped(group, tensor, names.get(id(tensor)) or [name_of(tensor, {}, index)])
 
 
-def _state(optimizer: Any, kind: str, name: str, values: dict[str, Any], part: Part) -> Source:
-    value, full_name = values[kind], f"{kind}.{name}"
-    if isinstance(value, (int, float)):
+def _state(optimizer: Any, name: str, leaf: Leaf, part: Part) -> Source:
+    full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
+    if not isinstance(value, Tensor):
         runs = () if part.is_absent else whole_number()
-        return source_of(number_spec("optimizer", full_name, value), (values, kind), runs, at_once=True)
-    if isinstance(value, Tensor) and value.shape == part.tensor.shape:
-        return source_of(spec_of("optimizer", full_name, value, part.shape, None), (values, kind), part.runs)
-    if isinstance(value, Tensor) and value.numel() == 1:
+        return source_of(number_spec("optimizer", full_name, value), place, runs, at_once=True)
+    if value.shape == part.tensor.shape:
+        return source_of(
+            spec_of("optimizer", full_name, value, part.shape, None), place, part.runs, at_once=leaf.is_made
+        )
+    if value.numel() == 1:
         spec = spec_of("optimizer", full_name, value, tuple(value.shape), None)
-        return source_of(spec, (values, kind), () if part.is_absent else whole(value))
-    what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise refuse_state(optimizer, kind, name, f"{what}, for a slice of shape {tuple(part.tensor.shape)}")
+        return source_of(spec, place, () if part.is_absent else whole(value), at_once=leaf.is_made)
+    what = f"of shape {tuple(value.shape)}, for a slice of shape {tuple(part.tensor.shape)}"
+    raise refuse_state(optimizer, leaf.name, name, what)
 
 
 def _complete(
     held: Held, parts: Mapping[str, Part], told: Mapping[str, list[TensorSpec]], agreement: Agreement
 ) -> None:
     """Learn what state there is of parameters of which this rank has nothing. Collective."""
-    known = {name: specs for each in agreement.gather("what state there is", told) for name, specs in each.items()}
+    known: dict[str, list[TensorSpec]] = {}
+    for specs_of, forms in agreement.gather("what state there is", (told, held.forms)):
+        known |= specs_of
+        held.forms |= forms
     for name, part in parts.items():
         if part.is_absent:
             held.sources += [Source(spec, {}, None, ()) for spec in known.get(name, ())]

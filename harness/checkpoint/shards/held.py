@@ -19,6 +19,8 @@ from harness.agreement import Agreement
 from harness.checkpoint.json_values import encode
 from harness.checkpoint.names import NamedState, named_state
 from harness.checkpoint.shards.source import Source
+from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, leaves_of, needed_form
+from harness.checkpoint.stored import split_name
 from harness.errors import CheckpointError
 
 
@@ -43,6 +45,9 @@ class Held:
         sharded_modules: FSDP2's modules, or FSDP1's units, which may hold unsharded parameters for a while.
         sizes: containers whose length must stay for all this to hold.
         members: (dictionary, key, value): what must stay where it is; None: there is nothing.
+        trees: (state, kind, shape of the parameter, form): optimizer state that is neither a tensor nor a number, and
+            must keep its form.
+        forms: parameter -> form of its optimizer state, where that does not follow from the names in the file.
         complete: collective; adds the sources that a rank cannot find by itself, once all ranks have found theirs.
         refresh: collective; what follows from the tensors, once a checkpoint has been read into them.
     """
@@ -53,6 +58,8 @@ class Held:
     sharded_modules: tuple[Any, ...] = ()
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     members: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    trees: list[tuple[Mapping[Any, Any], Any, tuple[int, ...], Form]] = field(default_factory=list)
+    forms: dict[str, Form] = field(default_factory=dict)
     complete: Callable[[Agreement], None] = lambda _: None
     refresh: Callable[[], None] = lambda: None
 
@@ -61,7 +68,8 @@ class Held:
         """Whether the model and the optimizer still have the structure that was found."""
         (containers, sizes), (mappings, keys, values) = self._columns
         found = map(dict.get, mappings, keys)
-        return list(map(len, containers)) == sizes and all(map(operator.is_, found, values))
+        is_same = list(map(len, containers)) == sizes and all(map(operator.is_, found, values))
+        return is_same and all(_has_form(*tree) for tree in self.trees)
 
     @cached_property
     def _columns(self) -> tuple[tuple[list[Any], list[int]], tuple[list[Any], list[Any], list[Any]]]:
@@ -132,6 +140,8 @@ def find_held(
         zero.find(held, state, model, optimizer, selection)
     else:
         plain.find(held, state, model, optimizer, selection)
+    if held.trees:
+        _refuse_ambiguous(held, innermost(optimizer))
     return held
 
 
@@ -212,6 +222,66 @@ def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> st
 def names_by_id(state: NamedState) -> dict[int, str]:
     """Identity of a parameter -> its name."""
     return {id(parameter): name for name, parameter in state.parameters.items()}
+
+
+def state_leaves(
+    held: Held, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], shape: tuple[int, ...]
+) -> list[Leaf]:
+    """The leaves of what an optimizer keeps for one tensor; `held` notes its structure and its form.
+
+    Effects: not collective; main thread, between steps; reads metadata only.
+
+    Args:
+        held: is filled.
+        optimizer: for messages.
+        names: of the parameters that are in the tensor.
+        values: the state.
+        shape: of the tensor.
+
+    Raises:
+        CheckpointError: if something in it is not understood.
+    """
+    held.sizes.append((values, len(values)))
+    for kind, value in values.items():
+        if value is None:
+            held.members.append((values, kind, None))
+        elif not is_leaf(value):
+            try:
+                held.trees.append((values, kind, shape, form_of(value, shape)))
+            except TypeError as error:
+                raise refuse_state(optimizer, str(kind), names[0] if names else "a parameter", str(error)) from error
+    if (form := needed_form(values, shape)) is not None:
+        held.forms.update(dict.fromkeys(names, form))
+    return list(leaves_of(values))
+
+
+def _has_form(values: Mapping[Any, Any], kind: Any, shape: tuple[int, ...], form: Form) -> bool:
+    try:
+        return bool(form_of(values.get(kind), shape) == form)
+    except TypeError:
+        return False  # which is refused, with its name, when it is planned for
+
+
+def _refuse_ambiguous(held: Held, optimizer: Any) -> None:
+    """Refuse names by which a reader would not find the parameter that a part of a state belongs to.
+
+    Raises:
+        CheckpointError: with the first of them.
+    """
+    names = {source.spec.name for source in held.sources if source.spec.section == "model"}
+    seen: set[str] = set()
+    for source in held.sources:
+        name = source.spec.name
+        if source.spec.section != "optimizer":
+            continue
+        if name in seen or (
+            isinstance(source.key, tuple) and split_name(name, names)[0] != ".".join(map(str, source.key))
+        ):
+            raise CheckpointError(
+                f"{type(optimizer).__name__}: cannot save its state {name!r}: another tensor would have this name; "
+                "rename a parameter, or use checkpoint.save_weights_only"
+            )
+        seen.add(name)
 
 
 def refuse_state(optimizer: Any, kind: str, name: str, what: str) -> CheckpointError:

@@ -12,8 +12,18 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
 from harness.checkpoint.shards.dtensor import runs_of
-from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, names_by_id, refuse_state, trained_ids
+from harness.checkpoint.shards.held import (
+    Held,
+    Selection,
+    Stepped,
+    name_of,
+    names_by_id,
+    refuse_state,
+    state_leaves,
+    trained_ids,
+)
 from harness.checkpoint.shards.source import Source, number_spec, source_of, spec_of, whole, whole_number
+from harness.checkpoint.shards.state_form import Leaf
 
 
 def find(
@@ -49,9 +59,8 @@ def find(
             if values is None:
                 continue
             held.members.append((inner.state, parameter, values))
-            held.sizes.append((values, len(values)))
-            for kind, value in values.items():
-                _add_state(held, inner, kind, name, value, values, parameter)
+            for leaf in state_leaves(held, inner, [name], values, tuple(parameter.shape)):
+                held.sources.append(_state(inner, name, leaf, parameter))
 
 
 def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
@@ -64,22 +73,13 @@ def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
     ]
 
 
-def _add_state(
-    held: Held, optimizer: Any, kind: str, name: str, value: Any, values: dict[str, Any], parameter: Tensor
-) -> None:
-    full_name = f"{kind}.{name}"
-    if value is None:
-        held.members.append((values, kind, None))
-        return
-    if isinstance(value, (int, float)):
-        spec = number_spec("optimizer", full_name, value)
-        held.sources.append(source_of(spec, (values, kind), whole_number(), at_once=True))
-    elif isinstance(value, Tensor):
-        if value.ndim and isinstance(parameter, DTensor) and not isinstance(value, DTensor) and _is_sharded(parameter):
-            raise refuse_state(optimizer, kind, name, "a plain tensor, though the parameter is sharded")
-        held.sources.append(_source("optimizer", full_name, value, (values, kind), None, at_once=False))
-    else:
-        raise refuse_state(optimizer, kind, name, f"a {type(value).__name__}, not a tensor or a number")
+def _state(optimizer: Any, name: str, leaf: Leaf, parameter: Tensor) -> Source:
+    full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
+    if not isinstance(value, Tensor):
+        return source_of(number_spec("optimizer", full_name, value), place, whole_number(), at_once=True)
+    if value.ndim and isinstance(parameter, DTensor) and not isinstance(value, DTensor) and _is_sharded(parameter):
+        raise refuse_state(optimizer, leaf.name, name, "a plain tensor, though the parameter is sharded")
+    return _source("optimizer", full_name, value, place, None, at_once=leaf.is_made)
 
 
 def _is_sharded(parameter: DTensor) -> bool:

@@ -97,7 +97,7 @@ def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dty
     """The specification of a tensor that is written as `dtype` (None, or not floating point: as it is).
 
     Raises:
-        CheckpointError: if safetensors has no such type, or it is made of several tensors.
+        CheckpointError: if safetensors has no such type, it is sparse, or it is made of several tensors.
     """
     local = value._local_tensor if isinstance(value, DTensor) else value
     if is_traceable_wrapper_subclass(local):
@@ -105,6 +105,11 @@ def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dty
             f"{name}: is a {type(local).__name__}, a tensor made of others, which cannot be saved; convert it to a "
             "plain tensor, or leave it out"
         )
+    if local.layout is not torch.strided:
+        remedy = "keep it as a dense one"
+        if section == "optimizer":
+            remedy = "use checkpoint.save_weights_only, or an optimizer with a dense state, such as SparseAdam"
+        raise CheckpointError(f"{name}: is a sparse tensor ({local.layout}), which cannot be saved; {remedy}")
     kept: torch.dtype = value.dtype
     if dtype is not None and kept.is_floating_point:
         kept = dtype

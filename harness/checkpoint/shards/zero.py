@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from harness.checkpoint.layout import Section
 from harness.checkpoint.names import NamedState
-from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, names_by_id, refuse_state
+from harness.checkpoint.shards.held import (
+    Held,
+    Selection,
+    Stepped,
+    name_of,
+    names_by_id,
+    refuse_state,
+    state_leaves,
+)
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import (
     Run,
@@ -25,6 +33,7 @@ from harness.checkpoint.shards.source import (
     whole,
     whole_number,
 )
+from harness.checkpoint.shards.state_form import Leaf
 from harness.errors import CheckpointError
 
 
@@ -57,15 +66,16 @@ def find(
     for flat in stage.flats:
         values = inner.state.get(flat.tensor, {})
         held.members.append((inner.state, flat.tensor, values if flat.tensor in inner.state else None))
-        held.sizes.append((values, len(values)))
-        for parameter, runs in flat.members:
-            name, shape = name_of(parameter, names, flat.group_index), stage.shape(parameter)
+        in_flat = [name_of(parameter, names, flat.group_index) for parameter, _ in flat.members]
+        leaves: list[Leaf] = []
+        if not selection.weights_only:
+            leaves = state_leaves(held, inner, in_flat, values, tuple(flat.tensor.shape))
+        for (parameter, runs), name in zip(flat.members, in_flat, strict=True):
+            shape = stage.shape(parameter)
             if parameter.dtype != torch.float32 or selection.restoring:
                 _add(held, "optimizer", f"master.{name}", flat.tensor, shape, flat.place, runs)
-            if selection.weights_only:
-                continue
-            for kind, value in values.items():
-                _add_state(held, inner, kind, name, value, values, flat.tensor, shape, runs)
+            for leaf in leaves:
+                _add_state(held, inner, name, leaf, flat.tensor, shape, runs)
 
 
 def find_stepped(model: nn.Module, names: dict[int, str]) -> list[Stepped]:
@@ -95,28 +105,23 @@ def _stage(zero: Any) -> _Stage12 | _Stage3:
 def _add_state(
     held: Held,
     optimizer: Any,
-    kind: str,
     name: str,
-    value: Any,
-    values: dict[str, Any],
+    leaf: Leaf,
     flat: Tensor,
     shape: tuple[int, ...],
     runs: tuple[Run, ...],
 ) -> None:
-    if value is None:
-        held.members.append((values, kind, None))
-        return
-    full_name = f"{kind}.{name}"
-    if isinstance(value, (int, float)):
+    full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
+    if not isinstance(value, Tensor):
         spec = number_spec("optimizer", full_name, value)
-        held.sources.append(source_of(spec, (values, kind), whole_number(), at_once=True))
-    elif isinstance(value, Tensor) and value.shape == flat.shape:
-        _add(held, "optimizer", full_name, value, shape, (values, kind), runs)
-    elif isinstance(value, Tensor) and value.numel() == 1:
-        _add(held, "optimizer", full_name, value, tuple(value.shape), (values, kind), whole(value))
+        held.sources.append(source_of(spec, place, whole_number(), at_once=True))
+    elif value.shape == flat.shape:
+        _add(held, "optimizer", full_name, value, shape, place, runs, at_once=leaf.is_made)
+    elif value.numel() == 1:
+        _add(held, "optimizer", full_name, value, tuple(value.shape), place, whole(value), at_once=leaf.is_made)
     else:
-        what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise refuse_state(optimizer, kind, name, f"{what}, for a flat partition of shape {tuple(flat.shape)}")
+        what = f"of shape {tuple(value.shape)}, for a flat partition of shape {tuple(flat.shape)}"
+        raise refuse_state(optimizer, leaf.name, name, what)
 
 
 def _add(
@@ -127,8 +132,10 @@ def _add(
     shape: tuple[int, ...],
     place: tuple[Any, Any],
     runs: tuple[Run, ...],
+    *,
+    at_once: bool = False,
 ) -> None:
-    held.sources.append(source_of(spec_of(section, name, value, shape, None), place, runs))
+    held.sources.append(source_of(spec_of(section, name, value, shape, None), place, runs, at_once=at_once))
 
 
 def _add_groups(held: Held, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:

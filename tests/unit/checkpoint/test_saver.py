@@ -443,20 +443,40 @@ def test_groups_are_those_of_the_moment_when_one_was_added(make: Make, checkpoin
 # ------------------------------------------------------------------------ what is refused
 
 
-def test_error_names_the_state_when_the_optimizer_keeps_lists(make: Make) -> None:
+def test_error_names_the_optimizer_when_its_step_needs_a_closure(make: Make) -> None:
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.LBFGS(model.parameters())
+    watched = Watched(model, torch.optim.LBFGS(model.parameters()), None)
+    with pytest.raises(CheckpointError, match=r"LBFGS: its step needs a closure.*checkpoint\.save_weights_only: true"):
+        make(watched)
+    make(watched, save_weights_only=True)
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(torch.ones(1, 3)).square().sum()
-        loss.backward()
-        return loss
 
-    optimizer.step(closure)
-    with pytest.raises(
-        CheckpointError, match=r"LBFGS: cannot save its state '\w+' of weight: a list.*save_weights_only"
-    ):
+@pytest.mark.parametrize("value", [object(), {"a": [slice(1)]}, {(1, 2): 3.0}])
+def test_error_names_the_state_when_it_is_not_understood(make: Make, value: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight]["history"] = value
+    with pytest.raises(CheckpointError, match=r"SGD: cannot save its state 'history' of weight: a .*save_weights_only"):
+        make(Watched(model, optimizer, None))
+
+
+def test_error_names_the_tensor_when_it_is_sparse(make: Make) -> None:
+    model = nn.EmbeddingBag(8, 2, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    saver = make(Watched(model, optimizer, None))
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    with pytest.raises(CheckpointError, match=r"momentum_buffer\.weight: is a sparse tensor .*SparseAdam") as caught:
+        saver.prepare()
+    assert "memory" not in str(caught.value)
+
+
+def test_error_names_the_tensor_when_two_would_have_its_name(make: Make) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_parameter("weight", nn.Parameter(torch.zeros(2)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight]["GG"] = [torch.zeros(2)]
+    with pytest.raises(CheckpointError, match=r"cannot save its state 'GG\.0\.weight': another tensor"):
         make(Watched(model, optimizer, None))
 
 

@@ -1,0 +1,269 @@
+"""The state that an optimizer keeps of one parameter: its leaves by path, and the form to build it again from.
+
+Most optimizers keep a dict of tensors and numbers. Some keep lists, tuples, deques and dicts of these, or objects that
+have ``state_dict`` and ``load_state_dict``. Each tensor or number in them is a leaf, named by its path (``GG.0``). The
+form is what the leaves do not have: the containers, their order, None, text, and which leaves are plain numbers.
+
+A form is JSON: a leaf is ``"tensor"``, ``"device_tensor"`` (one element, on the accelerator), ``"made"`` (only the
+optimizer can make it), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list is a list; all else is an object
+with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``, ``{"object": <form of its state_dict()>}``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+Path = tuple[Any, ...]
+Form = Any
+
+_TENSORS = ("tensor", "device_tensor", "made")
+_NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+_SEQUENCES: dict[type, str] = {tuple: "tuple", torch.Size: "size"}
+_MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered_dict"}
+_MADE_OF = {name: made for made, name in (*_SEQUENCES.items(), *_MAPPINGS.items())}
+
+
+class Leaf(NamedTuple):
+    """One tensor or number of a state.
+
+    Args:
+        name: its path with dots.
+        holder: where it is looked up by `key`, at each save anew.
+        key: in `holder`.
+        value: the tensor or number now.
+        is_made: an object's `state_dict` gives it, perhaps a new one at each call.
+    """
+
+    name: str
+    holder: Any
+    key: Any
+    value: Any
+    is_made: bool = False
+
+
+class Branch:
+    """Values of a state by path, through containers and objects, so that a container may be replaced between saves.
+
+    Args:
+        values: the state.
+    """
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def __getitem__(self, path: Path) -> Any:
+        """The value there now.
+
+        Raises:
+            KeyError, IndexError, TypeError: if there is none.
+        """
+        value = self._values
+        for key in path:
+            value = (value.state_dict() if is_object(value) else value)[key]
+        return value
+
+    def __setitem__(self, path: Path, value: Any) -> None:
+        """Replace the value there; a tuple is replaced by another one."""
+        above, key = path[:-1], path[-1]
+        container = self[above]
+        if isinstance(container, tuple):
+            items = list(container)
+            items[key] = value
+            self[above] = type(container)(items)
+        else:
+            container[key] = value
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether it is a tensor or a plain number."""
+    return isinstance(value, (Tensor, int, float))
+
+
+def is_object(value: Any) -> bool:
+    """Whether it is an object that saves and loads its own state."""
+    return not isinstance(value, (Tensor, type)) and all(
+        callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict")
+    )
+
+
+def leaves_of(values: Mapping[Any, Any]) -> Iterator[Leaf]:
+    """The leaves of a state, in its order. Not collective.
+
+    Raises:
+        TypeError: if something in it is not understood.
+    """
+    branch = Branch(values)
+    for kind, value in values.items():
+        if is_leaf(value):
+            yield Leaf(str(kind), values, kind, value)
+        else:
+            for path, leaf, is_made in _walk(value, (kind,), is_made=False):
+                yield Leaf(".".join(map(str, path)), branch, path, leaf, is_made)
+
+
+def _walk(value: Any, path: Path, *, is_made: bool) -> Iterator[tuple[Path, Any, bool]]:
+    if is_leaf(value):
+        yield path, value, is_made
+    elif is_object(value):
+        yield from _walk(value.state_dict(), path, is_made=True)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _walk(item, (*path, key), is_made=is_made)
+    elif isinstance(value, (list, tuple, deque)):
+        for index, item in enumerate(value):
+            yield from _walk(item, (*path, index), is_made=is_made)
+
+
+def form_of(value: Any, shape: tuple[int, ...], *, in_object: bool = False) -> Form:
+    """The form of a value in a state.
+
+    Args:
+        value: of the state, or all of it.
+        shape: of the parameter.
+        in_object: whether it is in what an object's `state_dict` gave.
+
+    Raises:
+        TypeError: if it is none of what a form can have.
+    """
+    if isinstance(value, Tensor):
+        return _tensor_form(value, shape)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return {"str": value}
+    for name, number in _NUMBERS.items():
+        if isinstance(value, number):
+            return name
+    kind = type(value)
+    if kind in _MAPPINGS:
+        if not all(isinstance(key, (str, int)) for key in value):
+            raise TypeError("a dict with keys that are neither text nor whole numbers")
+        return {_MAPPINGS[kind]: [[key, form_of(item, shape, in_object=in_object)] for key, item in value.items()]}
+    if kind is list or kind in _SEQUENCES or kind is deque:
+        items = [form_of(item, shape, in_object=in_object) for item in value]
+        if kind is deque:
+            return {"deque": [items, value.maxlen]}
+        return items if kind is list else {_SEQUENCES[kind]: items}
+    if is_object(value) and not in_object:
+        return {"object": form_of(value.state_dict(), shape, in_object=True)}
+    raise TypeError(f"a {kind.__name__}, not a tensor, a number, a container of these or an object with state_dict()")
+
+
+def _tensor_form(value: Tensor, shape: tuple[int, ...]) -> Form:
+    if isinstance(value, DTensor) and tuple(value.shape) != shape:
+        return "made"
+    return "device_tensor" if value.numel() == 1 and value.device.type != "cpu" else "tensor"
+
+
+def needed_form(values: Mapping[Any, Any], shape: tuple[int, ...]) -> Form:
+    """The form of a whole state, or None where `plain_form` of the names in the file gives the same state.
+
+    Raises:
+        TypeError: as `form_of`.
+    """
+    form = form_of(dict(values), shape)
+    is_plain = form == plain_form(values) and not any(
+        isinstance(value, Tensor) and not value.shape and value.dtype in (torch.int64, torch.float64)
+        for value in values.values()
+    )
+    return None if is_plain else form
+
+
+def plain_form(kinds: Mapping[Any, Any] | set[str]) -> Form:
+    """The form of a state that is a dict of tensors: as torch's optimizers, with ``step`` first."""
+    return {"dict": [[kind, "tensor"] for kind in sorted(kinds, key=lambda kind: (kind != "step", str(kind)))]}
+
+
+def build(form: Form, leaf: Callable[[Path, str], Any], path: Path = ()) -> Any:
+    """A value of a form. An object stands there as what its `load_state_dict` is to be given.
+
+    Args:
+        form: what `checked` has let through.
+        leaf: makes the tensor or the number at a path, by the name of its form.
+        path: of the value.
+    """
+    if form is None:
+        return None
+    if isinstance(form, str):
+        return leaf(path, form)
+    if isinstance(form, list):
+        return [build(item, leaf, (*path, index)) for index, item in enumerate(form)]
+    ((name, content),) = form.items()
+    if name == "str":
+        return content
+    if name == "object":
+        return build(content, leaf, path)
+    if name == "deque":
+        items, maxlen = content
+        return deque(build(items, leaf, path), maxlen)
+    if name in _SEQUENCES.values():
+        return _MADE_OF[name](build(content, leaf, path))
+    return _MADE_OF[name]((key, build(item, leaf, (*path, key))) for key, item in content)
+
+
+def objects_in(form: Form, path: Path = ()) -> Iterator[Path]:
+    """Paths of what only the optimizer can make: objects, and tensors that are sharded in a way of their own."""
+    if form == "made":
+        yield path
+    elif isinstance(form, list):
+        for index, item in enumerate(form):
+            yield from objects_in(item, (*path, index))
+    elif isinstance(form, dict):
+        ((name, content),) = form.items()
+        if name == "object":
+            yield path
+        elif name == "deque":
+            yield from objects_in(content[0], path)
+        elif name in _SEQUENCES.values():
+            yield from objects_in(content, path)
+        elif name in _MAPPINGS.values():
+            for key, item in content:
+                yield from objects_in(item, (*path, key))
+
+
+def checked(form: Any) -> Form:
+    """The form, if it is one.
+
+    Raises:
+        ValueError: if it is of no form's making.
+    """
+    if form is None or (isinstance(form, str) and (form in _TENSORS or form in _NUMBERS)):
+        return form
+    if isinstance(form, list):
+        return [checked(item) for item in form]
+    if isinstance(form, dict) and len(form) == 1:
+        ((name, content),) = form.items()
+        if name == "str" and isinstance(content, str):
+            return form
+        if name == "object":
+            return {name: checked(content)}
+        if name == "tuple" and isinstance(content, list):
+            return {name: checked(content)}
+        if name == "size" and isinstance(content, list) and all(item == "int" for item in content):
+            return form
+        if name == "deque" and _is_deque(content):
+            return {name: [checked(content[0]), content[1]]}
+        if name in _MAPPINGS.values() and _are_items(content):
+            return {name: [[key, checked(item)] for key, item in content]}
+    raise ValueError(f"the form of an optimizer's state is not understood: {str(form)[:200]}")
+
+
+def _is_deque(content: Any) -> bool:
+    if not isinstance(content, list) or len(content) != 2 or not isinstance(content[0], list):
+        return False
+    items, maxlen = content
+    return maxlen is None or (type(maxlen) is int and maxlen >= len(items))
+
+
+def _are_items(content: Any) -> bool:
+    if not isinstance(content, list):
+        return False
+    if not all(isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int) for item in content):
+        return False
+    return len({key for key, _ in content}) == len(content)
