@@ -25,6 +25,7 @@ from harness.errors import CheckpointError, DamagedError
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+STATES = "states.safetensors"
 FORMAT = "harness-checkpoint"
 # 1 had the XXH3-128 of each range as a whole.
 VERSION = 2

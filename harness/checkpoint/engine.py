@@ -14,6 +14,8 @@ from accelerate import Accelerator
 
 from harness.agreement import Agreement
 from harness.checkpoint.fence import ModeChoice
+from harness.checkpoint.kept_tensors import KeptTensors
+from harness.checkpoint.optimizer_record import added_state, record_of
 from harness.checkpoint.plan import Plan, make_plan, plan_of_rank_zero
 from harness.checkpoint.shards.held import Held, find_held
 from harness.checkpoint.snapshot import Snapshot, copy_here
@@ -63,16 +65,21 @@ def plan_saves(
     Raises:
         CheckpointError: on all ranks, if the model's sharding or the optimizer's state is not understood.
     """
-    held = agreement.together(
-        "finding what is to be saved",
-        lambda: find_held(
+
+    def find() -> Held:
+        held = find_held(
             accelerator,
             watched.model,
             watched.optimizer,
             weights_only=config.save_weights_only,
             dtype=None if config.dtype is None else getattr(torch, config.dtype),
-        ),
-    )
+        )
+        if not config.save_weights_only:
+            # What belongs to no parameter is refused as early: here nothing comes of it.
+            record_of(held, watched.optimizer, added_state(watched.optimizer), KeptTensors())
+        return held
+
+    held = agreement.together("finding what is to be saved", find)
     plan = plan_of_rank_zero if is_rank_zeros else make_plan
     return held, plan(held, agreement, config.max_shard_size_bytes)
 

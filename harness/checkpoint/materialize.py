@@ -236,7 +236,7 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
     """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
 
     Effects: as the optimizer's step, which is not collective for most; main thread, before training. Its state, groups
-    and counters are as before when this returns; hooks on its steps are not called.
+    and counters are as before when this returns; its own hooks are not called.
 
     Args:
         optimizer: the user's own, inside all wrappers.
@@ -277,10 +277,16 @@ def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
     attributes = set(vars(optimizer))
     counters = {name: value for name, value in vars(optimizer).items() if is_leaf(value) or value is None}
     states = {tensor: optimizer.state.pop(tensor, None) for tensor in tensors}
+    hooks = [getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+    registered = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
     shared = {key: copy.deepcopy(value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     try:
         yield
     finally:
+        for each, before in zip(hooks, registered, strict=True):
+            each.update(before)
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
             group.update(before)

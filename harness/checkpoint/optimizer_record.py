@@ -2,18 +2,26 @@
 
     "class"   of the optimizer inside all wrappers, by which another one is refused
     "forms"   of states that are more than a dict of tensors: each distinct form once, with its parameters
+    "state"   what its state has under other keys than parameters
+    "added"   what a `state_dict()` of its own has beyond state and groups; `load_state_dict` of its own is given it
 
-Both are missing in checkpoints that an earlier version has written.
+The last three are missing where there is nothing to say, and all of them in checkpoints of earlier versions.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from harness.checkpoint.json_values import Get, decode, encode
+from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.shards.held import Held, innermost
 from harness.checkpoint.shards.state_form import Form, checked
 from harness.errors import CheckpointError
@@ -26,14 +34,22 @@ class OptimizerRecord:
     Args:
         class_name: module and name of the class; None: not known, or there was no optimizer.
         forms: parameter -> form of its state, where that does not follow from the names in the file.
+        state: its state under other keys than parameters.
+        added: of its own `state_dict`.
     """
 
     class_name: str | None = None
     forms: Mapping[str, Form] = field(default_factory=dict)
+    state: Mapping[Any, Any] = field(default_factory=dict)
+    added: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, record: Mapping[str, Any]) -> OptimizerRecord:
+    def read(cls, record: Mapping[str, Any], get: Get | None = None) -> OptimizerRecord:
         """The record of a JSON object.
+
+        Args:
+            record: as `record_of` made it.
+            get: finds the tensors that it refers to.
 
         Raises:
             ValueError: if something in it is of another type.
@@ -41,21 +57,37 @@ class OptimizerRecord:
         name = record.get("class")
         if not (name is None or isinstance(name, str)):
             raise ValueError("the optimizer's class is no text")
-        return cls(name, _forms(record.get("forms", [])))
+        state, added = (decode(record.get(key, {}), get) for key in ("state", "added"))
+        if not isinstance(state, dict) or not isinstance(added, dict):
+            raise ValueError("the optimizer's state or what it has added is no object")
+        return cls(name, _forms(record.get("forms", [])), state, added)
 
 
-def record_of(held: Held, optimizer: Any) -> dict[str, Any]:
+def record_of(held: Held, optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
     """The record of an optimizer as it is now, as JSON values.
 
-    Effects: not collective; main thread, between steps; nothing on disk.
+    Effects: not collective; main thread, between steps; copies the tensors that are no parameter's; nothing on disk.
 
     Args:
         held: found with this optimizer.
         optimizer: wrapped or not; None: there is none.
+        added: by `added_state`.
+        kept: for the tensors.
+
+    Raises:
+        CheckpointError: if something cannot be saved.
     """
-    record: dict[str, Any] = {"param_groups": held.hyperparameters()}
-    if optimizer is not None:
-        record["class"] = class_name(innermost(optimizer))
+    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put)}
+    inner = innermost(optimizer)
+    if inner is None:
+        return record
+    record["class"] = class_name(inner)
+    if shared := _shared_state(inner):
+        record["state"] = {
+            "$dict": [[encode(key), _encoded(inner, f"state[{key!r}]", shared[key], kept)] for key in shared]
+        }
+    if added:
+        record["added"] = {key: _encoded(inner, f"state_dict()[{key!r}]", added[key], kept) for key in added}
     if held.forms:
         distinct: dict[str, dict[str, Any]] = {}
         for name, form in held.forms.items():
@@ -63,6 +95,89 @@ def record_of(held: Held, optimizer: Any) -> dict[str, Any]:
             entry["parameters"].append(name)
         record["forms"] = list(distinct.values())
     return record
+
+
+def added_state(optimizer: Any) -> Mapping[str, Any]:
+    """What the optimizer's own `state_dict` has beyond state and groups.
+
+    Effects: calls `state_dict` where a subclass overrides it, which may be collective: call it on every rank; main
+    thread, between steps; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+
+    Raises:
+        CheckpointError: if `state_dict` gives no dict with text for keys.
+    """
+    inner = innermost(optimizer)
+    if inner is None or getattr(type(inner), "state_dict", None) in (None, torch.optim.Optimizer.state_dict):
+        return {}
+    state = inner.state_dict()
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(
+            f"{type(inner).__name__}: its state_dict() is no dict with text for keys, so it cannot be saved; use "
+            "checkpoint.save_weights_only, or another optimizer"
+        )
+    return {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+
+
+def put_back_optimizer(optimizer: Any, record: OptimizerRecord) -> None:
+    """Put back what belongs to no parameter, once tensors and groups are there.
+
+    Effects: calls the optimizer's own `load_state_dict` where its `state_dict` has added something, which may be
+    collective: call it on every rank; main thread; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+        record: what the checkpoint has.
+    """
+    inner = innermost(optimizer)
+    if inner is None:
+        return
+    # Copies: the optimizer goes on with them, and this may be called again.
+    inner.state.update(copy.deepcopy(dict(record.state)))
+    if record.added:
+        _load_added(inner, copy.deepcopy(dict(record.added)))
+
+
+def has_unrecorded(optimizer: Any) -> bool:
+    """Whether an optimizer has state that belongs to no parameter. As `added_state`."""
+    inner = innermost(optimizer)
+    return inner is not None and bool(_shared_state(inner) or added_state(inner))
+
+
+def _load_added(inner: Any, added: dict[str, Any]) -> None:
+    # torch's load_state_dict makes other groups, and casts the state to the parameters' types: both are put back.
+    state, groups = inner.state, inner.param_groups
+    indices: dict[int, int] = {}
+    packed_groups = [
+        {**group, "params": [indices.setdefault(id(each), len(indices)) for each in group["params"]]}
+        for group in groups
+    ]
+    packed = {indices.get(id(key), key) if isinstance(key, Tensor) else key: value for key, value in state.items()}
+    try:
+        inner.load_state_dict({"state": packed, "param_groups": packed_groups, **added})
+    finally:
+        loaded, inner.state, inner.param_groups = inner.state, state, groups
+    state.update(_not_of_parameters(loaded))
+
+
+def _shared_state(inner: Any) -> dict[Any, Any]:
+    return _not_of_parameters(inner.state)
+
+
+def _not_of_parameters(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in state.items() if not isinstance(key, Tensor)}
+
+
+def _encoded(inner: Any, place: str, value: Any, kept: KeptTensors) -> Any:
+    try:
+        return encode(value, kept.put)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{type(inner).__name__}: cannot save its {place}: {error}; use checkpoint.save_weights_only, or another "
+            "optimizer"
+        ) from error
 
 
 def check_step(optimizer: Any) -> None:

@@ -13,10 +13,11 @@ from harness.agreement import Agreement
 from harness.batches import DataState
 from harness.checkpoint.commit import read_manifest, set_aside
 from harness.checkpoint.locate import Found
+from harness.checkpoint.optimizer_record import has_unrecorded
 from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.shards.held import Held, find_held, innermost
 from harness.checkpoint.shared import open_checkpoint
 from harness.checkpoint.trainer_state import (
     FILE,
@@ -177,7 +178,7 @@ def _put_back(
     manifest, files = open_checkpoint(path, agreement, relay, say)
 
     def read() -> TrainerState:
-        state = read_trainer_state(path, manifest, files)
+        state = read_trainer_state(path, manifest, files, accelerator.device)
         require_same(state, watched, find().groups)
         return state
 
@@ -197,7 +198,13 @@ def _put_back(
     )
     for note in restored.notes:
         say(f"harness: {path.name}: {note}")
-    return agreement.together(f"putting back {path / FILE}", finish)
+    resumed = agreement.together(f"putting back {path / FILE}", finish)
+    if state.optimizer.class_name is None and has_unrecorded(watched.optimizer):
+        say(
+            f"harness: warning: {path.name}: was saved before state of an optimizer that belongs to no parameter was "
+            f"saved; that of {type(innermost(watched.optimizer)).__name__} starts anew"
+        )
+    return resumed
 
 
 def _sums(state: TrainerState, own: RankState | None, rank: int) -> Mapping[str, tuple[float, float]]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.checkpoint import commit, trainer_state
+from harness.checkpoint import commit, kept_tensors, trainer_state
 from harness.checkpoint.board import Board
 from harness.checkpoint.commit import FileRecord, Manifest
 from harness.checkpoint.engine import Engine
@@ -49,11 +49,12 @@ _CALLED_OFF = "called off"
 
 @dataclass(frozen=True)
 class Small:
-    """What of a rank's state is no tensor: rank zero's trainer state, and each rank's own; or why not."""
+    """Rank zero's trainer state with the tensors that it refers to, and each rank's own state; or why not."""
 
     trainer_state: Any
     rank_state: RankState | None
     failure: Exception | None = None
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Told(NamedTuple):
@@ -339,6 +340,8 @@ class SaveRunner:
                 group["params"] = names
             state["ranks"] = [each.record["rank_state"] for each in told]
             files.append(write_json(save.temporary / trainer_state.FILE, state))
+        if save.small.tensors:
+            files.append(kept_tensors.write(save.temporary / commit.STATES, save.small.tensors))
         sync_files(save.temporary, plan.layout)
         save.seconds["durable_s"] = time.perf_counter() - save.begun_s
         return Manifest(

@@ -30,7 +30,8 @@ from harness.checkpoint.commit import Manifest
 from harness.checkpoint.engine import Engine, make_engine, plan_saves
 from harness.checkpoint.fence import Fence, Overlap
 from harness.checkpoint.gather import Gatherer
-from harness.checkpoint.optimizer_record import check_step, record_of
+from harness.checkpoint.kept_tensors import KeptTensors
+from harness.checkpoint.optimizer_record import added_state, check_step, record_of
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
 from harness.checkpoint.shards.held import Held, innermost
@@ -317,12 +318,13 @@ class Saver:
         if self._config.save_weights_only:
             return Small(None, None)
         assert self._watched is not None
-        state = None
+        state, kept = None, KeptTensors()
         try:
+            added = added_state(self._watched.optimizer)
             if self._rank == 0:
-                optimizer = record_of(held, self._watched.optimizer)
+                optimizer = record_of(held, self._watched.optimizer, added, kept)
                 state = take_trainer_state(moment, self._watched, optimizer, self._accelerator.scaler)
-            return Small(state, self._take_rank_state())
+            return Small(state, self._take_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
             return Small(None, None, error)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import MANIFEST, FileRecord, Manifest, read_manifest
+from harness.checkpoint.commit import MANIFEST, STATES, FileRecord, Manifest, read_manifest
 from harness.checkpoint.files import Files
 from harness.checkpoint.layout import StoredTensor, read_header
 from harness.checkpoint.shards.source import DTYPES
@@ -72,7 +72,8 @@ class Stored:
             CheckpointError: if the disk does not give it.
         """
         manifest = manifest or read_manifest(checkpoint)
-        records = {file.name: file for file in manifest.files if file.name.endswith(".safetensors")}
+        tensors = [file for file in manifest.files if file.name.endswith(".safetensors") and file.name != STATES]
+        records = {file.name: file for file in tensors}
         return cls._of(checkpoint, manifest.step, records, files)
 
     @classmethod

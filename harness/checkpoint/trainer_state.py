@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from harness.checkpoint import strict_json
-from harness.checkpoint.commit import TRAINER_STATE, FileRecord, Manifest
-from harness.checkpoint.digest import digest_of
+from harness.checkpoint.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.files import Files, LocalFiles
-from harness.checkpoint.json_values import decode, encode
-from harness.checkpoint.optimizer_record import OptimizerRecord
+from harness.checkpoint.json_values import Get, decode, encode
+from harness.checkpoint.kept_tensors import content_of, getting
+from harness.checkpoint.kept_tensors import read as read_kept
+from harness.checkpoint.optimizer_record import OptimizerRecord, put_back_optimizer
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError, DamagedError
 
 FILE = TRAINER_STATE
 _SHOWN = 3
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,18 @@ class TrainerState:
     optimizer: OptimizerRecord = field(default_factory=OptimizerRecord)
 
 
-def read_trainer_state(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> TrainerState:
-    """Read ``trainer_state.json`` of a checkpoint against its digest.
+def read_trainer_state(
+    checkpoint: Path, manifest: Manifest, files: Files | None = None, device: torch.device = _HOST
+) -> TrainerState:
+    """Read ``trainer_state.json`` of a checkpoint, and the tensors that it refers to, against their digests.
 
-    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+    Effects: not collective; any thread; blocks for reading two files; nothing on disk.
 
     Args:
         checkpoint: its directory.
         manifest: the checkpoint's.
         files: where it is read from; None: this node's disk.
+        device: where tensors are put that were on an accelerator.
 
     Raises:
         DamagedError: if it is not what was written.
@@ -176,30 +181,13 @@ def read_trainer_state(checkpoint: Path, manifest: Manifest, files: Files | None
             "use another checkpoint"
         )
     try:
-        data = _content(files or LocalFiles(checkpoint), record)
-        digests = [digest_of(data[part.start : part.end]) for part in record.ranges]
-        if digests != [part.digest for part in record.ranges]:
-            raise ValueError("it is not what was written")
-        return _state(strict_json.parse(data))
+        data = content_of(files or LocalFiles(checkpoint), record)
+        return _state(strict_json.parse(data), getting(read_kept(checkpoint, manifest, files), device))
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
 
 
-def _content(files: Files, record: FileRecord) -> bytes:
-    """All bytes of a file.
-
-    Raises:
-        ValueError: if it has another length than was written.
-    """
-    with files.opened(record.name) as file:
-        if (size_bytes := file.size_bytes()) != record.size_bytes:
-            raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
-        data = bytearray(size_bytes)
-        file.fill(memoryview(data), 0, size_bytes)
-    return bytes(data)
-
-
-def _state(record: Any) -> TrainerState:
+def _state(record: Any, get: Get) -> TrainerState:
     """The record as what it is, each value looked at.
 
     Raises:
@@ -212,7 +200,7 @@ def _state(record: Any) -> TrainerState:
             step=record["step"],
             loaders_done=position["loaders_done"],
             batches_in_epoch=position["batches"],
-            param_groups=decode(groups),
+            param_groups=decode(groups, get),
             scheduler=decode(record["scheduler"]),
             scaler=decode(record["scaler"]),
             loss_scale=scale,
@@ -222,7 +210,7 @@ def _state(record: Any) -> TrainerState:
             states=record["states"],
             is_stopped=record["is_stopped"],
             ranks=record["ranks"],
-            optimizer=OptimizerRecord.read(record["optimizer"]),
+            optimizer=OptimizerRecord.read(record["optimizer"], get),
         )
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
@@ -310,6 +298,7 @@ def put_back(
         for key, value in record.items():
             if key != "params":
                 _put(live, key, value)
+    put_back_optimizer(watched.optimizer, state.optimizer)
     if watched.scheduler is not None:
         watched.scheduler.load_state_dict(state.scheduler)
     if scaler is not None and state.scaler is not None:

@@ -18,7 +18,16 @@ from torch.distributed.tensor import DTensor
 from harness.agreement import Agreement
 from harness.checkpoint.layout import TensorSpec
 from harness.checkpoint.names import NamedState, Stand, is_fsdp1
-from harness.checkpoint.shards.held import Held, Selection, Stepped, name_of, refuse_state, state_leaves, trained_ids
+from harness.checkpoint.shards.held import (
+    Held,
+    Selection,
+    Stepped,
+    innermost,
+    name_of,
+    refuse_state,
+    state_leaves,
+    trained_ids,
+)
 from harness.checkpoint.shards.plain import add_buffers
 from harness.checkpoint.shards.source import Run, Source, number_spec, source_of, spec_of, whole, whole_number
 from harness.checkpoint.shards.state_form import Leaf
@@ -140,7 +149,7 @@ def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, s
     if selection.restoring:
         for unit in units:
             unit.forget_gathered()
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = innermost(optimizer)
     parts = _parts(state, units)
     trained = trained_ids([part.tensor for part in parts.values()], inner)
     for name, part in parts.items():
@@ -178,7 +187,7 @@ def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, s
 
 def find_stepped(optimizer: Any, state: NamedState, units: Sequence[Unit]) -> list[Stepped]:
     """The views, or the flat parameters, in the optimizer's groups."""
-    return list(_stepped(getattr(optimizer, "optimizer", optimizer), _parts(state, units), units))
+    return list(_stepped(innermost(optimizer), _parts(state, units), units))
 
 
 def _parts(state: NamedState, units: Sequence[Unit]) -> dict[str, Part]:

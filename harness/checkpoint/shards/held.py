@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from harness.agreement import Agreement
-from harness.checkpoint.json_values import encode
+from harness.checkpoint.json_values import Put, UnsavableTensor, encode
 from harness.checkpoint.names import NamedState, named_state
 from harness.checkpoint.shards.source import Source
 from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, leaves_of, needed_form
@@ -92,9 +91,13 @@ class Held:
         for module in self.sharded_modules:
             module.reshard()
 
-    def hyperparameters(self) -> list[dict[str, Any]]:
-        """Of each parameter group, as they are now, as JSON values."""
-        return [_hyperparameters(group) for group, _ in self.groups]
+    def hyperparameters(self, put: Put) -> list[dict[str, Any]]:
+        """Of each parameter group, as they are now, as JSON values; `put` keeps what is a larger tensor.
+
+        Raises:
+            CheckpointError: if one is a tensor that cannot be kept.
+        """
+        return [_hyperparameters(number, group, put) for number, (group, _) in enumerate(self.groups)]
 
     def group_names(self) -> list[list[str]]:
         """Names of the parameters in each group; they stay for as long as all this holds."""
@@ -292,21 +295,37 @@ def refuse_state(optimizer: Any, kind: str, name: str, what: str) -> CheckpointE
     )
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a parameter group that JSON can hold: learning rate, betas, ..."""
+def _hyperparameters(number: int, group: Mapping[str, Any], put: Put) -> dict[str, Any]:
+    """The values of a parameter group: learning rate, betas, ..."""
     values = {}
     for key, value in group.items():
-        if key != "params":
-            with suppress(TypeError):  # a function, say: it comes from the code
-                values[key] = encode(value)
+        if key == "params":
+            continue
+        try:
+            values[key] = encode(value, put)
+        except UnsavableTensor as error:
+            raise CheckpointError(
+                f"optimizer: {key!r} of parameter group {number} cannot be saved: it has {error}; use "
+                "checkpoint.save_weights_only, or another optimizer"
+            ) from error
+        except TypeError:
+            continue  # a function, for example, which the code makes again
     return values
 
 
 def innermost(optimizer: Any) -> Any:
-    """The user's optimizer inside accelerate's and DeepSpeed's: the one whose steps torch tells of."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+    """The user's own optimizer, inside accelerate's and DeepSpeed's wrappers.
+
+    An optimizer of the user's may hold another one as ``optimizer``, as Lookahead does: it stays the user's own.
+    """
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and not _is_users_own(optimizer):
         optimizer = inner
     return optimizer
+
+
+def _is_users_own(optimizer: Any) -> bool:
+    is_accelerates = any(base.__name__ == "AcceleratedOptimizer" for base in type(optimizer).__mro__)
+    return isinstance(optimizer, torch.optim.Optimizer) and not is_accelerates
 
 
 def trained_ids(parameters: Sequence[Tensor], optimizer: Any) -> set[int]:

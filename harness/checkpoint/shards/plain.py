@@ -16,6 +16,7 @@ from harness.checkpoint.shards.held import (
     Held,
     Selection,
     Stepped,
+    innermost,
     name_of,
     names_by_id,
     refuse_state,
@@ -34,7 +35,7 @@ def find(
     selection: Selection,
 ) -> None:
     """Fill `held`: what a rank has of each tensor follows from the tensor itself."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = innermost(optimizer)
     trained = trained_ids(list(state.parameters.values()), inner)
     for name, parameter in state.parameters.items():
         is_fenced = id(parameter) in trained
@@ -65,7 +66,7 @@ def find(
 
 def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
     """The parameters in the optimizer's groups, frozen ones too: they may be trained again later."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = innermost(optimizer)
     return [
         Stepped(group, parameter, [name_of(parameter, names, index)])
         for index, group in enumerate(inner.param_groups)

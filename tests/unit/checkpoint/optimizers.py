@@ -65,6 +65,42 @@ class OfTrees(torch.optim.Optimizer):
         parameter.sub_(update * numbers, alpha=lr * scale)
 
 
+class OfShared(torch.optim.Adam):
+    """State that belongs to no parameter, wherever an optimizer can have it; all of it decides on the next step."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, lr=lr)
+        self.total_step = 0
+        self.mask = torch.zeros(2, 3)
+        self.param_groups[0]["weights"] = torch.ones(4)
+        self.param_groups[0]["filter"] = len
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        shared: Any = self.state
+        shared["num_steps"] = shared.get("num_steps", 0) + 1
+        shared.setdefault("ema", {})["long"] = torch.full((3,), float(shared["num_steps"]))
+        self.total_step += 1
+        self.mask = self.mask + self.total_step
+        group = self.param_groups[0]
+        group["weights"].mul_(0.5)
+        factor = shared["ema"]["long"].sum() + self.mask.sum() + group["weights"].sum() + shared["num_steps"]
+        for parameter in group["params"]:
+            parameter.grad.mul_(factor)
+        super().step(closure)
+        for parameter in group["params"]:
+            wide = self.state[parameter].setdefault("wide", torch.zeros_like(parameter, dtype=torch.float64))
+            parameter.sub_(wide.add_(parameter.grad), alpha=1e-3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "total_step": self.total_step, "mask": self.mask}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total_step = state.pop("total_step")
+        self.mask = state.pop("mask")
+        super().load_state_dict(state)
+
+
 class OfObjects(torch.optim.Optimizer):
     """An object for each parameter, and counters everywhere that a step in between would move."""
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
-from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.json_values import UnsavableTensor, decode, encode
+from harness.checkpoint.kept_tensors import KeptTensors, getting
 
 KEYS = st.one_of(st.text(max_size=5), st.integers(), st.tuples(st.integers(), st.text(max_size=2)))
 NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5))
@@ -42,6 +45,37 @@ def same(first: Any, second: Any) -> bool:
 def test_value_is_the_same_when_it_was_strict_json_between(value: Any) -> None:
     text = json.dumps(encode(value), allow_nan=False)
     assert same(decode(json.loads(text)), value)
+
+
+def test_tensors_are_found_again_when_they_are_kept_elsewhere() -> None:
+    kept = KeptTensors()
+    value = {"a": [torch.arange(3), torch.tensor(2.0)], "b": deque([torch.zeros(0)], maxlen=3), "c": torch.bfloat16}
+    text = json.dumps(encode(value, kept.put), allow_nan=False)
+    value["a"][0].zero_()  # type: ignore[index]
+    assert [tensor.tolist() for tensor in kept.tensors.values()] == [[0, 1, 2], []]
+    found = decode(json.loads(text), getting(kept.tensors, torch.device("cpu")))
+    assert repr(found) == repr({**value, "a": [torch.arange(3), torch.tensor(2.0)]})
+    with pytest.raises(ValueError, match="stored"):
+        decode(json.loads(text))
+
+
+@pytest.mark.parametrize("content", [None, 1, ["0"], ["x", True], ["0", 1], [[], True]])
+def test_reference_is_refused_when_it_is_damaged(content: Any) -> None:
+    with pytest.raises(ValueError):
+        decode({"$stored": content}, getting({"0": torch.zeros(2)}, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.eye(2).to_sparse(), "a sparse tensor"),
+        (TwoTensor(torch.zeros(2), torch.zeros(2)), "TwoTensor"),
+        (torch.zeros(2, dtype=torch.complex128), "complex128"),
+    ],
+)
+def test_tensor_is_refused_when_it_cannot_be_kept(value: Tensor, said: str) -> None:
+    with pytest.raises(UnsavableTensor, match=said):
+        encode([value], KeptTensors().put)
 
 
 def test_number_is_none_when_it_was_none() -> None:
