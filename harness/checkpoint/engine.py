@@ -6,6 +6,7 @@ the same -> memory -> writer process -> one copy, measured        once the optim
 
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import dataclass
 
@@ -114,18 +115,26 @@ def make_engine(
     except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
         failure = error
     # All or none: a rank without memory must not leave the others waiting at the first save.
-    states = agreement.gather_numbers("the preparation of checkpoints", [failure is not None, plan.staging_bytes])
-    failed = [rank for rank, (has_failed, _) in enumerate(states) if has_failed]
+    reason = None if failure is None else str(failure) or type(failure).__name__
+    told = agreement.gather("the preparation of checkpoints", (reason, _is_of_memory(failure), plan.staging_bytes))
+    failed = [(rank, *each) for rank, each in enumerate(told) if each[0] is not None]
     if not failed:
         assert engine is not None
         return engine
     if engine is not None:
         engine.close()
-    needed = f"{states[failed[0]][1]:,} bytes of host memory"
-    raise CheckpointError(
-        f"rank {failed[0]} cannot prepare to save ({needed}): {failure or 'see its own output'}; give the node "
-        "more memory, more ranks, or use checkpoint.save_weights_only"
-    ) from failure
+    rank, reason, is_of_memory, size_bytes = failed[0]
+    what, remedy = f"rank {rank} cannot prepare to save", "use checkpoint.save_weights_only"
+    if is_of_memory:
+        what += f" ({size_bytes:,} bytes of host memory)"
+        remedy = f"give the node more memory, more ranks, or {remedy}"
+    raise CheckpointError(f"{what}: {reason}; {remedy}") from failure
+
+
+def _is_of_memory(failure: Exception | None) -> bool:
+    # torch has no class of its own for what its allocators are refused.
+    is_refused = isinstance(failure, OSError) and failure.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
+    return is_refused or isinstance(failure, MemoryError) or "memory" in str(failure).lower()
 
 
 def _make(held: Held, plan: Plan, device: torch.device, *, makes_files: bool) -> Engine:

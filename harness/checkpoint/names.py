@@ -53,14 +53,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def modules_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the user's, without wrappers, and the prefix of the names in it.
+
+    Effects: not collective; any thread; reads only.
+    """
     module = unwrapped(module)
     yield prefix, module
     adapted = _attribute_of(module, _ADAPTERS)
     # Not named_children(), which leaves out a module that stands a second time: it has aliases.
     for name, child in module._modules.items():
         if child is not None:
-            yield from _modules(child, prefix if name == adapted else f"{prefix}{name}.")
+            yield from modules_of(child, prefix if name == adapted else f"{prefix}{name}.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
     standing: dict[int, dict[str, Any]] = {}
     for module, key, stand in stands:
         standing.setdefault(id(module), {})[key] = stand
-    for prefix, module in _modules(model):
+    for prefix, module in modules_of(model):
         sizes.append((module._modules, len(module._modules)))
         members += [(module._modules, key, child) for key, child in module._modules.items()]
         sizes += [(held, len(held)) for held in (module._parameters, module._buffers)]

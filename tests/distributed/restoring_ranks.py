@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from harness.agreement import Agreement
+from harness.checkpoint.commit import read_manifest
+from harness.checkpoint.optimizer_record import put_back_optimizer
 from harness.checkpoint.restore import restore_tensors, restore_weights
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.shards.held import innermost
-from harness.checkpoint.trainer_state import Moment, Watched
+from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
 from harness.config import CheckpointConfig, TrainerConfig
 from harness.errors import CheckpointError
 from harness.runtime import start, strategy_of
@@ -53,7 +56,43 @@ ENVIRONMENT = {
         for stage in (1, 2, 3)
     },
 }
+
+
+class Queued(torch.optim.Optimizer):
+    """Keeps containers of what is sharded, and counters that belong to no parameter."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"lr": 0.01})
+        self.total_step = 0
+        self.scales = torch.ones(3)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        shared: Any = self.state
+        shared["num_steps"] = shared.get("num_steps", 0) + 1
+        self.total_step += 1
+        self.scales = self.scales * 0.9
+        factor = shared["num_steps"] + self.total_step + self.scales.sum().item()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    state = self.state[parameter]
+                    queue = state.setdefault("queue", deque(maxlen=2))
+                    queue.append(gradient.clone())
+                    total, count = state.get("sum", (torch.zeros_like(gradient), 0))
+                    state["sum"] = (total + gradient, count + 1)
+                    parameter.sub_(queue[0] + state["sum"][0] / (count + 1), alpha=group["lr"] * factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "total_step": self.total_step, "scales": self.scales}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total_step, self.scales = state["total_step"], state["scales"]
+        super().load_state_dict(state)
+
+
 OPTIMIZERS: dict[str, Any] = {
+    "Queued": Queued,
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.05),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.05),
     "SGD with momentum": lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
@@ -161,6 +200,8 @@ def restore_under(
     saver.check(watched)
     for name, path in names.items():
         found = restore_tensors(accelerator, watched, Path(path), agreement)
+        state = read_trainer_state(Path(path), read_manifest(Path(path)))
+        put_back_optimizer(watched.optimizer, state.optimizer)
         report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
         saver.save(Moment(name, 0, 3, 0, {}))
         train(accelerator, watched, 4)

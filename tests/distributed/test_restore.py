@@ -138,6 +138,18 @@ def test_state_is_what_was_saved_when_the_optimizer_is(tmp_path: Path, kind: str
                 assert_close_tensors(into / f"{name}-next", path / "step-4")
 
 
+def test_state_is_what_was_saved_when_it_is_in_containers_and_of_no_parameter(tmp_path: Path) -> None:
+    run(2, save_under, tmp_path / "saved", "fsdp2", "fp32", "Queued", 1)
+    run(2, restore_under, tmp_path / "into", "fsdp2", {"it": str(tmp_path / "saved/step-3")}, "fp32", "Queued", 1)
+    for mine, theirs in (("it", "step-3"), ("it-next", "step-4")):
+        found, expected = tmp_path / "into" / mine, tmp_path / "saved" / theirs
+        assert same_files(found, expected)
+        assert (found / "states.safetensors").read_bytes() == (expected / "states.safetensors").read_bytes()
+        records = [json.loads((path / "trainer_state.json").read_text())["optimizer"] for path in (found, expected)]
+        assert records[0] == records[1]
+        assert records[0]["added"]["total_step"] == (3 if mine == "it" else 4)
+
+
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     # SGD without momentum has no file for the optimizer.
     return {

@@ -13,14 +13,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from harness.agreement import Agreement
 from harness.checkpoint.json_values import Put, UnsavableTensor, encode
-from harness.checkpoint.names import NamedState, named_state
+from harness.checkpoint.names import NamedState, is_fsdp1, modules_of, named_state
 from harness.checkpoint.shards.source import Source
 from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, leaves_of, needed_form
 from harness.checkpoint.stored import split_name
 from harness.errors import CheckpointError
+
+_SHOWN = 3
 
 
 class Selection(NamedTuple):
@@ -205,6 +208,45 @@ def _refuse_extra_state(model: nn.Module) -> None:
                     f"{name or 'the model'}: {type(module).__name__} keeps state that is neither a parameter nor a "
                     f"buffer, or keeps it in a form of its own ({method}), which cannot be saved; make it a buffer"
                 )
+    for prefix, module in modules_of(model):
+        if type(module).state_dict is nn.Module.state_dict or any(map(is_fsdp1, module.modules())):
+            continue  # to gather what FSDP1 has sharded below it is collective
+        if more := _more_than_tensors(prefix, module):
+            name, kind = prefix.rstrip(".") or "the model", type(module).__name__
+            raise CheckpointError(
+                f"{name}: the state_dict() of {kind} has {_some(more)}, neither parameters nor buffers, which a "
+                "checkpoint of the model would not have; make them buffers, keep them out of state_dict() (of a "
+                "torchmetrics object: persistent(False)), or move the module out of the model"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _more_than_tensors(prefix: str, module: nn.Module) -> list[str]:
+    """Names in a module's own `state_dict` that are neither parameters nor buffers in it, whatever they are called."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    names, places = {name for name, _ in tensors}, {_place(tensor) for _, tensor in tensors}
+    try:
+        state = module.state_dict()
+    except Exception as error:
+        raise CheckpointError(
+            f"{prefix.rstrip('.') or 'the model'}: the state_dict() of {type(module).__name__} fails, so what it has "
+            f"beside parameters and buffers is not known: {error}; mend it, or move the module out of the model"
+        ) from error
+    return [
+        f"{prefix}{key}"
+        for key, value in state.items()
+        if key not in names and not (isinstance(value, Tensor) and _place(value) in places)
+    ]
+
+
+def _place(tensor: Tensor) -> Any:
+    """Where a tensor lies; its identity, where it has no memory."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.data_ptr() or id(tensor)
 
 
 def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> str:

@@ -142,8 +142,8 @@ def form_of(value: Any, shape: tuple[int, ...], *, in_object: bool = False) -> F
             return name
     kind = type(value)
     if kind in _MAPPINGS:
-        if not all(isinstance(key, (str, int)) for key in value):
-            raise TypeError("a dict with keys that are neither text nor whole numbers")
+        if not all(isinstance(key, (str, int, float)) for key in value):
+            raise TypeError("a dict with keys that are neither text nor numbers")
         return {_MAPPINGS[kind]: [[key, form_of(item, shape, in_object=in_object)] for key, item in value.items()]}
     if kind is list or kind in _SEQUENCES or kind is deque:
         items = [form_of(item, shape, in_object=in_object) for item in value]
@@ -264,6 +264,6 @@ def _is_deque(content: Any) -> bool:
 def _are_items(content: Any) -> bool:
     if not isinstance(content, list):
         return False
-    if not all(isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int) for item in content):
+    if not all(isinstance(item, list) and len(item) == 2 and type(item[0]) in (str, int, float) for item in content):
         return False
     return len({key for key, _ in content}) == len(content)

@@ -26,6 +26,28 @@ class InAFormOfItsOwn(nn.Linear):
         destination[prefix + "packed"] = self.weight
 
 
+class Metric(nn.Module):
+    """Keeps tensors as attributes, and adds those that are persistent, as torchmetrics does."""
+
+    def __init__(self, *, is_persistent: bool) -> None:
+        super().__init__()
+        self.total = torch.zeros(2)
+        self.is_persistent = is_persistent
+
+    def state_dict(self, *arguments: Any, prefix: str = "", **values: Any) -> Any:  # type: ignore[override]
+        destination = super().state_dict(*arguments, prefix=prefix, **values)
+        if self.is_persistent:
+            destination[prefix + "total"] = self.total
+        return destination
+
+
+class Renaming(nn.Linear):
+    """The same tensors, under names of another version."""
+
+    def state_dict(self, *arguments: Any, prefix: str = "", **values: Any) -> Any:  # type: ignore[override]
+        return {f"{prefix}{name}_0": tensor for name, tensor in self.named_parameters()}
+
+
 class OfTwoTensors(nn.Linear):
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -37,6 +59,10 @@ class OfTwoTensors(nn.Linear):
     [
         (lambda: WithExtraState(2, 2), r"0: WithExtraState keeps state .*\(get_extra_state\).*; make it a buffer"),
         (lambda: InAFormOfItsOwn(2, 2), r"0: InAFormOfItsOwn .*\(_save_to_state_dict\).*; make it a buffer"),
+        (
+            lambda: Metric(is_persistent=True),
+            r"0: the state_dict\(\) of Metric has 0\.total, neither .*persistent\(False\)",
+        ),
         (OfTwoTensors, "0.weight: is a TwoTensor, a tensor made of others, .*; convert it to a plain tensor"),
     ],
 )
@@ -47,8 +73,26 @@ def test_error_names_the_module_when_its_state_is_not_its_tensors(
         find_held(accelerator, nn.Sequential(make()), None, weights_only=True, dtype=None)
 
 
+@pytest.mark.parametrize("make", [lambda: Metric(is_persistent=False), lambda: Renaming(2, 2)])
+def test_module_is_taken_when_its_state_dict_adds_nothing(accelerator: Accelerator, make: Any) -> None:
+    model = nn.Sequential(make(), nn.Linear(2, 2))
+    found = find_held(accelerator, model, None, weights_only=True, dtype=None)
+    assert [source.spec.name for source in found.sources][-2:] == ["1.weight", "1.bias"]
+
+
+class Ahead(torch.optim.Optimizer):
+    """Holds another optimizer, as Lookahead does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__([nn.Parameter(torch.zeros(1))], {})
+
+
 def test_users_own_optimizer_is_found_when_it_is_wrapped(accelerator: Accelerator) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     assert innermost(accelerator.prepare(optimizer)) is optimizer
     assert innermost(optimizer) is optimizer
     assert innermost(None) is None
+    ahead = Ahead(optimizer)
+    assert innermost(ahead) is ahead
+    assert innermost(accelerator.prepare(ahead)) is ahead

@@ -20,6 +20,7 @@ TREE: dict[Any, Any] = {
     "shape": torch.Size([2, 3]),
     "nested": OrderedDict(a={"b": [1]}),
     "empty": [],
+    "by_rate": {0.9: torch.ones(1), 0: 1},
 }
 
 
