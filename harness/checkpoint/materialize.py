@@ -135,7 +135,7 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
     return form
 
 
-def _leaf(each: Stepped, name: str, path: Path, kind: str, stored: Stored) -> Any:
+def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored) -> Any:
     """Memory for one tensor, or a number, to be read into."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
@@ -144,8 +144,10 @@ def _leaf(each: Stepped, name: str, path: Path, kind: str, stored: Stored) -> An
             f"{stored.checkpoint}: trainer_state.json has {of_name}.{name}, and optimizer.safetensors has not; use "
             "another checkpoint"
         )
-    if kind in _NUMBERS:
+    if isinstance(kind, str) and kind in _NUMBERS:
         return _NUMBERS[kind](0)
+    if isinstance(kind, dict):
+        return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
     is_number = not place.tensor.shape and of_name == "step"
     if not is_number and _has_shape_of_parameter(each, of_name, stored):
         is_flat = len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape
@@ -160,6 +162,16 @@ def _leaf(each: Stepped, name: str, path: Path, kind: str, stored: Stored) -> An
     # As torch's load_state_dict: on the host, where no kernel reads it.
     is_on_device = kind == "device_tensor" or each.group.get("capturable") or each.group.get("fused")
     return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
+
+
+def _in_order(each: Stepped, order: Sequence[int], dtype: torch.dtype, place: Place) -> Tensor:
+    shape = place.tensor.shape
+    if len(order) != len(shape):
+        raise DamagedError(
+            f"{place.file}: a tensor of shape {list(shape)} has the order {list(order)} in trainer_state.json"
+        )
+    lying = torch.empty([shape[dim] for dim in order], dtype=dtype, device=each.tensor.device)
+    return lying.permute([order.index(dim) for dim in range(len(order))])
 
 
 def _has_shape_of_parameter(each: Stepped, of_name: str, stored: Stored) -> bool:

@@ -158,7 +158,10 @@ def _load_added(inner: Any, added: dict[str, Any]) -> None:
     try:
         inner.load_state_dict({"state": packed, "param_groups": packed_groups, **added})
     finally:
-        loaded, inner.state, inner.param_groups = inner.state, state, groups
+        holder = inner
+        while isinstance(getattr(type(holder), "state", None), property):
+            holder = holder.optimizer  # a wrapper shows the state of the optimizer inside
+        loaded, holder.state, holder.param_groups = holder.state, state, groups
     state.update(_not_of_parameters(loaded))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,9 @@ def put_back(
 def _put(group: dict[str, Any], key: str, value: Any) -> None:
     """In place where it is a tensor: a captured or compiled step reads that one."""
     live = group.get(key)
-    if isinstance(live, torch.Tensor):
-        live.copy_(torch.as_tensor(value))
+    if isinstance(live, torch.Tensor) and live.numel() == torch.as_tensor(value).numel():
+        live.copy_(torch.as_tensor(value).reshape(live.shape))
+    elif isinstance(live, Enum):
+        group[key] = type(live)(value)  # of which JSON has the value alone
     else:
         group[key] = value.item() if isinstance(value, torch.Tensor) and isinstance(live, (int, float)) else value

@@ -174,7 +174,7 @@ def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, s
         if values is None or selection.weights_only or (is_absent and not selection.restoring):
             continue
         held.members.append((inner.state, stepped.tensor, values))
-        for leaf in state_leaves(held, inner, stepped.names, values, tuple(stepped.tensor.shape)):
+        for leaf in state_leaves(held, inner, stepped.names, values, stepped.tensor):
             for name in stepped.names:
                 source = _state(inner, name, leaf, parts[name])
                 held.sources.append(source)

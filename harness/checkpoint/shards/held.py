@@ -47,7 +47,7 @@ class Held:
         sharded_modules: FSDP2's modules, or FSDP1's units, which may hold unsharded parameters for a while.
         sizes: containers whose length must stay for all this to hold.
         members: (dictionary, key, value): what must stay where it is; None: there is nothing.
-        trees: (state, kind, shape of the parameter, form): optimizer state that is neither a tensor nor a number, and
+        trees: (state, kind, the parameter, form): optimizer state that is neither a tensor nor a number, and
             must keep its form.
         forms: parameter -> form of its optimizer state, where that does not follow from the names in the file.
         complete: collective; adds the sources that a rank cannot find by itself, once all ranks have found theirs.
@@ -60,7 +60,7 @@ class Held:
     sharded_modules: tuple[Any, ...] = ()
     sizes: list[tuple[Any, int]] = field(default_factory=list)
     members: list[tuple[Any, Any, Any]] = field(default_factory=list)
-    trees: list[tuple[Mapping[Any, Any], Any, tuple[int, ...], Form]] = field(default_factory=list)
+    trees: list[tuple[Mapping[Any, Any], Any, Tensor, Form]] = field(default_factory=list)
     forms: dict[str, Form] = field(default_factory=dict)
     complete: Callable[[Agreement], None] = lambda _: None
     refresh: Callable[[], None] = lambda: None
@@ -270,7 +270,7 @@ def names_by_id(state: NamedState) -> dict[int, str]:
 
 
 def state_leaves(
-    held: Held, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], shape: tuple[int, ...]
+    held: Held, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], tensor: Tensor
 ) -> list[Leaf]:
     """The leaves of what an optimizer keeps for one tensor; `held` notes its structure and its form.
 
@@ -281,7 +281,7 @@ def state_leaves(
         optimizer: for messages.
         names: of the parameters that are in the tensor.
         values: the state.
-        shape: of the tensor.
+        tensor: that the optimizer steps on.
 
     Raises:
         CheckpointError: if something in it is not understood.
@@ -292,17 +292,17 @@ def state_leaves(
             held.members.append((values, kind, None))
         elif not is_leaf(value):
             try:
-                held.trees.append((values, kind, shape, form_of(value, shape)))
+                held.trees.append((values, kind, tensor, form_of(value, tensor)))
             except TypeError as error:
                 raise refuse_state(optimizer, str(kind), names[0] if names else "a parameter", str(error)) from error
-    if (form := needed_form(values, shape)) is not None:
+    if (form := needed_form(values, tensor)) is not None:
         held.forms.update(dict.fromkeys(names, form))
     return list(leaves_of(values))
 
 
-def _has_form(values: Mapping[Any, Any], kind: Any, shape: tuple[int, ...], form: Form) -> bool:
+def _has_form(values: Mapping[Any, Any], kind: Any, tensor: Tensor, form: Form) -> bool:
     try:
-        return bool(form_of(values.get(kind), shape) == form)
+        return bool(form_of(values.get(kind), tensor) == form)
     except TypeError:
         return False  # which is refused, with its name, when it is planned for
 

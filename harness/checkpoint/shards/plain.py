@@ -60,7 +60,7 @@ def find(
             if values is None:
                 continue
             held.members.append((inner.state, parameter, values))
-            for leaf in state_leaves(held, inner, [name], values, tuple(parameter.shape)):
+            for leaf in state_leaves(held, inner, [name], values, parameter):
                 held.sources.append(_state(inner, name, leaf, parameter))
 
 

@@ -5,15 +5,17 @@ have ``state_dict`` and ``load_state_dict``. Each tensor or number in them is a 
 form is what the leaves do not have: the containers, their order, None, text, and which leaves are plain numbers.
 
 A form is JSON: a leaf is ``"tensor"``, ``"device_tensor"`` (one element, on the accelerator), ``"made"`` (only the
-optimizer can make it), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list is a list; all else is an object
-with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``, ``{"object": <form of its state_dict()>}``.
+optimizer can make it), ``{"order": [1, 0]}`` (a tensor that does not lie in memory as expected: the order of its
+dimensions, which decides how later steps are rounded), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list is
+a list; all else is an object with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``,
+``{"object": <form of its state_dict()>}``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -120,19 +122,19 @@ def _walk(value: Any, path: Path, *, is_made: bool) -> Iterator[tuple[Path, Any,
             yield from _walk(item, (*path, index), is_made=is_made)
 
 
-def form_of(value: Any, shape: tuple[int, ...], *, in_object: bool = False) -> Form:
+def form_of(value: Any, like: Tensor, *, in_object: bool = False) -> Form:
     """The form of a value in a state.
 
     Args:
         value: of the state, or all of it.
-        shape: of the parameter.
+        like: the parameter.
         in_object: whether it is in what an object's `state_dict` gave.
 
     Raises:
         TypeError: if it is none of what a form can have.
     """
     if isinstance(value, Tensor):
-        return _tensor_form(value, shape)
+        return _tensor_form(value, like)
     if value is None:
         return None
     if isinstance(value, str):
@@ -144,30 +146,44 @@ def form_of(value: Any, shape: tuple[int, ...], *, in_object: bool = False) -> F
     if kind in _MAPPINGS:
         if not all(isinstance(key, (str, int, float)) for key in value):
             raise TypeError("a dict with keys that are neither text nor numbers")
-        return {_MAPPINGS[kind]: [[key, form_of(item, shape, in_object=in_object)] for key, item in value.items()]}
+        return {_MAPPINGS[kind]: [[key, form_of(item, like, in_object=in_object)] for key, item in value.items()]}
     if kind is list or kind in _SEQUENCES or kind is deque:
-        items = [form_of(item, shape, in_object=in_object) for item in value]
+        items = [form_of(item, like, in_object=in_object) for item in value]
         if kind is deque:
             return {"deque": [items, value.maxlen]}
         return items if kind is list else {_SEQUENCES[kind]: items}
     if is_object(value) and not in_object:
-        return {"object": form_of(value.state_dict(), shape, in_object=True)}
+        return {"object": form_of(value.state_dict(), like, in_object=True)}
     raise TypeError(f"a {kind.__name__}, not a tensor, a number, a container of these or an object with state_dict()")
 
 
-def _tensor_form(value: Tensor, shape: tuple[int, ...]) -> Form:
-    if isinstance(value, DTensor) and tuple(value.shape) != shape:
-        return "made"
-    return "device_tensor" if value.numel() == 1 and value.device.type != "cpu" else "tensor"
+def _tensor_form(value: Tensor, like: Tensor) -> Form:
+    if isinstance(value, DTensor):
+        return "tensor" if value.shape == like.shape else "made"
+    if value.numel() == 1:
+        return "device_tensor" if value.device.type != "cpu" else "tensor"
+    order = _order(value)
+    expected = _order(like) if value.shape == like.shape else list(range(value.ndim))
+    return "tensor" if order == expected else {"order": order}
 
 
-def needed_form(values: Mapping[Any, Any], shape: tuple[int, ...]) -> Form:
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions as they lie in memory, the outermost first; in C order where they overlap or have gaps."""
+    order = list(range(tensor.ndim))
+    if tensor.ndim < 2 or tensor.is_contiguous():
+        return order
+    strides = tensor.stride()
+    found = sorted(order, key=lambda dim: -strides[dim])
+    return found if tensor.permute(found).is_contiguous() else order
+
+
+def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
     """The form of a whole state, or None where `plain_form` of the names in the file gives the same state.
 
     Raises:
         TypeError: as `form_of`.
     """
-    form = form_of(dict(values), shape)
+    form = form_of(dict(values), like)
     is_plain = form == plain_form(values) and not any(
         isinstance(value, Tensor) and not value.shape and value.dtype in (torch.int64, torch.float64)
         for value in values.values()
@@ -180,17 +196,17 @@ def plain_form(kinds: Mapping[Any, Any] | set[str]) -> Form:
     return {"dict": [[kind, "tensor"] for kind in sorted(kinds, key=lambda kind: (kind != "step", str(kind)))]}
 
 
-def build(form: Form, leaf: Callable[[Path, str], Any], path: Path = ()) -> Any:
+def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any:
     """A value of a form. An object stands there as what its `load_state_dict` is to be given.
 
     Args:
         form: what `checked` has let through.
-        leaf: makes the tensor or the number at a path, by the name of its form.
+        leaf: makes the tensor or the number at a path, by its form.
         path: of the value.
     """
     if form is None:
         return None
-    if isinstance(form, str):
+    if isinstance(form, str) or (isinstance(form, dict) and "order" in form):
         return leaf(path, form)
     if isinstance(form, list):
         return [build(item, leaf, (*path, index)) for index, item in enumerate(form)]
@@ -241,6 +257,9 @@ def checked(form: Any) -> Form:
         ((name, content),) = form.items()
         if name == "str" and isinstance(content, str):
             return form
+        if name == "order" and isinstance(content, list) and all(type(dim) is int for dim in content):
+            is_order = sorted(content) == list(range(len(content)))
+            return form if is_order else _refuse(form)
         if name == "object":
             return {name: checked(content)}
         if name == "tuple" and isinstance(content, list):
@@ -251,6 +270,10 @@ def checked(form: Any) -> Form:
             return {name: [checked(content[0]), content[1]]}
         if name in _MAPPINGS.values() and _are_items(content):
             return {name: [[key, checked(item)] for key, item in content]}
+    return _refuse(form)
+
+
+def _refuse(form: Any) -> NoReturn:
     raise ValueError(f"the form of an optimizer's state is not understood: {str(form)[:200]}")
 
 

@@ -69,7 +69,7 @@ def find(
         in_flat = [name_of(parameter, names, flat.group_index) for parameter, _ in flat.members]
         leaves: list[Leaf] = []
         if not selection.weights_only:
-            leaves = state_leaves(held, inner, in_flat, values, tuple(flat.tensor.shape))
+            leaves = state_leaves(held, inner, in_flat, values, flat.tensor)
         for (parameter, runs), name in zip(flat.members, in_flat, strict=True):
             shape = stage.shape(parameter)
             if parameter.dtype != torch.float32 or selection.restoring:

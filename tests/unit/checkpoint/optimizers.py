@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class OfTrees(torch.optim.Optimizer):
         if not state:
             state["GG"] = [torch.zeros(3), None, []]
             state["count"] = torch.zeros((), dtype=torch.int64)
+            state["turned"] = torch.zeros(7, 5).t()
             state["queue"] = deque([gradient.clone()], maxlen=2)
             state["pair"] = (torch.zeros_like(parameter), 0)
             state["by_name"] = {"rate": 1.0, "mode": "slow", 3: {"is_first": True}}
@@ -65,6 +67,12 @@ class OfTrees(torch.optim.Optimizer):
         parameter.sub_(update * numbers, alpha=lr * scale)
 
 
+class Norm(IntEnum):
+    """A hyperparameter, as Scion's."""
+
+    FROBENIUS = 1
+
+
 class OfShared(torch.optim.Adam):
     """State that belongs to no parameter, wherever an optimizer can have it; all of it decides on the next step."""
 
@@ -74,6 +82,7 @@ class OfShared(torch.optim.Adam):
         self.mask = torch.zeros(2, 3)
         self.param_groups[0]["weights"] = torch.ones(4)
         self.param_groups[0]["filter"] = len
+        self.param_groups[0]["norm"] = Norm.FROBENIUS
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

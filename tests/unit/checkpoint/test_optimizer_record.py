@@ -26,7 +26,7 @@ from harness.checkpoint.verify import verify
 from harness.checkpoint.write import write_json
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError, DamagedError
-from tests.unit.checkpoint.optimizers import OfShared
+from tests.unit.checkpoint.optimizers import Norm, OfShared
 
 
 def made(seed: int = 0, optimizer: Any = OfShared) -> Watched:
@@ -70,7 +70,7 @@ def test_training_goes_on_bit_for_bit_when_state_belongs_to_no_parameter(
     shared: Any = other.state
     assert (shared["num_steps"], other.total_step) == (3, 3)
     assert torch.equal(shared["ema"]["long"], torch.full((3,), 3.0)) and torch.equal(other.mask, one.mask)
-    assert other.param_groups[0]["filter"] is len
+    assert other.param_groups[0]["filter"] is len and other.param_groups[0]["norm"] is Norm.FROBENIUS
     # Of another type than the parameter, which torch's load_state_dict would cast.
     assert other.state[second.model.weight]["wide"].dtype == torch.float64  # type: ignore[index]
     train(first, 3)

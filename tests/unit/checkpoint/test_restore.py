@@ -151,6 +151,7 @@ def assert_same_trees(found: Any, expected: Any) -> None:
     assert type(found) is type(expected)
     if isinstance(expected, Tensor):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert found.stride() == expected.stride()
     elif isinstance(expected, dict):
         assert list(found) == list(expected)
         assert_same_trees(list(found.values()), list(expected.values()))

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.checkpoint.shards.state_form import Branch, build, checked, form_of, leaves_of, needed_form
 from tests.unit.checkpoint.optimizers import Projector
 
+LIKE = torch.zeros(2)
 TREE: dict[Any, Any] = {
     "step": 3,
     "matrices": [torch.ones(2), None, [torch.zeros(()), 0.5]],
@@ -25,7 +26,7 @@ TREE: dict[Any, Any] = {
 
 
 def test_value_is_the_same_when_built_from_its_form_and_leaves() -> None:
-    form = checked(json.loads(json.dumps(form_of(TREE, (2,)))))
+    form = checked(json.loads(json.dumps(form_of(TREE, LIKE))))
     values = {leaf.name: leaf.value for leaf in leaves_of(TREE)}
     built = build(form, lambda path, kind: values[".".join(map(str, path))])
     assert repr(built) == repr(TREE)
@@ -56,7 +57,7 @@ def test_leaves_are_looked_up_anew_when_containers_are_replaced() -> None:
     ],
 )
 def test_form_is_needed_when_the_names_do_not_tell_the_state(state: dict[str, Any], is_needed: bool) -> None:
-    assert (needed_form(state, (2,)) is not None) == is_needed
+    assert (needed_form(state, LIKE) is not None) == is_needed
 
 
 def test_object_is_what_it_saves_when_its_form_is_taken() -> None:
@@ -69,19 +70,19 @@ def test_object_is_what_it_saves_when_its_form_is_taken() -> None:
         "projectors.0.num_calls",
     ]
     assert all(leaf.is_made for leaf in leaves_of(state))
-    built = build(checked(form_of(state, ())), lambda path, kind: kind)
+    built = build(checked(form_of(state, LIKE)), lambda path, kind: kind)
     assert built == {"projectors": [{"factors": ["tensor", "tensor"], "num_calls": "int"}]}
 
 
 @pytest.mark.parametrize("value", [{1}, {"a": 1j}, slice(1), {(1,): 2}, torch.float32, [object]])
 def test_form_is_refused_when_a_value_is_not_understood(value: Any) -> None:
     with pytest.raises(TypeError):
-        form_of(value, ())
+        form_of(value, LIKE)
 
 
 def test_nothing_but_value_errors_come_when_a_form_is_damaged() -> None:
     numbers = random.Random(0)
-    whole = form_of(TREE, (2,))
+    whole = form_of(TREE, LIKE)
     refused = 0
     for _ in range(400):
         form = json.loads(json.dumps(whole))
@@ -108,5 +109,20 @@ def _damage(form: Any, numbers: random.Random) -> None:
 
 def test_tensor_is_of_the_device_alone_when_it_is_one_element() -> None:
     value: Tensor = torch.zeros((), device="meta")
-    assert form_of(value, ()) == "device_tensor"
-    assert form_of(torch.zeros(2, device="meta"), ()) == "tensor"
+    assert form_of(value, LIKE) == "device_tensor"
+    assert form_of(torch.zeros(2, device="meta"), LIKE) == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("value", "like", "form"),
+    [
+        (torch.zeros(3, 2).t(), torch.zeros(4), {"order": [1, 0]}),
+        (torch.zeros(3, 2).t(), torch.zeros(2, 3), {"order": [1, 0]}),
+        (torch.zeros(3, 2).t(), torch.zeros(3, 2).t(), "tensor"),
+        (torch.zeros(2, 3), torch.zeros(3, 2).t(), {"order": [0, 1]}),
+        (torch.zeros(4, 6)[:, ::2], torch.zeros(4), "tensor"),
+        (torch.zeros(1).expand(4), torch.zeros(4), "tensor"),
+    ],
+)
+def test_order_is_in_the_form_when_it_is_not_the_expected_one(value: Tensor, like: Tensor, form: Any) -> None:
+    assert checked(form_of(value, like)) == form
