@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from harness.agreement import Agreement
 from harness.checkpoint.fence import ModeChoice
 from harness.checkpoint.kept_tensors import KeptTensors
+from harness.checkpoint.materialize import check_objects
 from harness.checkpoint.optimizer_record import added_state, record_of
 from harness.checkpoint.plan import Plan, make_plan, plan_of_rank_zero
-from harness.checkpoint.shards.held import Held, find_held
+from harness.checkpoint.shards.held import Held, find_held, find_stepped, innermost
 from harness.checkpoint.snapshot import Snapshot, copy_here
 from harness.checkpoint.staging import StagingMemory
 from harness.checkpoint.trainer_state import Watched
@@ -78,6 +79,9 @@ def plan_saves(
         if not config.save_weights_only:
             # What belongs to no parameter is refused as early: here nothing comes of it.
             record_of(held, watched.optimizer, added_state(watched.optimizer), KeptTensors())
+            if watched.optimizer is not None and held.trees:
+                stepped = find_stepped(accelerator, watched.model, watched.optimizer)
+                check_objects(innermost(watched.optimizer), stepped, held.forms)
         return held
 
     held = agreement.together("finding what is to be saved", find)

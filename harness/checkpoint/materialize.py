@@ -241,14 +241,42 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
+def check_objects(optimizer: Any, stepped: Sequence[Stepped], forms: Mapping[str, Form]) -> None:
+    """Refuse objects in a state that could not be made again at a resume.
+
+    Effects: as `zero_step`, for one tensor with objects in its state; main thread, between steps.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+        stepped: all that it steps on, by `find_stepped`.
+        forms: parameter -> form of its state.
+
+    Raises:
+        CheckpointError: if the optimizer does not make them in a step with gradients of zero.
+    """
+    for each in stepped:
+        name = next((name for name in each.names if any(objects_in(forms.get(name)))), None)
+        if name is None:
+            continue
+        values = each.tensor.detach().clone()
+        try:
+            made = Branch(zero_step(optimizer, [each])[0])
+            for path in objects_in(forms[name]):
+                _made(optimizer, made, path, name)
+        finally:
+            with torch.no_grad():
+                each.tensor.copy_(values)
+        return
+
+
 # ---------------------------------------------------------------------------- a step that leaves no trace
 
 
 def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]:
     """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
 
-    Effects: as the optimizer's step, which is not collective for most; main thread, before training. Its state, groups
-    and counters are as before when this returns; its own hooks are not called.
+    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups
+    and counters, and random numbers, are as before when this returns; its own hooks are not called.
 
     Args:
         optimizer: the user's own, inside all wrappers.
@@ -260,7 +288,8 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
     step = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    with _kept(optimizer, [each.tensor for each in wanted]):
+    devices = {each.tensor.device for each in wanted if each.tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _kept(optimizer, [each.tensor for each in wanted]):
         for group in optimizer.param_groups:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0

@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +114,8 @@ def added_state(optimizer: Any) -> Mapping[str, Any]:
     inner = innermost(optimizer)
     if inner is None or getattr(type(inner), "state_dict", None) in (None, torch.optim.Optimizer.state_dict):
         return {}
-    state = inner.state_dict()
+    with _listed_state(inner):
+        state = inner.state_dict()
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
             f"{type(inner).__name__}: its state_dict() is no dict with text for keys, so it cannot be saved; use "
@@ -158,11 +161,32 @@ def _load_added(inner: Any, added: dict[str, Any]) -> None:
     try:
         inner.load_state_dict({"state": packed, "param_groups": packed_groups, **added})
     finally:
-        holder = inner
-        while isinstance(getattr(type(holder), "state", None), property):
-            holder = holder.optimizer  # a wrapper shows the state of the optimizer inside
+        holder = _holder(inner)
         loaded, holder.state, holder.param_groups = holder.state, state, groups
     state.update(_not_of_parameters(loaded))
+
+
+@contextmanager
+def _listed_state(inner: Any) -> Iterator[None]:
+    """Hide state of parameters that are in no group, on which torch's `state_dict` fails: ZeRO-3 leaves groups empty."""
+    listed = {id(each) for group in inner.param_groups for each in group["params"]}
+    shown = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor) or id(key) in listed}
+    if len(shown) == len(inner.state):
+        yield
+        return
+    holder, state = _holder(inner), inner.state
+    holder.state = defaultdict(dict, shown)
+    try:
+        yield
+    finally:
+        holder.state = state
+
+
+def _holder(optimizer: Any) -> Any:
+    """Which optimizer has the state: a wrapper may show that of the one inside."""
+    while isinstance(getattr(type(optimizer), "state", None), property):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _shared_state(inner: Any) -> dict[Any, Any]:

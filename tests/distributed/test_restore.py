@@ -138,9 +138,10 @@ def test_state_is_what_was_saved_when_the_optimizer_is(tmp_path: Path, kind: str
                 assert_close_tensors(into / f"{name}-next", path / "step-4")
 
 
-def test_state_is_what_was_saved_when_it_is_in_containers_and_of_no_parameter(tmp_path: Path) -> None:
-    run(2, save_under, tmp_path / "saved", "fsdp2", "fp32", "Queued", 1)
-    run(2, restore_under, tmp_path / "into", "fsdp2", {"it": str(tmp_path / "saved/step-3")}, "fp32", "Queued", 1)
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_state_is_what_was_saved_when_in_containers_or_of_no_parameter(tmp_path: Path, strategy: str) -> None:
+    run(2, save_under, tmp_path / "saved", strategy, "fp32", "Queued", 1)
+    run(2, restore_under, tmp_path / "into", strategy, {"it": str(tmp_path / "saved/step-3")}, "fp32", "Queued", 1)
     for mine, theirs in (("it", "step-3"), ("it-next", "step-4")):
         found, expected = tmp_path / "into" / mine, tmp_path / "saved" / theirs
         assert same_files(found, expected)

@@ -6,8 +6,8 @@ form is what the leaves do not have: the containers, their order, None, text, an
 
 A form is JSON: a leaf is ``"tensor"``, ``"device_tensor"`` (one element, on the accelerator), ``"made"`` (only the
 optimizer can make it), ``{"order": [1, 0]}`` (a tensor that does not lie in memory as expected: the order of its
-dimensions, which decides how later steps are rounded), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list is
-a list; all else is an object with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``,
+dimensions, which decides how later steps are rounded), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list
+is a list; all else is an object with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``,
 ``{"object": <form of its state_dict()>}``.
 """
 

@@ -24,6 +24,7 @@ from harness.checkpoint.trainer_state import Moment, Watched
 from harness.checkpoint.verify import require_whole, verify
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
+from tests.unit.checkpoint.optimizers import OfObjects
 
 Make = Callable[..., Saver]
 
@@ -458,6 +459,32 @@ def test_error_names_the_state_when_it_is_not_understood(make: Make, value: Any)
     optimizer.state[model.weight]["history"] = value
     with pytest.raises(CheckpointError, match=r"SGD: cannot save its state 'history' of weight: a .*save_weights_only"):
         make(Watched(model, optimizer, None))
+
+
+class OfLateObjects(OfObjects):
+    """Makes its objects of the first gradient that is not zero."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if any(parameter.grad.any() for group in self.param_groups for parameter in group["params"]):
+            super().step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [OfObjects, OfLateObjects])
+def test_objects_are_refused_at_the_first_save_when_a_resume_could_not_make_them(make: Make, optimizer: Any) -> None:
+    model = nn.Linear(3, 2)
+    watched = Watched(model, optimizer(model.parameters()), None)
+    saver = make(watched)
+    model(torch.ones(1, 3)).sum().backward()
+    watched.optimizer.step()  # type: ignore[union-attr]
+    before, numbers = weights_of(model), torch.get_rng_state()
+    if optimizer is OfLateObjects:
+        with pytest.raises(CheckpointError, match=r"OfLateObjects: has made no projectors\.0 of weight"):
+            saver.prepare()
+    else:
+        saver.prepare()
+    assert_same(weights_of(model), before)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert watched.optimizer.num_steps == 1  # type: ignore[union-attr]
 
 
 def test_error_names_the_tensor_when_it_is_sparse(make: Make) -> None:
