@@ -92,18 +92,21 @@ def build_state(built: BuiltState, stepped: Sequence[Stepped], stored: Stored, r
         DamagedError: if the checkpoint contradicts itself.
     """
     wanted = [each for each in stepped if any(stored.state_of(name) for name in each.names)]
+    example: Mapping[Any, Any] = {}
     if record.class_name != class_name(built.optimizer):
-        _refuse_another(built.optimizer, stepped, wanted, stored, record)
+        example = _refuse_another(built.optimizer, stepped, wanted, stored, record)
     for each in wanted:
-        _build(built, each, stored, record)
+        _build(built, each, stored, record, example)
 
 
-def _build(built: BuiltState, each: Stepped, stored: Stored, record: OptimizerRecord) -> None:
+def _build(
+    built: BuiltState, each: Stepped, stored: Stored, record: OptimizerRecord, example: Mapping[Any, Any]
+) -> None:
     optimizer = built.optimizer
     # In a flat partition there is one state of what may have been many; that with the most is taken as the example.
     name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
     form = record.forms.get(name) or _form_without(record, stored.state_of(name))
-    state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored))
+    state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored, example))
     live = optimizer.state.get(each.tensor) or {}
     if live.keys() >= state.keys():
         return
@@ -135,8 +138,8 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
     return form
 
 
-def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored) -> Any:
-    """Memory for one tensor, or a number, to be read into."""
+def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored, example: Mapping[Any, Any]) -> Any:
+    """Memory for one tensor, or a number, to be read into; a number as another class of optimizer has it."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
     if place is None:
@@ -144,12 +147,16 @@ def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored) -> A
             f"{stored.checkpoint}: trainer_state.json has {of_name}.{name}, and optimizer.safetensors has not; use "
             "another checkpoint"
         )
+    is_step = of_name == "step" and not place.tensor.shape
+    if is_step or not _has_shape_of_parameter(each, of_name, stored):
+        number = example.get(path[0]) if len(path) == 1 else None
+        if is_leaf(number) and (not isinstance(number, Tensor) or number.numel() == 1):
+            return copy.deepcopy(number)
     if isinstance(kind, str) and kind in _NUMBERS:
         return _NUMBERS[kind](0)
     if isinstance(kind, dict):
         return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
-    is_number = not place.tensor.shape and of_name == "step"
-    if not is_number and _has_shape_of_parameter(each, of_name, stored):
+    if not is_step and _has_shape_of_parameter(each, of_name, stored):
         is_flat = len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape
         # Of a flat partition, padding and parameters without a state are zero.
         make = torch.zeros_like if is_flat else torch.empty_like
@@ -202,28 +209,30 @@ def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
 
 def _refuse_another(
     optimizer: Any, stepped: Sequence[Stepped], wanted: Sequence[Stepped], stored: Stored, record: OptimizerRecord
-) -> None:
+) -> Mapping[Any, Any]:
     """Refuse a checkpoint of another optimizer, by what this one keeps of one parameter after a step.
 
-    An optimizer that cannot take such a step is not refused.
+    Returns:
+        What it keeps; nothing if it cannot take such a step, and is not refused.
 
     Raises:
         CheckpointError: if it keeps something else.
     """
     if not wanted and not stored.step:
-        return
+        return {}
     candidates = [each for each in wanted or stepped if each.tensor.numel() and (wanted or each.tensor.requires_grad)]
     if not candidates:
-        return
+        return {}
     each = min(candidates, key=lambda each: each.tensor.numel())
     try:
-        keeps = {leaf.name for leaf in leaves_of(zero_step(optimizer, [each])[0])}
+        (state,) = zero_step(optimizer, [each])
     except CheckpointError:
-        return
+        return {}
+    keeps = {leaf.name for leaf in leaves_of(state)}
     name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
     has = set(stored.state_of(name))
     if keeps == has:
-        return
+        return state
     if not wanted:
         raise CheckpointError(
             f"{stored.checkpoint}: has no state of the optimizer after step {stored.step}, though "

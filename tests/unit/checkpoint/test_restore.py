@@ -163,6 +163,35 @@ def assert_same_trees(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+class WithPlainSteps(torch.optim.Optimizer):
+    """Adam's state with a plain number for the step, as DeepSpeed's has it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter] or {
+                    "step": 0,
+                    **{kind: parameter * 0 for kind in ("exp_avg", "exp_avg_sq")},
+                }
+                self.state[parameter] = {**state, "step": state["step"] + 1}
+
+
+def test_steps_are_as_the_optimizer_has_them_when_it_is_of_another_class(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    first, second = alternating("AdamW", 3), alternating("SGD", 0)
+    second = Watched(second.model, WithPlainSteps(second.model.parameters()), None)
+    restored(second, accelerator, saved(first, accelerator, tmp_path))
+    found = second.optimizer.state[second.model.used.weight]  # type: ignore[union-attr, index]
+    assert type(found["step"]) is int and found["step"] == 3
+    expected = first.optimizer.state[first.model.used.weight]  # type: ignore[union-attr, index]
+    assert torch.equal(found["exp_avg"], expected["exp_avg"])
+
+
 class Counting(torch.optim.SGD):
     """Counts its steps: in itself, for all parameters, and in its group."""
 
