@@ -25,6 +25,7 @@ from harness.run_lifetime import RunLifetime
 from harness.saves import Saves
 from harness.schedule import Cadence, is_passed
 from harness.signals import name_of
+from harness.step_counter import StepCounter
 from harness.votes import Votes
 from harness.windows import MetricWindows
 
@@ -60,6 +61,8 @@ class Course:
         is_in_batch: a batch's body runs, which is not counted yet.
         random_to_keep: random numbers that a checkpoint has in place of those of now: as they were when the first
             evaluation since the last training batch began, or what is of the next epoch; None: those of now.
+        step_counter: counts the steps of one optimizer of several; None: a step is counted for each batch with which
+            the accelerator synchronises gradients.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Course:
         self.max_steps: int | None = None
         self.ends = self.is_cut_short = self.is_in_batch = False
         self.random_to_keep: dict[str, Any] | None = None
+        self.step_counter: StepCounter | None = None
 
     @property
     def is_log_step_next(self) -> bool:
@@ -223,7 +227,9 @@ class Course:
         is_asked = run.is_asked
         if is_asked:
             run.check()
-        if step is None:
+        if step is None and self.step_counter is not None:
+            step = place.step + self.step_counter.take()
+        elif step is None:
             # A step that fp16's overflow has skipped has changed nothing, and is none.
             is_step = self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
             step = place.step + is_step

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 class LearningRates:
-    """Those of an optimizer's groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
+    """Those of the optimizers' groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
+
+    Of several models: ``train/lr/<model>``, or ``train/lr/<model>/group<n>``.
 
     Effects: not collective; main thread; nothing on disk.
 
     Attributes:
-        optimizer: whose they are; None: there are none.
+        optimizers: name of the model -> its optimizer; the name is empty where it is the only one.
     """
 
     def __init__(self) -> None:
-        self.optimizer: Any = None
+        self.optimizers: Mapping[str, Any] = {}
         self._kept: dict[str, float] | None = None
 
     def keep(self) -> None:
@@ -30,9 +33,13 @@ class LearningRates:
         """Name -> rate."""
         if self._kept is not None:
             return self._kept
-        if self.optimizer is None:
-            return {}
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups if "lr" in group]
-        if len(set(rates)) == 1:
-            return {"train/lr": rates[0]}
-        return {f"train/lr/group{index}": rate for index, rate in enumerate(rates)}
+        return {name: rate for model, optimizer in self.optimizers.items() for name, rate in _rates(model, optimizer)}
+
+
+def _rates(model: str, optimizer: Any) -> Iterator[tuple[str, float]]:
+    name = f"train/lr/{model}" if model else "train/lr"
+    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    if len(set(rates)) == 1:
+        yield name, rates[0]
+        return
+    yield from ((f"{name}/group{index}", rate) for index, rate in enumerate(rates))

@@ -33,12 +33,11 @@ from harness.buffers import take_rank_zero_buffers
 from harness.checkpoint.commit import Manifest
 from harness.checkpoint.json_values import decode
 from harness.checkpoint.locate import longest_wait_s, remove_downloads
-from harness.checkpoint.names import unwrapped
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.resume import GlobalBatch
 from harness.checkpoint.retention import Retention
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Watched
+from harness.checkpoint.trainer_state import AnyWatched, Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
 from harness.errors import CheckpointError
@@ -53,8 +52,10 @@ from harness.recipe import ExampleSource, check_spec
 from harness.resumption import Resumption
 from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.saves import Saves
+from harness.step_counter import StepCounter
 from harness.tracking import provenance
 from harness.votes import Votes
+from harness.watching import modules_of, refuse_second_watch, watched_of
 from harness.windows import MetricWindows
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ class PeriodicLogger:
         self._initial_weights = initial_weights
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
-        self._watched: Watched | None = None
+        self._watched: AnyWatched | None = None
+        self._step_counter: StepCounter | None = None
         self._rates = LearningRates()
         self._place = Place()
         self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
@@ -303,7 +305,7 @@ class PeriodicLogger:
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__
-        self._batches.close()
+        self._stop_counting()
         self._run.finish()
 
     def fail(self, error: BaseException) -> BaseException:
@@ -317,7 +319,7 @@ class PeriodicLogger:
         if not self._started:
             return error
         self._started = False
-        self._batches.close()
+        self._stop_counting()
         saver = getattr(self, "_saver", None)
 
         def before_end() -> None:
@@ -330,42 +332,64 @@ class PeriodicLogger:
 
         return self._run.fail(error, before_end)
 
+    def _stop_counting(self) -> None:
+        self._batches.close()
+        if self._step_counter is not None:
+            self._step_counter.close()
+
     # ------------------------------------------------------------------------- the loop
 
     def watch(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, Any],
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: Any = None,
         *,
+        steps_of: str | None = None,
         goes_on_at: tuple[int, int] | None = None,
     ) -> None:
-        """Say what checkpoints are of: the prepared model, optimizer and scheduler.
+        """Set what checkpoints hold: the prepared model, optimizer and scheduler, or several of these by name.
 
-        Where the run goes on, they hold what its newest checkpoint holds when this returns.
+        If the run is resumed, they hold the state of its newest checkpoint when this returns. It is called once::
+
+            logger.watch(model, optimizer, scheduler)
+            logger.watch({"generator": (g, opt_g), "discriminator": (d, opt_d)}, steps_of="generator")
+
+        Several models are saved, restored and published together. The names of their tensors begin with the name of
+        the model (``generator.<name>``). An optimizer may hold parameters of another of the models, but with FSDP1 and
+        DeepSpeed. The logger's step counts the steps that one of the optimizers makes: a batch without a step of it
+        counts none, a batch with two counts two.
 
         Args:
-            model: prepared.
+            model: prepared. Several: name -> model, or a tuple (model,), (model, optimizer), (model, optimizer,
+                scheduler); a name is an identifier.
             optimizer: prepared.
             scheduler: prepared.
+            steps_of: name of the model whose optimizer's steps are counted; None: the first one with an optimizer.
             goes_on_at: epochs and steps that are complete, where the loop has put its state back by itself: nothing
                 else is put back, the MLflow run goes on from there, and checkpoints that the run has already stay.
 
         Raises:
             CheckpointError: on all ranks, if their state could not be saved, or none of the run's checkpoints
-                can be put back; or the loop begins anew in a run that has checkpoints.
+                can be put back; or the loop begins anew in a run that has checkpoints; or this was called before; or
+                an argument is not as described above.
         """
-        watched = Watched(model, optimizer, scheduler)
+        if self._watched is not None:
+            raise refuse_second_watch()
+        watched = watched_of(model, optimizer, scheduler, steps_of)
         self._saver.check(watched)
         self._watched = watched
-        self._rates.optimizer = watched.optimizer
+        self._rates.optimizers = _optimizers(watched)
         self._course.skip_time()
         self._saves.watches()
         if goes_on_at is None:
             self._resume(watched)
         else:
             self._go_on_at(*goes_on_at)
-        self._run.describe_model(unwrapped(model), model)
+        if not isinstance(watched, Watched) and watched.counted is not None:
+            # Only now: a restore may have stepped the optimizer to make its state.
+            self._step_counter = self._course.step_counter = StepCounter(watched.counted)
+        self._run.describe_model(*modules_of(watched))
 
     def watch_instead(self, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
         """Have checkpoints be of the same model and another optimizer from here on: the loop has made one.
@@ -379,11 +403,11 @@ class PeriodicLogger:
         Raises:
             CheckpointError: on all ranks, if their state could not be saved.
         """
-        assert self._watched is not None
+        assert isinstance(self._watched, Watched)
         watched = Watched(self._watched.model, optimizer, scheduler)
         self._saver.check(watched)
         self._watched = watched
-        self._rates.optimizer = optimizer
+        self._rates.optimizers = _optimizers(watched)
         self._course.skip_time()
         self._saves.watches()
         # It has stepped, or there is none to wait for.
@@ -470,7 +494,8 @@ class PeriodicLogger:
             limit: end after so many batches; None: all.
         """
         if self._watched is not None:
-            take_rank_zero_buffers(self._watched.model, self.topology.world_size)
+            for part in self._watched.parts:
+                take_rank_zero_buffers(part.model, self.topology.world_size)
         yield from self._loop.over_evaluation(loader, limit)
 
     def on_reduced(self, callback: Callable[[Mapping[str, float], int], None]) -> None:
@@ -625,7 +650,7 @@ class PeriodicLogger:
             self._run.resumed(step, None)
             self.say(f"goes on: {_counted(epoch, step)}")
 
-    def _resume(self, watched: Watched) -> None:
+    def _resume(self, watched: AnyWatched) -> None:
         resumed = self._resumption.put_back(watched)
         if resumed is None:
             return
@@ -639,6 +664,10 @@ class PeriodicLogger:
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: {_counted(state.epoch, state.step)}")
+
+
+def _optimizers(watched: AnyWatched) -> dict[str, torch.optim.Optimizer]:
+    return {part.name: part.optimizer for part in watched.parts if part.optimizer is not None}
 
 
 def _counted(epoch: int, step: int) -> str:

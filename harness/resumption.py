@@ -23,9 +23,9 @@ from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_we
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import Before, Resumed, look_before, resume, set_damaged_aside
-from harness.checkpoint.shards.held import find_held
+from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_weights, refuse_others_alone
-from harness.checkpoint.trainer_state import Watched, put_back
+from harness.checkpoint.trainer_state import AnyWatched, put_back
 from harness.errors import CheckpointError
 
 
@@ -96,7 +96,7 @@ class Resumption:
                 found = replace(found, usable=usable)
         return found, look_before(found.usable)
 
-    def put_back(self, watched: Watched) -> Resumed | None:
+    def put_back(self, watched: AnyWatched) -> Resumed | None:
         """Fill what is watched with the newest checkpoint, or with the initial weights; None: the run begins.
 
         Raises:
@@ -123,13 +123,13 @@ class Resumption:
             set_damaged_aside([path for path, _ in self._found.damaged], self._say)
         return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
 
-    def put_back_again(self, watched: Watched) -> None:
+    def put_back_again(self, watched: AnyWatched) -> None:
         """Put what is no tensor back once more; before the first `take`. Not collective."""
         if self._resumed is not None:
-            held = find_held(self._accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None)
+            held = find_watched(self._accelerator, watched, weights_only=False, dtype=None)
             put_back(self._resumed.state, watched, held.groups, self._accelerator.scaler)
 
-    def _take_initial_weights(self, watched: Watched) -> None:
+    def _take_initial_weights(self, watched: AnyWatched) -> None:
         where = self._initial_weights
         if where is None:
             return

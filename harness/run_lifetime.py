@@ -231,9 +231,12 @@ class RunLifetime:
         if not self._tracker.has_recipe:
             self.describe_recipe(None, model, None, None)
             if self._publishes:
+                made = "model"
+                if isinstance(model, nn.ModuleDict):
+                    made = f"nn.ModuleDict({{{', '.join(f'{name!r}: ...' for name in model)}}})"
                 self._say(
                     "no class is named for the models in MLflow, so mlflow.pyfunc cannot build them: load one with "
-                    'harness.load_model("models:/...", model=model), which fills a model that is made as here'
+                    f'harness.load_model("models:/...", model={made}), which fills a model that is made as here'
                 )
 
     @property

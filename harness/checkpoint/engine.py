@@ -17,12 +17,13 @@ from harness.agreement import Agreement
 from harness.checkpoint.fence import ModeChoice
 from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.materialize import check_objects
-from harness.checkpoint.optimizer_record import added_state, record_of
+from harness.checkpoint.optimizer_record import added_state, groups_record, record_of
 from harness.checkpoint.plan import Plan, make_plan, plan_of_rank_zero
-from harness.checkpoint.shards.held import Held, find_held, find_stepped, innermost
+from harness.checkpoint.shards.held import Held, innermost
+from harness.checkpoint.shards.parts import find_watched, find_watched_stepped
 from harness.checkpoint.snapshot import Snapshot, copy_here
 from harness.checkpoint.staging import StagingMemory
-from harness.checkpoint.trainer_state import Watched
+from harness.checkpoint.trainer_state import AnyWatched
 from harness.checkpoint.write import WriterProcess
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -49,7 +50,7 @@ def plan_saves(
     accelerator: Accelerator,
     agreement: Agreement,
     config: CheckpointConfig,
-    watched: Watched,
+    watched: AnyWatched,
     *,
     is_rank_zeros: bool = False,
 ) -> tuple[Held, Plan]:
@@ -69,19 +70,20 @@ def plan_saves(
     """
 
     def find() -> Held:
-        held = find_held(
+        held = find_watched(
             accelerator,
-            watched.model,
-            watched.optimizer,
+            watched,
             weights_only=config.save_weights_only,
             dtype=None if config.dtype is None else getattr(torch, config.dtype),
         )
         if not config.save_weights_only:
             # What belongs to no parameter is refused as early: here nothing comes of it.
-            record_of(held, watched.optimizer, added_state(watched.optimizer), KeptTensors())
-            if watched.optimizer is not None and held.trees:
-                stepped = find_stepped(accelerator, watched.model, watched.optimizer)
-                check_objects(innermost(watched.optimizer), stepped, held.forms)
+            kept = KeptTensors()
+            groups_record(held, kept)
+            for part in watched.parts:
+                record_of(part.optimizer, added_state(part.optimizer), kept)
+            for part, stepped in find_watched_stepped(watched) if held.trees else ():
+                check_objects(innermost(part.optimizer), stepped, held.forms)
         return held
 
     held = agreement.together("finding what is to be saved", find)
@@ -93,7 +95,7 @@ def make_engine(
     accelerator: Accelerator,
     agreement: Agreement,
     config: CheckpointConfig,
-    watched: Watched,
+    watched: AnyWatched,
     *,
     is_rank_zeros: bool = False,
 ) -> Engine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,12 +31,12 @@ class Fence:
     blocks while a copy on the CPU runs, and never on CUDA beyond the enqueueing; nothing on disk.
 
     Attributes:
-        watched: the optimizer whose steps `num_steps` counts; None: every optimizer's.
-        num_steps: how often torch has called the hook.
+        unseen: identities of the optimizers that `expect` named and before whose step torch has not called the hook.
+        num_steps: how often torch has called the hook, for any optimizer.
     """
 
     def __init__(self) -> None:
-        self.watched: Any = None
+        self.unseen: set[int] = set()
         self._copied = threading.Event()
         self._copied.set()
         self._event: torch.cuda.Event | None = None
@@ -46,6 +47,10 @@ class Fence:
         self.is_passed = True
         self.num_steps = 0
         self.waited_s = 0.0
+
+    def expect(self, optimizers: Sequence[Any]) -> None:
+        """Name the optimizers whose steps are to be held back, each as torch has it: inside all wrappers."""
+        self.unseen = set(map(id, optimizers))
 
     def raise_(self, guard: SourceGuard) -> None:
         """From here on no optimizer steps until `lower`; the next step checks the guard before it writes."""
@@ -62,7 +67,8 @@ class Fence:
             self._copied.set()
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
-        self.num_steps += self.watched is None or optimizer is self.watched
+        self.num_steps += 1
+        self.unseen.discard(id(optimizer))
         self.pass_()
 
     def pass_(self) -> None:

@@ -78,6 +78,7 @@ class NamedState:
         holders: name -> the module's dictionary that the tensor is in, and its key there.
         sizes: dictionaries of the modules, with their lengths: if one changes, so has the model.
         members: (dictionary, key, value) of submodules, and of places that are empty: likewise.
+        others: identity -> name of parameters of other models in the same checkpoint, which an optimizer may train too.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -86,9 +87,12 @@ class NamedState:
     holders: Mapping[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     sizes: tuple[tuple[Any, int], ...] = ()
     members: tuple[tuple[Any, Any, Any], ...] = ()
+    others: Mapping[int, str] = field(default_factory=dict)
 
 
-def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
+def named_state(
+    model: nn.Module, stands: Sequence[Stand] = (), prefix: str = "", named_before: dict[int, str] | None = None
+) -> NamedState:
     """Name every parameter and persistent buffer of a model, wrapped or not.
 
     Effects: not collective; any thread, outside of forward; reads only.
@@ -96,6 +100,9 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
     Args:
         model: wrapped or not.
         stands: for what is in FSDP1's flat parameters, which have no name of their own, and hold its values.
+        prefix: of each name.
+        named_before: identity -> name of the tensors of other models of the checkpoint, in which a tensor of this
+            model becomes an alias; this model's tensors are added.
 
     Raises:
         CheckpointError: if two tensors would have the same name.
@@ -106,11 +113,11 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
     holders: dict[str, tuple[dict[str, Any], str]] = {}
     sizes: list[tuple[Any, int]] = []
     members: list[tuple[Any, Any, Any]] = []
-    first_name: dict[int, str] = {}
+    first_name = {} if named_before is None else named_before
     standing: dict[int, dict[str, Any]] = {}
     for module, key, stand in stands:
         standing.setdefault(id(module), {})[key] = stand
-    for prefix, module in modules_of(model):
+    for path, module in modules_of(model, prefix):
         sizes.append((module._modules, len(module._modules)))
         members += [(module._modules, key, child) for key, child in module._modules.items()]
         sizes += [(held, len(held)) for held in (module._parameters, module._buffers)]
@@ -127,7 +134,7 @@ def named_state(model: nn.Module, stands: Sequence[Stand] = ()) -> NamedState:
                     continue
                 if getattr(tensor, "_is_flat_param", False):
                     continue  # FSDP1's: what it is made of stands in `stands`
-                name = prefix + key
+                name = path + key
                 if (first := first_name.setdefault(id(tensor), name)) != name:
                     aliases[name] = first
                 elif name in holders and holders[name][0] is not held:

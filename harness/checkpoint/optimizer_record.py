@@ -65,13 +65,34 @@ class OptimizerRecord:
         return cls(name, _forms(record.get("forms", [])), state, added)
 
 
-def record_of(held: Held, optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
-    """The record of an optimizer as it is now, as JSON values.
+def groups_record(held: Held, kept: KeptTensors) -> dict[str, Any]:
+    """The hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
+
+    Effects: as `record_of`.
+
+    Args:
+        held: found with these optimizers.
+        kept: for the tensors.
+
+    Raises:
+        CheckpointError: if something cannot be saved.
+    """
+    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put)}
+    if held.forms:
+        distinct: dict[str, dict[str, Any]] = {}
+        for name, form in held.forms.items():
+            entry = distinct.setdefault(json.dumps(form), {"form": form, "parameters": []})
+            entry["parameters"].append(name)
+        record["forms"] = list(distinct.values())
+    return record
+
+
+def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
+    """The record of an optimizer as it is now, without its groups, as JSON values.
 
     Effects: not collective; main thread, between steps; copies the tensors that are no parameter's; nothing on disk.
 
     Args:
-        held: found with this optimizer.
         optimizer: wrapped or not; None: there is none.
         added: by `added_state`.
         kept: for the tensors.
@@ -79,23 +100,16 @@ def record_of(held: Held, optimizer: Any, added: Mapping[str, Any], kept: KeptTe
     Raises:
         CheckpointError: if something cannot be saved.
     """
-    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put)}
     inner = innermost(optimizer)
     if inner is None:
-        return record
-    record["class"] = class_name(inner)
+        return {}
+    record: dict[str, Any] = {"class": class_name(inner)}
     if shared := _shared_state(inner):
         record["state"] = {
             "$dict": [[encode(key), _encoded(inner, f"state[{key!r}]", shared[key], kept)] for key in shared]
         }
     if added:
         record["added"] = {key: _encoded(inner, f"state_dict()[{key!r}]", added[key], kept) for key in added}
-    if held.forms:
-        distinct: dict[str, dict[str, Any]] = {}
-        for name, form in held.forms.items():
-            entry = distinct.setdefault(json.dumps(form), {"form": form, "parameters": []})
-            entry["parameters"].append(name)
-        record["forms"] = list(distinct.values())
     return record
 
 

@@ -8,9 +8,8 @@ After each part the ranks tell one another what went wrong, so that all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +23,10 @@ from harness.checkpoint.match import Targets, match
 from harness.checkpoint.materialize import BuiltState, build_state
 from harness.checkpoint.optimizer_record import OptimizerRecord
 from harness.checkpoint.read import digest_leaves, read
-from harness.checkpoint.shards.held import find_held, find_stepped, innermost
+from harness.checkpoint.shards.held import innermost
+from harness.checkpoint.shards.parts import find_watched, find_watched_stepped
 from harness.checkpoint.stored import Stored
-from harness.checkpoint.trainer_state import Watched, read_trainer_state
+from harness.checkpoint.trainer_state import AnyWatched, read_trainer_state
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Restored:
 
 def restore_tensors(
     accelerator: Accelerator,
-    watched: Watched,
+    watched: AnyWatched,
     checkpoint: Path,
     agreement: Agreement,
     *,
     weights_only: bool = False,
     manifest: Manifest | None = None,
     files: Files | None = None,
-    record: OptimizerRecord | None = None,
+    records: Mapping[str, OptimizerRecord] | None = None,
 ) -> Restored:
     """Fill the weights, the buffers and the optimizer's state from a checkpoint.
 
@@ -72,28 +72,29 @@ def restore_tensors(
         weights_only: leave the optimizer's state as it is; ZeRO's masters become what the weights are.
         manifest: the checkpoint's, where it has been read already.
         files: where its files are read from; None: every rank sees them.
-        record: what it has of the optimizer beside tensors, where that has been read already.
+        records: name of the part -> what it has of its optimizer beside tensors, where that has been read already.
 
     Raises:
         DamagedError: on all ranks, if the checkpoint is damaged for any of them.
         CheckpointError: on all ranks, if it is of another model or optimizer, or a rank fails otherwise.
     """
     files = files or LocalFiles(checkpoint)
-    weights_only = weights_only or watched.optimizer is None
+    weights_only = weights_only or all(part.optimizer is None for part in watched.parts)
 
-    def headers() -> tuple[Stored, OptimizerRecord]:
+    def headers() -> tuple[Stored, Mapping[str, OptimizerRecord]]:
         found = manifest or read_manifest(checkpoint)
-        is_read = record is not None or weights_only or not found.can_be_resumed
-        own = None if is_read else read_trainer_state(checkpoint, found, files).optimizer
-        return Stored.of(checkpoint, found, files), record or own or OptimizerRecord()
+        of_parts = records or {}
+        if records is None and not weights_only and found.can_be_resumed:
+            of_parts = {part.name: part.optimizer for part in read_trainer_state(checkpoint, found, files).parts}
+        return Stored.of(checkpoint, found, files), of_parts
 
-    stored, of_optimizer = agreement.together("reading the checkpoint's headers", lambda: files.reading(headers))
-    return _restore(accelerator, watched, stored, files, agreement, None if weights_only else of_optimizer, strict=True)
+    stored, of_parts = agreement.together("reading the checkpoint's headers", lambda: files.reading(headers))
+    return _restore(accelerator, watched, stored, files, agreement, None if weights_only else of_parts, strict=True)
 
 
 def restore_weights(
     accelerator: Accelerator,
-    watched: Watched,
+    watched: AnyWatched,
     directory: Path,
     agreement: Agreement,
     records: Sequence[FileRecord] | None = None,
@@ -124,40 +125,50 @@ def restore_weights(
 
 def _restore(
     accelerator: Accelerator,
-    watched: Watched,
+    watched: AnyWatched,
     stored: Stored,
     files: Files,
     agreement: Agreement,
-    record: OptimizerRecord | None,
+    records: Mapping[str, OptimizerRecord] | None,
     *,
     strict: bool,
 ) -> Restored:
-    """Fill what is held; without a record of the optimizer, the weights only."""
-    optimizer, weights_only = watched.optimizer, record is None
-    built = BuiltState(innermost(optimizer))
+    """Fill what is held; without records of the optimizers, the weights only."""
+    weights_only = records is None
+    built: list[BuiltState] = []
     try:
-        if record is not None:
-            assert optimizer is not None
-            stepped = partial(find_stepped, accelerator, watched.model, optimizer)
+        if records is not None:
             what = "building the optimizer's state"
-            agreement.together(what, lambda: build_state(built, stepped(), stored, record))
+            agreement.together(what, lambda: _build_states(built, watched, stored, records))
 
         def matched() -> tuple[Targets, Callable[[], None]]:
-            held = find_held(
-                accelerator, watched.model, optimizer, weights_only=weights_only, dtype=None, restoring=True
-            )
+            held = find_watched(accelerator, watched, weights_only=weights_only, dtype=None, restoring=True)
             return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
 
         targets, refresh = agreement.together("matching the names in the checkpoint", matched)
         what = "reading the tensors"
         read_bytes, spans = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
         read_bytes += _check(stored, spans, files, agreement)
-        agreement.together("loading the state of the optimizer's objects", built.finish)
+        agreement.together("loading the state of the optimizer's objects", lambda: _finish(built))
         refresh()
     except BaseException:
-        built.undo()
+        for each in built:
+            each.undo()
         raise
     return Restored(targets.wanted_bytes, read_bytes, tuple(targets.notes))
+
+
+def _build_states(
+    built: list[BuiltState], watched: AnyWatched, stored: Stored, records: Mapping[str, OptimizerRecord]
+) -> None:
+    for part, stepped in find_watched_stepped(watched):
+        built.append(BuiltState(innermost(part.optimizer)))
+        build_state(built[-1], stepped, stored, records.get(part.name, OptimizerRecord()))
+
+
+def _finish(built: Sequence[BuiltState]) -> None:
+    for each in built:
+        each.finish()
 
 
 def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:

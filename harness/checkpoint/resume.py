@@ -17,12 +17,13 @@ from harness.checkpoint.optimizer_record import has_unrecorded
 from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import Held, find_held, innermost
+from harness.checkpoint.shards.held import Held, innermost
+from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_checkpoint
 from harness.checkpoint.trainer_state import (
     FILE,
+    AnyWatched,
     TrainerState,
-    Watched,
     put_back,
     read_trainer_state,
     require_same,
@@ -94,7 +95,7 @@ def resume(
     found: Found,
     accelerator: Accelerator,
     agreement: Agreement,
-    watched: Watched,
+    watched: AnyWatched,
     relay: Relay,
     say: Callable[[str], None],
 ) -> Resumed | None:
@@ -171,7 +172,7 @@ def _put_back(
     path: Path,
     accelerator: Accelerator,
     agreement: Agreement,
-    watched: Watched,
+    watched: AnyWatched,
     relay: Relay,
     say: Callable[[str], None],
 ) -> Resumed:
@@ -183,7 +184,7 @@ def _put_back(
         return state
 
     def find() -> Held:
-        return find_held(accelerator, watched.model, watched.optimizer, weights_only=False, dtype=None)
+        return find_watched(accelerator, watched, weights_only=False, dtype=None)
 
     def finish() -> Resumed:
         put_back(state, watched, find().groups, accelerator.scaler)
@@ -193,17 +194,17 @@ def _put_back(
 
     # What takes no time first: that is refused before gigabytes are read.
     state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
-    restored = restore_tensors(
-        accelerator, watched, path, agreement, manifest=manifest, files=files, record=state.optimizer
-    )
+    records = {part.name: part.optimizer for part in state.parts}
+    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest, files=files, records=records)
     for note in restored.notes:
         say(f"harness: {path.name}: {note}")
     resumed = agreement.together(f"putting back {path / FILE}", finish)
-    if state.optimizer.class_name is None and has_unrecorded(watched.optimizer):
-        say(
-            f"harness: warning: {path.name}: was saved before state of an optimizer that belongs to no parameter was "
-            f"saved; that of {type(innermost(watched.optimizer)).__name__} starts anew"
-        )
+    for part in watched.parts:
+        if records[part.name].class_name is None and has_unrecorded(part.optimizer):
+            say(
+                f"harness: warning: {path.name}: was saved before state of an optimizer that belongs to no parameter "
+                f"was saved; that of {type(innermost(part.optimizer)).__name__} starts anew"
+            )
     return resumed
 
 

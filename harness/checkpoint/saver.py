@@ -31,12 +31,12 @@ from harness.checkpoint.engine import Engine, make_engine, plan_saves
 from harness.checkpoint.fence import Fence, Overlap
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.kept_tensors import KeptTensors
-from harness.checkpoint.optimizer_record import added_state, check_step, record_of
+from harness.checkpoint.optimizer_record import added_state, check_step, groups_record, record_of
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
 from harness.checkpoint.shards.held import Held, innermost
 from harness.checkpoint.snapshot import copied, copy_nothing
-from harness.checkpoint.trainer_state import Moment, Watched, check_scheduler, take_trainer_state
+from harness.checkpoint.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
 from harness.checkpoint.transport import choose
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -101,7 +101,7 @@ class Saver:
             config, self._board, self._gatherer, self._fence, accelerator.device, facts, committing, committed
         )
         self._saving: Future[None] | None = None
-        self._watched: Watched | None = None
+        self._watched: AnyWatched | None = None
         self._engine: Engine | None = None
         # What the others have said to the last save, until it is read; and what came of it.
         self._others: Callable[[], list[int]] | None = None
@@ -134,7 +134,7 @@ class Saver:
 
     # ------------------------------------------------------------------ before training
 
-    def check(self, watched: Watched) -> None:
+    def check(self, watched: AnyWatched) -> None:
         """Refuse, before training and on all ranks alike, what could not be saved.
 
         Raises:
@@ -143,7 +143,8 @@ class Saver:
         """
         self._await_save()
         if not self._config.save_weights_only:
-            check_step(watched.optimizer)
+            for part in watched.parts:
+                check_step(part.optimizer)
         self._watched = watched
         self._drop_engine()
         plan_saves(self._accelerator, self._agreement, self._config, watched, is_rank_zeros=self._is_rank_zeros)
@@ -163,8 +164,8 @@ class Saver:
         self._engine = make_engine(
             self._accelerator, self._agreement, self._config, self._watched, is_rank_zeros=self._is_rank_zeros
         )
-        # That torch calls the hook before another optimizer's steps says nothing of this one's.
-        self._fence.watched = innermost(self._watched.optimizer)
+        # That torch calls the hook before one optimizer's steps says nothing of another's.
+        self._fence.expect([innermost(part.optimizer) for part in self._watched.parts if part.optimizer is not None])
         self._steps_at_prepare = self._fence.num_steps
 
     def ranks_differ(self) -> bool:
@@ -294,12 +295,9 @@ class Saver:
         save = self._next_save(moment, engine, small, begun_s)
         copy_rest = engine.snapshot.begin()
         guard, kind = engine.snapshot.guard, moment.name.partition("-")[0]
-        # Overlapped only where torch has been seen to call the hook before this optimizer's steps.
-        is_overlapped = (
-            engine.mode.mode == "overlapped"
-            and self._fence.num_steps > self._steps_at_prepare
-            and self._overlap.allows(kind)
-        )
+        # Overlapped only once torch has called the hook before a step of each optimizer.
+        is_seen = self._fence.num_steps > self._steps_at_prepare and not self._fence.unseen
+        is_overlapped = engine.mode.mode == "overlapped" and is_seen and self._overlap.allows(kind)
         save.seconds["overlapped"] = float(is_overlapped)
         guard.compares_samples = not is_overlapped
         self._fence.raise_(guard)
@@ -320,10 +318,14 @@ class Saver:
         assert self._watched is not None
         state, kept = None, KeptTensors()
         try:
-            added = added_state(self._watched.optimizer)
+            # On every rank: a state_dict() of the optimizer's own may be collective.
+            added = [added_state(part.optimizer) for part in self._watched.parts]
             if self._rank == 0:
-                optimizer = record_of(held, self._watched.optimizer, added, kept)
-                state = take_trainer_state(moment, self._watched, optimizer, self._accelerator.scaler)
+                groups = groups_record(held, kept)
+                optimizers = [
+                    record_of(part.optimizer, each, kept) for part, each in zip(self._watched.parts, added, strict=True)
+                ]
+                state = take_trainer_state(moment, self._watched, groups, optimizers, self._accelerator.scaler)
             return Small(state, self._take_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.

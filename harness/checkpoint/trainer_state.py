@@ -57,29 +57,74 @@ class Moment:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a checkpoint is of: the prepared objects."""
+    """A prepared model with its optimizer and scheduler: what a checkpoint is of, or one part of `Several`.
+
+    Args:
+        model: prepared.
+        optimizer: prepared, or None.
+        scheduler: of the optimizer, or None.
+        name: of the part; empty: it is the only one.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
     scheduler: Any
+    name: str = ""
+
+    @property
+    def parts(self) -> tuple[Watched, ...]:
+        """This one, as `Several` has more."""
+        return (self,)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its tensors in a checkpoint."""
+        return f"{self.name}." if self.name else ""
 
 
-def check_scheduler(watched: Watched) -> None:
+@dataclass(frozen=True)
+class Several:
+    """Several models that are saved, restored and published together.
+
+    Args:
+        parts: each with a name of its own.
+        counted: the part whose optimizer's steps are the run's steps; None: no part has an optimizer.
+    """
+
+    parts: tuple[Watched, ...]
+    counted: Watched | None
+
+
+AnyWatched = Watched | Several
+
+
+def check_scheduler(watched: AnyWatched) -> None:
     """Refuse a scheduler that could not be saved.
 
     Raises:
         CheckpointError: if its state is not numbers, text and lists of these.
     """
-    try:
-        encode(None if watched.scheduler is None else watched.scheduler.state_dict())
-    except TypeError as error:
-        raise CheckpointError(
-            f"the state of {type(watched.scheduler).__name__} cannot be written as JSON ({error}); "
-            "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
-        ) from error
+    for part in watched.parts:
+        try:
+            encode(_scheduler_state(part))
+        except TypeError as error:
+            raise CheckpointError(
+                f"the state of {type(part.scheduler).__name__} cannot be written as JSON ({error}); "
+                "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
+            ) from error
 
 
-def take_trainer_state(moment: Moment, watched: Watched, optimizer: Mapping[str, Any], scaler: Any) -> Any:
+def _scheduler_state(part: Watched) -> Any:
+    return None if part.scheduler is None else part.scheduler.state_dict()
+
+
+def take_trainer_state(
+    moment: Moment,
+    watched: AnyWatched,
+    groups: Mapping[str, Any],
+    optimizers: Sequence[Mapping[str, Any]],
+    scaler: Any,
+) -> Any:
     """The state as it is now, as JSON values.
 
     Effects: not collective; main thread, between steps; a learning rate that is a tensor on CUDA is waited
@@ -87,10 +132,24 @@ def take_trainer_state(moment: Moment, watched: Watched, optimizer: Mapping[str,
 
     Args:
         moment: counters and position.
-        watched: for the scheduler.
-        optimizer: what `record_of` gives.
+        watched: for the schedulers and DeepSpeed's loss scales.
+        groups: what `groups_record` gives.
+        optimizers: what `record_of` gives for each part.
         scaler: accelerate's gradient scaler, or None.
     """
+    parts = [
+        {
+            "name": part.name,
+            "optimizer": dict(optimizer),
+            "scheduler": encode(_scheduler_state(part)),
+            "loss_scale": encode(_loss_scale(part.model)),
+        }
+        for part, optimizer in zip(watched.parts, optimizers, strict=True)
+    ]
+    # One model's values stand in the record itself.
+    is_single = isinstance(watched, Watched)
+    of_models = {"scheduler": parts[0]["scheduler"]} if is_single else {"parts": parts}
+    of_scales = {"loss_scale": parts[0]["loss_scale"]} if is_single else {}
     return {
         "epoch": moment.epoch,
         "step": moment.step,
@@ -103,10 +162,10 @@ def take_trainer_state(moment: Moment, watched: Watched, optimizer: Mapping[str,
         "is_stopped": moment.is_stopped,
         "metrics": dict(moment.metrics),
         "states": dict(moment.states),
-        "optimizer": dict(optimizer),
-        "scheduler": encode(None if watched.scheduler is None else watched.scheduler.state_dict()),
+        "optimizer": {**groups, **(optimizers[0] if is_single else {})},
+        **of_models,
         "scaler": encode(None if scaler is None else scaler.state_dict()),
-        "loss_scale": encode(_loss_scale(watched.model)),
+        **of_scales,
     }
 
 
@@ -119,6 +178,29 @@ def _loss_scale(model: Any) -> dict[str, float] | None:
 
 
 @dataclass(frozen=True)
+class PartState:
+    """What is kept of one model, beside its tensors and its optimizer's groups.
+
+    Args:
+        name: of the part; empty: it is the only one.
+        scheduler: its state, or None.
+        loss_scale: numbers of DeepSpeed's scaler, or None.
+        optimizer: what there is of the optimizer beside its groups and its tensors.
+    """
+
+    name: str
+    scheduler: Any
+    loss_scale: Mapping[str, float] | None
+    optimizer: OptimizerRecord
+
+    @classmethod
+    def read(cls, record: Any, forms: Any, get: Get) -> PartState:
+        """The record of a part; `forms` are those of the states of all parts' optimizers."""
+        optimizer = OptimizerRecord.read({**record["optimizer"], "forms": forms}, get)
+        return cls(record["name"], decode(record["scheduler"]), decode(record["loss_scale"]), optimizer)
+
+
+@dataclass(frozen=True)
 class TrainerState:
     """What ``trainer_state.json`` of a checkpoint holds, as the objects that it was taken from have it.
 
@@ -127,17 +209,15 @@ class TrainerState:
         step: optimizer steps that were complete.
         loaders_done: training loaders of the running epoch that were done.
         batches_in_epoch: batches of the next one that each rank had taken.
-        param_groups: hyperparameters of each of the optimizer's parameter groups; ``params`` are names.
-        scheduler: its state, or None.
+        param_groups: hyperparameters of each of the optimizers' parameter groups; ``params`` are names.
+        parts: of each model.
         scaler: the state of accelerate's gradient scaler, or None.
-        loss_scale: numbers of DeepSpeed's scaler, or None.
         samples_per_batch: of all ranks together, or None.
         accumulation: batches for an optimizer step.
         metrics: the latest reduced metrics.
         states: name -> state, as JSON values, of what else goes on.
         is_stopped: whether the training had ended before its last epoch, for good.
         ranks: of each rank that saved, as `RankState.encoded` made it.
-        optimizer: what there is of the optimizer beside its groups and its tensors.
     """
 
     epoch: int
@@ -145,16 +225,14 @@ class TrainerState:
     loaders_done: int
     batches_in_epoch: int
     param_groups: Sequence[Mapping[str, Any]]
-    scheduler: Any
+    parts: Sequence[PartState]
     scaler: Any
-    loss_scale: Mapping[str, float] | None
     samples_per_batch: int | None
     accumulation: int
     metrics: Mapping[str, float]
     states: Mapping[str, Any]
     is_stopped: bool
     ranks: Sequence[dict[str, Any]]
-    optimizer: OptimizerRecord = field(default_factory=OptimizerRecord)
 
 
 def read_trainer_state(
@@ -195,23 +273,22 @@ def _state(record: Any, get: Get) -> TrainerState:
         ValueError: if something is missing or of another type.
     """
     try:
-        position, groups, scale = record["position"], record["optimizer"]["param_groups"], decode(record["loss_scale"])
+        position, groups = record["position"], record["optimizer"]["param_groups"]
+        parts, forms = record.get("parts", [{**record, "name": ""}]), record["optimizer"].get("forms", [])
         found = TrainerState(
             epoch=record["epoch"],
             step=record["step"],
             loaders_done=position["loaders_done"],
             batches_in_epoch=position["batches"],
             param_groups=decode(groups, get),
-            scheduler=decode(record["scheduler"]),
+            parts=[PartState.read(part, forms, get) for part in parts],
             scaler=decode(record["scaler"]),
-            loss_scale=scale,
             samples_per_batch=position["samples_per_batch"],
             accumulation=position["accumulation"],
             metrics=record["metrics"],
             states=record["states"],
             is_stopped=record["is_stopped"],
             ranks=record["ranks"],
-            optimizer=OptimizerRecord.read(record["optimizer"], get),
         )
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
@@ -230,43 +307,57 @@ def _state(record: Any, get: Get) -> TrainerState:
     for name, items in (("param_groups", found.param_groups), ("ranks", found.ranks)):
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise ValueError(f"{name} is no list of objects")
-    if scale is not None and not (isinstance(scale, dict) and all(isinstance(n, (int, float)) for n in scale.values())):
-        raise ValueError("loss_scale holds what is no number")
+    if not all(isinstance(part.name, str) for part in found.parts):
+        raise ValueError("a name of a part is no text")
+    for scale in (part.loss_scale for part in found.parts if part.loss_scale is not None):
+        if not (isinstance(scale, dict) and all(isinstance(number, (int, float)) for number in scale.values())):
+            raise ValueError("loss_scale holds what is no number")
     return found
 
 
 def require_same(
-    state: TrainerState, watched: Watched, groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]]
+    state: TrainerState, watched: AnyWatched, groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]]
 ) -> None:
     """Refuse, before anything is changed, a state that is of another optimizer or scheduler.
 
     Args:
         state: what the file holds.
-        watched: for the scheduler.
-        groups: the optimizer's live parameter groups, each with the names of its parameters.
+        watched: for the names of the parts and the schedulers.
+        groups: the optimizers' live parameter groups, each with the names of its parameters.
 
     Raises:
-        CheckpointError: if the parameter groups are others, or there was no such scheduler.
+        CheckpointError: if the parts or their parameter groups are others, or there was no such scheduler.
     """
+    if (now := [part.name for part in watched.parts]) != (before := [part.name for part in state.parts]):
+        raise CheckpointError(
+            f"the checkpoint is of {_described(before)}, and watch() was given {_described(now)}; give it the same "
+            "models under the same names, in the same order, or start another run"
+        )
     if len(state.param_groups) != len(groups):
         raise CheckpointError(
             f"the optimizer has {len(groups)} parameter groups, and had {len(state.param_groups)}; resume with the "
             "optimizer that was saved, or start another run"
         )
     for number, ((_, names), record) in enumerate(zip(groups, state.param_groups, strict=True)):
-        now, before = set(names), set(record["params"])
-        if now != before:
-            others = [f"{_some(now - before)}, which it had not"] if now - before else []
-            others += [f"no {_some(before - now)}, which it had"] if before - now else []
+        more, fewer = set(names) - set(record["params"]), set(record["params"]) - set(names)
+        if more or fewer:
+            others = [f"{_some(more)}, which it had not"] if more else []
+            others += [f"no {_some(fewer)}, which it had"] if fewer else []
             raise CheckpointError(
                 f"the optimizer's parameter group {number} has {', and '.join(others)}; resume with the model and the "
                 "optimizer that were saved, or start another run"
             )
-    if (watched.scheduler is None) != (state.scheduler is None):
-        raise CheckpointError(
-            f"the run had {'no' if state.scheduler is None else 'a'} scheduler; resume with what it had, or start "
-            "another run"
-        )
+    for part, saved in zip(watched.parts, state.parts, strict=True):
+        if (part.scheduler is None) != (saved.scheduler is None):
+            where = f" of {part.name!r}" if part.name else ""
+            raise CheckpointError(
+                f"the run had {'no' if saved.scheduler is None else 'a'} scheduler{where}; resume with what it had, or "
+                "start another run"
+            )
+
+
+def _described(names: Sequence[str]) -> str:
+    return "one model without a name" if list(names) == [""] else f"the models {', '.join(map(repr, names))}"
 
 
 def _some(names: set[str]) -> str:
@@ -276,18 +367,18 @@ def _some(names: set[str]) -> str:
 
 def put_back(
     state: TrainerState,
-    watched: Watched,
+    watched: AnyWatched,
     groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
     scaler: Any,
 ) -> None:
-    """Put back what `take_trainer_state` took of the optimizer's groups, the scheduler and the scalers.
+    """Put back what `take_trainer_state` took of the optimizers' groups, the schedulers and the scalers.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
         state: what the file holds.
-        watched: for the scheduler.
-        groups: the optimizer's live parameter groups, each with the names of its parameters.
+        watched: for the schedulers and DeepSpeed's loss scales.
+        groups: the optimizers' live parameter groups, each with the names of its parameters.
         scaler: accelerate's gradient scaler, or None.
 
     Raises:
@@ -299,13 +390,18 @@ def put_back(
         for key, value in record.items():
             if key != "params":
                 _put(live, key, value)
-    put_back_optimizer(watched.optimizer, state.optimizer)
-    if watched.scheduler is not None:
-        watched.scheduler.load_state_dict(state.scheduler)
     if scaler is not None and state.scaler is not None:
         scaler.load_state_dict(state.scaler)
-    loss_scaler = getattr(getattr(watched.model, "optimizer", None), "loss_scaler", None)
-    for key, value in (state.loss_scale or {}).items():
+    for part, saved in zip(watched.parts, state.parts, strict=True):
+        _put_back_part(part, saved)
+
+
+def _put_back_part(part: Watched, saved: PartState) -> None:
+    put_back_optimizer(part.optimizer, saved.optimizer)
+    if part.scheduler is not None:
+        part.scheduler.load_state_dict(saved.scheduler)
+    loss_scaler = getattr(getattr(part.model, "optimizer", None), "loss_scaler", None)
+    for key, value in (saved.loss_scale or {}).items():
         if loss_scaler is not None and hasattr(loss_scaler, key):
             setattr(loss_scaler, key, value)
 

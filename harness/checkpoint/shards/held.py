@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -132,22 +131,47 @@ def find_held(
     Raises:
         CheckpointError: if something is not understood; nothing is guessed.
     """
-    from harness.checkpoint.shards import fsdp1, plain, zero
+    selection = Selection(weights_only, dtype, accelerator.is_main_process, restoring)
+    return find_named(model, optimizer, selection, name_tensors(model))
+
+
+class Named(NamedTuple):
+    """The tensors of one model by name, with its modules that are sharded: `units` are FSDP1's."""
+
+    state: NamedState
+    units: Sequence[Any]
+    sharded: tuple[Any, ...]
+
+
+def name_tensors(model: nn.Module, prefix: str = "", named_before: dict[int, str] | None = None) -> Named:
+    """Name what a prepared model holds, sharded as it is between steps; see `named_state` for the arguments."""
+    from harness.checkpoint.shards import fsdp1
 
     _refuse_extra_state(model)
-    selection = Selection(weights_only, dtype, accelerator.is_main_process, restoring)
     units = fsdp1.units_of(model)
     sharded = _resharded(model, units)
-    state = named_state(model, fsdp1.stands_of(units))
+    return Named(named_state(model, fsdp1.stands_of(units), prefix, named_before), units, sharded)
+
+
+def find_named(model: nn.Module, optimizer: Any, selection: Selection, named: Named) -> Held:
+    """Find what this rank holds of a model whose tensors are named, and of its optimizer; see `find_held`."""
+    from harness.checkpoint.shards import fsdp1, plain, zero
+
+    state, units, sharded = named
     held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
     if units:
         fsdp1.find(held, state, units, optimizer, selection)
-    elif _is_deepspeed(accelerator, model):
+    elif is_engine(model):
         zero.find(held, state, model, optimizer, selection)
+    elif any(hasattr(parameter, "ds_id") for parameter in state.parameters.values()):
+        raise CheckpointError(
+            "the model's parameters are partitioned by DeepSpeed, and it is not an engine; pass what "
+            "accelerator.prepare returned to watch()"
+        )
     else:
         plain.find(held, state, model, optimizer, selection)
     if held.trees:
-        _refuse_ambiguous(held, innermost(optimizer))
+        _refuse_ambiguous(held, innermost(optimizer), state.others.values())
     return held
 
 
@@ -173,23 +197,25 @@ def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.op
     Raises:
         CheckpointError: as `find_held`.
     """
+    return find_named_stepped(model, optimizer, name_tensors(model))
+
+
+def find_named_stepped(model: nn.Module, optimizer: Any, named: Named) -> list[Stepped]:
+    """What an optimizer steps on, of a model whose tensors are named; see `find_stepped`."""
     from harness.checkpoint.shards import fsdp1, plain, zero
 
-    units = fsdp1.units_of(model)
-    _resharded(model, units)
-    state = named_state(model, fsdp1.stands_of(units))
+    state, units, _ = named
     if units:
         return fsdp1.find_stepped(optimizer, state, units)
     names = names_by_id(state)
-    if _is_deepspeed(accelerator, model):
+    if is_engine(model):
         return zero.find_stepped(model, names)
     return plain.find_stepped(optimizer, names)
 
 
-def _is_deepspeed(accelerator: Accelerator, model: nn.Module) -> bool:
-    # Lightning has an engine of which accelerate does not know.
-    is_engine = any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__)
-    return is_engine or accelerator.distributed_type == DistributedType.DEEPSPEED
+def is_engine(model: nn.Module) -> bool:
+    """Whether a model is DeepSpeed's engine, compiled or not, whoever has made it: accelerate, or Lightning."""
+    return any(base.__name__ == "DeepSpeedEngine" for base in type(getattr(model, "_orig_mod", model)).__mro__)
 
 
 def _resharded(model: nn.Module, units: Sequence[Any]) -> tuple[Any, ...]:
@@ -253,20 +279,21 @@ def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> st
     """The name of an optimizer's parameter.
 
     Raises:
-        CheckpointError: if it is none of the model's.
+        CheckpointError: if it belongs to no watched model.
     """
     name = names.get(id(parameter))
     if name is None:
         raise CheckpointError(
             f"optimizer: a parameter of group {group_index} with shape {tuple(parameter.shape)} is not the model's; "
-            "pass the optimizer that belongs to the model to watch()"
+            "pass the optimizer with the model that it trains to watch()"
         )
     return name
 
 
 def names_by_id(state: NamedState) -> dict[int, str]:
-    """Identity of a parameter -> its name."""
-    return {id(parameter): name for name, parameter in state.parameters.items()}
+    """Identity of a parameter -> its name; those of other models of the checkpoint come last."""
+    own = {id(parameter): name for name, parameter in state.parameters.items()}
+    return {**own, **state.others}
 
 
 def state_leaves(
@@ -307,13 +334,13 @@ def _has_form(values: Mapping[Any, Any], kind: Any, tensor: Tensor, form: Form) 
         return False  # which is refused, with its name, when it is planned for
 
 
-def _refuse_ambiguous(held: Held, optimizer: Any) -> None:
+def _refuse_ambiguous(held: Held, optimizer: Any, others: Iterable[str]) -> None:
     """Refuse names by which a reader would not find the parameter that a part of a state belongs to.
 
     Raises:
         CheckpointError: with the first of them.
     """
-    names = {source.spec.name for source in held.sources if source.spec.section == "model"}
+    names = {source.spec.name for source in held.sources if source.spec.section == "model"}.union(others)
     seen: set[str] = set()
     for source in held.sources:
         name = source.spec.name

@@ -120,7 +120,7 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     moment = Moment("a", 2, 20, 4, {}, states={"harness": {"is_stopped": True}})
-    state = take_trainer_state(moment, Watched(model, optimizer, scheduler), groups, None)
+    state = take_trainer_state(moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None)
     state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
@@ -283,8 +283,9 @@ def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
     assert (state.epoch, state.step, state.loaders_done, state.batches_in_epoch) == (2, 20, 0, 4)
     (group,) = state.param_groups
     assert (group["lr"], group["betas"]) == (0.1, (0.9, 0.999))
-    assert state.scheduler["best"] == float("inf")
-    assert (state.scaler, state.loss_scale, len(state.ranks)) == (None, None, 1)
+    (part,) = state.parts
+    assert part.scheduler["best"] == float("inf")
+    assert (state.scaler, part.loss_scale, len(state.ranks)) == (None, None, 1)
 
 
 def rewritten(directory: Path, record: Any) -> TrainerState:
