@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.config import TrainerConfig
 from harness.errors import PeerFailure
+from harness.runtime import start
+from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saving_ranks import become_rank
 
 NUM_SAMPLES = 48
@@ -150,3 +153,35 @@ def fail_twice(rank: int, world_size: int, port: int, directory: Path) -> None:
         logger.start()
         causes.append(str(logger.fail(Crash(f"the {name} of rank {rank}"))))
     (directory / f"causes-{rank}.json").write_text(json.dumps(causes))
+
+
+def train_two_models(rank: int, world_size: int, port: int, directory: Path, strategy: str) -> None:
+    """Two epochs of two models in turn, the second one with each second batch; the batch of all ranks is the same."""
+    become_rank_of(strategy, rank, world_size, port)
+    accelerator = start(TrainerConfig(), seed=0)
+    torch.manual_seed(1)
+    generator: Any = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    critic: Any = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 1))
+    opt_g: Any = torch.optim.AdamW(generator.parameters(), lr=0.01)
+    opt_c: Any = torch.optim.RMSprop(critic.parameters(), lr=0.01)
+    # FSDP2 takes one model at a time.
+    generator, opt_g = accelerator.prepare(generator, opt_g)
+    critic, opt_c = accelerator.prepare(critic, opt_c)
+    loader: Any = accelerator.prepare(DataLoader(Numbered(), BATCH_SIZE // world_size))
+    tracking = TrackingConfig(enabled=False, log_every_n_steps=1)
+    checkpoint = CheckpointConfig(when_busy="wait")
+    with PeriodicLogger(
+        accelerator, 1, run_name="run", run_dir=directory, checkpoint=checkpoint, tracking=tracking
+    ) as logger:
+        logger.watch({"generator": (generator, opt_g), "critic": (critic, opt_c)}, steps_of="critic")
+        for _ in logger.epochs(2):
+            for indices, real in logger.batches(loader):
+                opt_c.zero_grad()
+                accelerator.backward((critic(generator(real.cos()).detach()) - critic(real)).square().mean())
+                opt_c.step()
+                if (int(indices[0]) // BATCH_SIZE) % 2:
+                    opt_g.zero_grad()
+                    accelerator.backward((1 - critic(generator(real.cos()))).square().mean())
+                    opt_g.step()
+    if rank == 0:
+        (directory / f"end-{world_size}.json").write_text(json.dumps([logger.step, sorted(logger.latest)]))

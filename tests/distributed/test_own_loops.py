@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.distributed.own_loops import KINDS, NUM_SAMPLES, evaluate_unevenly, fail_twice, train_on
+from tests.distributed.own_loops import (
+    KINDS,
+    NUM_SAMPLES,
+    evaluate_unevenly,
+    fail_twice,
+    train_on,
+    train_two_models,
+)
 from tests.distributed.test_saver import ranks
 
 
@@ -51,3 +61,22 @@ def test_failure_is_its_own_when_another_run_has_failed_in_the_same_processes(tm
         first, second = json.loads((tmp_path / f"causes-{rank}.json").read_text())
         assert "the first of rank" in first
         assert "the second of rank" in second
+
+
+def test_two_models_resume_on_one_rank_when_two_ranks_saved(tmp_path: Path) -> None:
+    for world_size, strategy in ((2, "fsdp2"), (1, "single")):
+        with ranks(world_size, train_two_models, tmp_path, strategy) as processes:
+            for process in processes:
+                process.join(120)
+            assert [process.exitcode for process in processes] == [0] * world_size
+        # So the second attempt resumes from the first epoch.
+        shutil.move(tmp_path / "run" / "checkpoints" / "epoch-0002", tmp_path / str(world_size))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected, found = (load_file(tmp_path / number / name) for number in ("2", "1"))
+        assert found.keys() == expected.keys()
+        assert any(".critic." in key or key.startswith("critic.") for key in found)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+    step, metrics = json.loads((tmp_path / "end-1.json").read_text())
+    assert step == 2 * NUM_SAMPLES // 4
+    assert {"train/lr/generator", "train/lr/critic"} <= set(metrics)
