@@ -189,7 +189,7 @@ class Stepped(NamedTuple):
     names: list[str]
 
 
-def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Stepped]:
+def find_stepped(model: nn.Module, optimizer: Any, named: Named) -> list[Stepped]:
     """What the innermost optimizer steps on, in the same order on every rank.
 
     Effects: not collective; main thread, between steps; reads metadata only.
@@ -197,11 +197,6 @@ def find_stepped(accelerator: Accelerator, model: nn.Module, optimizer: torch.op
     Raises:
         CheckpointError: as `find_held`.
     """
-    return find_named_stepped(model, optimizer, name_tensors(model))
-
-
-def find_named_stepped(model: nn.Module, optimizer: Any, named: Named) -> list[Stepped]:
-    """What an optimizer steps on, of a model whose tensors are named; see `find_stepped`."""
     from harness.checkpoint.shards import fsdp1, plain, zero
 
     state, units, _ = named

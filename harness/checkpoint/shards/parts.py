@@ -21,7 +21,7 @@ from harness.checkpoint.shards.held import (
     Selection,
     Stepped,
     find_named,
-    find_named_stepped,
+    find_stepped,
     name_tensors,
     names_by_id,
 )
@@ -63,7 +63,7 @@ def find_watched_stepped(watched: AnyWatched) -> list[tuple[Watched, list[Steppe
     Effects: as `find_watched`.
     """
     return [
-        (part, find_named_stepped(part.model, part.optimizer, named))
+        (part, find_stepped(part.model, part.optimizer, named))
         for part, named in zip(watched.parts, _named(watched.parts), strict=True)
         if part.optimizer is not None
     ]

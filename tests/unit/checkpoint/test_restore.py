@@ -14,7 +14,8 @@ from harness.agreement import Agreement
 from harness.checkpoint.materialize import zero_step
 from harness.checkpoint.restore import Restored, restore_tensors
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import Stepped, find_stepped
+from harness.checkpoint.shards.held import Stepped
+from harness.checkpoint.shards.parts import find_watched_stepped
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError, DamagedError
@@ -212,7 +213,7 @@ def test_no_trace_is_left_when_an_optimizer_steps_for_its_state(accelerator: Acc
     watched.optimizer.register_step_pre_hook(lambda *_: pytest.fail("a hook was called"))
     before = {name: value.clone() for name, value in watched.model.state_dict().items()}
     group = dict(watched.optimizer.param_groups[0])
-    stepped = find_stepped(accelerator, watched.model, watched.optimizer)
+    ((_, stepped),) = find_watched_stepped(watched)
     found = zero_step(watched.optimizer, stepped[:2])
     assert [state["momentum_buffer"].shape for state in found] == [each.tensor.shape for each in stepped[:2]]
     assert_same(dict(watched.model.state_dict()), before)
