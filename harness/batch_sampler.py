@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,6 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
 
 from harness import random_state
-
-
-class Numbers(NamedTuple):
-    """Random numbers of a loader that goes on: before the fetch of its next batch, and after the last step."""
-
-    fetch: dict[str, Any]
-    after: dict[str, Any]
 
 
 class _Batch(list[int]):
@@ -41,7 +34,16 @@ _OWN = frozenset(
 
 
 class WrappedSampler(BatchSampler):
-    """Another batch sampler, which can begin later, and says when a batch is about to be fetched."""
+    """Another batch sampler, which can begin later, and says when a batch is about to be fetched.
+
+    Attributes:
+        fetches_here: whether this process loads the batches, and no worker.
+        num_skipped: batches that the next pass leaves out.
+        at_start: called as the next pass begins.
+        before_fetch: called before each batch of the next pass is drawn and loaded.
+        resumed: random states to restore in the next pass, one before each of its first batches is drawn and loaded;
+            the last one is that after the last step.
+    """
 
     def __init__(self, inner: Any, device: torch.device, *, fetches_here: bool, seeds: bool) -> None:
         self._inner = inner
@@ -53,7 +55,7 @@ class WrappedSampler(BatchSampler):
         self.num_skipped = 0
         self.at_start: Callable[[], None] | None = None
         self.before_fetch: Callable[[], None] | None = None
-        self.resumed: Numbers | None = None
+        self.resumed: Sequence[dict[str, Any]] = ()
 
     def reset(self) -> None:
         """Whoever iterates next gets all batches, nothing is put back, and no pass that runs tells of its fetches."""
@@ -62,7 +64,7 @@ class WrappedSampler(BatchSampler):
 
     def _take(self) -> Any:
         taken = self.num_skipped, self.at_start, self.before_fetch, self.resumed
-        self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, None
+        self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, ()
         return taken
 
     def __reduce__(self) -> Any:
@@ -97,20 +99,20 @@ class WrappedSampler(BatchSampler):
         position = 0
         while position < num_skipped and next(iterator, None) is not None:
             position += 1
-        num_asked = 0
+        to_restore = list(resumed)
         while True:
-            if resumed is not None and num_asked == 1:
-                random_state.put_back(resumed.after, self._device)
-            indices = next(iterator, None)
-            if resumed is not None and num_asked == 0:
-                random_state.put_back(resumed.after if indices is None else resumed.fetch, self._device)
-            if indices is None:
-                return
+            if to_restore:
+                random_state.put_back(to_restore.pop(0), self._device)
+            # Before the indices are drawn: a sampler may draw each of them from this process's random numbers.
             if before_fetch is not None and self._told is this:
                 before_fetch()
+            indices = next(iterator, None)
+            if indices is None:
+                if to_restore:
+                    random_state.put_back(to_restore[-1], self._device)
+                return
             yield _seeded(indices, seed, position) if self._seeds else indices
             position += 1
-            num_asked += 1
 
 
 def _seeded(indices: list[int], seed: int, position: int) -> _Batch:

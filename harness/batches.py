@@ -6,8 +6,9 @@
     a checkpoint   has what is kept, and the random numbers after its step
     resumed        as the epoch began -> the sampler skips -> as before that fetch -> as after that step
 
-accelerate fetches one batch ahead, so the batch after a checkpoint was fetched before its step was done:
-with other random numbers than those that the checkpoint ends with.
+A loader that accelerate has prepared fetches one batch ahead. The batch after a checkpoint was therefore fetched before
+the checkpoint's step, from other random numbers than those after it. A loader that was not prepared fetches each batch
+when it is asked for, from the random numbers after the step before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness import data, random_state
-from harness.batch_sampler import Numbers, WrappedSampler, unwrap, wrap
+from harness.batch_sampler import WrappedSampler, unwrap, wrap
 
 
 @dataclass
@@ -37,7 +38,8 @@ class DataState:
         start: of this process, before the loader that is running began; empty: none is.
         generators: by loader of the epoch, the states of its own generators: of the one that is running, before
             it began; of the others, now.
-        fetch: before the latest batch was fetched in this process; None: workers fetch.
+        fetch: before the latest batch was fetched in this process; None: workers fetch, or it is fetched when it is
+            asked for.
     """
 
     start: dict[str, Any] = field(default_factory=dict)
@@ -186,21 +188,18 @@ class TrainingBatches:
         is_ahead = hasattr(loader, "base_dataloader")
         if sampler is None:
             start()
-            if continuation is not None and goes_on:
-                # Nothing is known of what it draws: the batches are drawn again, and dropped.
-                num_batches = continuation.num_taken * data.inner_batches(loader, self._accelerator.num_processes)
-                loader = self._accelerator.skip_first_batches(loader, num_batches)
-        else:
-            sampler.at_start = start
-            sampler.num_skipped = 0 if continuation is None else continuation.num_taken
-            sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
-            if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
-                numbers = Numbers(continuation.data.fetch or continuation.random, continuation.random)
-                sampler.resumed, continuation = numbers, None
+            return loader, self._replayed(loader, continuation if goes_on else None, is_ahead=is_ahead)
+        sampler.at_start = start
+        sampler.num_skipped = 0 if continuation is None else continuation.num_taken
+        sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
+        if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
+            after = continuation.random
+            sampler.resumed = (continuation.data.fetch or after, after) if is_ahead else (after,)
+            continuation = None
         if continuation is None and is_ahead:
             # accelerate's own iteration draws nothing before its first batch is asked for.
             return loader, iter(loader)
-        return loader, self._iterate(loader, continuation)
+        return loader, self._iterate(loader, continuation, is_ahead=is_ahead)
 
     def wrapped(self, loader: Any) -> WrappedSampler | None:
         """A loader's sampler, wrapped until `close`; None: it is not understood."""
@@ -254,16 +253,43 @@ class TrainingBatches:
         self._put_back |= {id(generator) for each in self._generators[: self._number + 1] for generator in each}
         self._running = DataState(random_state.take(device), [[each.get_state() for each in generators]], None)
 
-    def _iterate(self, loader: Any, continuation: Continuation | None) -> Iterator[Any]:
+    def _iterate(self, loader: Any, continuation: Continuation | None, *, is_ahead: bool) -> Iterator[Any]:
+        """The batches of a loader whose sampler skips."""
         iterator = iter(loader)
         if continuation is not None and continuation.num_taken and continuation.random:
-            # Nothing that is fetched from here on draws from this process's random numbers.
-            first = next(iterator, None)
+            # Workers load the batches. This process draws for nothing but the indices, which it asks for ahead.
+            first = next(iterator, None) if is_ahead else None
             random_state.put_back(continuation.random, self._device)
-            if first is None:
-                return
-            yield first
+            if is_ahead:
+                if first is None:
+                    return
+                yield first
         yield from iterator
+
+    def _replayed(self, loader: Any, continuation: Continuation | None, *, is_ahead: bool) -> Iterator[Any]:
+        """The batches of a loader that cannot skip: those that are done are loaded again, and dropped.
+
+        Each batch is asked for as it was before the checkpoint, and from the same random numbers where they were kept.
+        """
+        iterator, serial = iter(loader), self.serial
+        fetches_here = getattr(getattr(loader, "base_dataloader", loader), "num_workers", 0) == 0
+        for number in range(0 if continuation is None else continuation.num_taken):
+            assert continuation is not None
+            is_last = number + 1 == continuation.num_taken
+            if is_ahead and is_last and number and continuation.random and continuation.data.fetch:
+                # With the last of them the loader fetches the next batch.
+                random_state.put_back(continuation.data.fetch, self._device)
+            next(iterator, None)
+        if continuation is not None and continuation.random:
+            random_state.put_back(continuation.random, self._device)
+        while True:
+            if is_ahead and fetches_here and self.serial == serial:
+                self._keep()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
 
     def _keep(self) -> None:
         assert self._running is not None

@@ -133,12 +133,6 @@ def _shard_of(loader: Any) -> Any:
     return None if sampler is None or sampler.num_processes == 1 else sampler
 
 
-def inner_batches(loader: Any, world_size: int) -> int:
-    """How many batches of what accelerate reads from make one batch of each rank, where rank zero hands them out."""
-    takes_several = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
-    return world_size if takes_several and not isinstance(loader.dataset, IterableDataset) else 1
-
-
 def draws_order(loader: Any) -> bool:
     """Whether the order of a loader is drawn anew each time, and does not follow from its epoch."""
     sampler = sampler_of(loader)

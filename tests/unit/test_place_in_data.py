@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,11 +19,12 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.batches import TrainingBatches
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig, random_state
+from harness.batches import Continuation, DataState, TrainingBatches
 from harness.checkpoint.commit import list_checkpoints
+from harness.data import leave
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
 
@@ -369,3 +372,86 @@ def test_loader_is_made_uneven_for_a_while_when_accelerate_sets_so_on_what_is_wr
         assert len(list(iterator)) == num_batches
         batches.end()
         batches.leave()
+
+
+class NoisyStream(IterableDataset[Any]):
+    """Samples that draw from every generator as they are read, without an index."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (Noisy()[index] for index in range(22))
+
+
+class DrawingSampler:
+    """Indices that are drawn one after another, from this process's random numbers."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __iter__(self) -> Iterator[int]:
+        return (random.randrange(22) for _ in range(22))
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: DataLoader(Noisy(), 4, shuffle=True),
+    "distributed_sampler": lambda: DataLoader(Noisy(), 4, sampler=DistributedSampler(Noisy(), 1, 0)),
+    "drawing_sampler": lambda: DataLoader(Noisy(), 4, sampler=DrawingSampler()),  # type: ignore[arg-type]
+    "workers": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1),
+    "persistent_workers": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1, persistent_workers=True),
+    "without_batches": lambda: DataLoader(Subset(Noisy(), range(6)), batch_size=None, shuffle=True),
+    "stream": lambda: DataLoader(NoisyStream(), 4),
+    "stream_with_workers": lambda: DataLoader(NoisyStream(), 4, num_workers=1),
+}
+
+
+def two_passes(batches: TrainingBatches, loader: Any, first: Continuation | None) -> Iterator[Any]:
+    """Passes over a loader with steps that draw; of each step what is drawn, and how to go on after it."""
+    device = torch.device("cpu")
+    for epoch in range(2):
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        over, iterator = batches.begin(loader, first)
+        first = None
+        for _, inputs, _ in iterator:
+            drawn = (inputs.tolist(), random.random(), float(np.random.randn()), torch.rand(()).item())
+            batches.num_taken += 1
+            state = DataState.decoded(json.loads(json.dumps(batches.state.encoded())))
+            yield drawn, Continuation(batches.num_taken, state, random_state.decoded(random_state.capture(device)))
+        batches.end()
+        batches.leave()
+        leave(over, iterator)
+        batches.end_epoch()
+    # Workers end now, and not at a garbage collection.
+    getattr(loader, "base_dataloader", loader)._iterator = None
+
+
+@pytest.mark.parametrize("is_prepared", [True, False], ids=["prepared", "not_prepared"])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_numbers_of_steps_and_data_are_the_same_when_resumed_within_a_pass(
+    accelerator: Accelerator, kind: str, is_prepared: bool
+) -> None:
+    def loader() -> Any:
+        made = LOADERS[kind]()
+        return prepare_data_loader(made, put_on_device=False) if is_prepared else made
+
+    set_seed(1)
+    whole = list(two_passes(TrainingBatches(accelerator), loader(), None))
+    assert len(whole) == 12
+    # After the first batch, in the middle, after the last one, which only a loader's end shows.
+    for num_done in (1, 3, 6):
+        set_seed(2)
+        going_on = whole[num_done - 1][1]
+        batches = TrainingBatches(accelerator)
+        batches.restore(going_on.data, 0, going_on.num_taken)
+        resumed = list(two_passes(batches, loader(), going_on))
+        assert [drawn for drawn, _ in resumed] == [drawn for drawn, _ in whole[num_done:]], num_done
+
+
+def test_steps_draw_the_same_numbers_when_a_loader_was_not_prepared(tmp_path: Path) -> None:
+    def not_prepared(loop: Loop) -> None:
+        loop.a = DataLoader(Noisy(), 4, sampler=DistributedSampler(Noisy(), 1, 0))
+
+    whole = Loop(tmp_path / "whole").run(a_alone, not_prepared)
+    Loop(tmp_path / "cut", crash_at=10).run(a_alone, not_prepared)
+    found = Loop(tmp_path / "cut").run(a_alone, not_prepared)
+    assert found.seen == whole.seen[-len(found.seen) :]
+    assert torch.equal(found.weights, whole.weights)
