@@ -140,12 +140,15 @@ def draws_order(loader: Any) -> bool:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Those that its order or its seeds come from, each once."""
-    places = (
-        (loader, "synchronized_generator"),
-        (sampler_of(loader), "generator"),
-        (getattr(loader, "base_dataloader", loader), "generator"),
-    )
+    """Those that its order or its seeds come from, each once.
+
+    Not that of accelerate's seedable sampler, which makes it in its first pass and seeds it by the epoch in each: its
+    state decides nothing, and differs between a process that has just resumed and one that ran on.
+    """
+    sampler = sampler_of(loader)
+    places = [(loader, "synchronized_generator"), (getattr(loader, "base_dataloader", loader), "generator")]
+    if not isinstance(sampler, SeedableRandomSampler):
+        places.insert(1, (sampler, "generator"))
     found = [getattr(holder, name, None) for holder, name in places]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 

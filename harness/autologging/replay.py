@@ -31,16 +31,18 @@ class Replay:
         logger: whose run goes on.
         model: as it was put back.
         num_left: training passes that are done.
+        loaders: with the numbers of their passes as the checkpoint has them.
 
     Attributes:
         is_empty: the latest pass has given no batch.
     """
 
-    def __init__(self, logger: PeriodicLogger, model: nn.Module, num_left: int) -> None:
+    def __init__(self, logger: PeriodicLogger, model: nn.Module, num_left: int, loaders: Sequence[Any]) -> None:
         self._logger = logger
         self._reducing = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
         self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
-        self._iterations: dict[int, int] = {}
+        # The evaluation behind the last training pass runs whole, and is in the checkpoint's numbers already.
+        self._iterations = {id(each): each.iteration for each in loaders if hasattr(each, "iteration")}
         self._is_epoch_cut = bool(logger.events.loaders_done)
         # The latest pass, until it is known that it is one of those that are done.
         self._loader: Any = None
@@ -107,6 +109,8 @@ class Replay:
         if hasattr(loader, "iteration"):
             loader.iteration += 1  # as accelerate does behind the last batch
         self._logger.events.begin_epoch()
+        # As at the end of a pass: the script's scheduler may step before the epoch ends.
+        self._logger.events.keep_learning_rates()
         return True
 
     def goes_on(self, loaders: Sequence[Any]) -> None:

@@ -194,7 +194,7 @@ class Session:
         self._own.begin(logger)
         if num_done := logger.epoch + (1 if logger.events.loaders_done else 0):
             assert not isinstance(choice, str)
-            self._replay = Replay(logger, choice.model, num_done)
+            self._replay = Replay(logger, choice.model, num_done, prepared.loaders)
             self._stillness.put()
             those = "first epoch is done: it goes" if num_done == 1 else f"first {num_done} epochs are done: they go"
             self.notes.say(

@@ -202,6 +202,7 @@ def differences(whole: Path, cut: Path) -> list[str]:
         if expected.keys() != mine.keys():
             problems.append(f"{file} has other names")
         problems += [f"{file}: {key} differs" for key in expected if not torch.equal(expected[key], mine.get(key))]
+    problems += other_states(whole / "run" / "checkpoints", cut / "run" / "checkpoints")
     expected_points, points = points_in_mlflow(whole), points_in_mlflow(cut)
     for metric in sorted(expected_points.keys() | points.keys()):
         if not metric.startswith(("train/", "eval/", "epoch")):
@@ -212,6 +213,17 @@ def differences(whole: Path, cut: Path) -> list[str]:
             other = sorted(set(points[metric]) ^ set(expected_points[metric]))
             problems.append(f"{metric}: differs at {other[:5]}")
     return problems
+
+
+def other_states(whole: Path, cut: Path) -> list[str]:
+    """Checkpoints that both runs have, with another random state, place in the data or sum of a metric on some rank."""
+    found = []
+    names = [{name for name, _ in list_checkpoints(checkpoints)} for checkpoints in (whole, cut)]
+    for name in sorted(set.intersection(*names)):
+        ranks = [json.loads((path / name / "trainer_state.json").read_text())["ranks"] for path in (whole, cut)]
+        for rank, (expected, mine) in enumerate(zip(*ranks, strict=True)):
+            found += [f"{name}: {part} of rank {rank} differs" for part in expected if expected[part] != mine[part]]
+    return found
 
 
 def points_in_mlflow(directory: Path) -> dict[str, list[tuple[int, float]]]:

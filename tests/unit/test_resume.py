@@ -63,6 +63,7 @@ class Setting:
     crash_at: tuple[int, ...] = ()
     signal_at: tuple[int, ...] = ()
     signal_in_evaluation_of: tuple[int, ...] = ()
+    crash_in_evaluation_of: tuple[int, ...] = ()
     resume_from: str = "auto"
     save_weights_only: bool = False
     other_model: bool = False
@@ -166,6 +167,8 @@ def train(run_dir: Path, setting: Setting, ignore: set[int]) -> Outcome:
                     logger.log({"eval/loss": loss}, weight=len(targets))
                     if happens(setting.signal_in_evaluation_of, epoch, offset=1000):
                         os.kill(os.getpid(), signal.SIGTERM)
+                    if happens(setting.crash_in_evaluation_of, epoch, offset=1000):
+                        raise Crash
     moments = [state[key].flatten() for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     return Outcome(
         torch.cat([value.detach().double().flatten() for value in model.state_dict().values()]),
@@ -211,22 +214,44 @@ def points(run_dir: Path) -> dict[tuple[str, int], set[float]]:
         Setting(accumulation=4, num_workers=2, signal_at=(3,)),
         Setting(limit=4, crash_at=(6,), signal_at=(9,)),
         Setting(signal_in_evaluation_of=(0, 1)),
+        Setting(crash_in_evaluation_of=(1, 2)),
         Setting(limit=4, seedable=False, signal_in_evaluation_of=(1,)),
         Setting(stream=True, crash_at=(9,), signal_at=(11,)),
     ],
     ids=lambda setting: ",".join(f"{k}={v}" for k, v in vars(setting).items() if v != getattr(Setting(), k)),
 )
 def test_end_is_the_same_when_the_run_was_cut_off(tmp_path: Path, setting: Setting) -> None:
-    plain = Setting(**{**vars(setting), "crash_at": (), "signal_at": (), "signal_in_evaluation_of": ()})
+    plain = Setting(
+        **{
+            **vars(setting),
+            "crash_at": (),
+            "signal_at": (),
+            "signal_in_evaluation_of": (),
+            "crash_in_evaluation_of": (),
+        }
+    )
     expected, _ = train_to_the_end(tmp_path / "whole", plain)
     found, attempts = train_to_the_end(tmp_path / "cut", setting)
-    assert attempts == 1 + len(setting.crash_at) + len(setting.signal_at) + len(setting.signal_in_evaluation_of)
+    in_evaluation = setting.signal_in_evaluation_of + setting.crash_in_evaluation_of
+    assert attempts == 1 + len(setting.crash_at) + len(setting.signal_at) + len(in_evaluation)
     assert torch.equal(found.weights, expected.weights)
     assert torch.equal(found.moments, expected.moments)
     assert (found.rates, found.next_numbers, found.latest) == (expected.rates, expected.next_numbers, expected.latest)
     assert expected.seen[-len(found.seen) :] == found.seen
     # Every point of the whole run, and no other value for any of them.
     assert points(tmp_path / "cut") == points(tmp_path / "whole")
+    # And every checkpoint of the whole run, with the same random states. (One more at each stop.)
+    for name, record in states(tmp_path / "whole").items():
+        assert states(tmp_path / "cut")[name] == record, name
+
+
+def states(run_dir: Path) -> dict[str, Any]:
+    """What the checkpoints hold that is no tensor."""
+    checkpoints = run_dir / "run" / "checkpoints"
+    return {
+        name: json.loads((checkpoints / name / "trainer_state.json").read_text())
+        for name, _ in list_checkpoints(checkpoints)
+    }
 
 
 def test_nothing_is_trained_when_the_run_was_complete(tmp_path: Path) -> None:

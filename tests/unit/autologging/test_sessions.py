@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -325,6 +326,13 @@ def test_script_ends_as_if_never_stopped_when_it_is_run_again(
     expected = checkpoints(tmp_path, "whole")["epoch-0003"].metrics
     assert {key: last.metrics[key] for key in expected} == expected
     assert resumed.scheduler.last_epoch == whole.scheduler.last_epoch
+    # Random states, and the passes of each loader, by which accelerate seeds their order.
+    for name in checkpoints(tmp_path, "whole"):
+        states = [
+            json.loads((tmp_path / run / "checkpoints" / name / "trainer_state.json").read_text())
+            for run in ("whole", "cut")
+        ]
+        assert states[0] == states[1], name
 
 
 def test_nothing_is_trained_when_all_epochs_are_done(on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
