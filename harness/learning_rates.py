@@ -11,6 +11,8 @@ class LearningRates:
 
     Of several models: ``train/lr/<model>``, or ``train/lr/<model>/group<n>``.
 
+    A group without a number for a rate has none here.
+
     Effects: not collective; main thread; nothing on disk.
 
     Attributes:
@@ -38,8 +40,17 @@ class LearningRates:
 
 def _rates(model: str, optimizer: Any) -> Iterator[tuple[str, float]]:
     name = f"train/lr/{model}" if model else "train/lr"
-    rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-    if len(set(rates)) == 1:
-        yield name, rates[0]
+    found = [_number(group.get("lr")) for group in optimizer.param_groups]
+    rates = {index: rate for index, rate in enumerate(found) if rate is not None}
+    if len(set(rates.values())) == 1:
+        yield name, next(iter(rates.values()))
         return
-    yield from ((f"{name}/group{index}", rate) for index, rate in enumerate(rates))
+    yield from ((f"{name}/group{index}", rate) for index, rate in rates.items())
+
+
+def _number(rate: Any) -> float | None:
+    """A group's rate, which may be a tensor; None if it has no number for one (transformers' Adafactor: lr=None)."""
+    try:
+        return None if isinstance(rate, str) else float(rate)
+    except (TypeError, ValueError, RuntimeError):
+        return None
