@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 
-from harness import build, data, precision, runtime
+from harness import buffers, build, data, memory_layout, precision, runtime
 from harness.config import RunConfig
 from harness.elastic import plan_batches
 from harness.loop import fit
@@ -82,6 +82,10 @@ def prepare(
     set_seed(config.seed)
     model = task.model()
     precision.refuse_what_fails(accelerator, model)
+    if runtime.strategy_of(accelerator) == "ddp":
+        buffers.refuse_what_ddp_cannot_send(accelerator, model)
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        memory_layout.put_in_order(model)
     axes = task.dynamic_axes() if hasattr(task, "dynamic_axes") else None
     logger.describe(config.task, model, getattr(task, "input_example", None), axes)
     optimizer = build.build_optimizer(config.optimizer, model)

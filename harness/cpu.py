@@ -21,6 +21,8 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from harness.buffers import broadcast
+
 
 def prepare_deepspeed() -> None:
     """Let DeepSpeed start on this CPU: its CPU backend, and no compiler at start."""
@@ -85,5 +87,5 @@ def send_weights(model: nn.Module) -> None:
     Args:
         model: not prepared yet.
     """
-    for tensor in chain(model.parameters(), model.buffers()):
-        torch.distributed.broadcast(tensor.detach(), 0)
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        broadcast(name, tensor)

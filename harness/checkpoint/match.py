@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness import memory_layout
 from harness.checkpoint.layout import StoredTensor
 from harness.checkpoint.read import Want, unique_bytes
 from harness.checkpoint.shards.held import Held
@@ -243,14 +244,19 @@ class _Numbers:
 def _wants(source: Source, tensor: StoredTensor, after: list[Callable[[], None]]) -> Iterator[Want]:
     item = DTYPES[tensor.dtype].itemsize
     live = source.live()
-    flat = live.detach()
-    if not flat.is_contiguous():
-        flat = ordered = torch.empty(live.shape, dtype=live.dtype, device=live.device)
-        after.append(lambda: _put(live, ordered))
-    flat = flat.view(-1)
+    flat = memory_layout.in_order(live)
+    if flat is None:
+        flat = torch.empty(live.numel(), dtype=live.dtype, device=live.device)
+        after.append(partial(_put, source.spec.name, live, flat))
     for run in source.runs:
         yield Want(tensor.start + run.logical * item, tensor.dtype, flat[run.local : run.local + run.num_items])
 
 
-def _put(live: Tensor, ordered: Tensor) -> None:
-    live.detach().copy_(ordered)
+def _put(name: str, live: Tensor, ordered: Tensor) -> None:
+    try:
+        memory_layout.write(live, ordered)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name}: cannot be restored: {error} in the checkpoint; give it memory of its own with .clone(), as it "
+            "had when the checkpoint was saved"
+        ) from error

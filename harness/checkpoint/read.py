@@ -33,7 +33,7 @@ class Want(NamedTuple):
     Args:
         start: their first byte in the file.
         dtype: that they are stored as, by safetensors' name.
-        target: shape (num_items,), contiguous, of any type and on any device: they are cast where the types
+        target: shape (num_items,), stride 1, of any type and on any device: they are cast where the types
             differ.
     """
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from harness import random_state, slurm
+from harness.memory_layout import copied_in_order
 from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
@@ -201,7 +202,7 @@ def _sample_digest(dataset: Any, length: int | None, name: str) -> str:
 
 def _update_digest(state: xxhash.xxh3_64, value: Any) -> None:
     if isinstance(value, torch.Tensor):
-        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        state.update(copied_in_order(value.cpu()).view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             state.update(str(key).encode())

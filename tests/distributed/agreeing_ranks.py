@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from harness.agreement import Agreement
-from harness.errors import CheckpointError, DamagedError
+from harness.buffers import refuse_what_ddp_cannot_send, take_rank_zero_buffers
+from harness.errors import CheckpointError, ConfigError, DamagedError
 from tests.distributed.saving_ranks import become_rank
 
 FAILURES = {
@@ -17,6 +21,50 @@ FAILURES = {
     "disk": CheckpointError("a disk in trouble"),
     "memory": MemoryError("no more"),
 }
+
+
+BUFFERS: dict[str, Callable[[float], Tensor]] = {
+    "complex128": lambda value: torch.full((2, 3), value, dtype=torch.complex128),
+    "conjugated": lambda value: torch.full((3,), complex(value, value)).conj(),
+    "16-bit integers": lambda value: torch.full((3,), int(value), dtype=torch.int16),
+    "unsigned": lambda value: torch.full((3,), int(value), dtype=torch.uint16),
+    "8-bit floats": lambda value: torch.full((3,), value).to(torch.float8_e4m3fn),
+    "transposed": lambda value: (torch.arange(6.0) * value).reshape(2, 3).t(),
+    "every second": lambda value: torch.full((6,), value)[::2],
+    "one of many": lambda value: torch.full((12,), value)[::11][1:],
+    "expanded": lambda value: torch.full((1,), value).expand(4),
+    "no dimension": lambda value: torch.tensor(value),
+    "empty": lambda value: torch.empty(0, 4),
+}
+
+
+def take_buffers(rank: int, world_size: int) -> None:
+    """Each rank has other values in buffers of many types and layouts, and takes rank zero's."""
+    model = nn.Module()
+    for name, make in BUFFERS.items():
+        model.register_buffer(name, make(rank + 1.0))
+    around = torch.full((6,), rank + 1.0)
+    model.register_buffer("part", around[::2])
+    take_rank_zero_buffers(model, world_size)
+    for name, make in BUFFERS.items():
+        assert torch.equal(model.get_buffer(name), make(1.0)), name
+    # What lies between the elements of a buffer is not its own.
+    assert around.tolist() == [1.0, rank + 1.0] * 3
+
+
+def refused_by_ddp() -> dict[str, str]:
+    """What is said, before DDP is made, of models with one unusual buffer."""
+    said = {}
+    for name, make in BUFFERS.items():
+        model = nn.Linear(2, 2)
+        model.register_buffer("unusual", make(1.0))
+        try:
+            refuse_what_ddp_cannot_send(Accelerator(cpu=True), model)
+        except ConfigError as error:
+            said[name] = str(error)
+        else:
+            nn.parallel.DistributedDataParallel(model)
+    return said
 
 
 def fail_together(rank: int, world_size: int, port: int, directory: Path, cases: list[list[str]]) -> None:
@@ -41,4 +89,6 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
         except CheckpointError as error:
             raised.append([type(error).__name__, str(error)])
     (directory / f"raised-{rank}").write_text(json.dumps(raised))
+    take_buffers(rank, world_size)
+    (directory / f"refused-{rank}").write_text(json.dumps(refused_by_ddp()))
     dist.destroy_process_group()

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.config import TrainerConfig
+from harness.memory_layout import put_in_order
 from harness.runtime import start, strategy_of
 from tests.distributed.gathered import gather_state
 from tests.distributed.restoring_ranks import become_rank_of
@@ -57,6 +58,8 @@ def save_all(
 def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, transport: Any = "auto") -> None:
     set_seed(1)
     model = MODELS[name]()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        put_in_order(model)  # as `harness train` does
     optimizer = torch.optim.AdamW(groups_of(model, num_groups), lr=0.05)
     loader = DataLoader(torch.randint(0, 13, (96, 8)), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

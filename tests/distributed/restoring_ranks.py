@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
 from harness.agreement import Agreement
@@ -21,6 +22,7 @@ from harness.checkpoint.shards.held import innermost
 from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
 from harness.config import CheckpointConfig, TrainerConfig
 from harness.errors import CheckpointError
+from harness.memory_layout import put_in_order
 from harness.runtime import start, strategy_of
 from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
@@ -132,6 +134,8 @@ def started(rank: int, world_size: int, port: int, strategy: str, precision: str
 def prepared(accelerator: Accelerator, seed: int, kind: str, num_groups: int, model_name: str = "uneven") -> Watched:
     torch.manual_seed(seed)
     model = MODELS[model_name]()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        put_in_order(model)  # as `harness train` does
     optimizer = OPTIMIZERS[kind](groups_of(model, num_groups))
     return Watched(*accelerator.prepare(model, optimizer), None)
 

@@ -33,7 +33,8 @@ class Uneven(nn.Module):
         self.embed = nn.Embedding(13, 5)
         self.blocks = nn.ModuleList([Block(5), Block(5), Block(5)])
         self.again = self.blocks[0]
-        self.scale = nn.Parameter(torch.ones(1))
+        # As a slice is: one element may have any stride.
+        self.scale = nn.Parameter(torch.ones(12)[::11][1:])
         self.frozen = nn.Parameter(torch.randn(7, 5), requires_grad=False)
         self.head = nn.Linear(5, 13, bias=False)
         self.head.weight = self.embed.weight
@@ -82,7 +83,7 @@ class Convolutional(nn.Module):
 
 
 def _channels_last() -> nn.Module:
-    """Weights that do not lie in C order. FSDP2 and DeepSpeed refuse them themselves."""
+    """Weights that do not lie in C order. FSDP2 refuses them itself; for DeepSpeed they are put in order."""
     return Convolutional().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -16,6 +16,12 @@ def test_class_is_the_same_on_all_ranks_when_some_fail(tmp_path: Path) -> None:
             process.join(60)
         assert [process.exitcode for process in processes] == [0, 0]
     zero, one = (json.loads((tmp_path / f"raised-{rank}").read_text()) for rank in range(2))
+    # In the same processes: what ranks can send one another.
+    refused = [json.loads((tmp_path / f"refused-{rank}").read_text()) for rank in range(2)]
+    assert refused[0] == refused[1]
+    assert list(refused[0]) == ["16-bit integers", "unsigned", "8-bit floats", "expanded"]
+    assert "task: model(): unusual is of type torch.int16" in refused[0]["16-bit integers"]
+    assert "elements of unusual share memory" in refused[0]["expanded"]
     memory = "doing it: MemoryError: no more"
     assert list(zip(zero, one, strict=True)) == [
         (["", ""], ["", ""]),

@@ -70,7 +70,7 @@ OURS_AND_OTHERS = "uneven,convolutional,gpt2,llama,peft"
         # accelerate keeps the first model's way of wrapping layers, so each has a launch of its own.
         *(("fsdp2", model) for model in OURS_AND_OTHERS.split(",")),
         ("fsdp1", "uneven"),
-        *((strategy, OURS_AND_OTHERS) for strategy in ("zero1", "zero2", "zero3")),
+        *((strategy, f"{OURS_AND_OTHERS},channels_last") for strategy in ("zero1", "zero2", "zero3")),
     ],
 )
 def test_files_equal_gathered_state_when_two_ranks_share(tmp_path: Path, strategy: str, models: str) -> None:

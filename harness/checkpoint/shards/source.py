@@ -114,7 +114,10 @@ def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dty
     if dtype is not None and kept.is_floating_point:
         kept = dtype
     if kept not in DTYPE_NAMES:
-        raise CheckpointError(f"{name}: safetensors has no type for {kept}; leave it out, or convert it")
+        raise CheckpointError(
+            f"{name}: safetensors has no type for {kept}; convert it, or register it with persistent=False if it is a "
+            "buffer"
+        )
     return TensorSpec(section, name, DTYPE_NAMES[kept], shape)
 
 
