@@ -356,9 +356,9 @@ class PeriodicLogger:
             logger.watch({"generator": (g, opt_g), "discriminator": (d, opt_d)}, steps_of="generator")
 
         Several models are saved, restored and published together. The names of their tensors begin with the name of
-        the model (``generator.<name>``). An optimizer may hold parameters of another of the models, but with FSDP1 and
-        DeepSpeed. The logger's step counts the steps that one of the optimizers makes: a batch without a step of it
-        counts none, a batch with two counts two.
+        the model (``generator.<name>``). With one process and DDP, an optimizer may hold parameters of several models.
+        The logger's step counts the steps that one of the optimizers makes: a batch without a step of it counts none,
+        a batch with two counts two.
 
         Args:
             model: prepared. Several: name -> model, or a tuple (model,), (model, optimizer), (model, optimizer,

@@ -205,7 +205,7 @@ def restore_under(
     for name, path in names.items():
         found = restore_tensors(accelerator, watched, Path(path), agreement)
         state = read_trainer_state(Path(path), read_manifest(Path(path)))
-        put_back_optimizer(watched.optimizer, state.optimizer)
+        put_back_optimizer(watched.optimizer, state.parts[0].optimizer)
         report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
         saver.save(Moment(name, 0, 3, 0, {}))
         train(accelerator, watched, 4)
