@@ -69,8 +69,8 @@ class Unit:
             raise CheckpointError(
                 "FSDP1 with tensor parallelism cannot be saved; use FSDP2 (see configs/accelerate/fsdp2.yaml)"
             )
-        for name, is_in_order in zip(flat._fqns, flat._contiguities, strict=True):
-            if not is_in_order:
+        for name, shape, strides in zip(flat._fqns, flat._shapes, flat._strides, strict=True):
+            if not _is_in_order(shape, strides):
                 raise CheckpointError(
                     f"{name}: does not lie in C order (channels_last, say), and FSDP1 has flattened it so; make it "
                     "contiguous before it is wrapped"
@@ -124,6 +124,18 @@ class Unit:
     def _has_begun(self) -> bool:
         """Whether there was a forward: only then is there anything beside the slice."""
         return hasattr(self._flat, "_local_shard")
+
+
+def _is_in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements lie in C order; unlike torch's own flag, with any stride for a dimension of length 1."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != expected:
+            return False
+        expected *= length
+    return True
 
 
 def units_of(model: nn.Module) -> list[Unit]:
