@@ -537,7 +537,10 @@ class PeriodicLogger:
             return True
         self._course.meet()
         # What this returns may be branched on: it is the same on every rank.
-        return self._saves.save_with_metrics(self._place.step_name) and self._saves.settle()
+        has_begun = self._saves.save_with_metrics(self._place.step_name) and self._saves.settle()
+        # Other than behind a batch, what follows need not be a step.
+        self._course.finish_copy()
+        return has_begun
 
     def say(self, line: str) -> None:
         """A line for the user, from rank zero, of what all ranks know."""

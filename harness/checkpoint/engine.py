@@ -70,18 +70,21 @@ def plan_saves(
     """
 
     def find() -> Held:
+        # First, so that every rank gets there: an optimizer's own state_dict() may be collective.
+        is_resumable = not config.save_weights_only
+        added = [added_state(part.optimizer) for part in watched.parts] if is_resumable else []
         held = find_watched(
             accelerator,
             watched,
             weights_only=config.save_weights_only,
             dtype=None if config.dtype is None else getattr(torch, config.dtype),
         )
-        if not config.save_weights_only:
+        if is_resumable:
             # What belongs to no parameter is refused as early: here nothing comes of it.
             kept = KeptTensors()
             groups_record(held, kept)
-            for part in watched.parts:
-                record_of(part.optimizer, added_state(part.optimizer), kept)
+            for part, each in zip(watched.parts, added, strict=True):
+                record_of(part.optimizer, each, kept)
             for part, stepped in find_watched_stepped(watched) if held.trees else ():
                 check_objects(innermost(part.optimizer), stepped, held.forms)
         return held

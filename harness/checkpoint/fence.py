@@ -44,9 +44,19 @@ class Fence:
         # Not traced into a compiled optimizer: it must run, each time.
         before_step = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
         self._hook = register_optimizer_step_pre_hook(before_step)
-        self.is_passed = True
+        self._passed = threading.Event()
+        self._passed.set()
         self.num_steps = 0
         self.waited_s = 0.0
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether the thread that trains has waited for the copy of the last save."""
+        return self._passed.is_set()
+
+    def await_pass(self, timeout_s: float) -> None:
+        """Block until the fence is passed, at most so long: for the copying thread."""
+        self._passed.wait(timeout_s)
 
     def expect(self, optimizers: Sequence[Any]) -> None:
         """Name the optimizers whose steps are to be held back, each as torch has it: inside all wrappers."""
@@ -58,7 +68,7 @@ class Fence:
         self._event = None
         self._guard = guard
         self.waited_s = 0.0
-        self.is_passed = False
+        self._passed.clear()
 
     def lower(self, event: torch.cuda.Event | None = None) -> None:
         """The copy is done, or (CUDA) will be when `event` is: any thread. The first call counts."""
@@ -100,7 +110,7 @@ class Fence:
             # Before `is_passed`: whoever reads that has the guard's result, and no step has written yet.
             self._guard.check()
             self._guard = None
-        self.is_passed = True
+        self._passed.set()
 
     def disarm(self) -> None:
         """Drop the guard, and with it the staging memory that it compares with."""
@@ -167,6 +177,10 @@ class Overlap:
         (kind, guard), self._observed = self._observed, None
         self._safe_kinds.add(kind)
         return self.note_write(guard.written)
+
+    def forget(self) -> None:
+        """Drop what is observed: its guard no longer sees what is written, and keeps the staging memory."""
+        self._observed = None
 
     def note_write(self, name: str | None) -> str | None:
         """A tensor was written outside a step; its name where it is the first."""

@@ -125,9 +125,9 @@ def added_state(optimizer: Any) -> Mapping[str, Any]:
     Raises:
         CheckpointError: if `state_dict` gives no dict with text for keys.
     """
-    inner = innermost(optimizer)
-    if inner is None or getattr(type(inner), "state_dict", None) in (None, torch.optim.Optimizer.state_dict):
+    if not has_own_state_dict(optimizer):
         return {}
+    inner = innermost(optimizer)
     with _listed_state(inner):
         state = inner.state_dict()
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
@@ -136,6 +136,17 @@ def added_state(optimizer: Any) -> Mapping[str, Any]:
             "checkpoint.save_weights_only, or another optimizer"
         )
     return {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+
+
+def has_own_state_dict(optimizer: Any) -> bool:
+    """Whether a subclass overrides `state_dict`, which may then be collective.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+    """
+    inner = innermost(optimizer)
+    own = None if inner is None else getattr(type(inner), "state_dict", None)
+    return own not in (None, torch.optim.Optimizer.state_dict)
 
 
 def put_back_optimizer(optimizer: Any, record: OptimizerRecord) -> None:

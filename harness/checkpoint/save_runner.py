@@ -45,6 +45,8 @@ _NICENESS = 5
 # How long rank zero may take from the last rank's record to a committed checkpoint, published included.
 _COMMIT_S = 120.0
 _CALLED_OFF = "called off"
+# Before the name of a tensor that was written while a rank copied it.
+_TORN = "torn: "
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class SaveRunner:
         last_seconds: what the last save has cost.
         num_failed: saves.
         is_reported: whether what the last save has cost was taken already.
-        written: name of a tensor that was written while an overlapped save copied it; None: none was.
+        written: name of a tensor that was written while any rank copied it; None: none was.
     """
 
     def __init__(
@@ -218,6 +220,8 @@ class SaveRunner:
             digests = self._copy_and_write(save, copy_rest)
         except Exception as error:
             record = {"error": _told(error), "called_off": isinstance(error, CalledOff)}
+            if isinstance(error, TornSnapshotError):
+                record["torn"] = error.tensor
         finally:
             self._fence.lower()
         try:
@@ -227,7 +231,7 @@ class SaveRunner:
             if self._rank == 0:
                 self._finish(save)
             elif (outcome := self._board.hear(save.number, self._remaining_s(save) + _COMMIT_S)) is not None:
-                raise CalledOff if outcome == _CALLED_OFF else CheckpointError(outcome)
+                raise _failure_of(outcome)
             self.last_error = None
         except CalledOff:
             self._tell(save, _CALLED_OFF)
@@ -235,10 +239,12 @@ class SaveRunner:
         except Exception as error:
             # Its frames would keep the snapshot and the staging memory.
             self.last_error = error.with_traceback(None)
+            if isinstance(error, TornSnapshotError):
+                self.written = error.tensor
             self.num_failed += 1
             self.status = f"{save.moment.name} FAILED: {_told(error)}"
             self.failures.append(self.status)
-        self._tell(save, None if self.last_error is None else _told(self.last_error))
+        self._tell(save, None if self.last_error is None else _outcome_of(self.last_error))
         self.last_seconds = save.seconds
         self.is_reported = False
 
@@ -263,6 +269,8 @@ class SaveRunner:
             copy_rest(self._fence.lower, engine.writer.ready)
             engine.writer.ready(engine.staging.size_bytes)
             save.seconds["copy_s"] = time.perf_counter() - begun_s
+            if save.guard is not None:
+                self._require_one_moment(save.guard, save.seconds["copy_s"])
             if self._gatherer is not None and self._rank == 0:
                 save.temporary.mkdir(parents=True, exist_ok=True)
         except Exception as error:
@@ -284,23 +292,23 @@ class SaveRunner:
             raise failure
         digests, seconds = engine.writer.answer(self._remaining_s(save))
         save.seconds.update(seconds)
-        if save.guard is not None:
-            self._require_one_moment(save.guard)
         return digests
 
-    def _require_one_moment(self, guard: SourceGuard) -> None:
-        """Refuse an overlapped save whose sources were written before the next step.
+    def _require_one_moment(self, guard: SourceGuard, copy_s: float) -> None:
+        """Refuse an overlapped save whose sources were written while they were copied.
 
         Raises:
             TornSnapshotError: if one was.
         """
         torn = guard.find_torn_copy()
         if torn is None:
+            # A write is counted when it is over. One that ran beside the copy is over after as long a time again. One
+            # that begins later does no harm, and should not cost a checkpoint.
+            self._fence.await_pass(copy_s)
             # In this order: versions that were read before the fence was passed are not those of a step.
             written = guard.find_written()
             torn = guard.written if self._fence.is_passed else written
         if torn is not None:
-            self.written = torn
             raise TornSnapshotError(torn)
 
     def _remaining_s(self, save: Save) -> float:
@@ -314,6 +322,8 @@ class SaveRunner:
             for rank, (record, _) in enumerate(told):
                 if record.get("called_off"):
                     raise CalledOff
+                if "torn" in record:
+                    raise TornSnapshotError(record["torn"])
                 if "error" in record:
                     raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
             manifest = self._manifest(save, told)
@@ -360,6 +370,17 @@ class SaveRunner:
 def _ranking(config: CheckpointConfig) -> dict[str, str]:
     """What `harness checkpoints` marks the best by."""
     return {} if config.monitor is None else {"monitor": config.monitor, "mode": config.mode}
+
+
+def _outcome_of(error: Exception) -> str:
+    """How a save ended, for the other ranks: each of them changes its mode if the snapshot of any was torn."""
+    return f"{_TORN}{error.tensor}" if isinstance(error, TornSnapshotError) else _told(error)
+
+
+def _failure_of(outcome: str) -> Exception:
+    if outcome == _CALLED_OFF:
+        return CalledOff()
+    return TornSnapshotError(outcome.removeprefix(_TORN)) if outcome.startswith(_TORN) else CheckpointError(outcome)
 
 
 def _told(error: BaseException) -> str:

@@ -31,9 +31,9 @@ from harness.checkpoint.engine import Engine, make_engine, plan_saves
 from harness.checkpoint.fence import Fence, Overlap
 from harness.checkpoint.gather import Gatherer
 from harness.checkpoint.kept_tensors import KeptTensors
-from harness.checkpoint.optimizer_record import added_state, check_step, groups_record, record_of
+from harness.checkpoint.optimizer_record import added_state, check_step, groups_record, has_own_state_dict, record_of
 from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small
+from harness.checkpoint.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small, TornSnapshotError
 from harness.checkpoint.shards.held import Held, innermost
 from harness.checkpoint.snapshot import copied, copy_nothing
 from harness.checkpoint.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
@@ -180,6 +180,7 @@ class Saver:
 
     def _drop_engine(self) -> None:
         self._fence.disarm()
+        self._overlap.forget()
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -219,11 +220,12 @@ class Saver:
         is_busy = self._saving is not None and not self._saving.done()
         # Not while it is being copied from: looking up may have to make another snapshot.
         is_changed = not is_busy and (self._engine is None or self._must_prepare or not self._engine.snapshot.look_up())
-        has_failed = self.last_error is not None and self._config.when_failed == "stop"
+        # A torn snapshot is no fault of the disk, and the next save does not overlap.
+        is_fault = self.last_error is not None and not isinstance(self.last_error, TornSnapshotError)
+        has_failed = is_fault and self._config.when_failed == "stop"
         mine = [is_busy, is_changed, has_failed]
         self._others = self._agreement.begin_count("the checkpoint", [*mine, any(mine)])
-        # What a gatherer sends, it sends to a rank that receives.
-        if not any(mine) and self._gatherer is None:
+        if not any(mine) and not self._waits_for_all:
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
             return True
@@ -233,11 +235,22 @@ class Saver:
                 self.prepare()
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
-        elif self._gatherer is None and num_hindered < self._agreement.world_size:
+        elif not self._waits_for_all and num_hindered < self._agreement.world_size:
             # Others have begun: they learn on the board, too, that this rank has not.
             assert self._engine is not None
             self._call_off(moment, self._engine, begun_s)
         return self._goes_on
+
+    @property
+    def _waits_for_all(self) -> bool:
+        """Whether a save begins only once it is known that all ranks take part.
+
+        What a gatherer sends, it sends to a rank that receives; and an optimizer's own `state_dict` may be collective.
+        """
+        if self._gatherer is not None:
+            return True
+        parts = () if self._watched is None or self._config.save_weights_only else self._watched.parts
+        return any(has_own_state_dict(part.optimizer) for part in parts)
 
     def settle(self) -> bool:
         """Whether the save that was begun last goes on; the same on every rank.
@@ -264,7 +277,7 @@ class Saver:
             )
         self._must_prepare |= num_changed > 0
         # Where all ranks have seen a change, it is planned for at once; where some have, the others have begun.
-        is_alike = num_changed in (0, self._agreement.world_size) or self._gatherer is not None
+        is_alike = num_changed in (0, self._agreement.world_size) or self._waits_for_all
         self._goes_on = not num_busy and is_alike
         if not self._goes_on:
             self.num_skipped += 1
@@ -318,7 +331,7 @@ class Saver:
         assert self._watched is not None
         state, kept = None, KeptTensors()
         try:
-            # On every rank: a state_dict() of the optimizer's own may be collective.
+            # On every rank that takes part, which are all where an optimizer has a state_dict() of its own.
             added = [added_state(part.optimizer) for part in self._watched.parts]
             if self._rank == 0:
                 groups = groups_record(held, kept)

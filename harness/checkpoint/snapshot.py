@@ -147,14 +147,13 @@ class _Copies:
         return zip(self._pieces, self.targets, self.values, strict=True)
 
     def guarded(self) -> GuardedTensor:
-        """What the guard compares: versions of weights, samples of everything."""
-        counters: list[Tensor] = []
-        if self.source.spec.section == "model":
-            # A DTensor's own operations advance its own counter, those on its local tensor that one's.
-            counters = [each for each in (self.value, self.local) if isinstance(each, Tensor)]
+        """What the guard compares."""
+        # A DTensor's own operations advance its own counter, those on its local tensor that one's.
+        counters = [each for each in (self.value, self.local) if isinstance(each, Tensor)]
         unique = {id(counter): counter for counter in counters}
         parts = list(zip(self.values, self.targets, strict=True))
-        return GuardedTensor(self.source.spec.name, tuple(unique.values()), parts)
+        is_weight = self.source.spec.section == "model"
+        return GuardedTensor(self.source.spec.name, tuple(unique.values()), parts, is_weight)
 
     def look_up(self) -> bool:
         """Find the values as they are now; whether they are of the kind that was planned."""

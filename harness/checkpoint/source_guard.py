@@ -4,12 +4,13 @@ A snapshot that overlaps training assumes that its sources change in an optimize
 breaks that: evaluation with averaged weights, `load_state_dict`, an optimizer's `train()` and `eval()`, weights that
 are normalised in forward. Two checks find it, and each sees what the other does not:
 
-    versions   autograd counts every in-place operation on a weight, under `no_grad` too
+    versions   autograd counts every in-place operation on a tensor, under `no_grad` too
     samples    bytes of the sources at the beginning, compared with the bytes that were copied: they find what the
                counters miss, such as writes by way of `.data`, NumPy or a kernel of the user's own
 
-Every weight is sampled. Of the optimizer's state, which user code hardly ever writes, a bounded number of tensors is. A
-write by way of `.data` to a small part of a tensor can fall between the samples: `docs/checkpoints.md`, Known limits.
+Every weight in host memory is sampled. Of the optimizer's state, which user code hardly ever writes, and on an
+accelerator a bounded number of tensors is. A write by way of `.data` can fall between the samples: see Known limits in
+`docs/checkpoints.md`.
 """
 
 from __future__ import annotations
@@ -39,26 +40,39 @@ class GuardedTensor:
 
     Args:
         name: in the checkpoint.
-        counters: the tensors whose version counters its in-place operations advance; empty: only samples are taken.
+        counters: the tensors whose version counters its in-place operations advance.
         parts: pairs of a view of the source and a view of the staging memory, of equal shape.
+        is_weight: not of the optimizer's state.
     """
 
     name: str
     counters: tuple[Tensor, ...]
     parts: Sequence[tuple[Tensor, Tensor]]
+    is_weight: bool = True
 
 
 class _Sample(NamedTuple):
     """A few bytes of a source, and of its copy: by address, since a view of each takes 100 times as long to make.
 
-    Not by way of NumPy either: torch lets nobody resize a storage of which there was an array.
+    Not by way of NumPy either: torch does not resize a storage of which an array was made.
     """
 
     name: str
     source: Tensor
     source_offset: int
     copy_address: int
-    num_bytes: int
+    num_items: int
+    copy_dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the source."""
+        return self.num_items * self.source.itemsize
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the copy, which may be of another type."""
+        return self.num_items * self.copy_dtype.itemsize
 
 
 class SourceGuard:
@@ -80,8 +94,8 @@ class SourceGuard:
         self._tensors = tensors
         self._counters = [counter for each in tensors for counter in each.counters]
         self._counter_names = [each.name for each in tensors for _ in each.counters]
-        weights = [each for each in tensors if each.counters]
-        state = [each for each in tensors if not each.counters]
+        weights = [each for each in tensors if each.is_weight]
+        state = [each for each in tensors if not each.is_weight]
         state = state[:: len(state) // _MAX_STATE_SAMPLES + 1]
         samples = [sample for each in weights for sample in _samples_of(each, is_one=len(weights) > _MANY_WEIGHTS)]
         samples += [sample for each in state for sample in _samples_of(each, is_one=True)]
@@ -95,8 +109,9 @@ class SourceGuard:
             for address, sample in zip(self._addresses, on_host, strict=True)
         ]
         self._on_device = [_device_view(sample) for sample in on_device]
-        self._copies = [_memory(sample.copy_address, sample.num_bytes) for sample in (*on_host, *on_device)]
-        self._names = [sample.name for sample in (*on_host, *on_device)]
+        self._samples = [*on_host, *on_device]
+        self._copies = [_memory(sample.copy_address, sample.copy_bytes) for sample in self._samples]
+        self._is_cast = any(sample.source.dtype != sample.copy_dtype for sample in self._samples)
         self._versions: list[int] = []
         self._host_bytes = b""
         self._device_bytes: Tensor | None = None
@@ -118,13 +133,17 @@ class SourceGuard:
         self.written = self.find_written()
         # A storage that was resized or freed meanwhile must not be read; it is not what was copied any more.
         if self.written is None and self.compares_samples and self._are_in_place():
-            self.written = self._first_difference(self._host_bytes, b"".join(self._on_host))
+            now = b"".join(self._on_host) + _to_host(torch.cat(self._on_device) if self._on_device else None)
+            self.written = self._first_difference(self._bytes_at_arm(), now, [each.num_bytes for each in self._samples])
+
+    def _bytes_at_arm(self) -> bytes:
+        return self._host_bytes + _to_host(self._device_bytes)
 
     def _are_in_place(self) -> bool:
         return list(map(Tensor.data_ptr, self._sources)) == self._addresses
 
     def find_written(self) -> str | None:
-        """Name of the first weight that an in-place operation has written since `arm`; None: there is none."""
+        """Name of the first tensor that an in-place operation has written since `arm`; None: there is none."""
         now = self._read_versions()
         if now == self._versions:
             return None
@@ -136,25 +155,41 @@ class SourceGuard:
 
         Once everything is copied, and still in the staging memory.
         """
-        device = b"" if self._device_bytes is None else self._device_bytes.cpu().numpy().tobytes()
-        return self._first_difference(self._host_bytes + device, b"".join(self._copies))
+        before = self._bytes_at_arm()
+        if self._is_cast:
+            before = self._as_copied(before)
+        return self._first_difference(before, b"".join(self._copies), [each.copy_bytes for each in self._samples])
 
-    def _first_difference(self, before: bytes, after: bytes) -> str | None:
+    def _as_copied(self, before: bytes) -> bytes:
+        parts: list[bytes] = []
+        offset = 0
+        for sample in self._samples:
+            part = torch.frombuffer(
+                bytearray(before[offset : offset + sample.num_bytes]), dtype=torch.uint8, count=sample.num_bytes
+            ).view(sample.source.dtype)
+            parts.append(part.to(sample.copy_dtype).view(torch.uint8).numpy().tobytes())
+            offset += sample.num_bytes
+        return b"".join(parts)
+
+    def _first_difference(self, before: bytes, after: bytes, sizes: Sequence[int]) -> str | None:
         if before == after:
             return None
         offset = 0
-        for name, copy in zip(self._names, self._copies, strict=True):
-            end = offset + ctypes.sizeof(copy)
-            if before[offset:end] != after[offset:end]:
-                return name
-            offset = end
+        for sample, size in zip(self._samples, sizes, strict=True):
+            if before[offset : offset + size] != after[offset : offset + size]:
+                return sample.name
+            offset += size
         return None
+
+
+def _to_host(data: Tensor | None) -> bytes:
+    return b"" if data is None else data.cpu().numpy().tobytes()
 
 
 def _samples_of(tensor: GuardedTensor, *, is_one: bool) -> Iterator[_Sample]:
     for source, copy in tensor.parts:
-        # Where the copy is of another type, its bytes are no longer those of the source.
-        if source.dtype != copy.dtype or not source.numel():
+        # The bytes of a tensor that is read conjugated or negated are not those of its copy.
+        if not source.numel() or source.is_conj() or source.is_neg():
             continue
         for source_item, copy_item, num_items in _positions(source, is_one=is_one):
             yield _Sample(
@@ -162,7 +197,8 @@ def _samples_of(tensor: GuardedTensor, *, is_one: bool) -> Iterator[_Sample]:
                 source,
                 source_item * source.itemsize,
                 copy.data_ptr() + copy_item * copy.itemsize,
-                num_items * source.itemsize,
+                num_items,
+                copy.dtype,
             )
 
 
@@ -193,4 +229,4 @@ def _memory(address: int, num_bytes: int) -> Any:
 def _device_view(sample: _Sample) -> Tensor:
     source = sample.source
     first = source.storage_offset() + sample.source_offset // source.itemsize
-    return source.as_strided((sample.num_bytes // source.itemsize,), (1,), first).view(torch.uint8)
+    return source.as_strided((sample.num_items,), (1,), first).view(torch.uint8)

@@ -167,6 +167,7 @@ class Guest:
         """See `Course.batch_done`."""
         with self._ending():
             self.logger.events.batch_done(num_samples, is_loaders_last=is_loaders_last, step=step)
+        self.finish_copy()
 
     def report(self, values: Mapping[str, Any]) -> None:
         """Reduced values of now. What is no number is left out; what comes when no run is open is in none."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,12 +60,12 @@ WRITES: dict[str, Write] = {
 class Training:
     """A model, its optimizer, and a saver of both, which is prepared."""
 
-    def __init__(self, accelerator: Accelerator, checkpoints: Path) -> None:
+    def __init__(self, accelerator: Accelerator, checkpoints: Path, num_layers: int = 3, **values: Any) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
+        self.model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(num_layers)])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.checkpoints = checkpoints
-        config = CheckpointConfig(when_busy="wait")
+        config = CheckpointConfig(when_busy="wait", **values)
         self.saver = Saver(accelerator, Agreement(0, 1), config, checkpoints, {}, {}, lambda *_: None)
         self.saver.check(Watched(self.model, self.optimizer, None))
         self.train()
@@ -111,12 +115,23 @@ def assert_set(event: threading.Event) -> None:
 
 
 @pytest.fixture
-def training(accelerator: Accelerator, tmp_path: Path) -> Iterator[Training]:
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
-    made = Training(accelerator, checkpoints)
-    yield made
-    made.saver.abandon(30)
+def make(accelerator: Accelerator, tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    made: list[Training] = []
+
+    def make_training(**values: Any) -> Training:
+        checkpoints = tmp_path / "checkpoints"
+        checkpoints.mkdir()
+        made.append(Training(accelerator, checkpoints, **values))
+        return made[-1]
+
+    yield make_training
+    for each in made:
+        each.saver.abandon(30)
+
+
+@pytest.fixture
+def training(make: Callable[..., Training]) -> Training:
+    return make()
 
 
 @pytest.mark.parametrize("kind", WRITES)
@@ -226,3 +241,72 @@ def test_save_is_right_when_its_copy_is_finished_before_the_write(training: Trai
         training.saver.wait()
         assert training.is_right(name, state)
     assert training.is_overlapped("epoch-0002")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["averages swapped in by data", "load_state_dict"])
+def test_save_is_not_committed_when_a_torn_weight_is_cast(make: Callable[..., Training], kind: str, dtype: str) -> None:
+    training = make(dtype=dtype)
+    training.save_and_wait("step-00000001")
+    training.save_and_wait("step-00000002")
+    assert training.is_overlapped("step-00000002")
+    training.save_while_held("step-00000003", lambda: WRITES[kind](training.model, training.optimizer))
+    assert not (training.checkpoints / "step-00000003").exists()
+
+
+def test_save_is_not_committed_when_one_of_many_moments_is_written(make: Callable[..., Training]) -> None:
+    training = make(num_layers=70)
+    training.save_and_wait("step-00000001")
+    moment = training.optimizer.state[training.model.get_parameter("33.weight")]["exp_avg"]
+    training.save_while_held("step-00000002", lambda: moment[5].add_(1))
+    assert not (training.checkpoints / "step-00000002").exists()
+    assert "exp_avg.33.weight was written" in str(training.saver.last_error)
+
+
+def test_save_is_committed_when_weights_are_written_after_its_copy(training: Training) -> None:
+    training.save_and_wait("step-00000001")
+    state = training.state()
+    writer = training.saver._engine.writer  # type: ignore[union-attr]
+    assert writer._process is not None
+    # The disk takes its time: all is copied, and nothing is on it.
+    os.kill(writer._process.pid, signal.SIGSTOP)
+    try:
+        training.save("step-00000002")
+        training.saver.finish_copy()
+        WRITES["load_state_dict"](training.model, training.optimizer)
+    finally:
+        os.kill(writer._process.pid, signal.SIGCONT)
+    training.saver.wait()
+    assert training.is_right("step-00000002", state)
+
+
+def test_training_continues_when_a_save_is_torn_and_failures_stop_it(make: Callable[..., Training]) -> None:
+    training = make(when_failed="stop")
+    training.save_and_wait("step-00000001")
+    training.save_while_held("step-00000002", lambda: WRITES["load_state_dict"](training.model, training.optimizer))
+    training.train()
+    state = training.state()
+    training.save_and_wait("step-00000003")
+    assert training.is_right("step-00000003", state)
+
+
+def test_kind_is_not_taken_for_safe_when_its_guard_was_dropped(training: Training) -> None:
+    training.save("step-00000001")
+    training.saver.prepare()
+    WRITES["averages swapped in by data"](training.model, training.optimizer)
+    training.train()
+    training.saver.wait()
+    state = training.state()
+    training.save_while_held("step-00000002", lambda: swap_averages_in(training.model, training.optimizer))
+    assert training.is_right("step-00000002", state)
+
+
+def test_staging_memory_is_freed_when_the_saver_is_closed(training: Training) -> None:
+    for step in (1, 2):
+        training.save_and_wait(f"step-{step:08d}")
+        training.saver.prepare()
+    training.save("step-00000003")
+    memory = weakref.ref(training.saver._engine.staging.bytes)  # type: ignore[union-attr]
+    training.saver.close()
+    gc.collect()
+    assert memory() is None
