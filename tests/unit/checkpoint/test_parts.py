@@ -129,7 +129,11 @@ def test_values_are_of_the_save_when_a_model_without_optimizer_moves(accelerator
     train(watched)
     saver = saver_of(watched, accelerator, tmp_path)
     saver.prepare()
-    train(watched)  # a step is seen: from now on saves overlap
+    train(watched)
+    # A step was seen, and the first save of its kind: from now on saves overlap.
+    saver.save(Moment("epoch-0000", 0, 0, 0, {}))
+    train(watched)
+    saver.wait()
     expected = average.weight.detach().clone()
     saver.save(Moment("epoch-0001", 1, 1, 0, {}))
     with torch.no_grad():
@@ -145,6 +149,12 @@ def test_save_does_not_overlap_until_every_optimizer_was_seen(accelerator: Accel
     watched = several(a=(first, optimizer_of(first)), b=(second, optimizer_of(second)))
     train(watched)
     saver = saver_of(watched, accelerator, tmp_path, when_busy="wait")
+    saver.prepare()
+    train(watched)
+    # The first of its kind never overlaps.
+    saver.save(Moment("step-00000100", 1, 100, 0, {}))
+    train(watched)
+    saver.wait()
     saver.prepare()
     overlapped = []
     for step, part in enumerate(watched.parts):
