@@ -317,7 +317,12 @@ def state_leaves(
                 held.trees.append((values, kind, tensor, form_of(value, tensor)))
             except TypeError as error:
                 raise refuse_state(optimizer, str(kind), names[0] if names else "a parameter", str(error)) from error
-    if (form := needed_form(values, tensor)) is not None:
+    try:
+        form = needed_form(values, tensor)
+    except TypeError as error:
+        kinds = ", ".join(map(str, values))
+        raise refuse_state(optimizer, kinds, names[0] if names else "a parameter", str(error)) from error
+    if form is not None:
         held.forms.update(dict.fromkeys(names, form))
     return list(leaves_of(values))
 

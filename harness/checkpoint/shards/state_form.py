@@ -144,8 +144,9 @@ def form_of(value: Any, like: Tensor, *, in_object: bool = False) -> Form:
             return name
     kind = type(value)
     if kind in _MAPPINGS:
-        if not all(isinstance(key, (str, int, float)) for key in value):
-            raise TypeError("a dict with keys that are neither text nor numbers")
+        for key in value:
+            if isinstance(key, bool) or not isinstance(key, (str, int, float)):
+                raise TypeError(f"a dict with the key {key!r}, which is neither text nor a number")
         return {_MAPPINGS[kind]: [[key, form_of(item, like, in_object=in_object)] for key, item in value.items()]}
     if kind is list or kind in _SEQUENCES or kind is deque:
         items = [form_of(item, like, in_object=in_object) for item in value]
@@ -184,9 +185,14 @@ def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
         TypeError: as `form_of`.
     """
     form = form_of(dict(values), like)
-    is_plain = form == plain_form(values) and not any(
-        isinstance(value, Tensor) and not value.shape and value.dtype in (torch.int64, torch.float64)
-        for value in values.values()
+    has_text_keys = all(isinstance(key, str) for key in values)  # the file has the key 0 as "0"
+    is_plain = (
+        has_text_keys
+        and form == plain_form(values)
+        and not any(
+            isinstance(value, Tensor) and not value.shape and value.dtype in (torch.int64, torch.float64)
+            for value in values.values()
+        )
     )
     return None if is_plain else form
 

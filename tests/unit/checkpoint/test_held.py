@@ -80,6 +80,15 @@ def test_module_is_taken_when_its_state_dict_adds_nothing(accelerator: Accelerat
     assert [source.spec.name for source in found.sources][-2:] == ["1.weight", "1.bias"]
 
 
+@pytest.mark.parametrize("state", [{True: torch.zeros(2)}, {"flags": {False: torch.zeros(2)}}])
+def test_error_names_the_state_when_a_key_is_neither_text_nor_a_number(accelerator: Accelerator, state: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight] = state
+    with pytest.raises(CheckpointError, match=r"SGD: cannot save its state '(True|flags)' of weight: .*True|False"):
+        find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+
+
 class Ahead(torch.optim.Optimizer):
     """Holds another optimizer, as Lookahead does."""
 

@@ -54,6 +54,7 @@ def test_leaves_are_looked_up_anew_when_containers_are_replaced() -> None:
         ({"step": torch.zeros((), dtype=torch.int64)}, True),
         ({"prev": None}, True),
         ({"prev": [torch.zeros(2)]}, True),
+        ({0: torch.zeros(2)}, True),
     ],
 )
 def test_form_is_needed_when_the_names_do_not_tell_the_state(state: dict[str, Any], is_needed: bool) -> None:
@@ -74,7 +75,7 @@ def test_object_is_what_it_saves_when_its_form_is_taken() -> None:
     assert built == {"projectors": [{"factors": ["tensor", "tensor"], "num_calls": "int"}]}
 
 
-@pytest.mark.parametrize("value", [{1}, {"a": 1j}, slice(1), {(1,): 2}, torch.float32, [object]])
+@pytest.mark.parametrize("value", [{1}, {"a": 1j}, slice(1), {(1,): 2}, {True: 2}, torch.float32, [object]])
 def test_form_is_refused_when_a_value_is_not_understood(value: Any) -> None:
     with pytest.raises(TypeError):
         form_of(value, LIKE)
