@@ -26,6 +26,7 @@ from harness.checkpoint.shards.held import (
     names_by_id,
 )
 from harness.checkpoint.shards.source import Source
+from harness.checkpoint.shards.state_form import Form
 from harness.checkpoint.trainer_state import AnyWatched, Watched
 from harness.errors import CheckpointError
 
@@ -99,13 +100,14 @@ def _merged(found: Sequence[Held]) -> Held:
         sizes=[size for each in found for size in each.sizes],
         members=[member for each in found for member in each.members],
         trees=[tree for each in found for tree in each.trees],
-        forms={name: form for each in found for name, form in each.forms.items()},
+        forms=_forms(found),
     )
 
     def complete(agreement: Agreement) -> None:
         for each in found:
             each.complete(agreement)
         held.sources = _sources(found)
+        held.forms = _forms(found)  # FSDP1 gathers those of other ranks
 
     def refresh() -> None:
         for each in found:
@@ -113,6 +115,10 @@ def _merged(found: Sequence[Held]) -> Held:
 
     held.complete, held.refresh = complete, refresh
     return held
+
+
+def _forms(found: Sequence[Held]) -> dict[str, Form]:
+    return {name: form for each in found for name, form in each.forms.items()}
 
 
 def _sources(found: Sequence[Held]) -> list[Source]:

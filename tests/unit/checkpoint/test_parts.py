@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from harness.agreement import Agreement
 from harness.checkpoint.restore import Restored, restore_tensors
 from harness.checkpoint.saver import Saver
+from harness.checkpoint.shards.held import Held
+from harness.checkpoint.shards.parts import _merged
 from harness.checkpoint.trainer_state import Moment, Several, Watched
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
@@ -173,3 +175,11 @@ def test_error_names_the_parameter_when_two_optimizers_train_it(accelerator: Acc
     with pytest.raises(CheckpointError, match=r"a\.weight is trained by the optimizers of 'a' and 'b'"):
         saver_of(watched, accelerator, tmp_path)
     saver_of(watched, accelerator, tmp_path, save_weights_only=True).close()
+
+
+def test_forms_are_merged_again_when_a_part_learns_those_of_other_ranks() -> None:
+    parts = [Held(forms={"a": {"dict": [["step", "int"]]}}), Held()]
+    parts[1].complete = lambda agreement: parts[1].forms.update(b={"dict": [["step", "float"]]})
+    merged = _merged(parts)
+    merged.complete(Agreement(0, 1))
+    assert merged.forms == {"a": {"dict": [["step", "int"]]}, "b": {"dict": [["step", "float"]]}}
