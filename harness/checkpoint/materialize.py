@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.checkpoint.huge_pages import advise_huge_pages
 from harness.checkpoint.optimizer_record import OptimizerRecord, class_name
@@ -58,7 +59,7 @@ class BuiltState:
         self.optimizer.state[tensor] = state
 
     def expect(self, state: dict[Any, Any], path: Path, value: Any) -> None:
-        """Have an object take the place of what is read for it."""
+        """Register an object: `finish` passes it the values read at its path, and puts it there."""
         self._objects.append((Branch(state), path, value))
 
     def finish(self) -> None:
@@ -108,18 +109,23 @@ def _build(
     form = record.forms.get(name) or _form_without(record, stored.state_of(name))
     state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored, example))
     live = optimizer.state.get(each.tensor) or {}
-    if live.keys() >= state.keys():
-        return
     objects = list(objects_in(form))
-    if objects:
-        made = Branch(zero_step(optimizer, [each])[0])
-        for path in objects:
+    if live.keys() >= state.keys() and not objects:
+        return
+    # An object, live or not, gives copies of its state, so the file is read into what was built.
+    with_objects = {path[0] for path in objects}
+    state |= {kind: value for kind, value in live.items() if kind not in with_objects}
+    made: Branch | None = None
+    for path in objects:
+        value = _found(Branch(live), path)
+        if value is None:
+            made = made or Branch(zero_step(optimizer, [each])[0])
             value = _made(optimizer, made, path, name)
-            if isinstance(value, Tensor):
-                Branch(state)[path] = value
-            else:
-                built.expect(state, path, value)
-    built.put(each.tensor, {**state, **live} if live else state)
+        if isinstance(value, Tensor):
+            Branch(state)[path] = value
+        else:
+            built.expect(state, path, value)
+    built.put(each.tensor, state)
 
 
 def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
@@ -195,16 +201,22 @@ def _dtype(each: Stepped, name: str, place: Place, stored: Stored) -> torch.dtyp
 
 
 def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
-    try:
-        value = made[path]
-    except (KeyError, IndexError, TypeError):
-        value = None
-    if isinstance(value, Tensor) or is_object(value):
+    value = _found(made, path)
+    if value is not None:
         return value
     raise CheckpointError(
         f"{type(optimizer).__name__}: has made no {'.'.join(map(str, path))} of {name} in a step with gradients of "
         "zero, so it cannot be resumed; restore its weights only"
     )
+
+
+def _found(state: Branch, path: Path) -> Any:
+    """The object or the tensor at a path of a state; None if there is neither."""
+    try:
+        value = state[path]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return value if isinstance(value, Tensor) or is_object(value) else None
 
 
 def _refuse_another(
@@ -284,8 +296,12 @@ def check_objects(optimizer: Any, stepped: Sequence[Stepped], forms: Mapping[str
 def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]:
     """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
 
-    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups
-    and counters, and random numbers, are as before when this returns; its own hooks are not called.
+    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups,
+    attributes (numbers, tensors and containers of these) and random numbers are as before when this returns; its own
+    hooks are not called.
+
+    The step starts without a state of these tensors. Where that fails, a second one starts with a copy of the state
+    that is there: some optimizers make their state in ``__init__``.
 
     Args:
         optimizer: the user's own, inside all wrappers.
@@ -294,6 +310,18 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
     Raises:
         CheckpointError: if the optimizer cannot step so.
     """
+    try:
+        return _zero_step(optimizer, wanted, {})
+    except CheckpointError:
+        states = {each.tensor: state for each in wanted if (state := optimizer.state.get(each.tensor))}
+        if not states:
+            raise
+        return _zero_step(optimizer, wanted, states)
+
+
+def _zero_step(
+    optimizer: Any, wanted: Sequence[Stepped], states: Mapping[Tensor, dict[Any, Any]]
+) -> list[dict[Any, Any]]:
     step = type(optimizer).step
     if getattr(step, "hooked", False):
         step = step.__wrapped__
@@ -309,6 +337,7 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
         try:
             for each in wanted:
                 each.tensor.grad = torch.zeros_like(each.tensor)
+            optimizer.state.update({tensor: copy.deepcopy(state) for tensor, state in states.items()})
             step(optimizer)
             return [optimizer.state.pop(each.tensor, {}) for each in wanted]
         except Exception as error:
@@ -322,10 +351,17 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
 
 @contextmanager
 def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put an optimizer's groups, counters and state of some tensors back as they were."""
+    """Restore an optimizer's groups, attributes and state of some tensors at the end.
+
+    Meanwhile the optimizer has copies, so that neither a new value nor a change in place reaches its own.
+    """
     groups = [dict(group) for group in optimizer.param_groups]
-    attributes = set(vars(optimizer))
-    counters = {name: value for name, value in vars(optimizer).items() if is_leaf(value) or value is None}
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    # One `copies` for all: what a group and an attribute share, their copies share too.
+    copies: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        group.update({key: _copied(value, copies) for key, value in group.items() if key != "params"})
+    vars(optimizer).update({name: _copied(value, copies) for name, value in attributes.items()})
     states = {tensor: optimizer.state.pop(tensor, None) for tensor in tensors}
     hooks = [getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
     registered = [dict(each) for each in hooks]
@@ -340,9 +376,9 @@ def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
         for group, before in zip(optimizer.param_groups, groups, strict=True):
             group.clear()
             group.update(before)
-        for name in [name for name in vars(optimizer) if name not in attributes]:
+        for name in [name for name in vars(optimizer) if name not in (*attributes, "state", "param_groups")]:
             delattr(optimizer, name)
-        vars(optimizer).update(counters)
+        vars(optimizer).update(attributes)
         for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
             del optimizer.state[key]
         optimizer.state.update(shared)
@@ -350,3 +386,33 @@ def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
             optimizer.state.pop(tensor, None)
             if state is not None:
                 optimizer.state[tensor] = state
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of a tensor or of a container, with copies of the tensors and containers in it; else the value itself.
+
+    Parameters and objects are not copied.
+
+    Args:
+        value: any.
+        copies: identity of a value -> its copy; each value is copied once.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        copied: Any = value if isinstance(value, nn.Parameter) else value.detach().clone()
+    elif isinstance(value, dict):
+        copied = copies[id(value)] = copy.copy(value)
+        copied.update({key: _copied(item, copies) for key, item in value.items()})
+    elif isinstance(value, (list, deque)):
+        copied = copies[id(value)] = copy.copy(value)
+        for index, item in enumerate(value):
+            copied[index] = _copied(item, copies)
+    elif type(value) is tuple:
+        copied = tuple(_copied(item, copies) for item in value)
+    elif type(value) is set:
+        copied = set(value)
+    else:
+        copied = value
+    copies[id(value)] = copied
+    return copied

@@ -51,10 +51,12 @@ class OfTrees(torch.optim.Optimizer):
             state["turned"] = torch.zeros(7, 5).t()
             state["queue"] = deque([gradient.clone()], maxlen=2)
             state["pair"] = (torch.zeros_like(parameter), 0)
+            state[0] = torch.zeros_like(parameter)
             state["by_name"] = {"rate": 1.0, "mode": "slow", 3: {"is_first": True}}
             state["num_steps"], state["nothing"] = 0, None
         state["GG"] = [state["GG"][0] + 1, None, []]
         state["count"] += 1
+        state[0] += gradient
         state["queue"].append(gradient.clone())
         state["pair"] = (state["pair"][0] + gradient, state["pair"][1] + 1)
         state["num_steps"] += 1
@@ -62,7 +64,7 @@ class OfTrees(torch.optim.Optimizer):
         scale = 2.0 if names[3]["is_first"] else 1.0
         names["rate"] *= 0.5
         names[3]["is_first"] = False
-        update = state["queue"][0] + state["pair"][0] / state["pair"][1]
+        update = state[0] + state["queue"][0] + state["pair"][0] / state["pair"][1]
         numbers = state["GG"][0].sum() + state["count"] + state["num_steps"] + names["rate"]
         parameter.sub_(update * numbers, alpha=lr * scale)
 
@@ -129,3 +131,43 @@ class OfObjects(torch.optim.Optimizer):
                         state["moment"] = torch.zeros_like(parameter)
                     state["moment"].lerp_(state["projectors"][0](parameter.grad), 0.5)
                     parameter.sub_(state["moment"], alpha=group["lr"])
+
+
+class Numbered(torch.optim.Optimizer):
+    """A state of tensors alone, under numbers."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            moment = self.state[parameter].setdefault(0, torch.zeros_like(parameter))
+            parameter.sub_(moment.add_(parameter.grad), alpha=self.param_groups[0]["lr"])
+
+
+class MadeEarly(OfObjects):
+    """Makes a part of its state in `__init__`, before there is a checkpoint to restore."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, lr)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = self._early(parameter)
+
+    def _early(self, parameter: Tensor) -> dict[str, Any]:
+        return {"moment": torch.zeros_like(parameter)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            projector = state.setdefault("projector", Projector())
+            state["moment"].lerp_(projector(parameter.grad), 0.5)
+            parameter.sub_(state["moment"], alpha=self.param_groups[0]["lr"])
+
+
+class AllMadeEarly(MadeEarly):
+    """Makes its objects in `__init__` too."""
+
+    def _early(self, parameter: Tensor) -> dict[str, Any]:
+        return {"moment": torch.zeros_like(parameter), "projector": Projector()}

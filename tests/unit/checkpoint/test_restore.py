@@ -19,7 +19,7 @@ from harness.checkpoint.shards.parts import find_watched_stepped
 from harness.checkpoint.trainer_state import Moment, Watched
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError, DamagedError
-from tests.unit.checkpoint.optimizers import OfObjects, OfTrees, Projector
+from tests.unit.checkpoint.optimizers import AllMadeEarly, MadeEarly, Numbered, OfObjects, OfTrees, Projector
 
 
 class Net(nn.Module):
@@ -119,7 +119,9 @@ def test_training_goes_on_bit_for_bit_when_restored(accelerator: Accelerator, tm
     assert_same(state_of(second), state_of(first))
 
 
-@pytest.mark.parametrize("optimizer", [OfTrees, OfObjects, torch.optim.NAdam, torch.optim.SparseAdam])
+@pytest.mark.parametrize(
+    "optimizer", [OfTrees, OfObjects, Numbered, MadeEarly, AllMadeEarly, torch.optim.NAdam, torch.optim.SparseAdam]
+)
 def test_training_goes_on_bit_for_bit_when_the_state_is_not_made_by_a_step(
     accelerator: Accelerator, tmp_path: Path, optimizer: Any
 ) -> None:
@@ -198,8 +200,19 @@ class Counting(torch.optim.SGD):
 
     num_steps = 0
 
+    def __init__(self, parameters: Any, **values: Any) -> None:
+        super().__init__(parameters, **values)
+        self.total = torch.zeros(2)
+        self.history = {"n": [0], "total": self.total}
+        self.param_groups[0]["k_in_place"] = self.total
+        self.param_groups[0]["rates"] = [0.5]
+
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         self.num_steps += 1
+        self.total += 1
+        self.history["n"][0] += 1  # type: ignore[index]
+        assert self.history["total"] is self.param_groups[0]["k_in_place"] is self.total
+        self.param_groups[0]["rates"].append(0.1)
         shared: Any = self.state["shared"]
         shared["num_steps"] = shared.get("num_steps", 0) + 1
         self.param_groups[0]["k"] = self.num_steps
@@ -213,6 +226,7 @@ def test_no_trace_is_left_when_an_optimizer_steps_for_its_state(accelerator: Acc
     watched.optimizer.register_step_pre_hook(lambda *_: pytest.fail("a hook was called"))
     before = {name: value.clone() for name, value in watched.model.state_dict().items()}
     group = dict(watched.optimizer.param_groups[0])
+    total = watched.optimizer.total
     ((_, stepped),) = find_watched_stepped(watched)
     found = zero_step(watched.optimizer, stepped[:2])
     assert [state["momentum_buffer"].shape for state in found] == [each.tensor.shape for each in stepped[:2]]
@@ -220,6 +234,18 @@ def test_no_trace_is_left_when_an_optimizer_steps_for_its_state(accelerator: Acc
     assert all(parameter.grad is None for parameter in watched.model.parameters())
     assert watched.optimizer.param_groups[0] == group
     assert not watched.optimizer.state and watched.optimizer.num_steps == 0
+    assert watched.optimizer.total is total is watched.optimizer.param_groups[0]["k_in_place"]
+    assert torch.equal(total, torch.zeros(2)) and watched.optimizer.history == {"n": [0], "total": total}
+    assert watched.optimizer.param_groups[0]["rates"] == [0.5]
+
+
+def test_state_is_as_before_when_a_step_needs_the_one_that_init_has_made() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = MadeEarly([parameter])
+    made_early = optimizer.state[parameter]
+    (found,) = zero_step(optimizer, [Stepped(optimizer.param_groups[0], parameter, ["weight"])])
+    assert found.keys() == {"moment", "projector"}
+    assert optimizer.state[parameter] is made_early and made_early.keys() == {"moment"}
 
 
 def test_error_names_the_optimizer_when_it_needs_a_closure() -> None:
