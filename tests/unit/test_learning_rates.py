@@ -28,7 +28,7 @@ def test_rates_are_those_of_groups_that_have_a_number(rates: list[Any], expected
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     learning_rates = LearningRates()
-    learning_rates.optimizer = optimizer
+    learning_rates.optimizers = {"": optimizer}
     assert learning_rates.now() == expected
 
 
@@ -36,5 +36,5 @@ def test_group_without_a_rate_has_none() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     del optimizer.param_groups[0]["lr"]
     learning_rates = LearningRates()
-    learning_rates.optimizer = optimizer
+    learning_rates.optimizers = {"": optimizer}
     assert learning_rates.now() == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from harness.checkpoint.shards.held import (
 )
 from harness.checkpoint.shards.source import Source, number_spec, source_of, spec_of, whole, whole_number
 from harness.checkpoint.shards.state_form import Leaf
+from harness.errors import CheckpointError
 
 
 def find(
@@ -46,6 +48,8 @@ def find(
     if inner is None:
         return
     names = names_by_id(state)
+    if not selection.weights_only:
+        _refuse_state_in_no_group(inner, names)
     held.members.append((inner.__dict__, "state", inner.state))
     held.sizes.append((inner.state, len(inner.state)))
     held.sizes.append((inner.param_groups, len(inner.param_groups)))
@@ -62,6 +66,19 @@ def find(
             held.members.append((inner.state, parameter, values))
             for leaf in state_leaves(held, inner, [name], values, parameter):
                 held.sources.append(_state(inner, name, leaf, parameter))
+
+
+def _refuse_state_in_no_group(inner: Any, names: Mapping[int, str]) -> None:
+    """Refuse state of a tensor that the optimizer does not step on: a checkpoint has no place for it."""
+    listed = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    for key, values in inner.state.items():
+        if isinstance(key, Tensor) and id(key) not in listed and values:
+            what = names.get(id(key)) or f"a tensor of shape {tuple(key.shape)}"
+            kinds = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+            raise CheckpointError(
+                f"{type(inner).__name__}: has state ({kinds}) of {what}, which is in no parameter group, so it cannot "
+                "be saved; add it to a group, delete its state, or use checkpoint.save_weights_only"
+            )
 
 
 def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
