@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.huge_pages import advise_huge_pages
 from harness.checkpoint.optimizer_record import OptimizerRecord, class_name
@@ -160,10 +161,12 @@ def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored, exam
             return copy.deepcopy(number)
     if isinstance(kind, str) and kind in _NUMBERS:
         return _NUMBERS[kind](0)
-    if isinstance(kind, dict):
+    is_like_parameter = not is_step and _has_shape_of_parameter(each, of_name, stored)
+    is_flat = is_like_parameter and (len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape)
+    is_sharded = is_like_parameter and isinstance(each.tensor, DTensor)
+    if isinstance(kind, dict) and not is_flat and not is_sharded:
         return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
-    if not is_step and _has_shape_of_parameter(each, of_name, stored):
-        is_flat = len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape
+    if is_like_parameter:
         # Of a flat partition, padding and parameters without a state are zero.
         make = torch.zeros_like if is_flat else torch.empty_like
         value = make(each.tensor, dtype=_dtype(each, name, place, stored), requires_grad=False)

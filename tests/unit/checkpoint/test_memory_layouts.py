@@ -11,9 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from harness.agreement import Agreement
+from harness.checkpoint.commit import read_manifest
+from harness.checkpoint.files import LocalFiles
+from harness.checkpoint.materialize import BuiltState, build_state
 from harness.checkpoint.restore import restore_tensors, restore_weights
 from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
+from harness.checkpoint.shards.held import Stepped
+from harness.checkpoint.stored import Stored
+from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
 from harness.config import CheckpointConfig
 from harness.errors import CheckpointError
 from tests.unit.test_memory_layout import LAYOUTS
@@ -103,6 +108,21 @@ def test_values_are_equal_when_restored(accelerator: Accelerator, tmp_path: Path
     # And the layouts are the model's own.
     for name, value in made(1.0).model.state_dict().items():
         assert found[name].stride() == value.stride(), name
+
+
+def test_state_is_flat_when_the_checkpoint_has_an_order_of_dimensions(accelerator: Accelerator, tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    first = stepped(Watched(model, Sums(model.parameters()), None))
+    checkpoint = saved(first, accelerator, tmp_path)
+    manifest = read_manifest(checkpoint)
+    record = read_trainer_state(checkpoint, manifest).parts[0].optimizer
+    assert "order" in str(record.forms["weight"])
+    # As ZeRO partitions it: both parameters in one tensor, with padding.
+    flat = nn.Parameter(torch.zeros(16))
+    optimizer = Sums([flat])
+    partition = Stepped(optimizer.param_groups[0], flat, ["weight", "bias"])
+    build_state(BuiltState(optimizer), [partition], Stored.of(checkpoint, manifest, LocalFiles(checkpoint)), record)
+    assert optimizer.state[flat]["turned"].shape == optimizer.state[flat]["same"].shape == (16,)
 
 
 @pytest.mark.parametrize("how", ["resumed", "initial_weights"])
