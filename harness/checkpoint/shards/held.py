@@ -230,7 +230,7 @@ def _refuse_extra_state(model: nn.Module) -> None:
                     f"buffer, or keeps it in a form of its own ({method}), which cannot be saved; make it a buffer"
                 )
     for prefix, module in modules_of(model):
-        if type(module).state_dict is nn.Module.state_dict or any(map(is_fsdp1, module.modules())):
+        if not _has_own_state_dict(module) or any(map(is_fsdp1, module.modules())):
             continue  # to gather what FSDP1 has sharded below it is collective
         if more := _more_than_tensors(prefix, module):
             name, kind = prefix.rstrip(".") or "the model", type(module).__name__
@@ -239,6 +239,12 @@ def _refuse_extra_state(model: nn.Module) -> None:
                 "checkpoint of the model would not have; make them buffers, keep them out of state_dict() (of a "
                 "torchmetrics object: persistent(False)), or move the module out of the model"
             )
+
+
+def _has_own_state_dict(module: nn.Module) -> bool:
+    """Whether a class, an instance attribute or a hook decides what is in a module's `state_dict`."""
+    is_overridden = type(module).state_dict is not nn.Module.state_dict or "state_dict" in vars(module)
+    return is_overridden or bool(module._state_dict_hooks)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -41,6 +41,25 @@ class Metric(nn.Module):
         return destination
 
 
+def hooked(*, adds: bool) -> nn.Module:
+    module = nn.Linear(2, 2)
+
+    def hook(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+        if adds:
+            state[prefix + "calls"] = 3
+
+    module.register_state_dict_post_hook(hook)
+    return module
+
+
+def overridden(*, adds: bool) -> nn.Module:
+    module = nn.Linear(2, 2)
+    own = module.state_dict
+    added = {"calls": 3} if adds else {}
+    module.state_dict = lambda *arguments, **values: {**own(*arguments, **values), **added}  # type: ignore[method-assign, assignment]
+    return module
+
+
 class Renaming(nn.Linear):
     """The same tensors, under names of another version."""
 
@@ -63,6 +82,8 @@ class OfTwoTensors(nn.Linear):
             lambda: Metric(is_persistent=True),
             r"0: the state_dict\(\) of Metric has 0\.total, neither .*persistent\(False\)",
         ),
+        (lambda: hooked(adds=True), r"0: the state_dict\(\) of Linear has 0\.calls, neither"),
+        (lambda: overridden(adds=True), r"0: the state_dict\(\) of Linear has 0\.calls, neither"),
         (OfTwoTensors, "0.weight: is a TwoTensor, a tensor made of others, .*; convert it to a plain tensor"),
     ],
 )
@@ -73,11 +94,21 @@ def test_error_names_the_module_when_its_state_is_not_its_tensors(
         find_held(accelerator, nn.Sequential(make()), None, weights_only=True, dtype=None)
 
 
-@pytest.mark.parametrize("make", [lambda: Metric(is_persistent=False), lambda: Renaming(2, 2)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Metric(is_persistent=False),
+        lambda: Renaming(2, 2),
+        lambda: hooked(adds=False),
+        lambda: overridden(adds=False),
+        lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+    ],
+)
 def test_module_is_taken_when_its_state_dict_adds_nothing(accelerator: Accelerator, make: Any) -> None:
     model = nn.Sequential(make(), nn.Linear(2, 2))
     found = find_held(accelerator, model, None, weights_only=True, dtype=None)
-    assert [source.spec.name for source in found.sources][-2:] == ["1.weight", "1.bias"]
+    assert {"1.weight", "1.bias"} <= {source.spec.name for source in found.sources}
 
 
 @pytest.mark.parametrize("state", [{True: torch.zeros(2)}, {"flags": {False: torch.zeros(2)}}])
@@ -87,6 +118,20 @@ def test_error_names_the_state_when_a_key_is_neither_text_nor_a_number(accelerat
     optimizer.state[model.weight] = state
     with pytest.raises(CheckpointError, match=r"SGD: cannot save its state '(True|flags)' of weight: .*True|False"):
         find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+
+
+@pytest.mark.parametrize("name", ["weight", r"a tensor of shape \(3, 2\)"])
+def test_error_names_the_tensor_when_state_is_of_one_in_no_group(accelerator: Accelerator, name: str) -> None:
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD([model.bias], lr=0.1)
+    key = model.weight if name == "weight" else torch.zeros(3, 2)
+    optimizer.state[key] = {}
+    find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+    optimizer.state[key]["average"] = torch.zeros(2)
+    said = rf"SGD: has state \(average\) of {name}, which is in no parameter group"
+    with pytest.raises(CheckpointError, match=said):
+        find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+    find_held(accelerator, model, optimizer, weights_only=True, dtype=None)
 
 
 class Ahead(torch.optim.Optimizer):
