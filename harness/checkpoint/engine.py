@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ def plan_saves(
         CheckpointError: on all ranks, if the model's sharding or the optimizer's state is not understood.
     """
 
-    def find() -> Held:
+    def find() -> tuple[Held, list[int]]:
         # First, so that every rank gets there: an optimizer's own state_dict() may be collective.
         is_resumable = not config.save_weights_only
         added = [added_state(part.optimizer) for part in watched.parts] if is_resumable else []
@@ -81,17 +82,39 @@ def plan_saves(
         )
         if is_resumable:
             # What belongs to no parameter is refused as early: here nothing comes of it.
-            kept = KeptTensors()
-            groups_record(held, kept)
+            groups_record(held, KeptTensors())
+            hashes = []
             for part, each in zip(watched.parts, added, strict=True):
-                record_of(part.optimizer, each, kept)
+                kept = KeptTensors()
+                hashes.append(kept.hash_with(record_of(part.optimizer, each, kept)))
             for part, stepped in find_watched_stepped(watched) if held.trees else ():
                 check_objects(innermost(part.optimizer), stepped, held.forms)
-        return held
+            return held, hashes
+        return held, []
 
-    held = agreement.together("finding what is to be saved", find)
+    held, hashes = agreement.together("finding what is to be saved", find)
+    # Where ranks had different numbers of steps, that is known, and rank zero's state is saved.
+    if hashes and not is_rank_zeros:
+        _require_alike(agreement, watched, hashes)
     plan = plan_of_rank_zero if is_rank_zeros else make_plan
     return held, plan(held, agreement, config.max_shard_size_bytes)
+
+
+def _require_alike(agreement: Agreement, watched: AnyWatched, hashes: Sequence[int]) -> None:
+    """Refuse, on all ranks, optimizer state that belongs to no parameter and is not the same on every rank.
+
+    Raises:
+        CheckpointError: with the optimizer and the rank.
+    """
+    told = agreement.gather_numbers("optimizer state that belongs to no parameter", hashes)
+    for rank, theirs in enumerate(told):
+        for part, mine, other in zip(watched.parts, told[0], theirs, strict=True):
+            if mine != other:
+                raise CheckpointError(
+                    f"{type(innermost(part.optimizer)).__name__}: state that belongs to no parameter differs between "
+                    f"rank 0 and rank {rank}, and a checkpoint holds rank 0's; keep it the same on all ranks, or use "
+                    "checkpoint.save_weights_only"
+                )
 
 
 def make_engine(

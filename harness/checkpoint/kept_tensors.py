@@ -4,11 +4,12 @@
     resume    read                     ->  decode(value, get)
 
 They are what belongs to no parameter: an optimizer's state under string keys, tensors in its groups. They are rank
-zero's, the same on every rank, and usually small. Without any there is no file.
+zero's, checked to be the same on every rank when saves are planned, and usually small. Without any there is no file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -38,6 +40,13 @@ class KeptTensors:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+
+    def hash_with(self, record: Any) -> int:
+        """A number of 63 bits that differs where the JSON values or the tensors do; the same in every process."""
+        digest = xxhash.xxh3_64(json.dumps(record, sort_keys=True).encode())
+        for tensor in self.tensors.values():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.intdigest() >> 1
 
     def put(self, value: Tensor) -> Any:
         """Copy a tensor; what JSON has in its place.
