@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -18,11 +22,13 @@ from harness.agreement import Agreement
 from harness.checkpoint.json_values import Put, UnsavableTensor, encode
 from harness.checkpoint.names import NamedState, is_fsdp1, modules_of, named_state
 from harness.checkpoint.shards.source import Source
-from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, leaves_of, needed_form
+from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, is_object, leaves_of, needed_form
 from harness.checkpoint.stored import split_name
 from harness.errors import CheckpointError
 
 _SHOWN = 3
+# What a parameter group may have that does not change.
+_CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, DeviceMesh, dist.ProcessGroup)
 
 
 class Selection(NamedTuple):
@@ -97,9 +103,15 @@ class Held:
         """Of each parameter group, as they are now, as JSON values; `put` keeps what is a larger tensor.
 
         Raises:
-            CheckpointError: if one is a tensor that cannot be kept.
+            CheckpointError: if one can neither be saved nor be left to the code that makes the optimizer.
         """
-        return [_hyperparameters(number, group, put) for number, (group, _) in enumerate(self.groups)]
+        return [_hyperparameters(number, group, put, self._is_own) for number, (group, _) in enumerate(self.groups)]
+
+    def _is_own(self, parameter: Tensor) -> bool:
+        """Whether a parameter is of the model or of a group. Slow; for the rare group that refers to one."""
+        groups = (group["params"] for group, _ in self.groups)
+        models = (source.holder[source.key] for source in self.sources if source.spec.section == "model")
+        return any(parameter is each for each in chain(chain.from_iterable(groups), models))
 
     def group_names(self) -> list[list[str]]:
         """Names of the parameters in each group; they stay for as long as all this holds."""
@@ -370,8 +382,13 @@ def refuse_state(optimizer: Any, kind: str, name: str, what: str) -> CheckpointE
     )
 
 
-def _hyperparameters(number: int, group: Mapping[str, Any], put: Put) -> dict[str, Any]:
-    """The values of a parameter group: learning rate, betas, ..."""
+def _hyperparameters(
+    number: int, group: Mapping[str, Any], put: Put, is_own: Callable[[Tensor], bool]
+) -> dict[str, Any]:
+    """The values of a parameter group: learning rate, betas, ...
+
+    Values that cannot be saved are left out if the code makes them again; see `_is_made_by_code`.
+    """
     values = {}
     for key, value in group.items():
         if key == "params":
@@ -383,9 +400,31 @@ def _hyperparameters(number: int, group: Mapping[str, Any], put: Put) -> dict[st
                 f"optimizer: {key!r} of parameter group {number} cannot be saved: it has {error}; use "
                 "checkpoint.save_weights_only, or another optimizer"
             ) from error
-        except TypeError:
-            continue  # a function, for example, which the code makes again
+        except TypeError as error:
+            if not _is_made_by_code(value, is_own):
+                raise CheckpointError(
+                    f"optimizer: {key!r} of parameter group {number} cannot be saved: {error}; make it a number, a "
+                    "tensor or a container of these, or use checkpoint.save_weights_only"
+                ) from error
     return values
+
+
+def _is_made_by_code(value: Any, is_own: Callable[[Tensor], bool]) -> bool:
+    """Whether a value has no state of its own: the code that makes the optimizer gives the same one again.
+
+    Functions, classes, constants, handles of the hardware, the model's own parameters, and containers of these.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return True
+    if isinstance(value, nn.Parameter):
+        return is_own(value)
+    if isinstance(value, Mapping):
+        return all(_is_made_by_code(item, is_own) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_made_by_code(item, is_own) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return bool(getattr(type(value), "__dataclass_params__").frozen)  # noqa: B009
+    return isinstance(value, _CONSTANTS) or (callable(value) and not is_object(value))
 
 
 def innermost(optimizer: Any) -> Any:

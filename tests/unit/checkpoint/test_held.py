@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.shards.held import find_held, innermost
 from harness.errors import CheckpointError
+from tests.unit.checkpoint.optimizers import Projector
 
 
 class WithExtraState(nn.Linear):
@@ -132,6 +138,61 @@ def test_error_names_the_tensor_when_state_is_of_one_in_no_group(accelerator: Ac
     with pytest.raises(CheckpointError, match=said):
         find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
     find_held(accelerator, model, optimizer, weights_only=True, dtype=None)
+
+
+class Mode(Enum):
+    FAST = "fast"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    rank: int = 4
+
+
+@dataclass
+class Moving:
+    rank: int = 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Projector(),
+        np.ones(2),
+        [nn.Parameter(torch.zeros(2))],
+        nn.Parameter(torch.zeros(2)),
+        {"x": object(), "k": 3},
+        {"x": len, "k": 3},
+        Moving(),
+    ],
+    ids=str,
+)
+def test_error_names_the_value_when_a_group_would_lose_it(accelerator: Accelerator, value: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "odd": value}], lr=0.1)
+    held = find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+    said = r"optimizer: 'odd' of parameter group 0 cannot be saved: .*; make it .*checkpoint\.save_weights_only"
+    with pytest.raises(CheckpointError, match=said):
+        held.hyperparameters(KeptTensors().put)
+
+
+def test_values_are_left_out_when_the_code_makes_them_again(accelerator: Accelerator) -> None:
+    model = nn.Linear(2, 2)
+    values = {
+        "function": len,
+        "class": dict,
+        "partial": partial(len),
+        "mode": Mode.FAST,
+        "device": torch.device("cpu"),
+        "config": Frozen(),
+        "references": [model.weight, model.bias],
+        "reference": model.bias,
+        "functions": {"first": len, "second": None},
+    }
+    optimizer = torch.optim.SGD([{"params": [model.weight], "kept": [3, None], **values}], lr=0.1)
+    held = find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+    (record,) = held.hyperparameters(KeptTensors().put)
+    assert record["kept"] == [3, None] and not values.keys() & record.keys()
 
 
 class Ahead(torch.optim.Optimizer):
