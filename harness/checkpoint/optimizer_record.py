@@ -149,8 +149,8 @@ def has_own_state_dict(optimizer: Any) -> bool:
     return own not in (None, torch.optim.Optimizer.state_dict)
 
 
-def put_back_optimizer(optimizer: Any, record: OptimizerRecord) -> None:
-    """Put back what belongs to no parameter, once tensors and groups are there.
+def restore_optimizer_extras(optimizer: Any, record: OptimizerRecord) -> None:
+    """Restore the state that belongs to no parameter. Call it after tensors and groups are restored.
 
     Effects: calls the optimizer's own `load_state_dict` where its `state_dict` has added something, which may be
     collective: call it on every rank; main thread; nothing on disk.

@@ -202,8 +202,8 @@ def _put_back(
     for part in watched.parts:
         if records[part.name].class_name is None and has_unrecorded(part.optimizer):
             say(
-                f"harness: warning: {path.name}: was saved before state of an optimizer that belongs to no parameter "
-                f"was saved; that of {type(innermost(part.optimizer)).__name__} starts anew"
+                f"harness: warning: {path.name}: an earlier version saved it, without optimizer state that belongs to "
+                f"no parameter; {type(innermost(part.optimizer)).__name__} restarts with its initial values"
             )
     return resumed
 

@@ -17,7 +17,7 @@ from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import Get, decode, encode
 from harness.checkpoint.kept_tensors import content_of, getting
 from harness.checkpoint.kept_tensors import read as read_kept
-from harness.checkpoint.optimizer_record import OptimizerRecord, put_back_optimizer
+from harness.checkpoint.optimizer_record import OptimizerRecord, restore_optimizer_extras
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError, DamagedError
 
@@ -393,11 +393,11 @@ def put_back(
     if scaler is not None and state.scaler is not None:
         scaler.load_state_dict(state.scaler)
     for part, saved in zip(watched.parts, state.parts, strict=True):
-        _put_back_part(part, saved)
+        _restore_part(part, saved)
 
 
-def _put_back_part(part: Watched, saved: PartState) -> None:
-    put_back_optimizer(part.optimizer, saved.optimizer)
+def _restore_part(part: Watched, saved: PartState) -> None:
+    restore_optimizer_extras(part.optimizer, saved.optimizer)
     if part.scheduler is not None:
         part.scheduler.load_state_dict(saved.scheduler)
     loss_scaler = getattr(getattr(part.model, "optimizer", None), "loss_scaler", None)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from harness.agreement import Agreement
 from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.optimizer_record import put_back_optimizer
+from harness.checkpoint.optimizer_record import restore_optimizer_extras
 from harness.checkpoint.restore import restore_tensors, restore_weights
 from harness.checkpoint.saver import Saver
 from harness.checkpoint.shards.held import innermost
@@ -205,7 +205,7 @@ def restore_under(
     for name, path in names.items():
         found = restore_tensors(accelerator, watched, Path(path), agreement)
         state = read_trainer_state(Path(path), read_manifest(Path(path)))
-        put_back_optimizer(watched.optimizer, state.parts[0].optimizer)
+        restore_optimizer_extras(watched.optimizer, state.parts[0].optimizer)
         report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
         saver.save(Moment(name, 0, 3, 0, {}))
         train(accelerator, watched, 4)

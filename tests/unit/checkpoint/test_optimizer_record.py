@@ -118,7 +118,7 @@ def test_checkpoint_is_resumed_when_an_earlier_version_has_written_it(
     lines = resumed(second, accelerator, tmp_path)
     assert torch.equal(second.model.weight, first.model.weight)  # type: ignore[arg-type]
     assert [key for state in second.optimizer.state.values() for key in state]  # type: ignore[union-attr]
-    assert any("starts anew" in line for line in lines) == (optimizer is OfShared)
+    assert any("restarts with its initial values" in line for line in lines) == (optimizer is OfShared)
 
 
 def _write_as_before(checkpoint: Path) -> None:
