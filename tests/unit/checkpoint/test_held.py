@@ -165,7 +165,7 @@ class Moving:
         {"x": len, "k": 3},
         Moving(),
     ],
-    ids=str,
+    ids=["object", "array", "foreign_parameters", "foreign_parameter", "objects", "mixed", "dataclass"],
 )
 def test_error_names_the_value_when_a_group_would_lose_it(accelerator: Accelerator, value: Any) -> None:
     model = nn.Linear(2, 2)
