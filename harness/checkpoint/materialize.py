@@ -406,7 +406,8 @@ def _copied(value: Any, copies: dict[int, Any]) -> Any:
         copied: Any = value if isinstance(value, nn.Parameter) else value.detach().clone()
     elif isinstance(value, dict):
         copied = copies[id(value)] = copy.copy(value)
-        copied.update({key: _copied(item, copies) for key, item in value.items()})
+        for key, item in value.items():  # a Counter's `update` would add
+            copied[key] = _copied(item, copies)
     elif isinstance(value, (list, deque)):
         copied = copies[id(value)] = copy.copy(value)
         for index, item in enumerate(value):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,10 +206,13 @@ class Counting(torch.optim.SGD):
         self.history = {"n": [0], "total": self.total}
         self.param_groups[0]["k_in_place"] = self.total
         self.param_groups[0]["rates"] = [0.5]
+        self.calls = Counter(step=2)
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         self.num_steps += 1
         self.total += 1
+        assert self.calls["step"] == 2
+        self.calls["step"] += 1
         self.history["n"][0] += 1  # type: ignore[index]
         assert self.history["total"] is self.param_groups[0]["k_in_place"] is self.total
         self.param_groups[0]["rates"].append(0.1)
@@ -236,7 +239,7 @@ def test_no_trace_is_left_when_an_optimizer_steps_for_its_state(accelerator: Acc
     assert not watched.optimizer.state and watched.optimizer.num_steps == 0
     assert watched.optimizer.total is total is watched.optimizer.param_groups[0]["k_in_place"]
     assert torch.equal(total, torch.zeros(2)) and watched.optimizer.history == {"n": [0], "total": total}
-    assert watched.optimizer.param_groups[0]["rates"] == [0.5]
+    assert watched.optimizer.param_groups[0]["rates"] == [0.5] and watched.optimizer.calls == {"step": 2}
 
 
 def test_state_is_as_before_when_a_step_needs_the_one_that_init_has_made() -> None:
