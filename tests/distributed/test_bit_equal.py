@@ -97,7 +97,8 @@ def test_files_equal_gathered_state_when_there_are_several_groups(tmp_path: Path
     # DeepSpeed's own accessors fail here, so its moments are compared with DDP's.
     (tmp_path / "ddp").mkdir()
     same = saved(tmp_path / "ddp", "ddp", 2, "uneven", 3)
-    for step in STEPS:
+    # Until weights are written outside a step, which DeepSpeed's masters undo.
+    for step in (f"step-{number:08d}" for number in STEPS if number < TORN_STEP):
         mine, theirs = (load_file(path / "it/checkpoints" / step / "optimizer.safetensors") for path in (out, same))
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
