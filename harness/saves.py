@@ -189,7 +189,6 @@ class Saves:
         self._history.add({"checkpoint/num_skipped": float(num_skipped)}, self._latest_step)
         # The first, and then ever fewer: where one is skipped, most are.
         if num_skipped & (num_skipped - 1) == 0:
-            self._say(
-                f"harness: warning: {self._latest}: {self._saver.status} (checkpoint.when_busy; {num_skipped} so far)"
-            )
+            reason = self._saver.last_skip
+            self._say(f"harness: warning: {self._latest}: {reason} (checkpoint.when_busy; {num_skipped} so far)")
         return False

@@ -61,6 +61,10 @@ class Saver:
         committed: called in the background thread, on rank zero, with each committed checkpoint.
         take_rank_state: called in the main thread at each save; None: only random numbers are taken.
         committing: called in the background thread, on rank zero, before each commit.
+
+    Attributes:
+        num_skipped: saves that were skipped.
+        last_skip: why the last of them was; `status` may tell of an earlier save that has ended since.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Saver:
         self._steps_at_prepare = 0
         self._measured: Save | None = None
         self.num_skipped = 0
+        self.last_skip = ""
 
     @property
     def status(self) -> str:
@@ -282,7 +287,7 @@ class Saver:
         if not self._goes_on:
             self.num_skipped += 1
             what = "the one before is still being written" if num_busy else "tensors of some ranks have changed"
-            self._runner.status = f"skipped one: {what}"
+            self.last_skip = self._runner.status = f"skipped one: {what}"
         return num_hindered
 
     def _next_save(self, moment: Moment, engine: Engine, small: Small, begun_s: float) -> Save:
