@@ -245,13 +245,15 @@ def check_step(optimizer: Any) -> None:
     Raises:
         CheckpointError: if its step needs a closure.
     """
-    optimizer = innermost(optimizer)
-    if optimizer is None:
+    # The class's: schedulers and accelerate put another in its place in the instance. A Keras optimizer has none.
+    kind = type(innermost(optimizer))
+    step = getattr(kind, "step", None)
+    if step is None:
         return
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    closure = inspect.signature(step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise CheckpointError(
-            f"{type(optimizer).__name__}: its step needs a closure, and training with it cannot be resumed; use "
+            f"{kind.__name__}: its step needs a closure, and training with it cannot be resumed; use "
             "checkpoint.save_weights_only: true, or another optimizer"
         )
 

@@ -69,9 +69,16 @@ def find(
 
 
 def _refuse_state_in_no_group(inner: Any, names: Mapping[int, str]) -> None:
-    """Refuse state of a tensor that the optimizer does not step on: a checkpoint has no place for it."""
+    """Refuse state of a tensor that the optimizer does not step on: a checkpoint has no place for it.
+
+    Adagrad makes its state when it is constructed. FSDP2 then puts DTensors in place of the parameters, and that state
+    stays behind under the tensors of before, where no step reads it.
+    """
     listed = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+    are_replaced = any(isinstance(parameter, DTensor) for group in inner.param_groups for parameter in group["params"])
     for key, values in inner.state.items():
+        if are_replaced and not isinstance(key, DTensor) and id(key) not in names:
+            continue
         if isinstance(key, Tensor) and id(key) not in listed and values:
             what = names.get(id(key)) or f"a tensor of shape {tuple(key.shape)}"
             kinds = ", ".join(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
