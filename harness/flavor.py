@@ -3,7 +3,7 @@
     MLmodel (or the run's own recipe) -> the class that it names -> safetensors into it -> eval mode
 
 Nothing is unpickled. The class is one that can be imported here, and is built only if it is a `torch.nn.Module`, or a
-`harness.Task`, which makes one.
+`harness.Task`, which makes one. `harness.trusted_classes` decides which classes its arguments may name.
 """
 
 from __future__ import annotations
@@ -32,10 +32,23 @@ from harness.config import ClassSpec
 from harness.errors import CheckpointError, ConfigError
 from harness.recipe import as_array, call, named_outputs
 from harness.tracking.mlmodel import FLAVOR, MLMODEL, newest_recipe, read_recipe
+from harness.trusted_classes import TrustedClasses
+
+# What `mlflow models serve` and `mlflow.pyfunc.load_model` trust, with commas between.
+TRUSTED_VARIABLE = "HARNESS_TRUSTED"
 
 
-def load_model(where: str | Path, *, device: str | torch.device = "cpu", model: nn.Module | None = None) -> nn.Module:
+def load_model(
+    where: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    model: nn.Module | None = None,
+    trusted: Sequence[str] = (),
+) -> nn.Module:
     """Load the model of a checkpoint, in eval mode.
+
+    The class that the model names is imported, which runs the code of its module. Its constructor is called with the
+    arguments that the model names.
 
     Effects: not collective; any thread; blocks until all is read, and checked against its digests where it has a
     manifest; from MLflow it is downloaded first, to where MLflow keeps such files. Random numbers are as before.
@@ -44,10 +57,13 @@ def load_model(where: str | Path, *, device: str | torch.device = "cpu", model: 
         where: an address in MLflow (``models:/<id>``, ``models:/<name>@best``, ``runs:/...``), a downloaded model's
             directory, or a checkpoint's in its run's directory.
         device: where the model shall be.
-        model: the model to fill, instead of one built by the class that was named for it.
+        model: the model to fill, instead of one built by the class that was named for it. Nothing is imported then.
+        trusted: packages, modules or classes that the arguments may name beside ``torch.nn`` and the top-level package
+            of the model's class.
 
     Raises:
-        ConfigError: if no class was named, or it cannot be imported or built.
+        ConfigError: if no class was named, or it cannot be imported or built, or it or an argument is of a class that
+            a model may not name.
         CheckpointError: if the weights are damaged, or are of another model: a name is missing or too many, a shape
             or a tie is another.
     """
@@ -55,7 +71,7 @@ def load_model(where: str | Path, *, device: str | torch.device = "cpu", model: 
     if model is None:
         before = random_state.take(torch.device("cpu"))
         try:
-            model = _build(str(where), _recipe(str(where), directory))
+            model = _build(str(where), _recipe(str(where), directory), trusted)
         finally:
             random_state.put_back(before, torch.device("cpu"))
     _fill(model, directory)
@@ -67,7 +83,9 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Se
     # As `mlflow.pytorch` has it.
     chosen = (model_config or {}).get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
     device = torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Served(load_model(path, device=device))
+    # From the environment of who serves it: `model_config` can be set in the MLmodel file itself.
+    trusted = [name.strip() for name in os.environ.get(TRUSTED_VARIABLE, "").split(",") if name.strip()]
+    return Served(load_model(path, device=device, trusted=trusted))
 
 
 class Served:
@@ -150,7 +168,7 @@ def _recipe(where: str, directory: Path) -> Mapping[str, Any]:
     raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")
 
 
-def _build(where: str, recipe: Mapping[str, Any]) -> nn.Module:
+def _build(where: str, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
     class_path = recipe.get("class_path")
     if class_path is None:
         raise ConfigError(
@@ -160,11 +178,11 @@ def _build(where: str, recipe: Mapping[str, Any]) -> nn.Module:
         )
     _find_from_here(class_path)
     key = f"{where}: task"
-    found = load_class(key, class_path)
-    # What is read from elsewhere shall not have just anything called.
-    if not issubclass(found, nn.Module) and not callable(getattr(found, "model", None)):
-        raise ConfigError(f"{key}.class_path", f"{class_path} is no torch.nn.Module, and makes none")
-    made = build(key, ClassSpec(class_path, recipe["init_args"]))
+    found, init_args = load_class(key, class_path), recipe["init_args"]
+    classes = TrustedClasses(class_path, trusted)
+    classes.require_model(key, class_path, found)
+    classes.check_arguments(f"{key}.init_args", found, init_args)
+    made = build(key, ClassSpec(class_path, init_args), sub_configs=False)
     model = made if isinstance(made, nn.Module) else made.model()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key}.class_path", f"{class_path}.model() gives {type(model).__name__}, no module")

@@ -112,7 +112,7 @@ def test_weights_are_refused_when_a_byte_is_another(publish: Callable[..., Path]
 @pytest.mark.parametrize(
     ("class_path", "reason"),
     [
-        ("subprocess.Popen", "is no torch.nn.Module, and makes none"),
+        ("subprocess.Popen", "is neither a torch.nn.Module nor a harness.Task"),
         ("nowhere_at_all.Net", "cannot import 'nowhere_at_all'"),
     ],
 )

@@ -1,0 +1,151 @@
+"""What the description of a model may have built, by `harness.load_model` and by what MLflow calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+import harness
+from harness.errors import ConfigError
+from harness.flavor import TRUSTED_VARIABLE, _load_pyfunc
+from tests.unit import trusted_models
+
+NET = f"{trusted_models.__name__}.Net"
+OUTSIDE = "telltale_outside"
+
+
+@pytest.fixture
+def telltale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package outside of the model's: the file that exists once the package was imported."""
+    (tmp_path / f"{OUTSIDE}.py").write_text(
+        f"import pathlib\nfrom torch import nn\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
+        "class Block(nn.Module):\n    pass\n"
+        "def act(x):\n    return x\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, OUTSIDE, raising=False)
+    return tmp_path / "imported"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(class_path: str = NET, **init_args: Any) -> Path:
+        found = tmp_path / "model"
+        found.mkdir()
+        save_file({"layer.weight": torch.ones(2, 2)}, found / "model.safetensors")
+        described = {"class_path": class_path, "init_args": init_args}
+        (found / "MLmodel").write_text(yaml.safe_dump({"flavors": {"harness": described}}))
+        return found
+
+    return write
+
+
+BLOCK = {"class_path": f"{OUTSIDE}.Block"}
+HIDDEN = json.dumps(BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "reason"),
+    [
+        ({"anything": BLOCK}, r"asks for no class there"),
+        ({"untyped": BLOCK}, r"asks for no class there"),
+        ({"untyped": [{"deep": BLOCK}]}, r"untyped\[0\]\.deep: names"),
+        ({"values": {"x": BLOCK}}, r"values\.x: names"),
+        ({"anything": HIDDEN}, "asks for no class"),
+        ({"values": json.dumps({"x": BLOCK})}, "asks for no class"),
+        ({"text_or_anything": HIDDEN}, "asks for no class"),
+        ({"block": BLOCK}, f"block: names {OUTSIDE}.Block, which is not below torch.nn, tests;"),
+        ({"block": BLOCK["class_path"]}, "is not below"),
+        ({"block": HIDDEN}, "is not below"),
+        ({"blocks": [BLOCK]}, r"blocks\[0\]: names"),
+        ({"by_name": {"x": BLOCK}}, r"by_name\.x: names"),
+        ({"activation": f"{OUTSIDE}.act"}, "is not below"),
+        ({"activation": BLOCK}, "is not below"),
+        ({"kind": f"{OUTSIDE}.Block"}, "is not below"),
+        ({"word_or_module": f"{OUTSIDE}.Block"}, "is not below"),
+        ({"block": {"class_path": f"{trusted_models.__name__}.Block", "init_args": {"extra": BLOCK}}}, "asks for no"),
+        ({"settings": {"extra": BLOCK}}, "asks for no class"),
+        ({"settings": "a_file.yaml"}, "settings: must be a mapping"),
+        ({"maybe_settings": {"extra": BLOCK}}, "asks for no class"),
+        ({"activation": f"{trusted_models.__name__}.Popen"}, "which is subprocess.Popen, which is not below"),
+        ({"activation": {"class_path": f"{trusted_models.__name__}.Popen"}}, "which is subprocess.Popen"),
+    ],
+    ids=str,
+)
+def test_nothing_is_imported_when_an_argument_names_a_class_it_may_not(
+    write: Callable[..., Path], telltale: Path, init_args: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        harness.load_model(write(**init_args))
+    assert not telltale.exists()
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ({"block": {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}}, nn.Linear),
+        ({"block": {"class_path": f"{trusted_models.__name__}.Block"}}, trusted_models.Block),
+        ({"block": "torch.nn.ReLU"}, nn.ReLU),
+        ({"word_or_module": {"class_path": "torch.nn.ReLU"}}, nn.ReLU),
+        ({"maybe_settings": {"width": 3}}, trusted_models.Settings),
+    ],
+    ids=str,
+)
+def test_class_is_built_when_the_annotation_asks_for_it(
+    write: Callable[..., Path], init_args: dict[str, Any], expected: type
+) -> None:
+    given = harness.load_model(write(**init_args)).given
+    assert isinstance(given[next(iter(init_args))], expected)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "expected"),
+    [
+        ({"activation": "torch.nn.functional.gelu"}, nn.functional.gelu),
+        ({"kind": "torch.nn.Tanh"}, nn.Tanh),
+        ({"word_or_module": "tanh"}, "tanh"),
+        ({"word_or_module": "weights_of_ours.bin"}, "weights_of_ours.bin"),
+        ({"name": HIDDEN}, HIDDEN),
+        ({"values": {"depth": 3, "names": ["os.path"]}}, {"depth": 3, "names": ["os.path"]}),
+        ({"settings": {"width": 5}}, trusted_models.Settings(5)),
+    ],
+    ids=str,
+)
+def test_value_arrives_when_it_names_nothing_foreign(
+    write: Callable[..., Path], init_args: dict[str, Any], expected: Any
+) -> None:
+    assert harness.load_model(write(**init_args)).given[next(iter(init_args))] == expected
+
+
+def test_class_of_another_package_is_built_when_the_caller_trusts_it(
+    write: Callable[..., Path], telltale: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = write(block=BLOCK)
+    with pytest.raises(ConfigError, match="is not below"):
+        _load_pyfunc(str(where))
+    assert not telltale.exists()
+    assert type(harness.load_model(where, trusted=[OUTSIDE]).given["block"]).__module__ == OUTSIDE
+    monkeypatch.setenv(TRUSTED_VARIABLE, f"something.else, {OUTSIDE}.Block")
+    assert type(_load_pyfunc(str(where)).get_raw_model().given["block"]).__module__ == OUTSIDE
+
+
+def test_class_is_refused_when_it_is_no_module_and_no_task(write: Callable[..., Path]) -> None:
+    where = write(f"{trusted_models.__name__}.Makes")
+    with pytest.raises(ConfigError, match=r"is neither a torch\.nn\.Module nor a harness\.Task"):
+        harness.load_model(where)
+    assert isinstance(harness.load_model(where, trusted=["tests"]), trusted_models.Net)
+
+
+def test_rest_of_torch_may_not_be_named_when_the_model_is_torchs_own(write: Callable[..., Path]) -> None:
+    where = write("torch.nn.TransformerEncoderLayer", d_model=2, nhead=1, activation="torch.hub.load")
+    with pytest.raises(ConfigError, match=r"names torch\.hub\.load, which is not below torch\.nn;"):
+        harness.load_model(where)
