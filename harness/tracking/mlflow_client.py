@@ -1,15 +1,22 @@
-"""Reaching MLflow: at which address, for how long, and which of its errors are for good."""
+"""Reaching MLflow: at which address, for how long, which answers are its own, and which of its errors are for good."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import mlflow
+import requests
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT, MLFLOW_TRACKING_URI
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.store.tracking.rest_store import RestStore
+from mlflow.utils import rest_utils
 from urllib3.exceptions import ReadTimeoutError
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -21,10 +28,18 @@ LONGEST_TIMEOUT_S = 120
 # A database that nobody answers at.
 _CONNECT_S = 10
 
-# Refusals that another try cannot mend.
+# Refusals that another try cannot mend. BAD_REQUEST is looked at on its own, see `is_permanent`.
 _PERMANENT_CODES = frozenset(
-    {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
+    {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
 )
+# SQLAlchemy ends its messages with a link that has the class of the error: these are DataError and IntegrityError.
+# All others (QueuePool limit reached, a lost connection, a read-only replica) pass.
+_SQL_ERROR = re.compile(r"sqlalche\.me/e/\w+/(\w+)")
+_SQL_REFUSALS = frozenset({"9h9h", "gkpj"})
+_CONFLICT = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|duplicate value", re.IGNORECASE)
+_MAX_CONFLICTS = 3
+
+_Result = TypeVar("_Result")
 
 
 def resolve_tracking_uri(configured: str | None) -> str:
@@ -62,8 +77,72 @@ def has_run(tracking_uri: str, run_id: str) -> bool:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether the store has said no for good, as against being away or slow."""
-    return isinstance(error, MlflowException) and error.error_code in _PERMANENT_CODES
+    """Whether MLflow has refused something for good, as against being away, slow or busy.
+
+    Only MLflow's own JSON answers and its client's own checks count: a proxy's page with status 400 does not. An MLflow
+    server answers BAD_REQUEST for nearly every error of its database, most of which pass.
+    """
+    if not isinstance(error, MlflowException):
+        return False
+    if error.error_code == "BAD_REQUEST":
+        is_own = isinstance(error, RestException) or error.__cause__ is not None
+        return is_own and _SQL_REFUSALS.issuperset(_SQL_ERROR.findall(str(error)))
+    return error.error_code in _PERMANENT_CODES
+
+
+def despite_conflicts(action: Callable[[], _Result]) -> _Result:
+    """Return what `action` returns, called again where the database says that a row is there already.
+
+    Two requests that do the same at the same time, as after a repeated one, both look before they insert. The one
+    that comes second finds the row when it looks again. `action` must look first, as MLflow's logging does.
+
+    Raises:
+        Exception: the store's own; the conflict, where it is there at the last of `_MAX_CONFLICTS` calls too.
+    """
+    for _ in range(_MAX_CONFLICTS - 1):
+        try:
+            return action()
+        except MlflowException as error:
+            if not _CONFLICT.search(str(error)):
+                raise
+    return action()
+
+
+def require_json_answers() -> None:
+    """Make MLflow's clients in this process raise an error where a success has no JSON object in its body.
+
+    MLflow takes an empty body for `{}`, and looks at no body of an upload. A proxy or a login page answers so, and the
+    server has received nothing. `rest_utils` has no hook for it: its one function that sends requests is wrapped.
+    A server answers an upload with an empty body too: whether a file is there is seen by listing it.
+
+    Effects: process-wide; not for a trainer's process. A second call does nothing.
+    """
+    send = rest_utils._get_http_response_with_retries  # type: ignore[attr-defined]
+    if hasattr(send, "__wrapped__"):
+        return
+
+    @wraps(send)
+    def checked(method: str, url: str, *args: Any, **kwargs: Any) -> requests.Response:
+        response: requests.Response = send(method, url, *args, **kwargs)
+        is_download = method == "GET" and kwargs.get("stream", False)
+        if response.ok and "/api/" in urlsplit(url).path and not is_download:
+            is_upload = method == "PUT" and not response.content
+            if not is_upload and not _is_json_object(response.text):
+                raise requests.exceptions.InvalidJSONError(
+                    f"status {response.status_code} without a JSON object, which is not MLflow's answer: "
+                    f"{response.text[:100]!r}",
+                    response=response,
+                )
+        return response
+
+    rest_utils._get_http_response_with_retries = checked  # type: ignore[attr-defined]
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def give_longer(error: Exception) -> None:

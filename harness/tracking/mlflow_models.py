@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from harness.redact import redact_message
+from harness.tracking.mlflow_client import despite_conflicts
 from harness.tracking.mlmodel import model_files
 from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
 from harness.tracking.uploads import Pace, Uploads
@@ -83,7 +85,7 @@ class PublishedModels:
         model = found[0] if found else self._create_model(record)
         if str(model.status) != "READY":
             self._upload(model, record, directory, recipe)
-        self._link_to_run(model.model_id, record["step"])
+        despite_conflicts(partial(self._link_to_run, model.model_id, record["step"]))
         if registration is not None:
             self._registry.register(registration, model.model_id, self._run_id, record)
         model_id: str = model.model_id
@@ -128,7 +130,8 @@ class PublishedModels:
             Metric(key, value, time_ms, step, model_id=model_id) for key, value, time_ms, step in record["metrics"]
         ]
         for start in range(0, len(linked), _MAX_METRICS_PER_BATCH):
-            self._client.log_batch(self._run_id, metrics=linked[start : start + _MAX_METRICS_PER_BATCH])
+            batch = linked[start : start + _MAX_METRICS_PER_BATCH]
+            despite_conflicts(partial(self._client.log_batch, self._run_id, metrics=batch))
         self._client.finalize_logged_model(model_id, "READY")
 
     def drop_resume_state(self, key: str) -> Sequence[str]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import posixpath
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from mlflow.protos.databricks_pb2 import INVALID_STATE
 from mlflow.protos.service_pb2 import LogBatch
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from harness.tracking.mlflow_client import connect, give_longer, server_of
+from harness.tracking.mlflow_client import connect, despite_conflicts, give_longer, server_of
 from harness.tracking.mlflow_models import PublishedModels
 from harness.tracking.registry import Registration
 from harness.tracking.store import WantedRun
-from harness.tracking.uploads import Pace
+from harness.tracking.uploads import Pace, UploadError
 
 RUN_TAG = "harness.run"
 PARENT_TAG = "harness.parent"
@@ -191,23 +192,29 @@ class MlflowStore:
         """Log (key, value, time in ms, step) points, any number."""
         for start in range(0, len(points), MAX_METRICS_PER_BATCH):
             batch = points[start : start + MAX_METRICS_PER_BATCH]
-            if self._server is None:
-                self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
-            else:
-                # The client would make three objects of each point first: a quarter of the time until it is there.
-                self._server._call_endpoint(LogBatch, _log_batch_body(self.run_id, batch))
+            despite_conflicts(partial(self._log_batch_of_points, batch))
+
+    def _log_batch_of_points(self, batch: Sequence[tuple[str, float, int, int]]) -> None:
+        if self._server is None:
+            self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
+        else:
+            # The client would make three objects of each point first: a quarter of the time until it is there.
+            self._server._call_endpoint(LogBatch, _log_batch_body(self.run_id, batch))
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""
         params = [Param(_key(key), value[:MAX_PARAM_CHARS]) for key, value in values.items()]
         for start in range(0, len(params), MAX_PARAMS_PER_BATCH):
-            self._client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS_PER_BATCH])
+            batch = params[start : start + MAX_PARAMS_PER_BATCH]
+            despite_conflicts(partial(self._client.log_batch, self.run_id, params=batch))
 
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a value that is too long is cut."""
         tags = [RunTag(_key(key), value[:MAX_TAG_CHARS]) for key, value in values.items()]
         for start in range(0, len(tags), MAX_TAGS_PER_BATCH):
-            self._client.log_batch(self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
+            despite_conflicts(
+                partial(self._client.log_batch, self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
+            )
 
     def log_dataset(self, record: Mapping[str, Any]) -> None:
         """Record a data set as an input of the run."""
@@ -219,11 +226,19 @@ class MlflowStore:
             profile=record["profile"],
         )
         tags = [InputTag("mlflow.data.context", record["context"])]
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        despite_conflicts(partial(self._client.log_inputs, self.run_id, [DatasetInput(dataset, tags)]))
 
     def log_text(self, name: str, content: str) -> None:
-        """Put a text file among the run's artifacts."""
+        """Put a text file among the run's artifacts.
+
+        Raises:
+            UploadError: if it is not there in its size afterwards: an upload's answer does not tell.
+        """
         self._client.log_text(self.run_id, content, name)
+        there = self._client.list_artifacts(self.run_id, posixpath.dirname(name) or None)
+        num_bytes = next((found.file_size for found in there if found.path == posixpath.normpath(name)), None)
+        if num_bytes != len(content.encode()):
+            raise UploadError(f"{name} has {num_bytes} bytes in the artifact store and not {len(content.encode())}")
 
     def log_checkpoint(
         self,

@@ -141,6 +141,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     from harness.tracking.mlflow_store import MlflowStore
     from harness.tracking.uploads import Pace
 
+    mlflow_client.require_json_answers()
     settings = Settings(
         run_name=raw["run_name"],
         tracking_uri=absolute_sqlite(mlflow_client.resolve_tracking_uri(raw["tracking_uri"])),

@@ -37,6 +37,7 @@ class Fault:
         hangs: no answer until the fault is over.
         cut_after_bytes: the connection ends when so many bytes of the body have gone on to the server.
         headers: of the answer.
+        content: the body of the answer; None: JSON that has the fault's name.
         method: only requests of this method; empty: of any.
         path: only requests with this in their path.
         share: of those requests, drawn at random.
@@ -50,6 +51,7 @@ class Fault:
     hangs: bool = False
     cut_after_bytes: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes | None = None
     method: str = ""
     path: str = ""
     share: float = 1.0
@@ -224,8 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is None:
             _cut(self.connection)
         else:
-            text = f'{{"error_code": "FAULT", "message": "{fault.name}"}}'.encode()
-            self._answer(fault.status, {"Content-Type": "application/json", **fault.headers}, text)
+            named = f'{{"error_code": "FAULT", "message": "{fault.name}"}}'.encode()
+            content = named if fault.content is None else fault.content
+            self._answer(fault.status, {"Content-Type": "application/json", **fault.headers}, content)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _serve
 

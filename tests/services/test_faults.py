@@ -124,6 +124,17 @@ def test_nothing_is_lost_when_the_server_is_killed_in_the_middle_of_an_upload(lo
     load.assert_whole()
 
 
+_PAGE = b"<!doctype html><title>Sign in</title>"
+_HTML = {"Content-Type": "text/html"}
+# As an MLflow server says it whose connections to its database are all in use.
+_BUSY = json.dumps(
+    {
+        "error_code": "BAD_REQUEST",
+        "message": "QueuePool limit of size 5 overflow 10 reached, connection timed out, timeout 30.00 "
+        "(Background on this error at: https://sqlalche.me/e/20/3o7r)",
+    }
+).encode()
+
 # Each is a run's; of its faults each request has one, or none.
 ANSWERS = {
     "refuses": (
@@ -138,6 +149,12 @@ ANSWERS = {
         Fault("504 late", status=504, is_late=True, share=0.3),
     ),
     "refuses-a-credential": (Fault("401", status=401, times=2), Fault("403", status=403)),
+    "is-not-mlflow": (
+        Fault("200 empty", status=200, content=b"", share=0.2),
+        Fault("200 page", status=200, content=_PAGE, headers=_HTML, share=0.2),
+        Fault("400 page", status=400, content=_PAGE, headers=_HTML, share=0.2),
+    ),
+    "is-busy": (Fault("QueuePool", status=400, content=_BUSY, share=0.5),),
     "hangs": (Fault("hangs", hangs=True, is_forwarded=True),),
 }
 AWAY, COMES_LATE = "goes-away", "comes-late"

@@ -1,0 +1,115 @@
+"""Which errors of MLflow are final: seen with MLflow's own store on sqlite, as its server has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.utils.rest_utils
+import pytest
+import requests
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException, RestException
+from sqlalchemy import event
+
+from harness.tracking.mlflow_client import is_permanent
+from harness.tracking.mlflow_store import MlflowStore
+from harness.tracking.store import WantedRun
+from tests.services.mlflow_server import make_database
+
+DATASET = {
+    "name": "digits",
+    "digest": "0123",
+    "source_type": "code",
+    "source": "here",
+    "profile": "{}",
+    "context": "training",
+}
+
+
+def opened(uri: str, client: Any = None) -> MlflowStore:
+    store = MlflowStore(uri, client)
+    store.open_run(WantedRun("key", "run", "exp"))
+    return store
+
+
+def engine_of(client: mlflow.MlflowClient) -> Any:
+    return client._tracking_client.store.engine
+
+
+def as_answered(error: MlflowException) -> RestException:
+    """The error as a client of a server has it: by the server's JSON."""
+    return RestException({"error_code": error.error_code, "message": error.message})
+
+
+def test_busy_database_is_not_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = make_database(tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "QueuePool")
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "1")
+    client = mlflow.MlflowClient(uri)
+    store = opened(uri, client)
+    engine = engine_of(client)
+    # Of 10 more, and of 30 s: MLflow has no variables that take these values.
+    engine.pool._max_overflow, engine.pool._timeout = 0, 0.1
+    with engine.connect(), pytest.raises(MlflowException, match="QueuePool limit") as caught:
+        client.log_batch(store.run_id, metrics=[Metric("loss", 1.0, 1, 1)])
+    assert caught.value.error_code == "BAD_REQUEST"
+    assert not is_permanent(caught.value)
+    assert not is_permanent(as_answered(caught.value))
+    engine.dispose()
+
+
+def test_dataset_is_there_once_when_a_second_request_inserts_it_first(tmp_path: Path) -> None:
+    uri = make_database(tmp_path / "mlflow.db")
+    client = mlflow.MlflowClient(uri)
+    first, second = opened(uri, client), opened(uri, mlflow.MlflowClient(uri))
+    conflicts: list[str] = []
+
+    @event.listens_for(engine_of(client), "before_cursor_execute")
+    def insert_first(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if statement.startswith("INSERT INTO datasets") and not conflicts:
+            conflicts.append(statement)
+            second.log_dataset(DATASET)  # between the look and the insertion of the first
+
+    try:
+        first.log_dataset(DATASET)
+    finally:
+        event.remove(engine_of(client), "before_cursor_execute", insert_first)
+    assert conflicts
+    inputs = client.get_run(first.run_id).inputs.dataset_inputs
+    assert [each.dataset.name for each in inputs] == ["digits"]
+
+
+SQL = "(psycopg2.errors.{}) {} (Background on this error at: https://sqlalche.me/e/20/{})"
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_final"),
+    [
+        ({"error_code": "INVALID_PARAMETER_VALUE", "message": "Invalid metric name"}, True),
+        ({"error_code": "BAD_REQUEST", "message": SQL.format("NumericValueOutOfRange", "bigint", "9h9h")}, True),
+        ({"error_code": "BAD_REQUEST", "message": SQL.format("NotNullViolation", "null value", "gkpj")}, True),
+        ({"error_code": "BAD_REQUEST", "message": SQL.format("ReadOnlySqlTransaction", "read-only", "2j85")}, False),
+        ({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "database is locked"}, False),
+        ({"message": "no healthy upstream"}, False),
+    ],
+    ids=["value", "out-of-range", "null", "read-only", "locked", "of-a-proxy"],
+)
+def test_answer_is_final_when_it_is_about_the_data(answer: dict[str, str], is_final: bool) -> None:
+    assert is_permanent(RestException(answer)) == is_final
+
+
+def test_page_with_status_400_is_not_final() -> None:
+    # As MLflow's client makes it of an answer that is no JSON.
+    with pytest.raises(MlflowException) as caught:
+        mlflow.utils.rest_utils.verify_rest_response(_page(), "/api/2.0/mlflow/runs/log-batch")
+    assert caught.value.error_code == "BAD_REQUEST"
+    assert not is_permanent(caught.value)
+
+
+def _page() -> Any:
+    response = requests.Response()
+    response.status_code = 400
+    response._content = b"<html>Request blocked</html>"
+    return response
