@@ -89,7 +89,7 @@ class OwnLoop:
             # Not at the end of the epoch after all: there is another loader.
             self.saves.save_owed()
         data.check_size(loader, self.agreement.world_size, "training")
-        self.run.describe_dataset(loader, "train")
+        described: Any = loader
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
@@ -100,6 +100,9 @@ class OwnLoop:
                 self.events.end_data()  # as many as that were taken, by this loader's size
                 return
             for batch in iterator:
+                if described is not None:
+                    self.run.describe_dataset(described, "train", batch)
+                    described = None
                 is_limit = self.batches.num_taken + 1 == limit
                 if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
@@ -133,7 +136,6 @@ class OwnLoop:
     def over_evaluation(self, loader: Any, limit: int | None) -> Iterator[Any]:
         """See `PeriodicLogger.eval_batches`."""
         data.check_size(loader, self.agreement.world_size, "evaluation")
-        self.run.describe_dataset(loader, "eval")
         course = self.course
         if not course.is_in_batch:
             course.meet()
@@ -146,6 +148,8 @@ class OwnLoop:
         iterator = data.without_repeats(self.accelerator, loader)
         try:
             for position, (batch, counts) in enumerate(iterator, start=1):
+                if position == 1:
+                    self.run.describe_dataset(loader, "eval", batch)
                 self.windows.evaluating(counts=counts)
                 yield batch
                 self.run.check()

@@ -575,9 +575,22 @@ class PeriodicLogger:
         """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
         self._run.log_params(values)
 
-    def describe_dataset(self, loader: Any, context: str = "train") -> None:
-        """The data set of a loader that is not `batches`'s or `eval_batches`'s, as an input of the run."""
-        self._run.describe_dataset(loader, context)
+    def describe_dataset(self, loader: Any, context: str = "train", batch: Any = None) -> None:
+        """Record the data set of a loader that is not `batches`'s or `eval_batches`'s as an input of the run.
+
+        Effects: not collective: rank zero's counts; no sample is read; waits once for the device that `batch` is on.
+
+        Args:
+            loader: whose data set it is.
+            context: ``train`` or ``eval``.
+            batch: the first batch of the loader, whose content goes into the digest; None: the digest is of the data
+                set's class and length.
+        """
+        self._run.describe_dataset(loader, context, batch)
+
+    def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
+        """What `describe_dataset` needs of a batch that may be gone by then; see `RunLifetime.digest_of`."""
+        return self._run.digest_of(batch, context)
 
     def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:
         """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.

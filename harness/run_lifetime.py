@@ -270,14 +270,31 @@ class RunLifetime:
                 )
         self._tracker.recipe(values)
 
-    def describe_dataset(self, loader: Any, context: str) -> None:
-        """The data set of a loader as an input of the run, once for ``train`` and ``eval``."""
+    def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
+        """What `describe_dataset` needs of a batch that may be gone by then; None: it needs nothing.
+
+        Waits once for the device, where the batch is on one.
+        """
+        if self._tracker is None or not self._config.log_datasets or context in self._known_datasets:
+            return None
+        return provenance.batch_digest(batch)
+
+    def describe_dataset(self, loader: Any, context: str, batch: Any = None) -> None:
+        """Record the data set of a loader as an input of the run, once for ``train`` and ``eval``.
+
+        Args:
+            loader: whose data set it is, which is not read.
+            context: ``train`` or ``eval``.
+            batch: the first batch that this rank has had of it, or its `BatchDigest`; None: there is none.
+        """
         dataset = getattr(loader, "dataset", None)
         if self._tracker is None or dataset is None or context in self._known_datasets:
             return
+        digest = self.digest_of(batch, context) if not isinstance(batch, provenance.BatchDigest | None) else batch
         self._known_datasets.add(context)
         if self._config.log_datasets:
-            self._tracker.dataset(provenance.dataset_record(dataset, context))
+            record = provenance.dataset_record(dataset, context, digest)
+            self._tracker.dataset(record, is_exact=provenance.own_digest(dataset) is not None)
 
     def keep_points(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
         """Remember the points that a checkpoint's metrics are, as they are now."""

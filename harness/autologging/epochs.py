@@ -160,7 +160,6 @@ class Epochs:
             inner, iterator = self._events.begin_data(loader)
             self._inner = inner
             return self._go_through(this, inner, iterator)
-        self._logger.describe_dataset(loader, "eval")
         if torch.is_grad_enabled():
             this.heard = self._events.overhear(loader)
             if self._model is not None:
@@ -170,7 +169,6 @@ class Epochs:
 
     def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
         """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
-        self._logger.describe_dataset(loader, "eval")
         this = Pass(loader, self.begins_as(loader), is_likely=False)
         running.is_crossed |= loader is running.loader
         if not running.is_training:
@@ -182,6 +180,8 @@ class Epochs:
     ) -> Iterator[Any]:
         try:
             for batch in iterator:
+                if this.is_empty:
+                    self._describe(this, batch)
                 this.batch_is_out(batch)
                 if this is self._pass:
                     # From here on another pass over the same loader is the script's.
@@ -208,6 +208,12 @@ class Epochs:
                 this.heard.leave()
             if running is not None and running is self._pass:
                 self._events.skip_time()
+
+    def _describe(self, this: Pass, batch: Any) -> None:
+        """The first batch of a pass, before the script has it: by the time the pass trains, it may have changed."""
+        if not (this.is_likely or this.is_part):
+            self._logger.describe_dataset(this.loader, "eval", batch)
+        this.digest = self._logger.digest_of(batch, "train")
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         self._pass = self._inner = None
@@ -308,7 +314,7 @@ class Epochs:
             self._notes.say_once("several loaders are trained on: a pass over any of them counts as an epoch")
         trained.starts.add(this.start)
         trained.is_in_train_mode = this.is_in_train_mode
-        self._logger.describe_dataset(this.loader, "train")
+        self._logger.describe_dataset(this.loader, "train", this.digest)
 
     @property
     def _is_in_train_mode(self) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from harness import data
 from harness.overheard import Overheard
+from harness.tracking.provenance import BatchDigest
 
 
 class Pass:
@@ -45,6 +46,7 @@ class Pass:
         num_seen: batches that are done and were not told to the logger.
         num_samples: of this rank, in the batch that is out.
         has_stepped: whether an optimizer has stepped since `take_step`.
+        digest: of its first batch; None: it is not needed.
     """
 
     def __init__(self, loader: Any, start: Start, *, is_likely: bool, is_part: bool = False) -> None:
@@ -59,6 +61,7 @@ class Pass:
         self.num_seen = 0
         self.num_samples = 0
         self.has_stepped = False
+        self.digest: BatchDigest | None = None
         self._loss: Tensor | None = None
         self._batches_of_loss = 0
         self._samples_of_loss = 0

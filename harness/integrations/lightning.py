@@ -75,7 +75,7 @@ class HarnessCallback(Callback):
             Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
         )
         # Whether the last batch was the last one of its epoch; whether an epoch's end is still to be told.
-        self._is_whole = self._is_epoch_over = False
+        self._is_whole = self._is_epoch_over = self._is_described = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of metrics. Not earlier: where a Trainer puts its own checkpoints depends on its loggers."""
@@ -86,7 +86,7 @@ class HarnessCallback(Callback):
         """The Trainer has set everything up, and put back what it goes on from."""
         if _is_tried_out(trainer):
             return
-        self._is_whole = self._is_epoch_over = False
+        self._is_whole = self._is_epoch_over = self._is_described = False
         schedulers = trainer.lr_scheduler_configs
         with _environment(trainer):
             accelerator = Accelerator(cpu=trainer.strategy.root_device.type == "cpu")
@@ -101,7 +101,6 @@ class HarnessCallback(Callback):
                 recipe=_recipe(pl_module),
                 topology={"strategy": _strategy_of(trainer), "mixed_precision": str(trainer.precision)},
             )
-        self._guest.logger.describe_dataset(trainer.train_dataloader)
 
     def _optimizer(self, trainer: Trainer) -> Any:
         checkpoint = self._guest.options.checkpoint
@@ -121,6 +120,9 @@ class HarnessCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The epoch's last batch begins: with its end the schedulers step that count epochs."""
+        if self._guest.is_open and not self._is_described:
+            self._is_described = True
+            self._guest.logger.describe_dataset(trainer.train_dataloader, batch=batch)
         if _is_last(trainer, batch_idx):
             self._guest.keep_rates()
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
@@ -103,7 +104,18 @@ class HarnessCallback(TrainerCallback):
             params={"args": _values(args), **({} if config is None else {"model": config.to_dict()})},
             recipe=_recipe(unwrapped(model)),
         )
-        self._guest.logger.describe_dataset(parts["train_dataloader"])
+        self._describe(parts["train_dataloader"], model)
+
+    def _describe(self, loader: Any, model: nn.Module) -> None:
+        """Record the training data with the first batch, which no event has: the model's first forward does."""
+        logger = self._guest.logger
+
+        def has_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():  # an evaluation may come before the first step
+                hook.remove()
+                logger.describe_dataset(loader, batch=[args, kwargs])
+
+        hook = model.register_forward_pre_hook(has_batch, with_kwargs=True)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch begins."""

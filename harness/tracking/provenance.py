@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import inspect
 import os
 import platform
 import shlex
@@ -11,21 +12,22 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from torch import nn
-from torch.utils.data import IterableDataset
 
-from harness import random_state, slurm
+from harness import slurm
 from harness.memory_layout import copied_in_order
 from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
-_NUM_DIGEST_SAMPLES = 256
+# Of a batch: read and copied once, while training waits.
+_MAX_DIGEST_BYTES = 1024 * 1024
 
 
 def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
@@ -162,22 +164,97 @@ def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
     return sizes
 
 
-def dataset_record(dataset: Any, context: str) -> dict[str, Any]:
-    """Name, digest and size of a data set, as `Tracker.dataset` takes it.
+@dataclass(frozen=True)
+class BatchDigest:
+    """What is kept of a batch to describe its data set.
 
-    The digest is the data set's own attribute ``digest`` where it has one; else XXH3 over its length
-    and 256 samples spread evenly over it, which tells other data from the same data but is not
-    proof against a change between them.
+    Args:
+        text: XXH3 of the values, as hexadecimal digits.
+    """
+
+    text: str
+
+
+def batch_digest(batch: Any) -> BatchDigest:
+    """Digest the first MiB of a batch's tensors, arrays, numbers and texts; other objects count by their fields.
+
+    Effects: changes nothing in the batch; where it is on an accelerator, waits once for the device.
+    """
+    state = _Digest()
+    # A kind of tensor that has no bytes of its own, say: no reason to end a training.
+    with suppress(Exception):
+        state.add(batch)
+    return BatchDigest(state.text)
+
+
+class _Digest:
+    """Digests nested values until `_MAX_DIGEST_BYTES` are in it."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+        self._bytes_left = _MAX_DIGEST_BYTES
+
+    @property
+    def text(self) -> str:
+        return self._state.hexdigest()
+
+    def add(self, value: Any) -> None:
+        if self._bytes_left <= 0:
+            return
+        if isinstance(value, torch.Tensor):
+            self._add_tensor(value.detach())
+        elif isinstance(value, (str, bytes, bool, int, float, complex, type(None))):
+            self._add_bytes(repr(value[:_MAX_DIGEST_BYTES] if isinstance(value, (str, bytes)) else value).encode())
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                self.add(str(key))
+                self.add(item)
+        elif isinstance(value, Sequence):
+            for item in value:
+                self.add(item)
+        elif hasattr(value, "__array_interface__"):
+            self._add_tensor(torch.as_tensor(value))
+        else:
+            # Not `repr`, which may have an address of memory in it.
+            self.add(type(value).__qualname__)
+            self.add(getattr(value, "__dict__", None))
+
+    def _add_tensor(self, tensor: torch.Tensor) -> None:
+        self.add(f"{tensor.dtype} {list(tensor.shape[1:])}")
+        size_bytes = tensor.numel() * tensor.element_size()
+        if tensor.ndim and size_bytes > self._bytes_left:
+            # Rows first: only what is digested is copied from the device.
+            tensor = tensor[: max(1, self._bytes_left * tensor.shape[0] // size_bytes)]
+        data = copied_in_order(tensor.cpu()).view(torch.uint8).numpy()
+        self._add_bytes(data[: self._bytes_left].tobytes())
+
+    def _add_bytes(self, data: bytes) -> None:
+        self._state.update(data)
+        # Each value costs more than its bytes.
+        self._bytes_left -= len(data) + 64
+
+
+def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None) -> dict[str, Any]:
+    """Name, digest and size of a data set, as `Tracker.dataset` takes it. No sample of it is read.
+
+    The digest is the data set's own, where its class has one: an attribute ``digest``, or the ``_fingerprint`` of a
+    `datasets.Dataset`. Otherwise it is of the class, the length and a batch that was read anyway.
+
+    Args:
+        dataset: described by its attributes and its length alone.
+        context: ``train`` or ``eval``.
+        batch: of the first batch; None: the digest is of the class and the length.
     """
     name = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     try:
         length = len(dataset)
-    except TypeError:
+    except Exception:  # a stream, which torch lets raise whatever it likes
         length = None
-    digest = getattr(dataset, "digest", None) or _sample_digest(dataset, length, name)
+    content = "" if batch is None else batch.text
+    own = own_digest(dataset)
     return {
-        "name": str(getattr(dataset, "name", type(dataset).__qualname__)),
-        "digest": str(digest)[:36],
+        "name": str(_attribute(dataset, "name") or type(dataset).__qualname__),
+        "digest": (xxhash.xxh3_64(f"{name}:{length}:{content}".encode()).hexdigest() if own is None else own)[:36],
         "source_type": "code",
         "source": f'{{"class": "{name}"}}',
         "profile": f'{{"num_rows": {"null" if length is None else length}}}',
@@ -185,30 +262,19 @@ def dataset_record(dataset: Any, context: str) -> dict[str, Any]:
     }
 
 
-def _sample_digest(dataset: Any, length: int | None, name: str) -> str:
-    state = xxhash.xxh3_64(f"{name}:{length}".encode())
-    if length and not isinstance(dataset, IterableDataset):
-        # Reading samples draws from the random state where a data set augments: put it back after.
-        before = random_state.capture(torch.device("cpu"))
-        try:
-            for position in range(min(length, _NUM_DIGEST_SAMPLES)):
-                _update_digest(state, dataset[position * length // min(length, _NUM_DIGEST_SAMPLES)])
-        except Exception:  # a data set that cannot be indexed, or not now: no reason to end a training
-            state = xxhash.xxh3_64(f"{name}:{length}".encode())
-        finally:
-            random_state.restore(before, torch.device("cpu"))
-    return state.hexdigest()
+def own_digest(dataset: Any) -> str | None:
+    """The digest that a data set has of itself; None: it has none."""
+    found = _attribute(dataset, "digest") or _attribute(dataset, "_fingerprint")
+    return str(found) if isinstance(found, (str, int)) else None
 
 
-def _update_digest(state: xxhash.xxh3_64, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        state.update(copied_in_order(value.cpu()).view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            state.update(str(key).encode())
-            _update_digest(state, item)
-    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        for item in value:
-            _update_digest(state, item)
-    else:
-        state.update(repr(value).encode())
+def _attribute(dataset: Any, name: str) -> Any:
+    """An attribute that the object or its class has itself; None: it has none.
+
+    Not by a `__getattr__`, which may open the file that the data set is to open elsewhere.
+    """
+    try:
+        inspect.getattr_static(dataset, name)
+        return getattr(dataset, name, None)
+    except Exception:
+        return None

@@ -5,6 +5,7 @@ The trainer never imports mlflow and never touches the network.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
+from harness.durable import replace_file
 from harness.errors import TrackingError
 from harness.redact import remember, without_password
 from harness.tracking.acknowledged import read_delivered
@@ -37,6 +39,8 @@ from harness.tracking.settings import absolute_sqlite, write_settings
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
 _LOCK_TIMEOUT_S = 30.0
 _REVIVE_EVERY_S = 10.0
+# Context -> the data set that the run has there, in the outbox.
+_DATASETS = "datasets.json"
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -85,6 +89,7 @@ class Tracker:
         self._has_recipe = False
         # Before this attempt adds its own.
         self._logged = read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
+        self._known_datasets = self._read_datasets() if attempt > 1 else {}
         self._known: KnownPoints | None = None
         self._told: dict[str, str] = {}
         self._last_step = 0
@@ -283,9 +288,28 @@ class Tracker:
         self._publisher.wait()
         return True
 
-    def dataset(self, record: Mapping[str, Any]) -> None:
-        """A data set: name, digest, source, context and profile."""
+    def dataset(self, record: Mapping[str, Any], *, is_exact: bool = False) -> None:
+        """A data set: name, digest, source, context and profile.
+
+        Args:
+            record: what is known of it.
+            is_exact: whether the digest is of all the data. If it is not, an attempt that resumes in the middle of the
+                data has another digest of the same ones, and the record of the first attempt stays.
+        """
+        context = record["context"]
+        known = self._known_datasets.get(context, {})
+        if known.items() >= record.items() or (not is_exact and {**known, "digest": record["digest"]} == record):
+            return
+        self._known_datasets[context] = dict(record)
         self.outbox.append("dataset", record)
+        # Not from the journal, whose first files may be gone by the next attempt.
+        with suppress(OSError):  # the disk is full: the next attempt describes it anew
+            replace_file(self._outbox_dir / _DATASETS, json.dumps(self._known_datasets) + "\n")
+
+    def _read_datasets(self) -> dict[str, dict[str, Any]]:
+        with suppress(OSError, ValueError, TypeError):
+            return dict(json.loads((self._outbox_dir / _DATASETS).read_text()))
+        return {}
 
     def text(self, name: str, content: str) -> None:
         """A small text file among the run's artifacts."""

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
 
 from harness.config import ClassSpec, RunConfig
 from harness.tracking import provenance
@@ -21,14 +20,6 @@ nested = st.recursive(
     lambda inner: st.dictionaries(keys, inner, max_size=4),
     max_leaves=12,
 )
-
-
-class Augmented(Dataset[torch.Tensor]):
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.rand(2) * 0 + index
 
 
 # ------------------------------------------------------------------------- parameters
@@ -117,18 +108,48 @@ def test_job_is_named_when_slurm_started_it(monkeypatch: pytest.MonkeyPatch) -> 
 # ------------------------------------------------------------------------- the data
 
 
-def test_digest_is_the_same_when_the_data_are() -> None:
-    def record(values: torch.Tensor) -> dict[str, Any]:
-        return provenance.dataset_record(TensorDataset(values, values > 3), "train")
+def digest(batch: Any) -> str:
+    return provenance.batch_digest(batch).text
 
-    same, other = record(torch.arange(10)), record(torch.arange(10).flip(0))
-    assert record(torch.arange(10)) == same
-    assert other["digest"] != same["digest"]
-    assert record(torch.arange(11))["digest"] != same["digest"]
-    assert record(torch.arange(10).float())["digest"] != same["digest"]
-    assert same["profile"] == '{"num_rows": 10}'
-    assert (same["name"], same["context"]) == ("TensorDataset", "train")
-    assert len(same["digest"]) <= 36
+
+def test_digest_differs_when_the_batch_does() -> None:
+    batch = {"x": torch.arange(12).view(3, 4), "y": ["a", "b", "c"]}
+    assert digest(batch) == digest({"x": torch.arange(12).view(3, 4).T.contiguous().T, "y": ["a", "b", "c"]})
+    others: list[Any] = [
+        {**batch, "x": torch.arange(12).view(3, 4).flip(0)},
+        {**batch, "x": torch.arange(12).view(3, 4).int()},
+        {**batch, "y": ["a", "b", "d"]},
+        {"x": batch["x"], "z": batch["y"]},
+    ]
+    assert len({digest(each) for each in (batch, *others)}) == 5
+
+
+def test_digest_ends_at_its_limit_when_the_batch_is_large() -> None:
+    large = torch.zeros(64, 1024, 1024, dtype=torch.uint8)
+    before = digest(large)
+    large[-1] = 1
+    assert digest(large) == before
+    large[0, 0, 0] = 1
+    assert digest(large) != before
+
+
+def test_record_has_no_sample_read_when_the_data_set_would_raise() -> None:
+    class Closed:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"opened for {name}")
+
+        def __getitem__(self, index: int) -> Any:
+            raise AssertionError("read")
+
+        def __len__(self) -> int:
+            return 3
+
+    first = provenance.dataset_record(Closed(), "train", provenance.batch_digest([torch.ones(2)]))
+    other = provenance.dataset_record(Closed(), "train", provenance.batch_digest([torch.zeros(2)]))
+    assert first["name"].endswith("Closed")
+    assert first["profile"] == '{"num_rows": 3}'
+    assert first["digest"] != other["digest"]
+    assert len(first["digest"]) <= 36
 
 
 def test_own_digest_and_name_are_used_when_the_data_set_has_them() -> None:
@@ -136,20 +157,15 @@ def test_own_digest_and_name_are_used_when_the_data_set_has_them() -> None:
         name = "imagenet"
         digest = "d" * 50
 
-    record = provenance.dataset_record(Named(), "eval")
+    record = provenance.dataset_record(Named(), "eval", provenance.batch_digest([1]))
     assert (record["name"], record["digest"], record["profile"]) == ("imagenet", "d" * 36, '{"num_rows": null}')
 
 
-def test_random_numbers_are_untouched_when_a_data_set_augments() -> None:
-    state = torch.get_rng_state()
-    provenance.dataset_record(Augmented(), "train")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float16])
-def test_sample_is_read_when_numpy_has_no_such_type_or_it_is_a_scalar(dtype: torch.dtype) -> None:
-    data: Any = [{"x": torch.ones((), dtype=dtype), "y": [torch.ones(2, 2, dtype=dtype).T, "text", 3, None]}]
-    assert provenance.dataset_record(data, "train")["digest"]
+def test_batch_is_digested_when_numpy_has_no_such_type_or_it_is_a_scalar(dtype: torch.dtype) -> None:
+    ones, zeros = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    assert digest([ones, torch.ones(2, 2, dtype=dtype).T, "text", None]) != digest([zeros, "text", None])
+    assert digest([ones]) != digest([zeros])
 
 
 # ------------------------------------------------------------------------- the model
