@@ -1,5 +1,7 @@
 """What all ranks must decide alike: small objects over a gloo group of our own, from the main thread.
 
+Objects travel as JSON and tensors (`harness.rank_values`): nothing that arrives is unpickled.
+
 Rare by design (a start, a due checkpoint, an end): nothing here runs at each step.
 """
 
@@ -12,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from harness import rank_values
 from harness.errors import CheckpointError, DamagedError, HarnessError, PeerFailure
 
 T = TypeVar("T")
@@ -41,53 +44,90 @@ class Agreement:
 
         Args:
             what: names the wait, should it end badly.
-            make: called on rank zero only; the result must be picklable.
+            make: called on rank zero only; the result is of what `harness.rank_values` takes.
 
         Raises:
             Exception: on rank zero what `make` raised; on the other ranks `PeerFailure` with its text.
         """
         if self._group is None:
             return make()
-        answer: list[object] = [None]
+        answer = bytearray()
         failure: Exception | None = None
         if self.rank == 0:
             try:
-                answer = [("ok", make())]
+                result = make()
+                answer = rank_values.encode(["ok", result])
             except Exception as error:
                 failure = error
-                answer = [("failed", str(error))]
+                answer = rank_values.encode(["failed", str(error)])
         try:
-            dist.broadcast_object_list(answer, src=0, group=self._group)
+            received = self._broadcast(answer)
         except RuntimeError as error:
             raise PeerFailure(None, f"waiting for rank 0 to {what}: {error}") from (failure or error)
         if failure is not None:
             raise failure
-        status, value = cast(tuple[str, T], answer[0])
+        if self.rank == 0:
+            return result
+        status, value = rank_values.decode(received)
         if status == "failed":
             raise PeerFailure(0, str(value))
-        return value
+        return cast(T, value)
 
     def gather(self, what: str, value: T) -> list[T]:
-        """Each rank's value, in the order of ranks, on all ranks."""
+        """Each rank's value, in the order of ranks, on all ranks.
+
+        Args:
+            what: names the wait, should it end badly.
+            value: as `harness.rank_values` takes it.
+
+        Raises:
+            PeerFailure: on all ranks, if a rank is gone, or its value cannot be sent.
+        """
         if self._group is None:
             return [value]
-        values: list[T | None] = [None] * self.world_size
+        # A value that cannot be sent must not leave the others waiting for it.
         try:
-            dist.all_gather_object(values, value, group=self._group)
+            mine = rank_values.encode(["ok", value])
+        except TypeError as error:
+            mine = rank_values.encode(["failed", str(error)])
+        try:
+            sizes = self._sizes(len(mine))
+            padded = _padded(mine, max(sizes))
+            buffers = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(buffers, padded, group=self._group)
         except RuntimeError as error:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
-        return cast(list[T], values)
+        answers = [rank_values.decode(_cut(buffer, size)) for buffer, size in zip(buffers, sizes, strict=True)]
+        for rank, (status, answer) in enumerate(answers):
+            if status == "failed":
+                raise PeerFailure(rank, f"exchanging {what}: {answer}")
+        return [answer for _, answer in answers]
 
     def to_rank_zero(self, what: str, value: bytes) -> list[bytes] | None:
         """Each rank's bytes, in the order of ranks, on rank zero; None elsewhere. For what nobody else needs."""
         if self._group is None:
             return [value]
-        values: list[bytes | None] | None = [None] * self.world_size if self.rank == 0 else None
         try:
-            dist.gather_object(value, values, dst=0, group=self._group)
+            sizes = self._sizes(len(value))
+            padded = _padded(value, max(sizes))
+            buffers = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+            dist.gather(padded, buffers, dst=0, group=self._group)
         except RuntimeError as error:
             raise PeerFailure(None, f"telling rank 0 {what}: {error}") from error
-        return cast(list[bytes] | None, values)
+        return None if buffers is None else [_cut(each, size) for each, size in zip(buffers, sizes, strict=True)]
+
+    def _broadcast(self, content: bytearray) -> bytes:
+        """Rank zero's bytes, on all ranks."""
+        size = torch.tensor([len(content)], dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self._group)
+        buffer = _padded(content, int(size))
+        dist.broadcast(buffer, src=0, group=self._group)
+        return _cut(buffer, int(size))
+
+    def _sizes(self, mine: int) -> list[int]:
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([mine], dtype=torch.int64), group=self._group)
+        return [int(size) for size in sizes]
 
     def together(self, what: str, run: Callable[[], T]) -> T:
         """Run on each rank what is not collective; if it fails on one, it fails on all, with the same class.
@@ -171,3 +211,15 @@ class Agreement:
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
         return wait
+
+
+def _padded(content: bytes | bytearray, size_bytes: int) -> torch.Tensor:
+    """The bytes at the start of a tensor; shape (size_bytes,), uint8, CPU. At least one, which gloo needs."""
+    padded = torch.zeros(max(size_bytes, 1), dtype=torch.uint8)
+    if content:
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return padded
+
+
+def _cut(buffer: torch.Tensor, size_bytes: int) -> bytes:
+    return buffer[:size_bytes].numpy().tobytes()

@@ -6,11 +6,15 @@ There is no launcher's agent between SLURM and the ranks: signals, and the end o
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
+from harness.job_secret import FILE_VARIABLE, SECRET_VARIABLE
 from harness.meeting import JOB_VARIABLE
+from harness.options import parse_run_config
 from harness.slurm import Task, read_task
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES
@@ -32,6 +36,8 @@ def rank(words: Sequence[str]) -> int:
     os.environ.update(rank_environment(task))
     try:
         os.environ.update(strategy_environment(_strategy(own.strategy, task), task.world_size))
+        if task.world_size > 1 and SECRET_VARIABLE not in os.environ:
+            os.environ[FILE_VARIABLE] = str(_secret_file(parse_run_config(rest, prog="harness train").run_dir))
         _check_gpus(task)
     except HarnessError:
         # All ranks have the same error: one says it.
@@ -71,6 +77,12 @@ def rank_environment(task: Task) -> Mapping[str, str]:
         # A requeued job, and a second step in it, meet anew.
         JOB_VARIABLE: f"{task.job.cluster}:{task.job.job_id}.{task.step_id}.{task.job.restart_count}",
     }
+
+
+def _secret_file(run_dir: str) -> Path:
+    """Where a step that has no secret in its environment has it, the same on all ranks."""
+    job = re.sub(r"[^A-Za-z0-9._-]", "-", os.environ[JOB_VARIABLE])
+    return Path(run_dir).absolute() / "slurm" / f"rendezvous-{job}.secret"
 
 
 def _check_gpus(task: Task) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast
 from torch import nn
 
 from harness.build import load_class
@@ -240,7 +240,7 @@ def _epochs_done(trainer: Trainer, loader: Any, options: Options) -> int:
         with suppress(OSError, HarnessError):
             known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
             found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
-    return int(broadcast_object_list([max(found)])[0])
+    return int(broadcast(torch.tensor([max(found)], device=trainer.accelerator.device)))
 
 
 def _values(args: Any) -> dict[str, Any]:

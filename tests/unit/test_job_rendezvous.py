@@ -12,9 +12,15 @@ from datetime import timedelta
 import pytest
 
 from harness.errors import LaunchError
+from harness.handshake import AuthenticationError, Handshake
 from harness.job_rendezvous import find, ports_of, serve
 
 SOON = timedelta(seconds=20)
+SECRET = b"known to the ranks of the job alone"
+
+
+def known() -> bytes:
+    return SECRET
 
 
 @pytest.fixture
@@ -37,8 +43,8 @@ def take(stack: ExitStack, port: int) -> socket.socket:
 
 
 def test_ranks_meet_when_nobody_is_in_their_way(job: str) -> None:
-    store, port = serve(job, 2)
-    other, found = find(job, "127.0.0.1", SOON)
+    store, port = serve(job, SECRET, 2)
+    other, found = find(job, "127.0.0.1", known, SOON)
     assert port == found
     store.set("said", "by rank 0")
     assert other.get("said") == b"by rank 0"
@@ -48,8 +54,8 @@ def test_ranks_meet_all_the_same_when_others_have_the_first_ports(job: str, take
     silent, talks, another, words = (take(taken, port) for port in ports_of(job)[:4])
     for server, said in ((talks, b"220 mail ready\n"), (another, b'{"job": "another", "port": 1}\n'), (words, b"[]\n")):
         threading.Thread(target=say_to_all, args=(server, said), daemon=True).start()
-    _, port = serve(job, 2)
-    assert find(job, "127.0.0.1", SOON)[1] == port
+    _, port = serve(job, SECRET, 2)
+    assert find(job, "127.0.0.1", known, SOON)[1] == port
     assert silent.fileno() >= 0
 
 
@@ -61,22 +67,84 @@ def say_to_all(server: socket.socket, said: bytes) -> None:
                 asking.sendall(said)
 
 
+def test_stranger_is_passed_by_when_it_has_the_jobs_first_port(job: str, taken: ExitStack) -> None:
+    """One that speaks the protocol, knows the job's name, and guesses a secret; and one that only repeats."""
+    guessing, repeating = (take(taken, port) for port in ports_of(job)[:2])
+    guess = Handshake(b"a guess, as long as the secret is....", job, 2.0)
+
+    def guess_for_all() -> None:
+        with suppress(OSError):
+            while True:
+                asking, _ = guessing.accept()
+                with asking, suppress(OSError):
+                    guess.answer(asking, b'{"port": 1}')
+
+    def repeat_to_all() -> None:
+        with suppress(OSError):
+            while True:
+                asking, _ = repeating.accept()
+                with asking, suppress(OSError):
+                    while received := asking.recv(1000):
+                        asking.sendall(received * 2)
+
+    for each in (guess_for_all, repeat_to_all):
+        threading.Thread(target=each, daemon=True).start()
+    with pytest.raises(TimeoutError, match="does not know the job's secret"):
+        find(job, "127.0.0.1", known, timedelta(seconds=0.1))
+    _, port = serve(job, SECRET, 2)
+    assert find(job, "127.0.0.1", known, SOON)[1] == port
+
+
+def test_port_of_the_store_is_not_told_when_the_asking_rank_has_no_secret(job: str) -> None:
+    met = threading.Event()
+    store, _ = serve(job, SECRET, 2, met.set)
+    door = next(port for port in ports_of(job) if answers(port))
+    with socket.create_connection(("127.0.0.1", door), timeout=5) as asking, pytest.raises(AuthenticationError):
+        Handshake(b"another secret, as long as it is....", job, 5.0).ask(asking)
+    with socket.create_connection(("127.0.0.1", door), timeout=5) as asking:
+        # Whoever skips the check of the server must still prove that it knows the secret itself: not by reflection.
+        asking.sendall(b"n" * 32)
+        said = b""
+        while len(said) < 64:
+            said += asking.recv(64 - len(said))
+        asking.sendall(said[32:])
+        assert asking.recv(1000) == b""
+    assert not met.is_set()
+    find(job, "127.0.0.1", known, SOON)
+    assert met.wait(5)
+    del store
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_rank_is_answered_when_others_connect_and_are_silent(job: str, taken: ExitStack) -> None:
+    store, port = serve(job, SECRET, 2)
+    door = next(port for port in ports_of(job) if answers(port))
+    for _ in range(10):
+        taken.enter_context(socket.create_connection(("127.0.0.1", door), timeout=5))
+    assert find(job, "127.0.0.1", known, timedelta(seconds=1))[1] == port
+    del store
+
+
 def test_rank_waits_for_rank_zero_when_it_starts_first(job: str) -> None:
     found: list[int] = []
-    waiting = threading.Thread(target=lambda: found.append(find(job, "127.0.0.1", SOON)[1]))
+    waiting = threading.Thread(target=lambda: found.append(find(job, "127.0.0.1", known, SOON)[1]))
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
-    _, port = serve(job, 2)
+    _, port = serve(job, SECRET, 2)
     waiting.join(20)
     assert found == [port]
 
 
 def test_error_names_host_and_reason_when_rank_zero_does_not_come(job: str) -> None:
     with pytest.raises(TimeoutError, match=r"rank 0 was not found on 127\.0\.0\.1 in time: no port answers"):
-        find(job, "127.0.0.1", timedelta(seconds=0.1))
+        find(job, "127.0.0.1", known, timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match=r"not found on no-such-host\.invalid in time: its name is not known on"):
-        find(job, "no-such-host.invalid", timedelta(seconds=0.1))
+        find(job, "no-such-host.invalid", known, timedelta(seconds=0.1))
 
 
 def test_error_is_told_when_no_port_is_free(job: str, taken: ExitStack) -> None:
@@ -85,7 +153,7 @@ def test_error_is_told_when_no_port_is_free(job: str, taken: ExitStack) -> None:
         with suppress(OSError):
             take(taken, port)
     with pytest.raises(LaunchError, match="ports is free on"):
-        serve(job, 2)
+        serve(job, SECRET, 2)
 
 
 def test_ports_are_below_those_of_clients_and_differ_between_jobs() -> None:
