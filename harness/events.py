@@ -15,8 +15,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from harness import data, random_state
+from harness.agreement import Agreement
 from harness.batches import TrainingBatches
 from harness.course import Course
+from harness.errors import DataError
 from harness.learning_rates import LearningRates
 from harness.overheard import Overheard
 from harness.place import Place
@@ -27,8 +29,9 @@ from harness.windows import MetricWindows
 class LoopEvents:
     """Takes the events of a loop, and knows where the data go on.
 
-    Effects: `begin_epoch`, `begin_pass`, `meet`, `largest`, `batch_done`, `end_epoch`, `end_training`, `begin_data` and
-    `adopt_data` are collective: every rank tells them alike; the rest is not. Main thread. They block as `Course` says.
+    Effects: `begin_epoch`, `begin_pass`, `meet`, `largest`, `batch_done`, `end_epoch`, `end_training`, `begin_data`,
+    `adopt_data` and `require_batches` are collective: every rank tells them alike; the rest is not. Main thread. They
+    block as `Course` says.
 
     Args:
         accelerator: of the loop.
@@ -78,6 +81,8 @@ class LoopEvents:
         self.skip_time = course.skip_time
         self.keep_learning_rates = rates.keep
         self.random_to_begin_with: dict[str, Any] | None = None
+        # Whether a pass over training data has been asked for in this process, and whether any gave a batch.
+        self._has_passes = self._has_batches = False
 
     @property
     def may_differ(self) -> bool:
@@ -163,6 +168,38 @@ class LoopEvents:
     def count_data(self, num_batches: int) -> None:
         """So many batches of `begin_data` were done before it was known that they are training's."""
         self._batches.num_taken += num_batches
+
+    def note_pass(self, *, has_batches: bool) -> None:
+        """A pass over training data has given its first batch, or has ended without one."""
+        self._has_passes = True
+        self._has_batches |= has_batches
+
+    def end_empty_pass(self) -> bool:
+        """The pass of `begin_data` has ended without a batch; before `end_data`.
+
+        Returns:
+            Whether it was the rest of an epoch that was cut off, of which nothing is left.
+        """
+        self.note_pass(has_batches=False)
+        if num_taken := self._batches.num_taken:
+            self._resumption.say_that_nothing_is_left(num_taken)
+        return num_taken > 0
+
+    def require_batches(self, agreement: Agreement) -> None:
+        """Refuse a training whose passes have all been empty. At its end.
+
+        Args:
+            agreement: of all ranks: one of them may have batches where others have none.
+
+        Raises:
+            DataError: on all ranks, if passes over training data were asked for and no rank got a batch.
+        """
+        has_passes, has_batches = agreement.on_any("whether any batch came", [self._has_passes, self._has_batches])
+        if has_passes and not has_batches:
+            raise DataError(
+                "epochs were asked for, and the training loader gave no batch in any of them, so nothing was trained; "
+                "check the data set and, where the run was resumed, that it is as long as before"
+            )
 
     def end_data(self) -> None:
         """No other batch of `begin_data` is taken."""

@@ -89,20 +89,21 @@ class OwnLoop:
             # Not at the end of the epoch after all: there is another loader.
             self.saves.save_owed()
         data.check_size(loader, self.agreement.world_size, "training")
-        described: Any = loader
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
         loader, iterator = self.events.begin_data(loader)
-        serial = self.batches.serial
+        serial, is_empty = self.batches.serial, True
         try:
             if limit is not None and self.batches.num_taken >= limit:
+                self.events.end_empty_pass()
                 self.events.end_data()  # as many as that were taken, by this loader's size
                 return
             for batch in iterator:
-                if described is not None:
-                    self.run.describe_dataset(described, "train", batch)
-                    described = None
+                if is_empty:
+                    is_empty = False
+                    self.events.note_pass(has_batches=True)
+                    self.run.describe_dataset(loader, "train", batch)
                 is_limit = self.batches.num_taken + 1 == limit
                 if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
@@ -122,6 +123,8 @@ class OwnLoop:
                 if course.ends:
                     course.is_cut_short = True
                     return
+            if is_empty:
+                self.events.end_empty_pass()
             self.events.end_data()
         except GeneratorExit:
             # The loop was left: what it has not taken of this epoch is not taken.

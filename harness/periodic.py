@@ -295,13 +295,14 @@ class PeriodicLogger:
         ``tracking.drain_timeout_s``.
 
         Raises:
-            HarnessError: on all ranks, if the last checkpoint could not be written.
+            HarnessError: on all ranks, if the last checkpoint could not be written, or no rank got any batch to train.
         """
         try:
             self._course.meet()
             self._windows.collect()
             self._windows.flush(self.step, wait=True)
             self._course.read_votes()
+            self.events.require_batches(self._agreement)
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__

@@ -221,6 +221,13 @@ class Resumption:
         self._resumed = self._taken
         return self._taken
 
+    def say_that_nothing_is_left(self, num_taken: int) -> None:
+        """The loader that the run goes on in has no batch behind those that are done."""
+        self._say(
+            f"harness: warning: {num_taken} batches of this epoch are done, and its loader has no more than that now: "
+            "nothing is left of the epoch, and the next one follows"
+        )
+
     def _say_if_step_is_another(self, resumed: Resumed, samples_now: int | None) -> None:
         state = resumed.state
         if samples_now is None or state.samples_per_batch is None:

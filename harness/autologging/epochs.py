@@ -184,6 +184,7 @@ class Epochs:
                     self._describe(this, batch)
                 this.batch_is_out(batch)
                 if this is self._pass:
+                    self._events.note_pass(has_batches=True)
                     # From here on another pass over the same loader is the script's.
                     self._inner = None
                 yield batch
@@ -194,6 +195,8 @@ class Epochs:
                 this.num_seen += 1
                 if running is not None and running is self._pass and this.leads_over(running):
                     self._leads(this, running)
+            if this is self._pass and this.is_empty:
+                self._is_over_without_batch(this)
         except GeneratorExit:
             if this is self._pass and this.is_training and this.has_news:
                 # Counting it is collective, for which this is no place: it comes with the epoch's end.
@@ -214,6 +217,12 @@ class Epochs:
         if not (this.is_likely or this.is_part):
             self._logger.describe_dataset(this.loader, "eval", batch)
         this.digest = self._logger.digest_of(batch, "train")
+
+    def _is_over_without_batch(self, this: Pass) -> None:
+        if this.is_likely and self._events.end_empty_pass():
+            # Cut off behind what is the loader's last batch now. It was this epoch's pass, and the next one is not.
+            self._is_training_after_all(this)
+            self._has_trained(this)
 
     def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
         self._pass = self._inner = None

@@ -215,8 +215,11 @@ class Session:
         try:
             yield from replay.one_batch(loader, original)
         finally:
+            is_likely = self._trained.makes_likely(start)
+            if is_likely and self.logger is not None:
+                self.logger.events.note_pass(has_batches=not replay.is_empty)
             is_elsewhere = data.may_be_uneven(loader, self.prepared.num_processes)
-            if replay.is_empty and is_elsewhere and self._trained.makes_likely(start):
+            if replay.is_empty and is_elsewhere and is_likely:
                 replay.backward()  # on other ranks: this one has no batch of it
             self._settle_replay()
 
