@@ -244,6 +244,7 @@ class PeriodicLogger:
             self._windows,
             history,
             self._resumption.states,
+            (lambda: None) if self.checkpoint_config.save_weights_only else self._resumption.require_alike,
             self._run.keep_points,
             self.say,
         )
@@ -506,20 +507,24 @@ class PeriodicLogger:
         """
         self._callbacks.append(callback)
 
-    def register(self, name: str, thing: Any) -> None:
+    def register(self, name: str, thing: Any, *, is_lenient: bool = False) -> None:
         """Have checkpoints hold the state of something else that goes on where it was.
 
-        Effects: not collective; main thread, before the first `batches`.
+        Effects: not collective; main thread, before the first `batches`. At each checkpoint the state is copied on
+        rank 0; after the first step all ranks compare theirs once.
 
         Args:
             name: of its own.
-            thing: with `state_dict`, of numbers, text, lists and dicts, the same on every rank, and
+            thing: with `state_dict`, of tensors, numbers, text, lists and dicts, the same on every rank, and
                 `load_state_dict`, which is called here, or in `watch`, if the run goes on.
+            is_lenient: where the ranks' states differ, rank 0's is saved, with a line; and it may be registered after
+                the first `batches`, when a saved state is no longer loaded. False: both are errors.
 
         Raises:
-            CheckpointError: if its state cannot be written as JSON, the name is taken, or training has begun.
+            CheckpointError: if its state cannot be saved, the name is taken, or training has begun. Where the ranks'
+                states differ, it is raised on all ranks after the first step.
         """
-        self._resumption.register(name, thing)
+        self._resumption.register(name, thing, is_lenient=is_lenient)
 
     def stop(self) -> None:
         """End training after this epoch's body. Every rank must decide alike, as from `latest`."""

@@ -8,7 +8,8 @@ batches  ->  is_done, take    loaders of the epoch that were done; where the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from accelerate import Accelerator
 from harness import data
 from harness.agreement import Agreement
 from harness.batches import Continuation
-from harness.checkpoint.json_values import decode, encode
+from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.resume import Before, Resumed, look_before, resume, set_damaged_aside
 from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_weights, refuse_others_alone
-from harness.checkpoint.trainer_state import AnyWatched, put_back
+from harness.checkpoint.trainer_state import AnyWatched, encode_state, put_back
 from harness.errors import CheckpointError
 
 
@@ -69,6 +70,8 @@ class Resumption:
         self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
+        # Of these, the ones whose state may differ between ranks.
+        self._lenient: set[str] = set()
         self._is_over = False
         self._taken: Resumed | None = None
         self.before = Before()
@@ -109,8 +112,7 @@ class Resumption:
             return None
         if self._initial_weights is not None:
             self._say(f"the run goes on, so initial_weights ({self._initial_weights}) is not looked at")
-        for name in self._registered:
-            self._load(name)
+        self._load_registered()
         return self._resumed
 
     def leave(self) -> frozenset[str]:
@@ -124,10 +126,11 @@ class Resumption:
         return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
 
     def put_back_again(self, watched: AnyWatched) -> None:
-        """Put what is no tensor back once more; before the first `take`. Not collective."""
+        """Put back once more what is no tensor, and what is registered; before the first `take`. Not collective."""
         if self._resumed is not None:
             held = find_watched(self._accelerator, watched, weights_only=False, dtype=None)
             put_back(self._resumed.state, watched, held.groups, self._accelerator.scaler)
+            self._load_registered()
 
     def _take_initial_weights(self, watched: AnyWatched) -> None:
         where = self._initial_weights
@@ -145,30 +148,69 @@ class Resumption:
 
     # --------------------------------------------------------------- what else goes on
 
-    def register(self, name: str, thing: Any) -> None:
+    def register(self, name: str, thing: Any, *, is_lenient: bool = False) -> None:
         """Have checkpoints hold a thing's state; where the run goes on it is loaded, here or in `put_back`.
 
+        Args:
+            name: of its own.
+            thing: with `state_dict` and `load_state_dict`.
+            is_lenient: rank 0's state is saved where the ranks' differ, and the thing may be registered once training
+                has begun, when no saved state is loaded any more; False: both are errors.
+
         Raises:
-            CheckpointError: if its state cannot be written as JSON, the name is taken, or training has begun.
+            CheckpointError: if its state cannot be saved, the name is taken, or training has begun.
         """
         if name in self._registered:
             raise CheckpointError(f"register({name!r}): there is another thing of that name; give it a name of its own")
-        if self._is_over:
+        if self._is_over and not is_lenient:
             raise CheckpointError(f"register({name!r}): training has begun; register it before the first batches()")
-        try:
-            encode(thing.state_dict())
-        except TypeError as error:
-            raise CheckpointError(f"register({name!r}): its state cannot be written as JSON: {error}") from error
+        encode_state(name, thing.state_dict(), KeptTensors())
         self._registered[name] = thing
-        self._load(name)
+        if is_lenient:
+            self._lenient.add(name)
+        self._load_registered([name])
 
-    def _load(self, name: str) -> None:
-        if self._resumed is not None and name in self._resumed.state.states:
-            self._registered[name].load_state_dict(decode(self._resumed.state.states[name]))
+    def _load_registered(self, names: Iterable[str] | None = None) -> None:
+        saved = {} if self._resumed is None else self._resumed.state.registered
+        for name in self._registered if names is None else names:
+            if name in saved:
+                # A copy: the thing may keep the tensors and change them, and this may be called again.
+                self._registered[name].load_state_dict(copy.deepcopy(saved[name]))
 
     def states(self) -> dict[str, Any]:
-        """Name -> state, as JSON values, of all that is registered, as it is now."""
-        return {name: encode(thing.state_dict()) for name, thing in self._registered.items()}
+        """Name -> state of all that is registered, as it is now; not copied."""
+        return {name: thing.state_dict() for name, thing in self._registered.items()}
+
+    def require_alike(self) -> None:
+        """Compare the ranks' states of what is registered: a checkpoint holds rank 0's.
+
+        Effects: collective; main thread; blocks until every rank has called it; copies the states for their hashes.
+
+        Raises:
+            CheckpointError: on all ranks, if one of them differs, and its thing was not registered as lenient.
+        """
+        if self._agreement.world_size == 1 or not self._registered:
+            return
+
+        def hashes() -> dict[str, int]:
+            found = {}
+            for name, state in self.states().items():
+                kept = KeptTensors()
+                found[name] = kept.hash_with(encode_state(name, state, kept))
+            return found
+
+        mine = self._agreement.together("reading what is registered", hashes)
+        of_ranks = self._agreement.gather("what is registered", mine)
+        differing: dict[str, int] = {}
+        for rank, theirs in enumerate(of_ranks):
+            for name in sorted(of_ranks[0].keys() | theirs.keys()):
+                if theirs.get(name) != of_ranks[0].get(name):
+                    differing.setdefault(name, rank)
+        for name, rank in differing.items():
+            what = f"the state of {name!r} differs between rank 0 and rank {rank}, and a checkpoint holds rank 0's"
+            if name not in self._lenient:
+                raise CheckpointError(f"register({name!r}): {what}; keep it the same on all ranks")
+            self._say(f"harness: warning: {what}: all ranks resume with it")
 
     # ----------------------------------------------------------------- place in the data
 

@@ -32,7 +32,8 @@ class Saves:
         batches: where it stands in the data.
         windows: of metrics.
         history: of metrics.
-        states: gives the states of what else goes on, name -> JSON values.
+        states: gives the states of what else goes on, by name.
+        require_alike: collective; called once training has taken a step: refuses states that differ between ranks.
         keep_points: called with a checkpoint's name and metrics before it is taken.
         say: called with a line for the user.
 
@@ -52,6 +53,7 @@ class Saves:
         windows: MetricWindows,
         history: MetricHistory,
         states: Callable[[], Mapping[str, Any]],
+        require_alike: Callable[[], None],
         keep_points: Callable[[str, Mapping[str, float]], None],
         say: Callable[[str], None],
     ) -> None:
@@ -62,6 +64,7 @@ class Saves:
         self._windows = windows
         self._history = history
         self._states = states
+        self._require_alike = require_alike
         self._keep_points = keep_points
         self._say = say
         self._is_watching = False
@@ -103,6 +106,7 @@ class Saves:
             return False
         self._must_prepare = False
         self._saver.prepare()
+        self._require_alike()
         return True
 
     def ranks_differ(self, num_steps: int, num_fewer: int) -> None:

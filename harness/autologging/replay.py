@@ -4,8 +4,9 @@ Each pass gives one batch, so that what a script makes of a pass's results has s
 backward is called was a training pass, as it was the first time. Backward and the optimizers' steps are left out, so
 the weights stay those that were put back; what else moves is put back again:
 
-    buffers                   when the last of the training passes is over: what comes then is evaluated on them
-    scheduler, random numbers when the first pass begins that is not done
+    buffers         when the last of the training passes is over: what comes then is evaluated on them
+    random numbers  when the first pass begins that is not done
+    scheduler, what is registered   at both
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Replay:
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)
+        self._logger.put_back_again()
         if not self._is_epoch_cut:
             return False
         self._logger.events.skip_data(loader)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from harness.checkpoint.names import unwrapped
+
 # What counts in a scheduler's state, and is no value that it was made with.
 _COUNTED = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr")
 # What schedulers move in an optimizer.
@@ -147,15 +149,15 @@ class _Schedulers:
     def __init__(self, schedulers: Sequence[Any]) -> None:
         # By what they are: in which order they are found may differ between two processes.
         known = sorted(schedulers, key=lambda each: repr(sorted(scheduler_values(each).items())))
-        self._named = {f"{number}": each for number, each in enumerate(known)}
+        self.named = {f"{number}": each for number, each in enumerate(known)}
 
     def state_dict(self) -> dict[str, Any]:
         """The state of each."""
-        return {name: each.state_dict() for name, each in self._named.items()}
+        return {name: each.state_dict() for name, each in self.named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave."""
-        for name, each in self._named.items():
+        for name, each in self.named.items():
             each.load_state_dict(state[name])
 
 
@@ -182,6 +184,20 @@ def raw(optimizer: Any) -> Any:
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
+
+
+def inside(things: Sequence[Any]) -> list[Any]:
+    """Prepared things, and what accelerate has wrapped in them: as a script had them before."""
+    found = [each for each in things if each is not None]
+    for each in found:  # which grows meanwhile
+        if isinstance(each, nn.Module):
+            found += [inner] if (inner := unwrapped(each)) is not each else []
+        elif isinstance(each, _Schedulers):
+            found += each.named.values()
+        else:
+            within = getattr(each, "scheduler", None) or getattr(each, "optimizer", None)
+            found += [] if within is None else [within]
+    return found
 
 
 def optimizer_values(optimizer: Any) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from harness.autologging.own_values import OwnValues
 from harness.autologging.passes import Start, TrainedOn
 from harness.autologging.replacing import Replacements
 from harness.autologging.replay import Replay
-from harness.autologging.script import Arguments, Prepared
+from harness.autologging.script import Arguments, Prepared, inside
 from harness.autologging.settings import Settings
-from harness.errors import HarnessError, Stopped
+from harness.errors import CheckpointError, HarnessError, Stopped
 from harness.periodic import PeriodicLogger
 
 
@@ -73,6 +73,9 @@ class Session:
         self._epochs: Epochs | None = None
         self._replay: Replay | None = None
         self._is_over = self._has_failed = False
+        # What checkpoints are of; how many of the objects that the script has registered are in them.
+        self._checkpointed: tuple[Any, ...] = ()
+        self._num_registered = 0
         self.notes = Notes(lambda: self.is_rank_zero and not self.settings.tracking.silent)
         self._own = OwnValues(lambda what: self.notes.say_once(what, advises=False))
 
@@ -170,7 +173,9 @@ class Session:
         self.logger = logger
         self._begins()
         self.memory = Memory(self._trained, prepared)
-        logger.register("autolog", self.memory)
+        logger.register("autolog", self.memory, is_lenient=True)
+        self._checkpointed = () if isinstance(choice, str) else (choice.model, choice.optimizer, choice.scheduler)
+        self.register_objects()
         if isinstance(choice, str):
             if choice:
                 self.notes.say_once(
@@ -202,6 +207,24 @@ class Session:
                 "logs or saves through accelerate meanwhile is left out"
             )
         return self._epochs
+
+    def register_objects(self) -> None:
+        """What the script has given to `register_for_checkpointing` until now is part of checkpoints."""
+        logger, accelerator = self.logger, self.prepared.accelerator
+        if logger is None or self._is_over:
+            return
+        objects = getattr(accelerator, "_custom_objects", [])
+        for number in range(self._num_registered, len(objects)):
+            name, thing = f"custom_checkpoint_{number}", objects[number]
+            if any(thing is each for each in inside(self._checkpointed)):
+                continue
+            try:
+                logger.register(name, thing, is_lenient=True)
+            except CheckpointError as error:
+                self.notes.say_once(
+                    f"{type(thing).__name__}, given to register_for_checkpointing, is left out: {error}"
+                )
+        self._num_registered = len(objects)
 
     # ---------------------------------------------------------------------- epochs that are done
 

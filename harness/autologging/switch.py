@@ -76,6 +76,7 @@ class Switch:
             Replacement(of_accelerate, "Accelerator.backward", "the loss; that this is training", self._backward),
             Replacement(of_accelerate, "Accelerator.log", "the script's metrics", self._log),
             Replacement(of_accelerate, "Accelerator.init_trackers", "the script's parameters", self._init_trackers),
+            Replacement(of_accelerate, "Accelerator.register_for_checkpointing", "what else goes on", self._registered),
             Replacement(of_accelerate, "Accelerator.end_training", "the training has ended", self._ends),
             Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._frees),
             Replacement(of_accelerate, "Accelerator.save_state", "once each", self._saved_states.save),
@@ -208,6 +209,11 @@ class Switch:
         # accelerate's own tracker has put it into the run.
         if config is not None and (self.settings.exclusive or not _tracks_in_mlflow(accelerator)):
             self._trainings.log_config(config)
+
+    def _registered(self, original: Function, accelerator: Accelerator, *objects: Any) -> None:
+        original(accelerator, *objects)
+        if accelerator is self.session.prepared.accelerator:
+            self.session.register_objects()
 
     def _ends(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
         self._trainings.ends(accelerator, is_tracker_done=True)

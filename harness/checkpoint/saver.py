@@ -343,7 +343,8 @@ class Saver:
                 optimizers = [
                     record_of(part.optimizer, each, kept) for part, each in zip(self._watched.parts, added, strict=True)
                 ]
-                state = take_trainer_state(moment, self._watched, groups, optimizers, self._accelerator.scaler)
+                scaler = self._accelerator.scaler
+                state = take_trainer_state(moment, self._watched, groups, optimizers, scaler, kept)
             return Small(state, self._take_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.

@@ -15,7 +15,7 @@ from harness.checkpoint import strict_json
 from harness.checkpoint.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import Get, decode, encode
-from harness.checkpoint.kept_tensors import content_of, getting
+from harness.checkpoint.kept_tensors import KeptTensors, content_of, getting
 from harness.checkpoint.kept_tensors import read as read_kept
 from harness.checkpoint.optimizer_record import OptimizerRecord, restore_optimizer_extras
 from harness.checkpoint.strict_json import is_count, is_number
@@ -38,7 +38,7 @@ class Moment:
         metrics: the latest reduced metrics.
         samples_per_batch: of all ranks together; None: not known.
         accumulation: batches for an optimizer step.
-        states: name -> state, as JSON values, of what else goes on where it was.
+        states: name -> state, as its `state_dict` gave it, of what else goes on where it was.
         loaders_done: training loaders of the running epoch that are done.
         is_stopped: whether the training has ended before its last epoch, for good.
     """
@@ -118,12 +118,36 @@ def _scheduler_state(part: Watched) -> Any:
     return None if part.scheduler is None else part.scheduler.state_dict()
 
 
+def encode_state(name: str, state: Any, kept: KeptTensors) -> Any:
+    """A registered thing's state as JSON values.
+
+    Effects: as `encode`; main thread, between steps.
+
+    Args:
+        name: under which it is registered.
+        state: as its `state_dict` gave it.
+        kept: for the tensors.
+
+    Raises:
+        CheckpointError: if something in it cannot be saved.
+    """
+    try:
+        # A module's averaged copy may be given as parameters, which are tensors here.
+        return encode(state, lambda tensor: kept.put(tensor.detach()))
+    except TypeError as error:
+        raise CheckpointError(
+            f"register({name!r}): its state cannot be saved: {error}; have its state_dict() give numbers, text, "
+            "tensors, and lists and dicts of these"
+        ) from error
+
+
 def take_trainer_state(
     moment: Moment,
     watched: AnyWatched,
     groups: Mapping[str, Any],
     optimizers: Sequence[Mapping[str, Any]],
     scaler: Any,
+    kept: KeptTensors,
 ) -> Any:
     """The state as it is now, as JSON values.
 
@@ -136,6 +160,10 @@ def take_trainer_state(
         groups: what `groups_record` gives.
         optimizers: what `record_of` gives for each part.
         scaler: accelerate's gradient scaler, or None.
+        kept: for the tensors of what is registered.
+
+    Raises:
+        CheckpointError: if a registered state cannot be saved.
     """
     parts = [
         {
@@ -161,7 +189,7 @@ def take_trainer_state(
         },
         "is_stopped": moment.is_stopped,
         "metrics": dict(moment.metrics),
-        "states": dict(moment.states),
+        "states": {name: encode_state(name, state, kept) for name, state in moment.states.items()},
         "optimizer": {**groups, **(optimizers[0] if is_single else {})},
         **of_models,
         "scaler": encode(None if scaler is None else scaler.state_dict()),
@@ -216,6 +244,7 @@ class TrainerState:
         accumulation: batches for an optimizer step.
         metrics: the latest reduced metrics.
         states: name -> state, as JSON values, of what else goes on.
+        registered: the same, with their tensors, as `state_dict` gave them.
         is_stopped: whether the training had ended before its last epoch, for good.
         ranks: of each rank that saved, as `RankState.encoded` made it.
     """
@@ -231,6 +260,7 @@ class TrainerState:
     accumulation: int
     metrics: Mapping[str, float]
     states: Mapping[str, Any]
+    registered: Mapping[str, Any]
     is_stopped: bool
     ranks: Sequence[dict[str, Any]]
 
@@ -287,6 +317,7 @@ def _state(record: Any, get: Get) -> TrainerState:
             accumulation=position["accumulation"],
             metrics=record["metrics"],
             states=record["states"],
+            registered=decode(record["states"], get),
             is_stopped=record["is_stopped"],
             ranks=record["ranks"],
         )

@@ -290,16 +290,21 @@ def test_it_says_so_when_the_run_was_complete(tmp_path: Path, capsys: pytest.Cap
 
 
 class Counter:
-    """Something of the user's that goes on."""
+    """Something of the user's that goes on, and keeps the tensors that it is given."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.counts = torch.zeros(3, dtype=torch.bfloat16)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"count": self.count}
+    def add(self) -> None:
+        self.count += 1
+        self.counts += 1
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.count = state["count"]
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count, self.counts = state["count"], state["counts"]
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -315,13 +320,26 @@ def test_registered_state_goes_on_when_it_is_registered_before_or_after_watch(tm
             if not is_before and not loop.seen:
                 loop.logger.register("harness", counter)
             for _ in loop.train(epoch):
-                counter.count += 1
+                counter.add()
 
         Loop(tmp_path, crash_at=crash_at).run(body, before)
+        assert counter.counts.tolist() == [counter.count] * 3
         return counter.count
 
     assert run(crash_at=10) == 9
     assert run(crash_at=None) == 18
+
+
+def test_error_when_the_state_of_what_is_registered_cannot_be_saved(tmp_path: Path) -> None:
+    class Sparse(Counter):
+        def state_dict(self) -> dict[str, Any]:
+            return {"values": torch.eye(3).to_sparse()}
+
+    def before(loop: Loop) -> None:
+        with pytest.raises(CheckpointError, match=r"register\('sparse'\): its state cannot be saved: a sparse tensor"):
+            loop.logger.register("sparse", Sparse())
+
+    Loop(tmp_path, crash_at=1).run(a_alone, before)
 
 
 def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(

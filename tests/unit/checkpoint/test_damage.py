@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from harness import random_state
 from harness.checkpoint.commit import MANIFEST, VERSION, Manifest, commit, read_manifest, scan_checkpoints, temporary_of
 from harness.checkpoint.json_values import encode
+from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.layout import read_header
 from harness.checkpoint.rank_state import RankState
 from harness.checkpoint.strict_json import checksum
@@ -120,7 +121,9 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     moment = Moment("a", 2, 20, 4, {}, states={"harness": {"is_stopped": True}})
-    state = take_trainer_state(moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None)
+    state = take_trainer_state(
+        moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None, KeptTensors()
+    )
     state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
