@@ -23,11 +23,14 @@ from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
+from harness.checkpoint.restore_trainer import put_back
 from harness.checkpoint.resume import Before, Resumed, look_before, resume, set_damaged_aside
 from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_weights, refuse_others_alone
-from harness.checkpoint.trainer_state import AnyWatched, encode_state, put_back
+from harness.checkpoint.trainer_state import AnyWatched, TrainerState, encode_state
 from harness.errors import CheckpointError
+
+_SHOWN = 3
 
 
 class Resumption:
@@ -72,6 +75,7 @@ class Resumption:
         self._registered: dict[str, Any] = {}
         # Of these, the ones whose state may differ between ranks.
         self._lenient: set[str] = set()
+        self._watched: AnyWatched | None = None
         self._is_over = False
         self._taken: Resumed | None = None
         self.before = Before()
@@ -112,6 +116,7 @@ class Resumption:
             return None
         if self._initial_weights is not None:
             self._say(f"the run goes on, so initial_weights ({self._initial_weights}) is not looked at")
+        self._watched = watched
         self._load_registered()
         return self._resumed
 
@@ -282,6 +287,7 @@ class Resumption:
     def _say_what_is_one_sided(self, resumed: Resumed | None) -> None:
         if resumed is None:
             return
+        self._say_what_is_frozen(resumed.state)
         saved = resumed.state.states
         for name in sorted(saved.keys() - self._registered.keys()):
             self._say(
@@ -289,3 +295,19 @@ class Resumption:
             )
         for name in sorted(self._registered.keys() - saved.keys()):
             self._say(f"harness: warning: {name!r} is not in the checkpoint, and begins anew")
+
+    def _say_what_is_frozen(self, state: TrainerState) -> None:
+        """What was trained and is not any more: a loop may have unfrozen it in an epoch that is done."""
+        if state.frozen is None or self._watched is None:
+            return
+        try:
+            held = find_watched(self._accelerator, self._watched, weights_only=False, dtype=None)
+        except CheckpointError:
+            return  # of what the loop has changed since; the first save says it
+        trained = {name for group in state.param_groups for name in group["params"]} - state.frozen
+        if frozen := [name for name in held.frozen_names() if name in trained]:
+            more = f" and {len(frozen) - _SHOWN} more" if len(frozen) > _SHOWN else ""
+            self._say(
+                f"harness: warning: {', '.join(frozen[:_SHOWN])}{more}: requires_grad is False, and was True at the "
+                "checkpoint; set it before the first batch, unless it is to be frozen from here on"
+            )

@@ -1,6 +1,7 @@
 """What ``trainer_state.json`` holds of an optimizer beside its parameter groups.
 
     "class"   of the optimizer inside all wrappers, by which another one is refused
+    "frozen"  parameters in its groups whose requires_grad was False
     "forms"   of states that are more than a dict of tensors: each distinct form once, with its parameters
     "state"   what its state has under other keys than parameters
     "added"   what a `state_dict()` of its own has beyond state and groups; `load_state_dict` of its own is given it
@@ -77,7 +78,7 @@ def groups_record(held: Held, kept: KeptTensors) -> dict[str, Any]:
     Raises:
         CheckpointError: if something cannot be saved.
     """
-    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put)}
+    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put), "frozen": held.frozen_names()}
     if held.forms:
         distinct: dict[str, dict[str, Any]] = {}
         for name, form in held.forms.items():

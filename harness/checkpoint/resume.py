@@ -14,20 +14,15 @@ from harness.batches import DataState
 from harness.checkpoint.commit import read_manifest, set_aside
 from harness.checkpoint.locate import Found
 from harness.checkpoint.optimizer_record import has_unrecorded
+from harness.checkpoint.param_groups import add_saved_groups, match_groups
 from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_tensors
+from harness.checkpoint.restore_trainer import put_back, require_same
 from harness.checkpoint.shards.held import Held, innermost
 from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_checkpoint
-from harness.checkpoint.trainer_state import (
-    FILE,
-    AnyWatched,
-    TrainerState,
-    put_back,
-    read_trainer_state,
-    require_same,
-)
+from harness.checkpoint.trainer_state import FILE, AnyWatched, TrainerState, read_trainer_state
 from harness.errors import CheckpointError, DamagedError
 
 _SHOWN = 3
@@ -178,27 +173,40 @@ def _put_back(
 ) -> Resumed:
     manifest, files = open_checkpoint(path, agreement, relay, say)
 
+    undo: list[Callable[[], None]] = []
+
     def read() -> TrainerState:
         state = read_trainer_state(path, manifest, files, accelerator.device)
+        undo.append(add_saved_groups(watched, state.param_groups, find().groups))
         require_same(state, watched, find().groups)
         return state
 
     def find() -> Held:
         return find_watched(accelerator, watched, weights_only=False, dtype=None)
 
-    def finish() -> Resumed:
-        put_back(state, watched, find().groups, accelerator.scaler)
+    def finish() -> tuple[Resumed, list[str]]:
+        groups = find().groups
+        put_back(state, watched, groups, accelerator.scaler)
+        new = [number for number, match in enumerate(match_groups(state.param_groups, groups)) if match is None]
+        lines = [f"harness: {path.name}: parameter group {number} is new, and starts as it was made" for number in new]
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
         data = order_of(state.ranks) if own is None else own.data
-        return Resumed(path.name, state, own, data, _sums(state, own, agreement.rank))
+        return Resumed(path.name, state, own, data, _sums(state, own, agreement.rank)), lines
 
-    # What takes no time first: that is refused before gigabytes are read.
-    state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
-    records = {part.name: part.optimizer for part in state.parts}
-    restored = restore_tensors(accelerator, watched, path, agreement, manifest=manifest, files=files, records=records)
-    for note in restored.notes:
-        say(f"harness: {path.name}: {note}")
-    resumed = agreement.together(f"putting back {path / FILE}", finish)
+    try:
+        # What takes no time first: that is refused before gigabytes are read.
+        state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
+        records = {part.name: part.optimizer for part in state.parts}
+        tensors = restore_tensors(
+            accelerator, watched, path, agreement, manifest=manifest, files=files, records=records
+        )
+        resumed, lines = agreement.together(f"putting back {path / FILE}", finish)
+    except BaseException:
+        for each in undo:
+            each()
+        raise
+    for line in (*(f"harness: {path.name}: {note}" for note in tensors.notes), *lines):
+        say(line)
     for part in watched.parts:
         if records[part.name].class_name is None and has_unrecorded(part.optimizer):
             say(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import Get, decode, encode
 from harness.checkpoint.kept_tensors import KeptTensors, content_of, getting
 from harness.checkpoint.kept_tensors import read as read_kept
-from harness.checkpoint.optimizer_record import OptimizerRecord, restore_optimizer_extras
+from harness.checkpoint.optimizer_record import OptimizerRecord
 from harness.checkpoint.strict_json import is_count, is_number
 from harness.errors import CheckpointError, DamagedError
 
 FILE = TRAINER_STATE
-_SHOWN = 3
 _HOST = torch.device("cpu")
 
 
@@ -238,6 +236,7 @@ class TrainerState:
         loaders_done: training loaders of the running epoch that were done.
         batches_in_epoch: batches of the next one that each rank had taken.
         param_groups: hyperparameters of each of the optimizers' parameter groups; ``params`` are names.
+        frozen: parameters in these groups that got no gradient; None: that was not recorded.
         parts: of each model.
         scaler: the state of accelerate's gradient scaler, or None.
         samples_per_batch: of all ranks together, or None.
@@ -254,6 +253,7 @@ class TrainerState:
     loaders_done: int
     batches_in_epoch: int
     param_groups: Sequence[Mapping[str, Any]]
+    frozen: frozenset[str] | None
     parts: Sequence[PartState]
     scaler: Any
     samples_per_batch: int | None
@@ -311,6 +311,7 @@ def _state(record: Any, get: Get) -> TrainerState:
             loaders_done=position["loaders_done"],
             batches_in_epoch=position["batches"],
             param_groups=decode(groups, get),
+            frozen=_names(record["optimizer"].get("frozen")),
             parts=[PartState.read(part, forms, get) for part in parts],
             scaler=decode(record["scaler"]),
             samples_per_batch=position["samples_per_batch"],
@@ -346,103 +347,9 @@ def _state(record: Any, get: Get) -> TrainerState:
     return found
 
 
-def require_same(
-    state: TrainerState, watched: AnyWatched, groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]]
-) -> None:
-    """Refuse, before anything is changed, a state that is of another optimizer or scheduler.
-
-    Args:
-        state: what the file holds.
-        watched: for the names of the parts and the schedulers.
-        groups: the optimizers' live parameter groups, each with the names of its parameters.
-
-    Raises:
-        CheckpointError: if the parts or their parameter groups are others, or there was no such scheduler.
-    """
-    if (now := [part.name for part in watched.parts]) != (before := [part.name for part in state.parts]):
-        raise CheckpointError(
-            f"the checkpoint is of {_described(before)}, and watch() was given {_described(now)}; give it the same "
-            "models under the same names, in the same order, or start another run"
-        )
-    if len(state.param_groups) != len(groups):
-        raise CheckpointError(
-            f"the optimizer has {len(groups)} parameter groups, and had {len(state.param_groups)}; resume with the "
-            "optimizer that was saved, or start another run"
-        )
-    for number, ((_, names), record) in enumerate(zip(groups, state.param_groups, strict=True)):
-        more, fewer = set(names) - set(record["params"]), set(record["params"]) - set(names)
-        if more or fewer:
-            others = [f"{_some(more)}, which it had not"] if more else []
-            others += [f"no {_some(fewer)}, which it had"] if fewer else []
-            raise CheckpointError(
-                f"the optimizer's parameter group {number} has {', and '.join(others)}; resume with the model and the "
-                "optimizer that were saved, or start another run"
-            )
-    for part, saved in zip(watched.parts, state.parts, strict=True):
-        if (part.scheduler is None) != (saved.scheduler is None):
-            where = f" of {part.name!r}" if part.name else ""
-            raise CheckpointError(
-                f"the run had {'no' if saved.scheduler is None else 'a'} scheduler{where}; resume with what it had, or "
-                "start another run"
-            )
-
-
-def _described(names: Sequence[str]) -> str:
-    return "one model without a name" if list(names) == [""] else f"the models {', '.join(map(repr, names))}"
-
-
-def _some(names: set[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(sorted(names)[:_SHOWN])}{more}"
-
-
-def put_back(
-    state: TrainerState,
-    watched: AnyWatched,
-    groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
-    scaler: Any,
-) -> None:
-    """Put back what `take_trainer_state` took of the optimizers' groups, the schedulers and the scalers.
-
-    Effects: not collective; main thread; nothing on disk.
-
-    Args:
-        state: what the file holds.
-        watched: for the schedulers and DeepSpeed's loss scales.
-        groups: the optimizers' live parameter groups, each with the names of its parameters.
-        scaler: accelerate's gradient scaler, or None.
-
-    Raises:
-        CheckpointError: as `require_same`.
-    """
-    require_same(state, watched, groups)
-    for (live, _), record in zip(groups, state.param_groups, strict=True):
-        assert isinstance(live, dict)
-        for key, value in record.items():
-            if key != "params":
-                _put(live, key, value)
-    if scaler is not None and state.scaler is not None:
-        scaler.load_state_dict(state.scaler)
-    for part, saved in zip(watched.parts, state.parts, strict=True):
-        _restore_part(part, saved)
-
-
-def _restore_part(part: Watched, saved: PartState) -> None:
-    restore_optimizer_extras(part.optimizer, saved.optimizer)
-    if part.scheduler is not None:
-        part.scheduler.load_state_dict(saved.scheduler)
-    loss_scaler = getattr(getattr(part.model, "optimizer", None), "loss_scaler", None)
-    for key, value in (saved.loss_scale or {}).items():
-        if loss_scaler is not None and hasattr(loss_scaler, key):
-            setattr(loss_scaler, key, value)
-
-
-def _put(group: dict[str, Any], key: str, value: Any) -> None:
-    """In place where it is a tensor: a captured or compiled step reads that one."""
-    live = group.get(key)
-    if isinstance(live, torch.Tensor) and live.numel() == torch.as_tensor(value).numel():
-        live.copy_(torch.as_tensor(value).reshape(live.shape))
-    elif isinstance(live, Enum):
-        group[key] = type(live)(value)  # of which JSON has the value alone
-    else:
-        group[key] = value.item() if isinstance(value, torch.Tensor) and isinstance(live, (int, float)) else value
+def _names(names: Any) -> frozenset[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the frozen parameters are no names")
+    return frozenset(names)

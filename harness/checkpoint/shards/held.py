@@ -27,6 +27,7 @@ from harness.checkpoint.stored import split_name
 from harness.errors import CheckpointError
 
 _SHOWN = 3
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 # What a parameter group may have that does not change.
 _CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, DeviceMesh, dist.ProcessGroup)
 
@@ -112,6 +113,21 @@ class Held:
         groups = (group["params"] for group, _ in self.groups)
         models = (source.holder[source.key] for source in self.sources if source.spec.section == "model")
         return any(parameter is each for each in chain(chain.from_iterable(groups), models))
+
+    def frozen_names(self) -> list[str]:
+        """Names of parameters in the groups that get no gradient; flattened ones (FSDP1, ZeRO) have none."""
+        pairs = [
+            (names, list(map(_REQUIRES_GRAD, group["params"])))
+            for group, names in self.groups
+            if len(names) == len(group["params"])
+        ]
+        return [
+            name
+            for names, flags in pairs
+            if not all(flags)
+            for name, flag in zip(names, flags, strict=True)
+            if not flag
+        ]
 
     def group_names(self) -> list[list[str]]:
         """Names of the parameters in each group; they stay for as long as all this holds."""

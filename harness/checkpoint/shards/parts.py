@@ -8,11 +8,12 @@ optimizer may hold parameters of another model, where FSDP1 and ZeRO have not fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from harness.agreement import Agreement
 from harness.checkpoint.shards.held import (
@@ -22,6 +23,7 @@ from harness.checkpoint.shards.held import (
     Stepped,
     find_named,
     find_stepped,
+    is_engine,
     name_tensors,
     names_by_id,
 )
@@ -67,6 +69,17 @@ def find_watched_stepped(watched: AnyWatched) -> list[tuple[Watched, list[Steppe
         (part, find_stepped(part.model, part.optimizer, named))
         for part, named in zip(watched.parts, _named(watched.parts), strict=True)
         if part.optimizer is not None
+    ]
+
+
+def find_watched_parameters(watched: AnyWatched) -> list[tuple[Watched, Mapping[str, Tensor]]]:
+    """Of each part the parameters that an optimizer could step on as they are, by name: none where they are flattened.
+
+    Effects: as `find_watched`.
+    """
+    return [
+        (part, {} if named.units or is_engine(part.model) else named.state.parameters)
+        for part, named in zip(watched.parts, _named(watched.parts), strict=True)
     ]
 
 

@@ -102,7 +102,7 @@ def test_nothing_is_added_when_there_are_parameters_alone(accelerator: Accelerat
     checkpoint = saved(watched, accelerator, tmp_path)
     assert not (checkpoint / STATES).exists()
     record = json.loads((checkpoint / "trainer_state.json").read_text())["optimizer"]
-    assert record.keys() == {"param_groups", "class"} and record["class"] == "torch.optim.adamw.AdamW"
+    assert record.keys() == {"param_groups", "frozen", "class"} and record["class"] == "torch.optim.adamw.AdamW"
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, OfShared])
