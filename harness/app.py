@@ -54,6 +54,7 @@ def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
         tracking=config.tracking,
         resume_from_checkpoint=config.resume_from_checkpoint,
         initial_weights=config.initial_weights,
+        reset_scheduler=config.reset_scheduler,
         params=replace(config, tracking=replace(config.tracking, tracking_uri=None)),
     )
     logger.progress = Progress(enabled=accelerator.is_main_process, bar=config.trainer.progress_bar)

@@ -276,6 +276,8 @@ class RunConfig:
             (``runs:/...``, ``models:/...``).
         initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
             Face has it, or an address in MLflow; null: from the task's model.
+        reset_scheduler: where the run goes on, the scheduler takes its own course as it is configured now, from the
+            step of the checkpoint on; false: the checkpoint's.
         trainer: the loop.
         checkpoint: when and how checkpoints are written.
         tracking: what goes to MLflow.
@@ -289,6 +291,7 @@ class RunConfig:
     run_name: str | None = None
     resume_from_checkpoint: str = "auto"
     initial_weights: str | None = None
+    reset_scheduler: bool = False
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -50,6 +50,14 @@ def make_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--initial_weights", type=str | None, default=None, help="directory of safetensors, or an address in MLflow"
     )
+    parser.add_argument(
+        "--reset_scheduler",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="resumed: the scheduler as it is configured now",
+    )
     for key, what in _CLASS_KEYS.items():
         default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
         parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)
@@ -233,6 +241,7 @@ def _to_run_config(values: Namespace) -> RunConfig:
         run_name=values.run_name,
         resume_from_checkpoint=values.resume_from_checkpoint,
         initial_weights=values.initial_weights,
+        reset_scheduler=values.reset_scheduler,
         trainer=values.trainer,
         checkpoint=values.checkpoint,
         tracking=values.tracking,

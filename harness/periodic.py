@@ -83,6 +83,8 @@ class PeriodicLogger:
             checkpoint's directory, a run's, or an address in MLflow (``runs:/...``, ``models:/...``).
         initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
             Face has it, or an address in MLflow.
+        reset_scheduler: where the run goes on, schedulers are stepped from their start, as they are made now, to where
+            the checkpoint was; False: they have the checkpoint's state, with what they were made with then.
         seeds_workers: have random numbers that a loader's workers draw be the same after a resume within an epoch;
             False: they are what they are without this class.
 
@@ -107,6 +109,7 @@ class PeriodicLogger:
         resume_from_checkpoint: str = "auto",
         initial_weights: str | None = None,
         seeds_workers: bool = True,
+        reset_scheduler: bool = False,
     ) -> None:
         checkpoint = checkpoint or CheckpointConfig()
         tracking = tracking or TrackingConfig()
@@ -126,6 +129,7 @@ class PeriodicLogger:
         self._params = params
         self._resume_from = resume_from_checkpoint
         self._initial_weights = initial_weights
+        self._reset_scheduler = reset_scheduler
         self._started = False
         self._callbacks: list[Callable[[Mapping[str, float], int], None]] = []
         self._watched: AnyWatched | None = None
@@ -232,6 +236,7 @@ class PeriodicLogger:
             self._resume_from,
             self._initial_weights,
             self.tracking_config.tracking_uri,
+            self._reset_scheduler,
             self.say,
         )
         self._resumption.find()

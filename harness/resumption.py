@@ -46,6 +46,7 @@ class Resumption:
         resume_from: ``auto``, ``never``, or where a run begins.
         initial_weights: what a run that begins takes its weights from; None: what they are.
         tracking_uri: of MLflow; None: as MLflow finds it.
+        resets_scheduler: take the schedulers' course as they are made now, in place of the checkpoint's.
         say: a line for the user.
 
     Attributes:
@@ -60,6 +61,7 @@ class Resumption:
         resume_from: str,
         initial_weights: str | None,
         tracking_uri: str | None,
+        resets_scheduler: bool,
         say: Callable[[str], None],
     ) -> None:
         self._accelerator = accelerator
@@ -68,6 +70,7 @@ class Resumption:
         self._resume_from = resume_from
         self._initial_weights = initial_weights
         self._tracking_uri = tracking_uri
+        self._resets_scheduler = resets_scheduler
         self._say = say
         self._relay = Relay(agreement)
         self._found: Found | None = None
@@ -110,7 +113,15 @@ class Resumption:
             CheckpointError: on all ranks, if none of the checkpoints can be put back.
         """
         assert self._found is not None
-        self._resumed = resume(self._found, self._accelerator, self._agreement, watched, self._relay, self._say)
+        self._resumed = resume(
+            self._found,
+            self._accelerator,
+            self._agreement,
+            watched,
+            self._relay,
+            self._say,
+            resets_scheduler=self._resets_scheduler,
+        )
         if self._resumed is None:
             self._take_initial_weights(watched)
             return None

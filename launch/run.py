@@ -39,7 +39,7 @@ Run an Accelerate script, unchanged, and log and save what it trains, each so ma
 
 
 _MODULE = "-m"
-_FLAGS = ("-h", "--help", "--dry_run")
+_FLAGS = ("-h", "--help", "--dry_run", "--reset_scheduler")
 
 
 def run(words: Sequence[str]) -> int:
@@ -137,6 +137,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     logging.add_argument("--when_busy", choices=("wait", "skip"), default="wait", help="wait; skip: rather fewer saves")
     where = parser.add_argument_group("the run")
     where.add_argument("--resume", default="never", metavar="auto|never|PATH", help="as harness.resume has it (never)")
+    where.add_argument(
+        "--reset_scheduler", action="store_true", help="resumed: the scheduler as the script makes it now"
+    )
     where.add_argument("--run_name", default=None, metavar="NAME")
     where.add_argument("--run_dir", default="runs", metavar="DIR")
     where.add_argument("--experiment_name", default=None, metavar="NAME")
@@ -210,7 +213,13 @@ def _check_resume(own: argparse.Namespace) -> None:
 def _turn_on(own: argparse.Namespace) -> None:
     _check_resume(own)
     if own.resume != "never" or own.run_name or own.run_dir != "runs" or own.experiment_name:
-        harness.resume(own.resume, run_name=own.run_name, run_dir=own.run_dir, experiment_name=own.experiment_name)
+        harness.resume(
+            own.resume,
+            run_name=own.run_name,
+            run_dir=own.run_dir,
+            experiment_name=own.experiment_name,
+            reset_scheduler=own.reset_scheduler,
+        )
     harness.autolog(
         every_n_epochs=own.every_n_epochs,
         log_models=own.log_models,

@@ -92,6 +92,7 @@ def resume(
     run_name: str | None = None,
     run_dir: str | Path = "runs",
     experiment_name: str | None = None,
+    reset_scheduler: bool = False,
 ) -> None:
     """Have an autologged script go on in the run of this name, where there is one, or begin from a checkpoint.
 
@@ -109,6 +110,8 @@ def resume(
             process is ``<run_name>-2``, and so on.
         run_dir: the directory that the runs' directories are in.
         experiment_name: the MLflow experiment; None: the script's, or ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        reset_scheduler: where a run goes on, take the scheduler's course as the script makes it now (more epochs, say);
+            False: the checkpoint's.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -127,7 +130,14 @@ def resume(
     if run_name is None and resume_from == "auto":
         run_name = script_name()
     tracking: Any = replace(_settings.tracking, experiment_name=experiment_name)
-    _settings = replace(_settings, tracking=tracking, run_name=run_name, run_dir=str(run_dir), resume_from=resume_from)
+    _settings = replace(
+        _settings,
+        tracking=tracking,
+        run_name=run_name,
+        run_dir=str(run_dir),
+        resume_from=resume_from,
+        reset_scheduler=reset_scheduler,
+    )
     switch.change(_settings)
 
 

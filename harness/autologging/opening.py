@@ -65,6 +65,7 @@ def open_run(
         params={name: value for name, value in flat.items() if name not in changed},
         resume_from_checkpoint=settings.resume_from,
         seeds_workers=False,
+        reset_scheduler=settings.reset_scheduler,
     )
     logger.progress = _Quiet() if settings.tracking.silent else logger.progress
     logger.stem = stem

@@ -18,6 +18,7 @@ class Settings:
         run_name: name of the run of the first training, and of its directory; None: made up, from the script's name.
         run_dir: the directory that the runs' directories are in.
         resume_from: as `PeriodicLogger`'s `resume_from_checkpoint`.
+        reset_scheduler: as `PeriodicLogger` has it.
         first_run: name of the run of the process's first training, where this is for a later one.
     """
 
@@ -27,4 +28,5 @@ class Settings:
     run_name: str | None = None
     run_dir: str = "runs"
     resume_from: str = "auto"
+    reset_scheduler: bool = False
     first_run: str | None = None

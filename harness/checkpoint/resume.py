@@ -19,6 +19,7 @@ from harness.checkpoint.rank_state import RankState, of_rank, order_of, sums_of
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_tensors
 from harness.checkpoint.restore_trainer import put_back, require_same
+from harness.checkpoint.schedules import compare_schedules, reset_schedules
 from harness.checkpoint.shards.held import Held, innermost
 from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_checkpoint
@@ -93,6 +94,8 @@ def resume(
     watched: AnyWatched,
     relay: Relay,
     say: Callable[[str], None],
+    *,
+    resets_scheduler: bool = False,
 ) -> Resumed | None:
     """Put the first of the checkpoints back that holds.
 
@@ -107,6 +110,7 @@ def resume(
         watched: what is filled.
         relay: for ranks that do not see the checkpoints.
         say: a line for the user.
+        resets_scheduler: take the schedulers' course as they are made now, in place of the checkpoint's.
 
     Returns:
         Where the run goes on; None where there is no checkpoint at all.
@@ -122,7 +126,7 @@ def resume(
     damaged = [path for path, _ in found.damaged]
     for path in found.usable:
         try:
-            resumed = _put_back(path, accelerator, agreement, watched, relay, say)
+            resumed = _put_back(path, accelerator, agreement, watched, relay, say, resets_scheduler=resets_scheduler)
         except DamagedError as error:
             first_error = first_error or error
             damaged.append(path)
@@ -170,6 +174,8 @@ def _put_back(
     watched: AnyWatched,
     relay: Relay,
     say: Callable[[str], None],
+    *,
+    resets_scheduler: bool,
 ) -> Resumed:
     manifest, files = open_checkpoint(path, agreement, relay, say)
 
@@ -186,12 +192,16 @@ def _put_back(
 
     def finish() -> tuple[Resumed, list[str]]:
         groups = find().groups
-        put_back(state, watched, groups, accelerator.scaler)
+        if resets_scheduler:
+            restored, lines = reset_schedules(state, watched, groups)
+        else:
+            restored, lines = state, compare_schedules(state, watched)
+        put_back(restored, watched, groups, accelerator.scaler)
         new = [number for number, match in enumerate(match_groups(state.param_groups, groups)) if match is None]
-        lines = [f"harness: {path.name}: parameter group {number} is new, and starts as it was made" for number in new]
+        lines += [f"harness: {path.name}: parameter group {number} is new, and starts as it was made" for number in new]
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
         data = order_of(state.ranks) if own is None else own.data
-        return Resumed(path.name, state, own, data, _sums(state, own, agreement.rank)), lines
+        return Resumed(path.name, restored, own, data, _sums(state, own, agreement.rank)), lines
 
     try:
         # What takes no time first: that is refused before gigabytes are read.

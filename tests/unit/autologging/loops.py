@@ -29,7 +29,12 @@ def switching(run_dir: Path, name: str) -> Iterator[On]:
     made: list[Switch] = []
 
     def turn_on(
-        run_name: str | None = name, resume: str = "auto", *, every_n_epochs: int = 1, **checkpoint: Any
+        run_name: str | None = name,
+        resume: str = "auto",
+        *,
+        every_n_epochs: int = 1,
+        reset_scheduler: bool = False,
+        **checkpoint: Any,
     ) -> Switch:
         for earlier in made:
             earlier.turn_off()
@@ -40,6 +45,7 @@ def switching(run_dir: Path, name: str) -> Iterator[On]:
             run_name=run_name,
             run_dir=str(run_dir),
             resume_from=resume,
+            reset_scheduler=reset_scheduler,
         )
         made.append(Switch(settings))
         made[-1].turn_on()

@@ -64,7 +64,7 @@ OPTIONS = {
 def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[str], Path]) -> None:
     script(SCRIPT)
     words = [word for option in OPTIONS.items() for word in option]
-    assert run([*words, "--extra_tags", "more=", "train.py"]) == 0
+    assert run([*words, "--reset_scheduler", "--extra_tags", "more=", "train.py"]) == 0
     assert switch._on is not None
     assert switch._on.settings == Settings(
         CheckpointConfig(every_n_epochs=None, monitor="eval/accuracy", mode="max", save_top_k=3, when_busy="skip"),
@@ -81,6 +81,7 @@ def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[
         run_name="mine",
         run_dir="elsewhere",
         resume_from="models:/m-0123",
+        reset_scheduler=True,
     )
 
 
