@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from harness.durable import replace_file
 from harness.errors import TrackingError
@@ -21,6 +22,7 @@ from harness.run_directory import read_run_record
 from harness.tracking import attempts
 from harness.tracking.acknowledged import Acknowledged
 from harness.tracking.entries import POINTS, Entry, read_entries
+from harness.tracking.halving import send_in_halves
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
 from harness.tracking.pruning import prune
@@ -71,6 +73,8 @@ class Publisher:
         self._models = ModelLane(run_dir, settings, store, self._acknowledged, self._retries, log)
         self._attempts = attempts.read_attempts(run_dir)
         self._has_seen_trainer = False
+        # Of the entries that are being delivered: what the store refuses for good, and why.
+        self._refused: list[str] = []
 
     def open_run(self) -> None:
         """Make or find the MLflow run and put its id on disk, trying for ``start_timeout_s``.
@@ -188,24 +192,23 @@ class Publisher:
         except Exception as error:
             if not self._retries.is_permanent(error):
                 raise
-            if len(group) > 1:
-                # One of them is refused, not all: the others must not go with it.
-                return all(self._deliver_with_retries([entry]) for entry in group)
-            log(f"refused for good: {group[0].kind}: {error}")
-            self._acknowledge(group, refused=redact(f"{group[0].kind}: {error}"))
-            return True
+            self._refused = [f"{group[0].kind}: {error}"]
+        for reason in self._refused:
+            log(f"refused for good: {reason}")
+            self._acknowledged.update(refused=redact(reason))
         self._acknowledge(group)
         return True
 
     def _deliver(self, group: list[Entry]) -> None:
         self._beat()
+        self._refused = []
         kind, body = group[0].kind, group[0].body
         if kind in POINTS:
-            self.store.log_metrics([point for entry in group for point in _points(entry)])
+            self._send(kind, [point for entry in group for point in _points(entry)], self.store.log_metrics)
         elif kind == "params":
-            self.store.log_params(body)
+            self._send(kind, list(body.items()), lambda items: self.store.log_params(dict(items)))
         elif kind == "tags":
-            self.store.set_tags(body)
+            self._send(kind, list(body.items()), lambda items: self.store.set_tags(dict(items)))
         elif kind == "dataset":
             self.store.log_dataset(body)
         elif kind == "attempt":
@@ -214,9 +217,22 @@ class Publisher:
             self._deliver_end(group[0])
         # Texts, checkpoints and their retirements: the other lane's.
 
-    def _acknowledge(self, group: list[Entry], refused: str | None = None) -> None:
+    def _send(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], None]) -> None:
+        """Send items that begin with their names, without those that the store refuses for good."""
+
+        def refuse(item: Any, error: Exception) -> None:
+            # A parameter that has another value in the run already: the rest of the message shows both values.
+            reason = str(error).partition(". ")[0] if kind == "params" else error
+            self._refused.append(f"{kind}: {reason} ({item[0]})")
+
+        def send_some(some: Sequence[Any]) -> None:
+            self._beat()
+            send(some)
+
+        send_in_halves(items, send_some, self._is_permanent, refuse)
+
+    def _acknowledge(self, group: list[Entry]) -> None:
         self._acknowledged.update(
-            refused=refused,
             offset=group[-1].end_offset,
             ended=group[-1].kind == "end",
             time_ms=group[-1].time_ms,

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +264,58 @@ def test_entry_is_dropped_and_recorded_when_the_store_refuses_for_good(run_dir: 
     assert store.kinds == ["metrics", "tags", "end"]
     assert clock.pauses_s == []
     delivered = read_delivered(run_dir / "outbox")
-    assert delivered.refused == ("params: changing param values is not allowed",)
+    assert delivered.refused == ("params: changing param values is not allowed (lr)",)
     assert delivered.offset == journal_bytes(run_dir)
+
+
+class PickyStore(FaultyStore):
+    """Refuses each request that has one of these names in it."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self._names = set(names)
+
+    def _check(self, names: Iterable[str]) -> None:
+        self.num_tries += 1
+        if found := self._names & set(names):
+            raise Refusal(f"Invalid value {min(found)}. Names may only contain letters")
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        self._check(key for key, *_ in points)
+        self.calls.append(("metrics", list(points)))
+
+    def log_params(self, values: Mapping[str, str]) -> None:
+        self._check(values)
+        self.calls.append(("params", dict(values)))
+
+
+def test_all_else_arrives_in_few_requests_when_a_few_points_are_refused(run_dir: Path, outbox: Outbox) -> None:
+    for step in range(100):
+        bad = {"bad": 1.0} if step in (0, 57) else {}
+        outbox.append("metrics", {"step": step, "values": {**bad, "loss": 0.5, "acc": 0.25}}, step)
+    end(outbox)
+    store = PickyStore("bad")
+    assert publisher(run_dir, store).run()
+    points = [point for kind, points in store.calls if kind == "metrics" for point in points]
+    good = (("acc", 0.25), ("loss", 0.5))
+    assert sorted(points) == sorted((key, value, step, step) for step in range(100) for key, value in good)
+    assert store.num_tries < 40
+    delivered = read_delivered(run_dir / "outbox")
+    reason = "metrics: Invalid value bad. Names may only contain letters (bad)"
+    assert (delivered.refused, delivered.num_refused) == ((reason, reason), 2)
+    assert delivered.offset == journal_bytes(run_dir)
+
+
+def test_other_parameters_arrive_when_one_has_another_value_in_the_run(run_dir: Path, outbox: Outbox) -> None:
+    values = {f"p{number}": str(number) for number in range(43)}
+    outbox.append("params", values, 1)
+    end(outbox)
+    store = PickyStore("p7")
+    assert publisher(run_dir, store).run()
+    arrived = {name: text for kind, params in store.calls if kind == "params" for name, text in params.items()}
+    assert arrived == {name: text for name, text in values.items() if name != "p7"}
+    # Without the rest of the store's message, which shows the values.
+    assert read_delivered(run_dir / "outbox").refused == ("params: Invalid value p7 (p7)",)
 
 
 def test_password_is_left_out_when_the_refusal_has_it(
@@ -275,7 +325,7 @@ def test_password_is_left_out_when_the_refusal_has_it(
     end(outbox)
     store = FaultyStore(ConnectionError("GET http://me:hunter2@host"), Refusal("PUT http://me:hunter2@host"))
     assert publisher(run_dir, store).run()
-    assert read_delivered(run_dir / "outbox").refused == ("params: PUT http://me:***@host",)
+    assert read_delivered(run_dir / "outbox").refused == ("params: PUT http://me:***@host (lr)",)
     logged = capsys.readouterr().err
     assert "cannot deliver yet: params" in logged
     assert "refused for good: params" in logged
@@ -734,4 +784,4 @@ def test_record_of_what_is_refused_stays_small(run_dir: Path, outbox: Outbox) ->
     assert publisher(run_dir, store).run()
     delivered = read_delivered(run_dir / "outbox")
     assert delivered.num_refused == 100
-    assert delivered.refused == tuple(f"tags: no {step}" for step in range(1, MAX_REFUSED_KEPT + 1))
+    assert delivered.refused == tuple(f"tags: no {step} (name)" for step in range(1, MAX_REFUSED_KEPT + 1))
