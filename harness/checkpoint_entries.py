@@ -24,7 +24,7 @@ class CheckpointEntries:
         monitor: the metric that ranks checkpoints; None: none does.
 
     Attributes:
-        latest: name of a metric -> its latest point.
+        latest: name of a metric in MLflow -> its latest point.
     """
 
     def __init__(self, tracker: Tracker, config: TrackingConfig, monitor: str | None) -> None:
@@ -39,7 +39,8 @@ class CheckpointEntries:
 
         By the time that it is committed, training has logged others under the same names.
         """
-        self._points_of[checkpoint] = [[key, *self.latest[key]] for key in metrics if key in self.latest]
+        names = [self._tracker.metric_name(key) for key in metrics]
+        self._points_of[checkpoint] = [[name, *self.latest[name]] for name in names if name in self.latest]
 
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
         """A checkpoint is committed."""

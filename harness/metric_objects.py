@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import MetricError
-from harness.metrics import check_name
+from harness.metric_values import as_number
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -49,8 +49,6 @@ def compute_over_ranks(agreement: Agreement, metrics: Mapping[str, torchmetrics.
     """
     if not metrics:
         return {}
-    for name in metrics:
-        check_name(name)
     mine = {name: _to_host(metric.metric_state) for name, metric in metrics.items()}
     by_rank = agreement.gather("torchmetrics states", mine)
     values: dict[str, float] = {}
@@ -89,4 +87,6 @@ def _numbers(name: str, value: Any) -> dict[str, float]:
         return {key: number for part, item in value.items() for key, number in _numbers(f"{name}/{part}", item).items()}
     if isinstance(value, Tensor) and value.numel() != 1:
         raise MetricError(f"{name}: must compute one number, gives shape {tuple(value.shape)}; average it first")
-    return {name: float(value)}
+    if (number := as_number(value)) is None:
+        raise MetricError(f"{name}: must compute one number, gives a {type(value).__name__}")
+    return {name: number}

@@ -14,39 +14,24 @@ there is one collective for each window.
 from __future__ import annotations
 
 import json
-import re
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from harness.errors import MetricError, PeerFailure
+from harness.metric_values import LoggedValues, as_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # So many logged values are kept as they are; then they are summed up on their device.
 _MAX_PENDING = 256
-
-
-_NAME = re.compile(r"[\w\-. :/]{1,250}")
-
-
-def check_name(name: str) -> None:
-    """Refuse a metric's name that MLflow would refuse, with all that is sent along with it.
-
-    Raises:
-        MetricError: with what a name may hold.
-    """
-    if not _NAME.fullmatch(name) or name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
-        raise MetricError(
-            f"{name!r}: must be a metric's name of letters, digits, '_', '-', '.', ' ', ':' and '/' (at most 250, as a "
-            "path without empty parts); rename it, such as acc@1 to acc_at_1"
-        )
 
 
 class _Cell:
@@ -70,16 +55,17 @@ class WeightedSums:
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
 
     Args:
+        values: converts what is neither a tensor nor a float, and says once what is left out; None: the log says it.
         holds_all: treat tensors in host memory like a device's (so that tests reach that path anywhere).
     """
 
-    def __init__(self, *, holds_all: bool = False) -> None:
+    def __init__(self, values: LoggedValues | None = None, *, holds_all: bool = False) -> None:
+        self._values = values or LoggedValues(logging.getLogger(__name__).warning)
         self._holds_all = holds_all
-        self._checked_names: set[str] = set()
         self._cells: dict[str, _Cell] = {}
 
-    def add(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
-        """Take one batch's means.
+    def add(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
+        """Take one batch's means. What is no number is left out.
 
         Args:
             values: name -> 0-d tensor (or of one element), any dtype and device, or number.
@@ -110,18 +96,20 @@ class WeightedSums:
                     self._hold(name, cell, value, weight)
                     continue
                 value = value.item()  # in host memory it is there already: nothing is waited for
+            if type(value) is not float and (value := self._values.number(as_name(name), value)) is None:
+                continue
             cell.total += value * weight
             cell.weight += weight
 
-    def _begin(self, name: str) -> _Cell:
-        if name not in self._checked_names:
-            check_name(name)
-            self._checked_names.add(name)
-        cell = self._cells[name] = _Cell()
-        return cell
+    def _begin(self, name: Any) -> _Cell:
+        # A key that is no text is not found in the next batch, and comes here each time.
+        return self._cells.setdefault(as_name(name), _Cell())
 
     def _hold(self, name: str, cell: _Cell, value: Tensor, weight: float) -> None:
         """Keep a device's value for later: reading it now would wait for all that is queued there."""
+        if value.is_complex():
+            self._values.number(as_name(name), value.new_zeros((), device="cpu"))
+            return
         if value.requires_grad:
             value = value.detach()  # or the whole graph would be kept
         held = cell.held

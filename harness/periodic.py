@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from harness import random_state, runtime, timing
 from harness.agreement import Agreement
@@ -40,11 +40,12 @@ from harness.checkpoint.saver import Saver
 from harness.checkpoint.trainer_state import AnyWatched, Watched
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.course import Course
-from harness.errors import CheckpointError
+from harness.errors import CheckpointError, ConfigError
 from harness.events import LoopEvents
 from harness.history import MetricHistory
 from harness.learning_rates import LearningRates
-from harness.metrics import Reducer, check_name
+from harness.metric_values import LoggedValues
+from harness.metrics import Reducer
 from harness.own_loop import OwnLoop
 from harness.place import Place
 from harness.progress import Progress
@@ -54,6 +55,7 @@ from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.saves import Saves
 from harness.step_counter import StepCounter
 from harness.tracking import provenance
+from harness.tracking.names import clean_path
 from harness.votes import Votes
 from harness.watching import modules_of, refuse_second_watch, watched_of
 from harness.windows import MetricWindows
@@ -135,6 +137,7 @@ class PeriodicLogger:
         self._watched: AnyWatched | None = None
         self._step_counter: StepCounter | None = None
         self._rates = LearningRates()
+        self._values = LoggedValues(lambda line: self.say(f"harness: warning: {line}"))
         self._place = Place()
         self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
 
@@ -185,7 +188,7 @@ class PeriodicLogger:
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._windows = MetricWindows(
-            self.accelerator.device, Reducer(group, timing.GAUGES), self._rates.now, self._told
+            self.accelerator.device, Reducer(group, timing.GAUGES), self._rates.now, self._told, self._values
         )
         votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
@@ -458,9 +461,17 @@ class PeriodicLogger:
             files: name -> text of what else is to lie beside the weights in MLflow.
 
         Raises:
-            ConfigError: if the class cannot be imported elsewhere, or an argument is no JSON.
+            ConfigError: if the class cannot be imported elsewhere, an argument is no JSON, or the name of a file leads
+                out of the model's directory.
         """
         check_spec("describe", spec)
+        for name in files or {}:
+            if clean_path(name) != name:
+                raise ConfigError(
+                    "describe.files",
+                    f"{name!r} must be a path within the model's directory, without '%', '#', '?', ':' and '\\'; "
+                    f"use {clean_path(name)!r}",
+                )
         self._run.describe_recipe(spec, model, input_example, dynamic_axes, packages, files)
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
@@ -560,27 +571,30 @@ class PeriodicLogger:
 
     # ----------------------------------------------------------------------- logging
 
-    def log(self, values: Mapping[str, Tensor | float], weight: float = 1.0) -> None:
+    def log(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
         """Take the means of one batch. Nothing is synchronised, reduced or sent here.
 
         The value that is published is the mean over all that was logged under the name, by any rank,
         since the last time: weighted, so that uneven batches and ranks give what one process would.
 
         Args:
-            values: name -> tensor of one element on any device, or number.
+            values: name -> tensor of one element on any device, or number. Anything else, such as None or text, is left
+                out, and a line says so once for each name.
             weight: how many items the means are over.
 
         Raises:
-            MetricError: if a value is not a single number, or a tensor was changed after it was logged.
+            MetricError: if a tensor has more than one element, or was changed after it was logged.
         """
         self._windows.log(values, weight)
 
-    def report(self, values: Mapping[str, float]) -> None:
+    def report(self, values: Mapping[str, Any]) -> None:
         """Take values that are reduced already, as of the steps that are complete: nothing is averaged.
 
-        Effects: not collective, but every rank calls it alike; main thread; never blocks.
+        What is no number is left out, and a line says so once for each name.
+
+        Effects: not collective, but every rank calls it alike; main thread; waits for a tensor that is on a device.
         """
-        self._history.add(values, self.step)
+        self._history.add(self._values.numbers(values), self.step)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Further parameters of the run, nested as you like. Not collective: rank zero's count."""
@@ -613,7 +627,7 @@ class PeriodicLogger:
         """
         self._windows.update(metrics, args, kwargs)
 
-    def record(self, values: Mapping[str, float], step: int | None = None) -> None:
+    def record(self, values: Mapping[str, Any], step: Any = None) -> None:
         """Log values that are whole already, as a loop of somebody else's has made them: nothing is reduced.
 
         A name that comes this way is the loop's from then on: what this class would log under it is left out. The
@@ -623,16 +637,13 @@ class PeriodicLogger:
             since the loop may count epochs.
 
         Args:
-            values: name -> number.
-            step: of the loop's own counting; None: the optimizer steps that are complete.
-
-        Raises:
-            MetricError: if MLflow would refuse a name.
+            values: name -> number, or array or tensor of one element. Anything else is left out, and a line says so
+                once for each name.
+            step: of the loop's own counting; None: the optimizer steps that are complete. So it is where the step is
+                no integer of 64 bits; fractions are cut off. A line says so once.
         """
-        for name in values:
-            check_name(name)
-        if self.topology.rank == 0:
-            self._history.record(values, self.step, step)
+        if self.topology.rank == 0 and (numbers := self._values.numbers(values)):
+            self._history.record(numbers, self.step, self._values.step(step))
 
     @property
     def is_log_step_next(self) -> bool:

@@ -146,6 +146,7 @@ class RunLifetime:
         self._progress.say(f"run {directory.name} in {directory.path}{which}")
         for note in self._tracker.notes:
             self._say(note)
+        self._say_warnings(self._tracker)
         if not self._lock.works:
             self._progress.say(
                 f"harness: warning: {directory.path}: this file system has no locks; see to it that no other job uses "
@@ -199,18 +200,21 @@ class RunLifetime:
         """Reduced metrics at a step."""
         if self._tracker is not None and self._checkpoints is not None:
             self._checkpoints.latest.update(self._tracker.metrics(values, step))
-            while self._tracker.warnings:
-                self._say(f"harness: warning: {self._tracker.warnings.pop(0)}")
+            self._say_warnings(self._tracker)
 
     def log_recorded(self, values: Mapping[str, float], step: int) -> None:
         """Metrics at a step of a loop's own counting."""
         if self._tracker is not None and self._checkpoints is not None:
             self._checkpoints.latest.update(self._tracker.metrics(values, step, is_own_step=True))
+            self._say_warnings(self._tracker)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Further parameters, nested; those that have changed since the run began are told as such."""
-        if self._tracker is not None and (drift := self._tracker.params(provenance.flatten_params(values))).changed:
+        if self._tracker is None:
+            return
+        if (drift := self._tracker.params(provenance.flatten_params(values))).changed:
             self._say(f"parameters have changed since the run began: {drift.as_line()}")
+        self._say_warnings(self._tracker)
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -353,6 +357,10 @@ class RunLifetime:
         # Not before: a launcher sends SIGTERM to the ranks that are left, and this one has work to finish.
         self._signals.restore()
         return cause
+
+    def _say_warnings(self, tracker: Tracker) -> None:
+        while tracker.warnings:
+            self._say(f"harness: warning: {tracker.warnings.pop(0)}")
 
     def _say(self, line: str) -> None:
         """A line about tracking."""

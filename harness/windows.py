@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from harness import runtime, timing
 from harness.agreement import Agreement
 from harness.metric_objects import compute_over_ranks, each_metric
+from harness.metric_values import LoggedValues
 from harness.metrics import Reduced, Reducer, WeightedSums
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class MetricWindows:
         reducer: for this alone.
         rates: the learning rates as metrics.
         told: called with each reduced window and its step, on every rank alike.
+        values: converts what is logged, and says once what is left out.
 
     Attributes:
         timer: of the steps.
@@ -45,13 +46,14 @@ class MetricWindows:
         reducer: Reducer,
         rates: Callable[[], dict[str, float]],
         told: Callable[[Mapping[str, float], int], None],
+        values: LoggedValues,
     ) -> None:
         self._device = device
         self._reducer = reducer
         self._rates = rates
         self._told = told
-        self._train = WeightedSums()
-        self._eval = WeightedSums()
+        self._train = WeightedSums(values)
+        self._eval = WeightedSums(values)
         # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
         self._target: WeightedSums | None = self._train
         self._objects: dict[str, torchmetrics.Metric] = {}
@@ -65,7 +67,7 @@ class MetricWindows:
         """Whether `poll` is to be called at the next step."""
         return self._reducer.is_waiting
 
-    def log(self, values: Mapping[str, Tensor | float], weight: float) -> None:
+    def log(self, values: Mapping[str, Any], weight: float) -> None:
         """See `PeriodicLogger.log`."""
         if self._target is not None:
             self._target.add(values, weight)

@@ -77,7 +77,7 @@ class Session:
         self._checkpointed: tuple[Any, ...] = ()
         self._num_registered = 0
         self.notes = Notes(lambda: self.is_rank_zero and not self.settings.tracking.silent)
-        self._own = OwnValues(lambda what: self.notes.say_once(what, advises=False))
+        self._own = OwnValues()
 
     @property
     def has_begun(self) -> bool:

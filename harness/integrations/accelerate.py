@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +24,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 
 from harness.config import TrackingConfig
 from harness.errors import HarnessError, Stopped
+from harness.metric_values import LoggedValues
 from harness.redact import redact_message
 from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lifetime import FAILURE_WAIT_S
@@ -70,6 +70,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         self._directory: RunDirectory | None = None
         self._earlier_hook: Callable[..., Any] | None = None
         self._step: int | None = None
+        self._values = LoggedValues(self._warn)
 
     @property
     def tracker(self) -> Tracker | None:
@@ -109,6 +110,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             self._lock.release()
             raise
         tracker.tags(provenance.tags(facts, config.tags))
+        self._show_warnings(tracker)
         self._tracker = tracker
         self._earlier_hook, sys.excepthook = sys.excepthook, self._excepthook
 
@@ -119,36 +121,42 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             drift = self._tracker.params(provenance.flatten_params(values))
             if drift.changed:
                 _say(f"parameters have changed since the run began: {drift.as_line()}")
+            self._show_warnings(self._tracker)
 
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Metrics at a step; what is no number is left out.
+        """Metrics at a step; what is no number is left out, and a line says so once for each name.
 
         Args:
             values: name -> number, or tensor of one element, which is waited for.
-            step: of the run; None: the one after the latest.
+            step: of the run; None: the one after the latest. So it is where the step is no integer of 64 bits.
         """
         tracker = self._tracker
         if tracker is None:
             return
+        step = self._values.step(step)
         if step is None:
             step = 0 if self._step is None else self._step + 1
-        numbers: dict[str, float] = {}
-        for key, value in values.items():
-            with suppress(TypeError, ValueError, RuntimeError):
-                numbers[key] = float(value)
         if self._step is None and self._directory is not None and self._directory.continues:
             # What the script goes on from is its own affair: the first step that it tells says where that is.
             tracker.resumed(step, None)
         self._step = step
-        tracker.metrics(numbers, step)
-        while tracker.warnings:
-            _say(f"harness: warning: {tracker.warnings.pop(0)}")
+        if numbers := self._values.numbers(values):
+            tracker.metrics(numbers, step)
+        self._show_warnings(tracker)
 
     @on_main_process  # type: ignore[untyped-decorator]
     def finish(self) -> None:
         """All was logged: the run is FINISHED. Waits for the delivery."""
         self._end("FINISHED", "the script has ended its training", self._config.drain_timeout_s)
+
+    def _warn(self, line: str) -> None:
+        if not self._config.silent:
+            _say(f"harness: warning: {line}")
+
+    def _show_warnings(self, tracker: Tracker) -> None:
+        while tracker.warnings:
+            self._warn(tracker.warnings.pop(0))
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         earlier = self._earlier_hook or sys.__excepthook__

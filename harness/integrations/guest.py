@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -170,15 +170,11 @@ class Guest:
         self.finish_copy()
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Reduced values of now. What is no number is left out; what comes when no run is open is in none."""
+        """Reduced values of now; see `PeriodicLogger.report`. What comes when no run is open is in none."""
         if self._logger is None:
             return
-        numbers: dict[str, float] = {}
-        for key, value in values.items():
-            with suppress(TypeError, ValueError, RuntimeError):
-                numbers[key] = float(value)
         with self._ending():
-            self.logger.report(numbers)
+            self.logger.report(values)
 
     def evaluated(self) -> None:
         """The loop has evaluated, which is no step's time."""

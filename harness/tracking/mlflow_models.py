@@ -15,8 +15,10 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Metric
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from harness.redact import redact_message
-from harness.tracking.mlflow_client import despite_conflicts
+from harness.tracking.halving import send_in_halves
+from harness.tracking.mlflow_client import despite_conflicts, is_permanent
 from harness.tracking.mlmodel import model_files
+from harness.tracking.names import clean_key, clean_path
 from harness.tracking.registry import CHECKPOINT_TAG, Registration, Registry, is_in_use
 from harness.tracking.uploads import Pace, Uploads
 
@@ -120,19 +122,24 @@ class PublishedModels:
         with tempfile.TemporaryDirectory(prefix="harness-model-") as made:
             texts = {} if recipe is None else model_files(recipe, record, model_id, self._run_id)
             for name, text in texts.items():
-                files[name] = Path(made, name)
-                files[name].write_text(text)
+                # Within the directory, whatever a recipe of an earlier version says.
+                path = files[clean_path(name)] = Path(made, clean_path(name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(text.encode(errors="replace"))
             Uploads(repository, self._pace, self._sent).put(files)
         if _identity(directory) != begun_as:
             raise FileNotFoundError(f"{directory}: was replaced while it was read")
         # With the time of the original points: they are the same points, now linked to the model too.
         linked = [
-            Metric(key, value, time_ms, step, model_id=model_id) for key, value, time_ms, step in record["metrics"]
+            Metric(clean_key(key), value, time_ms, step, model_id=model_id)
+            for key, value, time_ms, step in record["metrics"]
         ]
         for start in range(0, len(linked), _MAX_METRICS_PER_BATCH):
-            batch = linked[start : start + _MAX_METRICS_PER_BATCH]
-            despite_conflicts(partial(self._client.log_batch, self._run_id, metrics=batch))
+            send_in_halves(linked[start : start + _MAX_METRICS_PER_BATCH], self._link, is_permanent, _is_known)
         self._client.finalize_logged_model(model_id, "READY")
+
+    def _link(self, metrics: Sequence[Metric]) -> None:
+        despite_conflicts(partial(self._client.log_batch, self._run_id, metrics=list(metrics)))
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
         """Delete the files that only resuming needs from the run's models that are older than that of a checkpoint.
@@ -242,6 +249,10 @@ class PublishedModels:
                 raise
             return redact_message(str(error)) or type(error).__name__
         return None
+
+
+def _is_known(metric: Metric, error: Exception) -> None:
+    """Leave a point out that is refused: it was refused as the run's before, and reported."""
 
 
 def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:

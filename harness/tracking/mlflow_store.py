@@ -20,12 +20,13 @@ from typing import Any
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_STATE
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, INVALID_STATE
 from mlflow.protos.service_pb2 import LogBatch
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from harness.tracking.mlflow_client import connect, despite_conflicts, give_longer, server_of
 from harness.tracking.mlflow_models import PublishedModels
+from harness.tracking.names import Names, clean_key, clean_path, in_quotes, searchable
 from harness.tracking.registry import Registration
 from harness.tracking.store import WantedRun
 from harness.tracking.uploads import Pace, UploadError
@@ -41,6 +42,7 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_TAGS_PER_BATCH = 100
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
+MAX_DATASET_NAME_CHARS = 500
 
 
 class MlflowStore:
@@ -132,10 +134,9 @@ class MlflowStore:
 
     def _runs_with(self, tag: str, value: str) -> list[Run]:
         """Runs of the experiment that carry a tag, the oldest first."""
-        quoted = value.replace("'", "\\'")
         return list(
             self._client.search_runs(
-                [self.experiment_id], f"tags.`{tag}` = '{quoted}'", order_by=["attributes.start_time ASC"]
+                [self.experiment_id], f"tags.`{tag}` = {in_quotes(value)}", order_by=["attributes.start_time ASC"]
             )
         )
 
@@ -144,14 +145,13 @@ class MlflowStore:
         if re.fullmatch(r"[0-9a-f]{32}", wanted):
             self._client.get_run(wanted)
             return wanted
-        found = self._runs_with(PARENT_TAG, wanted)
+        name = searchable(wanted)
+        found = self._runs_with(PARENT_TAG, name)
         if not found:
-            self._client.create_run(
-                self.experiment_id, start_time=created_ms, tags={PARENT_TAG: wanted}, run_name=wanted
-            )
+            self._client.create_run(self.experiment_id, start_time=created_ms, tags={PARENT_TAG: name}, run_name=wanted)
             # Looked for again: of two that were made at the same moment all take the same one.
             time.sleep(_TWIN_PAUSE_S)
-            found = self._runs_with(PARENT_TAG, wanted)
+            found = self._runs_with(PARENT_TAG, name)
         parent: str = min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id
         for twin in found:
             if twin.info.run_id != parent and not self._runs_with(MLFLOW_PARENT_RUN_ID, twin.info.run_id):
@@ -190,6 +190,7 @@ class MlflowStore:
 
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points, any number."""
+        points = [_as_mlflow_has_it(*point) for point in points]
         for start in range(0, len(points), MAX_METRICS_PER_BATCH):
             batch = points[start : start + MAX_METRICS_PER_BATCH]
             despite_conflicts(partial(self._log_batch_of_points, batch))
@@ -203,14 +204,14 @@ class MlflowStore:
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""
-        params = [Param(_key(key), value[:MAX_PARAM_CHARS]) for key, value in values.items()]
+        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in _clean_keys(values).items()]
         for start in range(0, len(params), MAX_PARAMS_PER_BATCH):
             batch = params[start : start + MAX_PARAMS_PER_BATCH]
             despite_conflicts(partial(self._client.log_batch, self.run_id, params=batch))
 
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a value that is too long is cut."""
-        tags = [RunTag(_key(key), value[:MAX_TAG_CHARS]) for key, value in values.items()]
+        tags = [RunTag(key, value[:MAX_TAG_CHARS]) for key, value in _clean_keys(values).items()]
         for start in range(0, len(tags), MAX_TAGS_PER_BATCH):
             despite_conflicts(
                 partial(self._client.log_batch, self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
@@ -219,7 +220,7 @@ class MlflowStore:
     def log_dataset(self, record: Mapping[str, Any]) -> None:
         """Record a data set as an input of the run."""
         dataset = Dataset(
-            name=record["name"],
+            name=record["name"][:MAX_DATASET_NAME_CHARS],
             digest=record["digest"],
             source_type=record["source_type"],
             source=record["source"],
@@ -234,11 +235,12 @@ class MlflowStore:
         Raises:
             UploadError: if it is not there in its size afterwards: an upload's answer does not tell.
         """
-        self._client.log_text(self.run_id, content, name)
-        there = self._client.list_artifacts(self.run_id, posixpath.dirname(name) or None)
-        num_bytes = next((found.file_size for found in there if found.path == posixpath.normpath(name)), None)
+        path = clean_path(name)
+        self._client.log_text(self.run_id, content, path)
+        there = self._client.list_artifacts(self.run_id, posixpath.dirname(path) or None)
+        num_bytes = next((found.file_size for found in there if found.path == posixpath.normpath(path)), None)
         if num_bytes != len(content.encode()):
-            raise UploadError(f"{name} has {num_bytes} bytes in the artifact store and not {len(content.encode())}")
+            raise UploadError(f"{path} has {num_bytes} bytes in the artifact store and not {len(content.encode())}")
 
     def log_checkpoint(
         self,
@@ -296,6 +298,23 @@ def _json_number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _key(name: str) -> str:
-    """A parameter's or tag's name with what MLflow would refuse replaced: one bad name refuses the batch."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:250]
+def _as_mlflow_has_it(key: str, value: float, time_ms: int, step: int) -> tuple[str, float, int, int]:
+    """A point of any journal, with a name and numbers that a database can hold.
+
+    Raises:
+        MlflowException: if it has a number that none can, for which MLflow's own error would be taken for a failure.
+    """
+    try:
+        number, whole_step = float(value), int(step)
+        if -(2**63) <= whole_step < 2**63:
+            return clean_key(key), number, time_ms, whole_step
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise MlflowException(
+        f"step {step!r:.40} or value {value!r:.40} is no number of 64 bits", error_code=INVALID_PARAMETER_VALUE
+    )
+
+
+def _clean_keys(values: Mapping[str, str]) -> dict[str, str]:
+    """Parameters or tags of any journal by names that MLflow accepts; the trainer has said which are changed."""
+    return Names(lambda line: None).of_all("parameter", values)

@@ -106,16 +106,16 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def flatten_params(config: Any, prefix: str = "") -> dict[str, str]:
+def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
     """A nested configuration as dotted names: ``trainer.max_epochs`` -> ``20``, secrets replaced."""
     if is_dataclass(config) and not isinstance(config, type):
         config = asdict(config)
     if isinstance(config, Mapping) and config:
         flat: dict[str, str] = {}
         for key, value in config.items():
-            flat |= flatten_params(value, f"{prefix}.{key}" if prefix else str(key))
+            flat |= flatten_params(value, str(key) if prefix is None else f"{prefix}.{key}")
         return flat
-    if not prefix:
+    if prefix is None:
         return {}
     return {prefix: "***" if is_secret_name(prefix) else redact(str(config))}
 

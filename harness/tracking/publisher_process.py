@@ -30,6 +30,7 @@ from harness.run_directory import read_run_record
 from harness.tracking.acknowledged import read_delivered
 from harness.tracking.entries import read_entries
 from harness.tracking.heartbeat import Heartbeat
+from harness.tracking.names import clean_model_name
 from harness.tracking.outbox import DEFAULT_MAX_BYTES
 from harness.tracking.publisher import POLL_S, Publisher, log
 from harness.tracking.publisher_launch import DAMAGED
@@ -197,7 +198,9 @@ def _registration(raw: Mapping[str, Any]) -> Registration | None:
         return None
     # A run of before there were aliases may still have something to deliver.
     aliases, monitor = raw.get("registered_model_aliases", False), raw.get("monitor")
-    return Registration(raw["registered_model_name"], aliases, monitor, raw.get("mode", "min"))
+    # A version before this one left the name to MLflow's own refusal.
+    name = clean_model_name(raw["registered_model_name"])
+    return Registration(name, aliases, monitor, raw.get("mode", "min"))
 
 
 def where_it_goes_on(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config import Mode
+from harness.tracking.names import in_quotes
 
 CHECKPOINT_TAG = "harness.checkpoint"
 LAST, BEST = "last", "best"
@@ -59,7 +60,7 @@ class Registry:
                 raise
         # `model_id` of a version that was found is None (MLflow 3.17), its source is not.
         source = f"models:/{model_id}"
-        if not any(version.source == source for version in self._versions(f"name = '{name}'")):
+        if not any(version.source == source for version in self._versions_of(name)):
             tags = _tags(registration, record)
             self._client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id)
         self.place_aliases(registration)
@@ -74,7 +75,7 @@ class Registry:
             return
         name = registration.name
         for _ in range(_MAX_LOOKS):
-            versions = [each for each in self._versions(f"name = '{name}'") if each.version not in leaving]
+            versions = [each for each in self._versions_of(name) if each.version not in leaving]
             wanted = _wanted(registration, versions)
             have = self._client.get_registered_model(name).aliases if wanted else {}
             moves = {alias: version for alias, version in wanted.items() if str(have.get(alias)) != version}
@@ -91,6 +92,9 @@ class Registry:
         return [
             self._client.get_model_version(each.name, each.version) for each in found if model_id in (each.source or "")
         ]
+
+    def _versions_of(self, name: str) -> Iterator[Any]:
+        return self._versions(f"name = {in_quotes(name)}")
 
     def _versions(self, filter_string: str) -> Iterator[Any]:
         token = None

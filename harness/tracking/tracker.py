@@ -32,6 +32,7 @@ from harness.tracking.continuation import (
 from harness.tracking.drain import Drain, Left
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
+from harness.tracking.names import Names, clean_key
 from harness.tracking.outbox import Outbox
 from harness.tracking.publisher_launch import DAMAGED, PublisherDiedError, read_answer, start_publisher
 from harness.tracking.settings import absolute_sqlite, write_settings
@@ -62,7 +63,7 @@ class Tracker:
     Attributes:
         run_id: of the MLflow run, once there is one.
         notes: lines for the user, from `start`.
-        warnings: lines for the user, from `metrics`; who shows them takes them away.
+        warnings: lines for the user, from anything that is logged; the caller removes the ones it displays.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Tracker:
         self.monitor, self.mode = monitor, mode
         self.notes: list[str] = []
         self.warnings: list[str] = []
+        self._names = Names(self.warnings.append)
         self._trouble: str | None = None
         self._outbox_dir = run_dir / "outbox"
         self.outbox = Outbox(self._outbox_dir, config.max_outbox_bytes)
@@ -88,7 +90,7 @@ class Tracker:
         self._recipe = newest_recipe(self._outbox_dir)
         self._has_recipe = False
         # Before this attempt adds its own.
-        self._logged = read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
+        self._logged = _read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
         self._known_datasets = self._read_datasets() if attempt > 1 else {}
         self._known: KnownPoints | None = None
         self._told: dict[str, str] = {}
@@ -118,7 +120,7 @@ class Tracker:
             "run_name": run_name,
             "tracking_uri": self.config.tracking_uri,
             "experiment_name": self.config.experiment_name,
-            "registered_model_name": self.config.registered_model_name,
+            "registered_model_name": self._registered_model_name(),
             "registered_model_aliases": self.config.registered_model_aliases,
             "monitor": self.monitor,
             "mode": self.mode,
@@ -150,6 +152,10 @@ class Tracker:
             except BaseException:
                 self.abandon()
                 raise
+
+    def _registered_model_name(self) -> str | None:
+        given = self.config.registered_model_name
+        return None if given is None else self._names.of("registered model", given)
 
     def _stay_offline(self, settings: Mapping[str, Any]) -> None:
         """Leave for `harness sync` what a publisher would have been told: where to, from any directory."""
@@ -183,9 +189,10 @@ class Tracker:
     def params(self, values: Mapping[str, str]) -> Drift:
         """Parameters of the run: name -> text; returns how they are others than an earlier attempt's.
 
-        MLflow refuses to change a parameter: one that has changed is a fact of this attempt.
+        MLflow refuses to change a parameter: one that has changed is a fact of this attempt. A name that MLflow
+        refuses is replaced, with a line in `warnings`; so are those of metrics, tags and texts.
         """
-        found = drift(self._logged.params, values)
+        found = drift(self._logged.params, self._names.of_all("parameter", values))
         if found.added:
             self.outbox.append("params", found.added)
         if found.changed:
@@ -197,15 +204,24 @@ class Tracker:
         return key in self._logged.checkpoints
 
     def points_at(self, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
-        """The points in the journal that a checkpoint's metrics are; see `continuation.points_at`."""
-        return points_at(self._outbox_dir, metrics, step)
+        """The points in the journal that a checkpoint's metrics are, by their names in MLflow.
+
+        See `continuation.points_at`.
+        """
+        return points_at(self._outbox_dir, self._names.of_all("metric", metrics), step)
+
+    def metric_name(self, name: str) -> str:
+        """What a metric is named in MLflow."""
+        return self._names.of("metric", name)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Tags of the run: name -> text."""
-        self.outbox.append("tags", values)
+        self.outbox.append("tags", self._names.of_all("tag", values))
 
     def metrics(self, values: Mapping[str, float], step: int, *, is_own_step: bool = False) -> dict[str, Point]:
         """Metrics at an optimizer step; returns the points that they are, which may be an earlier attempt's.
+
+        The points are by their names in MLflow.
 
         Args:
             values: name -> number.
@@ -213,6 +229,7 @@ class Tracker:
             is_own_step: the step is of a script's own counting, such as of epochs: no optimizer's is meant.
         """
         self._revive()
+        values = self._names.of_all("metric", values)
         if self.attempt > 1 and self._known is None:
             # Nothing was restored: it begins again.
             self.resumed(0, None)
@@ -312,8 +329,8 @@ class Tracker:
         return {}
 
     def text(self, name: str, content: str) -> None:
-        """A small text file among the run's artifacts."""
-        self.outbox.append("text", {"name": name, "content": content})
+        """A small text file among the run's artifacts, at a path within them."""
+        self.outbox.append("text", {"name": self._names.of("text", name), "content": content})
 
     def sync(self) -> None:
         """Wait until the journal is on the disk itself: no crash of the machine takes a point back. Any thread."""
@@ -401,3 +418,9 @@ class Tracker:
             for stream in (self._publisher.stdin, self._publisher.stdout):
                 if stream is not None:
                     stream.close()
+
+
+def _read_logged(outbox_dir: Path) -> Logged:
+    """What earlier attempts have logged; a version before this one wrote names as they were given."""
+    logged = read_logged(outbox_dir)
+    return Logged({clean_key(name): value for name, value in logged.params.items()}, logged.checkpoints)

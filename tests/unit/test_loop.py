@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.checkpoint.commit import list_checkpoints
 from harness.config import CheckpointConfig, EarlyStopping, TrackingConfig, TrainerConfig
-from harness.errors import ConfigError, MetricError, NonFiniteLossError
+from harness.errors import ConfigError, NonFiniteLossError
 from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.runtime import start
@@ -165,14 +165,26 @@ def test_last_checkpoint_is_there_when_the_one_before_keeps_the_disk_busy(
     assert capfd.readouterr().err.count("skipped one") == skipped.bit_length()
 
 
-def test_metric_is_refused_when_mlflow_would_refuse_its_name(train: Callable[..., Run]) -> None:
+def test_metric_is_renamed_when_mlflow_would_refuse_its_name(
+    train: Callable[..., Run], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     class Odd(Line):
         def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
             output = super().step(model, batch)
             return StepOutput(output.loss, output.weight, {"acc@1": 1.0})
 
-    with pytest.raises(MetricError, match="'train/acc@1': must be a metric's name"):
-        train(TrainerConfig(max_epochs=1), Odd())
+    _, logger, _ = train(TrainerConfig(max_epochs=1), Odd(), every_n_epochs=1, monitor="train/acc@1", mode="max")
+    assert logger.run_path is not None
+    entries = list(read_entries(logger.run_path / "outbox"))
+    logged = [entry.body for entry in entries if entry.kind == "metrics" and "train/acc_1" in entry.body["values"]]
+    assert {body["values"]["train/acc_1"] for body in logged} == {1.0}
+    # The loop, the checkpoints and what ranks them know the name that was given.
+    ((_, manifest),) = list_checkpoints(logger.run_path / "checkpoints")
+    assert logger.latest["train/acc@1"] == manifest.metrics["train/acc@1"] == 1.0
+    (checkpoint,) = [entry.body for entry in entries if entry.kind == "checkpoint"]
+    linked = [(key, value, step) for key, value, _, step in checkpoint["metrics"]]
+    assert ("train/acc_1", 1.0, logged[-1]["step"]) in linked
+    assert capfd.readouterr().err.count("metric 'train/acc@1' is named 'train/acc_1' in MLflow") == 1
 
 
 def test_error_names_the_metrics_when_the_monitored_one_is_not_there(train: Callable[..., Run]) -> None:

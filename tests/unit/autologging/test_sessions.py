@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 
 from harness.autologging.settings import Settings
 from harness.errors import CheckpointError, RunDirError
+from harness.tracking.entries import read_entries
+from harness.tracking.names import clean_key
 from tests.unit.autologging.loops import Loop, On, checkpoints, images, require_states
 
 
@@ -369,6 +371,30 @@ def test_checkpoints_are_ranked_when_monitor_is_a_metric_of_the_scripts(on: On, 
         "epoch-0002": 3.0,
         "epoch-0004": 0.0,
     }
+
+
+@pytest.mark.parametrize("name", ["val/AR@100", "", "x" * 300, "a/../b"], ids=["at", "empty", "long", "path"])
+def test_script_trains_when_it_logs_odd_names_at_odd_steps(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    switch = on()
+    loop = Loop()
+    steps = [torch.tensor(1), np.float32(2), 2.5, "3", 2**63, -1, True]
+    loop.accelerator.log({name: 0.5}, step=2**70)
+    for batch in loop.train:
+        loop.step(batch)
+    for step in steps:
+        loop.accelerator.log({name: 0.5, "good": 0.25}, step=step)
+    switch.finish()
+    assert switch.session.logger is not None and switch.session.logger.run_path is not None
+    entries = [entry for entry in read_entries(switch.session.logger.run_path / "outbox") if entry.kind == "metrics"]
+    of_good = [entry.body for entry in entries if "good" in entry.body["values"]]
+    assert [body["step"] for body in of_good] == [1, 2, 2, 3, 5, -1, 1]
+    assert all(body["values"] == {"good": 0.25, clean_key(name): 0.5} for body in of_good)
+    assert checkpoints(tmp_path)["epoch-0001"].metrics[name] == 0.5
+    said = capfd.readouterr().err
+    assert said.count(" in MLflow: names hold at most 250 letters") == 1
+    assert said.count("no integer of 64 bits") == 1
 
 
 def test_values_are_taken_or_told_once_when_the_script_logs_all_kinds(

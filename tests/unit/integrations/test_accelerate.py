@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -65,3 +66,42 @@ def test_each_training_has_a_run_when_one_tracker_sees_several_and_an_error_left
     with pytest.raises(HarnessError, match="has the tracker twice now; make an Accelerator and a HarnessTracker for"):
         accelerator.init_trackers("")
     accelerator.end_training()
+
+
+def test_all_that_can_be_arrives_when_names_values_and_steps_are_odd(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = {f"p{number}": number for number in range(40)}
+    tags = {"team@a": "x", "": "y", "broken": "\udcff\0"}
+    tracker = HarnessTracker("tracked", tracking=TrackingConfig(tags=tags))
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("", config={**config, "acc@1": 1, "acc%1": 2, "": 3, "y" * 300: 4, "cut": "z" * 7000})
+    for step in range(3):
+        odd = {"bad|name": 1.0, "\N{PARTY POPPER}": 2.0, "x" * 300: 3.0, "a/../b": 4.0, "": 5.0, "..a": 6.0}
+        values = {"big": 2**63 + 1, "huge": 10**400, "nothing": None, "imaginary": 1j, "infinite": float("inf")}
+        accelerator.log({**odd, **values, "good": 1.0}, step=step)
+    for step in (3.0, np.float32(4.5), torch.tensor(5), "6", 2**63, -1, True):
+        accelerator.log({"steps": 1.0}, step=step)
+    assert tracker.tracker is not None
+    tracker.tracker.text("../../outside.txt", "text")
+    accelerator.end_training()
+
+    reader, run = client(tmp_path), only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    keys = {"bad_name", "_", "a/__/b", "unnamed", "__a", "big", "infinite", "good", "steps"}
+    assert {key for key in run.data.metrics if not key.startswith("x")} == keys
+    assert all(len(history(reader, run, key)) == 3 for key in run.data.metrics if key != "steps")
+    assert [point.step for point in history(reader, run, "steps")] == [-1, 1, 3, 4, 5, 6, 7]
+    assert run.data.params.keys() >= config.keys() | {"acc_1", "unnamed"} and len(run.data.params) == 45
+    assert {run.data.tags[key] for key in ("team_a", "unnamed", "broken")} == {"x", "y", "??"}
+    assert [file.path for file in reader.list_artifacts(run.info.run_id, "__/__")] == ["__/__/outside.txt"]
+    said = capfd.readouterr().err
+    for line in (
+        "metric 'bad|name' is named 'bad_name' in MLflow",
+        "parameter 'acc%1' is named 'acc_1-",
+        "tag 'team@a' is named 'team_a' in MLflow",
+        "nothing is left out: a NoneType is no number",
+        "a step is 9223372036854775808, no integer of 64 bits",
+    ):
+        assert said.count(line) == 1, line
+    assert "refused" not in said

@@ -149,3 +149,22 @@ def test_trainer_ends_with_75_when_a_signal_asks_for_it(tmp_path: Path) -> None:
     assert name == f"step-{manifest.step:08d}" and manifest.step in (11, 12)
     # Lightning's own, by a callback of its own, to go on from.
     assert torch.load(tmp_path / "own" / "on_exception.ckpt", weights_only=False)["global_step"] == manifest.step
+
+
+def test_row_and_models_arrive_when_mlflow_refuses_one_name_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Named(DigitsModule):
+        def validation_step(self, *args: Any) -> Any:
+            self.log("val/AR@100", 0.5)
+            return super().validation_step(*args)
+
+    make_trainer(max_epochs=2, enable_checkpointing=False).fit(Named(width=6))
+    reader, run = client(tmp_path), only_run(tmp_path)
+    assert [len(history(reader, run, key)) for key in ("eval/loss", "val/AR_100")] == [2, 2]
+    found = models(reader, run)
+    assert len(found) == 2
+    assert all({metric.key for metric in model.metrics or []} >= {"val/AR_100"} for model in found)
+    said = capfd.readouterr().err
+    assert said.count("metric 'val/AR@100' is named 'val/AR_100' in MLflow") == 1
+    assert "refused" not in said

@@ -2,16 +2,24 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
 from google.protobuf.json_format import ParseDict
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import LogBatch
 
-from harness.tracking.mlflow_client import server_of
-from harness.tracking.mlflow_store import _log_batch_body
+from harness.tracking.mlflow_client import is_permanent, server_of
+from harness.tracking.mlflow_store import MlflowStore, _log_batch_body
+from harness.tracking.names import clean_model_name
+from harness.tracking.registry import Registration, Registry
+from harness.tracking.store import WantedRun
+from tests.services.mlflow_server import make_database
 
 points = st.tuples(st.text(min_size=1), st.floats(), st.integers(0, 2**62), st.integers(0, 2**62))
 
@@ -29,3 +37,48 @@ def test_request_is_mlflows_own_when_points_are_sent(logged: list[tuple[str, flo
 def test_mlflows_client_is_asked_when_there_is_no_plain_server() -> None:
     assert server_of(MlflowClient("http://127.0.0.1:9")) is not None
     assert server_of(object()) is None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MlflowStore:
+    """On a real database, with a run nested under one whose name has an apostrophe."""
+    store = MlflowStore(make_database(tmp_path / "mlflow.db"))
+    store.open_run(WantedRun("key-1", "run", "default", parent="bob's sweep"))
+    return store
+
+
+def test_one_parent_is_used_when_its_name_has_quotes(store: MlflowStore, tmp_path: Path) -> None:
+    both = 'the "best" of bob\'s'
+    for number, parent in enumerate(["bob's sweep", both, both], 2):
+        store.open_run(WantedRun(f"key-{number}", "run", "default", parent=parent))
+    runs = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs([store.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["bob's sweep", *["run"] * 4, both]
+
+
+def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: MlflowStore, tmp_path: Path) -> None:
+    store.log_metrics([("val/AR@100", 1.0, 1, 1), ("a/../b", 2**63 + 1, 1, 1), ("good", 1.0, 1, -1)])
+    store.log_params({"acc@1": "1", "acc%1": "2", "..": "3"})
+    store.set_tags({"": "1"})
+    store.log_text("../../outside.txt", "text")
+    dataset = dict.fromkeys(("digest", "source_type", "source", "profile", "context"), "x")
+    store.log_dataset({**dataset, "name": "n" * 999})
+    numbers: list[tuple[Any, int]] = [(1.0, 2**63), (1.0, -(2**63) - 1), (10**400, 1), (None, 1)]
+    for value, step in numbers:
+        with pytest.raises(MlflowException, match="is no number of 64 bits") as caught:
+            store.log_metrics([("x", value, 1, step)])
+        assert is_permanent(caught.value)
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(store.run_id)
+    assert run.data.metrics == {"val/AR_100": 1.0, "a/__/b": float(2**63), "good": 1.0}
+    assert run.data.params.keys() >= {"acc_1", "__"} and len(run.data.params) == 3
+
+
+@pytest.mark.parametrize("name", ["bob's model", "a/b", 'the "best"', 'bob\'s "best"', "..", "m" * 300, ""], ids=ascii)
+def test_version_is_made_once_when_the_registered_name_is_odd(store: MlflowStore, name: str) -> None:
+    client: Any = store._client
+    registration = Registration(clean_model_name(name), aliases=True)
+    for step in (1, 2):
+        model = client.create_logged_model(store.experiment_id, source_run_id=store.run_id)
+        record = {"key": str(step), "epoch": 1, "step": step}
+        for _ in range(2):
+            Registry(client).register(registration, model.model_id, store.run_id, record)
+    assert client.get_registered_model(registration.name).aliases == {"last": 2}

@@ -1,0 +1,99 @@
+"""What somebody logs, as numbers and steps that JSON and MLflow hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_INT64 = range(-(2**63), 2**63)
+
+
+class LoggedValues:
+    """Converts what is logged; says once for each name what is left out.
+
+    Effects: not collective; main thread; waits for a value that is on a device; nothing on disk.
+
+    Args:
+        say: takes a line for the user.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said: set[str] = set()
+
+    def numbers(self, values: Mapping[Any, Any]) -> dict[str, float]:
+        """Name -> number, without the values that are no number."""
+        numbers: dict[str, float] = {}
+        for key, value in values.items():
+            name = as_name(key)
+            if (number := self.number(name, value)) is not None:
+                numbers[name] = number
+        return numbers
+
+    def number(self, name: str, value: Any) -> float | None:
+        """The value, or None where it is no number."""
+        if type(value) is float:
+            return value
+        if (number := as_number(value)) is None:
+            self._say_once(name, f"{name} is left out: {_reason(value)}")
+        return number
+
+    def step(self, value: Any) -> int | None:
+        """A step as an integer of 64 bits; None where there is none, or it is none."""
+        if value is None or (type(value) is int and value in _INT64):
+            return value
+        step, is_exact = _step(value)
+        if step is None:
+            self._say_once(
+                "a step", f"a step is {value!r:.80}, no integer of 64 bits; such values are logged at the current step"
+            )
+        elif not is_exact:
+            self._say_once("a fraction", f"a step is {value!r:.80}; fractions of steps are cut off, as in {step}")
+        return step
+
+    def _say_once(self, key: str, line: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            self._say(line)
+
+
+def as_name(key: Any) -> str:
+    """The name of a metric as text that UTF-8 can hold."""
+    return str(key).encode(errors="replace").decode()
+
+
+def as_number(value: Any) -> float | None:
+    """The value of a number, a text that reads as one, or an array or tensor of one element; None: it is none."""
+    try:
+        value = _scalar(value)
+        return None if isinstance(value, complex) else float(value)
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _scalar(value: Any) -> Any:
+    """An array or tensor of one element as a number; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return value.item() if getattr(value, "size", None) == 1 else value
+
+
+def _step(value: Any) -> tuple[int | None, bool]:
+    """A step of any type as an integer, and whether it is one."""
+    try:
+        value = _scalar(value)
+        if isinstance(value, str):
+            value = float(value) if "." in value else int(value)
+        step = int(value)
+        return (step if step in _INT64 else None), step == value
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
+        return None, False
+
+
+def _reason(value: Any) -> str:
+    if isinstance(value, int):
+        return f"an int of {value.bit_length()} bits is more than a float holds"
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}") + " is no number"

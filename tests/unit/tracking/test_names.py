@@ -1,0 +1,117 @@
+"""Our rules for names against those of the MLflow that is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import verify_artifact_path
+from mlflow.utils.uri import validate_path_is_safe
+from mlflow.utils.validation import (
+    MAX_ENTITY_KEY_LENGTH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_TAG_VAL_LENGTH,
+    _validate_metric,
+    _validate_model_name,
+    _validate_param,
+    _validate_tag,
+)
+
+from harness.tracking.mlflow_store import MAX_PARAM_CHARS, MAX_TAG_CHARS
+from harness.tracking.names import MAX_KEY_CHARS, Names, clean_key, clean_model_name, clean_path
+
+ODD = [
+    "",
+    "val/AR@100",
+    "bad|name",
+    "\N{PARTY POPPER}",
+    "x" * 300,
+    "a/../b",
+    "..a",
+    "/a",
+    "a//b",
+    "a/",
+    ".",
+    "..",
+    "a\nb",
+    "a\0b",
+    "\ud800",
+    "/" * 300,
+    "%2e%2e/a",
+    "C:\\a",
+    "bob's model",
+]
+PLAIN = ["loss", "train/loss", "été: a.b-c_d", "x" * 250]
+# Near what is allowed, as names are; any text besides.
+names = st.text(st.sampled_from("ab./@ _-:|\u00e9\n\\%#'\""), max_size=12) | st.text(max_size=300)
+
+
+def is_accepted(name: str) -> bool:
+    try:
+        _validate_metric(name, 1.0, 0, 0)
+    except MlflowException:
+        return False
+    return True
+
+
+@given(names)
+@example("")
+def test_mlflow_accepts_every_name_when_it_is_cleaned(name: str) -> None:
+    key = clean_key(name)
+    _validate_metric(key, 1.0, 0, 0)
+    _validate_param(key, "1")
+    _validate_tag(key, "1")
+    assert clean_key(key) == key
+    # MLflow's own expression lets a newline at the end pass.
+    assert (key == name) == (is_accepted(name) and not name.endswith("\n"))
+
+    model = clean_model_name(name)
+    _validate_model_name(model)
+    assert len(model) <= 256 and not {'"', "'"} <= set(model)
+    assert clean_model_name(model) == model
+
+
+@given(names)
+@example("%2e%2e/a")
+def test_file_stays_in_the_directory_when_its_path_is_cleaned(name: str) -> None:
+    path = clean_path(name)
+    assert validate_path_is_safe(path) == path
+    verify_artifact_path(path)
+    assert Path("/run", path).resolve().is_relative_to("/run") and Path("/run", path).resolve() != Path("/run")
+    assert all(len(part.encode()) <= 255 for part in path.split("/"))
+    assert clean_path(path) == path
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_odd_name_is_accepted_when_it_is_cleaned(name: str) -> None:
+    assert is_accepted(clean_key(name))
+
+
+def test_limits_are_mlflows_when_values_are_cut() -> None:
+    assert (MAX_KEY_CHARS, MAX_PARAM_CHARS, MAX_TAG_CHARS) == (
+        MAX_ENTITY_KEY_LENGTH,
+        MAX_PARAM_VAL_LENGTH,
+        MAX_TAG_VAL_LENGTH,
+    )
+
+
+def test_line_is_said_once_when_a_name_is_changed() -> None:
+    said: list[str] = []
+    used = Names(said.append)
+    assert [used.of("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100"] * 3
+    assert [used.of("metric", name) for name in PLAIN] == PLAIN
+    (line,) = said
+    assert line.startswith("metric 'val/AR@100' is named 'val/AR_100' in MLflow: names hold at most 250 letters")
+
+
+def test_names_stay_apart_when_they_become_the_same() -> None:
+    used = Names(lambda line: None)
+    given = ["acc@1", "acc%1", "acc_1", "y" * 260 + "a", "y" * 260 + "b", "z|" * 125, "z?" * 125]
+    found = used.of_all("parameter", dict.fromkeys(given, "1"))
+    assert len(found) == len(given) and all(map(is_accepted, found))
+    assert used.of("parameter", "acc@1") == "acc_1"
+    # One kind does not take the names of another.
+    assert used.of("metric", "acc%1") == "acc_1"
