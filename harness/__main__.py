@@ -13,6 +13,7 @@ from harness.config import RunConfig
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped, reason_of
 from harness.options import parse_run_config
 from harness.redact import redact_message
+from harness.standard_streams import flush, occupy_descriptors, write_error
 
 _RANK_ZERO_FIRST_S = 3.0
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
         return tell(error)
     except Exception as error:
         # An error of the task's: the traceback is from the rank that has it.
-        sys.stderr.write(redact_message(traceback.format_exc()))
+        write_error(redact_message(traceback.format_exc()))
         return tell(error)
 
 
@@ -65,7 +66,8 @@ def tell(error: BaseException) -> int:
     if rank == 0 or nobody_knows:
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
         what = "" if isinstance(error, Stopped) else f"error{where}: "
-        print(f"harness: {what}{redact_message(reason_of(error))}", file=sys.stderr, flush=True)
+        write_error(f"harness: {what}{redact_message(reason_of(error))}\n")
+        flush()
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 
 
@@ -74,12 +76,12 @@ def leave(code: int) -> NoReturn:
 
     That end would run destructors of process groups whose other side is gone, and can wait for them.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     if code != EXIT_DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)
     sys.exit(code)
 
 
 if __name__ == "__main__":
+    occupy_descriptors()
     leave(main(sys.argv[1:]))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from harness.standard_streams import StandardError, flush
 
 # Metrics that the one line has room for, in this order; whatever else the task has comes after.
 _FIRST = ("train/loss", "eval/loss", "eval/accuracy")
@@ -30,7 +32,7 @@ class Progress:
 
     def __init__(self, *, enabled: bool, bar: bool = True) -> None:
         self._enabled = enabled
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(file=cast(IO[str], StandardError()), highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._delivery: RichProgress | None = None
         self._task: TaskID | None = None
@@ -117,4 +119,4 @@ class Progress:
             self._bar = None
             self._task = None
             self.shows_steps = False
-            sys.stderr.flush()
+            flush()

@@ -15,6 +15,7 @@ from pathlib import Path
 from harness import __version__
 from harness.config import SAVE_DTYPES, parse_size_bytes
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, RunDirError
+from harness.standard_streams import occupy_descriptors
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
@@ -37,6 +38,7 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
     words = list(sys.argv[1:] if argv is None else argv)
+    occupy_descriptors()
     return _told(lambda: _run(words))
 
 

@@ -16,6 +16,7 @@ from harness.job_secret import FILE_VARIABLE, SECRET_VARIABLE
 from harness.meeting import JOB_VARIABLE
 from harness.options import parse_run_config
 from harness.slurm import Task, read_task
+from harness.standard_streams import flush
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES
 from launch.strategy_environment import strategy_environment
@@ -49,8 +50,7 @@ def rank(words: Sequence[str]) -> int:
     code = main(rest, prog="harness train")
     if code == EXIT_REQUEUE and task.rank > 0:
         # Rank zero says it for all, when it has delivered: `srun --kill-on-bad-exit` must not end it before.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(EXIT_DONE)
     leave(code)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from harness.autologging.exit_codes import ExitCodes, failure_of
 from harness.errors import EXIT_FAILED, HarnessError
+from harness.standard_streams import flush, write_error
 
 
 class Ending:
@@ -85,9 +86,8 @@ class Ending:
         try:
             self._finish()
         except HarnessError as error:
-            sys.stderr.write(f"harness: error: {error}\n")
-            sys.stdout.flush()
-            sys.stderr.flush()
+            write_error(f"harness: error: {error}\n")
+            flush()
             # An error here changes the process's code in no other way.
             os._exit(EXIT_FAILED)
 

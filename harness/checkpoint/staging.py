@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from harness.errors import CheckpointError
+from harness.standard_streams import occupy_descriptors
 
 
 class StagingMemory:
@@ -43,6 +44,7 @@ class StagingMemory:
 
 
 def _anonymous_file() -> int:
+    occupy_descriptors()  # the writer process is given this descriptor beside its own standard streams
     if hasattr(os, "memfd_create"):
         return os.memfd_create("harness-staging", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:  # elsewhere than on Linux

@@ -29,6 +29,7 @@ from harness.redact import redact_message
 from harness.run_directory import RunDirectory, make_run_directory
 from harness.run_lifetime import FAILURE_WAIT_S
 from harness.run_lock import RunLock
+from harness.standard_streams import write_error
 from harness.tracking import provenance
 from harness.tracking.tracker import RunStatus, Tracker
 
@@ -182,4 +183,4 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    write_error(f"{line}\n")
