@@ -183,6 +183,7 @@ class RunLifetime:
     @property
     def stop_signal(self) -> int:
         """Number of the signal that asked this rank to stop, or `STOP_REQUEST`; 0: nobody has."""
+        self._signals.chain()
         if not self._signals.received and self._requests is not None and (reason := self._requests.look()) is not None:
             if not self._is_request_told:
                 self._is_request_told = True

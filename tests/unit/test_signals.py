@@ -83,3 +83,58 @@ def test_handlers_stay_when_made_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def called() -> Iterator[list[int]]:
+    """Numbers of the signals that a handler of the script's, `signal.getsignal(SIGUSR1)` here, was called with."""
+    numbers: list[int] = []
+    own = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+    before = [signal.signal(number, lambda number, _: numbers.append(number)) for number in own]
+    yield numbers
+    for number, handler in zip(own, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_handler_of_the_script_is_called_too_when_it_was_there_before(called: list[int], number: int) -> None:
+    installed = StopSignals()
+    os.kill(os.getpid(), number)
+    assert called == [number]
+    assert (installed.received, installed.take_save_request()) == (
+        (0, True) if number == signal.SIGUSR2 else (number, False)
+    )
+    installed.restore()
+    os.kill(os.getpid(), number)
+    assert called == [number, number]
+
+
+def test_handler_of_the_script_is_called_too_when_it_came_later(stop_signals: StopSignals) -> None:
+    called: list[str] = []
+    earlier = signal.signal(signal.SIGTERM, lambda *_: called.append("first"))
+    stop_signals.chain()
+    stop_signals.chain()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (called, stop_signals.received) == (["first"], signal.SIGTERM)
+    # What it puts back is ours, which no longer leads to it.
+    signal.signal(signal.SIGTERM, earlier)
+    stop_signals.chain()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert called == ["first"]
+
+
+def test_one_interrupt_counts_once_when_the_scripts_handler_calls_ours(stop_signals: StopSignals) -> None:
+    ours = signal.getsignal(signal.SIGINT)
+    assert callable(ours)
+    signal.signal(signal.SIGINT, lambda number, frame: ours(number, frame))
+    stop_signals.chain()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop_signals.received == signal.SIGINT
+
+
+def test_handler_of_the_script_stays_when_it_came_later_and_ours_are_taken_away(called: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGUSR1)
+    installed = StopSignals()
+    signal.signal(signal.SIGUSR1, handler)
+    installed.restore()
+    assert signal.getsignal(signal.SIGUSR1) is handler
