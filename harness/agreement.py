@@ -3,6 +3,9 @@
 Objects travel as JSON and tensors (`harness.rank_values`): nothing that arrives is unpickled.
 
 Rare by design (a start, a due checkpoint, an end): nothing here runs at each step.
+
+The group's own methods are called, not the functions of `torch.distributed`: those refuse every group once the script
+has called `destroy_process_group()`, and a run ends after that too. The group itself stays connected.
 """
 
 from __future__ import annotations
@@ -51,17 +54,17 @@ class Agreement:
         """
         if self._group is None:
             return make()
-        answer = bytearray()
+        content = bytearray()
         failure: Exception | None = None
         if self.rank == 0:
             try:
                 result = make()
-                answer = rank_values.encode(["ok", result])
+                content = rank_values.encode(["ok", result])
             except Exception as error:
                 failure = error
-                answer = rank_values.encode(["failed", str(error)])
+                content = rank_values.encode(["failed", str(error)])
         try:
-            received = self._broadcast(answer)
+            received = _broadcast(self._group, content)
         except RuntimeError as error:
             raise PeerFailure(None, f"waiting for rank 0 to {what}: {error}") from (failure or error)
         if failure is not None:
@@ -91,13 +94,10 @@ class Agreement:
         except TypeError as error:
             mine = rank_values.encode(["failed", str(error)])
         try:
-            sizes = self._sizes(len(mine))
-            padded = _padded(mine, max(sizes))
-            buffers = [torch.empty_like(padded) for _ in sizes]
-            dist.all_gather(buffers, padded, group=self._group)
+            contents = _all_gather(self._group, mine)
         except RuntimeError as error:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
-        answers = [rank_values.decode(_cut(buffer, size)) for buffer, size in zip(buffers, sizes, strict=True)]
+        answers = [rank_values.decode(content) for content in contents]
         for rank, (status, answer) in enumerate(answers):
             if status == "failed":
                 raise PeerFailure(rank, f"exchanging {what}: {answer}")
@@ -108,26 +108,9 @@ class Agreement:
         if self._group is None:
             return [value]
         try:
-            sizes = self._sizes(len(value))
-            padded = _padded(value, max(sizes))
-            buffers = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
-            dist.gather(padded, buffers, dst=0, group=self._group)
+            return _gather(self._group, value)
         except RuntimeError as error:
             raise PeerFailure(None, f"telling rank 0 {what}: {error}") from error
-        return None if buffers is None else [_cut(each, size) for each, size in zip(buffers, sizes, strict=True)]
-
-    def _broadcast(self, content: bytearray) -> bytes:
-        """Rank zero's bytes, on all ranks."""
-        size = torch.tensor([len(content)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._group)
-        buffer = _padded(content, int(size))
-        dist.broadcast(buffer, src=0, group=self._group)
-        return _cut(buffer, int(size))
-
-    def _sizes(self, mine: int) -> list[int]:
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([mine], dtype=torch.int64), group=self._group)
-        return [int(size) for size in sizes]
 
     def together(self, what: str, run: Callable[[], T]) -> T:
         """Run on each rank what is not collective; if it fails on one, it fails on all, with the same class.
@@ -170,7 +153,7 @@ class Agreement:
         mine = torch.tensor([numbers] * self.world_size, dtype=torch.int64)
         values = torch.empty_like(mine)
         try:
-            dist.all_to_all_single(values, mine, group=self._group)
+            self._group.alltoall_base(values, mine, [], []).wait()
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
         found: list[list[int]] = values.tolist()
@@ -182,7 +165,7 @@ class Agreement:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.uint8)
         try:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
+            self._group.allreduce([found], dist.ReduceOp.MAX).wait()
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
         return [bool(flag) for flag in found.tolist()]
@@ -206,20 +189,45 @@ class Agreement:
             return found
 
         try:
-            # Not torch.distributed's function of this name: it takes the trainer's thread three times as long.
             work = self._group.allreduce([counts])
         except RuntimeError as error:
             raise PeerFailure(None, f"agreeing on {what}: {error}") from error
         return wait
 
 
-def _padded(content: bytes | bytearray, size_bytes: int) -> torch.Tensor:
-    """The bytes at the start of a tensor; shape (size_bytes,), uint8, CPU. At least one, which gloo needs."""
-    padded = torch.zeros(max(size_bytes, 1), dtype=torch.uint8)
-    if content:
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    return padded
+def _broadcast(group: dist.ProcessGroup, content: bytes | bytearray) -> bytes:
+    """Rank zero's bytes, on all ranks."""
+    size = torch.tensor([len(content)])
+    group.broadcast(size, 0).wait()
+    data = _tensor(content, int(size))
+    group.broadcast(data, 0).wait()
+    return bytes(data.numpy())[: int(size)]
 
 
-def _cut(buffer: torch.Tensor, size_bytes: int) -> bytes:
-    return buffer[:size_bytes].numpy().tobytes()
+def _all_gather(group: dist.ProcessGroup, content: bytes | bytearray) -> list[bytes]:
+    """Each rank's bytes, in the order of ranks, on all ranks."""
+    sizes = _sizes(group, len(content))
+    found = [_tensor(b"", max(sizes)) for _ in sizes]
+    group.allgather([found], [_tensor(content, max(sizes))]).wait()
+    return [bytes(data.numpy())[:size] for data, size in zip(found, sizes, strict=True)]
+
+
+def _gather(group: dist.ProcessGroup, content: bytes | bytearray) -> list[bytes] | None:
+    """Each rank's bytes, in the order of ranks, on rank zero; None elsewhere."""
+    sizes = _sizes(group, len(content))
+    found = [_tensor(b"", max(sizes)) for _ in sizes] if group.rank() == 0 else []
+    options = dist.GatherOptions()
+    options.rootRank = 0
+    group.gather([found] if found else [], [_tensor(content, max(sizes))], options).wait()
+    return [bytes(data.numpy())[:size] for data, size in zip(found, sizes, strict=True)] if found else None
+
+
+def _sizes(group: dist.ProcessGroup, size: int) -> list[int]:
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    group.allgather([sizes], [torch.tensor([size])]).wait()
+    return [int(each) for each in sizes]
+
+
+def _tensor(content: bytes | bytearray, size: int) -> torch.Tensor:
+    """Bytes as uint8 of shape (size,), at least one."""
+    return torch.frombuffer(bytearray(content.ljust(max(1, size), b"\0")), dtype=torch.uint8)

@@ -221,8 +221,8 @@ class Reducer:
 
     def __init__(self, group: ProcessGroup | None, gauge_names: Sequence[str], timeout_s: float = 600.0) -> None:
         self._group = group
-        self._world_size = 1 if group is None else dist.get_world_size(group)
-        self._rank = 0 if group is None else dist.get_rank(group)
+        self._world_size = 1 if group is None else group.size()
+        self._rank = 0 if group is None else group.rank()
         self._gauge_names = tuple(gauge_names)
         self._timeout_s = timeout_s
         self._names: tuple[str, ...] = ()
@@ -294,7 +294,7 @@ class Reducer:
         if unknown_bytes:
             new_names = self._exchange_names(window, int(unknown_bytes))
             vector = torch.tensor(_sums_and_weights(new_names, window), dtype=torch.float64)
-            self._wait(dist.all_reduce(vector, group=self._group, async_op=True), window.step, "new metrics")
+            self._wait(self._group.allreduce([vector]), window.step, "new metrics")
             means |= _means(vector.tolist(), new_names)
             self._names = tuple(sorted({*self._names, *new_names}))
         of_ranks = zip(*[iter(gauges)] * self._world_size, strict=True)
@@ -306,7 +306,8 @@ class Reducer:
         # Every rank's list fits into the sum of all their lengths, which every rank knows.
         padded = torch.frombuffer(bytearray(mine.ljust(num_bytes)), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(self._world_size)]
-        work = dist.all_gather(gathered, padded, group=self._group, async_op=True)
+        assert self._group is not None
+        work = self._group.allgather([gathered], [padded])
         self._wait(work, window.step, "the names of new metrics")
         found: set[str] = set()
         for part in gathered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -80,6 +81,10 @@ class Switch:
             Replacement(of_accelerate, "Accelerator.end_training", "the training has ended", self._ends),
             Replacement(of_accelerate, "Accelerator.free_memory", "the training has ended", self._frees),
             Replacement(of_accelerate, "Accelerator.save_state", "once each", self._saved_states.save),
+            *(
+                Replacement(module, "destroy_process_group", "the training has ended", self._destroys)
+                for module in ("torch.distributed", "torch.distributed.distributed_c10d")
+            ),
             Replacement("accelerate.utils.memory", "should_reduce_batch_size", "an attempt fails", self._reduces),
             Replacement(of_loaders, "DataLoaderShard.__iter__", "passes over the data", self._iterate),
             Replacement(of_loaders, "DataLoaderDispatcher.__iter__", "passes over the data", self._iterate),
@@ -222,6 +227,15 @@ class Switch:
     def _frees(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
         self._trainings.ends(accelerator, is_tracker_done=False)
         return original(accelerator, *args, **kwargs)
+
+    def _destroys(self, original: Function, group: Any = None, *args: Any, **kwargs: Any) -> None:
+        session = self.session
+        is_whole = group is None or group is torch.distributed.group.WORLD
+        # In a `finally` behind an error the script has failed, which is seen where the error arrives.
+        if is_whole and session.has_begun and not session.is_over and sys.exc_info()[0] is None:
+            # The last epoch's checkpoint may need the group.
+            self._trainings.ends(session.prepared.accelerator, is_tracker_done=False)
+        original(group, *args, **kwargs)
 
     def _reduces(self, original: Function, error: Exception) -> bool:
         is_attempt_over = bool(original(error))
