@@ -345,6 +345,19 @@ class Course:
 
     # ------------------------------------------------------------------- what ranks agree on
 
+    def stop_within_evaluation(self, put_back: Callable[[], bool]) -> None:
+        """At a batch of an evaluation behind a pass: stop here, if this process was asked to. For one process alone.
+
+        Args:
+            put_back: puts back the state of the pass's end; False: that cannot be, and the evaluation goes on.
+
+        Raises:
+            Stopped: as `stop`.
+        """
+        signal_number = self._run.stop_signal
+        if signal_number and self._accelerator.sync_gradients and put_back():
+            self.stop(signal_number)
+
     def begin_pass(self, loader: Any) -> None:
         """A pass over a prepared training loader begins, of which ranks may have different numbers of batches."""
         self.meet()

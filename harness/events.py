@@ -52,6 +52,7 @@ class LoopEvents:
         end_training: see `Course.end_training`.
         log: see `PeriodicLogger.log`.
         finish_copy: see `Course.finish_copy`; `end_epoch` does it for the last epoch, and so does `end_training`.
+        stop_within_evaluation: see `Course.stop_within_evaluation`.
         skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
         keep_learning_rates: those of now are the epoch's, whatever its end does to them.
         random_to_begin_with: random numbers as they were when the checkpoint was taken that the run goes on from.
@@ -77,6 +78,7 @@ class LoopEvents:
         self.begin_pass, self.end_pass, self.meet = course.begin_pass, course.end_pass, course.meet
         self.largest, self.end_training = course.largest, course.end_training
         self.finish_copy = course.finish_copy
+        self.stop_within_evaluation = course.stop_within_evaluation
         self.log = windows.log
         self.skip_time = course.skip_time
         self.keep_learning_rates = rates.keep

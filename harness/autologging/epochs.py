@@ -12,7 +12,7 @@ script's evaluation and its scheduler's step come before that, and belong to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from harness.autologging.notes import Notes
 from harness.autologging.opening import Memory
+from harness.autologging.pass_end import PassEnd
 from harness.autologging.passes import Pass, Start, TrainedOn
 from harness.autologging.script import Choice, Prepared
 from harness.autologging.steps import Steps
@@ -66,6 +67,7 @@ class Epochs:
         self._events = logger.events
         self._prepared = prepared
         self._trained = trained
+        self._choice = choice
         self._model: nn.Module | None = None if choice is None else choice.model
         self._begins = begins
         self._fail = fail
@@ -81,6 +83,10 @@ class Epochs:
         self._join_of_epoch: Any = None
         # The last pass that trained, or may have: its batches may come to backward when all of them are out.
         self._ended: Pass | None = None
+        # In one process, of the pass that trained last, until more is trained.
+        self._pass_end: PassEnd | None = None
+        # The number of the pass over its loader as it began, as accelerate counts them.
+        self._iteration: int | None = None
         # Samples of a batch at which a pass was left, which is not counted yet; whether the optimizer stepped there.
         self._left: tuple[int, bool] | None = None
 
@@ -108,6 +114,7 @@ class Epochs:
         this = self._pass or self._ended
         if this is None:
             return False
+        self._pass_end = None
         if not this.is_training:
             self._is_training_after_all(this)
             if this is self._ended:
@@ -146,6 +153,7 @@ class Epochs:
         is_part = is_likely and self._is_within_one_join
         before, this = self._pass, Pass(loader, start, is_likely=is_likely and not is_part, is_part=is_part)
         self._pass = this
+        self._iteration = getattr(loader, "iteration", None)
         ended = self._ended
         if (before is not None and before.is_likely) or (ended is not None and not ended.is_training):
             # Nothing came of it, be its iterator still there, or its batches all out.
@@ -193,6 +201,9 @@ class Epochs:
                     self._batch_done(this, is_last=is_last)
                     continue
                 this.num_seen += 1
+                if running is None and self._pass_end is not None and not this.is_likely:
+                    with self._stopping():
+                        self._events.stop_within_evaluation(self._pass_end.put_back)
                 if running is not None and running is self._pass and this.leads_over(running):
                     self._leads(this, running)
             if this is self._pass and this.is_empty:
@@ -240,8 +251,17 @@ class Epochs:
             this.heard.leave()
         if this.is_training and self._left is None:
             self._events.end_data()
+            self._keep_pass_end(this)
         elif this.is_likely and not this.is_training:
             self._ended = this
+
+    def _keep_pass_end(self, this: Pass) -> None:
+        choice = self._choice
+        is_alone = self._prepared.num_processes == 1
+        if is_alone and choice is not None and choice.optimizer is not None and not this.has_news:
+            # A scheduler whose state cannot be copied is no reason to end the training.
+            with suppress(Exception):
+                self._pass_end = PassEnd(choice, self._logger.accelerator.device, this.loader, self._iteration)
 
     def _batch_done(self, this: Pass, *, is_last: bool) -> None:
         self._log_loss(this)
@@ -337,6 +357,7 @@ class Epochs:
 
     def _begin_epoch(self, behind: Overheard | None = None) -> None:
         """An epoch begins: with a pass that begins now, or that has begun already, as was overheard."""
+        self._pass_end = None
         self._end_epoch(is_last=False, behind=behind)
         self._begins()
         self._join_of_epoch = self._prepared.join
