@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
     """Put `text` in `path` in one step.
 
     Effects: not collective; any thread; blocks on fsync; leaves `path`, whole.
+
+    Args:
+        path: of the file.
+        text: all that it shall hold.
+        is_private: its user alone can read it (mode 0600), as where it holds addresses; else as the umask has it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with open(temporary, "w", encoding="utf-8", opener=open_private if is_private else None) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -22,6 +28,20 @@ def replace_file(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def open_private(path: str | os.PathLike[str], flags: int) -> int:
+    """An opener for `open`: a file that its user alone can read. One that is there already becomes so.
+
+    Raises:
+        OSError: if it cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    if os.fstat(descriptor).st_mode & 0o077:
+        # Another user's stays as it is, and so does one on a file system without modes.
+        with suppress(OSError):
+            os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def sync_directory(directory: Path) -> None:

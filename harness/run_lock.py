@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import socket
 import time
 from pathlib import Path
 
 from harness.errors import RunDirError
+from harness.lock_file import holder_of, open_lock, write_holder
 
 FILE = "run.lock"
 # A process that was killed gives its memory back first, and only then its locks.
@@ -31,7 +30,7 @@ class RunLock:
     shares, so that a worker that outlives its killed parent would keep the run from being continued.
 
     Effects: not collective, rank zero only; any thread; blocks for at most `timeout_s`; leaves
-    ``<run_dir>/run.lock``, with who holds it.
+    ``<run_dir>/run.lock``, with who holds it, mode 0600.
 
     Args:
         run_dir: the run's directory; it is there.
@@ -41,7 +40,7 @@ class RunLock:
         works: whether the file system has locks; where it has none, nobody is kept out.
 
     Raises:
-        RunDirError: if another job holds it, with its host, process id and begin.
+        RunDirError: if another job holds it, with its host, process id, user and begin.
         OSError: if the file cannot be written.
     """
 
@@ -51,10 +50,10 @@ class RunLock:
         # Not opened where this process holds it: closing it again would give the lock up.
         if path.exists() and _identity(os.stat(path)) in _held_here:
             raise RunDirError(_refusal(run_dir, "another PeriodicLogger of this process"))
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = open_lock(path)
         try:
             self._lock(run_dir, timeout_s)
-            self._write_holder()
+            write_holder(self._file)
             self._identity = _identity(os.fstat(self._file))
         except BaseException:
             os.close(self._file)
@@ -75,18 +74,8 @@ class RunLock:
                 if error.errno not in _HELD_BY_OTHERS:
                     raise
                 if time.monotonic() > deadline_s:
-                    raise RunDirError(_refusal(run_dir, _holder(self._file))) from error
+                    raise RunDirError(_refusal(run_dir, holder_of(self._file, "POSIX"))) from error
             time.sleep(_POLL_S)
-
-    def _write_holder(self) -> None:
-        # In place: another file under this name would be another lock.
-        record = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, json.dumps(record).encode() + b"\n", 0)
 
     def release(self) -> None:
         """Let another job have the run. Called again it does nothing."""
@@ -121,14 +110,6 @@ def is_held(run_dir: Path) -> bool | None:
 
 def _identity(found: os.stat_result) -> tuple[int, int]:
     return found.st_dev, found.st_ino
-
-
-def _holder(file: int) -> str:
-    try:
-        record = json.loads(os.pread(file, 4096, 0))
-        return f"process {record['pid']} on {record['host']} since {record['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # which is just about to write who it is
 
 
 def _refusal(run_dir: Path, holder: str) -> str:

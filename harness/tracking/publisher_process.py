@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.errors import TrackingError
+from harness.lock_file import holder_of, open_lock, write_holder
 from harness.redact import redact, remember, without_password
 from harness.run_directory import read_run_record
 from harness.tracking.acknowledged import read_delivered
@@ -56,10 +57,14 @@ def main(argv: list[str]) -> int:
     remember(raw["tracking_uri"])
     if not raw.get("is_awaited"):
         os.nice(_NICE)
-    with (run_dir / "outbox" / "publisher.lock").open("w") as lock:
+    with os.fdopen(open_lock(run_dir / "outbox" / "publisher.lock"), "r+") as lock:
         if not _has_locked(lock, raw["lock_timeout_s"]) and not _has_locked_late(lock, run_dir, raw, answer):
-            answer({"error": f"{run_dir}: another publisher delivers this run already; wait for it to end"})
+            holder = holder_of(lock.fileno(), "FLOCK")
+            answer({"error": f"{run_dir}: another publisher delivers this run already: {holder}; wait for it to end"})
             return 1
+        # Who waits for the lock reads it.
+        with suppress(OSError):
+            write_holder(lock.fileno())
         return _deliver_run(run_dir, raw, answer)
 
 
@@ -124,7 +129,7 @@ def _has_locked_late(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], answer
     run_id = read_run_record(run_dir).get("run_id")
     if raw["attempt"] == 1 or run_id is None or _standard_input_closed():
         return False
-    log("waits for the publisher of the attempt before")
+    log(f"waits for the publisher of the attempt before: {holder_of(lock.fileno(), 'FLOCK')}")
     answer({"run_id": run_id})
     while not _has_locked(lock, POLL_S):
         if _standard_input_closed():

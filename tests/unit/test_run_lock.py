@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import RunDirError
+from harness.lock_file import Kind, holder_of, open_lock
 from harness.run_lock import FILE, RunLock
 
 # Takes the lock, forks a child as a data loader does, says both ids, and waits to be killed.
@@ -60,7 +65,9 @@ def hold(tmp_path: Path) -> Iterator[Hold]:
 def test_error_says_who_holds_it_when_another_process_does(tmp_path: Path, hold: Hold) -> None:
     pid, _ = hold("alone")
     before = (tmp_path / FILE).read_bytes()
-    with pytest.raises(RunDirError, match=rf"in use by process {pid} on \S+ since \d{{4}}-\S+Z; .*another run_name"):
+    with pytest.raises(
+        RunDirError, match=rf"in use by process {pid} \(user \S+\) on \S+ since \d{{4}}-\S+Z; .*another run_name"
+    ):
         RunLock(tmp_path, timeout_s=0.3)
     assert (tmp_path / FILE).read_bytes() == before
     assert json.loads(before)["pid"] == pid
@@ -113,8 +120,67 @@ def test_lock_can_be_taken_when_a_full_disk_was_in_the_way_before(tmp_path: Path
     lock.release()
 
 
-def test_holder_is_unnamed_when_it_has_not_written_who_it_is(tmp_path: Path, hold: Hold) -> None:
-    hold("alone")
+def test_holder_is_named_when_it_has_not_written_who_it_is(tmp_path: Path, hold: Hold) -> None:
+    pid, _ = hold("alone")
     (tmp_path / FILE).write_bytes(b'{"pid":')
-    with pytest.raises(RunDirError, match="in use by another process;"):
+    with pytest.raises(RunDirError, match=rf"in use by process {pid} \(user \S+\) on"):
         RunLock(tmp_path, timeout_s=0)
+
+
+# What a user who may only read the directory can do to it.
+STRANGER = """
+import fcntl, os, sys, time
+os.setuid(12345)
+file = os.open(sys.argv[1], os.O_RDONLY)
+(fcntl.lockf if sys.argv[2] == "POSIX" else fcntl.flock)(file, fcntl.LOCK_SH)
+print("held", flush=True)
+time.sleep(600)
+"""
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Iterator[Path]:
+    """A directory that every user can look into; pytest's own cannot be."""
+    with tempfile.TemporaryDirectory(prefix="harness-lock-", dir="/tmp") as found:
+        Path(found).chmod(0o755)
+        yield Path(found)
+
+
+@needs_root
+def test_other_users_cannot_hold_the_lock_when_they_may_read_the_directory(public: Path) -> None:
+    before = os.umask(0)
+    try:
+        RunLock(public).release()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((public / FILE).stat().st_mode) == 0o600
+    command = [sys.executable, "-I", "-c", STRANGER, str(public / FILE), "POSIX"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "PermissionError" in refused.stderr
+
+
+def test_lock_of_an_earlier_version_is_closed_to_others_when_it_is_taken(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch()
+    (tmp_path / FILE).chmod(0o644)
+    RunLock(tmp_path).release()
+    assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["POSIX", "FLOCK"])
+def test_other_user_is_named_when_it_holds_a_lock_of_an_earlier_version(public: Path, kind: Kind) -> None:
+    path = public / FILE
+    RunLock(public).release()  # what this process has written there is not who holds it
+    path.chmod(0o644)
+    command = [sys.executable, "-I", "-c", STRANGER, str(path), kind]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None and stranger.stdout.readline() == "held\n"
+        expected = f"process {stranger.pid} (user 12345) on {socket.gethostname()}"
+        file = open_lock(path)
+        assert holder_of(file, kind) == expected
+        os.close(file)
+        if kind == "POSIX":
+            with pytest.raises(RunDirError, match=re.escape(f"in use by {expected};")):
+                RunLock(public, timeout_s=0)
+        stranger.kill()
