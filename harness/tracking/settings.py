@@ -10,11 +10,13 @@ from typing import Any
 from harness.durable import replace_file
 
 SETTINGS = "settings.json"
+# Others stay as they are: addresses that were written down before are still the same.
+_ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#"})
 
 
 def write_settings(outbox_dir: Path, settings: Mapping[str, Any]) -> None:
     """Keep them; the address is one that holds from any directory, and has no password in it."""
-    replace_file(outbox_dir / SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
+    replace_file(outbox_dir / SETTINGS, json.dumps(dict(settings), indent=2) + "\n", is_private=True)
 
 
 def read_settings(outbox_dir: Path) -> dict[str, Any] | None:
@@ -27,8 +29,14 @@ def read_settings(outbox_dir: Path) -> dict[str, Any] | None:
 
 
 def absolute_sqlite(uri: str) -> str:
-    """A ``sqlite:///`` URI with a relative path as one that holds from any directory."""
+    """A ``sqlite:///`` URI with a relative path as one that holds from any directory.
+
+    In a URI a path ends at ``?`` and ``%`` begins an escape, so these are escaped in the working directory's path.
+    What stands in `uri` is a URI already.
+    """
     prefix = "sqlite:///"
     if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
         return uri
-    return f"{prefix}{Path(uri.removeprefix(prefix)).absolute()}"
+    path, mark, query = uri.removeprefix(prefix).partition("?")
+    directory = str(Path.cwd()).translate(_ESCAPES)
+    return f"{prefix}{Path(directory, path)}{mark}{query}"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from harness.errors import TrackingError
 from harness.tracking.publisher_process import where_it_goes_on
@@ -69,3 +70,21 @@ def test_uri_is_unchanged_when_it_is_absolute(uri: str) -> None:
 def test_uri_holds_from_any_directory_when_sqlite_is_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_sqlite("sqlite:///sub/mlflow.db") == f"sqlite:///{tmp_path}/sub/mlflow.db"
+
+
+@pytest.mark.parametrize("name", ["what?", "a#b", "a%20b", "100%", "a b", "a%3Fb", "x&y=1;z"])
+def test_database_is_in_the_working_directory_when_its_name_has_characters_of_uris(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    uri = absolute_sqlite("sqlite:///mlflow.db?timeout=5")
+    monkeypatch.chdir("/")
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        connection.execute(text("create table found (x int)"))
+        connection.commit()
+    engine.dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["mlflow.db"]
+    assert absolute_sqlite(uri) == uri
