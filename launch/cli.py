@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness import __version__
+from harness.child import standard_library
 from harness.config import SAVE_DTYPES, parse_size_bytes
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, RunDirError
 from harness.standard_streams import occupy_descriptors
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
     words = list(sys.argv[1:] if argv is None else argv)
     occupy_descriptors()
+    if argv is None and not sys.flags.safe_path and sys.path[0] not in standard_library():
+        del sys.path[0]  # where Python has found this command: nothing is to be imported from there
     return _told(lambda: _run(words))
 
 
@@ -85,11 +88,18 @@ def _run(words: list[str]) -> int:
     export.add_argument("--dtype", choices=SAVE_DTYPES, default=None, help="cast floating-point tensors to it")
     export.add_argument("--max_shard_size", default=None, metavar="SIZE", help="split into files of at most it: 5GB")
     if words and words[0] in _OWN_PARSERS:
-        # As `python -m` has it: the user's own classes are found where the command is typed.
-        sys.path.insert(0, os.getcwd())
+        if words[0] != "run":  # which finds its script's modules itself
+            _find_users_modules()
         return _OWN_PARSERS[words[0]](words[1:])
     arguments = parser.parse_args(words)
     return _COMMANDS[arguments.command](arguments)
+
+
+def _find_users_modules() -> None:
+    """Let the user's own classes be found where the command is typed, and no file there hide one of Python's."""
+    standard = standard_library()
+    behind = max((number for number, path in enumerate(sys.path) if path in standard), default=-1) + 1
+    sys.path.insert(behind, os.getcwd())
 
 
 def _told(command: Callable[[], int]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.child import child_command
 from harness.config import NUM_PROCESSES_VARIABLE, RunConfig
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import parse_run_config
@@ -29,7 +30,7 @@ class Plan:
         main_process_port: where the ranks meet; 0: a free one.
         training_words: the options of the configuration.
         max_restarts: how often all ranks are started again after one has failed; the run goes on.
-        module: what each rank runs.
+        command: what each rank runs: ``train``, or ``run``.
     """
 
     strategy: str
@@ -37,7 +38,7 @@ class Plan:
     main_process_port: int
     training_words: tuple[str, ...]
     max_restarts: int = 0
-    module: str = "harness"
+    command: str = "train"
 
 
 def launch(words: Sequence[str]) -> int:
@@ -121,8 +122,15 @@ def accelerate_command(plan: Plan) -> list[str]:
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
         *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
         *extra,
-        *("-m", plan.module, *plan.training_words),
+        *("--no_python", *_rank_command(plan.command), *plan.training_words),
     ]
+
+
+def _rank_command(command: str) -> list[str]:
+    """What starts a rank: `harness COMMAND`, whatever lies in the working directory."""
+    python, *words = child_command("launch.cli", command)
+    # As torch starts a rank that it knows to be Python's: what it prints is seen at once.
+    return [python, "-u", *words]
 
 
 def data_dir(name: str) -> Path:

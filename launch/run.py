@@ -8,25 +8,21 @@ In one process, or as one rank of a launcher's; with `--num_processes` it is tha
 from __future__ import annotations
 
 import argparse
-import builtins
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import harness
 from harness.autologging.api import first_run_of, script_name
 from harness.config import NUM_PROCESSES_VARIABLE
-from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
+from harness.errors import EXIT_DONE, ConfigError, HarnessError
 from harness.redact import redact_words
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES, Plan, accelerate_command, require_free
+from launch.script import MODULE, find_script, run_script
 
 _DESCRIPTION = """\
 Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/autolog.md).
@@ -38,7 +34,6 @@ Run an Accelerate script, unchanged, and log and save what it trains, each so ma
 """
 
 
-_MODULE = "-m"
 _FLAGS = ("-h", "--help", "--dry_run", "--reset_scheduler")
 
 
@@ -53,7 +48,7 @@ def run(words: Sequence[str]) -> int:
     own = _parse(own_words)
     if not script_words:
         raise ConfigError("", "harness run: give a script, or -m and a module, behind the options")
-    script = _find(script_words)
+    script = find_script(script_words)
     if own.num_processes is not None or own.strategy is not None:
         return _launch(own, own_words, script_words)
     if own.dry_run:
@@ -61,46 +56,7 @@ def run(words: Sequence[str]) -> int:
     # As the script is to find it; runs are named after it.
     sys.argv = [script.path, *script.words]
     _turn_on(own)
-    return _run(script)
-
-
-@dataclass(frozen=True)
-class _Script:
-    """What is to run.
-
-    Args:
-        path: of its file, as `sys.argv` is to have it.
-        words: its own arguments.
-        first_in_path: where its own modules are.
-        spec: of the module; None: it is a script.
-    """
-
-    path: str
-    words: tuple[str, ...]
-    first_in_path: str
-    spec: ModuleSpec | None
-
-
-def _find(words: Sequence[str]) -> _Script:
-    if words[0] != _MODULE:
-        path = Path(words[0])
-        if not path.is_file():
-            raise ConfigError("", f"harness run: there is no script {path}; options of harness run stand before it")
-        # In place of what stands there for this command: the script's own modules come first.
-        return _Script(words[0], tuple(words[1:]), str(path.resolve().parent), None)
-    if len(words) < 2:
-        raise ConfigError(_MODULE, "needs the name of a module, as in -m package.train")
-    here, name = os.getcwd(), words[1]
-    sys.path[0] = here
-    try:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{name}.__main__")
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ConfigError(_MODULE, f"there is no module {name} that can be run; it is looked for in {here} first")
-    return _Script(spec.origin, tuple(words[2:]), here, spec)
+    return run_script(script, silent=own.silent)
 
 
 # ------------------------------------------------------------------------------ options
@@ -109,7 +65,7 @@ def _find(words: Sequence[str]) -> _Script:
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options of this command, and the script with what is its own: nothing of that is looked at."""
     position = 0
-    while position < len(words) and words[position].startswith("-") and words[position] != _MODULE:
+    while position < len(words) and words[position].startswith("-") and words[position] != MODULE:
         position += 1 if words[position] in _FLAGS or "=" in words[position] else 2
     return list(words[:position]), list(words[position:])
 
@@ -244,7 +200,7 @@ def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Seq
     kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)
-    plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, module="launch.run")
+    plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, command="run")
     command = accelerate_command(plan)
     print(shlex.join(redact_words(command)), flush=True)
     if own.dry_run:
@@ -271,46 +227,8 @@ def _without_launcher(words: Sequence[str]) -> list[str]:
     return kept
 
 
-# ------------------------------------------------------------------------------ the script
-
-
-def _run(script: _Script) -> int:
-    """Run it as `__main__`, and tell the training how it ended."""
-    from harness.autologging.exit_codes import failure_of
-    from harness.autologging.switch import script_ended
-
-    sys.path[0] = script.first_in_path
-    module = ModuleType("__main__")
-    package = None if script.spec is None else script.spec.parent
-    vars(module).update(__file__=script.path, __builtins__=builtins, __spec__=script.spec, __package__=package)
-    sys.modules["__main__"] = module
-    try:
-        exec(compile(Path(script.path).read_bytes(), script.path, "exec"), vars(module))
-    except SystemExit as exit:
-        script_ended(failure_of(exit))
-        raise
-    except HarnessError as error:
-        # What we have found wrong, with its remedy: where in the script that came to light is no help.
-        script_ended(error)
-        raise
-    except BaseException as error:
-        script_ended(error)
-        _show(error)
-        return EXIT_FAILED
-    script_ended(None)
-    return EXIT_DONE
-
-
-def _show(error: BaseException) -> None:
-    """The traceback as the script alone would have it: without the frames of this command."""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    sys.excepthook(type(error), error.with_traceback(trace), trace)
-
-
 def main(words: Sequence[str]) -> NoReturn:
-    """What a rank of the launcher's runs."""
+    """Run the command, and end the process with its exit code."""
     from harness.__main__ import leave, tell
 
     try:
@@ -322,7 +240,3 @@ def main(words: Sequence[str]) -> NoReturn:
             raise
         code = exit.code or EXIT_DONE
     leave(code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import xxhash
 
 from harness.checkpoint.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints
 from harness.checkpoint.verify import verify
+from harness.child import child_command
 from harness.errors import CheckpointError, ConfigError, DamagedError
 from harness.redact import redact, without_password
 
@@ -183,7 +183,7 @@ def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None
     target = _target(where, download_dir)
     # What is left there is not whole.
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "harness.tracking.download", str(target)]
+    command = child_command("harness.tracking.download", str(target))
     environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
     try:
         # By pipe, not by command line: an address may hold a password.

@@ -6,7 +6,6 @@ import json
 import os
 import select
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from harness.checkpoint.digest import digest_of
 from harness.checkpoint.layout import Layout
 from harness.checkpoint.staging import StagingMemory
 from harness.checkpoint.writer import OutputFile
+from harness.child import child_command
 from harness.errors import CheckpointError
 
 _END_TIMEOUT_S = 30.0
@@ -55,13 +55,12 @@ class WriterProcess:
         self.close()
         descriptor = self._memory.descriptor
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "harness.checkpoint.writer"],
+            child_command("harness.checkpoint.writer"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(descriptor,),
             # Ctrl-C at the trainer lets a write in flight end.
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         plan = {"memory": descriptor, "size": self._memory.size_bytes, "files": self._files, "ranges": self._ranges}
         self._send(plan)

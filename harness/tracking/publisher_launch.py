@@ -6,11 +6,11 @@ import json
 import os
 import select
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.child import child_command
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
@@ -45,7 +45,7 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
         path.replace(path.with_suffix(".log.1"))
     with path.open("ab") as log:
         publisher = subprocess.Popen(
-            [sys.executable, "-m", "harness.tracking.publisher_process", str(run_dir)],
+            child_command("harness.tracking.publisher_process", str(run_dir)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shlex
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from launch.local import STRATEGIES, Plan, accelerate_command, data_dir, launch
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 WORDS = ("--config", "configs/digits.yaml", "--seed", "3")
+STARTS_RANK = ["--no_python", sys.executable, "-u", str(ROOT / "harness" / "child.py"), "launch.cli", "train"]
 
 # What accelerate is told of each strategy, in its own file.
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -45,7 +47,7 @@ def test_command_names_the_strategys_file_when_the_count_is_right(
     assert command[:2] == ["accelerate", "launch"]
     assert option(command, "--num_processes") == str(count)
     assert option(command, "--main_process_port") == "29500"
-    assert command[command.index("-m") :] == ["-m", "harness", *WORDS]
+    assert command[command.index("--no_python") :] == [*STARTS_RANK, *WORDS]
     path = Path(option(command, "--config_file"))
     assert path == data_dir("configs") / "accelerate" / f"{strategy}.yaml"
     content = yaml.safe_load(path.read_text())
@@ -67,7 +69,7 @@ def test_mesh_covers_all_processes_when_hsdp(count: int) -> None:
     replicas = int(option(command, "--parallelism_config_dp_replicate_size"))
     shards = int(option(command, "--parallelism_config_dp_shard_size"))
     assert (replicas, replicas * shards) == (2, count)
-    assert command.index("--parallelism_config_dp_shard_size") < command.index("-m")
+    assert command.index("--parallelism_config_dp_shard_size") < command.index("--no_python")
 
 
 def test_single_file_is_used_when_ddp_has_one_process() -> None:
@@ -100,7 +102,7 @@ def test_command_is_printed_alone_when_dry(capsys: pytest.CaptureFixture[str]) -
     assert launch(words) == 0
     (line,) = capsys.readouterr().out.splitlines()
     command = shlex.split(line)
-    assert command[command.index("-m") :] == ["-m", "harness", "--config", DIGITS, "--seed", "3"]
+    assert command[command.index("--no_python") :] == [*STARTS_RANK, "--config", DIGITS, "--seed", "3"]
     assert option(command, "--num_processes") == "2"
 
 

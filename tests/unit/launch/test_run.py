@@ -103,7 +103,7 @@ def test_arguments_of_the_script_are_its_own_when_they_are_called_as_ours(script
     )
     argv, name, file, package, first = json.loads(Path("told.json").read_text())
     assert argv == ["train.py", "--every_n_epochs", "7", "-m", "x", "--help"]
-    assert (name, file, package, first) == ("__main__", "train.py", None, str(path.parent))
+    assert (name, file, package, first) == ("__main__", str(path), None, str(path.parent))
     assert switch._on is not None
     assert switch._on.settings.checkpoint.every_n_epochs == 2
 
@@ -160,7 +160,7 @@ def test_options_reach_the_ranks_when_there_are_several(
     assert (
         capsys.readouterr()
         .out.strip()
-        .endswith("-m launch.run --every_n_epochs 2 --dry_run --run_name x train.py --num_processes 9")
+        .endswith("child.py launch.cli run --every_n_epochs 2 --dry_run --run_name x train.py --num_processes 9")
     )
 
 
@@ -175,8 +175,8 @@ def test_help_names_each_option_when_asked(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("def f(:", 'File "train.py", line 1'),
-        ("def f():\n    raise KeyError('mine')\nf()", 'Traceback (most recent call last):\n  File "train.py", line 3'),
+        ("def f(:", '/train.py", line 1'),
+        ("def f():\n    raise KeyError('mine')\nf()", '/train.py", line 3'),
     ],
 )
 def test_exit_code_is_one_and_traceback_the_scripts_when_it(
@@ -184,7 +184,8 @@ def test_exit_code_is_one_and_traceback_the_scripts_when_it(
 ) -> None:
     script(text)
     assert run(["train.py"]) == 1
-    assert capfd.readouterr().err.lstrip().startswith(told)
+    # Without a frame of ours.
+    assert told in next(line for line in capfd.readouterr().err.splitlines() if "File" in line)
 
 
 @pytest.mark.parametrize("code", [3, 0, None, "a reason"])
