@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
@@ -42,6 +44,15 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
         with suppress(OSError):
             os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file, or it is damaged (empty, cut, or something else)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def sync_directory(directory: Path) -> None:

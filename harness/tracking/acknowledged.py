@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.durable import replace_file
+from harness.durable import read_record, replace_file
+from harness.tracking.entries import fits
 
 DELIVERED = "delivered.json"
 MAX_REFUSED_KEPT = 20
@@ -42,22 +43,52 @@ class Delivered:
 
 
 def read_delivered(directory: Path) -> Delivered:
-    """The publisher's record, or the empty one where it has written none."""
+    """The publisher's record of what is delivered of this journal.
+
+    Where there is none, or it cannot be read, or it does not fit the journal (which was removed, or cut), nothing is:
+    then all of the journal is delivered again, and leaves what once would have left.
+    """
+    delivered = _as_written(directory) or Delivered()
+    if not fits(directory, delivered.offset, delivered.time_ms or None):
+        return replace(delivered, offset=0, models_offset=0, ended=False, refused=(), num_refused=0)
+    if not fits(directory, delivered.models_offset):
+        return replace(delivered, models_offset=0)
+    return delivered
+
+
+def problem_of(directory: Path) -> str | None:
+    """Why the record of what is delivered is not believed, as a line for the user; None: it is, or there is none."""
+    path = directory / DELIVERED
+    if not path.exists():
+        return None
+    written = _as_written(directory)
+    if written is None:
+        return f"{path}: is damaged; all of the journal is delivered again, which changes nothing that is there"
+    if read_delivered(directory).offset != written.offset:
+        return f"{path}: does not fit the journal, which was removed or changed; all of it is delivered"
+    return None
+
+
+def _as_written(directory: Path) -> Delivered | None:
+    """What the file says; None where there is none, or it is damaged."""
+    record = read_record(directory / DELIVERED)
+    if record is None:
+        return None
     try:
-        record = json.loads((directory / DELIVERED).read_text())
-    except FileNotFoundError:
-        return Delivered()
-    return Delivered(
-        record["offset"],
-        record["models"],
-        tuple(record["refused"]),
-        record["ended"],
-        record.get("time_ms", 0),
-        record.get("step", 0),
-        # Before there were two lanes, all went in one.
-        record.get("models_offset", record["offset"]),
-        record.get("num_refused", len(record["refused"])),
-    )
+        offset, refused = int(record["offset"]), tuple(record["refused"])
+        return Delivered(
+            offset,
+            dict(record["models"]),
+            refused,
+            bool(record["ended"]),
+            int(record.get("time_ms", 0)),
+            int(record.get("step", 0)),
+            # Before there were two lanes, all went in one.
+            min(offset, int(record.get("models_offset", offset))),
+            int(record.get("num_refused", len(refused))),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def write_delivered(directory: Path, delivered: Delivered) -> None:

@@ -11,21 +11,23 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from harness.durable import replace_file
+from harness.durable import read_record, replace_file
 
 FILE = "attempts.json"
+_TAG = "harness.attempt."
 KILLED_REASON = "the trainer ended without saying how (killed, or out of memory?)"
 
 # Attempt number -> fact -> text.
 Records = Mapping[int, Mapping[str, str]]
 
 
-def read_attempts(run_dir: Path) -> Records:
-    """What is known of each attempt; nothing where the publisher has come to none."""
+def read_attempts(run_dir: Path) -> Records | None:
+    """What is known of each attempt; None where that is not known: there is no file, or it is damaged."""
+    record = read_record(run_dir / FILE)
     try:
-        return {int(number): facts for number, facts in json.loads((run_dir / FILE).read_text()).items()}
-    except FileNotFoundError:
-        return {}
+        return None if record is None else {int(number): dict(facts) for number, facts in record.items()}
+    except (TypeError, ValueError):
+        return None
 
 
 def write_attempts(run_dir: Path, records: Records) -> None:
@@ -64,22 +66,32 @@ def begun(
     return found
 
 
-def ended(records: Records, status: str, reason: str, time_ms: int, step: int) -> Records:
-    """The records once the newest attempt has ended; as they were where no attempt is known."""
-    if not records:
+def ended(records: Records, status: str, reason: str, time_ms: int, step: int, number: int | None = None) -> Records:
+    """The records once an attempt has ended, None: the newest; as they were where that one is not known."""
+    number = max(records, default=None) if number is None else number
+    if number is None or number not in records:
         return records
-    newest = max(records)
-    return {**records, newest: {**records[newest], **_end(status, reason, time_ms, step)}}
+    return {**records, number: {**records[number], **_end(status, reason, time_ms, step)}}
 
 
 def changed_tags(before: Records, after: Records) -> dict[str, str]:
     """What has changed, as tags."""
     return {
-        f"harness.attempt.{number}.{name}": value
+        f"{_TAG}{number}.{name}": value
         for number, facts in after.items()
         for name, value in facts.items()
         if before.get(number, {}).get(name) != value
     }
+
+
+def from_tags(tags: Mapping[str, str]) -> Records:
+    """The records by the tags that tell of them, see `changed_tags`."""
+    records: dict[int, dict[str, str]] = {}
+    for name, value in tags.items():
+        number, _, fact = name.removeprefix(_TAG).partition(".")
+        if name.startswith(_TAG) and number.isdecimal() and fact:
+            records.setdefault(int(number), {})[fact] = value
+    return records
 
 
 def _end(status: str, reason: str, time_ms: int, step: int) -> dict[str, str]:

@@ -172,11 +172,7 @@ class Logged:
 
 
 def read_logged(outbox_dir: Path) -> Logged:
-    """Read the journal once.
-
-    Raises:
-        TrackingError: if it is damaged.
-    """
+    """Read the journal once."""
     params: dict[str, str] = {}
     checkpoints = set()
     for entry in read_entries(outbox_dir, kinds=("params", "checkpoint")):

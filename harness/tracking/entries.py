@@ -1,7 +1,7 @@
 """The journal's entries: what a line is, and reading them back.
 
-One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A line whose checksum or newline is
-missing was being written when something died: the reader stops there.
+One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A last line without a newline was being
+written when something died: the reader stops there. A line with another checksum is an entry of kind `damaged`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from harness.errors import TrackingError
 from harness.tracking.segments import segments
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
-Kind = Literal["attempt", "params", "tags", "metrics", "system", "dataset", "text", "checkpoint", "retire", "end"]
+Kind = Literal[
+    "attempt", "params", "tags", "metrics", "system", "dataset", "text", "checkpoint", "retire", "end", "damaged"
+]
 # Those that hold points: values by names, at a step.
 POINTS: Final[tuple[Kind, ...]] = ("metrics", "system")
 
@@ -28,9 +29,9 @@ class Entry:
     """One thing to deliver.
 
     Args:
-        kind: what `body` holds; see `harness.tracking.tracker` for each.
+        kind: what `body` holds; see `harness.tracking.tracker` for each. Of `damaged` it is `line`, the line's bytes.
         time_ms: when it happened, in milliseconds since the epoch. It is what MLflow is told, so
-            that a second delivery is the same point.
+            that a second delivery is the same point. 0 of a damaged one.
         body: JSON values.
         end_offset: bytes of the journal up to and with this entry.
     """
@@ -50,16 +51,13 @@ def line_of(kind: Kind, time_ms: int, body: Mapping[str, Any]) -> bytes:
 def read_entries(
     directory: Path, offset: int = 0, kinds: Collection[Kind] | None = None, end: int | None = None
 ) -> Iterator[Entry]:
-    """The whole entries behind `offset`, oldest first; ends at the end or at a line that is not whole.
+    """The entries behind `offset`, oldest first; ends at the end or at a line without its newline.
 
     Args:
         directory: the outbox.
         offset: in bytes, where an entry begins.
-        kinds: only these; the others are not even decoded.
+        kinds: only these, without the damaged ones; the others are not even decoded. None: all of them.
         end: in bytes, where an entry ends; nothing behind it is read.
-
-    Raises:
-        TrackingError: if a line in the middle of the journal is damaged.
     """
     # As `line_of` writes them: the kind comes first.
     begins = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
@@ -77,10 +75,10 @@ def read_entries(
                 if not line.endswith(b"\n") or (end is not None and offset >= end):
                     return
                 offset += len(line)
-                checksum, _, payload = line[:-1].partition(b" ")
-                if checksum != b"%08x" % zlib.crc32(payload):
-                    raise TrackingError(f"{segment.path}: the entry that ends at byte {offset} is damaged (checksum)")
-                if begins is not None and not payload.startswith(begins):
+                payload = _payload_of(line)
+                if payload is None and begins is None:
+                    yield Entry("damaged", 0, {"line": line}, offset)
+                if payload is None or (begins is not None and not payload.startswith(begins)):
                     continue
                 record = _parsed(payload)
                 yield Entry(record["kind"], record["time_ms"], record["body"], offset)
@@ -99,3 +97,42 @@ def _storable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_storable(key): _storable(item) for key, item in value.items()}
     return [_storable(item) for item in value] if isinstance(value, list) else value
+
+
+def fits(directory: Path, offset: int, time_ms: int | None = None) -> bool:
+    """Whether an entry of the journal ends at `offset`, and happened at `time_ms` or before where that is given.
+
+    It does not where the journal was removed or replaced, which has later entries then. True too at its beginning,
+    with nothing of it to look at, and where the entry is damaged.
+    """
+    found = segments(directory)
+    if offset <= (found[0].begin if found else 0):
+        return True
+    segment = next((each for each in found if each.begin < offset <= each.end), None)
+    try:
+        line = b"" if segment is None else _line_before(segment.path, offset - segment.begin)
+    except FileNotFoundError:  # pruned meanwhile: all of it is delivered
+        return True
+    if not line.endswith(b"\n"):
+        return False
+    payload = _payload_of(line)
+    return payload is None or time_ms is None or json.loads(payload)["time_ms"] <= time_ms
+
+
+def _payload_of(line: bytes) -> bytes | None:
+    """The JSON of a line; None: it is damaged."""
+    checksum, _, payload = line[:-1].partition(b" ")
+    return payload if checksum == b"%08x" % zlib.crc32(payload) else None
+
+
+def _line_before(path: Path, position: int) -> bytes:
+    """The line of a file, or the end of one, that ends at a position."""
+    with path.open("rb") as stream:
+        start = position
+        line = b""
+        while start > 0 and b"\n" not in line[:-1]:
+            size = min(start, 65536)
+            start -= size
+            stream.seek(start)
+            line = stream.read(size) + line
+    return line[line[:-1].rfind(b"\n") + 1 :]

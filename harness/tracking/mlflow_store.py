@@ -188,6 +188,11 @@ class MlflowStore:
         if self._parent_id is not None:
             self._client.update_run(self._parent_id, status="RUNNING")
 
+    def tags(self) -> Mapping[str, str]:
+        """The tags that the run has."""
+        tags: dict[str, str] = self._client.get_run(self.run_id).data.tags
+        return tags
+
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points, any number."""
         points = [_as_mlflow_has_it(*point) for point in points]

@@ -67,11 +67,7 @@ class ModelLane:
         self._thread.join()
 
     def has_passed(self, offset: int, beat: Callable[[], None]) -> bool:
-        """Wait until all up to an offset is delivered; False: it was given up.
-
-        Raises:
-            TrackingError: if the journal is damaged.
-        """
+        """Wait until all up to an offset is delivered; False: it was given up."""
         while not self._acknowledged.wait(lambda now: now.models_offset >= offset or self._is_over, timeout_s=1.0):
             beat()
         if self._error is not None:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from harness.durable import replace_file
+from harness.durable import read_record, replace_file
 from harness.tracking.acknowledged import Delivered
 from harness.tracking.entries import Entry, Kind, read_entries
 from harness.tracking.segments import segments
@@ -34,13 +34,30 @@ class Pruned:
 
 
 def read_pruned(directory: Path) -> Pruned:
-    """What is remembered; nothing where nothing has gone. To be read after the journal: a file may go meanwhile."""
+    """What is remembered; nothing where nothing has gone, or the file is damaged.
+
+    To be read after the journal: a file may go meanwhile.
+    """
+    return _as_written(directory) or Pruned()
+
+
+def problem_of(directory: Path) -> str | None:
+    """Why it is not known what has gone, as a line for the user; None: it is, or nothing has."""
+    path = directory / PRUNED
+    if not path.exists() or _as_written(directory) is not None:
+        return None
+    return f"{path}: is damaged; points of before the journal's beginning that come again are in MLflow twice"
+
+
+def _as_written(directory: Path) -> Pruned | None:
+    record = read_record(directory / PRUNED)
+    if record is None:
+        return None
     try:
-        record: dict[str, Any] = json.loads((directory / PRUNED).read_text())
-    except FileNotFoundError:
-        return Pruned()
-    latest = {key: (value, time_ms, step) for key, (value, time_ms, step) in record["latest"].items()}
-    return Pruned(latest, record["params"], frozenset(record["checkpoints"]))
+        latest = {key: (float(value), int(time), int(step)) for key, (value, time, step) in record["latest"].items()}
+        return Pruned(latest, dict(record["params"]), frozenset(record["checkpoints"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def write_pruned(directory: Path, pruned: Pruned) -> None:

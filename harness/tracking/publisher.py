@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from harness.durable import replace_file
-from harness.errors import TrackingError
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
-from harness.tracking import attempts
-from harness.tracking.acknowledged import Acknowledged
+from harness.tracking import acknowledged, attempts, pruning
 from harness.tracking.entries import POINTS, Entry, read_entries
 from harness.tracking.halving import send_in_halves
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
-from harness.tracking.pruning import prune
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
 from harness.tracking.segments import durable_end
-from harness.tracking.store import Settings, Store, WantedRun
+from harness.tracking.store import RefusedError, Settings, Store, WantedRun
 
 POLL_S = 0.2
+# The bytes of entries that were damaged, for whoever wants to look.
+DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_POINTS_PER_DELIVERY = 1000
 
 
@@ -46,6 +45,9 @@ class Publisher:
         sleep: how to pause, in seconds.
         clock: seconds that never go back.
         heartbeat: the sign of life; None: one that this makes.
+
+    Attributes:
+        notes: lines for the user, on records on disk that are damaged.
     """
 
     def __init__(
@@ -68,13 +70,19 @@ class Publisher:
         self._sleep = sleep
         self._clock = clock
         self._beat = (heartbeat or Heartbeat(self._outbox_dir)).beat
-        self._acknowledged = Acknowledged(self._outbox_dir)
+        self._acknowledged = acknowledged.Acknowledged(self._outbox_dir)
         self._retries = Retries(is_permanent, trainer_is_gone, self._told, sleep, clock)
         self._models = ModelLane(run_dir, settings, store, self._acknowledged, self._retries, log)
-        self._attempts = attempts.read_attempts(run_dir)
+        self._attempts: attempts.Records | None = attempts.read_attempts(run_dir)
+        # Of the entries that are delivered now; None: not known yet, and the newest is meant.
+        self._attempt: int | None = None
         self._has_seen_trainer = False
         # Of the entries that are being delivered: what the store refuses for good, and why.
         self._refused: list[str] = []
+        found = (acknowledged.problem_of(self._outbox_dir), pruning.problem_of(self._outbox_dir))
+        self.notes = [problem for problem in found if problem is not None]
+        for note in self.notes:
+            log(note)
 
     def open_run(self) -> None:
         """Make or find the MLflow run and put its id on disk, trying for ``start_timeout_s``.
@@ -114,19 +122,10 @@ class Publisher:
         replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
 
     def run(self) -> bool:
-        """Deliver until the run's end is delivered; whether it was.
-
-        Raises:
-            TrackingError: if the journal is damaged; the run is marked FAILED.
-        """
+        """Deliver until the run's end is delivered; whether it was."""
         self._models.start()
         try:
             return self._run()
-        except TrackingError as error:
-            # What is behind a damaged entry cannot be trusted: the run must not look complete.
-            log(str(error))
-            self._mark_failed(str(error))
-            raise
         finally:
             self._models.close()
 
@@ -172,7 +171,7 @@ class Publisher:
 
     def _prune(self) -> None:
         try:
-            if num_gone := prune(self._outbox_dir, self._acknowledged.now, self.settings.max_outbox_bytes // 2):
+            if num_gone := pruning.prune(self._outbox_dir, self._acknowledged.now, self.settings.max_outbox_bytes // 2):
                 log(f"removed {num_gone} files of the journal that are delivered")
         except OSError as error:
             log(f"the journal was not pruned: {error}")
@@ -215,6 +214,8 @@ class Publisher:
             self._deliver_attempt(group[0])
         elif kind == "end":
             self._deliver_end(group[0])
+        elif kind == "damaged":
+            self._set_aside(body["line"], group[0].end_offset)
         # Texts, checkpoints and their retirements: the other lane's.
 
     def _send(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], None]) -> None:
@@ -235,18 +236,18 @@ class Publisher:
         self._acknowledged.update(
             offset=group[-1].end_offset,
             ended=group[-1].kind == "end",
-            time_ms=group[-1].time_ms,
+            time_ms=group[-1].time_ms or self._acknowledged.now.time_ms,
             step=_last_step(self._acknowledged.now.step, group),
         )
 
     def _deliver_attempt(self, entry: Entry) -> None:
-        number, delivered = entry.body["number"], self._acknowledged.now
-        if number > 1 and number not in self._attempts:
+        number, delivered, known = entry.body["number"], self._acknowledged.now, self._known_attempts()
+        # Where all is delivered again, an end may have come before one that is known.
+        if number > 1 and (number not in known or delivered.ended):
             self.store.reopen()
+        self._attempt = number
         self._put_attempts(
-            attempts.begun(
-                self._attempts, number, entry.body["facts"], entry.time_ms, delivered.time_ms, delivered.step
-            )
+            attempts.begun(known, number, entry.body["facts"], entry.time_ms, delivered.time_ms, delivered.step)
         )
 
     def _deliver_end(self, entry: Entry) -> None:
@@ -254,10 +255,29 @@ class Publisher:
         self.store.set_tags({"harness.end_reason": reason})
         self.store.end(status, entry.time_ms)
         step = entry.body.get("step", self._acknowledged.now.step)
-        self._put_attempts(attempts.ended(self._attempts, status, reason, entry.time_ms, step))
+        records = self._known_attempts()
+        self._put_attempts(attempts.ended(records, status, reason, entry.time_ms, step, self._attempt))
+
+    def _set_aside(self, line: bytes, end_offset: int) -> None:
+        """Keep a damaged entry's bytes.
+
+        Raises:
+            RefusedError: always: it is left out, and counted with what is refused.
+        """
+        path = self._outbox_dir / DAMAGED_ENTRIES
+        with suppress(OSError), path.open("ab") as stream:
+            stream.write(line)
+        raise RefusedError(f"the journal's entry that ends at byte {end_offset} (checksum); kept in {path}")
+
+    def _known_attempts(self) -> attempts.Records:
+        """The records; by the run's tags where they are not on disk and something was delivered before."""
+        if self._attempts is None:
+            has_begun = self.settings.attempt > 1 or self._acknowledged.now.offset > 0
+            self._attempts = attempts.from_tags(self.store.tags()) if has_begun else {}
+        return self._attempts
 
     def _put_attempts(self, records: attempts.Records) -> None:
-        if not (tags := attempts.changed_tags(self._attempts, records)):
+        if not (tags := attempts.changed_tags(self._known_attempts(), records)):
             return
         self.store.set_tags(tags)
         attempts.write_attempts(self.run_dir, records)

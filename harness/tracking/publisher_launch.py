@@ -14,8 +14,6 @@ from harness.child import child_command
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
-# With which one ends that has found the journal damaged: started again, it would find the same.
-DAMAGED = 3
 # A publisher writes a few lines a minute at the most, while the store is away.
 MAX_LOG_BYTES = 8_000_000
 

@@ -34,7 +34,6 @@ from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.names import clean_model_name
 from harness.tracking.outbox import DEFAULT_MAX_BYTES
 from harness.tracking.publisher import POLL_S, Publisher, log
-from harness.tracking.publisher_launch import DAMAGED
 from harness.tracking.registry import Registration
 from harness.tracking.settings import absolute_sqlite, write_settings
 from harness.tracking.store import RefusedError, Settings
@@ -46,7 +45,7 @@ Answer = Callable[[Mapping[str, Any]], None]
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the process; 0 if all was delivered, `DAMAGED` if the journal cannot be read."""
+    """Entry point of the process; 0 if all was delivered."""
     run_dir = Path(argv[0])
     # A cluster that stops a job tells each of its processes. This one ends with the trainer, which has a last
     # checkpoint to write first.
@@ -188,14 +187,11 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         }
         answer(told)
         return 1
-    answer({"run_id": store.run_id, "notes": notes})
+    answer({"run_id": store.run_id, "notes": [*notes, *publisher.notes]})
     if raw.get("is_awaited"):
         # Until here the trainer has waited, and with it all ranks.
         os.nice(_NICE)
-    try:
-        return 0 if publisher.run() else 1
-    except TrackingError:
-        return DAMAGED  # it has said so
+    return 0 if publisher.run() else 1
 
 
 def _registration(raw: Mapping[str, Any]) -> Registration | None:

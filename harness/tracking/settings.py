@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.durable import replace_file
+from harness.durable import read_record, replace_file
+from harness.errors import TrackingError
 
 SETTINGS = "settings.json"
 # Others stay as they are: addresses that were written down before are still the same.
@@ -20,11 +21,14 @@ def write_settings(outbox_dir: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(outbox_dir: Path) -> dict[str, Any] | None:
-    """What was kept; None where there was no tracking."""
-    try:
-        settings: dict[str, Any] = json.loads((outbox_dir / SETTINGS).read_text())
-    except FileNotFoundError:
-        return None
+    """What was kept; None where there was no tracking.
+
+    Raises:
+        TrackingError: if the file is damaged.
+    """
+    settings = read_record(outbox_dir / SETTINGS)
+    if settings is None and (outbox_dir / SETTINGS).exists():
+        raise TrackingError(f"{outbox_dir / SETTINGS}: is damaged; the next attempt at the run writes it anew")
     return settings
 
 

@@ -41,6 +41,10 @@ class Store(Protocol):
     def open_run(self, wanted: WantedRun) -> None:
         """Find the run by its id, or find or make the one that carries its key; it is running then."""
 
+    def tags(self) -> Mapping[str, str]:
+        """The tags that the run has."""
+        ...
+
     def reopen(self) -> None:
         """Let the run be running again, however it ended."""
 

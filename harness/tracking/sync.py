@@ -83,7 +83,10 @@ def runs_in(runs_dir: Path) -> list[Path]:
 
 def is_online(run_dir: Path) -> bool:
     """Whether there is a run that was to reach MLflow from where it trained."""
-    settings = read_settings(run_dir / "outbox")
+    try:
+        settings = read_settings(run_dir / "outbox")
+    except TrackingError:
+        return True  # the delivery says why it cannot be made
     return settings is not None and not settings.get("offline", False)
 
 

@@ -34,7 +34,7 @@ from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.names import Names, clean_key
 from harness.tracking.outbox import Outbox
-from harness.tracking.publisher_launch import DAMAGED, PublisherDiedError, read_answer, start_publisher
+from harness.tracking.publisher_launch import PublisherDiedError, read_answer, start_publisher
 from harness.tracking.settings import absolute_sqlite, write_settings
 
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
@@ -177,9 +177,6 @@ class Tracker:
         Args:
             step: optimizer steps that are complete.
             checkpoint: what it goes on from; None: from the beginning.
-
-        Raises:
-            TrackingError: if the journal is damaged.
         """
         self._tell({"step_from": str(step)} | ({} if checkpoint is None else {"resumed_from": checkpoint}))
         self._known = KnownPoints(self._outbox_dir, step)
@@ -392,12 +389,12 @@ class Tracker:
         if self.run_id is None:
             # The start has failed: there is no run whose end another publisher could deliver, after as long a wait.
             return False
-        while self._publisher.poll() not in (0, DAMAGED) and time.monotonic() < deadline_s:
+        while self._publisher.poll() != 0 and time.monotonic() < deadline_s:
             if not waiting(drain.left()):
                 break
             self._revive()
             with suppress(subprocess.TimeoutExpired):
-                if self._publisher.wait(timeout=0.5) not in (0, DAMAGED):
+                if self._publisher.wait(timeout=0.5) != 0:
                     time.sleep(0.5)  # until it may be started again
         self.abandon()
         return read_delivered(self.run_dir / "outbox").offset == self.outbox.end

@@ -58,6 +58,9 @@ class FaultyStore:
         self._call("open_run", wanted)
         self.run_id, self.experiment_id = "run-1", "exp-1"
 
+    def tags(self) -> Mapping[str, str]:
+        return {key: value for name, tags in self.calls if name == "tags" for key, value in tags.items()}
+
     def reopen(self) -> None:
         self._call("reopen", None)
 
