@@ -183,7 +183,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         where = without_password(settings.tracking_uri)
         told = {
             "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; start the "
-            "server, correct the address, or train without it with --tracking.enabled false"
+            "server or correct the address (`harness train` and own loops can do without: tracking.enabled: false)"
         }
         answer(told)
         return 1
