@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness import cpu, runtime
 from harness.autologging import ending, fluent
@@ -57,6 +58,9 @@ class Switch:
         self._replacements = Replacements([row for table in tables for row in table])
         # Within `prepare`, which calls for each thing what prepares it alone.
         self._is_preparing = False
+        # Whether what an optimizer's step tells of is known: that its training is seen, or that it is not.
+        self._is_known = False
+        self._step_hook: Any = None
 
     @property
     def session(self) -> Session:
@@ -115,11 +119,13 @@ class Switch:
     def turn_on(self) -> None:
         """Replace, and watch for the script's end."""
         self._replacements.put()
+        self._step_hook = register_optimizer_step_post_hook(self._optimizer_stepped)
         self._ending.watch()
 
     def turn_off(self) -> None:
         """Put everything back; a training that runs ends here, as far as it is logged."""
         self._replacements.take_away()
+        self._step_hook.remove()
         self._ending.leave()
         self.finish()
 
@@ -168,8 +174,21 @@ class Switch:
         return result
 
     def _backward(self, original: Function, accelerator: Accelerator, loss: Any, **kwargs: Any) -> None:
+        self._is_known = True
         if self.session.backward(accelerator, loss):
             original(accelerator, loss, **kwargs)
+
+    def _optimizer_stepped(self, *_: Any) -> None:
+        """The first step of any optimizer: a script whose training is not seen says so then, and not at its end."""
+        if self._is_known:
+            return
+        self._is_known = True
+        has_callback = any(name.startswith("harness.integrations.") for name in sys.modules)
+        if not has_callback and os.environ.get("RANK", "0") == "0":
+            self.session.notes.say_once(
+                "an optimizer steps, and accelerator.backward was not called: this training is not seen, so nothing of "
+                "it is logged or saved"
+            )
 
     def _log(
         self,

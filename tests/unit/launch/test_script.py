@@ -170,6 +170,31 @@ def test_training_and_end_go_on_when_standard_streams_are_closed(tmp_path: Path,
     finished(tmp_path, "train.py", closed=closed)
 
 
+def test_line_comes_at_the_first_step_when_the_training_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text(
+        "import sys, torch\n"
+        "net = torch.nn.Linear(4, 1)\n"
+        "optimizer = torch.optim.SGD(net.parameters(), 0.1)\n"
+        "for step in range(3):\n"
+        "    net(torch.ones(2, 4)).mean().backward()\n"
+        "    optimizer.step()\n"
+        "    print('step', step, file=sys.stderr, flush=True)\n"
+    )
+    done = subprocess.run(
+        [BIN / "harness", "run", "plain.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(),
+    )
+    first, *rest = done.stderr.splitlines()
+    assert (done.returncode, rest) == (0, ["step 0", "step 1", "step 2"])
+    assert "an optimizer steps, and accelerator.backward was not called" in first
+    assert not (tmp_path / "runs").exists()
+
+
 # Of other processes than a script's, or of what a script cannot call whose `harness` is another.
 ELSEWHERE = {
     "harness.app",
