@@ -142,6 +142,23 @@ def test_scheduler_is_made_when_given_by_options_alone(config_file: Path) -> Non
     assert parse_run_config(argv).scheduler == ClassSpec("a.B", {"T_max": 5})
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], False),
+        (["--reset_scheduler"], True),
+        (["--reset_scheduler", "--seed", "3"], True),
+        (["--reset_scheduler", "false"], False),
+        (["--reset_scheduler=true"], True),
+    ],
+)
+def test_scheduler_is_reset_when_the_option_stands_with_or_without_a_value(
+    config_file: Path, words: list[str], expected: bool
+) -> None:
+    assert parse_run_config(["--config", str(config_file), *words]).reset_scheduler is expected
+    assert parse(config_file, f"{YAML}reset_scheduler: true\n", *words).reset_scheduler is (expected or not words)
+
+
 def test_error_is_told_when_init_args_have_no_class(tmp_path: Path) -> None:
     message = error_of(tmp_path / "c.yaml", YAML + "scheduler: {init_args: {T_max: 5}}\n")
     assert message.startswith("scheduler.class_path: is missing, but scheduler.init_args is given")
