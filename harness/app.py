@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, set_seed
 from harness import buffers, build, data, memory_layout, precision, runtime
 from harness.config import RunConfig
 from harness.elastic import plan_batches
+from harness.fsdp2_layers import separate_embeddings
 from harness.loop import fit
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
@@ -91,6 +92,7 @@ def prepare(
     logger.describe(config.task, model, getattr(task, "input_example", None), axes)
     optimizer = build.build_optimizer(config.optimizer, model)
     scheduler = build.build_scheduler(config.scheduler, optimizer)
+    separate_embeddings(accelerator, model)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     precision.cast_inputs(accelerator, model)
     if eval_loader is not None:

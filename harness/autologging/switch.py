@@ -24,6 +24,7 @@ from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
+from harness.fsdp2_layers import separate_embeddings
 
 Function = Callable[..., Any]
 
@@ -160,9 +161,10 @@ class Switch:
     def _prepare(self, accelerator: Accelerator, given: tuple[Any, ...], prepare: Callable[[], Any]) -> Any:
         if self._is_preparing:
             return prepare()
-        if runtime.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
-            for each in given:
-                if isinstance(each, torch.nn.Module):
+        for each in given:
+            if isinstance(each, torch.nn.Module):
+                separate_embeddings(accelerator, each)
+                if runtime.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
                     cpu.send_weights(each)
         self._is_preparing = True
         try:
