@@ -38,6 +38,8 @@ _SQL_ERROR = re.compile(r"sqlalche\.me/e/\w+/(\w+)")
 _SQL_REFUSALS = frozenset({"9h9h", "gkpj"})
 _CONFLICT = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|duplicate value", re.IGNORECASE)
 _MAX_CONFLICTS = 3
+# Of a run or an experiment that somebody has deleted, and may restore; MLflow has no code of its own for it.
+_DELETED = "must be in the 'active' state"
 
 _Result = TypeVar("_Result")
 
@@ -80,9 +82,10 @@ def is_permanent(error: Exception) -> bool:
     """Whether MLflow has refused something for good, as against being away, slow or busy.
 
     Only MLflow's own JSON answers and its client's own checks count: a proxy's page with status 400 does not. An MLflow
-    server answers BAD_REQUEST for nearly every error of its database, most of which pass.
+    server answers BAD_REQUEST for nearly every error of its database, most of which pass. A run or an experiment that
+    was deleted can be restored, so what it refuses meanwhile is not refused for good.
     """
-    if not isinstance(error, MlflowException):
+    if not isinstance(error, MlflowException) or _DELETED in str(error):
         return False
     if error.error_code == "BAD_REQUEST":
         is_own = isinstance(error, RestException) or error.__cause__ is not None

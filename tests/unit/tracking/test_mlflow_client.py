@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,40 @@ def test_dataset_is_there_once_when_a_second_request_inserts_it_first(tmp_path: 
     assert conflicts
     inputs = client.get_run(first.run_id).inputs.dataset_inputs
     assert [each.dataset.name for each in inputs] == ["digits"]
+
+
+@pytest.mark.parametrize("deleted", ["run", "experiment"])
+def test_nothing_is_refused_for_good_when_what_it_belongs_to_is_deleted(tmp_path: Path, deleted: str) -> None:
+    uri = make_database(tmp_path / "mlflow.db")
+    client = mlflow.MlflowClient(uri)
+    store = opened(uri, client)
+    run = client.get_run(store.run_id)
+    actions: list[Callable[[], object]] = [
+        lambda: store.log_metrics([("loss", 1.0, 1, 1)]),
+        lambda: store.log_params({"lr": "0.1"}),
+        lambda: store.set_tags({"team": "a"}),
+        lambda: client.create_logged_model(run.info.experiment_id, "model", store.run_id),
+    ]
+    if deleted == "run":
+        actions.append(lambda: store.end("FINISHED", 1))
+        client.delete_run(store.run_id)
+    else:
+        client.delete_experiment(run.info.experiment_id)
+    num_refused = 0
+    for action in actions:
+        try:
+            action()
+        except MlflowException as error:
+            assert not is_permanent(error) and not is_permanent(as_answered(error)), error
+            num_refused += 1
+    assert num_refused >= (4 if deleted == "run" else 1)
+    if deleted == "run":
+        client.restore_run(store.run_id)
+    else:
+        client.restore_experiment(run.info.experiment_id)
+    for action in actions:
+        action()
+    assert client.get_run(store.run_id).data.metrics == {"loss": 1.0}
 
 
 SQL = "(psycopg2.errors.{}) {} (Background on this error at: https://sqlalche.me/e/20/{})"
