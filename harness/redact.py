@@ -85,6 +85,24 @@ def redact_tree(value: Any, name: str = "") -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+def redact_named(values: Mapping[str, Any], *, only_text: bool = False) -> dict[str, Any]:
+    """A script's values as another library is to get them: all but secrets are the same objects.
+
+    Args:
+        values: nested mappings; name -> value.
+        only_text: whether a number under a name like a secret's stays, as in metrics (``loss_per_token``).
+    """
+    redacted: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            redacted[name] = redact_named(value, only_text=only_text)
+        elif is_secret_name(str(name)) and value is not None and not (only_text and not isinstance(value, str)):
+            redacted[name] = "***"
+        else:
+            redacted[name] = redact(value) if isinstance(value, str) else value
+    return redacted
+
+
 def redact_words(words: Sequence[str]) -> list[str]:
     """A command line with the values of options named like secrets replaced, however they are quoted."""
     redacted: list[str] = []

@@ -116,7 +116,7 @@ def note_stop(path: Path, stopped_by: str) -> None:
     identity = launch_identity().get(_RESTARTS_AFTER_ANY_END)
     if identity is not None:
         record = read_run_record(path) | {"stopped": {"launch": identity, "by": stopped_by}}
-        replace_file(path / FILE, json.dumps(record, indent=2) + "\n")
+        replace_file(path / FILE, json.dumps(record, indent=2) + "\n", is_private=True)
 
 
 def _write_record(path: Path, name: str, *, is_made_up: bool, mlflow_run_id: str | None) -> tuple[int, str | None]:
@@ -137,7 +137,7 @@ def _write_record(path: Path, name: str, *, is_made_up: bool, mlflow_run_id: str
         # Somebody has started it anew, to go on.
         record.pop("stopped", None)
         stopped = {}
-    replace_file(path / FILE, json.dumps(record, indent=2) + "\n")
+    replace_file(path / FILE, json.dumps(record, indent=2) + "\n", is_private=True)
     attempt: int = record["attempt"]
     return attempt, stopped.get("by")
 
@@ -223,7 +223,7 @@ def write_config(path: Path, config: RunConfig) -> None:
     uri = config.tracking.tracking_uri
     values["tracking"]["tracking_uri"] = None if uri is None else without_password(uri)
     try:
-        replace_file(path / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        replace_file(path / "config.yaml", yaml.safe_dump(values, sort_keys=False), is_private=True)
     except OSError as error:
         raise RunDirError(
             f"run_dir: cannot write {path / 'config.yaml'}: {error.strerror}; free space there"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.config import RunConfig, check_run_name
+from harness.durable import open_private
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import make_parser, parse_run_config
 from launch.command_parser import CommandParser
@@ -54,7 +55,8 @@ def submit(words: Sequence[str]) -> int:
     check_classes(config)
     path = Path(submission.run_dir) / "slurm" / f"{submission.name}.sbatch"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    with open(path, "w", opener=open_private) as file:
+        file.write(script)
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(f"sbatch refuses it: {' '.join(done.stderr.split())} ({path})")

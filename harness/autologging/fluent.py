@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from harness.autologging.session import Session
+from harness.redact import redact_named
 
 Function = Callable[..., Any]
 
@@ -90,11 +91,17 @@ class FluentCalls:
 
     def log_param(self, original: Function, key: str, value: Any, **kwargs: Any) -> Any:
         """`mlflow.log_param`, which gives the value back."""
-        return value if self._takes_params({key: value}, kwargs) else original(key, value, **kwargs)
+        if not self._takes_params({key: value}, kwargs):
+            original(key, self._redacted({key: value})[key], **kwargs)
+        return value
 
     def log_params(self, original: Function, params: Mapping[str, Any], **kwargs: Any) -> Any:
         """`mlflow.log_params`."""
-        return None if self._takes_params(params, kwargs) else original(params, **kwargs)
+        return None if self._takes_params(params, kwargs) else original(self._redacted(params), **kwargs)
+
+    def _redacted(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What goes to MLflow as it is: the run may become ours, and ours has no secrets in it."""
+        return values if self._session().settings.exclusive else redact_named(values)
 
     def _takes_params(self, values: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
         """Whether the run takes them: MLflow itself would refuse, in a run that goes on, those that have changed."""

@@ -25,6 +25,7 @@ from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
 from harness.fsdp2_layers import separate_embeddings
+from harness.redact import redact_named
 
 Function = Callable[..., Any]
 
@@ -207,7 +208,8 @@ class Switch:
         is_taken = self.session.has_begun and not self.session.is_over
         self._fluent.is_within, self._writers.is_within = is_taken, True
         try:
-            original(accelerator, values, step, *args, **kwargs)
+            # Trackers of accelerate's get texts too, and keep them as they are.
+            original(accelerator, redact_named(values, only_text=True), step, *args, **kwargs)
         finally:
             self._fluent.is_within = self._writers.is_within = False
         if is_taken or self.settings.exclusive or not _tracks_in_mlflow(accelerator):
@@ -229,7 +231,8 @@ class Switch:
     ) -> None:
         self._writers.is_within = True
         try:
-            original(accelerator, project_name, config, *args, **kwargs)
+            redacted = redact_named(config) if isinstance(config, Mapping) else config
+            original(accelerator, project_name, redacted, *args, **kwargs)
         finally:
             self._writers.is_within = False
         # accelerate's own tracker has put it into the run.

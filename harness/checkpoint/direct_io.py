@@ -34,7 +34,7 @@ class RangeFile:
 
     def __init__(self, path: Path) -> None:
         self.cached_bytes = 0
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._direct: int | None = None
         flag = getattr(os, "O_DIRECT", 0)
         if flag:

@@ -74,7 +74,7 @@ def make_files(directory: Path, files: Iterable[OutputFile]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         if file.header is not None:
-            descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(directory / file.name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             with open(descriptor, "wb") as stream:
                 stream.write(file.header.encode("latin-1"))
                 stream.truncate(file.size_bytes)

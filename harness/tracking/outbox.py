@@ -71,7 +71,7 @@ class Outbox:
             self._begin = found[-1].begin if found else 0
             self.path = path_of(directory, self._begin)
             _cut_torn_line(self.path)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             self._size_bytes = os.fstat(self._file).st_size
             self._is_torn = False
             remove_behind(directory, self._begin + self._size_bytes)
@@ -200,7 +200,7 @@ class Outbox:
     def _begin_segment(self) -> None:
         begin = self._begin + self._size_bytes
         path = path_of(self._directory, begin)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         # Not waited for here, on the trainer's thread: `sync` does.
         self._earlier_files.append(self._file)
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0

@@ -119,7 +119,7 @@ class Publisher:
             "experiment_name": self.settings.experiment_name,
             "tracking_uri": without_password(self.settings.tracking_uri),
         }
-        replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n")
+        replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n", is_private=True)
 
     def run(self) -> bool:
         """Deliver until the run's end is delivered; whether it was."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.child import child_command
+from harness.durable import open_private
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
@@ -41,7 +42,7 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
     if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
         # One that still writes goes on in the file that it has.
         path.replace(path.with_suffix(".log.1"))
-    with path.open("ab") as log:
+    with open(path, "ab", opener=open_private) as log:
         publisher = subprocess.Popen(
             child_command("harness.tracking.publisher_process", str(run_dir)),
             stdin=subprocess.PIPE,

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from harness.durable import replace_file
+from harness.durable import open_private, replace_file
 
 
 def test_new_text_is_there_when_a_file_is_replaced(tmp_path: Path) -> None:
@@ -34,3 +36,27 @@ def test_no_temporary_is_left_when_the_rename_fails(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="taken"):
         replace_file(tmp_path / "taken", "text")
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_modes_follow_the_umask_but_for_private_files(tmp_path: Path, umask: int) -> None:
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    private.touch(0o644)
+    before = os.umask(umask)
+    try:
+        replace_file(shared, "of all")
+        replace_file(private, "of one", is_private=True)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+
+
+def test_file_becomes_private_when_it_is_there_already(tmp_path: Path) -> None:
+    path = tmp_path / "publisher.log"
+    path.write_text("earlier\n")
+    path.chmod(0o644)
+    with open(path, "a", opener=open_private) as log:
+        log.write("later\n")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text() == "earlier\nlater\n"

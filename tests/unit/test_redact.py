@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import redact as redact_module
-from harness.redact import is_secret_name, redact, redact_message, redact_tree, remember, without_password
+from harness.redact import is_secret_name, redact, redact_message, redact_named, redact_tree, remember, without_password
 
 letters = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
 # What a user may paste unquoted: more than a URI allows, as long as it ends before the path.
@@ -134,3 +134,22 @@ def test_settings_keep_their_form_when_their_secrets_are_replaced() -> None:
         "db": {"password": "***", "uri": "postgresql://me:***@h/d"},
         "list": ["a", None],
     }
+
+
+def test_values_are_the_same_objects_but_for_secrets_when_another_library_gets_them() -> None:
+    shape = (3, 4)
+    values = {"hub_token": "hf_abc", "lr": 0.1, "shape": shape, "hub": {"api_key": 3, "url": "s3://me:abc@host/x"}}
+    found = redact_named(values)
+    assert found == {
+        "hub_token": "***",
+        "lr": 0.1,
+        "shape": shape,
+        "hub": {"api_key": "***", "url": "s3://me:***@host/x"},
+    }
+    assert found["shape"] is shape
+    # A metric may be named like a secret; what is logged with it as text may be one.
+    assert redact_named({"loss/token": 0.5, "hub_token": "hf_abc"}, only_text=True) == {
+        "loss/token": 0.5,
+        "hub_token": "***",
+    }
+    assert redact_named({"hub_token": None}) == {"hub_token": None}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.tracking import GeneralTracker
 from mlflow.pytorch import _pytorch_autolog
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -606,3 +607,49 @@ def test_event_of_a_summary_writer_is_in_the_run_when_mlflow_listens(on: On, tmp
     switch.finish()
     assert checkpoints(tmp_path)["epoch-0001"].metrics["of_writer"] == 4.0
     assert not (tmp_path / "mlflow.db").exists()
+
+
+class Keeps(GeneralTracker):  # type: ignore[misc]
+    """A tracker of accelerate's kind, which keeps what it is given."""
+
+    name = "keeps"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Any] = []
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.given
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.given.append(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.given.append(values)
+
+
+def test_accelerates_own_tracker_gets_no_secrets_when_the_script_gives_some(on: On) -> None:
+    on()
+    tracker = Keeps()
+    accelerator = Accelerator(log_with=tracker)
+    accelerator.init_trackers("project", config={"hub_token": "hf_abc", "lr": 0.1, "url": "s3://me:abc@host/x"})
+    accelerator.log({"hub_token": "hf_abc", "loss/token": 0.5}, step=1)
+    assert tracker.given == [
+        {"hub_token": "***", "lr": 0.1, "url": "s3://me:***@host/x"},
+        {"hub_token": "***", "loss/token": 0.5},
+    ]
+
+
+def test_mlflow_gets_no_secrets_when_the_script_logs_some_before_it_trains(on: On, tmp_path: Path) -> None:
+    on()
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        with mlflow.start_run() as run:
+            mlflow.log_params({"hub_token": "hf_abc", "lr": 0.1})
+            assert mlflow.log_param("api_key", "abc") == "abc"
+        assert mlflow.get_run(run.info.run_id).data.params == {"hub_token": "***", "lr": "0.1", "api_key": "***"}
+    finally:
+        mlflow.set_tracking_uri(before)
