@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import requests
@@ -69,13 +72,17 @@ def server_of(client: Any) -> Any:
 
 def has_run(tracking_uri: str, run_id: str) -> bool:
     """Whether the store at an address has the run. One that cannot be asked now has not; nothing is made there."""
-    if tracking_uri.startswith(_SQLITE) and not Path(tracking_uri.removeprefix(_SQLITE)).exists():
+    if tracking_uri.startswith(_SQLITE) and not Path(unquote(_path_of(tracking_uri))).exists():
         return False
     try:
         connect(tracking_uri).get_run(run_id)
     except Exception:
         return False
     return True
+
+
+def _path_of(tracking_uri: str) -> str:
+    return tracking_uri.removeprefix(_SQLITE).partition("?")[0]
 
 
 def is_permanent(error: Exception) -> bool:
@@ -188,3 +195,7 @@ def _require_database(tracking_uri: str) -> None:
     engine = create_engine(url, poolclass=NullPool, connect_args=limits)
     engine.connect().close()
     _safe_initialize_tables(engine)
+    # MLflow leaves its lock. Who waits for it still finds the tables, and so does who makes another.
+    name = hashlib.md5(str(engine.url).encode(), usedforsecurity=False).hexdigest()
+    with suppress(OSError):
+        Path(tempfile.gettempdir(), f"db_init_lock-{name}").unlink()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import LogBatch
 
-from harness.tracking.mlflow_client import is_permanent, server_of
+from harness.tracking.mlflow_client import connect, has_run, is_permanent, server_of
 from harness.tracking.mlflow_store import MlflowStore, _log_batch_body
 from harness.tracking.names import clean_model_name
 from harness.tracking.registry import Registration, Registry
@@ -82,3 +83,16 @@ def test_version_is_made_once_when_the_registered_name_is_odd(store: MlflowStore
         for _ in range(2):
             Registry(client).register(registration, model.model_id, store.run_id, record)
     assert client.get_registered_model(registration.name).aliases == {"last": 2}
+
+
+def test_nothing_is_left_in_the_temporary_directory_when_a_database_is_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "what?").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    uri = f"sqlite:///{tmp_path}/what%3F/mlflow.db"
+    run = connect(uri).create_run("0")
+    assert (tmp_path / "what?" / "mlflow.db").exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+    assert has_run(uri, run.info.run_id)
