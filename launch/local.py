@@ -121,6 +121,8 @@ def accelerate_command(plan: Plan) -> list[str]:
         *("accelerate", "launch", "--config_file", _short(config_file)),
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
         *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
+        # torch's agent would leave a torchelastic_* in /tmp for every run. What ranks print goes to the terminal.
+        *(("--log_dir", os.devnull) if count > 1 else ()),
         *extra,
         *("--no_python", *_rank_command(plan.command), *plan.training_words),
     ]
