@@ -12,7 +12,7 @@ from harness.errors import TrackingError
 
 SETTINGS = "settings.json"
 # Others stay as they are: addresses that were written down before are still the same.
-_ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#"})
+_ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%?"})
 
 
 def write_settings(outbox_dir: Path, settings: Mapping[str, Any]) -> None:
