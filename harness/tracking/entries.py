@@ -80,23 +80,8 @@ def read_entries(
                     yield Entry("damaged", 0, {"line": line}, offset)
                 if payload is None or (begins is not None and not payload.startswith(begins)):
                     continue
-                record = _parsed(payload)
+                record = json.loads(payload)
                 yield Entry(record["kind"], record["time_ms"], record["body"], offset)
-
-
-def _parsed(payload: bytes) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(payload)
-    # An argument that is no UTF-8 becomes a half of a surrogate pair, which no database takes, nor PostgreSQL a NUL.
-    return _storable(record) if b"\\ud" in payload or b"\\u0000" in payload else record
-
-
-def _storable(value: Any) -> Any:
-    """A JSON value with what a database refuses in a text replaced."""
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode().replace("\0", "?")
-    if isinstance(value, dict):
-        return {_storable(key): _storable(item) for key, item in value.items()}
-    return [_storable(item) for item in value] if isinstance(value, list) else value
 
 
 def fits(directory: Path, offset: int, time_ms: int | None = None) -> bool:

@@ -209,14 +209,14 @@ class MlflowStore:
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""
-        params = [Param(key, value[:MAX_PARAM_CHARS]) for key, value in _clean_keys(values).items()]
+        params = [Param(key, _storable(value)[:MAX_PARAM_CHARS]) for key, value in _clean_keys(values).items()]
         for start in range(0, len(params), MAX_PARAMS_PER_BATCH):
             batch = params[start : start + MAX_PARAMS_PER_BATCH]
             despite_conflicts(partial(self._client.log_batch, self.run_id, params=batch))
 
     def set_tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a value that is too long is cut."""
-        tags = [RunTag(key, value[:MAX_TAG_CHARS]) for key, value in _clean_keys(values).items()]
+        tags = [RunTag(key, _storable(value)[:MAX_TAG_CHARS]) for key, value in _clean_keys(values).items()]
         for start in range(0, len(tags), MAX_TAGS_PER_BATCH):
             despite_conflicts(
                 partial(self._client.log_batch, self.run_id, tags=tags[start : start + MAX_TAGS_PER_BATCH])
@@ -225,7 +225,7 @@ class MlflowStore:
     def log_dataset(self, record: Mapping[str, Any]) -> None:
         """Record a data set as an input of the run."""
         dataset = Dataset(
-            name=record["name"][:MAX_DATASET_NAME_CHARS],
+            name=_storable(record["name"])[:MAX_DATASET_NAME_CHARS],
             digest=record["digest"],
             source_type=record["source_type"],
             source=record["source"],
@@ -240,7 +240,7 @@ class MlflowStore:
         Raises:
             UploadError: if it is not there in its size afterwards: an upload's answer does not tell.
         """
-        path = clean_path(name)
+        path, content = clean_path(name), _storable(content)
         self._client.log_text(self.run_id, content, path)
         there = self._client.list_artifacts(self.run_id, posixpath.dirname(path) or None)
         num_bytes = next((found.file_size for found in there if found.path == posixpath.normpath(path)), None)
@@ -318,6 +318,14 @@ def _as_mlflow_has_it(key: str, value: float, time_ms: int, step: int) -> tuple[
     raise MlflowException(
         f"step {step!r:.40} or value {value!r:.40} is no number of 64 bits", error_code=INVALID_PARAMETER_VALUE
     )
+
+
+def _storable(text: str) -> str:
+    """A text with what a database refuses replaced.
+
+    An argument that is no UTF-8 has half of a surrogate pair in Python, and PostgreSQL takes no NUL.
+    """
+    return text.encode(errors="replace").decode().replace("\0", "?")
 
 
 def _clean_keys(values: Mapping[str, str]) -> dict[str, str]:

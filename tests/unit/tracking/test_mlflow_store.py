@@ -59,10 +59,10 @@ def test_one_parent_is_used_when_its_name_has_quotes(store: MlflowStore, tmp_pat
 def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: MlflowStore, tmp_path: Path) -> None:
     store.log_metrics([("val/AR@100", 1.0, 1, 1), ("a/../b", 2**63 + 1, 1, 1), ("good", 1.0, 1, -1)])
     store.log_params({"acc@1": "1", "acc%1": "2", "..": "3"})
-    store.set_tags({"": "1"})
-    store.log_text("../../outside.txt", "text")
+    store.set_tags({"": "1", "broken": "\udcff\0"})
+    store.log_text("../../outside.txt", "text\udcff")
     dataset = dict.fromkeys(("digest", "source_type", "source", "profile", "context"), "x")
-    store.log_dataset({**dataset, "name": "n" * 999})
+    store.log_dataset({**dataset, "name": "\udcff" * 999})
     numbers: list[tuple[Any, int]] = [(1.0, 2**63), (1.0, -(2**63) - 1), (10**400, 1), (None, 1)]
     for value, step in numbers:
         with pytest.raises(MlflowException, match="is no number of 64 bits") as caught:
@@ -71,6 +71,7 @@ def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: Ml
     run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(store.run_id)
     assert run.data.metrics == {"val/AR_100": 1.0, "a/__/b": float(2**63), "good": 1.0}
     assert run.data.params.keys() >= {"acc_1", "__"} and len(run.data.params) == 3
+    assert run.data.tags["broken"] == "??"
 
 
 @pytest.mark.parametrize("name", ["bob's model", "a/b", 'the "best"', 'bob\'s "best"', "..", "m" * 300, ""], ids=ascii)

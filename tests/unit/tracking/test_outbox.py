@@ -21,19 +21,17 @@ from harness.tracking.entries import Entry, read_entries
 from harness.tracking.outbox import Outbox
 from harness.tracking.segments import JOURNAL
 
-# Without NUL and halves of surrogate pairs, which are replaced.
-characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False)
-    | st.text(characters, max_size=20)
-    | st.text(' \n\r\u2028\x01"\\ä', max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(characters, max_size=5), inner, max_size=3),
+    | st.text(max_size=20)
+    | st.text(' \n\r\u2028\x00"\\ä', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-bodies = st.dictionaries(st.text(characters, max_size=8), values, max_size=4)
+bodies = st.dictionaries(st.text(max_size=8), values, max_size=4)
 kinds = st.sampled_from(["params", "tags", "metrics", "dataset", "text", "checkpoint", "end"])
 appended = st.lists(st.tuples(kinds, bodies, st.integers(0, 2**45)), max_size=6)
 
@@ -100,11 +98,6 @@ def test_wrong_entry_is_never_read_when_a_byte_is_flipped(entries: list[Any], da
         ]
 
     in_a_new_directory(check)
-
-
-def test_text_is_one_that_databases_take_when_it_has_a_nul_or_half_a_surrogate_pair(tmp_path: Path) -> None:
-    fill(tmp_path, [("params", {"a\0": ["\udc80", {"b": "c\0d"}]}, 0)])
-    assert [entry.body for entry in read_entries(tmp_path)] == [{"a?": ["?", {"b": "c?d"}]}]
 
 
 @given(appended)
