@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.durable import read_record, replace_file
-from harness.tracking.entries import fits
+from harness.tracking.entries import FILES, fits, read_entries
 
 DELIVERED = "delivered.json"
 MAX_REFUSED_KEPT = 20
@@ -27,6 +27,8 @@ class Delivered:
         models: checkpoint name -> id of the LoggedModel it became.
         refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
         num_refused: how much that is in all.
+        files_trouble: why the artifact store does not take what is next, since when the end did not wait for it; empty:
+            it does.
         ended: whether the last thing delivered was the run's end.
         time_ms: when the last thing delivered happened.
         step: the last step of the running attempt that was delivered.
@@ -40,6 +42,7 @@ class Delivered:
     step: int = 0
     models_offset: int = 0
     num_refused: int = 0
+    files_trouble: str = ""
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -54,6 +57,13 @@ def read_delivered(directory: Path) -> Delivered:
     if not fits(directory, delivered.models_offset):
         return replace(delivered, models_offset=0)
     return delivered
+
+
+def has_more(directory: Path, delivered: Delivered) -> bool:
+    """Whether the journal has something that is not delivered, files among it."""
+    # What is on disk of `models_offset` may be behind: there need be no file between.
+    rest = (read_entries(directory, delivered.offset), read_entries(directory, delivered.models_offset, FILES))
+    return any(next(iter(entries), None) is not None for entries in rest)
 
 
 def problem_of(directory: Path) -> str | None:
@@ -86,6 +96,7 @@ def _as_written(directory: Path) -> Delivered | None:
             # Before there were two lanes, all went in one.
             min(offset, int(record.get("models_offset", offset))),
             int(record.get("num_refused", len(refused))),
+            str(record.get("files_trouble", "")),
         )
     except (KeyError, TypeError, ValueError):
         return None

@@ -22,6 +22,8 @@ Kind = Literal[
 ]
 # Those that hold points: values by names, at a step.
 POINTS: Final[tuple[Kind, ...]] = ("metrics", "system")
+# What goes to the artifact store.
+FILES: Final[tuple[Kind, ...]] = ("text", "checkpoint", "retire")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -11,20 +12,21 @@ from harness.checkpoint.commit import read_manifest
 from harness.errors import CheckpointError
 from harness.redact import redact
 from harness.tracking.acknowledged import Acknowledged
-from harness.tracking.entries import Entry, Kind, read_entries
+from harness.tracking.entries import FILES, Entry, Kind, read_entries
 from harness.tracking.mlmodel import read_recipe
 from harness.tracking.retries import Retries
 from harness.tracking.store import RefusedError, Settings, Store
 
-KINDS: Final[tuple[Kind, ...]] = ("text", "checkpoint", "retire")
 _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
+# An end waits for the files as long as they arrive, and for so long where the artifact store takes none.
+_MAX_TROUBLE_S = 30.0
 
 
 class ModelLane:
     """Delivers what goes to the artifact store, in order, and only what the lane of records has passed.
 
     So a model finds the run's parameters there, and a run that ends has its models: the other lane waits for this
-    one before it delivers an end.
+    one before it delivers an end. Where the artifact store has taken nothing for `_MAX_TROUBLE_S`, it waits no longer.
 
     Effects: not collective; a thread of the publisher's own; blocks on the network; leaves what `Acknowledged` does.
 
@@ -35,6 +37,7 @@ class ModelLane:
         acknowledged: how far both lanes are.
         retries: how a store that is away is waited for.
         log: takes a line.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class ModelLane:
         acknowledged: Acknowledged,
         retries: Retries,
         log: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_dir = run_dir
         self._outbox_dir = run_dir / "outbox"
@@ -55,6 +59,9 @@ class ModelLane:
         self._log = log
         self._error: BaseException | None = None
         self._has_given_up = False
+        self._clock = clock
+        # Since when the store takes nothing, in the clock's seconds, and why.
+        self._trouble: tuple[float, str] | None = None
         self._thread = threading.Thread(target=self._run, name="harness-models", daemon=True)
 
     def start(self) -> None:
@@ -66,17 +73,28 @@ class ModelLane:
         self._acknowledged.close()
         self._thread.join()
 
-    def has_passed(self, offset: int, beat: Callable[[], None]) -> bool:
-        """Wait until all up to an offset is delivered; False: it was given up."""
+    def wait_until_passed(self, offset: int, beat: Callable[[], None]) -> bool:
+        """Wait until all up to an offset is delivered.
+
+        Returns:
+            Whether it is. If not, the store takes no files: the reason is in `Delivered.files_trouble`.
+        """
         while not self._acknowledged.wait(lambda now: now.models_offset >= offset or self._is_over, timeout_s=1.0):
             beat()
         if self._error is not None:
             raise self._error
-        return not self._has_given_up
+        has_passed = self._acknowledged.now.models_offset >= offset
+        trouble = self._trouble
+        reason = "" if has_passed or trouble is None else redact(trouble[1])
+        if reason != self._acknowledged.now.files_trouble:
+            self._acknowledged.update(files_trouble=reason)
+        return has_passed
 
     @property
     def _is_over(self) -> bool:
-        return self._has_given_up or self._error is not None
+        trouble = self._trouble
+        is_stuck = trouble is not None and self._clock() - trouble[0] > _MAX_TROUBLE_S
+        return is_stuck or self._has_given_up or self._error is not None
 
     def _run(self) -> None:
         try:
@@ -93,7 +111,7 @@ class ModelLane:
 
     def _deliver_passed(self) -> bool:
         passed = self._acknowledged.now
-        for entry in read_entries(self._outbox_dir, passed.models_offset, KINDS):
+        for entry in read_entries(self._outbox_dir, passed.models_offset, FILES):
             if entry.end_offset > passed.offset or self._acknowledged.is_closed:
                 break
             if not self._deliver_with_retries(entry):
@@ -108,7 +126,9 @@ class ModelLane:
     def _deliver_with_retries(self, entry: Entry) -> bool:
         models: dict[str, str | None] = {}
         try:
-            if not self._retries.until_done(entry.kind, lambda: models.update(self._deliver(entry))):
+            if not self._retries.until_done(
+                entry.kind, lambda: models.update(self._try(entry)), lambda: self._acknowledged.is_closed
+            ):
                 return False
         except Exception as error:
             self._log(f"refused for good: {entry.kind}: {error}")
@@ -116,6 +136,16 @@ class ModelLane:
             return True
         self._acknowledged.update(models_offset=entry.end_offset, models=models)
         return True
+
+    def _try(self, entry: Entry) -> dict[str, str | None]:
+        try:
+            models = self._deliver(entry)
+        except Exception as error:
+            since_s = self._clock() if self._trouble is None else self._trouble[0]
+            self._trouble = (since_s, f"{entry.kind}: {' '.join(str(error).split())[:300]}")
+            raise
+        self._trouble = None
+        return models
 
     def _deliver(self, entry: Entry) -> dict[str, str | None]:
         """Returns checkpoint name -> id of its model, None where there is none any more."""

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from harness.durable import replace_file
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import acknowledged, attempts, pruning
-from harness.tracking.entries import POINTS, Entry, read_entries
+from harness.tracking.entries import POINTS, Entry, Kind, read_entries
 from harness.tracking.halving import send_in_halves
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
@@ -31,6 +31,7 @@ POLL_S = 0.2
 # The bytes of entries that were damaged, for whoever wants to look.
 DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_POINTS_PER_DELIVERY = 1000
+_ENDS: Final[tuple[Kind, ...]] = ("end",)
 
 
 class Publisher:
@@ -121,10 +122,21 @@ class Publisher:
         }
         replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n", is_private=True)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run's end is delivered, and nothing of the journal is behind it."""
+        return self._acknowledged.now.ended and self._delivered_end() is not None
+
     def run(self) -> bool:
-        """Deliver until the run's end is delivered; whether it was."""
+        """Deliver until the run's end is delivered, at the latest when the trainer is gone.
+
+        Returns:
+            Whether all is delivered. The end may be though files are not: then `Delivered.files_trouble` says why.
+        """
         self._models.start()
         try:
+            if self.has_ended:
+                return self._run_for_files()
             return self._run()
         finally:
             self._models.close()
@@ -134,7 +146,22 @@ class Publisher:
         self.store.failed(error)
         self._beat()
 
+    def _run_for_files(self) -> bool:
+        """The end is delivered, and files were left out: deliver them, and the end once more, as the run was opened."""
+        are_there = self._models.wait_until_passed(self._acknowledged.now.offset, self._beat)
+        end = self._delivered_end()
+        return end is not None and self._deliver_with_retries([end]) and are_there
+
+    def _delivered_end(self) -> Entry | None:
+        """The end that was delivered last; None: there are entries behind it, or none is in the journal."""
+        offset = self._acknowledged.now.offset
+        if next(iter(read_entries(self._outbox_dir, offset)), None) is not None:
+            return None
+        ends = read_entries(self._outbox_dir, kinds=_ENDS)
+        return next((end for end in ends if end.end_offset == offset), None)
+
     def _run(self) -> bool:
+        are_files_there = True
         while True:
             ended = False
             for group in _grouped(self._durable_entries()):
@@ -142,19 +169,19 @@ class Publisher:
                     log(f"attempt {group[0].body['number']} has begun; the rest is its own publisher's")
                     return False
                 ended = group[-1].kind == "end"
-                # An end says that all is there.
-                if ended and not self._models.has_passed(self._acknowledged.now.offset, self._beat):
-                    return False
+                if ended:
+                    # An end says that all is there, but for files that the store does not take.
+                    are_files_there = self._models.wait_until_passed(self._acknowledged.now.offset, self._beat)
                 if not self._deliver_with_retries(group):
                     return False
             if ended:
-                return True
+                return are_files_there
             if self._trainer_is_gone():
                 # The end is written before standard input closes; look once more before concluding.
                 if next(iter(read_entries(self._outbox_dir, self._acknowledged.now.offset)), None) is None:
-                    if not self._models.has_passed(self._acknowledged.now.offset, self._beat):
-                        return False
-                    return self.settings.leaves_open or self._mark_failed(attempts.KILLED_REASON)
+                    are_files_there = self._models.wait_until_passed(self._acknowledged.now.offset, self._beat)
+                    has_ended = self.settings.leaves_open or self._mark_failed(attempts.KILLED_REASON)
+                    return has_ended and are_files_there
                 continue
             self._has_seen_trainer = True
             self._beat()

@@ -15,6 +15,8 @@ from harness.durable import open_private
 from harness.errors import TrackingError
 
 LOG = "publisher.log"
+# The publisher's exit code where the run's end is delivered, and files are not: the artifact store takes none.
+FILES_LEFT = 3
 # A publisher writes a few lines a minute at the most, while the store is away.
 MAX_LOG_BYTES = 8_000_000
 

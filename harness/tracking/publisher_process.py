@@ -28,12 +28,12 @@ from harness.errors import TrackingError
 from harness.lock_file import holder_of, open_lock, write_holder
 from harness.redact import redact, remember, without_password
 from harness.run_directory import read_run_record
-from harness.tracking.acknowledged import read_delivered
-from harness.tracking.entries import read_entries
+from harness.tracking.acknowledged import has_more, read_delivered
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.names import clean_model_name
 from harness.tracking.outbox import DEFAULT_MAX_BYTES
 from harness.tracking.publisher import POLL_S, Publisher, log
+from harness.tracking.publisher_launch import FILES_LEFT
 from harness.tracking.registry import Registration
 from harness.tracking.settings import absolute_sqlite, write_settings
 from harness.tracking.store import RefusedError, Settings
@@ -138,7 +138,7 @@ def _has_locked_late(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], answer
 
 def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     delivered = read_delivered(run_dir / "outbox")
-    if delivered.ended and next(iter(read_entries(run_dir / "outbox", delivered.offset)), None) is None:
+    if not has_more(run_dir / "outbox", delivered) and delivered.ended:
         answer({"run_id": read_run_record(run_dir)["run_id"]})
         return 0
 
@@ -191,7 +191,9 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     if raw.get("is_awaited"):
         # Until here the trainer has waited, and with it all ranks.
         os.nice(_NICE)
-    return 0 if publisher.run() else 1
+    if publisher.run():
+        return 0
+    return FILES_LEFT if publisher.has_ended else 1
 
 
 def _registration(raw: Mapping[str, Any]) -> Registration | None:

@@ -40,8 +40,13 @@ class Retries:
         self._lock = threading.Lock()
         self._gone_since_s: float | None = None
 
-    def until_done(self, what: str, action: Callable[[], None]) -> bool:
+    def until_done(self, what: str, action: Callable[[], None], is_over: Callable[[], bool] | None = None) -> bool:
         """Do it until it works; False: given up, as the trainer is gone and the store stayed away.
+
+        Args:
+            what: names it in the log.
+            action: raises an error where it did not work.
+            is_over: whether nobody waits for it any more, asked each second; None: somebody does.
 
         Raises:
             Exception: what the store says no to for good.
@@ -58,8 +63,18 @@ class Retries:
                 if self._has_lingered():
                     return False
                 # With jitter: many jobs that lost one server shall not come back in step.
-                self._sleep(random.uniform(0.5, 1.0) * pause_s)
+                if not self._has_paused(random.uniform(0.5, 1.0) * pause_s, is_over):
+                    return False
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _has_paused(self, left_s: float, is_over: Callable[[], bool] | None) -> bool:
+        if is_over is None:
+            self._sleep(left_s)
+            return True
+        while left_s > 0 and not is_over():
+            self._sleep(min(left_s, 1.0))
+            left_s -= 1.0
+        return not is_over()
 
     def _has_lingered(self) -> bool:
         with self._lock:

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import HarnessError, TrackingError
 from harness.run_directory import read_run_record
 from harness.run_lock import is_held
-from harness.tracking.acknowledged import Delivered, read_delivered
+from harness.tracking.acknowledged import Delivered, has_more, read_delivered
 from harness.tracking.publisher_launch import LOG, read_answer, start_publisher
 from harness.tracking.segments import journal_end, segments
 from harness.tracking.settings import read_settings
@@ -57,6 +57,8 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     assert publisher.stdout is not None
     publisher.stdout.close()
     delivered = read_delivered(outbox_dir)
+    if code and delivered.files_trouble:
+        raise TrackingError(files_line(run_dir, delivered))
     if code:
         raise TrackingError(
             f"{run_dir}: {journal_end(outbox_dir) - delivered.offset} bytes of the outbox are not delivered; "
@@ -73,6 +75,14 @@ def refused_line(run_dir: Path, delivered: Delivered) -> str:
     return (
         f"{run_dir}: MLflow refused {delivered.num_refused} entries for good, the first: {delivered.refused[0]}; "
         f"see {run_dir / 'outbox' / LOG}"
+    )
+
+
+def files_line(run_dir: Path, delivered: Delivered) -> str:
+    """What to say where a run has ended in MLflow and its artifact store takes no files."""
+    return (
+        f"{run_dir}: metrics and the end are in MLflow, and models and other files are not, since its artifact store "
+        f"takes none ({delivered.files_trouble}); once it does, deliver them with `harness sync {run_dir}`"
     )
 
 
@@ -93,7 +103,7 @@ def is_online(run_dir: Path) -> bool:
 def has_news(run_dir: Path) -> bool:
     """Whether there is something that MLflow has not had."""
     outbox_dir = run_dir / "outbox"
-    return read_delivered(outbox_dir).offset < journal_end(outbox_dir)
+    return has_more(outbox_dir, read_delivered(outbox_dir))
 
 
 def deliver_all(

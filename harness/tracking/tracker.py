@@ -34,7 +34,7 @@ from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.names import Names, clean_key
 from harness.tracking.outbox import Outbox
-from harness.tracking.publisher_launch import PublisherDiedError, read_answer, start_publisher
+from harness.tracking.publisher_launch import FILES_LEFT, PublisherDiedError, read_answer, start_publisher
 from harness.tracking.settings import absolute_sqlite, write_settings
 
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
@@ -389,7 +389,7 @@ class Tracker:
         if self.run_id is None:
             # The start has failed: there is no run whose end another publisher could deliver, after as long a wait.
             return False
-        while self._publisher.poll() != 0 and time.monotonic() < deadline_s:
+        while self._publisher.poll() not in (0, FILES_LEFT) and time.monotonic() < deadline_s:
             if not waiting(drain.left()):
                 break
             self._revive()
@@ -397,7 +397,8 @@ class Tracker:
                 if self._publisher.wait(timeout=0.5) != 0:
                     time.sleep(0.5)  # until it may be started again
         self.abandon()
-        return read_delivered(self.run_dir / "outbox").offset == self.outbox.end
+        delivered = read_delivered(self.run_dir / "outbox")
+        return delivered.offset == self.outbox.end and not delivered.files_trouble
 
     def _is_on_disk(self, may_wait: bool) -> bool:
         """Whether all of the journal is; where a full disk refuses it and there is no time left, that is an error."""

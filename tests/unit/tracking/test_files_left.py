@@ -1,0 +1,66 @@
+"""An artifact store that takes nothing: metrics and the end arrive, and files once it does. MLflow's own store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from harness.tracking import model_lane
+from harness.tracking.acknowledged import read_delivered
+from harness.tracking.mlflow_client import is_permanent
+from harness.tracking.mlflow_store import MlflowStore
+from harness.tracking.outbox import Outbox
+from harness.tracking.publisher import Publisher
+from harness.tracking.store import Settings
+from harness.tracking.sync import files_line, has_news
+from tests.services.mlflow_server import make_database
+
+
+def delivering(run_dir: Path, uri: str) -> Publisher:
+    settings = Settings("it", uri, "exp", None, start_timeout_s=30.0, attempt=1)
+    publisher = Publisher(run_dir, settings, MlflowStore(uri), is_permanent, lambda: False)
+    publisher.open_run()
+    return publisher
+
+
+def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_lane, "_MAX_TROUBLE_S", 1.0)
+    run_dir = tmp_path / "it"
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key", "run_id": None}))
+    client = mlflow.MlflowClient(make_database(tmp_path / "mlflow.db"))
+    # A file where a directory is to be, which no user may write below.
+    (tmp_path / "blocked").touch()
+    client.create_experiment("exp", str(tmp_path / "blocked/artifacts"))
+    outbox = Outbox(run_dir / "outbox")
+    outbox.append("attempt", {"number": 1, "facts": {}})
+    outbox.append("text", {"name": "summary.txt", "content": "a text"})
+    outbox.append("metrics", {"step": 1, "values": {"loss": 0.5}})
+    outbox.append("end", {"status": "FINISHED", "reason": "complete", "step": 1})
+    outbox.close()
+
+    publisher = delivering(run_dir, client.tracking_uri)
+    start_s = time.monotonic()
+    assert not publisher.run() and publisher.has_ended
+    assert time.monotonic() - start_s < 15
+    run = client.get_run(publisher.store.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
+    delivered = read_delivered(run_dir / "outbox")
+    assert "blocked/artifacts" in files_line(run_dir, delivered)
+    assert has_news(run_dir)
+
+    # And again, as `harness sync` does it: first in vain.
+    assert not delivering(run_dir, client.tracking_uri).run()
+    assert client.get_run(run.info.run_id).info.status == "FINISHED"
+    (tmp_path / "blocked").unlink()
+    assert delivering(run_dir, client.tracking_uri).run()
+    again = client.get_run(run.info.run_id)
+    assert (again.info.status, again.info.end_time) == ("FINISHED", run.info.end_time)
+    assert "summary.txt" in [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert not has_news(run_dir) and read_delivered(run_dir / "outbox").files_trouble == ""
