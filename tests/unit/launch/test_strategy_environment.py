@@ -44,7 +44,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = {}
     for strategy, count in NUM_PROCESSES.items():
         command = accelerate_command(Plan(strategy, count, 0, ()))
-        words[str(directory / strategy)] = [*command[1 : command.index("-m")], str(script)]
+        words[str(directory / strategy)] = [*command[1 : command.index("--no_python")], str(script)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
     launches = [sys.executable, "-c", LAUNCHES]
     subprocess.run(launches, input=json.dumps(words), env=clean, text=True, timeout=240, check=True)
