@@ -14,19 +14,20 @@ from harness.redact import redact
 from harness.tracking.acknowledged import Acknowledged
 from harness.tracking.entries import FILES, Entry, Kind, read_entries
 from harness.tracking.mlmodel import read_recipe
-from harness.tracking.retries import Retries
+from harness.tracking.retries import LONGEST_PAUSE_S, Retries
 from harness.tracking.store import RefusedError, Settings, Store
 
 _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
-# An end waits for the files as long as they arrive, and for so long where the artifact store takes none.
-_MAX_TROUBLE_S = 30.0
+# An end waits for the files as long as they arrive, and for so long where the artifact store takes none: longer than
+# the longest pause between two tries, so that a store that is back is noticed.
+_MAX_TROUBLE_S = 2 * LONGEST_PAUSE_S
 
 
 class ModelLane:
     """Delivers what goes to the artifact store, in order, and only what the lane of records has passed.
 
     So a model finds the run's parameters there, and a run that ends has its models: the other lane waits for this
-    one before it delivers an end. Where the artifact store has taken nothing for `_MAX_TROUBLE_S`, it waits no longer.
+    one before it delivers an end. Where the artifact store takes nothing, it waits for `_MAX_TROUBLE_S`.
 
     Effects: not collective; a thread of the publisher's own; blocks on the network; leaves what `Acknowledged` does.
 
@@ -79,7 +80,10 @@ class ModelLane:
         Returns:
             Whether it is. If not, the store takes no files: the reason is in `Delivered.files_trouble`.
         """
-        while not self._acknowledged.wait(lambda now: now.models_offset >= offset or self._is_over, timeout_s=1.0):
+        start_s = self._clock()
+        while not self._acknowledged.wait(
+            lambda now: now.models_offset >= offset or self._is_over(start_s), timeout_s=1.0
+        ):
             beat()
         if self._error is not None:
             raise self._error
@@ -90,10 +94,9 @@ class ModelLane:
             self._acknowledged.update(files_trouble=reason)
         return has_passed
 
-    @property
-    def _is_over(self) -> bool:
+    def _is_over(self, start_s: float) -> bool:
         trouble = self._trouble
-        is_stuck = trouble is not None and self._clock() - trouble[0] > _MAX_TROUBLE_S
+        is_stuck = trouble is not None and self._clock() - max(trouble[0], start_s) > _MAX_TROUBLE_S
         return is_stuck or self._has_given_up or self._error is not None
 
     def _run(self) -> None:
