@@ -25,7 +25,7 @@ from harness import random_state
 from harness.build import build, load_class
 from harness.checkpoint.commit import MANIFEST
 from harness.checkpoint.locate import is_in_mlflow
-from harness.checkpoint.names import NamedState, named_state
+from harness.checkpoint.names import NamedState, named_state, some
 from harness.checkpoint.stored import Stored
 from harness.checkpoint.verify import require_whole
 from harness.config import ClassSpec
@@ -231,14 +231,9 @@ def _check_names(stored: Stored, state: NamedState) -> None:
     taken = {stored.name_of(name) for name in (*own, *state.aliases)}
     unexpected = [name for name in stored.model if name not in taken]
     problems = [
-        *([f"has no {_some(missing)}"] if missing else []),
-        *([f"has {_some(unexpected)}, which the model has not"] if unexpected else []),
-        *([f"has {_some(apart)} apart, which are tied in the model"] if apart and not missing else []),
+        *([f"has no {some(missing)}"] if missing else []),
+        *([f"has {some(unexpected)}, which the model has not"] if unexpected else []),
+        *([f"has {some(apart)} apart, which are tied in the model"] if apart and not missing else []),
     ]
     if problems:
         raise CheckpointError(f"{stored.checkpoint}: {', and '.join(problems)}; it is of another model")
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"

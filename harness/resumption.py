@@ -21,6 +21,7 @@ from harness.agreement import Agreement
 from harness.batches import Continuation
 from harness.checkpoint.kept_tensors import KeptTensors
 from harness.checkpoint.locate import Found, find_checkpoints, locate, locate_weights
+from harness.checkpoint.names import some
 from harness.checkpoint.relay import Relay
 from harness.checkpoint.restore import restore_weights
 from harness.checkpoint.restore_trainer import put_back
@@ -29,8 +30,6 @@ from harness.checkpoint.shards.parts import find_watched
 from harness.checkpoint.shared import open_weights, refuse_others_alone
 from harness.checkpoint.trainer_state import AnyWatched, TrainerState, encode_state
 from harness.errors import CheckpointError
-
-_SHOWN = 3
 
 
 class Resumption:
@@ -317,8 +316,7 @@ class Resumption:
             return  # of what the loop has changed since; the first save says it
         trained = {name for group in state.param_groups for name in group["params"]} - state.frozen
         if frozen := [name for name in held.frozen_names() if name in trained]:
-            more = f" and {len(frozen) - _SHOWN} more" if len(frozen) > _SHOWN else ""
             self._say(
-                f"harness: warning: {', '.join(frozen[:_SHOWN])}{more}: requires_grad is False, and was True at the "
+                f"harness: warning: {some(frozen)}: requires_grad is False, and was True at the "
                 "checkpoint; set it before the first batch, unless it is to be frozen from here on"
             )

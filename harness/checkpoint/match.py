@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness import memory_layout
 from harness.checkpoint.layout import StoredTensor
+from harness.checkpoint.names import some
 from harness.checkpoint.read import Want, unique_bytes
 from harness.checkpoint.shards.held import Held
 from harness.checkpoint.shards.source import DTYPE_NAMES, DTYPES, Source
@@ -62,12 +63,12 @@ def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True
     unexpected = _unexpected(held, stored, pairs, weights_only)
     if not strict and not pairs:
         raise CheckpointError(
-            f"{stored.checkpoint}: has none of the model's names; it has {_some(unexpected)}, and the model "
-            f"{_some(missing)}"
+            f"{stored.checkpoint}: has none of the model's names; it has {some(unexpected)}, and the model "
+            f"{some(missing)}"
         )
     if strict and (missing or unexpected):
-        parts = [f"has no {_some(missing)}"] if missing else []
-        parts += [f"has {_some(unexpected)}, which is not there now"] if unexpected else []
+        parts = [f"has no {some(missing)}"] if missing else []
+        parts += [f"has {some(unexpected)}, which is not there now"] if unexpected else []
         raise CheckpointError(
             f"{stored.checkpoint}: {', and '.join(parts)}; resume with the model and the optimizer that were saved, or "
             "start another run"
@@ -82,9 +83,9 @@ def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True
         )
     targets = Targets()
     if missing:
-        targets.notes.append(f"{len(missing)} tensors are missing, and stay as they were: {_some(missing, 20)}")
+        targets.notes.append(f"{len(missing)} tensors are missing, and stay as they were: {some(missing, 20)}")
     if unexpected:
-        targets.notes.append(f"{len(unexpected)} tensors are not in the model, and left out: {_some(unexpected, 20)}")
+        targets.notes.append(f"{len(unexpected)} tensors are not in the model, and left out: {some(unexpected, 20)}")
     targets.notes += _notes(held, stored, pairs, weights_only)
     names = _names(held)
     numbers: dict[int, _Numbers] = {}
@@ -150,11 +151,6 @@ def _trained(held: Held) -> Iterable[str]:
     return (name for _, in_group in held.groups for name in in_group)
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
-
-
 def _notes(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], weights_only: bool) -> Iterator[str]:
     """What is not as it was saved."""
     names = _names(held)
@@ -188,10 +184,10 @@ def _notes(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], we
     trained = [stored.name_of(name) for name in _trained(held)]
     left_out = sorted({name for name in stored.states if stored.state_of(name)} - set(trained))
     if left_out:
-        yield f"the state of {len(left_out)} parameters that are not trained now was left out: {_some(left_out)}"
+        yield f"the state of {len(left_out)} parameters that are not trained now was left out: {some(left_out)}"
     without = [name for name in trained if not stored.state_of(name)]
     if stored.has_state and without:
-        yield f"{len(without)} trained parameters had no state in the checkpoint, and start anew: {_some(without)}"
+        yield f"{len(without)} trained parameters had no state in the checkpoint, and start anew: {some(without)}"
 
 
 def _types(source: Source, place: Place) -> str:

@@ -145,3 +145,9 @@ def named_state(
         if alias in holders:
             raise CheckpointError(f"{alias}: two tensors of the model would have this name; rename one of them")
     return NamedState(parameters, buffers, aliases, holders, tuple(sizes), tuple(members))
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, for a message, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"

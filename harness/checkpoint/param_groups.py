@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from harness.checkpoint.names import some
 from harness.checkpoint.shards.held import innermost
 from harness.checkpoint.shards.parts import find_watched_parameters
 from harness.checkpoint.trainer_state import AnyWatched
@@ -147,7 +148,7 @@ def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_sche
         if match is None and any(not each.isdisjoint(names) for each in of_saved):
             raise _grouped_otherwise(number, frozenset(names), of_saved)
     if lacking := sorted(set(range(len(saved))) - set(matches)):
-        names = _some(of_saved[lacking[0]])
+        names = some(sorted(of_saved[lacking[0]]))
         raise CheckpointError(
             f"the checkpoint has a parameter group {lacking[0]} of {names}, and the optimizer has none of these; "
             "resume with the model and the optimizer that were saved, or start another run"
@@ -164,17 +165,9 @@ def _grouped_otherwise(number: int, names: frozenset[str], of_saved: Sequence[fr
     same_number = of_saved[number] if number < len(of_saved) else frozenset()
     was = same_number if names & same_number else next(each for each in of_saved if names & each)
     more, fewer = names - was, was - names
-    others = [f"{_some(more)}, which it had not"] if more else []
-    others += [f"no {_some(fewer)}, which it had"] if fewer else []
+    others = [f"{some(sorted(more))}, which it had not"] if more else []
+    others += [f"no {some(sorted(fewer))}, which it had"] if fewer else []
     return CheckpointError(
         f"the optimizer's parameter group {number} has {', and '.join(others)}; resume with the model and the "
         "optimizer that were saved, or start another run"
     )
-
-
-_SHOWN = 3
-
-
-def _some(names: frozenset[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(sorted(names)[:_SHOWN])}{more}"

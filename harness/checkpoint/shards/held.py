@@ -20,13 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from harness.agreement import Agreement
 from harness.checkpoint.json_values import Put, UnsavableTensor, encode
-from harness.checkpoint.names import NamedState, is_fsdp1, modules_of, named_state
+from harness.checkpoint.names import NamedState, is_fsdp1, modules_of, named_state, some
 from harness.checkpoint.shards.source import Source
 from harness.checkpoint.shards.state_form import Form, Leaf, form_of, is_leaf, is_object, leaves_of, needed_form
 from harness.checkpoint.stored import split_name
 from harness.errors import CheckpointError
 
-_SHOWN = 3
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 # What a parameter group may have that does not change.
 _CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, DeviceMesh, dist.ProcessGroup)
@@ -263,7 +262,7 @@ def _refuse_extra_state(model: nn.Module) -> None:
         if more := _more_than_tensors(prefix, module):
             name, kind = prefix.rstrip(".") or "the model", type(module).__name__
             raise CheckpointError(
-                f"{name}: the state_dict() of {kind} has {_some(more)}, neither parameters nor buffers, which a "
+                f"{name}: the state_dict() of {kind} has {some(more)}, neither parameters nor buffers, which a "
                 "checkpoint of the model would not have; make them buffers, keep them out of state_dict() (of a "
                 "torchmetrics object: persistent(False)), or move the module out of the model"
             )
@@ -273,11 +272,6 @@ def _has_own_state_dict(module: nn.Module) -> bool:
     """Whether a class, an instance attribute or a hook decides what is in a module's `state_dict`."""
     is_overridden = type(module).state_dict is not nn.Module.state_dict or "state_dict" in vars(module)
     return is_overridden or bool(module._state_dict_hooks)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def _more_than_tensors(prefix: str, module: nn.Module) -> list[str]:
