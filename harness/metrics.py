@@ -108,6 +108,7 @@ class WeightedSums:
     def _hold(self, name: str, cell: _Cell, value: Tensor, weight: float) -> None:
         """Keep a device's value for later: reading it now would wait for all that is queued there."""
         if value.is_complex():
+            # It is left out, with a line that needs its type alone: nothing is waited for.
             self._values.number(as_name(name), value.new_zeros((), device="cpu"))
             return
         if value.requires_grad:

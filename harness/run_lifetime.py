@@ -31,7 +31,7 @@ from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
 from harness.tracking.drain import Left
-from harness.tracking.sync import files_line, refused_line
+from harness.tracking.sync import refused_line, undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 
 # After a failure, how long a checkpoint that is being written and the outbox are waited for.
@@ -409,12 +409,8 @@ class RunLifetime:
         if not done and self._config.offline:
             self._say(f"offline: deliver it with `harness sync {tracker.run_dir}`")
         delivered = read_delivered(tracker.run_dir / "outbox")
-        if not done and delivered.files_trouble:
-            self._say(f"harness: warning: {files_line(tracker.run_dir, delivered)}")
-        elif not done and not self._config.offline and tracker.run_id is not None:
-            self._say(
-                f"harness: warning: MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
-            )
+        if not done and not self._config.offline and tracker.run_id is not None:
+            self._say(f"harness: warning: {undelivered_line(tracker.run_dir, delivered)}")
         if delivered.refused:
             self._say(f"harness: warning: {refused_line(tracker.run_dir, delivered)}")
 

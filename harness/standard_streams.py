@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 _NUM_DESCRIPTORS = 3
 
@@ -55,8 +56,7 @@ class StandardError:
 
     def write(self, text: str) -> int:
         """Write, or drop it."""
-        # While rich shows a bar, `sys.stderr` leads to the console, which writes here.
-        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        stream = self._stream()
         if stream is not None:
             with suppress(OSError, ValueError):
                 stream.write(text)
@@ -64,14 +64,19 @@ class StandardError:
 
     def flush(self) -> None:
         """Flush, where there is something to flush."""
-        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        stream = self._stream()
         if stream is not None:
             with suppress(OSError, ValueError):
                 stream.flush()
 
     def isatty(self) -> bool:
         """Whether it is a terminal."""
-        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        stream = self._stream()
         with suppress(OSError, ValueError):
             return stream is not None and bool(stream.isatty())
         return False
+
+    @staticmethod
+    def _stream() -> Any:
+        # While rich shows a bar, `sys.stderr` leads to the console, which writes here.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)

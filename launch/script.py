@@ -25,13 +25,11 @@ class Script:
     Args:
         path: of its file, as `sys.argv` is to have it.
         words: its own arguments.
-        first_in_path: where its own modules are.
         spec: of the module; None: it is a script.
     """
 
     path: str
     words: tuple[str, ...]
-    first_in_path: str
     spec: ModuleSpec | None
 
 
@@ -47,9 +45,8 @@ def find_script(words: Sequence[str]) -> Script:
         path = Path(words[0])
         if not path.is_file():
             raise ConfigError("", f"harness run: there is no script {path}; options of harness run stand before it")
-        directory = str(path.resolve().parent)
-        _put_first(directory)
-        return Script(words[0], tuple(words[1:]), directory, None)
+        _put_first(str(path.resolve().parent))
+        return Script(words[0], tuple(words[1:]), None)
     if len(words) < 2:
         raise ConfigError(MODULE, "needs the name of a module, as in -m package.train")
     here, name = os.getcwd(), words[1]
@@ -64,7 +61,7 @@ def find_script(words: Sequence[str]) -> Script:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ConfigError(MODULE, f"there is no module {name} that can be run; it is looked for in {here} first")
-    return Script(spec.origin, tuple(words[2:]), here, spec)
+    return Script(spec.origin, tuple(words[2:]), spec)
 
 
 def _put_first(directory: str) -> None:

@@ -16,9 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from harness.checkpoint.names import unwrapped
+from harness.checkpoint.schedules import COUNTED
 
-# What counts in a scheduler's state, and is no value that it was made with.
-_COUNTED = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr")
 # What schedulers move in an optimizer.
 _MOVED = ("lr", "betas", "momentum")
 
@@ -229,7 +228,7 @@ def scheduler_values(scheduler: Any) -> dict[str, Any]:
     kept = {
         name: sorted(value) if isinstance(value, Mapping) else value
         for name, value in state.items()
-        if not name.startswith("_") and name not in _COUNTED and _is_plain(value)
+        if not name.startswith("_") and name not in COUNTED and _is_plain(value)
     }
     return {"class": type(scheduler).__name__, **kept}
 

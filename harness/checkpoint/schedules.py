@@ -22,7 +22,7 @@ from harness.checkpoint.trainer_state import AnyWatched, TrainerState
 from harness.errors import CheckpointError
 
 # What moves in a scheduler's state, and is no value that it was made with.
-_COUNTED = frozenset(("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr"))
+COUNTED = frozenset(("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr"))
 # What schedulers keep in a parameter group.
 _OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _MAX_LOOKED_AHEAD = 10_000
@@ -159,7 +159,7 @@ def _values(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if key == "_schedulers":
             for number, each in enumerate(value):
                 found |= _values(each, f"{prefix}{number}.")
-        elif not key.startswith("_") and key not in _COUNTED:
+        elif not key.startswith("_") and key not in COUNTED:
             try:
                 found[prefix + key] = encode(value)
             except TypeError:

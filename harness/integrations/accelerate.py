@@ -32,7 +32,7 @@ from harness.run_lock import RunLock
 from harness.standard_streams import write_error
 from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
-from harness.tracking.sync import files_line
+from harness.tracking.sync import undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 
 
@@ -176,9 +176,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             sys.excepthook = self._earlier_hook
         try:
             if not tracker.end(status, reason, timeout_s, lambda _: True) and self._config.enabled:
-                delivered = read_delivered(tracker.run_dir / "outbox")
-                more = f"MLflow has not had everything yet; deliver it with `harness sync {tracker.run_dir}`"
-                _say(files_line(tracker.run_dir, delivered) if delivered.files_trouble else more)
+                _say(undelivered_line(tracker.run_dir, read_delivered(tracker.run_dir / "outbox")))
         except HarnessError as error:
             tracker.abandon()
             _say(f"harness: warning: {error}")

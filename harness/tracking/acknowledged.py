@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.durable import read_record, replace_file
-from harness.tracking.entries import FILES, fits, read_entries
+from harness.tracking.entries import FILES, fits, has_entries
 
 DELIVERED = "delivered.json"
 MAX_REFUSED_KEPT = 20
@@ -62,8 +62,7 @@ def read_delivered(directory: Path) -> Delivered:
 def has_more(directory: Path, delivered: Delivered) -> bool:
     """Whether the journal has something that is not delivered, files among it."""
     # What is on disk of `models_offset` may be behind: there need be no file between.
-    rest = (read_entries(directory, delivered.offset), read_entries(directory, delivered.models_offset, FILES))
-    return any(next(iter(entries), None) is not None for entries in rest)
+    return has_entries(directory, delivered.offset) or has_entries(directory, delivered.models_offset, FILES)
 
 
 def problem_of(directory: Path) -> str | None:

@@ -86,6 +86,11 @@ def read_entries(
                 yield Entry(record["kind"], record["time_ms"], record["body"], offset)
 
 
+def has_entries(directory: Path, offset: int, kinds: Collection[Kind] | None = None) -> bool:
+    """Whether there is an entry behind `offset`, of these kinds; None: of any."""
+    return next(read_entries(directory, offset, kinds), None) is not None
+
+
 def fits(directory: Path, offset: int, time_ms: int | None = None) -> bool:
     """Whether an entry of the journal ends at `offset`, and happened at `time_ms` or before where that is given.
 

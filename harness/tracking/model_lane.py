@@ -38,7 +38,6 @@ class ModelLane:
         acknowledged: how far both lanes are.
         retries: how a store that is away is waited for.
         log: takes a line.
-        clock: seconds that never go back.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class ModelLane:
         acknowledged: Acknowledged,
         retries: Retries,
         log: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run_dir = run_dir
         self._outbox_dir = run_dir / "outbox"
@@ -60,8 +58,7 @@ class ModelLane:
         self._log = log
         self._error: BaseException | None = None
         self._has_given_up = False
-        self._clock = clock
-        # Since when the store takes nothing, in the clock's seconds, and why.
+        # Since when the store takes nothing, by the monotonic clock, and why.
         self._trouble: tuple[float, str] | None = None
         self._thread = threading.Thread(target=self._run, name="harness-models", daemon=True)
 
@@ -80,7 +77,7 @@ class ModelLane:
         Returns:
             Whether it is. If not, the store takes no files: the reason is in `Delivered.files_trouble`.
         """
-        start_s = self._clock()
+        start_s = time.monotonic()
         while not self._acknowledged.wait(
             lambda now: now.models_offset >= offset or self._is_over(start_s), timeout_s=1.0
         ):
@@ -96,7 +93,7 @@ class ModelLane:
 
     def _is_over(self, start_s: float) -> bool:
         trouble = self._trouble
-        is_stuck = trouble is not None and self._clock() - max(trouble[0], start_s) > _MAX_TROUBLE_S
+        is_stuck = trouble is not None and time.monotonic() - max(trouble[0], start_s) > _MAX_TROUBLE_S
         return is_stuck or self._has_given_up or self._error is not None
 
     def _run(self) -> None:
@@ -144,7 +141,7 @@ class ModelLane:
         try:
             models = self._deliver(entry)
         except Exception as error:
-            since_s = self._clock() if self._trouble is None else self._trouble[0]
+            since_s = time.monotonic() if self._trouble is None else self._trouble[0]
             self._trouble = (since_s, f"{entry.kind}: {' '.join(str(error).split())[:300]}")
             raise
         self._trouble = None

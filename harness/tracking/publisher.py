@@ -19,7 +19,7 @@ from harness.durable import replace_file
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import acknowledged, attempts, pruning
-from harness.tracking.entries import POINTS, Entry, Kind, read_entries
+from harness.tracking.entries import POINTS, Entry, Kind, has_entries, read_entries
 from harness.tracking.halving import send_in_halves
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
@@ -155,7 +155,7 @@ class Publisher:
     def _delivered_end(self) -> Entry | None:
         """The end that was delivered last; None: there are entries behind it, or none is in the journal."""
         offset = self._acknowledged.now.offset
-        if next(iter(read_entries(self._outbox_dir, offset)), None) is not None:
+        if has_entries(self._outbox_dir, offset):
             return None
         ends = read_entries(self._outbox_dir, kinds=_ENDS)
         return next((end for end in ends if end.end_offset == offset), None)
@@ -178,7 +178,7 @@ class Publisher:
                 return are_files_there
             if self._trainer_is_gone():
                 # The end is written before standard input closes; look once more before concluding.
-                if next(iter(read_entries(self._outbox_dir, self._acknowledged.now.offset)), None) is None:
+                if not has_entries(self._outbox_dir, self._acknowledged.now.offset):
                     are_files_there = self._models.wait_until_passed(self._acknowledged.now.offset, self._beat)
                     has_ended = self.settings.leaves_open or self._mark_failed(attempts.KILLED_REASON)
                     return has_ended and are_files_there

@@ -58,7 +58,7 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     publisher.stdout.close()
     delivered = read_delivered(outbox_dir)
     if code and delivered.files_trouble:
-        raise TrackingError(files_line(run_dir, delivered))
+        raise TrackingError(undelivered_line(run_dir, delivered))
     if code:
         raise TrackingError(
             f"{run_dir}: {journal_end(outbox_dir) - delivered.offset} bytes of the outbox are not delivered; "
@@ -78,8 +78,10 @@ def refused_line(run_dir: Path, delivered: Delivered) -> str:
     )
 
 
-def files_line(run_dir: Path, delivered: Delivered) -> str:
-    """What to say where a run has ended in MLflow and its artifact store takes no files."""
+def undelivered_line(run_dir: Path, delivered: Delivered) -> str:
+    """What to say at the end of a run of which MLflow has not had everything."""
+    if not delivered.files_trouble:
+        return f"MLflow has not had everything yet; deliver it with `harness sync {run_dir}`"
     return (
         f"{run_dir}: metrics and the end are in MLflow, and models and other files are not, since its artifact store "
         f"takes none ({delivered.files_trouble}); once it does, deliver them with `harness sync {run_dir}`"

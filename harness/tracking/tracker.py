@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.config import Mode, TrackingConfig
-from harness.durable import replace_file
+from harness.durable import read_record, replace_file
 from harness.errors import TrackingError
 from harness.redact import remember, without_password
 from harness.tracking.acknowledged import read_delivered
@@ -91,7 +91,7 @@ class Tracker:
         self._has_recipe = False
         # Before this attempt adds its own.
         self._logged = _read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
-        self._known_datasets = self._read_datasets() if attempt > 1 else {}
+        self._known_datasets: dict[str, Any] = (read_record(self._outbox_dir / _DATASETS) or {}) if attempt > 1 else {}
         self._known: KnownPoints | None = None
         self._told: dict[str, str] = {}
         self._last_step = 0
@@ -319,11 +319,6 @@ class Tracker:
         # Not from the journal, whose first files may be gone by the next attempt.
         with suppress(OSError):  # the disk is full: the next attempt describes it anew
             replace_file(self._outbox_dir / _DATASETS, json.dumps(self._known_datasets) + "\n")
-
-    def _read_datasets(self) -> dict[str, dict[str, Any]]:
-        with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads((self._outbox_dir / _DATASETS).read_text()))
-        return {}
 
     def text(self, name: str, content: str) -> None:
         """A small text file among the run's artifacts, at a path within them."""

@@ -16,7 +16,7 @@ from harness.tracking.mlflow_store import MlflowStore
 from harness.tracking.outbox import Outbox
 from harness.tracking.publisher import Publisher
 from harness.tracking.store import Settings
-from harness.tracking.sync import files_line, has_news
+from harness.tracking.sync import has_news, undelivered_line
 from tests.services.mlflow_server import make_database
 
 
@@ -52,7 +52,7 @@ def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
     run = client.get_run(publisher.store.run_id)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
     delivered = read_delivered(run_dir / "outbox")
-    assert "blocked/artifacts" in files_line(run_dir, delivered)
+    assert "blocked/artifacts" in undelivered_line(run_dir, delivered)
     assert has_news(run_dir)
 
     # And again, as `harness sync` does it: first in vain.
