@@ -60,6 +60,8 @@ class ModelLane:
         self._has_given_up = False
         # Since when the store takes nothing, by the monotonic clock, and why.
         self._trouble: tuple[float, str] | None = None
+        # Whether a try is running: a large file is on its way, say, that failed before.
+        self._is_trying = False
         self._thread = threading.Thread(target=self._run, name="harness-models", daemon=True)
 
     def start(self) -> None:
@@ -92,9 +94,12 @@ class ModelLane:
         return has_passed
 
     def _is_over(self, start_s: float) -> bool:
+        if self._has_given_up or self._error is not None:
+            return True
         trouble = self._trouble
-        is_stuck = trouble is not None and time.monotonic() - max(trouble[0], start_s) > _MAX_TROUBLE_S
-        return is_stuck or self._has_given_up or self._error is not None
+        if trouble is None or self._is_trying:
+            return False
+        return time.monotonic() - max(trouble[0], start_s) > _MAX_TROUBLE_S
 
     def _run(self) -> None:
         try:
@@ -131,6 +136,7 @@ class ModelLane:
             ):
                 return False
         except Exception as error:
+            self._trouble = None  # the store has answered
             self._log(f"refused for good: {entry.kind}: {error}")
             self._acknowledged.update(models_offset=entry.end_offset, refused=redact(f"{entry.kind}: {error}"))
             return True
@@ -138,12 +144,15 @@ class ModelLane:
         return True
 
     def _try(self, entry: Entry) -> dict[str, str | None]:
+        self._is_trying = True
         try:
             models = self._deliver(entry)
         except Exception as error:
             since_s = time.monotonic() if self._trouble is None else self._trouble[0]
             self._trouble = (since_s, f"{entry.kind}: {' '.join(str(error).split())[:300]}")
             raise
+        finally:
+            self._is_trying = False
         self._trouble = None
         return models
 
