@@ -159,3 +159,9 @@ def test_help_is_there_at_once_when_asked() -> None:
         durations_s.append(time.perf_counter() - begun_s)
         assert "harness train" in done.stdout
     assert min(durations_s) < 0.5
+
+
+def test_every_folder_of_tests_is_a_package() -> None:
+    """Elsewhere two files of one name are one module to pytest, and the second cannot be collected."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()] == []
