@@ -11,6 +11,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard, S
 from accelerate.utils import honor_type
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from harness.batch_size import batch_size, possible_sizes
 from harness.errors import DataError
 
 
@@ -161,18 +162,10 @@ def sampler_of(loader: Any) -> Any:
     return getattr(sampler, "sampler", sampler)
 
 
-def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the first dimension of the first tensor in it; 0 where none is.
-
-    accelerate's `find_batch_size` looks at the first value alone, which may be a list of file names.
-    """
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    # At each step: the usual batch, a list of tensors, is told at its first item.
-    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
-        return batch[0].shape[0]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(batch_size, parts) if size), 0)
+def usual_batch_size(loader: Any, world_size: int) -> int | None:
+    """Samples in a whole batch of a loader on one rank; None: it has no size that is known."""
+    size = samples_per_batch(loader, world_size)
+    return None if size is None else size // world_size
 
 
 def leave(loader: Any, iterator: Any) -> None:
@@ -221,7 +214,7 @@ def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any
         elif num_real == 0:
             yield batch, False
         else:
-            yield _cut(batch, num_real), True
+            yield _cut(batch, num_real, usual_batch_size(loader, accelerator.num_processes)), True
 
 
 def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:
@@ -246,9 +239,9 @@ def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int 
     return max(0, min(of_each_rank, own))
 
 
-def _cut(batch: Any, num_samples: int) -> Any:
+def _cut(batch: Any, num_samples: int, usual: int | None) -> Any:
     """The first samples of a batch: of its tensors, and of its lists that have an item for each sample."""
-    size = batch_size(batch)
+    size = batch_size(batch, usual)
 
     def first(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -257,7 +250,7 @@ def _cut(batch: Any, num_samples: int) -> Any:
             return type(value)({key: first(item) for key, item in value.items()})  # type: ignore[call-arg]
         if not isinstance(value, (list, tuple)):
             return value
-        if len(value) == size and not any(isinstance(item, (torch.Tensor, Mapping, list, tuple)) for item in value):
+        if len(value) == size and not any(size in possible_sizes(item) for item in value):
             return value[:num_samples]
         return honor_type(value, (first(item) for item in value))
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from harness import data, random_state
 from harness.agreement import Agreement
+from harness.batch_size import batch_size
 from harness.batches import TrainingBatches
 from harness.course import Course
 from harness.errors import HarnessError
@@ -92,6 +93,7 @@ class OwnLoop:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
+        usual = data.usual_batch_size(loader, self.agreement.world_size)
         loader, iterator = self.events.begin_data(loader)
         serial, is_empty = self.batches.serial, True
         try:
@@ -117,7 +119,7 @@ class OwnLoop:
                         "on cannot be told; iterate over one with batches(), and over the other as it is"
                     )
                 is_last = is_limit or getattr(loader, "end_of_dataloader", False)
-                course.batch_done(data.batch_size(batch), is_loaders_last=is_last)
+                course.batch_done(batch_size(batch, usual), is_loaders_last=is_last)
                 if is_last:
                     return
                 if course.ends:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness import data
 from harness.autologging.notes import Notes
 from harness.autologging.opening import Memory
 from harness.autologging.pass_end import PassEnd
@@ -151,7 +152,10 @@ class Epochs:
         start = self.begins_as(loader)
         is_likely = self._trained.makes_likely(start)
         is_part = is_likely and self._is_within_one_join
-        before, this = self._pass, Pass(loader, start, is_likely=is_likely and not is_part, is_part=is_part)
+        before, this = (
+            self._pass,
+            Pass(loader, start, self._usual_size(loader), is_likely=is_likely and not is_part, is_part=is_part),
+        )
         self._pass = this
         self._iteration = getattr(loader, "iteration", None)
         ended = self._ended
@@ -177,7 +181,7 @@ class Epochs:
 
     def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
         """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
-        this = Pass(loader, self.begins_as(loader), is_likely=False)
+        this = Pass(loader, self.begins_as(loader), self._usual_size(loader), is_likely=False)
         running.is_crossed |= loader is running.loader
         if not running.is_training:
             this.heard = self._events.overhear(loader)
@@ -222,6 +226,9 @@ class Epochs:
                 this.heard.leave()
             if running is not None and running is self._pass:
                 self._events.skip_time()
+
+    def _usual_size(self, loader: Any) -> int | None:
+        return data.usual_batch_size(loader, self._prepared.num_processes)
 
     def _describe(self, this: Pass, batch: Any) -> None:
         """The first batch of a pass, before the script has it: by the time the pass trains, it may have changed."""
@@ -288,6 +295,12 @@ class Epochs:
         self._has_trained(this)
         if (taken := this.take_loss()) is not None:
             loss, num_samples = taken
+            if not num_samples:
+                self._notes.say_once(
+                    "the number of samples in a batch is not known, so train/loss is a mean of the batches' means, in "
+                    "which each batch counts alike; give the batch's class an attribute batch_size",
+                    advises=False,
+                )
             self._events.log({"train/loss": loss}, num_samples or 1)
 
     def _is_training_after_all(self, this: Pass) -> None:

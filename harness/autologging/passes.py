@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness import data
+from harness.batch_size import batch_size
 from harness.overheard import Overheard
 from harness.tracking.provenance import BatchDigest
 
@@ -32,6 +32,7 @@ class Pass:
     Args:
         loader: as the script has it.
         start: which data set it is over, and the model's mode, as it begins.
+        usual_size: samples of this rank in a whole batch; None: not known.
         is_likely: whether it begins as training does.
         is_part: whether it is another pass of the epoch that is open.
 
@@ -49,9 +50,12 @@ class Pass:
         digest: of its first batch; None: it is not needed.
     """
 
-    def __init__(self, loader: Any, start: Start, *, is_likely: bool, is_part: bool = False) -> None:
+    def __init__(
+        self, loader: Any, start: Start, usual_size: int | None, *, is_likely: bool, is_part: bool = False
+    ) -> None:
         self.loader = loader
         self.start = start
+        self._usual_size = usual_size
         self.is_likely = is_likely
         self.is_part = is_part
         self.is_training = self.is_in_train_mode = self.is_known = self.is_crossed = False
@@ -68,7 +72,7 @@ class Pass:
 
     def batch_is_out(self, batch: Any) -> None:
         """The script has a batch."""
-        self.num_samples = data.batch_size(batch)
+        self.num_samples = batch_size(batch, self._usual_size)
         self.num_out += 1
         self._batches_of_loss += 1
         self._samples_of_loss += self.num_samples

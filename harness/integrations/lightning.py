@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import data
+from harness.batch_size import batch_size
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, LaunchError
 from harness.integrations.guest import Guest, Options, Recipe
@@ -76,6 +77,7 @@ class HarnessCallback(Callback):
         )
         # Whether the last batch was the last one of its epoch; whether an epoch's end is still to be told.
         self._is_whole = self._is_epoch_over = self._is_described = False
+        self._usual_size: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of metrics. Not earlier: where a Trainer puts its own checkpoints depends on its loggers."""
@@ -87,6 +89,8 @@ class HarnessCallback(Callback):
         if _is_tried_out(trainer):
             return
         self._is_whole = self._is_epoch_over = self._is_described = False
+        # Lightning's sampler is this rank's own.
+        self._usual_size = data.usual_batch_size(trainer.train_dataloader, 1)
         schedulers = trainer.lr_scheduler_configs
         with _environment(trainer):
             accelerator = Accelerator(cpu=trainer.strategy.root_device.type == "cpu")
@@ -132,7 +136,9 @@ class HarnessCallback(Callback):
         """A batch is done, and an optimizer step or none."""
         if self._guest.is_open:
             self._is_whole = _is_last(trainer, batch_idx)
-            self._guest.batch_done(data.batch_size(batch), is_loaders_last=self._is_whole, step=trainer.global_step)
+            self._guest.batch_done(
+                batch_size(batch, self._usual_size), is_loaders_last=self._is_whole, step=trainer.global_step
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which is no step's time."""

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from harness import data
+from harness.batch_size import batch_size
 from harness.errors import DataError
 
 
@@ -101,6 +107,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
             "x": values,
             "pair": [values + 10, values.unsqueeze(1)],
             "scale": torch.tensor(2.0),
+            "images": [torch.zeros(3, 5) + value for value in values],
         }
 
     own = DataLoader(dataset(5), 4, collate_fn=collate)
@@ -108,6 +115,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
     ((batch, counts),) = data.without_repeats(rank_of(2, 1), loader)
     assert counts
     assert batch["x"].tolist() == [4]
+    assert [image.shape for image in batch["images"]] == [(3, 5)]
     assert batch["pair"][0].tolist() == [14]
     assert batch["pair"][1].shape == (1, 1)
     assert batch["scale"].item() == 2.0
@@ -160,6 +168,62 @@ def test_error_is_told_when_first_batches_have_no_size() -> None:
         data.first_batches(DataLoader(dataset(3), batch_size=None), 1)
 
 
+@dataclass
+class Graphs:
+    x: Tensor
+    num_graphs: int
+
+
+@dataclass
+class Padded:
+    """As detectors have it: a tensor and a mask."""
+
+    tensors: Tensor
+    mask: Tensor
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+
+def photos(num: int, width: int = 12) -> list[Tensor]:
+    return [torch.zeros(3, 10 + i, width) for i in range(num)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "usual", "size"),
+    [
+        pytest.param(Graphs(torch.zeros(40, 4), 8), None, 8, id="graphs"),
+        pytest.param(Padded(torch.zeros(4, 3, 9, 9), torch.zeros(4, 9, 9)), None, 4, id="own-class"),
+        pytest.param([photos(8), torch.zeros(8)], None, 8, id="images-and-labels"),
+        pytest.param(
+            (tuple(photos(5)), tuple({"boxes": torch.zeros(i + 1, 4)} for i in range(5))), 8, 5, id="detection"
+        ),
+        pytest.param(photos(8), 8, 8, id="images-alone"),
+        pytest.param([{"image": image, "label": 1} for image in photos(4)], 4, 4, id="not-collated"),
+        pytest.param([torch.zeros(8, 4), torch.zeros(8, 4)], 2, 8, id="two-views"),
+        pytest.param([torch.zeros(1, 4), torch.zeros(1, 4)], 2, 1, id="last-pair"),
+        pytest.param([torch.zeros(n) for n in (5, 7, 2)], None, 3, id="sequences"),
+        pytest.param({"text": ["a", "b"], "spans": [[1], [2, 3]]}, None, 2, id="dict-of-lists"),
+        pytest.param(UserDict({"input_ids": torch.zeros(6, 9)}), None, 6, id="batch-encoding"),
+        pytest.param({"patches": torch.zeros(70, 4), "labels": torch.zeros(8)}, 8, 8, id="patches"),
+        pytest.param(["one", "two", "three"], None, 3, id="texts"),
+        pytest.param(numpy.zeros((7, 2)), None, 7, id="array"),
+        pytest.param(
+            [pack_sequence([torch.zeros(4), torch.zeros(2), torch.zeros(1)]), torch.zeros(3)], None, 3, id="packed"
+        ),
+        pytest.param(
+            torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5)], layout=torch.jagged), None, 2, id="nested"
+        ),
+        pytest.param(Slotted(), None, 0, id="unknown"),
+    ],
+)
+def test_batch_size_is_the_number_of_samples_when_the_batch_is_of_another_kind(
+    batch: Any, usual: int | None, size: int
+) -> None:
+    assert batch_size(batch, usual) == size
+
+
 @pytest.mark.parametrize(
     ("batch", "size"),
     [
@@ -173,7 +237,7 @@ def test_error_is_told_when_first_batches_have_no_size() -> None:
     ],
 )
 def test_batch_size_is_the_first_dimension_when_there_is_a_tensor(batch: Any, size: int) -> None:
-    assert data.batch_size(batch) == size
+    assert batch_size(batch) == size
 
 
 # ------------------------------------------------------------------------- ranks with fewer batches

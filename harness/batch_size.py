@@ -1,0 +1,120 @@
+"""How many samples a batch has, whatever it is made of.
+
+The parts of a batch agree on its size where they can: the first dimension of a tensor, the length of a list of samples.
+A list of tensors has both. Then the batch size of the loader decides, and without it the first dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+# Of a list of thousands of samples the first ones say what they are.
+_NUM_LOOKED_AT = 16
+
+# What a value's number of samples may be, the likelier first; empty: it says nothing of that.
+Sizes = tuple[int, ...]
+
+
+def batch_size(batch: Any, usual: int | None = None) -> int:
+    """Number of samples in a batch; 0 where it cannot be told.
+
+    A batch may be a tensor, an array, a `PackedSequence`, a graph batch (``num_graphs``), an object with a size
+    (``batch_size``) or a length of its own, or a list, dict or object of such parts.
+
+    Args:
+        batch: as the loader gives it.
+        usual: samples in a whole batch of the loader on this rank; None: not known.
+    """
+    # At each step: the usual batch, a list of tensors, is told at its first item.
+    if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
+        first = batch[0].shape[0] if not batch[0].is_nested else batch[0].size(0)
+        if first == usual:
+            return first
+    sizes = possible_sizes(batch, is_top=True)
+    if usual in sizes:
+        assert usual is not None
+        return usual
+    return sizes[0] if sizes else 0
+
+
+def possible_sizes(value: Any, *, is_top: bool = False) -> Sizes:
+    """What a value's number of samples may be.
+
+    Args:
+        value: a batch, or a part of one.
+        is_top: whether it is the batch itself: a pair there is inputs and targets, and not two samples.
+    """
+    if isinstance(value, Tensor):
+        return (value.size(0),) if value.ndim else ()
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
+        return ()
+    if isinstance(value, PackedSequence):
+        return (int(value.batch_sizes[0]),) if len(value.batch_sizes) else ()
+    if isinstance(value, (list, tuple)):
+        return _sizes_of_sequence(value, is_top=is_top)
+    for name in ("num_graphs", "batch_size"):
+        if (own := _as_size(getattr(value, name, None))) is not None:
+            return (own,)
+    if isinstance(value, Mapping):
+        return _agreed(map(possible_sizes, value.values()))
+    if (shape := getattr(value, "shape", None)) is not None:
+        own = _as_size(shape)
+        return () if own is None else (own,)
+    if hasattr(type(value), "__len__"):
+        return (len(value),)
+    fields = (
+        [field.name for field in dataclasses.fields(value)]
+        if dataclasses.is_dataclass(value)
+        else getattr(value, "__dict__", ())
+    )
+    return _agreed(possible_sizes(getattr(value, name, None)) for name in fields)
+
+
+def _as_size(found: Any) -> int | None:
+    """A number of samples, or the first of several dimensions, such as a `torch.Size`; None: it is none."""
+    if isinstance(found, (tuple, torch.Size)):
+        found = found[0] if found else None
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _sizes_of_sequence(values: Sequence[Any], *, is_top: bool) -> Sizes:
+    """Of fields, which have a size each; or of samples, whose number is the length."""
+    looked_at = list(islice(values, _NUM_LOOKED_AT))
+    parts = [sizes for sizes in map(possible_sizes, looked_at) if sizes]
+    if not parts:
+        is_uniform = len({type(each) for each in looked_at}) == 1
+        return (len(values),) if is_uniform and not (is_top and isinstance(values[0], Tensor)) else ()
+    found = _agreed(parts)
+    if hasattr(values, "_fields") or not _may_be_samples(looked_at, is_top=is_top):
+        return found
+    is_of_fields = set.intersection(*map(set, parts))
+    return (*found, len(values)) if is_of_fields else (len(values), *found)
+
+
+def _may_be_samples(values: Sequence[Any], *, is_top: bool) -> bool:
+    """Whether these may be samples of one kind, and not the fields of a batch."""
+    if all(isinstance(each, Tensor) for each in values):
+        ndims = {each.ndim for each in values}
+        # A pair of inputs and targets is what a loader gives unless it is told otherwise.
+        return len(ndims) == 1 and (not is_top or min(ndims) >= 3 or len({each.size(0) for each in values}) > 1)
+    return all(isinstance(each, Mapping) for each in values) or (
+        not is_top and len({type(each) for each in values}) == 1
+    )
+
+
+def _agreed(parts: Iterable[Sizes]) -> Sizes:
+    """What all parts may have; where they contradict each other, what any may, the first part's first."""
+    known = [sizes for sizes in parts if sizes]
+    if not known:
+        return ()
+    common = set.intersection(*map(set, known))
+    union = dict.fromkeys(size for sizes in known for size in sizes)
+    # The likeliest by all parts: images of three channels may agree by chance with a sample of three boxes.
+    return tuple(sorted(common, key=lambda size: sum(sizes.index(size) for sizes in known)) if common else union)
