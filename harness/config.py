@@ -184,7 +184,7 @@ class TrackingConfig:
     Args:
         enabled: false: no MLflow run at all; metrics and checkpoints stay in the run directory.
         tracking_uri: MLflow server or store; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.
-        experiment_name: null: MLFLOW_EXPERIMENT_NAME, else `default`.
+        experiment_name: null: that of MLFLOW_EXPERIMENT_ID, or of MLFLOW_EXPERIMENT_NAME, else `default`.
         log_every_n_steps: metrics are reduced and logged each so many optimizer steps; null: at ends of epochs alone.
         log_every_n_epochs: each so many epochs one's end is logged, its evaluation with it; what a checkpoint holds
             is logged in any case.

@@ -74,7 +74,8 @@ class PeriodicLogger:
     Args:
         accelerator: of the loop.
         every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up.
         run_dir: the directory that the runs' directories are in.
         checkpoint: everything else about checkpoints; its `every_n_epochs` gives way to the one above.
@@ -95,6 +96,8 @@ class PeriodicLogger:
         stem: what a made-up name of the run begins with; None: as the experiment is called. Set before `start`.
         mlflow_run_id: of the MLflow run; rank zero's, None elsewhere. Set before `start`: of one that is there already
             and is to be this one, where the run begins.
+        uses_given_run: whether a run that begins is the MLflow run that the user has named elsewhere, see
+            `harness.tracking.given_run`. Set before `start`.
         events: by which a loop that is not `epochs`'s and `batches`'s says what happens in it; from `start` on.
     """
 
@@ -126,6 +129,7 @@ class PeriodicLogger:
         self.run_name = run_name
         self.stem: str | None = None
         self.mlflow_run_id: str | None = None
+        self.uses_given_run = True
         self.run_path: Path | None = None
         self._runs_dir = Path(run_dir)
         self._params = params
@@ -204,6 +208,7 @@ class PeriodicLogger:
                 resume=self._resume_from,
                 stem=self.stem,
                 mlflow_run_id=self.mlflow_run_id,
+                uses_given_run=self.uses_given_run,
             )
             self.mlflow_run_id = self._run.mlflow_run_id
             self.run_name, self.run_path = directory.name, directory.path

@@ -57,7 +57,6 @@ def make_run_directory(
     stem: str | None,
     resume: str,
     lock_timeout_s: float = TIMEOUT_S,
-    mlflow_run_id: str | None = None,
 ) -> tuple[RunDirectory, RunLock]:
     """Make ``<runs_dir>/<run_name>/`` with ``run.json`` in it, or go on with the run that is there.
 
@@ -73,7 +72,6 @@ def make_run_directory(
         stem: what a made-up name begins with.
         resume: ``never``: a run that is there is refused; anything else: it goes on.
         lock_timeout_s: how long another job's end is waited for, in seconds.
-        mlflow_run_id: of the MLflow run that a new run is to be; None: one is made.
 
     Raises:
         RunDirError: if it cannot be made or written, another job uses it, or it holds a run and must not.
@@ -90,7 +88,7 @@ def make_run_directory(
         try:
             # Again: another job may have made it meanwhile.
             _refuse_if_never(path, resume)
-            attempt, stopped_by = _write_record(path, name, is_made_up=run_name is None, mlflow_run_id=mlflow_run_id)
+            attempt, stopped_by = _write_record(path, name, is_made_up=run_name is None)
             # Only under the lock: another job's is no leftover.
             remove_leftovers(path / "checkpoints")
         except BaseException:
@@ -119,15 +117,13 @@ def note_stop(path: Path, stopped_by: str) -> None:
         replace_file(path / FILE, json.dumps(record, indent=2) + "\n", is_private=True)
 
 
-def _write_record(path: Path, name: str, *, is_made_up: bool, mlflow_run_id: str | None) -> tuple[int, str | None]:
+def _write_record(path: Path, name: str, *, is_made_up: bool) -> tuple[int, str | None]:
     """Put this attempt into ``run.json``; its number, and what this launch was stopped by before."""
     _require_space(path)
     record = read_run_record(path) if (path / FILE).exists() else None
     if record is None:
         key = f"{name}-{uuid.uuid4().hex}"
         record = {"run_name": name, "run_key": key, "created_ms": time.time_ns() // 1_000_000, "attempt": 1}
-        if mlflow_run_id is not None:
-            record["run_id"] = mlflow_run_id
     else:
         record["attempt"] = record.get("attempt", 1) + 1
     if is_made_up:

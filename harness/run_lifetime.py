@@ -31,6 +31,7 @@ from harness.system_metrics.sampler import Sampler, start_sampler
 from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
 from harness.tracking.drain import Left
+from harness.tracking.given_run import GivenRun, given_run
 from harness.tracking.sync import refused_line, undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 
@@ -86,6 +87,7 @@ class RunLifetime:
         resume: str = "auto",
         stem: str | None = None,
         mlflow_run_id: str | None = None,
+        uses_given_run: bool = False,
     ) -> RunDirectory:
         """Make or find the directory and the MLflow run, on rank zero; what it is, on all ranks.
 
@@ -99,7 +101,8 @@ class RunLifetime:
             params: parameters to log, nested; None: none.
             resume: ``never``: a run that is there is refused; anything else: it goes on.
             stem: what a made-up name begins with; None: the experiment's name.
-            mlflow_run_id: of the MLflow run that a new run is to be; None: one is made.
+            mlflow_run_id: of the MLflow run that a new run is to be; None: see `uses_given_run`.
+            uses_given_run: whether that is the run that the user has named, where there is one; else one is made.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
@@ -108,12 +111,14 @@ class RunLifetime:
 
         def make() -> RunDirectory:
             stem_or_experiment = stem or self._config.experiment_name
-            directory, self._lock = make_run_directory(
-                runs_dir, run_name, stem_or_experiment, resume, mlflow_run_id=mlflow_run_id
-            )
+            directory, self._lock = make_run_directory(runs_dir, run_name, stem_or_experiment, resume)
             if directory.stopped_by is not None:
                 return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
+            if mlflow_run_id is not None:
+                self._tracker.given = GivenRun(mlflow_run_id, "the script")
+            elif uses_given_run:
+                self._tracker.given = given_run(self._config.tracking_uri)
             self._checkpoints = CheckpointEntries(self._tracker, self._config, self._monitor)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
             self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))

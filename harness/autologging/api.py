@@ -109,7 +109,8 @@ def resume(
         run_name: name of the run and of its directory; None: the script's. The run of a second training in the same
             process is ``<run_name>-2``, and so on.
         run_dir: the directory that the runs' directories are in.
-        experiment_name: the MLflow experiment; None: the script's, or ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         reset_scheduler: where a run goes on, take the scheduler's course as the script makes it now (more epochs, say);
             False: the checkpoint's.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.autologging.session import Session
 from harness.redact import redact_named
+from harness.tracking.given_run import active_run_id
 
 Function = Callable[..., Any]
 
@@ -123,14 +124,6 @@ class FluentCalls:
         assert session.logger is not None
         active = active_run_id()
         return active is not None and active != session.logger.mlflow_run_id
-
-
-def active_run_id() -> str | None:
-    """Of the run that MLflow's own functions log to; None: there is none, or MLflow is not imported."""
-    # Not `mlflow.active_run`, which `other_ranks` replaces.
-    module: Any = sys.modules.get("mlflow.tracking.fluent")
-    run = module.active_run() if module is not None and hasattr(module, "active_run") else None
-    return None if run is None else str(run.info.run_id)
 
 
 def _with_parent(run_id: str, parent_id: str | None) -> str | None:

@@ -69,7 +69,7 @@ def open_run(
     )
     logger.progress = _Quiet() if settings.tracking.silent else logger.progress
     logger.stem = stem
-    logger.mlflow_run_id = mlflow_run_id
+    logger.mlflow_run_id, logger.uses_given_run = mlflow_run_id, False
     logger.start()
     if settings.first_run is not None and logger.run_path is not None and accelerator.is_main_process:
         replace_file(logger.run_path / FURTHER_FILE, json.dumps({"first_run": settings.first_run}) + "\n")

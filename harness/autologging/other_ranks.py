@@ -12,9 +12,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from harness.autologging.fluent import active_run_id
 from harness.autologging.replacing import Replacement
 from harness.autologging.session import Session
+from harness.tracking.given_run import active_run_id
 
 # Functions of `mlflow` that write and whose result nobody uses.
 _WRITING = (

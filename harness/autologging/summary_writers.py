@@ -11,10 +11,10 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from harness.autologging.fluent import active_run_id
 from harness.autologging.other_ranks import known_run
 from harness.autologging.replacing import Replacement
 from harness.autologging.session import Session
+from harness.tracking.given_run import active_run_id
 
 _MODULE = "mlflow.pytorch._pytorch_autolog"
 _WHY = "what TensorBoard's writers are given, once"

@@ -26,6 +26,7 @@ from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
 from harness.fsdp2_layers import separate_embeddings
 from harness.redact import redact_named
+from harness.tracking.given_run import active_run_id, given_run
 
 Function = Callable[..., Any]
 
@@ -306,9 +307,9 @@ class Switch:
     def _run_to_be_ours(self) -> str | None:
         if self.settings.exclusive:
             return None
-        found = fluent.active_run_id()
-        self._fluent.saw_active(found)
-        return found
+        self._fluent.saw_active(active_run_id())
+        found = given_run(self.settings.tracking.tracking_uri)
+        return None if found is None else found.run_id
 
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:

@@ -32,6 +32,7 @@ from harness.run_lock import RunLock
 from harness.standard_streams import write_error
 from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
+from harness.tracking.given_run import given_run
 from harness.tracking.sync import undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 
@@ -45,7 +46,8 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
     ``accelerator.end_training()``, and one that is open when the next one begins.
 
     Args:
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on: points that it
             has already are not sent again.
         run_dir: the directory that the runs' directories are in.
@@ -107,11 +109,14 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         state = AcceleratorState()
         facts = {"world_size": str(state.num_processes), "device": state.device.type}
         tracker = Tracker(directory.path, config, directory.attempt)
+        tracker.given = given_run(config.tracking_uri)
         try:
             tracker.start(directory.name, provenance.attempt_facts(facts))
         except BaseException:
             self._lock.release()
             raise
+        for note in () if config.silent else tracker.notes:
+            _say(note)
         tracker.tags(provenance.tags(facts, config.tags))
         self._show_warnings(tracker)
         self._tracker = tracker

@@ -33,6 +33,7 @@ from harness.tracking.uploads import Pace, UploadError
 
 RUN_TAG = "harness.run"
 PARENT_TAG = "harness.parent"
+_ENDED = ("FINISHED", "FAILED", "KILLED")
 # Two jobs that make the same run at the same moment see each other after so long.
 _TWIN_PAUSE_S = 1.0
 
@@ -75,6 +76,8 @@ class MlflowStore:
         self._parent_id: str | None = None
         self.run_id = ""
         self.experiment_id = ""
+        self.experiment_name: str | None = None
+        self._ended_before: tuple[str, int] | None = None
 
     @cached_property
     def _client(self) -> mlflow.MlflowClient:
@@ -101,7 +104,14 @@ class MlflowStore:
         if wanted.run_id is not None:
             self._open_known(wanted.run_id)
             return
-        self.experiment_id = self._experiment(wanted.experiment_name)
+        if wanted.given_run_id is not None:
+            self._open_known(wanted.given_run_id)
+            self.experiment_name = self._client.get_experiment(self.experiment_id).name
+            return
+        if wanted.experiment_id is not None:
+            self.experiment_id, self.experiment_name = self._experiment_by_id(wanted.experiment_id)
+        else:
+            self.experiment_id = self._experiment(wanted.experiment_name)
         found = self._runs_with(RUN_TAG, wanted.key)
         parent = None if wanted.parent is None else self._parent(wanted.parent, wanted.created_ms)
         if found:
@@ -131,6 +141,27 @@ class MlflowStore:
             )
         found: str = experiment.experiment_id
         return found
+
+    def _experiment_by_id(self, experiment_id: str) -> tuple[str, str]:
+        """Id and name of an experiment that MLFLOW_EXPERIMENT_ID names, which is never made."""
+        experiment = None
+        try:
+            experiment = self._client.get_experiment(experiment_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+        if experiment is None:
+            # Not in place of MLflow's error, which does not name the variable and is the root of a chain.
+            raise MlflowException(
+                f"there is no experiment {experiment_id!r}, which MLFLOW_EXPERIMENT_ID names", error_code=INVALID_STATE
+            )
+        if experiment.lifecycle_stage == "deleted":
+            raise MlflowException(
+                f"the experiment {experiment.name!r}, which MLFLOW_EXPERIMENT_ID={experiment_id} names, is deleted; "
+                "restore it or name another",
+                error_code=INVALID_STATE,
+            )
+        return experiment.experiment_id, experiment.name
 
     def _runs_with(self, tag: str, value: str) -> list[Run]:
         """Runs of the experiment that carry a tag, the oldest first."""
@@ -175,6 +206,8 @@ class MlflowStore:
                 error_code=INVALID_STATE,
             )
         self.run_id, self.experiment_id = run_id, run.info.experiment_id
+        if run.info.status in _ENDED:
+            self._ended_before = run.info.status, run.info.end_time
         self._parent_id = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         self.reopen()
 
@@ -269,9 +302,19 @@ class MlflowStore:
         """Give a server that did not answer in time longer from now on."""
         give_longer(error)
 
-    def end(self, status: str, end_time_ms: int) -> None:
-        """Set the run's final status: FINISHED, FAILED or KILLED; and its parent's with the last of its children."""
+    def end(self, status: str | None, end_time_ms: int, *, is_users: bool = False) -> None:
+        """Set the run's final status: FINISHED, FAILED or KILLED; and its parent's with the last of its children.
+
+        Args:
+            status: None: the run is the user's own, whose code ends it.
+            end_time_ms: when, in milliseconds since the epoch.
+            is_users: it is the user's own, whose process is gone: it is as it was before this opened it, or ends now.
+        """
         self._remove_twins()
+        if status is None or (is_users and self._client.get_run(self.run_id).info.status in _ENDED):
+            return
+        if is_users and self._ended_before is not None:
+            status, end_time_ms = self._ended_before
         self._client.set_terminated(self.run_id, status, end_time_ms)
         if self._parent_id is None:
             return

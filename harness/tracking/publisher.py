@@ -105,6 +105,8 @@ class Publisher:
                         record.get("run_id"),
                         record.get("created_ms"),
                         self.settings.parent_run,
+                        self.settings.experiment_id,
+                        self.settings.given_run_id,
                     )
                 )
                 break
@@ -117,7 +119,7 @@ class Publisher:
         record = read_run_record(self.run_dir) | {
             "run_id": self.store.run_id,
             "experiment_id": self.store.experiment_id,
-            "experiment_name": self.settings.experiment_name,
+            "experiment_name": self.store.experiment_name or self.settings.experiment_name,
             "tracking_uri": without_password(self.settings.tracking_uri),
         }
         replace_file(self.run_dir / "run.json", json.dumps(record, indent=2) + "\n", is_private=True)
@@ -280,7 +282,10 @@ class Publisher:
     def _deliver_end(self, entry: Entry) -> None:
         status, reason = entry.body["status"], entry.body["reason"]
         self.store.set_tags({"harness.end_reason": reason})
-        self.store.end(status, entry.time_ms)
+        if entry.body.get("is_held"):
+            self.store.end(status if self._trainer_is_gone() else None, entry.time_ms, is_users=True)
+        else:
+            self.store.end(status, entry.time_ms)
         step = entry.body.get("step", self._acknowledged.now.step)
         records = self._known_attempts()
         self._put_attempts(attempts.ended(records, status, reason, entry.time_ms, step, self._attempt))

@@ -147,10 +147,15 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     from harness.tracking.uploads import Pace
 
     mlflow_client.require_json_answers()
+    record = read_run_record(run_dir)
+    given_run_id, given_by = raw.get("given_run") or (None, None)
     settings = Settings(
         run_name=raw["run_name"],
         tracking_uri=absolute_sqlite(mlflow_client.resolve_tracking_uri(raw["tracking_uri"])),
-        experiment_name=raw["experiment_name"] or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "default",
+        experiment_name=raw["experiment_name"]
+        or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        or record.get("experiment_name")
+        or "default",
         registration=_registration(raw),
         start_timeout_s=raw["start_timeout_s"],
         attempt=raw["attempt"],
@@ -158,13 +163,15 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         max_upload_bytes_per_s=raw.get("max_upload_bytes_per_s"),
         max_outbox_bytes=raw.get("max_outbox_bytes", DEFAULT_MAX_BYTES),
         leaves_open=raw.get("leaves_open", False),
+        experiment_id=raw.get("experiment_id"),
+        given_run_id=given_run_id,
     )
 
     def is_permanent(error: Exception) -> bool:
         return isinstance(error, RefusedError) or mlflow_client.is_permanent(error)
 
     try:
-        settings, notes = where_it_goes_on(settings, read_run_record(run_dir), mlflow_client.has_run)
+        settings, notes = where_it_goes_on(settings, record, mlflow_client.has_run)
         # For `harness sync`, from any directory; without a password.
         kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
         write_settings(run_dir / "outbox", kept)
@@ -174,6 +181,10 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         store = MlflowStore(settings.tracking_uri, pace=pace, sent=heartbeat.sent)
         publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed, heartbeat=heartbeat)
         publisher.open_run()
+        if raw["experiment_name"] and store.experiment_name not in (None, raw["experiment_name"]):
+            notes.append(
+                f"MLflow run {store.run_id} is in experiment {store.experiment_name!r}, not {raw['experiment_name']!r}"
+            )
     except TrackingError as error:
         log(f"no run: {error}")
         answer({"error": str(error)})
@@ -181,11 +192,18 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     except Exception as error:
         log(f"no run: {error}")
         where = without_password(settings.tracking_uri)
-        told = {
-            "error": f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; start the "
-            "server or correct the address (`harness train` and own loops can do without: tracking.enabled: false)"
-        }
-        answer(told)
+        remedy = (
+            "start the server or correct the address (`harness train` and own loops can do without: "
+            "tracking.enabled: false)"
+        )
+        if given_run_id is not None and "run_id" not in record:
+            message = (
+                f"tracking: MLflow run {given_run_id}, named by {given_by}, cannot be used at {where}: "
+                f"{root_cause(error)}; name another, or {remedy}"
+            )
+        else:
+            message = f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; {remedy}"
+        answer({"error": message})
         return 1
     answer({"run_id": store.run_id, "notes": [*notes, *publisher.notes]})
     if raw.get("is_awaited"):
@@ -226,6 +244,11 @@ def where_it_goes_on(
     if run_id is None or address is None:
         return settings, []
     notes = []
+    if settings.given_run_id not in (None, run_id):
+        notes.append(
+            f"{record['run_name']} resumes in its MLflow run {run_id}, not in {settings.given_run_id}; for that one "
+            "give another run_name"
+        )
     configured = without_password(settings.tracking_uri)
     if address != configured and not has_run(settings.tracking_uri, run_id):
         if "***" in address:
@@ -238,11 +261,14 @@ def where_it_goes_on(
             "another run_name"
         )
         settings = replace(settings, tracking_uri=address)
-    if settings.experiment_name != record["experiment_name"]:
+    is_by_id = settings.experiment_id is not None
+    asked = settings.experiment_id if is_by_id else settings.experiment_name
+    if asked != record["experiment_id" if is_by_id else "experiment_name"]:
         notes.append(
-            f"MLflow run {run_id} stays in experiment {record['experiment_name']!r}, not {settings.experiment_name!r}; "
+            f"MLflow run {run_id} stays in experiment {record['experiment_name']!r}, not {asked!r}; "
             "for one there give another run_name"
         )
+    if settings.experiment_name != record["experiment_name"]:
         settings = replace(settings, experiment_name=record["experiment_name"])
     return settings, notes
 

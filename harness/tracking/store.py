@@ -18,10 +18,12 @@ class WantedRun:
     Args:
         key: what it is found by where its id is not known.
         name: what it is called where it is made.
-        experiment_name: where it is.
+        experiment_name: where it is made.
         run_id: the store's own name for it, once there is one.
         created_ms: when it began, in milliseconds since the epoch; None: now.
         parent: name or id of the run that it is nested under; None: it is not.
+        experiment_id: where it is made; None: where `experiment_name` says.
+        given_run_id: of a run that the user has made, in place of one that is made here; None: there is none.
     """
 
     key: str
@@ -30,6 +32,8 @@ class WantedRun:
     run_id: str | None = None
     created_ms: int | None = None
     parent: str | None = None
+    experiment_id: str | None = None
+    given_run_id: str | None = None
 
 
 class Store(Protocol):
@@ -37,6 +41,8 @@ class Store(Protocol):
 
     run_id: str
     experiment_id: str
+    # None: it is the wanted one.
+    experiment_name: str | None
 
     def open_run(self, wanted: WantedRun) -> None:
         """Find the run by its id, or find or make the one that carries its key; it is running then."""
@@ -81,8 +87,8 @@ class Store(Protocol):
         """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
         ...
 
-    def end(self, status: str, end_time_ms: int) -> None:
-        """Set the final status."""
+    def end(self, status: str | None, end_time_ms: int, *, is_users: bool = False) -> None:
+        """Set the final status; None: the user's process does, which is alive; `is_users`: unless that has done so."""
 
     def failed(self, error: Exception) -> None:
         """Take note of an error after which the same is tried again."""
@@ -105,6 +111,8 @@ class Settings:
     max_upload_bytes_per_s: float | None = None
     max_outbox_bytes: int = DEFAULT_MAX_BYTES
     leaves_open: bool = False
+    experiment_id: str | None = None
+    given_run_id: str | None = None
 
 
 class RefusedError(Exception):

@@ -30,6 +30,7 @@ from harness.tracking.continuation import (
     read_logged,
 )
 from harness.tracking.drain import Drain, Left
+from harness.tracking.given_run import EXPERIMENT_ID, GivenRun, is_held
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.names import Names, clean_key
@@ -62,6 +63,7 @@ class Tracker:
 
     Attributes:
         run_id: of the MLflow run, once there is one.
+        given: the MLflow run that a new run is to be; None: one is made. Set before `start`.
         notes: lines for the user, from `start`.
         warnings: lines for the user, from anything that is logged; the caller removes the ones it displays.
     """
@@ -79,6 +81,7 @@ class Tracker:
         remember(config.tracking_uri)
         self.attempt = attempt
         self.monitor, self.mode = monitor, mode
+        self.given: GivenRun | None = None
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._names = Names(self.warnings.append)
@@ -93,6 +96,7 @@ class Tracker:
         self._logged = _read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
         self._known_datasets: dict[str, Any] = (read_record(self._outbox_dir / _DATASETS) or {}) if attempt > 1 else {}
         self._known: KnownPoints | None = None
+        self._is_after_end = self._is_users = False
         self._told: dict[str, str] = {}
         self._last_step = 0
         self._publisher: subprocess.Popen[bytes] | None = None
@@ -113,9 +117,24 @@ class Tracker:
         """
         # First of all: a publisher that the attempt before has left leaves the rest to this attempt's own.
         self._tell(facts)
+        self._start(run_name, _LOCK_TIMEOUT_S if self.attempt > 1 else 0.0)
+
+    def start_after_end(self, run_name: str, step: int) -> None:
+        """Start again for what comes after the attempt's end, and is part of it; `end` ends it once more.
+
+        Args:
+            run_name: what MLflow calls it.
+            step: optimizer steps that are complete.
+
+        Raises:
+            TrackingError: as `start` does; what is logged stays in the journal then.
+        """
+        self._is_after_end, self._last_step = True, step
+        self._start(run_name, _LOCK_TIMEOUT_S)
+
+    def _start(self, run_name: str, lock_timeout_s: float) -> None:
         if not self.config.enabled:
             return
-        lock_timeout_s = _LOCK_TIMEOUT_S if self.attempt > 1 else 0.0
         settings = {
             "run_name": run_name,
             "tracking_uri": self.config.tracking_uri,
@@ -131,9 +150,13 @@ class Tracker:
             "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
             "max_outbox_bytes": self.config.max_outbox_bytes,
             "offline": self.config.offline,
+            # `mlflow.set_experiment` sets it, too.
+            "experiment_id": None if self.config.experiment_name else os.environ.get(EXPERIMENT_ID),
+            "given_run": None if self.given is None else [self.given.run_id, self.given.source],
         }
         self._settings = settings
         if self.config.offline:
+            self._is_users = self.given is not None and is_held(self.given.run_id)
             self._stay_offline(settings)
             return
         limit_s = self.config.start_timeout_s + lock_timeout_s
@@ -141,7 +164,9 @@ class Tracker:
             self._started_s, self._started_at_s = time.monotonic(), time.time()
             self._publisher = start_publisher(self.run_dir, {**settings, "is_awaited": True})
             try:
-                self.run_id, self.notes = read_answer(self._publisher, self.run_dir, limit_s)
+                self.run_id, notes = read_answer(self._publisher, self.run_dir, limit_s)
+                self.notes = [*(() if self.given is None else self.given.notes), *notes]
+                self._is_users = is_held(self.run_id)
                 break
             except PublisherDiedError:
                 self.abandon()
@@ -151,6 +176,8 @@ class Tracker:
                     raise
             except BaseException:
                 self.abandon()
+                with suppress(subprocess.TimeoutExpired):  # it has said no, and ends
+                    self._publisher.wait(timeout=5)
                 raise
 
     def _registered_model_name(self) -> str | None:
@@ -227,7 +254,7 @@ class Tracker:
         """
         self._revive()
         values = self._names.of_all("metric", values)
-        if self.attempt > 1 and self._known is None:
+        if self.attempt > 1 and self._known is None and not self._is_after_end:
             # Nothing was restored: it begins again.
             self.resumed(0, None)
         if not is_own_step:
@@ -373,7 +400,10 @@ class Tracker:
         """
         self._tell_repeated()
         self._tell_left_out()
-        self.outbox.append("end", {"status": status, "reason": reason, "step": self._last_step})
+        body = {"status": status, "reason": reason, "step": self._last_step}
+        # Of two that end it, the later one would win: a run that the user's code has active, or had as this began, is
+        # ended by MLflow there.
+        self.outbox.append("end", body | {"is_held": True} if self._is_users or is_held(self.run_id) else body)
         deadline_s = time.monotonic() + timeout_s
         drain = Drain(self.run_dir)
         while not self._is_on_disk(may_wait=time.monotonic() < deadline_s and waiting(drain.left())):

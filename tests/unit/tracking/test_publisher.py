@@ -39,6 +39,7 @@ class FaultyStore:
     def __init__(self, *failures: BaseException | tuple[str, BaseException] | None) -> None:
         self.run_id = ""
         self.experiment_id = ""
+        self.experiment_name: str | None = None
         self.calls: list[tuple[str, Any]] = []
         self.num_tries = 0
         self.in_use: set[str] = set()
@@ -101,7 +102,7 @@ class FaultyStore:
         self._call("retire", (key, registration))
         return key not in self.in_use
 
-    def end(self, status: str, end_time_ms: int) -> None:
+    def end(self, status: str | None, end_time_ms: int, *, is_users: bool = False) -> None:
         self._call("end", (status, end_time_ms))
 
     @property
