@@ -1,6 +1,6 @@
 """A run in a loop that is somebody else's: begun by its first event, and ended as it really ended.
 
-begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail
+begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail  ->  report, of a test
 
 The callbacks of frameworks are thin over this. What differs between them: where the parts are found, how a loop is
 stopped, and whether it says that it failed.
@@ -8,6 +8,7 @@ stopped, and whether it says that it failed.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
 from harness.autologging import switch
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import HarnessError, Stopped
+from harness.integrations.ended_run import EndedRun
 from harness.periodic import PeriodicLogger
 from harness.recipe import ExampleSource
 
@@ -32,7 +35,8 @@ class Options:
 
     Args:
         every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up.
         run_dir: the directory that the runs' directories are in.
         checkpoint: everything else about checkpoints; None: as `CheckpointConfig` has it, but one that is due waits
@@ -84,6 +88,9 @@ class Guest:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._logger: PeriodicLogger | None = None
+        # Rank zero's: the latest run, where it has ended well.
+        self._ended: EndedRun | None = None
+        self._has_said_none_is_open = False
         self._earlier_hook: Callable[..., Any] | None = None
 
     @property
@@ -127,7 +134,7 @@ class Guest:
             topology: fields of `Topology` that the accelerator does not know.
         """
         Guest.end_what_was_left()
-        Guest._open = self
+        Guest._open, self._ended = self, None
         # It would log the same training in a run of its own.
         switch.turn_off()
         options = self._options
@@ -170,11 +177,24 @@ class Guest:
         self.finish_copy()
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Reduced values of now; see `PeriodicLogger.report`. What comes when no run is open is in none."""
+        """Reduced values of now; see `PeriodicLogger.report`.
+
+        Behind the end of training they are added to its run, and rank zero waits until MLflow has them. Where there is
+        none, or it has failed, a line says once that they are in none.
+        """
         if self._logger is None:
+            self._report_after_end(values)
             return
         with self._ending():
             self.logger.report(values)
+
+    def _report_after_end(self, values: Mapping[str, Any]) -> None:
+        if self._ended is not None and values:
+            self._ended.log(values)
+        elif values and not self._has_said_none_is_open and _is_rank_zero():
+            self._has_said_none_is_open = True
+            names = ", ".join(sorted(map(str, values))[:4])
+            sys.stderr.write(f"harness: no training has begun, or it has failed, so {names} are in no run\n")
 
     def evaluated(self) -> None:
         """The loop has evaluated, which is no step's time."""
@@ -200,9 +220,14 @@ class Guest:
 
     def end(self) -> None:
         """Training is complete."""
+        logger = self.logger
         with self._ending():
-            self.logger.close()
+            logger.close()
         self._forget()
+        if logger.topology.rank == 0 and logger.run_path is not None and logger.run_name is not None:
+            self._ended = EndedRun(
+                logger.run_path, logger.run_name, logger.tracking_config, logger.step, logger.progress.say
+            )
 
     def fail(self, error: BaseException) -> BaseException:
         """Training ended by an error, or by `Stopped`; returns what really ended it. Nothing where no run is open."""
@@ -243,3 +268,9 @@ class Guest:
         # Somebody else may have put theirs around ours: it stays then, and does nothing any more.
         if sys.excepthook == self._excepthook and self._earlier_hook is not None:
             sys.excepthook = self._earlier_hook
+
+
+def _is_rank_zero() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

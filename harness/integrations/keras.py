@@ -46,7 +46,8 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if `fit` does:
             from the optimizer's count of steps and ``initial_epoch``, which `keras.callbacks.BackupAndRestore` has.
         run_dir: the directory that the runs' directories are in.
@@ -131,6 +132,11 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # Where the length is known, a callback behind this one may have asked for the end within the epoch too.
         is_left = self._is_left or (stops and self._in_epoch < (self.params["steps"] or 0))
         self._guest.end_epoch(is_whole=not is_left, is_last=stops or epoch + 1 == self.params["epochs"])
+
+    def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """An evaluation is over; one within `fit` is the epoch's, and comes with its end."""
+        if not self._guest.is_open:
+            self._guest.report({f"test/{key}": value for key, value in (logs or {}).items()})
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Training is complete."""

@@ -51,7 +51,8 @@ class HarnessCallback(Callback):
 
     Args:
         every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if the Trainer
             does.
         run_dir: the directory that the runs' directories are in.
@@ -81,6 +82,17 @@ class HarnessCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be told of metrics. Not earlier: where a Trainer puts its own checkpoints depends on its loggers."""
+        self._listen(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A test, whose metrics belong to the run of the training before; its Trainer may be another."""
+        self._listen(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Likewise a validation that is asked for by itself."""
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
         if not _is_tried_out(trainer) and not any(isinstance(logger, _Metrics) for logger in trainer.loggers):
             trainer.loggers = [*trainer.loggers, _Metrics(self._guest)]
 

@@ -47,7 +47,8 @@ class HarnessCallback(TrainerCallback):
 
     Args:
         every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
-        experiment_name: the MLflow experiment; None: ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
+        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
+            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
         run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if the Trainer
             does.
         run_dir: the directory that the runs' directories are in.
@@ -162,6 +163,12 @@ class HarnessCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Which is no step's time."""
         self._guest.evaluated()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
+    ) -> None:
+        """The Trainer does not log what it has measured here."""
+        self._guest.report({_named(key): value for key, value in (metrics or {}).items()})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Training is complete, or has stopped in good order."""

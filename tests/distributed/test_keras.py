@@ -30,8 +30,12 @@ def test_models_load_and_give_the_same_when_fit_is_stopped_and_goes_on(tmp_path:
     assert done.code == 0, done.output
     assert "the same" in done.output
     reader = client(tmp_path)
-    mlflow_run, _ = sorted(all_runs(reader), key=lambda run: str(run.info.run_name))
+    mlflow_run, tested = sorted(all_runs(reader), key=lambda run: str(run.info.run_name))
     assert mlflow_run.info.status == "FINISHED"
+    # Behind the end of `fit`, as part of the second attempt.
+    assert tested.info.status == "FINISHED"
+    assert [point.step for point in history(reader, tested, "test/loss")] == [32]
+    assert "harness.attempt.3.started" not in tested.data.tags
     assert mlflow_run.data.tags["harness.attempt.2.step_from"] == "16"
     for key in ("train/loss", "eval/loss", "epoch"):
         assert [point.step for point in history(reader, mlflow_run, key)] == [8, 16, 24, 32], key

@@ -96,9 +96,10 @@ if HOW == "check":
     two.compile("sgd", losses, metrics={"digit": ["accuracy"]})
     targets = {"digit": labels[:256], "odd": (labels[:256] % 2).astype("float32")}
 
-    def fit_two(**epochs: int) -> None:
+    def fit_two(**epochs: int) -> HarnessCallback:
         ours = HarnessCallback(2, run_name="two", input_example=images[:4])
         two.fit(images[:256], targets, validation_data=(images[:256], targets), verbose=0, callbacks=[ours], **epochs)
+        return ours
 
     fit_two(epochs=2)
     try:
@@ -107,7 +108,9 @@ if HOW == "check":
         assert "epoch-0002 of step 16 already; give fit initial_epoch=2, or the callback another run_name" in str(error)
     else:
         raise AssertionError("its checkpoints would have had the names of those before")
-    fit_two(epochs=4, initial_epoch=2)
+    ours = fit_two(epochs=4, initial_epoch=2)
+    test = {"digit": labels[256:320], "odd": (labels[256:320] % 2).astype("float32")}
+    two.evaluate(images[256:320], test, verbose=0, callbacks=[ours])
     (run,) = MlflowClient().search_runs(["1"], "run_name = 'two'")
     assert run.info.status == "FINISHED"
     assert {"train/digit_loss", "train/odd_loss", "eval/digit_accuracy", "eval/loss"} <= run.data.metrics.keys()

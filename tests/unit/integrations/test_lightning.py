@@ -102,6 +102,38 @@ def test_run_goes_on_with_no_point_twice_when_trainer_resumes_behind_it(tmp_path
     assert [model.tags["step"] for model in models(reader, run)] == ["8", "16", "24", "32"]
 
 
+class DigitsWithTest(DigitsModule):
+    """Has a test, too."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/loss", self.training_loss(batch))
+
+    def training_loss(self, batch: Any) -> torch.Tensor:
+        images, labels = batch
+        return torch.nn.functional.cross_entropy(self(images), labels)
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+
+def test_metrics_of_a_test_are_in_the_run_when_it_comes_after_training(tmp_path: Path) -> None:
+    module = DigitsWithTest()
+    trainer = make_trainer(max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module)
+    (tested,) = trainer.test(module, verbose=False)
+    reader, run = client(tmp_path), only_run(tmp_path)
+    assert run.info.status == "FINISHED"
+    (point,) = history(reader, run, "test/loss")
+    assert (point.step, point.value) == (8, pytest.approx(tested["test/loss"]))
+    assert [point.step for point in history(reader, run, "eval/loss")] == [8]
+
+
+def test_a_line_says_so_when_a_test_belongs_to_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(enable_checkpointing=False).test(DigitsWithTest(), verbose=False)
+    assert "test/loss are in no run" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 class Halving(DigitsModule):
     """Halves its learning rate with each epoch."""
 

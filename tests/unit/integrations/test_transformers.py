@@ -108,7 +108,10 @@ def test_models_load_and_give_the_same_when_published_each_second_epoch(tmp_path
     harness.autolog(every_n_epochs=1)  # which leaves it to the callback
     trainer = make_trainer(every_n_epochs=2, report_to="mlflow")
     trainer.train()
-    trainer.evaluate()  # after the run: its values are in none, and begin none
+    # After the run's end, to which it is added: what the last epoch has given, and two tests.
+    trainer.evaluate()
+    trainer.evaluate(Images(32), metric_key_prefix="test")
+    trainer.predict(Images(16), metric_key_prefix="test_again")
 
     reader, run = client(tmp_path), only_run(tmp_path)
     assert run.info.status == "FINISHED"
@@ -117,6 +120,9 @@ def test_models_load_and_give_the_same_when_published_each_second_epoch(tmp_path
     assert [point.step for point in history(reader, run, "train/loss")] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert [point.step for point in history(reader, run, "eval/loss")] == [8, 16, 24, 32]
     assert [(point.step, point.value) for point in history(reader, run, "epoch")] == [(8, 1), (16, 2), (24, 3), (32, 4)]
+    for key in ("test/loss", "test/again_loss"):
+        assert [point.step for point in history(reader, run, key)] == [32], key
+    assert not any(tag.startswith("harness.attempt.2") for tag in run.data.tags)
     assert [model.tags["step"] for model in models(reader, run)] == ["16", "32"]
     found = models(reader, run)[-1]
     of_model = {metric.key: (metric.step, metric.value) for metric in found.metrics or []}
