@@ -67,19 +67,13 @@ class EndedRun:
         }
         if not values:
             return
-        failure: TrackingError | None = None
         try:
-            tracker.start_after_end(self.name, self.step)
-        except TrackingError as error:
-            failure = error
-        tracker.metrics(values, self.step)
-        for line in tracker.warnings:
-            self.say(line)
-        is_delivered = tracker.end(
-            "FINISHED", "training is complete, and was evaluated", self.config.drain_timeout_s, lambda _: True
-        )
-        if failure is not None:
-            raise failure
+            is_delivered = tracker.add_after_end(
+                self.name, values, self.step, "training is complete, and was evaluated", self.config.drain_timeout_s
+            )
+        finally:
+            for line in tracker.warnings:
+                self.say(line)
         if not is_delivered and self.config.enabled and not self.config.offline:
             raise TrackingError("MLflow has not had everything yet")
 

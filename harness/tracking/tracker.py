@@ -18,6 +18,7 @@ from harness.config import Mode, TrackingConfig
 from harness.durable import read_record, replace_file
 from harness.errors import TrackingError
 from harness.redact import remember, without_password
+from harness.run_directory import read_run_record
 from harness.tracking.acknowledged import read_delivered
 from harness.tracking.continuation import (
     UNKNOWN_TIME_MS,
@@ -118,19 +119,6 @@ class Tracker:
         # First of all: a publisher that the attempt before has left leaves the rest to this attempt's own.
         self._tell(facts)
         self._start(run_name, _LOCK_TIMEOUT_S if self.attempt > 1 else 0.0)
-
-    def start_after_end(self, run_name: str, step: int) -> None:
-        """Start again for what comes after the attempt's end, and is part of it; `end` ends it once more.
-
-        Args:
-            run_name: what MLflow calls it.
-            step: optimizer steps that are complete.
-
-        Raises:
-            TrackingError: as `start` does; what is logged stays in the journal then.
-        """
-        self._is_after_end, self._last_step = True, step
-        self._start(run_name, _LOCK_TIMEOUT_S)
 
     def _start(self, run_name: str, lock_timeout_s: float) -> None:
         if not self.config.enabled:
@@ -398,25 +386,66 @@ class Tracker:
         Raises:
             TrackingError: if the disk does not take the journal's end within that time.
         """
+        self._append_end(status, reason)
+        deadline_s = time.monotonic() + timeout_s
+        drain = Drain(self.run_dir)
+
+        def may_wait() -> bool:
+            return time.monotonic() < deadline_s and waiting(drain.left())
+
+        self._close_journal(may_wait)
+        return self._wait_until_delivered(may_wait)
+
+    def add_after_end(
+        self, run_name: str, values: Mapping[str, float], step: int, reason: str, timeout_s: float
+    ) -> bool:
+        """Add metrics to a run whose training is complete, end it again, and wait until all is delivered.
+
+        In place of `start`, of a tracker that logs nothing else.
+
+        Args:
+            run_name: what MLflow calls it.
+            values: metrics by name, as `metrics` takes them.
+            step: optimizer steps that are complete.
+            reason: one line, for the tag ``harness.end_reason``.
+            timeout_s: the limit of the wait behind the start, in seconds.
+
+        Returns:
+            Whether everything was delivered.
+
+        Raises:
+            TrackingError: as `start` and `end` do; what is in the journal stays there.
+        """
+        self.run_id = read_run_record(self.run_dir).get("run_id")
+        self._is_after_end, self._last_step = True, step
+        self.metrics(values, step)
+        # Before the publisher starts: whoever delivers these metrics, now or later, ends the run behind them.
+        self._append_end("FINISHED", reason)
+        self._close_journal(lambda: False)
+        self._start(run_name, _LOCK_TIMEOUT_S)
+        deadline_s = time.monotonic() + timeout_s
+        return self._wait_until_delivered(lambda: time.monotonic() < deadline_s)
+
+    def _append_end(self, status: RunStatus, reason: str) -> None:
         self._tell_repeated()
         self._tell_left_out()
         body = {"status": status, "reason": reason, "step": self._last_step}
         # Of two that end it, the later one would win: a run that the user's code has active, or had as this began, is
         # ended by MLflow there.
         self.outbox.append("end", body | {"is_held": True} if self._is_users or is_held(self.run_id) else body)
-        deadline_s = time.monotonic() + timeout_s
-        drain = Drain(self.run_dir)
-        while not self._is_on_disk(may_wait=time.monotonic() < deadline_s and waiting(drain.left())):
+
+    def _close_journal(self, may_wait: Callable[[], bool]) -> None:
+        while not self._is_on_disk(may_wait=may_wait()):
             time.sleep(0.5)
         self.outbox.close()
+
+    def _wait_until_delivered(self, may_wait: Callable[[], bool]) -> bool:
         if self._publisher is None:
             return not self.config.enabled
         if self.run_id is None:
             # The start has failed: there is no run whose end another publisher could deliver, after as long a wait.
             return False
-        while self._publisher.poll() not in (0, FILES_LEFT) and time.monotonic() < deadline_s:
-            if not waiting(drain.left()):
-                break
+        while self._publisher.poll() not in (0, FILES_LEFT) and may_wait():
             self._revive()
             with suppress(subprocess.TimeoutExpired):
                 if self._publisher.wait(timeout=0.5) != 0:
