@@ -116,16 +116,13 @@ class ModelLane:
 
     def _deliver_passed(self) -> bool:
         passed = self._acknowledged.now
-        for entry in read_entries(self._outbox_dir, passed.models_offset, FILES):
-            if entry.end_offset > passed.offset or self._acknowledged.is_closed:
-                break
+        # No further: the other lane reads what is behind, and a long backlog would be read again for each of its steps.
+        for entry in read_entries(self._outbox_dir, passed.models_offset, FILES, end=passed.offset):
+            if self._acknowledged.is_closed:
+                return True
             if not self._deliver_with_retries(entry):
                 return False
-        else:
-            self._acknowledged.pass_models(max(passed.offset, self._acknowledged.now.models_offset))
-            return True
-        if not self._acknowledged.is_closed:
-            self._acknowledged.pass_models(max(passed.offset, self._acknowledged.now.models_offset))
+        self._acknowledged.pass_models(max(passed.offset, self._acknowledged.now.models_offset))
         return True
 
     def _deliver_with_retries(self, entry: Entry) -> bool:

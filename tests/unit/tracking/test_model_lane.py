@@ -1,0 +1,45 @@
+"""The lane of files: what it reads of the journal to find those few entries that are its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.tracking.acknowledged import Acknowledged
+from harness.tracking.entries import read_entries
+from harness.tracking.model_lane import ModelLane
+from harness.tracking.outbox import Outbox
+from harness.tracking.retries import Retries
+from tests.unit.tracking.test_publisher import SETTINGS, FaultyStore
+
+NUM_BATCHES = 20
+NUM_ROWS_PER_BATCH = 500
+
+
+def read_bytes() -> int:
+    """Bytes that this process has read until now, by the kernel's count."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+def test_backlog_is_read_once_when_it_is_passed_in_batches(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    for step in range(NUM_BATCHES * NUM_ROWS_PER_BATCH):
+        outbox.append("metrics", {"step": step, "values": {"train/loss": step / 7}})
+    outbox.append("text", {"name": "last.txt", "content": "words"})
+    ends = [entry.end_offset for entry in read_entries(tmp_path / "outbox")]
+    acknowledged = Acknowledged(tmp_path / "outbox")
+    store = FaultyStore()
+    retries = Retries(lambda error: True, lambda: False, lambda what, error: None)
+    lane = ModelLane(tmp_path, SETTINGS, store, acknowledged, retries, print)
+
+    before = read_bytes()
+    lane.start()
+    for end in (*ends[NUM_ROWS_PER_BATCH - 1 :: NUM_ROWS_PER_BATCH], ends[-1]):
+        acknowledged.update(offset=end)
+        # The next batch once the lane has looked at this one, as beside a server, which takes longer.
+        assert acknowledged.wait(lambda now, end=end: now.models_offset >= end, timeout_s=60)
+    num_read = read_bytes() - before
+
+    lane.close()
+    assert store.calls == [("text", ("last.txt", "words"))]
+    assert num_read < 2 * outbox.end, f"{num_read} bytes for a journal of {outbox.end}"
