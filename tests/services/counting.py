@@ -169,7 +169,9 @@ def _models(
     assert wanted <= on_disk.keys(), "a checkpoint was published that is not on disk"
     found = models(reader, run)
     outputs = run.outputs.model_outputs if run.outputs else []
-    links = [reader.get_logged_model(output.model_id).tags[CHECKPOINT_TAG] for output in outputs]
+    # MLflow keeps the link to a model that is deleted, such as one that was made twice, and has no way to remove it.
+    keys = {model.model_id: model.tags[CHECKPOINT_TAG] for model in found}
+    links = [keys[output.model_id] for output in outputs if output.model_id in keys]
     files_sent: set[Hashable] = set()
     files_there: list[Hashable] = []
     points_sent: set[Hashable] = set()
