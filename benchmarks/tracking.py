@@ -2,11 +2,13 @@
 
     python benchmarks/tracking.py --json
     python benchmarks/tracking.py --only log,append --json
+    python benchmarks/tracking.py --only delivery --num_points 200000 --num_metrics 1 --rounds 1 --json
     python benchmarks/tracking.py --only upload --stores s3 --size_mb 256 --rounds 10
 
     log       `PeriodicLogger.log` of tensors; on a device nothing may wait for it
     append    a row of metrics into the outbox; beside it `json.dumps` and `write` of the same
-    delivery  points from the journal to acknowledged, by the publisher's process; beside it a loop of `log_batch`
+    delivery  points from the journal to acknowledged, by the publisher's process; beside it a loop of `log_batch`, and
+              one of bare requests that carry the same, which is as fast as the server takes them
     upload    a checkpoint to a store; beside it the same file sent by hand, see `benchmarks.uploads`
     step      the trainer's own steps while the publisher uploads, see `benchmarks.uploads`
 
@@ -219,46 +221,72 @@ def wait_until(is_done: Callable[[], bool], run_dir: Path, pause_s: float = 0.00
 
 
 def measure_delivery(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Points a second, of rows of 20, in turn with `log_batch` calls of 1000 points by hand.
+    """Points a second, in turn with the same points by hand, 1,000 in a request; and what a call took meanwhile.
 
     By hand at the publisher's priority: on a busy machine it would say how low that is, which is wanted.
     """
     import mlflow
+    import requests
 
-    num_rows = arguments.num_points // NUM_METRICS
+    num_rows = arguments.num_points // arguments.num_metrics
+    names = [f"train/metric_{i}" for i in range(arguments.num_metrics)]
     server = MlflowServer(directory / "server")
     server.start()
     try:
         client: Any = mlflow.MlflowClient(server.uri)
-        by_hand_id = client.create_run(client.create_experiment("by hand")).info.run_id
+        ids = {
+            name: client.create_run(client.create_experiment(name)).info.run_id for name in ("by_hand", "by_requests")
+        }
         run_dir = directory / "delivery"
         outbox_dir = run_dir / "outbox"
-        rates: dict[str, list[float]] = {"ours": [], "by_hand": []}
-        next_step = {"ours": 0, "by_hand": 0}
+        rates: dict[str, list[float]] = {"ours": [], "by_hand": [], "by_requests": []}
+        next_step = dict.fromkeys(rates, 0)
+        call_ms: list[float] = []
         # On Linux a thread has a priority of its own, which those that it starts take over.
         with (
             tracked(run_dir, server.uri) as tracker,
+            requests.Session() as session,
             ThreadPoolExecutor(1, initializer=os.nice, initargs=(PUBLISHER_NICE,)) as by_hand_thread,
         ):
 
             def ours(first: int) -> None:
                 for step in range(first, first + num_rows):
-                    tracker.metrics({f"train/metric_{i}": step + i / 7 for i in range(NUM_METRICS)}, step)
+                    values = {name: step + i / 7 for i, name in enumerate(names)}
+                    begun_s = time.perf_counter()
+                    tracker.metrics(values, step)
+                    call_ms.append(1e3 * (time.perf_counter() - begun_s))
                 end = journal_end(outbox_dir)
-                wait_until(lambda: read_delivered(outbox_dir).offset >= end, run_dir)
+                wait_until(lambda: read_delivered(outbox_dir).offset >= end, run_dir, pause_s=0.02)
 
-            def by_hand(first: int) -> None:
-                batch: list[Any] = []
+            def batches(first: int) -> Iterator[list[tuple[str, float, int, int]]]:
+                batch = []
                 for step in range(first, first + num_rows):
                     now_ms = time.time_ns() // 1_000_000
-                    for i in range(NUM_METRICS):
-                        batch.append(mlflow.entities.Metric(f"train/metric_{i}", step + i / 7, now_ms, step))
+                    batch += [(name, step + i / 7, now_ms, step) for i, name in enumerate(names)]
                     if len(batch) >= POINTS_PER_REQUEST:
-                        client.log_batch(by_hand_id, metrics=batch)
+                        yield batch
                         batch = []
-                client.log_batch(by_hand_id, metrics=batch)
+                if batch:
+                    yield batch
 
-            peers = {"ours": ours, "by_hand": lambda first: by_hand_thread.submit(by_hand, first).result()}
+            def by_hand(first: int) -> None:
+                for batch in batches(first):
+                    client.log_batch(ids["by_hand"], metrics=[mlflow.entities.Metric(*point) for point in batch])
+
+            def by_requests(first: int) -> None:
+                keys = ("key", "value", "timestamp", "step")
+                for batch in batches(first):
+                    body = {
+                        "run_id": ids["by_requests"],
+                        "metrics": [dict(zip(keys, point, strict=True)) for point in batch],
+                    }
+                    session.post(f"{server.uri}/api/2.0/mlflow/runs/log-batch", json=body).raise_for_status()
+
+            peers: dict[str, Callable[[int], Any]] = {
+                "ours": ours,
+                "by_hand": lambda first: by_hand_thread.submit(by_hand, first).result(),
+                "by_requests": lambda first: by_hand_thread.submit(by_requests, first).result(),
+            }
             for round_number in range(arguments.rounds + 1):
                 for name in sorted(peers, reverse=round_number % 2 == 0):
                     begun_s = time.perf_counter()
@@ -266,19 +294,30 @@ def measure_delivery(arguments: argparse.Namespace, directory: Path) -> dict[str
                     took_s = time.perf_counter() - begun_s
                     next_step[name] += num_rows
                     if round_number:
-                        rates[name].append(num_rows * NUM_METRICS / took_s)
+                        rates[name].append(num_rows * len(names) / took_s)
             run_id = tracker.run_id
         stored = len(client.get_metric_history(run_id, "train/metric_0"))
         assert stored == next_step["ours"], f"{stored} of {next_step['ours']} points are there"
     finally:
         server.stop()
-    ratios = [mine / hand for mine, hand in zip(rates["ours"], rates["by_hand"], strict=True)]
+    ratios = {
+        name: [mine / peer for mine, peer in zip(rates["ours"], rates[name], strict=True)]
+        for name in ("by_hand", "by_requests")
+    }
     figures = {name: over(found) | {"max": max(found)} for name, found in rates.items()}
     goals = [
         goal("delivery", 5000.0, figures["ours"]["median"], "points/s", at_least=True),
-        goal("delivery over log_batch by hand", 0.9, statistics.median(ratios), "x", at_least=True),
+        goal("delivery over log_batch by hand", 0.9, statistics.median(ratios["by_hand"]), "x", at_least=True),
+        goal("delivery over bare requests", 0.9, statistics.median(ratios["by_requests"]), "x", at_least=True),
     ]
-    return {"points_per_s": figures, "over_by_hand": over(ratios), "num_points": arguments.num_points, "goals": goals}
+    return {
+        "points_per_s": figures,
+        "over": {name: over(found) for name, found in ratios.items()},
+        "call_ms": {"median": statistics.median(call_ms), "p99": p99(call_ms), "max": max(call_ms)},
+        "num_points": arguments.num_points,
+        "num_metrics": arguments.num_metrics,
+        "goals": goals,
+    }
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -310,6 +349,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="some of: %(default)s")
     parser.add_argument("--windows", type=int, default=200, help="of log and append")
     parser.add_argument("--num_points", type=int, default=20_000, help="of one delivery")
+    parser.add_argument("--num_metrics", type=int, default=NUM_METRICS, help="of a row of a delivery")
     parser.add_argument("--size_mb", type=int, default=1024, help="of the checkpoint, in MiB")
     parser.add_argument("--stores", default=",".join(uploads.STORES), help="of upload, some of: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="of delivery, upload and step; one more to warm up")

@@ -1,9 +1,10 @@
-"""How far the store has come with the outbox: one record for the publisher's two lanes, on disk after each step."""
+"""How far the store has come with the outbox: one record for the publisher's two lanes, kept on disk."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,8 @@ from harness.tracking.entries import FILES, fits, has_entries
 
 DELIVERED = "delivered.json"
 MAX_REFUSED_KEPT = 20
+# Between two writes after batches of points. A write waits twice for the disk: in a backlog, for each batch.
+_WRITE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,8 @@ def write_delivered(directory: Path, delivered: Delivered) -> None:
 class Acknowledged:
     """The publisher's own record.
 
-    Effects: not collective; any thread; `update` blocks on fsync; leaves ``<outbox_dir>/delivered.json``.
+    Effects: not collective; any thread; `update`, `write` and `close` block on fsync where they write; leaves
+    ``<outbox_dir>/delivered.json``.
 
     Args:
         outbox_dir: the outbox.
@@ -119,6 +123,8 @@ class Acknowledged:
         self._outbox_dir = outbox_dir
         self._changed = threading.Condition()
         self._delivered = read_delivered(outbox_dir)
+        self._is_written = True
+        self._next_write_s = 0.0
         self._is_closed = False
 
     @property
@@ -127,16 +133,28 @@ class Acknowledged:
         with self._changed:
             return self._delivered
 
-    def update(self, *, models: dict[str, str | None] | None = None, refused: str | None = None, **fields: Any) -> None:
+    def update(
+        self,
+        *,
+        models: dict[str, str | None] | None = None,
+        refused: str | None = None,
+        is_points: bool = False,
+        **fields: Any,
+    ) -> None:
         """Change it; on disk when this returns, if the disk takes it.
 
         Args:
             models: checkpoint name -> id of its model, None where there is none any more.
             refused: what the store has said no to for good.
+            is_points: only metrics were delivered. The lane of models need not look at them where it has come as far.
+                The disk may get this with a later update, `write` or `close`, if it got one less than a second ago:
+                after a crash what was not written is delivered again, and leaves the same.
             fields: of `Delivered`, as they are now.
         """
         with self._changed:
             before = self._delivered
+            if is_points and before.models_offset == before.offset:
+                fields["models_offset"] = fields["offset"]
             known = {**before.models, **(models or {})}
             self._delivered = replace(
                 before,
@@ -146,10 +164,23 @@ class Acknowledged:
                 num_refused=before.num_refused + (refused is not None),
                 **fields,
             )
-            # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.
-            with suppress(OSError):
-                write_delivered(self._outbox_dir, self._delivered)
+            self._is_written = False
+            if not is_points or time.monotonic() >= self._next_write_s:
+                self._write()
             self._changed.notify_all()
+
+    def write(self) -> None:
+        """Put on disk what an update has left in memory; nothing where there is none."""
+        with self._changed:
+            if not self._is_written:
+                self._write()
+
+    def _write(self) -> None:
+        # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.
+        with suppress(OSError):
+            write_delivered(self._outbox_dir, self._delivered)
+        self._is_written = True
+        self._next_write_s = time.monotonic() + _WRITE_EVERY_S
 
     def pass_models(self, offset: int) -> None:
         """There is nothing for the lane of models up to here. On disk with the next update: it is soon found again."""
@@ -169,7 +200,8 @@ class Acknowledged:
         return self._is_closed
 
     def close(self) -> None:
-        """Wake all that wait."""
+        """Wake all that wait, and write what no update has written."""
+        self.write()
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

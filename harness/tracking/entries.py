@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from harness.tracking.segments import segments
 
@@ -26,8 +25,7 @@ POINTS: Final[tuple[Kind, ...]] = ("metrics", "system")
 FILES: Final[tuple[Kind, ...]] = ("text", "checkpoint", "retire")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One thing to deliver.
 
     Args:
@@ -82,7 +80,7 @@ def read_entries(
                     yield Entry("damaged", 0, {"line": line}, offset)
                 if payload is None or (begins is not None and not payload.startswith(begins)):
                     continue
-                record = json.loads(payload)
+                record = json.loads(payload.decode())  # of bytes, json guesses the encoding: half as long again
                 yield Entry(record["kind"], record["time_ms"], record["body"], offset)
 
 

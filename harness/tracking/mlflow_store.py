@@ -21,7 +21,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, INVALID_STATE
-from mlflow.protos.service_pb2 import LogBatch
+from mlflow.utils import rest_utils
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from harness.tracking.mlflow_client import connect, despite_conflicts, give_longer, server_of
@@ -44,6 +44,7 @@ MAX_TAGS_PER_BATCH = 100
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 MAX_DATASET_NAME_CHARS = 500
+_LOG_BATCH = "/api/2.0/mlflow/runs/log-batch"
 
 
 class MlflowStore:
@@ -237,8 +238,15 @@ class MlflowStore:
         if self._server is None:
             self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
         else:
-            # The client would make three objects of each point first: a quarter of the time until it is there.
-            self._server._call_endpoint(LogBatch, _log_batch_body(self.run_id, batch))
+            # The client would make three objects of each point first, and read and write the JSON a second time: a
+            # quarter of the time until it is there.
+            rest_utils.http_request_safe(
+                self._server.get_host_creds(),
+                _LOG_BATCH,
+                "POST",
+                extra_headers={"Content-Type": "application/json"},
+                data=_log_batch_body(self.run_id, batch).encode(),
+            )
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters; a value that is too long is cut."""

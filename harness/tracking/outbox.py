@@ -56,13 +56,15 @@ class Outbox:
         self._max_bytes = max_bytes
         self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // 16)
         self._lock = threading.Lock()
+        # Held for as long as the disk takes, and before the other where both are: an append never waits for it.
+        self._sync_lock = threading.Lock()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._trouble: OSError | None = None
         self._is_full = False
         self._has_ended = self._is_closed = False
         self._look_at_s = 0.0
-        # Written, and not yet known to be on the disk itself.
+        # Written, and not yet known to be on the disk itself. `sync` and `close` alone close files.
         self._earlier_files: list[int] = []
         self.path = path_of(directory, 0)
         try:
@@ -133,30 +135,33 @@ class Outbox:
         Raises:
             TrackingError: if the disk does not take it.
         """
-        with self._lock:
-            self._write_waiting()
+        with self._sync_lock:
+            with self._lock:
+                self._write_waiting()
+                trouble, earlier, file = self._trouble, list(self._earlier_files), self._file
             try:
-                if self._trouble is not None:
-                    raise self._trouble
-                self._sync_earlier()
-                os.fsync(self._file)
+                if trouble is not None:
+                    raise trouble
+                for each in earlier:
+                    os.fsync(each)
+                if earlier:
+                    sync_directory(self._directory)
+                os.fsync(file)
             except OSError as error:
-                raise TrackingError(self._error("cannot append to the outbox", error)) from error
+                with self._lock:
+                    message = self._error("cannot append to the outbox", error)
+                raise TrackingError(message) from error
+            with self._lock:
+                del self._earlier_files[: len(earlier)]
+            for each in earlier:
+                os.close(each)
 
     def close(self) -> None:
         """Close the file; nothing is taken any more."""
-        with self._lock:
+        with self._sync_lock, self._lock:
             self._is_closed = True
             for file in (*self._earlier_files, self._file):
                 os.close(file)
-
-    def _sync_earlier(self) -> None:
-        if not self._earlier_files:
-            return
-        while self._earlier_files:
-            os.fsync(self._earlier_files[0])
-            os.close(self._earlier_files.pop(0))
-        sync_directory(self._directory)
 
     def _has_reached_size(self) -> bool:
         """Whether there is no room; looked at again from time to time, as the publisher makes some."""

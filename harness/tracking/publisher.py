@@ -176,6 +176,7 @@ class Publisher:
                     are_files_there = self._models.wait_until_passed(self._acknowledged.now.offset, self._beat)
                 if not self._deliver_with_retries(group):
                     return False
+            self._acknowledged.write()
             if ended:
                 return are_files_there
             if self._trainer_is_gone():
@@ -263,6 +264,7 @@ class Publisher:
 
     def _acknowledge(self, group: list[Entry]) -> None:
         self._acknowledged.update(
+            is_points=group[-1].kind in POINTS,
             offset=group[-1].end_offset,
             ended=group[-1].kind == "end",
             time_ms=group[-1].time_ms or self._acknowledged.now.time_ms,

@@ -10,6 +10,7 @@ that the trainer is gone.
 from __future__ import annotations
 
 import fcntl
+import gc
 import io
 import json
 import os
@@ -209,6 +210,8 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     if raw.get("is_awaited"):
         # Until here the trainer has waited, and with it all ranks.
         os.nice(_NICE)
+    # Objects of the imports stay for good. Each full collection in a long backlog would search them, for 0.14 s.
+    gc.freeze()
     if publisher.run():
         return 0
     return FILES_LEFT if publisher.has_ended else 1

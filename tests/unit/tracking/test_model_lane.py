@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.tracking.acknowledged import Acknowledged
+from harness.tracking.acknowledged import Acknowledged, read_delivered
 from harness.tracking.entries import read_entries
 from harness.tracking.model_lane import ModelLane
 from harness.tracking.outbox import Outbox
@@ -15,7 +15,7 @@ NUM_BATCHES = 20
 NUM_ROWS_PER_BATCH = 500
 
 
-def read_bytes() -> int:
+def num_bytes_read() -> int:
     """Bytes that this process has read until now, by the kernel's count."""
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counts["rchar"])
@@ -32,14 +32,31 @@ def test_backlog_is_read_once_when_it_is_passed_in_batches(tmp_path: Path) -> No
     retries = Retries(lambda error: True, lambda: False, lambda what, error: None)
     lane = ModelLane(tmp_path, SETTINGS, store, acknowledged, retries, print)
 
-    before = read_bytes()
+    before = num_bytes_read()
     lane.start()
     for end in (*ends[NUM_ROWS_PER_BATCH - 1 :: NUM_ROWS_PER_BATCH], ends[-1]):
         acknowledged.update(offset=end)
         # The next batch once the lane has looked at this one, as beside a server, which takes longer.
         assert acknowledged.wait(lambda now, end=end: now.models_offset >= end, timeout_s=60)
-    num_read = read_bytes() - before
+    num_read = num_bytes_read() - before
 
     lane.close()
     assert store.calls == [("text", ("last.txt", "words"))]
     assert num_read < 2 * outbox.end, f"{num_read} bytes for a journal of {outbox.end}"
+
+
+def test_points_are_passed_at_once_where_no_file_is_before_them(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.append("metrics", {"step": 1, "values": {"train/loss": 0.5}})
+    first = outbox.end
+    outbox.append("text", {"name": "a.txt", "content": "words"})
+    second = outbox.end
+    outbox.append("metrics", {"step": 2, "values": {"train/loss": 0.5}})
+    acknowledged = Acknowledged(tmp_path / "outbox")
+    acknowledged.update(is_points=True, offset=first)
+    assert acknowledged.now.models_offset == first
+    acknowledged.update(offset=second)
+    acknowledged.update(is_points=True, offset=outbox.end)
+    assert acknowledged.now.models_offset == first  # the text is still to be delivered
+    acknowledged.close()
+    assert read_delivered(tmp_path / "outbox") == acknowledged.now

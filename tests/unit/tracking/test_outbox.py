@@ -5,6 +5,7 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from harness.errors import TrackingError
 from harness.tracking import outbox as outbox_module
 from harness.tracking.acknowledged import Delivered, read_delivered, write_delivered
 from harness.tracking.entries import Entry, read_entries
-from harness.tracking.outbox import Outbox
+from harness.tracking.outbox import DEFAULT_MAX_BYTES, Outbox
 from harness.tracking.segments import JOURNAL
 
 values = st.recursive(
@@ -259,3 +260,34 @@ def test_nothing_is_written_behind_the_end_by_a_thread_that_is_late(tmp_path: Pa
         outbox.append("metrics", {"step": 1, "values": {"loss": 1.0}}, 3)
     assert [entry.kind for entry in read_entries(tmp_path)] == ["end"]
     assert (tmp_path / "another").read_bytes() == b""
+
+
+@pytest.mark.parametrize("max_bytes", [DEFAULT_MAX_BYTES, 1600], ids=["one file", "several files"])
+def test_append_does_not_wait_when_another_thread_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    outbox = Outbox(tmp_path, max_bytes)
+    is_waiting, may_end = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def slow_fsync(file: int) -> None:
+        is_waiting.set()
+        assert may_end.wait(60)
+        fsync(file)
+
+    for step in range(3):
+        outbox.append("metrics", {"step": step, "values": {"loss": 0.5}})
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            synced = threads.submit(outbox.sync)
+            assert is_waiting.wait(60)
+            threads.submit(outbox.append, "metrics", {"step": 3, "values": {"loss": 0.5}}).result(20)
+            assert not synced.done()
+        finally:
+            may_end.set()
+        synced.result(60)
+    # What came meanwhile is the next one's; nothing is closed that is still needed.
+    outbox.sync()
+    assert [entry.body["step"] for entry in read_entries(tmp_path)] == [0, 1, 2, 3]
+    outbox.close()

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.tracking.acknowledged import MAX_REFUSED_KEPT, read_delivered
+from harness.tracking.acknowledged import DELIVERED, MAX_REFUSED_KEPT, read_delivered
+from harness.tracking.entries import read_entries
 from harness.tracking.outbox import Outbox
 from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.registry import Registration
@@ -235,6 +236,63 @@ def test_entry_is_not_divided_when_it_alone_is_over_the_limit(run_dir: Path, out
     store = FaultyStore()
     assert publisher(run_dir, store).run()
     assert [len(value) for name, value in store.calls if name == "metrics"] == [1, 1200, 1]
+
+
+class WatchfulStore(FaultyStore):
+    """Notes, at each batch of points, which record of what is delivered is on disk.
+
+    Args:
+        outbox_dir: the outbox.
+    """
+
+    def __init__(self, outbox_dir: Path) -> None:
+        super().__init__()
+        self.records: set[int] = set()
+        self._record = outbox_dir / DELIVERED
+
+    def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        super().log_metrics(points)
+        if self._record.exists():
+            # Each time it is replaced it is another file.
+            self.records.add(self._record.stat().st_mtime_ns)
+
+
+def append_batches(outbox: Outbox, num_batches: int) -> None:
+    for step in range(num_batches * MAX_POINTS_PER_DELIVERY):
+        outbox.append("metrics", {"step": step, "values": {"loss": 1.0}}, step)
+
+
+def test_record_is_written_once_a_second_when_there_is_a_backlog(run_dir: Path, outbox: Outbox) -> None:
+    append_batches(outbox, 100)
+    end(outbox)
+    store = WatchfulStore(run_dir / "outbox")
+    begun_s = time.monotonic()
+    assert publisher(run_dir, store).run()
+    took_s = time.monotonic() - begun_s
+    assert store.kinds.count("metrics") == 100
+    assert len(store.records) <= 1 + took_s
+    assert read_delivered(run_dir / "outbox").offset == journal_bytes(run_dir)
+
+
+def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outbox: Outbox) -> None:
+    append_batches(outbox, 4)
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(read_delivered(run_dir / "outbox").offset - journal_bytes(run_dir))
+        if len(seen) == 1:
+            end(outbox)
+
+    assert publisher(run_dir, FaultyStore(), Clock(look)).run()
+    assert seen == [0]
+
+
+def test_record_is_on_disk_when_the_publisher_gives_up(run_dir: Path, outbox: Outbox) -> None:
+    append_batches(outbox, 4)
+    store = FaultyStore(None, None, None, *[ConnectionError("away")] * 100)
+    assert not publisher(run_dir, store, gone=lambda: True).run()
+    ends = [entry.end_offset for entry in read_entries(run_dir / "outbox")]
+    assert read_delivered(run_dir / "outbox").offset == ends[3 * MAX_POINTS_PER_DELIVERY - 1]
 
 
 # ------------------------------------------------------------------------- faults
