@@ -281,8 +281,8 @@ class Resumption:
     def say_that_nothing_is_left(self, num_taken: int) -> None:
         """The loader that the run goes on in has no batch behind those that are done."""
         self._say(
-            f"harness: warning: {num_taken} batches of this epoch are done, and its loader has no more than that now: "
-            "nothing is left of the epoch, and the next one follows"
+            f"harness: warning: {num_taken} batches of this epoch were done, and its loader now has no more than "
+            "that: the run continues with the next epoch"
         )
 
     def _say_if_step_is_another(self, resumed: Resumed, samples_now: int | None) -> None:
@@ -304,7 +304,7 @@ class Resumption:
                 f"harness: warning: the checkpoint has a state of {name!r}, and nothing of that name is registered"
             )
         for name in sorted(self._registered.keys() - saved.keys()):
-            self._say(f"harness: warning: {name!r} is not in the checkpoint, and begins anew")
+            self._say(f"harness: warning: {name!r} is not in the checkpoint: it starts from its initial state")
 
     def _say_what_is_frozen(self, state: TrainerState) -> None:
         """What was trained and is not any more: a loop may have unfrozen it in an epoch that is done."""

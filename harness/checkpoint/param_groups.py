@@ -133,7 +133,7 @@ def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_sche
 
     Args:
         saved: the checkpoint's groups; ``params`` are names.
-        groups: the optimizers' live groups. One of parameters that no saved group has starts as it was made.
+        groups: the optimizers' live groups. A group whose parameters are in no saved group keeps its initial values.
         has_scheduler: whether there is a scheduler: its state is by the groups' numbers.
 
     Raises:

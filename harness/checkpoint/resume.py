@@ -198,7 +198,10 @@ def _put_back(
             restored, lines = state, compare_schedules(state, watched)
         put_back(restored, watched, groups, accelerator.scaler)
         new = [number for number, match in enumerate(match_groups(state.param_groups, groups)) if match is None]
-        lines += [f"harness: {path.name}: parameter group {number} is new, and starts as it was made" for number in new]
+        lines += [
+            f"harness: {path.name}: parameter group {number} is not in the checkpoint: it keeps its initial values"
+            for number in new
+        ]
         own = of_rank(state.ranks, agreement.rank, agreement.world_size)
         data = order_of(state.ranks) if own is None else own.data
         return Resumed(path.name, restored, own, data, _sums(state, own, agreement.rank)), lines

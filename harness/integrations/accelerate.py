@@ -101,7 +101,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
                     "HarnessTracker: init_trackers was called before on this Accelerator, which has the tracker twice "
                     "now; make an Accelerator and a HarnessTracker for each run"
                 )
-            self._end("FAILED", "training was left without a word, and another one has begun", FAILURE_WAIT_S)
+            self._end("FAILED", "training was abandoned: another one began in the same process", FAILURE_WAIT_S)
         self._step = None
         config = self._config
         directory, self._lock = make_run_directory(self._runs_dir, self._run_name, config.experiment_name, "auto")

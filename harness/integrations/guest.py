@@ -163,7 +163,7 @@ class Guest:
     def end_what_was_left(cls) -> None:
         """A run that is open still has failed: in a notebook an error ends the training and not the process."""
         if cls._open is not None:
-            cls._open.fail(HarnessError("training was left without a word, and another one has begun"))
+            cls._open.fail(HarnessError("training was abandoned: another one began in the same process"))
 
     def begin_epoch(self) -> None:
         """An epoch begins."""

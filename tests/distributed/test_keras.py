@@ -70,7 +70,7 @@ def test_each_fit_has_a_run_that_ended_as_it_did_when_one_callback_sees_several(
     assert done.code == 0, done.output
     assert "as they ended" in done.output
     ends = {run.data.tags.get("harness.end_reason"): run.info.status for run in all_runs(client(tmp_path))}
-    assert ends["training was left without a word, and another one has begun"] == "FAILED"
+    assert ends["training was abandoned: another one began in the same process"] == "FAILED"
     assert sorted(ends.values()) == ["FAILED", "FINISHED"]
 
 

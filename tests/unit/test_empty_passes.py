@@ -79,7 +79,7 @@ def test_next_epochs_are_trained_when_the_data_end_before_the_position(
         train(tmp_path, 12, is_stream=is_stream, crash_at=4)
     capsys.readouterr()
     assert train(tmp_path, num_rows, is_stream=is_stream, limit=limit) == [0, whole, whole]
-    assert "nothing is left of the epoch" in capsys.readouterr().err
+    assert "continues with the next epoch" in capsys.readouterr().err
 
 
 def test_run_fails_when_only_an_epoch_is_left_that_gives_nothing(tmp_path: Path) -> None:

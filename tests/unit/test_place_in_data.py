@@ -360,7 +360,7 @@ def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(
     Loop(tmp_path, crash_at=16).run(late, lambda loop: loop.logger.register("yours", Counter()))
     told = capsys.readouterr().err
     assert "the checkpoint has a state of 'mine', and nothing of that name is registered" in told
-    assert "'yours' is not in the checkpoint, and begins anew" in told
+    assert "'yours' is not in the checkpoint: it starts from its initial state" in told
 
 
 def test_it_says_so_when_a_step_takes_other_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,7 +149,7 @@ def test_new_group_starts_as_it_was_made_when_the_checkpoint_has_none_of_it(
 ) -> None:
     train(tmp_path, "cut", nothing, crash_at=3)
     _, optimizer = train(tmp_path, "cut", nothing, groups=((BODY,), (HEAD,)), is_frozen=False)
-    assert "parameter group 0 is new, and starts as it was made" in capsys.readouterr().err
+    assert "parameter group 0 is not in the checkpoint: it keeps its initial values" in capsys.readouterr().err
     steps = [optimizer.state[group["params"][0]]["step"].item() for group in optimizer.param_groups]
     assert steps == [5, 8]
 

@@ -57,7 +57,7 @@ def test_each_training_has_a_run_when_one_tracker_sees_several_and_an_error_left
     assert sys.excepthook == hook
     reader = client(tmp_path)
     ends = {run.data.tags["harness.end_reason"]: run for run in all_runs(reader)}
-    failed = ends.pop("training was left without a word, and another one has begun")
+    failed = ends.pop("training was abandoned: another one began in the same process")
     (finished,) = ends.values()
     assert (failed.info.status, finished.info.status) == ("FAILED", "FINISHED")
     assert [point.step for point in history(reader, finished, "loss")] == [0]

@@ -155,7 +155,7 @@ def test_run_goes_on_with_no_point_twice_when_trainer_resumes_behind_it(tmp_path
 
     reader, run = client(tmp_path), only_run(tmp_path)
     assert run.info.status == "FINISHED"
-    assert run.data.tags["harness.attempt.1.reason"] == "training was left without a word, and another one has begun"
+    assert run.data.tags["harness.attempt.1.reason"] == "training was abandoned: another one began in the same process"
     assert run.data.tags["harness.attempt.2.step_from"] == "8"
     for key, steps in (("train/loss", range(4, 33, 4)), ("eval/loss", range(8, 33, 8)), ("epoch", range(8, 33, 8))):
         assert [point.step for point in history(reader, run, key)] == list(steps), key
