@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from harness import cpu
 from harness.integrations.lightning import HarnessCallback
-from tests.unit.integrations.digits_module import DigitsModule, ShardedDigits
+from tests.local.integrations.digits_module import DigitsModule, ShardedDigits
 
 
 class DeepSpeedOnCpu(DeepSpeedStrategy):

@@ -14,7 +14,7 @@ from harness.errors import ConfigError, LaunchError
 from harness.options import parse_run_config
 from launch.debug import DEBUG_OPTIONS, debug, describe
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 Pair = namedtuple("Pair", "a b")
 

@@ -135,39 +135,31 @@ OWN_HARNESS = {
 
 
 @pytest.mark.parametrize(
-    ("files", "script", "first"),
+    ("files", "script", "first", "closed"),
     [
-        ({"launch.py": "EPOCHS = 2"}, "train.py", "from launch import EPOCHS"),
+        ({"launch.py": "EPOCHS = 2"}, "train.py", "from launch import EPOCHS", (1,)),
         (
             OWN_HARNESS,
             "train.py",
             "from harness import NAME\nfrom harness.config import CONFIG\nfrom harness.checkpoint import CHECKPOINT\n"
             "import harness.errors\nassert NAME == CONFIG == CHECKPOINT == 'mine'",
+            (),
         ),
-        ({"signal.py": "", "launch/__init__.py": "", "harness/__init__.py": ""}, "src/train.py", ""),
-        (
-            OWN_HARNESS,
-            "-m harness.train",
-            "from harness import NAME\nassert NAME == 'mine'",
-        ),
+        ({"signal.py": "", "launch/__init__.py": "", "harness/__init__.py": ""}, "src/train.py", "", (0, 1, 2)),
+        (OWN_HARNESS, "-m harness.train", "from harness import NAME\nassert NAME == 'mine'", ()),
+        ({}, "train.py", "", (2,)),
     ],
-    ids=["launch.py", "harness/", "in the working directory", "-m harness.train"],
+    ids=["launch.py", "harness/", "in the working directory", "-m harness.train", "no modules"],
 )
-def test_script_is_logged_when_modules_beside_it_are_called_as_ours_or_pythons(
-    tmp_path: Path, files: dict[str, str], script: str, first: str
+def test_script_is_logged_when_modules_are_called_as_ours_or_pythons_and_streams_are_closed(
+    tmp_path: Path, files: dict[str, str], script: str, first: str, closed: tuple[int, ...]
 ) -> None:
     path = tmp_path / ("harness/train.py" if script.startswith("-m") else script)
     for name, content in {**files, str(path): f"{first}\n{TRAIN}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    told = finished(tmp_path, script)
+    told = finished(tmp_path, script, closed=closed)
     assert ("is the package `harness` that the script imports" in told) == ("from harness" in first)
-
-
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=str)
-def test_training_and_end_go_on_when_standard_streams_are_closed(tmp_path: Path, closed: tuple[int, ...]) -> None:
-    (tmp_path / "train.py").write_text(TRAIN)
-    finished(tmp_path, "train.py", closed=closed)
 
 
 def test_line_comes_at_the_first_step_when_the_training_is_not_seen(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from harness.run_directory import read_run_record
 from harness.tracking import given_run
 from harness.tracking.sync import deliver_rest
 from tests.mlflow_reader import all_runs, client
+from tests.services.mlflow_server import make_database
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowCli
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.set_tracking_uri(make_database(tmp_path / "mlflow.db"))
     monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
     yield client(tmp_path)
     while mlflow.active_run() is not None:

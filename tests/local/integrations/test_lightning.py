@@ -18,8 +18,8 @@ from harness.checkpoint.commit import list_checkpoints
 from harness.errors import Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
+from tests.local.integrations.digits_module import DigitsModule
 from tests.mlflow_reader import client, history, models, only_run
-from tests.unit.integrations.digits_module import DigitsModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
