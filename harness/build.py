@@ -46,38 +46,25 @@ def load_class(key: str, class_path: str) -> type[Any]:
     return found
 
 
-def class_parser(found: type[Any], given_by_us: Sequence[str] = (), *, sub_configs: bool = True) -> ArgumentParser:
-    """A parser with an argument for each parameter of the constructor.
-
-    Args:
-        found: the class.
-        given_by_us: parameters that get no argument.
-        sub_configs: whether a class may be given by the name of a file that holds its `class_path`.
-    """
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(
-        found, skip=set(given_by_us) or None, instantiate=True, sub_configs=sub_configs, fail_untyped=False
-    )
-    return parser
-
-
-def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = (), *, sub_configs: bool = True) -> Any:
+def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) -> Any:
     """Check `init_args` against the constructor; returns the arguments, converted to its types.
 
-    Classes that the arguments name are imported and built: see `harness.trusted_classes` for arguments that somebody
+    Classes that the arguments name are imported and built: `harness.described_model` is for arguments that somebody
     else has written.
 
     Args:
         key: place in the configuration, for messages.
         spec: class and arguments.
         given_by_us: constructor parameters that the configuration does not hold.
-        sub_configs: whether a class may be given by the name of a file that holds its `class_path`.
 
     Raises:
         ConfigError: for an argument that is unknown, missing or of a wrong type.
     """
     found = load_class(key, spec.class_path)
-    parser = class_parser(found, given_by_us, sub_configs=sub_configs)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(
+        found, skip=set(given_by_us) or None, instantiate=True, sub_configs=True, fail_untyped=False
+    )
     # Of those that have no type jsonargparse would make None.
     for name in _without_default(found):
         if name not in {*spec.init_args, *given_by_us} and any(a.dest == name for a in parser._actions):
@@ -118,14 +105,14 @@ def check_optimization(config: RunConfig) -> None:
         check_arguments("scheduler", config.scheduler, ("optimizer",))
 
 
-def build(key: str, spec: ClassSpec, *given: Any, given_names: Sequence[str] = (), sub_configs: bool = True) -> Any:
-    """Make an object of the configured class, `given` first; `sub_configs` as `check_arguments` has it.
+def build(key: str, spec: ClassSpec, *given: Any, given_names: Sequence[str] = ()) -> Any:
+    """Make an object of the configured class, `given` first.
 
     Raises:
         ConfigError: if class or arguments are wrong, or its constructor refuses them.
     """
     found = load_class(key, spec.class_path)
-    arguments = check_arguments(key, spec, given_names, sub_configs=sub_configs)
+    arguments = check_arguments(key, spec, given_names)
     try:
         return found(*given, **arguments.as_dict())
     except (ValueError, TypeError) as error:

@@ -3,7 +3,7 @@
     MLmodel (or the run's own recipe) -> the class that it names -> safetensors into it -> eval mode
 
 Nothing is unpickled. The class is one that can be imported here, and is built only if it is a `torch.nn.Module`, or a
-`harness.Task`, which makes one. `harness.trusted_classes` decides which classes its arguments may name.
+`harness.Task`, which makes one. `harness.described_model` builds it from the arguments.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from harness import random_state
-from harness.build import build, load_class
+from harness.build import load_class
 from harness.checkpoint.commit import MANIFEST
 from harness.checkpoint.locate import is_in_mlflow
 from harness.checkpoint.names import NamedState, named_state, some
 from harness.checkpoint.stored import Stored
 from harness.checkpoint.verify import require_whole
-from harness.config import ClassSpec
+from harness.described_model import DescribedModel
 from harness.errors import CheckpointError, ConfigError
 from harness.recipe import as_array, call, named_outputs
 from harness.tracking.mlmodel import FLAVOR, MLMODEL, newest_recipe, read_recipe
@@ -181,8 +181,7 @@ def _build(where: str, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.
     found, init_args = load_class(key, class_path), recipe["init_args"]
     classes = TrustedClasses(class_path, trusted)
     classes.require_model(key, class_path, found)
-    classes.check_arguments(f"{key}.init_args", found, init_args)
-    made = build(key, ClassSpec(class_path, init_args), sub_configs=False)
+    made = DescribedModel(classes).build(f"{key}.init_args", found, init_args)
     model = made if isinstance(made, nn.Module) else made.model()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key}.class_path", f"{class_path}.model() gives {type(model).__name__}, no module")

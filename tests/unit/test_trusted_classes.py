@@ -51,6 +51,17 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 BLOCK = {"class_path": f"{OUTSIDE}.Block"}
 HIDDEN = json.dumps(BLOCK)
+# Valid as JSON, and not as YAML.
+WITH_TABS = HIDDEN.replace(" ", "\t")
+OWN_BLOCK = {"class_path": f"{trusted_models.__name__}.Block"}
+DOTTED = {"extra.class_path": f"{OUTSIDE}.Block", "extra.init_args": {}}
+
+
+class Loaded(nn.Module):
+    """What a short name could be taken for: a class of another module than the model's, which is imported already."""
+
+    def __init__(self) -> None:
+        raise AssertionError("it was called by its short name")
 
 
 @pytest.mark.parametrize(
@@ -74,10 +85,40 @@ HIDDEN = json.dumps(BLOCK)
         ({"word_or_module": f"{OUTSIDE}.Block"}, "is not below"),
         ({"block": {"class_path": f"{trusted_models.__name__}.Block", "init_args": {"extra": BLOCK}}}, "asks for no"),
         ({"settings": {"extra": BLOCK}}, "asks for no class"),
-        ({"settings": "a_file.yaml"}, "settings: must be a mapping"),
+        ({"settings": "a_file.yaml"}, "is not below"),
+        ({"settings": "/a/file"}, "must be the full import path"),
         ({"maybe_settings": {"extra": BLOCK}}, "asks for no class"),
         ({"activation": f"{trusted_models.__name__}.Popen"}, "which is subprocess.Popen, which is not below"),
         ({"activation": {"class_path": f"{trusted_models.__name__}.Popen"}}, "which is subprocess.Popen"),
+        ({"activation": "torch.nn.modules.module.torch.load"}, "which is in torch, which is not below"),
+        ({"extra.class_path": f"{OUTSIDE}.Block"}, "is not an argument of"),
+        ({"block": {**OWN_BLOCK, "init_args": DOTTED}}, r"extra\.class_path: is not an argument of"),
+        ({"block": DOTTED}, r"extra\.class_path: is not an argument of"),
+        ({"maybe_settings": DOTTED}, r"extra\.class_path: is not an argument of"),
+        ({"settings": DOTTED}, r"extra\.class_path: is not an argument of"),
+        ({"named": DOTTED}, r"extra\.class_path: is not an argument of"),
+        ({"rates": DOTTED}, r"has extra\.class_path, extra\.init_args; it takes"),
+        ({"rates": {"extra": BLOCK}}, "asks for no class"),
+        ({"block": {**OWN_BLOCK, "dict_kwargs": {"extra": BLOCK}}}, "may have class_path and init_args alone"),
+        ({"block": {**OWN_BLOCK, "init_args+": {}}}, "may have class_path and init_args alone"),
+        ({"block": {**OWN_BLOCK, "init_args": [BLOCK]}}, "must be a mapping"),
+        ({"block": {"__class_path__": f"{OUTSIDE}.Block"}}, "__class_path__: is not an argument of"),
+        ({"block": {"__path__": "file.yaml"}}, "__path__: is not an argument of"),
+        ({"block": "Loaded"}, "must be the full import path"),
+        ({"block": {"class_path": "Loaded"}}, "must be the full import path"),
+        ({"blocks": ["Loaded"]}, "must be the full import path"),
+        ({"activation": "Loaded"}, "must be the full import path"),
+        ({"make_norm": "Loaded"}, "must be the full import path"),
+        ({"block": WITH_TABS}, "is not below"),
+        ({"anything": WITH_TABS}, "asks for no class"),
+        ({"anythings": [WITH_TABS]}, "asks for no class"),
+        ({"anythings": [{"deep": [WITH_TABS]}]}, "asks for no class"),
+        ({"unresolved": BLOCK}, "asks for no class"),
+        ({"rest": BLOCK}, "rest: is not an argument of"),
+        ({"size": [BLOCK]}, "size.height: names"),
+        ({"module": OUTSIDE}, "must be module or None"),
+        ({"kind": BLOCK}, "is not below"),
+        ({"block": ["Loaded"]}, "got a list"),
     ],
     ids=str,
 )
@@ -97,6 +138,8 @@ def test_nothing_is_imported_when_an_argument_names_a_class_it_may_not(
         ({"block": "torch.nn.ReLU"}, nn.ReLU),
         ({"word_or_module": {"class_path": "torch.nn.ReLU"}}, nn.ReLU),
         ({"maybe_settings": {"width": 3}}, trusted_models.Settings),
+        ({"activation": "torch.nn.ReLU"}, nn.ReLU),
+        ({"blocks": [OWN_BLOCK]}, list),
     ],
     ids=str,
 )
@@ -117,6 +160,24 @@ def test_class_is_built_when_the_annotation_asks_for_it(
         ({"name": HIDDEN}, HIDDEN),
         ({"values": {"depth": 3, "names": ["os.path"]}}, {"depth": 3, "names": ["os.path"]}),
         ({"settings": {"width": 5}}, trusted_models.Settings(5)),
+        ({"settings": '{"width": 5}'}, trusted_models.Settings(5)),
+        ({"word_or_module": "Loaded"}, "Loaded"),
+        ({"anything": {"a.b": 1, "c": [None, 2.5]}}, {"a.b": 1, "c": [None, 2.5]}),
+        ({"anything": "1e-3"}, 1e-3),
+        ({"untyped": "[1, 2]"}, [1, 2]),
+        ({"untyped_text": "12"}, "12"),
+        ({"widths": [1, 2]}, (1, 2)),
+        ({"size": [1]}, trusted_models.Size(1)),
+        ({"size": {"height": 1, "width": 3}}, trusted_models.Size(1, 3)),
+        ({"rates": {"first": 1}}, {"first": 1.0}),
+        ({"kind_of": "SMALL"}, trusted_models.Kind.SMALL),
+        ({"kind_of": "other"}, "other"),
+        ({"path": "a/b"}, Path("a/b")),
+        ({"number": 3}, 3),
+        ({"depth": 3}, 3),
+        ({"by_index": {"3": ["x"]}}, {3: {"x"}}),
+        ({"unresolved": {"x": 1}}, {"x": 1}),
+        ({"name": None}, None),
     ],
     ids=str,
 )
@@ -149,3 +210,15 @@ def test_rest_of_torch_may_not_be_named_when_the_model_is_torchs_own(write: Call
     where = write("torch.nn.TransformerEncoderLayer", d_model=2, nhead=1, activation="torch.hub.load")
     with pytest.raises(ConfigError, match=r"names torch\.hub\.load, which is not below torch\.nn;"):
         harness.load_model(where)
+
+
+def test_class_is_called_with_what_is_missing_when_the_model_wants_to_make_it(write: Callable[..., Path]) -> None:
+    described = {"class_path": "torch.nn.LayerNorm", "init_args": {"eps": 0.5}}
+    make_norm = harness.load_model(write(make_norm=described)).given["make_norm"]
+    assert make_norm(3).normalized_shape == (3,)
+    assert make_norm(3).eps == 0.5
+
+
+def test_arguments_arrive_when_the_constructor_passes_them_to_its_parent(write: Callable[..., Path]) -> None:
+    given = harness.load_model(write(f"{trusted_models.__name__}.Wide", factor=3, block=OWN_BLOCK)).given
+    assert (given["factor"], type(given["block"])) == (3, trusted_models.Block)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Number
+from pathlib import Path
 from subprocess import Popen  # noqa: F401 (a name that is defined elsewhere)
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, NewType, TypedDict
 
 from torch import nn
 
@@ -20,6 +24,27 @@ class Block(nn.Module):
 class Settings:
     width: int = 2
     extra: Any = None
+
+
+class Kind(Enum):
+    SMALL = 1
+
+
+class Size(NamedTuple):
+    height: int
+    width: int = 2
+
+
+class Rates(TypedDict, total=False):
+    first: float
+    extra: Any
+
+
+class Named(dict[str, Any]):
+    """A mapping of a class of its own."""
+
+
+Depth = NewType("Depth", int)
 
 
 class Net(nn.Module):
@@ -40,10 +65,33 @@ class Net(nn.Module):
         word_or_module: str | nn.Module = "relu",
         settings: Settings = Settings(),  # noqa: B008
         maybe_settings: Settings | None = None,
+        untyped_text="x",  # type: ignore[no-untyped-def]
+        make_norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        widths: tuple[int, ...] = (),
+        size: Size | None = None,
+        rates: Rates | None = None,
+        kind_of: Kind | Literal["other"] = "other",
+        path: Path | None = None,
+        number: Number | None = None,
+        depth: Depth = Depth(1),
+        by_index: dict[int, set[str]] | None = None,
+        anythings: list[Any] | None = None,
+        named: Named | None = None,
+        module: ModuleType | None = None,
+        unresolved: NotDefinedAnywhere = None,  # type: ignore[name-defined]  # noqa: F821
+        **rest: Any,
     ) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2, bias=False)
         self.given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+
+
+class Wide(Net):
+    """Passes on what it does not take itself."""
+
+    def __init__(self, factor: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.given["factor"] = factor
 
 
 class Makes:
