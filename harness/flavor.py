@@ -71,7 +71,7 @@ def load_model(
     if model is None:
         before = random_state.take(torch.device("cpu"))
         try:
-            model = _build(str(where), _recipe(str(where), directory), trusted)
+            model = _build(str(where), directory, _recipe(str(where), directory), trusted)
         finally:
             random_state.put_back(before, torch.device("cpu"))
     _fill(model, directory)
@@ -168,9 +168,9 @@ def _recipe(where: str, directory: Path) -> Mapping[str, Any]:
     raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")
 
 
-def _build(where: str, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
+def _build(where: str, directory: Path, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
     class_path = recipe.get("class_path")
-    if class_path is None:
+    if not isinstance(class_path, str):
         raise ConfigError(
             "",
             f"{where}: is of a {recipe.get('model_class')}, and no class was named to build it by; give the model to "
@@ -178,10 +178,11 @@ def _build(where: str, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.
         )
     _find_from_here(class_path)
     key = f"{where}: task"
-    found, init_args = load_class(key, class_path), recipe["init_args"]
-    classes = TrustedClasses(class_path, trusted)
+    classes = TrustedClasses(class_path, directory, trusted)
+    classes.require_outside(f"{key}.class_path", class_path)
+    found = load_class(key, class_path)
     classes.require_model(key, class_path, found)
-    made = DescribedModel(classes).build(f"{key}.init_args", found, init_args)
+    made = DescribedModel(classes).build(f"{key}.init_args", found, recipe.get("init_args", {}))
     model = made if isinstance(made, nn.Module) else made.model()
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key}.class_path", f"{class_path}.model() gives {type(model).__name__}, no module")

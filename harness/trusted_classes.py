@@ -5,14 +5,17 @@ An ``MLmodel`` file is data that another person may have written. Its class must
 where) only below the top-level package of the model's class, below ``torch.nn``, or below what the caller of
 `harness.load_model` trusts. A name that is imported there from elsewhere does not count.
 
-Importing a module runs its code, so a model is only as trustworthy as the packages that are installed.
+Importing a module runs its code, so a model is only as trustworthy as the packages that are installed. Modules that lie
+in the model's own directory are not imported: a download into the working directory can be found as a package.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,14 +31,16 @@ class TrustedClasses:
 
     Args:
         class_path: of the model's class, or of the task that makes it.
+        directory: of the model.
         trusted: further packages, modules or classes, such as ``my_layers`` or ``my_layers.blocks.Block``.
     """
 
-    def __init__(self, class_path: str, trusted: Sequence[str] = ()) -> None:
+    def __init__(self, class_path: str, directory: Path, trusted: Sequence[str] = ()) -> None:
         package = class_path.partition(".")[0]
         # torch itself holds far more than layers, such as what unpickles files and compiles source text.
         self._names = (_TORCH, *trusted, *(() if package == "torch" else (package,)))
         self._trusted = tuple(trusted)
+        self._directory = directory.resolve()
 
     def require_model(self, key: str, class_path: str, found: type[Any]) -> None:
         """Refuse a class that is neither a module nor a task.
@@ -54,6 +59,33 @@ class TrustedClasses:
                 "it nevertheless, if you trust it, name it in load_model(..., trusted=[...])",
             )
 
+    def require_outside(self, place: str, path: str) -> None:
+        """Refuse a path that leads through a module in the model's directory.
+
+        Effects: imports the packages that the path leads through, each once it is known to lie elsewhere.
+
+        Raises:
+            ConfigError: with the place, if it does.
+        """
+        parts = path.split(".")
+        for count in range(1, len(parts)):
+            try:
+                spec = importlib.util.find_spec(".".join(parts[:count]))
+            except (ImportError, AttributeError, ValueError):  # no module, or one without a specification
+                return
+            if spec is None:
+                return
+            origin = spec.origin if spec.has_location else None  # not that of a module in C
+            locations = [Path(each).resolve() for each in (origin, *(spec.submodule_search_locations or ())) if each]
+            # A package without a file is any directory, such as one that holds the model and what came with it.
+            is_around = spec.origin is None and any(self._directory.is_relative_to(each) for each in locations)
+            if is_around or any(each.is_relative_to(self._directory) for each in locations):
+                raise ConfigError(
+                    place,
+                    f"names {path}, which comes with the model ({locations[0]}); if you trust it, import the class "
+                    "yourself and give the model to fill, with model=",
+                )
+
     def find(self, place: str, path: str) -> Any:
         """Import the class or function that an argument names, by its full path.
 
@@ -66,6 +98,7 @@ class TrustedClasses:
             raise ConfigError(place, f"must be the full import path of a class or function, got {path!r}")
         if not _is_below(path, self._names):
             raise ConfigError(place, f"names {path}, {self._outside()}")
+        self.require_outside(place, path)
         parent, found = _imported(place, path)
         if (module := _definition(parent)) not in (None, path.rpartition(".")[0]) and not _is_below(
             module, self._names

@@ -222,3 +222,35 @@ def test_class_is_called_with_what_is_missing_when_the_model_wants_to_make_it(wr
 def test_arguments_arrive_when_the_constructor_passes_them_to_its_parent(write: Callable[..., Path]) -> None:
     given = harness.load_model(write(f"{trusted_models.__name__}.Wide", factor=3, block=OWN_BLOCK)).given
     assert (given["factor"], type(given["block"])) == (3, trusted_models.Block)
+
+
+@pytest.mark.parametrize("package", ["model", "downloads"])
+@pytest.mark.parametrize("is_regular", [False, True])
+def test_code_that_comes_with_the_model_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, is_regular: bool
+) -> None:
+    """As after a download into the working directory, where each directory can be found as a package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    where = tmp_path / ("model" if package == "model" else "downloads/model")
+    where.mkdir(parents=True)
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'imported')!r}).touch()\n"
+    (where / "evil.py").write_text(code)
+    if is_regular:
+        (where / "__init__.py").write_text(code)
+    class_path = "model.evil.Net" if package == "model" else "downloads.model.evil.Net"
+    (where / "MLmodel").write_text(yaml.safe_dump({"flavors": {"harness": {"class_path": class_path}}}))
+    with pytest.raises(ConfigError, match=f"class_path: names {class_path}, which comes with the model"):
+        harness.load_model(where)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_class_beside_the_model_is_found_when_it_is_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    (tmp_path / "beside_the_model.py").write_text(
+        "from tests.unit.trusted_models import Net as Base\nclass Net(Base): ..."
+    )
+    assert type(harness.load_model(write("beside_the_model.Net"))).__module__ == "beside_the_model"
