@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
         is_private: its user alone can read it (mode 0600), as where it holds addresses; else as the umask has it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Of an earlier process with this number, or a link that another user of the directory has put there.
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "w", encoding="utf-8", opener=open_private if is_private else None) as stream:
+        with open(temporary, "x", encoding="utf-8", opener=open_private if is_private else None) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -35,11 +39,24 @@ def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
     """An opener for `open`: a file that its user alone can read. One that is there already becomes so.
 
+    A link is not followed: in a directory that a group can write to, it may lead to any file of this user's.
+    Directories on the way may be links.
+
     Raises:
-        OSError: if it cannot be opened.
+        OSError: if it cannot be opened, or is no regular file.
     """
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    if os.fstat(descriptor).st_mode & 0o077:
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its other end; files are not affected.
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(error.errno, "is a link or no regular file, and is not opened", os.fspath(path)) from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file, and is not opened", os.fspath(path))
+    if status.st_mode & 0o077:
         # Another user's stays as it is, and so does one on a file system without modes.
         with suppress(OSError):
             os.fchmod(descriptor, 0o600)

@@ -106,7 +106,9 @@ def _as_written(directory: Path) -> Delivered | None:
 
 def write_delivered(directory: Path, delivered: Delivered) -> None:
     """Replace the publisher's record in one step."""
-    replace_file(directory / DELIVERED, json.dumps({**asdict(delivered), "models": dict(delivered.models)}))
+    record = {**asdict(delivered), "models": dict(delivered.models)}
+    # The store's errors name hosts.
+    replace_file(directory / DELIVERED, json.dumps(record), is_private=True)
 
 
 class Acknowledged:

@@ -35,7 +35,8 @@ def write_attempts(run_dir: Path, records: Records) -> None:
 
     Effects: not collective, the publisher's; blocks on fsync; leaves ``<run_dir>/attempts.json``.
     """
-    replace_file(run_dir / FILE, as_text(records))
+    # Why an attempt has failed may name hosts.
+    replace_file(run_dir / FILE, as_text(records), is_private=True)
 
 
 def as_text(records: Records) -> str:

@@ -9,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from harness.durable import open_private
+
 FILE = "alive.json"
 _EVERY_S = 0.5
 # Longer than any single request may take, its second try included.
@@ -40,7 +42,8 @@ class Heartbeat:
             record = {"pid": os.getpid(), "sent_bytes": self._sent_bytes}
             temporary = self._path.with_suffix(".tmp")
             with suppress(OSError):
-                temporary.write_text(json.dumps(record))
+                with open(temporary, "w", opener=open_private) as stream:
+                    stream.write(json.dumps(record))
                 temporary.replace(self._path)
 
     def sent(self, num_bytes: int) -> None:

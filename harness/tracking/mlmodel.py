@@ -36,7 +36,7 @@ def write_recipe(outbox_dir: Path, attempt: int, recipe: Mapping[str, Any]) -> s
         return newest
     name = _RECIPE.format(attempt)
     try:
-        replace_file(outbox_dir / name, json.dumps(recipe) + "\n")
+        replace_file(outbox_dir / name, json.dumps(recipe) + "\n", is_private=True)
     except OSError as error:
         raise TrackingError(f"{outbox_dir / name}: cannot be written: {error.strerror}; free space there") from error
     return name

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.durable import sync_directory
+from harness.durable import open_private, sync_directory
 from harness.errors import TrackingError
 from harness.tracking.entries import POINTS, Kind, line_of
 from harness.tracking.segments import path_of, remove_behind, segments
@@ -40,7 +40,7 @@ class Outbox:
     metrics are left out, and counted; so are they while the journal has reached its size.
 
     Effects: not collective; any thread; blocks for one `write` into the page cache; leaves
-    ``<directory>/journal.jsonl``, and more files where it grows large.
+    ``<directory>/journal.jsonl``, and more files where it grows large; its user alone can read them.
 
     Args:
         directory: the outbox.
@@ -73,7 +73,7 @@ class Outbox:
             self._begin = found[-1].begin if found else 0
             self.path = path_of(directory, self._begin)
             _cut_torn_line(self.path)
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = open_private(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             self._size_bytes = os.fstat(self._file).st_size
             self._is_torn = False
             remove_behind(directory, self._begin + self._size_bytes)
@@ -205,7 +205,7 @@ class Outbox:
     def _begin_segment(self) -> None:
         begin = self._begin + self._size_bytes
         path = path_of(self._directory, begin)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        file = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         # Not waited for here, on the trainer's thread: `sync` does.
         self._earlier_files.append(self._file)
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0
@@ -219,7 +219,7 @@ def _cut_torn_line(path: Path) -> None:
     """Take off what an earlier writer had not finished, so that the next line starts a line."""
     if not path.exists():
         return
-    with path.open("r+b") as stream:
+    with open(path, "r+b", opener=open_private) as stream:
         content_end = stream.seek(0, os.SEEK_END)
         position = content_end
         while position > 0:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from harness.durable import replace_file
+from harness.durable import open_private, replace_file
 from harness.redact import redact, without_password
 from harness.run_directory import read_run_record
 from harness.tracking import acknowledged, attempts, pruning
@@ -299,7 +299,7 @@ class Publisher:
             RefusedError: always: it is left out, and counted with what is refused.
         """
         path = self._outbox_dir / DAMAGED_ENTRIES
-        with suppress(OSError), path.open("ab") as stream:
+        with suppress(OSError), open(path, "ab", opener=open_private) as stream:
             stream.write(line)
         raise RefusedError(f"the journal's entry that ends at byte {end_offset} (checksum); kept in {path}")
 

@@ -333,7 +333,7 @@ class Tracker:
         self.outbox.append("dataset", record)
         # Not from the journal, whose first files may be gone by the next attempt.
         with suppress(OSError):  # the disk is full: the next attempt describes it anew
-            replace_file(self._outbox_dir / _DATASETS, json.dumps(self._known_datasets) + "\n")
+            replace_file(self._outbox_dir / _DATASETS, json.dumps(self._known_datasets) + "\n", is_private=True)
 
     def text(self, name: str, content: str) -> None:
         """A small text file among the run's artifacts, at a path within them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def test_what_follows_is_delivered_when_an_entry_is_damaged(run: Run, garbage: b
     assert delivered.num_refused == len(lines[5].splitlines())
     assert "the journal's entry that ends at byte" in delivered.refused[0]
     assert (run.outbox_dir / DAMAGED_ENTRIES).read_bytes() == lines[5]
+    assert stat.S_IMODE((run.outbox_dir / DAMAGED_ENTRIES).stat().st_mode) == 0o600
     assert publisher.notes == []
     # The next attempt starts.
     assert not read_logged(run.outbox_dir).params

@@ -216,11 +216,20 @@ def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
 
 
 def test_error_has_path_and_reason_when_not_even_taking_back_works(tmp_path: Path) -> None:
-    (tmp_path / JOURNAL).symlink_to("/dev/full")
     outbox = Outbox(tmp_path)
+    (journal,) = (int(each.name) for each in Path("/proc/self/fd").iterdir() if is_link_to(each, tmp_path / JOURNAL))
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), journal)
     outbox.append("tags", {"a": "b"})
     with pytest.raises(TrackingError, match=rf"{tmp_path}/{JOURNAL}: .*No space left"):
         outbox.sync()
+
+
+def is_link_to(link: Path, target: Path) -> bool:
+    try:
+        return os.readlink(link) == str(target)
+    except FileNotFoundError:  # the descriptor by which the directory is read
+        return False
 
 
 def test_error_has_the_path_when_the_directory_cannot_be_made(tmp_path: Path) -> None:
