@@ -2,11 +2,11 @@
 
     client   nonce c ->                        32 random bytes
     server            <- nonce s, MAC server   the client checks it before it sends anything else
-    client   MAC client ->                     the server checks it before it sends the message
+    client   rank, MAC client ->               the server checks it before it sends the message
     server            <- length, message, MAC  the client checks it before it looks at the message
 
-Each MAC is HMAC-SHA256 under the secret, over its role, the name of what both belong to, and both nonces. So none can
-be used a second time, for another purpose, or by the side that it came from.
+Each MAC is HMAC-SHA256 under the secret, over its role, the name of what both belong to, and both nonces; the client's
+covers its rank too. So none can be used a second time, for another purpose, or by the side that it came from.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
+_RANK_BYTES = 4
 _LENGTH_BYTES = 4
 _MAX_MESSAGE_BYTES = 1 << 16
 
@@ -41,8 +42,8 @@ class Handshake:
     name: str
     timeout_s: float
 
-    def answer(self, connection: socket.socket, message: bytes) -> None:
-        """Send the message to a client that knows the secret.
+    def answer(self, connection: socket.socket, message: bytes) -> int:
+        """Send the message to a client that knows the secret; returns its rank.
 
         Effects: any thread; blocks for at most `timeout_s`.
 
@@ -53,15 +54,21 @@ class Handshake:
         deadline_s = time.monotonic() + self.timeout_s
         theirs, mine = _receive(connection, _NONCE_BYTES, deadline_s), secrets.token_bytes(_NONCE_BYTES)
         connection.sendall(mine + self._mac("server", theirs, mine))
-        self._check(_receive(connection, _MAC_BYTES, deadline_s), "client", theirs, mine)
+        rank = _receive(connection, _RANK_BYTES, deadline_s)
+        self._check(_receive(connection, _MAC_BYTES, deadline_s), "client", theirs, mine, rank)
         connection.sendall(
             len(message).to_bytes(_LENGTH_BYTES, "big") + message + self._mac("message", theirs, mine, message)
         )
+        return int.from_bytes(rank, "big")
 
-    def ask(self, connection: socket.socket) -> bytes:
+    def ask(self, connection: socket.socket, rank: int) -> bytes:
         """The message of a server that knows the secret.
 
         Effects, Raises: as `answer`.
+
+        Args:
+            connection: to the server.
+            rank: of this process.
         """
         deadline_s = time.monotonic() + self.timeout_s
         mine = secrets.token_bytes(_NONCE_BYTES)
@@ -69,7 +76,8 @@ class Handshake:
         connection.sendall(mine)
         theirs = _receive(connection, _NONCE_BYTES, deadline_s)
         self._check(_receive(connection, _MAC_BYTES, deadline_s), "server", mine, theirs)
-        connection.sendall(self._mac("client", mine, theirs))
+        own = rank.to_bytes(_RANK_BYTES, "big")
+        connection.sendall(own + self._mac("client", mine, theirs, own))
         length = int.from_bytes(_receive(connection, _LENGTH_BYTES, deadline_s), "big")
         if length > _MAX_MESSAGE_BYTES:
             raise AuthenticationError(f"a message of {length} bytes is announced")

@@ -57,7 +57,7 @@ def serve(job: str, secret: bytes, world_size: int, all_met: Callable[[], None] 
         job: name of the job.
         secret: of the job.
         world_size: number of ranks.
-        all_met: called once as many ranks have been answered as there are others.
+        all_met: called once each of the other ranks has been answered.
 
     Returns:
         The store, and its port.
@@ -67,7 +67,7 @@ def serve(job: str, secret: bytes, world_size: int, all_met: Callable[[], None] 
     """
     listener = _listen(job)
     store = TCPStore("0.0.0.0", 0, world_size, is_master=True, wait_for_workers=False)
-    door = _Door(Handshake(secret, job, _ANSWER_S), json.dumps({"port": store.port}).encode(), world_size - 1, all_met)
+    door = _Door(Handshake(secret, job, _ANSWER_S), json.dumps({"port": store.port}).encode(), world_size, all_met)
     threading.Thread(target=door.open, args=(listener,), name="harness-rendezvous", daemon=True).start()
     return store, store.port
 
@@ -87,12 +87,13 @@ def _listen(job: str) -> socket.socket:
 class _Door:
     """Answers whoever knows the secret, several at a time: one that is silent must not keep the others waiting."""
 
-    def __init__(self, handshake: Handshake, message: bytes, num_others: int, all_met: Callable[[], None]) -> None:
+    def __init__(self, handshake: Handshake, message: bytes, world_size: int, all_met: Callable[[], None]) -> None:
         self._handshake = handshake
         self._message = message
         self._all_met = all_met
         self._places = threading.Semaphore(_NUM_AT_ONCE)
-        self._num_missing = num_others
+        # By rank, not by number: one that had no time left to read its answer asks again.
+        self._missing = set(range(1, world_size))
         self._lock = threading.Lock()
 
     def open(self, listener: socket.socket) -> None:
@@ -108,25 +109,26 @@ class _Door:
     def _answer(self, connection: socket.socket) -> None:
         try:
             with connection:
-                self._handshake.answer(connection, self._message)
+                rank = self._handshake.answer(connection, self._message)
         except OSError:
             return
         finally:
             self._places.release()
         with self._lock:
-            self._num_missing -= 1
-            is_last = self._num_missing == 0
+            is_last = self._missing == {rank}
+            self._missing.discard(rank)
         if is_last:
             self._all_met()
 
 
-def find(job: str, host: str, read: Callable[[], bytes | None], timeout: timedelta) -> tuple[Store, int]:
+def find(job: str, rank: int, host: str, read: Callable[[], bytes | None], timeout: timedelta) -> tuple[Store, int]:
     """A connection to the store that rank zero keeps, and its port.
 
     Effects: blocks until rank zero has started, at most `timeout`.
 
     Args:
         job: name of the job.
+        rank: of this process.
         host: rank zero's.
         read: gives the job's secret; None: it is not known yet.
         timeout: limit of the wait.
@@ -143,7 +145,7 @@ def find(job: str, host: str, read: Callable[[], bytes | None], timeout: timedel
         if secret is None:
             reason = "it has not written the job's secret where this rank looks for it"
         else:
-            port, reason = _find_port(Handshake(secret, job, _ANSWER_S), host)
+            port, reason = _find_port(Handshake(secret, job, _ANSWER_S), rank, host)
             if port is not None:
                 return TCPStore(host, port, is_master=False, timeout=timeout), port
         if time.monotonic() > deadline_s:
@@ -151,7 +153,7 @@ def find(job: str, host: str, read: Callable[[], bytes | None], timeout: timedel
         time.sleep(_PAUSE_S)
 
 
-def _find_port(handshake: Handshake, host: str) -> tuple[int | None, str]:
+def _find_port(handshake: Handshake, rank: int, host: str) -> tuple[int | None, str]:
     """The store's port, or None with the reason."""
     reason = "no port answers"
     for port in ports_of(handshake.name):
@@ -159,7 +161,7 @@ def _find_port(handshake: Handshake, host: str) -> tuple[int | None, str]:
             # By a socket of our own: torch's store, with somebody else at the other end, waits without a limit
             # (torch 2.13).
             with socket.create_connection((host, port), timeout=_ANSWER_S) as asking:
-                message = handshake.ask(asking)
+                message = handshake.ask(asking, rank)
         except socket.gaierror as error:
             return None, f"its name is not known on {socket.gethostname()}: {error.strerror}"
         except TimeoutError:
@@ -178,7 +180,7 @@ def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) 
     if rank == 0:
         store, port = serve(job, job_secret.make_secret(), world_size, job_secret.discard)
     else:
-        store, port = find(job, os.environ["MASTER_ADDR"], job_secret.read_secret, timeout)
+        store, port = find(job, rank, os.environ["MASTER_ADDR"], job_secret.read_secret, timeout)
     # For whatever else connects to it (`harness.peers`).
     os.environ["MASTER_PORT"] = str(port)
     yield store, rank, world_size

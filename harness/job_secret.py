@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,13 +19,18 @@ from harness.errors import LaunchError
 SECRET_VARIABLE = "HARNESS_JOB_SECRET"
 # Set by `harness rank` where the other is not there.
 FILE_VARIABLE = "HARNESS_JOB_SECRET_FILE"
+# How the file's name ends.
+FILE_SUFFIX = ".secret"
 _MIN_CHARS = 32
+# Ranks look for each other for half an hour; the clocks of nodes and of file servers differ by less than the rest.
+_OLD_S = 24 * 3600.0
 
 
 def make_secret() -> bytes:
     """The secret, for rank zero; it writes the file where the environment has none.
 
-    Effects: leaves the file until `discard`; mode 0600, and it is not written through a link.
+    Effects: leaves the file until `discard`; mode 0600, and it is not written through a link. Removes those beside it
+    that an earlier job has left, whose rank zero was killed before all ranks had met.
 
     Raises:
         LaunchError: if there is neither, or it cannot be written.
@@ -32,6 +38,7 @@ def make_secret() -> bytes:
     if (found := _of_environment()) is not None:
         return found
     path = _path()
+    _discard_old(path.parent)
     value = secrets.token_hex(_MIN_CHARS)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,10 +82,17 @@ def read_secret() -> bytes | None:
 
 
 def discard() -> None:
-    """Remove the file, once every rank has used it. Nothing where the secret is in the environment."""
-    if _of_environment() is None:
+    """Remove the file, for rank zero: once every rank has used it, or none will. Nothing where there is none."""
+    if SECRET_VARIABLE not in os.environ and FILE_VARIABLE in os.environ:
         with suppress(OSError):
             _path().unlink()
+
+
+def _discard_old(directory: Path) -> None:
+    for path in directory.glob(f"*{FILE_SUFFIX}"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _OLD_S:
+                path.unlink()
 
 
 def _of_environment() -> bytes | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
-from harness.job_secret import FILE_VARIABLE, SECRET_VARIABLE
+from harness.job_secret import FILE_SUFFIX, FILE_VARIABLE, SECRET_VARIABLE, discard
 from harness.meeting import JOB_VARIABLE
 from harness.options import parse_run_config
 from harness.slurm import Task, read_task
@@ -47,7 +47,12 @@ def rank(words: Sequence[str]) -> int:
         sys.exit(LaunchError.exit_code)
     from harness.__main__ import leave, main
 
-    code = main(rest, prog="harness train")
+    try:
+        code = main(rest, prog="harness train")
+    finally:
+        if task.rank == 0:
+            # The ranks may not have met.
+            discard()
     if code == EXIT_REQUEUE and task.rank > 0:
         # Rank zero says it for all, when it has delivered: `srun --kill-on-bad-exit` must not end it before.
         flush()
@@ -82,7 +87,7 @@ def rank_environment(task: Task) -> Mapping[str, str]:
 def _secret_file(run_dir: str) -> Path:
     """Where a step that has no secret in its environment has it, the same on all ranks."""
     job = re.sub(r"[^A-Za-z0-9._-]", "-", os.environ[JOB_VARIABLE])
-    return Path(run_dir).absolute() / "slurm" / f"rendezvous-{job}.secret"
+    return Path(run_dir).absolute() / "slurm" / f"rendezvous-{job}{FILE_SUFFIX}"
 
 
 def _check_gpus(task: Task) -> None:

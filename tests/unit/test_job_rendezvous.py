@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +46,7 @@ def take(stack: ExitStack, port: int) -> socket.socket:
 
 def test_ranks_meet_when_nobody_is_in_their_way(job: str) -> None:
     store, port = serve(job, SECRET, 2)
-    other, found = find(job, "127.0.0.1", known, SOON)
+    other, found = find(job, 1, "127.0.0.1", known, SOON)
     assert port == found
     store.set("said", "by rank 0")
     assert other.get("said") == b"by rank 0"
@@ -55,7 +57,7 @@ def test_ranks_meet_all_the_same_when_others_have_the_first_ports(job: str, take
     for server, said in ((talks, b"220 mail ready\n"), (another, b'{"job": "another", "port": 1}\n'), (words, b"[]\n")):
         threading.Thread(target=say_to_all, args=(server, said), daemon=True).start()
     _, port = serve(job, SECRET, 2)
-    assert find(job, "127.0.0.1", known, SOON)[1] == port
+    assert find(job, 1, "127.0.0.1", known, SOON)[1] == port
     assert silent.fileno() >= 0
 
 
@@ -90,9 +92,9 @@ def test_stranger_is_passed_by_when_it_has_the_jobs_first_port(job: str, taken: 
     for each in (guess_for_all, repeat_to_all):
         threading.Thread(target=each, daemon=True).start()
     with pytest.raises(TimeoutError, match="does not know the job's secret"):
-        find(job, "127.0.0.1", known, timedelta(seconds=0.1))
+        find(job, 1, "127.0.0.1", known, timedelta(seconds=0.1))
     _, port = serve(job, SECRET, 2)
-    assert find(job, "127.0.0.1", known, SOON)[1] == port
+    assert find(job, 1, "127.0.0.1", known, SOON)[1] == port
 
 
 def test_port_of_the_store_is_not_told_when_the_asking_rank_has_no_secret(job: str) -> None:
@@ -100,19 +102,73 @@ def test_port_of_the_store_is_not_told_when_the_asking_rank_has_no_secret(job: s
     store, _ = serve(job, SECRET, 2, met.set)
     door = next(port for port in ports_of(job) if answers(port))
     with socket.create_connection(("127.0.0.1", door), timeout=5) as asking, pytest.raises(AuthenticationError):
-        Handshake(b"another secret, as long as it is....", job, 5.0).ask(asking)
+        Handshake(b"another secret, as long as it is....", job, 5.0).ask(asking, 1)
     with socket.create_connection(("127.0.0.1", door), timeout=5) as asking:
         # Whoever skips the check of the server must still prove that it knows the secret itself: not by reflection.
         asking.sendall(b"n" * 32)
         said = b""
         while len(said) < 64:
             said += asking.recv(64 - len(said))
-        asking.sendall(said[32:])
+        asking.sendall((1).to_bytes(4, "big") + said[32:])
         assert asking.recv(1000) == b""
     assert not met.is_set()
-    find(job, "127.0.0.1", known, SOON)
+    find(job, 1, "127.0.0.1", known, SOON)
     assert met.wait(5)
     del store
+
+
+def test_all_have_met_when_each_rank_was_answered_however_often_one_asks(job: str) -> None:
+    """One that has no time left to read its answer asks again."""
+    met = threading.Event()
+    store, port = serve(job, SECRET, 4, met.set)
+    for rank in (1, 2, 1, 1, 2, 7):
+        assert find(job, rank, "127.0.0.1", known, SOON)[1] == port
+    assert not met.wait(0.5)
+    find(job, 3, "127.0.0.1", known, SOON)
+    assert met.wait(5)
+    del store
+
+
+def test_rank_of_the_client_is_refused_when_it_was_changed_on_the_way() -> None:
+    ours, theirs = socket.socketpair()
+    refused: list[BaseException] = []
+
+    def answer() -> None:
+        with ours, pytest.raises(AuthenticationError) as caught:
+            Handshake(SECRET, "a", 5.0).answer(ours, b"message")
+        refused.append(caught.value)
+
+    answering = threading.Thread(target=answer)
+    answering.start()
+    with Changing(theirs) as changing, pytest.raises(AuthenticationError):
+        Handshake(SECRET, "a", 5.0).ask(changing, 1)
+    answering.join(10)
+    assert len(refused) == 1
+
+
+class Changing(socket.socket):
+    """Sends another rank than it is given."""
+
+    def __init__(self, inner: socket.socket) -> None:
+        super().__init__(fileno=inner.detach())
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send it."""
+        super().sendall(data if len(data) != 36 else (2).to_bytes(4, "big") + data[4:], flags)
+
+
+def test_rank_meets_all_the_same_when_it_has_read_the_secret_of_an_earlier_start(job: str, tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"of an earlier start, which has left it there")
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(find(job, 1, "127.0.0.1", path.read_bytes, SOON)[1]))
+    asking.start()
+    _, port = serve(job, SECRET, 2)
+    asking.join(1.0)
+    assert found == []
+    path.write_bytes(SECRET)
+    asking.join(20)
+    assert found == [port]
 
 
 def answers(port: int) -> bool:
@@ -125,13 +181,13 @@ def test_rank_is_answered_when_others_connect_and_are_silent(job: str, taken: Ex
     door = next(port for port in ports_of(job) if answers(port))
     for _ in range(10):
         taken.enter_context(socket.create_connection(("127.0.0.1", door), timeout=5))
-    assert find(job, "127.0.0.1", known, timedelta(seconds=1))[1] == port
+    assert find(job, 1, "127.0.0.1", known, timedelta(seconds=1))[1] == port
     del store
 
 
 def test_rank_waits_for_rank_zero_when_it_starts_first(job: str) -> None:
     found: list[int] = []
-    waiting = threading.Thread(target=lambda: found.append(find(job, "127.0.0.1", known, SOON)[1]))
+    waiting = threading.Thread(target=lambda: found.append(find(job, 1, "127.0.0.1", known, SOON)[1]))
     waiting.start()
     waiting.join(0.5)
     assert waiting.is_alive()
@@ -142,9 +198,9 @@ def test_rank_waits_for_rank_zero_when_it_starts_first(job: str) -> None:
 
 def test_error_names_host_and_reason_when_rank_zero_does_not_come(job: str) -> None:
     with pytest.raises(TimeoutError, match=r"rank 0 was not found on 127\.0\.0\.1 in time: no port answers"):
-        find(job, "127.0.0.1", known, timedelta(seconds=0.1))
+        find(job, 1, "127.0.0.1", known, timedelta(seconds=0.1))
     with pytest.raises(TimeoutError, match=r"not found on no-such-host\.invalid in time: its name is not known on"):
-        find(job, "no-such-host.invalid", known, timedelta(seconds=0.1))
+        find(job, 1, "no-such-host.invalid", known, timedelta(seconds=0.1))
 
 
 def test_error_is_told_when_no_port_is_free(job: str, taken: ExitStack) -> None:

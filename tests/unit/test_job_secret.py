@@ -75,3 +75,20 @@ def test_error_names_the_remedy_when_there_is_neither(path: Path, monkeypatch: p
     monkeypatch.delenv(FILE_VARIABLE)
     with pytest.raises(LaunchError, match=f"start them by `harness rank`, or set {SECRET_VARIABLE}"):
         make_secret()
+
+
+def test_file_of_a_job_that_was_killed_is_removed_when_it_is_old(path: Path) -> None:
+    path.parent.mkdir()
+    old, new, other = (path.with_name(name) for name in ("old.secret", "new.secret", "it.sbatch"))
+    for each in (old, new, other):
+        each.touch()
+    for each in (old, other):
+        os.utime(each, (0, 0))
+    make_secret()
+    assert {each.name for each in path.parent.iterdir()} == {path.name, "new.secret", "it.sbatch"}
+
+
+def test_nothing_is_discarded_when_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (FILE_VARIABLE, SECRET_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    discard()
