@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -83,30 +84,38 @@ class DescribedModel:
             ConfigError: with the place of what may not be named, is unknown or of a wrong type, or is refused by the
                 constructor.
         """
-        arguments = self._arguments(place, found, init_args)
+        return self._object(place, found, init_args, None)
+
+    def _object(self, place: str, found: type[Any], init_args: Any, default: Any) -> Any:
+        """Make an object; of a dataclass that is the parameter's default, all that is not given is from there."""
+        is_changed = dataclasses.is_dataclass(default) and type(default) is found
+        arguments = self._arguments(place, found, init_args, default if is_changed else None)
         try:
-            return found(**arguments)
+            return dataclasses.replace(default, **arguments) if is_changed else found(**arguments)
         except (ValueError, TypeError) as error:
             raise ConfigError(place, f"{_name(found)} refuses them: {error}") from error
 
-    def _arguments(self, place: str, found: type[Any], init_args: Any) -> dict[str, Any]:
+    def _arguments(self, place: str, found: type[Any], init_args: Any, default: Any = None) -> dict[str, Any]:
         if not isinstance(init_args, Mapping):
             raise ConfigError(place, f"must be a mapping, got {init_args!r}")
-        hints = _parameters(found)
-        for name in init_args:
-            if name not in hints:
-                known = ", ".join(hints) or "none"
+        parameters, arguments = _parameters(found), {}
+        for name, value in init_args.items():
+            if name not in parameters:
+                known = ", ".join(parameters) or "none"
                 raise ConfigError(f"{place}.{name}", f"is not an argument of {_name(found)}; it takes {known}")
-        return {name: self._value(f"{place}.{name}", hints[name], value) for name, value in init_args.items()}
+            hint, declared = parameters[name]
+            base = _made_default(found, name, declared) if default is None else getattr(default, name, declared)
+            arguments[name] = self._value(f"{place}.{name}", hint, value, base)
+        return arguments
 
-    def _value(self, place: str, hint: Any, value: Any) -> Any:
+    def _value(self, place: str, hint: Any, value: Any, default: Any = None) -> Any:
         members = list(_members(hint))
         if isinstance(value, str) and any(member not in (str, types.NoneType) for member in members):
             # As in training, where jsonargparse reads a text as YAML if another type than text is expected.
             loaded = _loaded(value)
             value = loaded if isinstance(loaded, (Mapping, list)) else value
         if isinstance(value, Mapping):
-            return self._mapping(place, members, value)
+            return self._mapping(place, members, value, default)
         if isinstance(value, (list, tuple)):
             return self._sequence(place, members, value)
         if isinstance(value, str) and any(map(_asks_for_class, members)):
@@ -120,14 +129,14 @@ class DescribedModel:
         found = self._classes.find(place, text)
         return self._made(place, members, text, found, None)
 
-    def _mapping(self, place: str, members: Sequence[Any], value: Mapping[Any, Any]) -> Any:
+    def _mapping(self, place: str, members: Sequence[Any], value: Mapping[Any, Any], default: Any) -> Any:
         if "class_path" in value:
             return self._instance(place, members, value)
         classes = [member for member in members if _is_class(member)]
         for member in classes:
             # Without class_path: the arguments of the class that the annotation names.
             if value.keys() <= _parameters(_origin(member)).keys():
-                return self.build(place, _origin(member), value)
+                return self._object(place, _origin(member), value, default)
         for member in members:
             if typing.is_typeddict(_origin(member)):
                 return self._typed_dict(place, _origin(member), value)
@@ -202,9 +211,9 @@ class DescribedModel:
         return [self._value(f"{place}[{index}]", hint, item) for index, (hint, item) in enumerate(pairs)]
 
 
-def _parameters(found: type[Any]) -> dict[str, Any]:
-    """The names that a constructor takes, with their annotations; of parent classes too, where it passes names on."""
-    hints: dict[str, Any] = {}
+def _parameters(found: type[Any]) -> dict[str, tuple[Any, Any]]:
+    """The names that a constructor takes, with annotation and default; of its parents too, where it passes them on."""
+    hints: dict[str, tuple[Any, Any]] = {}
     try:
         parameters = get_signature_parameters(found, logger=False)
     except ValueError:  # a class in C, or one of a mapping
@@ -216,8 +225,16 @@ def _parameters(found: type[Any]) -> dict[str, Any]:
         if hint is inspect.Parameter.empty:
             # As jsonargparse does: a text stays one where the default is a text.
             hint = (type(default), Any) if type(default) in _SCALARS else Any
-        hints[each.name] = (hint, None) if default is None else hint
+        hints[each.name] = ((hint, None) if default is None else hint, default)
     return hints
+
+
+def _made_default(found: type[Any], name: str, declared: Any) -> Any:
+    """A parameter's default; that of a dataclass's field may have to be made."""
+    for field in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
+        if field.name == name and field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return declared
 
 
 def _members(hint: Any) -> Iterator[Any]:

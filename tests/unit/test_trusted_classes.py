@@ -161,6 +161,11 @@ def test_class_is_built_when_the_annotation_asks_for_it(
         ({"values": {"depth": 3, "names": ["os.path"]}}, {"depth": 3, "names": ["os.path"]}),
         ({"settings": {"width": 5}}, trusted_models.Settings(5)),
         ({"settings": '{"width": 5}'}, trusted_models.Settings(5)),
+        ({"preset": {"width": 7}}, trusted_models.Settings(7, "kept")),
+        (
+            {"outer": {"inner": {"width": 7}}},
+            trusted_models.Outer(trusted_models.Settings(7, "kept"), 4),
+        ),
         ({"word_or_module": "Loaded"}, "Loaded"),
         ({"anything": {"a.b": 1, "c": [None, 2.5]}}, {"a.b": 1, "c": [None, 2.5]}),
         ({"anything": "1e-3"}, 1e-3),

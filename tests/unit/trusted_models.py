@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Number
 from pathlib import Path
@@ -24,6 +24,12 @@ class Block(nn.Module):
 class Settings:
     width: int = 2
     extra: Any = None
+
+
+@dataclass
+class Outer:
+    inner: Settings = field(default_factory=lambda: Settings(5, "kept"))
+    depth: int = 1
 
 
 class Kind(Enum):
@@ -79,6 +85,8 @@ class Net(nn.Module):
         named: Named | None = None,
         module: ModuleType | None = None,
         unresolved: NotDefinedAnywhere = None,  # type: ignore[name-defined]  # noqa: F821
+        preset: Settings = Settings(5, "kept"),  # noqa: B008
+        outer: Outer | None = Outer(depth=4),  # noqa: B008
         **rest: Any,
     ) -> None:
         super().__init__()
