@@ -92,7 +92,7 @@ class DescribedModel:
         arguments = self._arguments(place, found, init_args, default if is_changed else None)
         try:
             return dataclasses.replace(default, **arguments) if is_changed else found(**arguments)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(place, f"{_name(found)} refuses them: {error}") from error
 
     def _arguments(self, place: str, found: type[Any], init_args: Any, default: Any = None) -> dict[str, Any]:
@@ -124,7 +124,9 @@ class DescribedModel:
 
     def _text(self, place: str, members: Sequence[Any], text: str) -> Any:
         is_text_too = any(_is_scalar(member) and member is not types.NoneType for member in members) or Any in members
-        if is_text_too and not _is_importable(text):
+        # As in training, where the types of a union are tried in their order, and each text is a `str`.
+        is_text_first = str in members and members.index(str) < members.index(next(filter(_asks_for_class, members)))
+        if is_text_first or (is_text_too and not _is_importable(text)):
             return _scalar(place, members, text)
         found = self._classes.find(place, text)
         return self._made(place, members, text, found, None)
@@ -141,20 +143,22 @@ class DescribedModel:
             if typing.is_typeddict(_origin(member)):
                 return self._typed_dict(place, _origin(member), value)
             if _origin(member) in _MAPPINGS:
-                key_hint, item_hint = get_args(member) or (Any, Any)
+                if not get_args(member):
+                    return _MAPPINGS[_origin(member)](_plain(place, value))
+                key_hint, item_hint = get_args(member)
                 keys = [int(key) if key_hint is int and str(key).isdecimal() else key for key in value]
                 items = [self._value(f"{place}.{key}", item_hint, item) for key, item in value.items()]
                 return _MAPPINGS[_origin(member)](zip(keys, items, strict=True))
         if classes:
             return self.build(place, _origin(classes[0]), value)
         if Any in members:
-            return {key: self._value(f"{place}.{key}", Any, item) for key, item in value.items()}
+            return _plain(place, value)
         raise ConfigError(place, f"must be {_described(members)}, got a mapping")
 
     def _instance(self, place: str, members: Sequence[Any], value: Mapping[Any, Any]) -> Any:
         path = value["class_path"]
         if not isinstance(path, str) or not any(map(_asks_for_class, members)):
-            raise ConfigError(place, f"names the class {path!r}, but the constructor asks for no class there")
+            raise _not_asked(place, path)
         if unknown := [str(key) for key in value if key not in ("class_path", "init_args")]:
             raise ConfigError(place, f"may have class_path and init_args alone, and has {', '.join(unknown)}")
         found = self._classes.find(place, path)
@@ -202,13 +206,30 @@ class DescribedModel:
         raise errors[0] if errors else ConfigError(place, f"must be {_described(members)}, got a list")
 
     def _items(self, place: str, origin: Any, hints: Sequence[Any], value: Sequence[Any]) -> list[Any]:
-        each_hint: Sequence[Any] = [hints[0] if hints else Any] * len(value)
-        if origin is tuple and hints and hints[-1] is not Ellipsis:
+        if not hints:
+            return [_plain(f"{place}[{index}]", item) for index, item in enumerate(value)]
+        each_hint: Sequence[Any] = [hints[0]] * len(value)
+        if origin is tuple and hints[-1] is not Ellipsis:
             if len(hints) != len(value):
                 raise ConfigError(place, f"must have {len(hints)} items, got {len(value)}")
             each_hint = hints
         pairs = zip(each_hint, value, strict=True)
         return [self._value(f"{place}[{index}]", hint, item) for index, (hint, item) in enumerate(pairs)]
+
+
+def _plain(place: str, value: Any) -> Any:
+    """A value of no type, as it is; at no depth a class."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            raise _not_asked(place, value["class_path"])
+        return {key: _plain(f"{place}.{key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(f"{place}[{index}]", item) for index, item in enumerate(value)]
+    return value
+
+
+def _not_asked(place: str, path: Any) -> ConfigError:
+    return ConfigError(place, f"names the class {path!r}, but the constructor asks for no class there")
 
 
 def _parameters(found: type[Any]) -> dict[str, tuple[Any, Any]]:

@@ -82,7 +82,7 @@ class Loaded(nn.Module):
         ({"activation": f"{OUTSIDE}.act"}, "is not below"),
         ({"activation": BLOCK}, "is not below"),
         ({"kind": f"{OUTSIDE}.Block"}, "is not below"),
-        ({"word_or_module": f"{OUTSIDE}.Block"}, "is not below"),
+        ({"module_or_word": f"{OUTSIDE}.Block"}, "is not below"),
         ({"block": {"class_path": f"{trusted_models.__name__}.Block", "init_args": {"extra": BLOCK}}}, "asks for no"),
         ({"settings": {"extra": BLOCK}}, "asks for no class"),
         ({"settings": "a_file.yaml"}, "is not below"),
@@ -112,7 +112,7 @@ class Loaded(nn.Module):
         ({"block": WITH_TABS}, "is not below"),
         ({"anything": WITH_TABS}, "asks for no class"),
         ({"anythings": [WITH_TABS]}, "asks for no class"),
-        ({"anythings": [{"deep": [WITH_TABS]}]}, "asks for no class"),
+        ({"anythings": [{"deep": [BLOCK]}]}, r"anythings\[0\]\.deep\[0\]: names"),
         ({"unresolved": BLOCK}, "asks for no class"),
         ({"rest": BLOCK}, "rest: is not an argument of"),
         ({"size": [BLOCK]}, "size.height: names"),
@@ -156,6 +156,9 @@ def test_class_is_built_when_the_annotation_asks_for_it(
         ({"activation": "torch.nn.functional.gelu"}, nn.functional.gelu),
         ({"kind": "torch.nn.Tanh"}, nn.Tanh),
         ({"word_or_module": "tanh"}, "tanh"),
+        ({"word_or_module": f"{OUTSIDE}.Block"}, f"{OUTSIDE}.Block"),
+        ({"module_or_word": "tanh"}, "tanh"),
+        ({"anythings": ["1", {"deep": ["1", HIDDEN]}]}, [1, {"deep": ["1", HIDDEN]}]),
         ({"word_or_module": "weights_of_ours.bin"}, "weights_of_ours.bin"),
         ({"name": HIDDEN}, HIDDEN),
         ({"values": {"depth": 3, "names": ["os.path"]}}, {"depth": 3, "names": ["os.path"]}),
@@ -212,7 +215,7 @@ def test_class_is_refused_when_it_is_no_module_and_no_task(write: Callable[..., 
 
 
 def test_rest_of_torch_may_not_be_named_when_the_model_is_torchs_own(write: Callable[..., Path]) -> None:
-    where = write("torch.nn.TransformerEncoderLayer", d_model=2, nhead=1, activation="torch.hub.load")
+    where = write("torch.nn.TransformerEncoderLayer", d_model=2, nhead=1, activation={"class_path": "torch.hub.load"})
     with pytest.raises(ConfigError, match=r"names torch\.hub\.load, which is not below torch\.nn;"):
         harness.load_model(where)
 

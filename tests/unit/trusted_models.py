@@ -69,6 +69,7 @@ class Net(nn.Module):
         activation: Callable[..., Any] = nn.functional.relu,
         kind: type[nn.Module] = nn.ReLU,
         word_or_module: str | nn.Module = "relu",
+        module_or_word: nn.Module | str = "relu",
         settings: Settings = Settings(),  # noqa: B008
         maybe_settings: Settings | None = None,
         untyped_text="x",  # type: ignore[no-untyped-def]
