@@ -1,7 +1,12 @@
 """How many samples a batch has, whatever it is made of.
 
 The parts of a batch agree on its size where they can: the first dimension of a tensor, the length of a list of samples.
-A list of tensors has both. Then the batch size of the loader decides, and without it the first dimension.
+A list of tensors has both. The first rule that applies decides:
+
+1. The one that is the loader's batch size; no batch is larger than that.
+2. The length, if the tensors have one shape with channels first, such as (3, 32, 32): they are images. A pair at the
+   top is inputs and targets, whatever its shape.
+3. The first dimension, if it is the same for all; else the length.
 """
 
 from __future__ import annotations
@@ -17,6 +22,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 # Of a list of thousands of samples the first ones say what they are.
 _NUM_LOOKED_AT = 16
+# Of parts within parts: an object may refer to itself.
+_MAX_DEPTH = 5
+# Of an image: grey, RGB, RGBA.
+_NUM_CHANNELS = (1, 3, 4)
 
 # What a value's number of samples may be, the likelier first; empty: it says nothing of that.
 Sizes = tuple[int, ...]
@@ -38,33 +47,51 @@ def batch_size(batch: Any, usual: int | None = None) -> int:
         if first == usual:
             return first
     sizes = possible_sizes(batch, is_top=True)
-    if usual in sizes:
-        assert usual is not None
-        return usual
+    if usual is not None:
+        sizes = (usual,) if usual in sizes else tuple(size for size in sizes if size <= usual) or sizes
     return sizes[0] if sizes else 0
 
 
-def possible_sizes(value: Any, *, is_top: bool = False) -> Sizes:
-    """What a value's number of samples may be.
+def possible_sizes(value: Any, *, is_top: bool = False, depth: int = 0) -> Sizes:
+    """What a value's number of samples may be; empty if a method of the value's class raises, such as ``__len__``.
 
     Args:
         value: a batch, or a part of one.
         is_top: whether it is the batch itself: a pair there is inputs and targets, and not two samples.
+        depth: number of parts that it is within.
     """
+    try:
+        return _possible_sizes(value, is_top, depth)
+    except Exception:
+        # A batch may be of any class, and counting its samples must not end the training.
+        return ()
+
+
+def are_samples(values: Sequence[Any], *, is_top: bool) -> bool:
+    """Whether all items are image tensors, so that each is a sample and none is a field of the batch."""
+    if (is_top and len(values) == 2) or not all(isinstance(each, Tensor) and not each.is_nested for each in values):
+        return False
+    shapes = {tuple(each.shape) for each in values}
+    shape = shapes.pop() if len(shapes) == 1 and len(values) > 1 else ()
+    # Of a batch of images the channels are in the second dimension.
+    return len(shape) >= 3 and shape[0] in _NUM_CHANNELS and shape[1] not in _NUM_CHANNELS
+
+
+def _possible_sizes(value: Any, is_top: bool, depth: int) -> Sizes:
     if isinstance(value, Tensor):
         return (value.size(0),) if value.ndim else ()
-    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)):
+    if value is None or isinstance(value, (str, bytes, bool, int, float, complex)) or depth >= _MAX_DEPTH:
         return ()
     if isinstance(value, PackedSequence):
         return (int(value.batch_sizes[0]),) if len(value.batch_sizes) else ()
     if isinstance(value, (list, tuple)):
-        return _sizes_of_sequence(value, is_top=is_top)
+        return _sizes_of_sequence(value, is_top, depth)
     for name in ("num_graphs", "batch_size"):
-        if (own := _as_size(getattr(value, name, None))) is not None:
+        if (own := _as_size(_attribute(value, name))) is not None:
             return (own,)
     if isinstance(value, Mapping):
-        return _agreed(map(possible_sizes, value.values()))
-    if (shape := getattr(value, "shape", None)) is not None:
+        return _agreed(possible_sizes(each, depth=depth + 1) for each in value.values())
+    if (shape := _attribute(value, "shape")) is not None:
         own = _as_size(shape)
         return () if own is None else (own,)
     if hasattr(type(value), "__len__"):
@@ -74,7 +101,15 @@ def possible_sizes(value: Any, *, is_top: bool = False) -> Sizes:
         if dataclasses.is_dataclass(value)
         else getattr(value, "__dict__", ())
     )
-    return _agreed(possible_sizes(getattr(value, name, None)) for name in fields)
+    return _agreed(possible_sizes(_attribute(value, name), depth=depth + 1) for name in fields)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """An attribute; None if there is none: a class's own ``__getattr__`` may raise any error for that."""
+    try:
+        return getattr(value, name)
+    except Exception:
+        return None
 
 
 def _as_size(found: Any) -> int | None:
@@ -84,17 +119,17 @@ def _as_size(found: Any) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _sizes_of_sequence(values: Sequence[Any], *, is_top: bool) -> Sizes:
+def _sizes_of_sequence(values: Sequence[Any], is_top: bool, depth: int) -> Sizes:
     """Of fields, which have a size each; or of samples, whose number is the length."""
     looked_at = list(islice(values, _NUM_LOOKED_AT))
-    parts = [sizes for sizes in map(possible_sizes, looked_at) if sizes]
+    parts = [sizes for each in looked_at if (sizes := possible_sizes(each, depth=depth + 1))]
     if not parts:
         is_uniform = len({type(each) for each in looked_at}) == 1
         return (len(values),) if is_uniform and not (is_top and isinstance(values[0], Tensor)) else ()
     found = _agreed(parts)
     if hasattr(values, "_fields") or not _may_be_samples(looked_at, is_top=is_top):
         return found
-    is_of_fields = set.intersection(*map(set, parts))
+    is_of_fields = set.intersection(*map(set, parts)) and not are_samples(looked_at, is_top=is_top)
     return (*found, len(values)) if is_of_fields else (len(values), *found)
 
 

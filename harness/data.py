@@ -11,7 +11,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard, S
 from accelerate.utils import honor_type
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from harness.batch_size import batch_size, possible_sizes
+from harness.batch_size import are_samples, batch_size, possible_sizes
 from harness.errors import DataError
 
 
@@ -243,15 +243,16 @@ def _cut(batch: Any, num_samples: int, usual: int | None) -> Any:
     """The first samples of a batch: of its tensors, and of its lists that have an item for each sample."""
     size = batch_size(batch, usual)
 
-    def first(value: Any) -> Any:
+    def first(value: Any, is_top: bool = False) -> Any:
         if isinstance(value, torch.Tensor):
             return value[:num_samples] if value.ndim and value.shape[0] == size else value
         if isinstance(value, Mapping):
             return type(value)({key: first(item) for key, item in value.items()})  # type: ignore[call-arg]
         if not isinstance(value, (list, tuple)):
             return value
-        if len(value) == size and not any(size in possible_sizes(item) for item in value):
+        is_each_a_sample = are_samples(value, is_top=is_top) or not any(size in possible_sizes(item) for item in value)
+        if len(value) == size and is_each_a_sample:
             return value[:num_samples]
         return honor_type(value, (first(item) for item in value))
 
-    return first(batch)
+    return first(batch, is_top=True)

@@ -121,6 +121,18 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
     assert batch["scale"].item() == 2.0
 
 
+def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
+    def cut(batch: Any) -> Any:
+        return data._cut(batch, 2, 3)
+
+    images = [torch.full((3, 32, 32), float(i)) for i in range(3)]
+    assert [image.shape for image in cut(images)] == [(3, 32, 32)] * 2
+    pictures, labels = cut((images, torch.arange(3)))
+    assert [image.shape for image in pictures] == [(3, 32, 32)] * 2 and labels.tolist() == [0, 1]
+    # Three fields of a batch of three.
+    assert [field.shape for field in cut([torch.zeros(3, 3, 32, 32)] * 3)] == [(2, 3, 32, 32)] * 3
+
+
 def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
     loader = prepare_data_loader(
         DataLoader(Letters(), 2),
@@ -186,8 +198,36 @@ class Slotted:
     __slots__ = ("x",)
 
 
+class Lookup:
+    """Any attribute that is not there raises KeyError, as in a class that wraps a dict."""
+
+    def __init__(self, **data: Any) -> None:
+        self.data = data
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["data"][name]
+
+
+class Linked:
+    """Refers to itself, as a node of a tree or a batch with its collator does."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.me, self.all = x, self, [self]
+
+
+class Lengthless:
+    """As detectron2's instances that have no fields yet."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError("Empty Instances does not support __len__!")
+
+
 def photos(num: int, width: int = 12) -> list[Tensor]:
     return [torch.zeros(3, 10 + i, width) for i in range(num)]
+
+
+def same_shape(num: int, *shape: int) -> list[Tensor]:
+    return [torch.zeros(shape) for _ in range(num)]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +240,22 @@ def photos(num: int, width: int = 12) -> list[Tensor]:
             (tuple(photos(5)), tuple({"boxes": torch.zeros(i + 1, 4)} for i in range(5))), 8, 5, id="detection"
         ),
         pytest.param(photos(8), 8, 8, id="images-alone"),
+        pytest.param(same_shape(8, 3, 32, 32), None, 8, id="images-of-one-shape"),
+        pytest.param(same_shape(4, 3, 32, 32), 5, 4, id="last-images"),
+        pytest.param(same_shape(2, 3, 32, 32), 2, 2, id="two-images"),
+        pytest.param(same_shape(2, 3, 32, 32), 5, 3, id="pair-of-masks"),
+        pytest.param(same_shape(4, 13, 32, 32), 5, 4, id="last-images-of-13-channels"),
+        pytest.param(same_shape(6, 1, 9, 32, 32), None, 6, id="volumes"),
+        pytest.param(same_shape(3, 8, 3, 32, 32), None, 8, id="triplets"),
+        pytest.param(same_shape(3, 4, 3, 32, 32), 8, 4, id="last-triplets"),
+        pytest.param(same_shape(3, 5, 9, 16), 8, 5, id="last-sequences"),
+        pytest.param(same_shape(2, 4, 3, 32, 32), 8, 4, id="last-inputs-and-targets"),
+        pytest.param([same_shape(2, 3, 32, 32), same_shape(2, 32, 32)], None, 2, id="images-and-masks"),
+        pytest.param({"patches": torch.zeros(40, 4), "labels": torch.zeros(5)}, 8, 5, id="last-patches"),
+        pytest.param(Lookup(x=torch.zeros(4, 2)), None, 4, id="lookup"),
+        pytest.param(Linked(torch.zeros(4, 2)), None, 4, id="linked"),
+        pytest.param(Lengthless(), None, 0, id="lengthless"),
+        pytest.param([torch.zeros(4, 2), Lengthless()], None, 4, id="lengthless-part"),
         pytest.param([{"image": image, "label": 1} for image in photos(4)], 4, 4, id="not-collated"),
         pytest.param([torch.zeros(8, 4), torch.zeros(8, 4)], 2, 8, id="two-views"),
         pytest.param([torch.zeros(1, 4), torch.zeros(1, 4)], 2, 1, id="last-pair"),
