@@ -538,8 +538,9 @@ class PeriodicLogger:
             name: of its own.
             thing: with `state_dict`, of tensors, numbers, text, lists and dicts, the same on every rank, and
                 `load_state_dict`, which is called here, or in `watch`, if the run goes on.
-            is_lenient: where the ranks' states differ, rank 0's is saved, with a line; and it may be registered after
-                the first `batches`, when a saved state is no longer loaded. False: both are errors.
+            is_lenient: where the ranks' states differ, rank 0's is saved, with a line; where its state can no longer be
+                saved, checkpoints are without it, with a line; and it may be registered after the first `batches`, when
+                a saved state is no longer loaded. False: all three are errors.
 
         Raises:
             CheckpointError: if its state cannot be saved, the name is taken, or training has begun. Where the ranks'

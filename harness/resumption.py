@@ -75,8 +75,9 @@ class Resumption:
         self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
-        # Of these, the ones whose state may differ between ranks.
+        # Of these, the ones that are left out where they cannot be saved; and for which that has been said.
         self._lenient: set[str] = set()
+        self._left_out: set[str] = set()
         self._watched: AnyWatched | None = None
         self._is_over = False
         self._taken: Resumed | None = None
@@ -169,8 +170,9 @@ class Resumption:
         Args:
             name: of its own.
             thing: with `state_dict` and `load_state_dict`.
-            is_lenient: rank 0's state is saved where the ranks' differ, and the thing may be registered once training
-                has begun, when no saved state is loaded any more; False: both are errors.
+            is_lenient: rank 0's state is saved where the ranks' differ, the thing is left out of a checkpoint where its
+                state can no longer be saved, and it may be registered once training has begun, when no saved state is
+                loaded any more; False: all three are errors.
 
         Raises:
             CheckpointError: if its state cannot be saved, the name is taken, or training has begun.
@@ -179,7 +181,7 @@ class Resumption:
             raise CheckpointError(f"register({name!r}): there is another thing of that name; give it a name of its own")
         if self._is_over and not is_lenient:
             raise CheckpointError(f"register({name!r}): training has begun; register it before the first batches()")
-        encode_state(name, thing.state_dict(), KeptTensors())
+        _savable_state(name, thing)
         self._registered[name] = thing
         if is_lenient:
             self._lenient.add(name)
@@ -193,8 +195,26 @@ class Resumption:
                 self._registered[name].load_state_dict(copy.deepcopy(saved[name]))
 
     def states(self) -> dict[str, Any]:
-        """Name -> state of all that is registered, as it is now; not copied."""
-        return {name: thing.state_dict() for name, thing in self._registered.items()}
+        """Name -> state of all that is registered, as it is now; not copied.
+
+        A lenient one whose state cannot be saved now is left out, with a line once.
+        """
+        found: dict[str, Any] = {}
+        for name, thing in self._registered.items():
+            if name not in self._lenient:
+                found[name] = thing.state_dict()
+                continue
+            try:
+                found[name] = _savable_state(name, thing)
+            except CheckpointError as error:
+                self._say_that_it_is_left_out(name, error)
+        return found
+
+    def _say_that_it_is_left_out(self, name: str, error: CheckpointError) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            what = type(self._registered[name]).__name__
+            self._say(f"harness: warning: {what} is left out of checkpoints while its state cannot be saved: {error}")
 
     def require_alike(self) -> None:
         """Compare the ranks' states of what is registered: a checkpoint holds rank 0's.
@@ -320,3 +340,17 @@ class Resumption:
                 f"harness: warning: {some(frozen)}: requires_grad is False, and was True at the "
                 "checkpoint; set it before the first batch, unless it is to be frozen from here on"
             )
+
+
+def _savable_state(name: str, thing: Any) -> Any:
+    """The state of a thing that is registered.
+
+    Raises:
+        CheckpointError: if its `state_dict` raises, or what it returns cannot be saved.
+    """
+    try:
+        state = thing.state_dict()
+    except Exception as error:
+        raise CheckpointError(f"register({name!r}): state_dict() raised {type(error).__name__}: {error}") from error
+    encode_state(name, state, None)
+    return state

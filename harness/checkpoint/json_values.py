@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 _MARK = "$"
+# Python neither writes nor reads an int of more than 4,300 decimal digits as text.
+_MAX_INT_BITS = 14_000
 # Keeps a tensor elsewhere, and gives the JSON value that stands for it; and finds it again.
 Put = Callable[[Tensor], Any]
 Get = Callable[[Any], Tensor]
@@ -43,6 +45,8 @@ def encode(value: Any, put: Put | None = None) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
+        if value.bit_length() > _MAX_INT_BITS:
+            raise TypeError(f"an int of {value.bit_length()} bits is too long to be written as text")
         return int(value)
     if isinstance(value, float):  # numpy's doubles are too
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}

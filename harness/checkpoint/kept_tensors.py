@@ -54,22 +54,31 @@ class KeptTensors:
         Effects: not collective; main thread; a tensor on CUDA is waited for; nothing on disk.
 
         Raises:
-            UnsavableTensor: if safetensors has no such tensor, or it is only this rank's part of one.
-            TypeError: if it is a parameter, which is saved elsewhere.
+            TypeError: see `require_savable`.
         """
-        if isinstance(value, nn.Parameter):
-            raise TypeError("a parameter of a model")
-        part: Any = value
-        if is_traceable_wrapper_subclass(part):  # a DTensor, for example
-            raise UnsavableTensor(f"a {type(value).__name__}, a tensor that is sharded or made of others")
-        if value.layout is not torch.strided:
-            raise UnsavableTensor(f"a sparse tensor ({value.layout})")
-        if value.dtype not in DTYPE_NAMES:
-            raise UnsavableTensor(f"a tensor of {value.dtype}, for which safetensors has no type")
+        require_savable(value)
         name = str(len(self.tensors))
         copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self.tensors[name] = copied
         return [name, value.device.type != "cpu"]
+
+
+def require_savable(value: Tensor) -> None:
+    """Refuse a tensor that `KeptTensors.put` cannot keep.
+
+    Raises:
+        UnsavableTensor: if safetensors has no such tensor, or it is only this rank's part of one.
+        TypeError: if it is a parameter, which is saved elsewhere.
+    """
+    if isinstance(value, nn.Parameter):
+        raise TypeError("a parameter of a model")
+    part: Any = value
+    if is_traceable_wrapper_subclass(part):  # a DTensor, for example
+        raise UnsavableTensor(f"a {type(value).__name__}, a tensor that is sharded or made of others")
+    if value.layout is not torch.strided:
+        raise UnsavableTensor(f"a sparse tensor ({value.layout})")
+    if value.dtype not in DTYPE_NAMES:
+        raise UnsavableTensor(f"a tensor of {value.dtype}, for which safetensors has no type")
 
 
 def getting(tensors: Mapping[str, Tensor], device: torch.device) -> Get:

@@ -14,7 +14,7 @@ from harness.checkpoint import strict_json
 from harness.checkpoint.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.files import Files, LocalFiles
 from harness.checkpoint.json_values import Get, decode, encode
-from harness.checkpoint.kept_tensors import KeptTensors, content_of, getting
+from harness.checkpoint.kept_tensors import KeptTensors, content_of, getting, require_savable
 from harness.checkpoint.kept_tensors import read as read_kept
 from harness.checkpoint.optimizer_record import OptimizerRecord
 from harness.checkpoint.strict_json import is_count, is_number
@@ -116,7 +116,7 @@ def _scheduler_state(part: Watched) -> Any:
     return None if part.scheduler is None else part.scheduler.state_dict()
 
 
-def encode_state(name: str, state: Any, kept: KeptTensors) -> Any:
+def encode_state(name: str, state: Any, kept: KeptTensors | None) -> Any:
     """A registered thing's state as JSON values.
 
     Effects: as `encode`; main thread, between steps.
@@ -124,15 +124,17 @@ def encode_state(name: str, state: Any, kept: KeptTensors) -> Any:
     Args:
         name: under which it is registered.
         state: as its `state_dict` gave it.
-        kept: for the tensors.
+        kept: for the tensors; None: no tensor is copied, and it is only checked that the state can be saved.
 
     Raises:
         CheckpointError: if something in it cannot be saved.
     """
+    put = require_savable if kept is None else kept.put
     try:
         # A module's averaged copy may be given as parameters, which are tensors here.
-        return encode(state, lambda tensor: kept.put(tensor.detach()))
-    except TypeError as error:
+        return encode(state, lambda tensor: put(tensor.detach()))
+    except Exception as error:
+        # The values are of any class, and may raise when they are read; a state may also hold itself.
         raise CheckpointError(
             f"register({name!r}): its state cannot be saved: {error}; have its state_dict() give numbers, text, "
             "tensors, and lists and dicts of these"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,22 @@ class Unsavable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         raise AssertionError("nothing was saved of it")
+
+
+class EarlyStopping:
+    """Its state can be saved until it has found something, as `best=None` at first."""
+
+    def __init__(self, *, raises: bool) -> None:
+        self.best: Any = None
+        self._raises = raises
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._raises and self.best is not None:
+            raise RuntimeError("no state now")
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
 
 
 class Averaging(Loop):
@@ -132,3 +150,30 @@ def test_line_is_said_when_a_registered_object_cannot_be_saved(on: On, capsys: p
     loop.plain(1)
     switch.finish()
     assert "Unsavable, given to register_for_checkpointing, is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_checkpoints_are_without_an_object_when_it_becomes_unsavable(
+    on: On, tmp_path: Path, capsys: pytest.CaptureFixture[str], raises: bool
+) -> None:
+    switch = on(when_failed="stop")
+    loop = Averaging()
+    stopping = EarlyStopping(raises=raises)
+    loop.accelerator.register_for_checkpointing(stopping)
+
+    def stops(epoch: int, number: int) -> None:
+        if epoch >= 1:
+            stopping.best = np.zeros(2)
+
+    loop.plain(4, stops)
+    switch.finish()
+    directory = tmp_path / "run" / "checkpoints"
+    names = [name for name, _ in list_checkpoints(directory)]
+    assert names == [f"epoch-000{epoch}" for epoch in range(1, 5)]
+    states = [set(json.loads((directory / name / "trainer_state.json").read_text())["states"]) for name in names]
+    # The third object of the script's is its scheduler, which is saved as such.
+    others = {"autolog", "custom_checkpoint_0", "custom_checkpoint_1"}
+    assert states == [{*others, "custom_checkpoint_3"}] + [others] * 3
+    errors = capsys.readouterr().err
+    assert errors.count("EarlyStopping is left out of checkpoints while its state cannot be saved") == 1
+    assert ("no state now" if raises else "numpy.ndarray") in errors

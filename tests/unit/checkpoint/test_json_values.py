@@ -101,6 +101,13 @@ def test_error_has_the_type_when_it_is_no_value(value: object) -> None:
         encode(value)
 
 
+def test_error_has_the_size_when_a_number_is_too_long_to_be_written() -> None:
+    longest = 10**4000
+    assert decode(json.loads(json.dumps(encode(longest)))) == longest
+    with pytest.raises(TypeError, match="an int of 16610 bits is too long to be written as text"):
+        encode(10**5000)
+
+
 def nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
