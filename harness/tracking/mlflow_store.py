@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from harness.tracking.mlflow_client import connect, despite_conflicts, give_longer, server_of
 from harness.tracking.mlflow_models import PublishedModels
-from harness.tracking.names import Names, clean_key, clean_path, in_quotes, searchable
+from harness.tracking.names import clean_key, clean_path, in_quotes, searchable
 from harness.tracking.registry import Registration
 from harness.tracking.store import WantedRun
 from harness.tracking.uploads import Pace, UploadError
@@ -381,4 +381,4 @@ def _storable(text: str) -> str:
 
 def _clean_keys(values: Mapping[str, str]) -> dict[str, str]:
     """Parameters or tags of any journal by names that MLflow accepts; the trainer has said which are changed."""
-    return Names(lambda line: None).of_all("parameter", values)
+    return {clean_key(name): value for name, value in values.items()}

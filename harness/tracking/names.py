@@ -4,6 +4,9 @@ MLflow refuses a whole request for one name in it, so that names are made accept
 The rules are those of `mlflow.utils.validation`, which the tests compare them with. They are repeated here because the
 trainer does not import mlflow. A name that is accepted stays as it is, and each function keeps its own results: the
 publisher applies them again, since a journal of an earlier version holds names as they were given.
+
+A replaced name depends on the given name alone, so it is the same in every attempt, whatever else is logged. It ends in
+a digest of the given name, so that `acc@1` and `acc_1` are two metrics.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Final, Literal, TypeVar
 
 import xxhash
@@ -33,21 +37,22 @@ Value = TypeVar("Value")
 
 @lru_cache(maxsize=65536)
 def clean_key(name: str) -> str:
-    """The name of a metric, parameter or tag with what MLflow refuses replaced; the same for the same name.
-
-    A name that is too long is cut, and ends in a digest of the whole, since long names often begin alike.
-    """
+    """The name of a metric, parameter or tag; if MLflow refuses it, with that replaced, and a digest at its end."""
     if _KEY.fullmatch(name) and len(name) <= MAX_KEY_CHARS and not _leaves_or_is_not_normal(name):
         return name
     key = "/".join(_clean_part(part) for part in _NOT_IN_KEY.sub("_", name).split("/") if part)
-    return _cut(key or "unnamed", name, MAX_KEY_CHARS)
+    return _with_digest(key or "unnamed", name, MAX_KEY_CHARS)
 
 
 @lru_cache(maxsize=64)
 def clean_model_name(name: str) -> str:
-    """The name of a registered model with what MLflow refuses replaced."""
+    """The name of a registered model with what MLflow refuses replaced; it has a digest only if it is too long.
+
+    A run has one such name, so it stays apart from the others.
+    """
     cleaned = searchable(_NOT_IN_MODEL_NAME.sub("_", name))
-    return _cut(_clean_part(cleaned) if cleaned.strip() else "unnamed", name, MAX_MODEL_NAME_CHARS)
+    cleaned = _clean_part(cleaned) if cleaned.strip() else "unnamed"
+    return cleaned if len(cleaned) <= MAX_MODEL_NAME_CHARS else _with_digest(cleaned, name, MAX_MODEL_NAME_CHARS)
 
 
 def searchable(text: str) -> str:
@@ -61,13 +66,20 @@ def in_quotes(text: str) -> str:
 
 
 def clean_path(path: str) -> str:
-    """The path of an artifact, relative to the artifact directory, with what would leave that directory replaced."""
-    parts = [_cut_bytes(_clean_part(part)) for part in _NOT_IN_PATH.sub("_", path).split("/") if part]
-    return "/".join(parts) or "unnamed"
+    """The path of an artifact, relative to the artifact directory, with what would leave that directory replaced.
+
+    If something is, the file's name has a digest of the given path before its suffix.
+    """
+    parts = [_cut_bytes(_clean_part(part)) for part in _NOT_IN_PATH.sub("_", path).split("/") if part] or ["unnamed"]
+    if (cleaned := "/".join(parts)) == path:
+        return path
+    suffix = PurePosixPath(cleaned).suffix
+    stem = parts[-1].removesuffix(suffix)
+    return "/".join([*parts[:-1], _cut_bytes(f"{stem}-{_digest(path)}{suffix}")])
 
 
 class Names:
-    """The names that one run uses in MLflow, each for one name that was given.
+    """The names that one run uses in MLflow, with a line for each that is not the name that was given.
 
     Effects: not collective; one thread at a time; nothing on disk.
 
@@ -78,10 +90,9 @@ class Names:
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._used: dict[tuple[Kind, str], str] = {}
-        self._taken: set[tuple[Kind, str]] = set()
 
     def of(self, kind: Kind, given: str) -> str:
-        """The name in MLflow. Of two that would become the same, the later one ends in a digest of what was given."""
+        """The name in MLflow."""
         used = self._used.get((kind, given))
         return self._add(kind, given) if used is None else used
 
@@ -90,11 +101,7 @@ class Names:
         return {self.of(kind, str(name)): value for name, value in values.items()}
 
     def _add(self, kind: Kind, given: str) -> str:
-        used = _CLEANERS[kind](given)
-        if (kind, used) in self._taken:
-            used = _with_digest(used, given, MAX_KEY_CHARS)
-        self._used[kind, given] = used
-        self._taken.add((kind, used))
+        self._used[kind, given] = used = _CLEANERS[kind](given)
         if used != given:
             self._say(f"{kind} {_shown(given)} is named {_shown(used)} in MLflow: {_RULES[kind]}")
         return used
@@ -127,10 +134,6 @@ def _clean_part(part: str) -> str:
     if part == ".":
         return "_"
     return f"__{part[2:]}" if part.startswith("..") else part
-
-
-def _cut(text: str, given: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else _with_digest(text, given, max_chars)
 
 
 def _cut_bytes(part: str) -> str:

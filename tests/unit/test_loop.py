@@ -176,15 +176,17 @@ def test_metric_is_renamed_when_mlflow_would_refuse_its_name(
     _, logger, _ = train(TrainerConfig(max_epochs=1), Odd(), every_n_epochs=1, monitor="train/acc@1", mode="max")
     assert logger.run_path is not None
     entries = list(read_entries(logger.run_path / "outbox"))
-    logged = [entry.body for entry in entries if entry.kind == "metrics" and "train/acc_1" in entry.body["values"]]
-    assert {body["values"]["train/acc_1"] for body in logged} == {1.0}
+    logged = [
+        entry.body for entry in entries if entry.kind == "metrics" and "train/acc_1-890dad8a" in entry.body["values"]
+    ]
+    assert {body["values"]["train/acc_1-890dad8a"] for body in logged} == {1.0}
     # The loop, the checkpoints and what ranks them know the name that was given.
     ((_, manifest),) = list_checkpoints(logger.run_path / "checkpoints")
     assert logger.latest["train/acc@1"] == manifest.metrics["train/acc@1"] == 1.0
     (checkpoint,) = [entry.body for entry in entries if entry.kind == "checkpoint"]
     linked = [(key, value, step) for key, value, _, step in checkpoint["metrics"]]
-    assert ("train/acc_1", 1.0, logged[-1]["step"]) in linked
-    assert capfd.readouterr().err.count("metric 'train/acc@1' is named 'train/acc_1' in MLflow") == 1
+    assert ("train/acc_1-890dad8a", 1.0, logged[-1]["step"]) in linked
+    assert capfd.readouterr().err.count("metric 'train/acc@1' is named 'train/acc_1-890dad8a' in MLflow") == 1
 
 
 def test_error_names_the_metrics_when_the_monitored_one_is_not_there(train: Callable[..., Run]) -> None:

@@ -69,8 +69,8 @@ def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: Ml
             store.log_metrics([("x", value, 1, step)])
         assert is_permanent(caught.value)
     run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(store.run_id)
-    assert run.data.metrics == {"val/AR_100": 1.0, "a/__/b": float(2**63), "good": 1.0}
-    assert run.data.params.keys() >= {"acc_1", "__"} and len(run.data.params) == 3
+    assert run.data.metrics == {"val/AR_100-0f5bccb8": 1.0, "a/__/b-3d6c7d88": float(2**63), "good": 1.0}
+    assert run.data.params.keys() >= {"acc_1-1458ac90", "__-482c6323"} and len(run.data.params) == 3
     assert run.data.tags["broken"] == "??"
 
 

@@ -21,7 +21,7 @@ from mlflow.utils.validation import (
 )
 
 from harness.tracking.mlflow_store import MAX_PARAM_CHARS, MAX_TAG_CHARS
-from harness.tracking.names import MAX_KEY_CHARS, Names, clean_key, clean_model_name, clean_path
+from harness.tracking.names import MAX_KEY_CHARS, Kind, Names, clean_key, clean_model_name, clean_path
 
 ODD = [
     "",
@@ -101,17 +101,26 @@ def test_limits_are_mlflows_when_values_are_cut() -> None:
 def test_line_is_said_once_when_a_name_is_changed() -> None:
     said: list[str] = []
     used = Names(said.append)
-    assert [used.of("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100"] * 3
+    assert [used.of("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100-0f5bccb8"] * 3
     assert [used.of("metric", name) for name in PLAIN] == PLAIN
     (line,) = said
-    assert line.startswith("metric 'val/AR@100' is named 'val/AR_100' in MLflow: names hold at most 250 letters")
+    assert line.startswith(
+        "metric 'val/AR@100' is named 'val/AR_100-0f5bccb8' in MLflow: names hold at most 250 letters"
+    )
 
 
-def test_names_stay_apart_when_they_become_the_same() -> None:
-    used = Names(lambda line: None)
+@pytest.mark.parametrize("kind", ["metric", "parameter", "tag"])
+def test_name_is_the_same_when_others_are_logged_before(kind: Kind) -> None:
     given = ["acc@1", "acc%1", "acc_1", "y" * 260 + "a", "y" * 260 + "b", "z|" * 125, "z?" * 125]
-    found = used.of_all("parameter", dict.fromkeys(given, "1"))
-    assert len(found) == len(given) and all(map(is_accepted, found))
-    assert used.of("parameter", "acc@1") == "acc_1"
-    # One kind does not take the names of another.
-    assert used.of("metric", "acc%1") == "acc_1"
+    found = Names(lambda line: None).of_all(kind, dict.fromkeys(given, "1"))
+    assert len(found) == len(given) and all(map(is_accepted, found)) and "acc_1" in found
+    # As in a later attempt, which logs them in another order.
+    names = Names(lambda line: None)
+    assert [names.of(kind, name) for name in reversed(given)] == list(found)[::-1]
+
+
+def test_files_stay_apart_when_their_paths_are_cleaned() -> None:
+    given = ["note?.txt", "note%.txt", "note_.txt", "/note_.txt"]
+    found = [clean_path(path) for path in given]
+    assert len(set(found)) == len(given) and found[2] == given[2]
+    assert all(path.startswith("note_") and path.endswith(".txt") for path in found)
