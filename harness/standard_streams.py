@@ -44,6 +44,14 @@ def flush() -> None:
                 os.close(null)
 
 
+def write_output(text: str) -> None:
+    """Write to standard output and flush both, or drop it; what this process starts or becomes may write next."""
+    if sys.stdout is not None:
+        with suppress(OSError, ValueError):
+            sys.stdout.write(text)
+    flush()
+
+
 def write_error(text: str) -> None:
     """Write to standard error."""
     StandardError().write(text)

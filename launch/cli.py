@@ -16,7 +16,7 @@ from harness import __version__
 from harness.child import standard_library
 from harness.config import SAVE_DTYPES, parse_size_bytes
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, RunDirError
-from harness.standard_streams import occupy_descriptors
+from harness.standard_streams import occupy_descriptors, write_error, write_output
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
@@ -189,16 +189,16 @@ def _sync(arguments: argparse.Namespace) -> int:
             _require_run(run_dir)
         if not arguments.watch:
             for run_dir in directories:
-                print(deliver_rest(run_dir, arguments.tracking_uri))
+                write_output(f"{deliver_rest(run_dir, arguments.tracking_uri)}\n")
             return EXIT_DONE
 
     def deliver() -> bool:
         # Each time anew: jobs begin.
         run_dirs = [run for each in directories for run in runs_in(each)] if arguments.all else directories
         is_whole = True
-        for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: print(line, flush=True)):
+        for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: write_output(f"{line}\n")):
             is_whole = False
-            print(f"harness: error: {error}", file=sys.stderr, flush=True)
+            write_error(f"harness: error: {error}\n")
         return is_whole
 
     if not arguments.watch:

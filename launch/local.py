@@ -15,6 +15,7 @@ from harness.config import NUM_PROCESSES_VARIABLE, RunConfig
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import parse_run_config
 from harness.redact import redact_words
+from harness.standard_streams import write_output
 from launch.command_parser import CommandParser
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -51,7 +52,7 @@ def launch(words: Sequence[str]) -> int:
     # A wrong configuration is told here, once, and not by N ranks under a launcher's traceback.
     config = parse_run_config(plan.training_words, prog="harness launch")
     command = accelerate_command(plan)
-    print(shlex.join(redact_words(command)), flush=True)
+    write_output(f"{shlex.join(redact_words(command))}\n")
     if dry_run:
         return EXIT_DONE
     if plan.main_process_port:

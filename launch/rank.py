@@ -16,7 +16,7 @@ from harness.job_secret import FILE_SUFFIX, FILE_VARIABLE, SECRET_VARIABLE, disc
 from harness.meeting import JOB_VARIABLE
 from harness.options import parse_run_config
 from harness.slurm import Task, read_task
-from harness.standard_streams import flush
+from harness.standard_streams import flush, write_error
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES
 from launch.strategy_environment import strategy_environment
@@ -64,7 +64,7 @@ def _strategy(asked: str, task: Task) -> str:
     """What was asked for; a job that goes on with one rank has nothing to divide."""
     if task.world_size > 1 or asked == "single":
         return asked
-    print(f"harness: one rank: {asked} becomes single", file=sys.stderr, flush=True)
+    write_error(f"harness: one rank: {asked} becomes single\n")
     return "single"
 
 

@@ -20,6 +20,7 @@ from harness.autologging.api import first_run_of, script_name
 from harness.config import NUM_PROCESSES_VARIABLE
 from harness.errors import EXIT_DONE, ConfigError, HarnessError
 from harness.redact import redact_words
+from harness.standard_streams import write_error, write_output
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES, Plan, accelerate_command, require_free
 from launch.script import MODULE, find_script, run_script
@@ -163,7 +164,7 @@ def _check_resume(own: argparse.Namespace) -> None:
         )
         if unnamed and not (Path(own.run_dir) / name / "run.json").exists():
             latest = unnamed[-1].parent
-            print(f"harness: begins the run {name}; to go on with the latest one: --resume {latest}", file=sys.stderr)
+            write_error(f"harness: begins the run {name}; to go on with the latest one: --resume {latest}\n")
 
 
 def _turn_on(own: argparse.Namespace) -> None:
@@ -202,7 +203,7 @@ def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Seq
     count = own.num_processes or (1 if strategy == "single" else 2)
     plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, command="run")
     command = accelerate_command(plan)
-    print(shlex.join(redact_words(command)), flush=True)
+    write_output(f"{shlex.join(redact_words(command))}\n")
     if own.dry_run:
         return EXIT_DONE
     if plan.main_process_port:

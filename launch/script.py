@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
+from harness.standard_streams import write_error
 from launch.own_packages import PACKAGES, give_way
 
 MODULE = "-m"
@@ -90,10 +91,9 @@ def run_script(script: Script, *, silent: bool) -> int:
     for package in PACKAGES:
         theirs = _give_way(package)
         if theirs and package == "harness" and not silent and os.environ.get("RANK", "0") == "0":
-            print(
+            write_error(
                 f"harness: {theirs} is the package `harness` that the script imports; it is logged and saved all the "
-                "same, but cannot call functions of this command's own package",
-                file=sys.stderr,
+                "same, but cannot call functions of this command's own package\n"
             )
     module = _main_module(script)
     sys.modules["__main__"] = module

@@ -16,6 +16,7 @@ from harness.config import RunConfig, check_run_name
 from harness.durable import open_private
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
 from harness.options import make_parser, parse_run_config
+from harness.standard_streams import write_output
 from launch.command_parser import CommandParser
 from launch.job_script import Submission, num_nodes, render
 from launch.local import STRATEGIES, Plan, accelerate_command, check_classes
@@ -60,7 +61,7 @@ def submit(words: Sequence[str]) -> int:
     done = subprocess.run([sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(f"sbatch refuses it: {' '.join(done.stderr.split())} ({path})")
-    print(told(submission, path, done.stdout.strip().partition(";")[0]))
+    write_output(f"{told(submission, path, done.stdout.strip().partition(';')[0])}\n")
     return EXIT_DONE
 
 

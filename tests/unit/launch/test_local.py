@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 
 from harness.errors import ConfigError, LaunchError
 from launch.local import STRATEGIES, Plan, accelerate_command, data_dir, launch
+from launch.run import run
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -104,6 +107,19 @@ def test_command_is_printed_alone_when_dry(capsys: pytest.CaptureFixture[str]) -
     command = shlex.split(line)
     assert command[command.index("--no_python") :] == [*STARTS_RANK, "--config", DIGITS, "--seed", "3"]
     assert option(command, "--num_processes") == "2"
+
+
+@pytest.mark.parametrize("command", [launch, run], ids=["launch", "run"])
+def test_command_goes_on_when_the_reader_of_its_output_is_gone(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], int]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        own = ["--num_processes", "2", "--dry_run"]
+        assert command([*own, __file__] if command is run else [*own, "--config", DIGITS]) == 0
+        monkeypatch.undo()
 
 
 def test_one_process_is_the_default_when_single(capsys: pytest.CaptureFixture[str]) -> None:
