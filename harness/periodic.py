@@ -55,6 +55,7 @@ from harness.run_lifetime import FAILURE_WAIT_S, RunLifetime
 from harness.saves import Saves
 from harness.step_counter import StepCounter
 from harness.tracking import provenance
+from harness.tracking.given_run import GivenRun
 from harness.tracking.names import clean_path
 from harness.votes import Votes
 from harness.watching import modules_of, refuse_second_watch, watched_of
@@ -96,6 +97,8 @@ class PeriodicLogger:
         stem: what a made-up name of the run begins with; None: as the experiment is called. Set before `start`.
         mlflow_run_id: of the MLflow run; rank zero's, None elsewhere. Set before `start`: of one that is there already
             and is to be this one, where the run begins.
+        given: the MLflow run that a run that begins is to be; rank zero's. None: see `uses_given_run`. Set before
+            `start`.
         uses_given_run: whether a run that begins is the MLflow run that the user has named elsewhere, see
             `harness.tracking.given_run`. Set before `start`.
         events: by which a loop that is not `epochs`'s and `batches`'s says what happens in it; from `start` on.
@@ -129,6 +132,7 @@ class PeriodicLogger:
         self.run_name = run_name
         self.stem: str | None = None
         self.mlflow_run_id: str | None = None
+        self.given: GivenRun | None = None
         self.uses_given_run = True
         self.run_path: Path | None = None
         self._runs_dir = Path(run_dir)
@@ -196,6 +200,8 @@ class PeriodicLogger:
         )
         votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
+        if self.mlflow_run_id is not None:
+            self.given = GivenRun(self.mlflow_run_id, "the script")
         self._run = RunLifetime(self.topology, self.tracking_config, self.progress, *ranking)
         self._started = True
         try:
@@ -207,7 +213,7 @@ class PeriodicLogger:
                 self._params,
                 resume=self._resume_from,
                 stem=self.stem,
-                mlflow_run_id=self.mlflow_run_id,
+                given=self.given,
                 uses_given_run=self.uses_given_run,
             )
             self.mlflow_run_id = self._run.mlflow_run_id

@@ -86,7 +86,7 @@ class RunLifetime:
         *,
         resume: str = "auto",
         stem: str | None = None,
-        mlflow_run_id: str | None = None,
+        given: GivenRun | None = None,
         uses_given_run: bool = False,
     ) -> RunDirectory:
         """Make or find the directory and the MLflow run, on rank zero; what it is, on all ranks.
@@ -101,7 +101,7 @@ class RunLifetime:
             params: parameters to log, nested; None: none.
             resume: ``never``: a run that is there is refused; anything else: it goes on.
             stem: what a made-up name begins with; None: the experiment's name.
-            mlflow_run_id: of the MLflow run that a new run is to be; None: see `uses_given_run`.
+            given: the MLflow run that a new run is to be; None: see `uses_given_run`.
             uses_given_run: whether that is the run that the user has named, where there is one; else one is made.
 
         Raises:
@@ -115,9 +115,8 @@ class RunLifetime:
             if directory.stopped_by is not None:
                 return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
-            if mlflow_run_id is not None:
-                self._tracker.given = GivenRun(mlflow_run_id, "the script")
-            elif uses_given_run:
+            self._tracker.given = given
+            if given is None and uses_given_run:
                 self._tracker.given = given_run(self._config.tracking_uri)
             self._checkpoints = CheckpointEntries(self._tracker, self._config, self._monitor)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))

@@ -16,6 +16,7 @@ from harness.errors import CheckpointError
 from harness.periodic import PeriodicLogger
 from harness.progress import Progress
 from harness.tracking import provenance
+from harness.tracking.given_run import GivenRun
 
 
 def open_run(
@@ -25,7 +26,7 @@ def open_run(
     *,
     params: Mapping[str, Any],
     stem: str,
-    mlflow_run_id: str | None,
+    given: GivenRun | None,
     params_of_runs: dict[str, dict[str, str]],
 ) -> PeriodicLogger:
     """Start the logger of a training. Collective; main thread; blocks and leaves on disk as `PeriodicLogger.start`.
@@ -36,7 +37,7 @@ def open_run(
         arguments: the script's.
         params: parameters that the script has logged already.
         stem: what a made-up name of the run begins with.
-        mlflow_run_id: of an MLflow run that the script has made and that is to be this one; rank zero's.
+        given: the MLflow run that the user has named and that is to be this one; rank zero's.
         params_of_runs: what trainings of this process have logged, by the MLflow run's id; this one's are added.
 
     Raises:
@@ -52,7 +53,7 @@ def open_run(
     }
     own = {"args": dict(arguments.look())} if arguments.look() else {}
     flat = provenance.flatten_params({**own, **prepared.hyperparameters, "training": training, **params})
-    before = params_of_runs.setdefault(mlflow_run_id, {}) if mlflow_run_id is not None else {}
+    before = params_of_runs.setdefault(given.run_id, {}) if given is not None else {}
     changed = {name: value for name, value in flat.items() if before.get(name, value) != value}
     before.update({name: value for name, value in flat.items() if name not in changed})
     logger = PeriodicLogger(
@@ -69,7 +70,7 @@ def open_run(
     )
     logger.progress = _Quiet() if settings.tracking.silent else logger.progress
     logger.stem = stem
-    logger.mlflow_run_id, logger.uses_given_run = mlflow_run_id, False
+    logger.given, logger.uses_given_run = given, False
     logger.start()
     if settings.first_run is not None and logger.run_path is not None and accelerator.is_main_process:
         replace_file(logger.run_path / FURTHER_FILE, json.dumps({"first_run": settings.first_run}) + "\n")

@@ -26,6 +26,7 @@ from harness.autologging.script import Arguments, Prepared, inside
 from harness.autologging.settings import Settings
 from harness.errors import CheckpointError, HarnessError, Stopped
 from harness.periodic import PeriodicLogger
+from harness.tracking.given_run import GivenRun
 
 
 class Session:
@@ -38,7 +39,7 @@ class Session:
         settings: what was asked for.
         arguments: the script's.
         stem: what a made-up name of the run begins with.
-        active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
+        find_given_run: finds the MLflow run that the user has named and that is to be ours; rank zero's.
         failed: called with the MLflow run's id and its status when the training has ended otherwise than well.
         stillness: by which steps and saves of the script's do nothing while epochs go by that are done.
         begins: called when there is a run.
@@ -52,7 +53,7 @@ class Session:
         settings: Settings,
         arguments: Arguments,
         stem: str,
-        active_run_id: Callable[[], str | None],
+        find_given_run: Callable[[], GivenRun | None],
         failed: Callable[[str | None, str], None],
         stillness: Replacements,
         begins: Callable[[], None],
@@ -65,7 +66,7 @@ class Session:
         self.params_of_runs: dict[str, dict[str, str]] = {}
         self._arguments = arguments
         self._stem = stem
-        self._active_run_id = active_run_id
+        self._find_given_run = find_given_run
         self._failed = failed
         self._stillness = stillness
         self._begins = begins
@@ -155,7 +156,7 @@ class Session:
     def _start(self) -> Epochs:
         prepared = self.prepared
         choice = prepared.choose()
-        active_run_id = self._active_run_id() if self.is_rank_zero else None
+        given = self._find_given_run() if self.is_rank_zero else None
         try:
             logger = open_run(
                 self.settings,
@@ -163,12 +164,12 @@ class Session:
                 self._arguments,
                 params=self._own.early_params,
                 stem=self._stem,
-                mlflow_run_id=active_run_id,
+                given=given,
                 params_of_runs=self.params_of_runs,
             )
         except BaseException:
             # There is no run of ours to fail, and MLflow would call the script's FINISHED.
-            self._failed(active_run_id, "FAILED")
+            self._failed(None if given is None else given.run_id, "FAILED")
             raise
         self.logger = logger
         self._begins()

@@ -26,7 +26,7 @@ from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
 from harness.fsdp2_layers import separate_embeddings
 from harness.redact import redact_named
-from harness.tracking.given_run import active_run_id, given_run
+from harness.tracking.given_run import GivenRun, active_run_id, given_run
 
 Function = Callable[..., Any]
 
@@ -304,12 +304,11 @@ class Switch:
         """The script has failed; returns what really ended it."""
         return self._trainings.fail(error)
 
-    def _run_to_be_ours(self) -> str | None:
+    def _run_to_be_ours(self) -> GivenRun | None:
         if self.settings.exclusive:
             return None
         self._fluent.saw_active(active_run_id())
-        found = given_run(self.settings.tracking.tracking_uri)
-        return None if found is None else found.run_id
+        return given_run(self.settings.tracking.tracking_uri)
 
 
 def _tracks_in_mlflow(accelerator: Accelerator) -> bool:

@@ -26,6 +26,7 @@ from harness.autologging.settings import Settings
 from harness.checkpoint.names import unwrapped
 from harness.errors import HarnessError, Stopped
 from harness.report import what_there_is
+from harness.tracking.given_run import GivenRun
 
 # Calls that run of functions that accelerate calls once more when memory is out, by their frames, innermost first. Held
 # as they are: the number of one that is over is given to another.
@@ -51,7 +52,7 @@ class Trainings:
     Args:
         settings: what was asked for.
         arguments: the script's.
-        active_run_id: gives the id of an MLflow run that the script has made and that is to be ours; rank zero's.
+        find_given_run: finds the MLflow run that the user has named and that is to be ours; rank zero's.
         end_active_run: called with our MLflow run's id and its status when a training has ended otherwise than well.
         stillness: makes what keeps the script's steps and saves still while epochs go by that are done.
         begins: called when a training has a run.
@@ -64,14 +65,14 @@ class Trainings:
         self,
         settings: Settings,
         arguments: Arguments,
-        active_run_id: Callable[[], str | None],
+        find_given_run: Callable[[], GivenRun | None],
         end_active_run: Callable[[str | None, str], None],
         stillness: Callable[[], Replacements],
         begins: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._arguments = arguments
-        self._active_run_id = active_run_id
+        self._find_given_run = find_given_run
         self._end_active_run = end_active_run
         self._stillness = stillness
         self._run_begins = begins
@@ -142,15 +143,15 @@ class Trainings:
         if not self._is_attempt_over:
             self._end_active_run(run_id, status)
 
-    def _begins(self) -> str | None:
-        """Rank zero's, as a training begins: of the script's own MLflow run that is to be ours."""
+    def _begins(self) -> GivenRun | None:
+        """Rank zero's, as a training begins: the MLflow run that the user has named and that is to be ours."""
         settings, asked = self.session.settings, self._settings.resume_from
         if settings.resume_from != asked and run_record(settings) is None:
             self.session.notes.say(
                 f"harness: autolog: {settings.run_name} begins as the script has made it: {asked} is for "
                 "the first training"
             )
-        return self._active_run_id()
+        return self._find_given_run()
 
     def _begin_next(self, calls: Sequence[_Call], *, is_attempt: bool = False) -> None:
         if self.session.has_begun:

@@ -12,7 +12,9 @@ from accelerate.state import AcceleratorState
 from mlflow import MlflowClient
 
 from harness import PeriodicLogger
-from harness.config import TrackingConfig
+from harness.autologging.settings import Settings
+from harness.autologging.switch import Switch
+from harness.config import CheckpointConfig, TrackingConfig
 from harness.errors import TrackingError
 from harness.integrations.accelerate import HarnessTracker
 from harness.run_directory import read_run_record
@@ -20,6 +22,7 @@ from harness.tracking import given_run
 from harness.tracking.sync import deliver_rest
 from tests.mlflow_reader import all_runs, client
 from tests.services.mlflow_server import make_database
+from tests.unit.autologging.loops import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +145,36 @@ def test_error_names_the_variable_when_its_run_is_not_there(
     named = made_before(store)
     monkeypatch.setenv("MLFLOW_RUN_ID", named)
     assert train() == named  # nothing is recorded of the other
+
+
+@pytest.fixture
+def autologged(store: MlflowClient, tmp_path: Path) -> Iterator[Loop]:
+    """A loop of somebody's, with autologging on."""
+    AcceleratorState._reset_state(True)
+    settings = Settings(CheckpointConfig(every_n_epochs=None), TrackingConfig(log_every_n_steps=None), run_name="it")
+    switch = Switch(settings)
+    switch.turn_on()
+    yield Loop()
+    switch.turn_off()
+
+
+def test_line_is_said_when_an_autologged_run_is_named_twice(
+    store: MlflowClient, autologged: Loop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = made_before(store)
+    with mlflow.start_run() as active:
+        monkeypatch.setenv("MLFLOW_RUN_ID", named)
+        autologged.plain(1)
+    line = f"MLFLOW_RUN_ID names MLflow run {named}: the active run {active.info.run_id} is not used"
+    assert "".join(capsys.readouterr()).count(line) == 1
+
+
+def test_error_names_the_variable_when_an_autologged_run_is_not_there(
+    autologged: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "1" * 32)
+    with pytest.raises(TrackingError, match=f"{'1' * 32}, named by MLFLOW_RUN_ID"):
+        autologged.plain(1)
 
 
 def test_run_is_made_in_the_experiment_when_the_user_has_set_it(store: MlflowClient, tmp_path: Path) -> None:
