@@ -41,8 +41,9 @@ _SQL_ERROR = re.compile(r"sqlalche\.me/e/\w+/(\w+)")
 _SQL_REFUSALS = frozenset({"9h9h", "gkpj"})
 _CONFLICT = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|duplicate value", re.IGNORECASE)
 _MAX_CONFLICTS = 3
-# Of a run or an experiment that somebody has deleted, and may restore; MLflow has no code of its own for it.
-_DELETED = "must be in the 'active' state"
+# Of a run or an experiment that somebody has deleted, and may restore: MLflow has no error code of its own for it, and
+# the texts of its SQL store and of its file store differ.
+_DELETED = re.compile(r"must be in (the )?'active' |under non-active experiment")
 
 _Result = TypeVar("_Result")
 
@@ -92,7 +93,7 @@ def is_permanent(error: Exception) -> bool:
     server answers BAD_REQUEST for nearly every error of its database, most of which pass. A run or an experiment that
     was deleted can be restored, so what it refuses meanwhile is not refused for good.
     """
-    if not isinstance(error, MlflowException) or _DELETED in str(error):
+    if not isinstance(error, MlflowException) or _DELETED.search(str(error)):
         return False
     if error.error_code == "BAD_REQUEST":
         is_own = isinstance(error, RestException) or error.__cause__ is not None

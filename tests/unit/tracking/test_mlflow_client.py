@@ -82,9 +82,13 @@ def test_dataset_is_there_once_when_a_second_request_inserts_it_first(tmp_path: 
     assert [each.dataset.name for each in inputs] == ["digits"]
 
 
+@pytest.mark.parametrize("kind", ["sql", "file"])
 @pytest.mark.parametrize("deleted", ["run", "experiment"])
-def test_nothing_is_refused_for_good_when_what_it_belongs_to_is_deleted(tmp_path: Path, deleted: str) -> None:
-    uri = make_database(tmp_path / "mlflow.db")
+def test_nothing_is_refused_for_good_when_what_it_belongs_to_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: str, kind: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = make_database(tmp_path / "mlflow.db") if kind == "sql" else (tmp_path / "mlruns").as_uri()
     client = mlflow.MlflowClient(uri)
     store = opened(uri, client)
     run = client.get_run(store.run_id)
