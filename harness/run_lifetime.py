@@ -32,7 +32,7 @@ from harness.tracking import provenance
 from harness.tracking.acknowledged import read_delivered
 from harness.tracking.drain import Left
 from harness.tracking.given_run import GivenRun, given_run
-from harness.tracking.sync import refused_line, undelivered_line
+from harness.tracking.sync import damaged_line, refused_line, undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 
 # After a failure, how long a checkpoint that is being written and the outbox are waited for.
@@ -415,6 +415,8 @@ class RunLifetime:
         delivered = read_delivered(tracker.run_dir / "outbox")
         if not done and not self._config.offline and tracker.run_id is not None:
             self._say(f"harness: warning: {undelivered_line(tracker.run_dir, delivered)}")
+        if delivered.num_damaged:
+            self._say(f"harness: warning: {damaged_line(tracker.run_dir, delivered)}")
         if delivered.refused:
             self._say(f"harness: warning: {refused_line(tracker.run_dir, delivered)}")
 

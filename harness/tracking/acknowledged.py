@@ -15,6 +15,8 @@ from harness.durable import read_record, replace_file
 from harness.tracking.entries import FILES, fits, has_entries
 
 DELIVERED = "delivered.json"
+# The bytes of journal entries that were damaged, for whoever wants to look.
+DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_REFUSED_KEPT = 20
 # Between two writes after batches of points. A write waits twice for the disk: in a backlog, for each batch.
 _WRITE_EVERY_S = 1.0
@@ -30,6 +32,7 @@ class Delivered:
         models: checkpoint name -> id of the LoggedModel it became.
         refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
         num_refused: how much that is in all.
+        num_damaged: entries of the journal that were damaged on disk, and so are not delivered.
         files_trouble: why the artifact store does not take what is next, since when the end did not wait for it; empty:
             it does.
         ended: whether the last thing delivered was the run's end.
@@ -46,6 +49,7 @@ class Delivered:
     models_offset: int = 0
     num_refused: int = 0
     files_trouble: str = ""
+    num_damaged: int = 0
 
 
 def read_delivered(directory: Path) -> Delivered:
@@ -56,7 +60,7 @@ def read_delivered(directory: Path) -> Delivered:
     """
     delivered = _as_written(directory) or Delivered()
     if not fits(directory, delivered.offset, delivered.time_ms or None):
-        return replace(delivered, offset=0, models_offset=0, ended=False, refused=(), num_refused=0)
+        return replace(delivered, offset=0, models_offset=0, ended=False, refused=(), num_refused=0, num_damaged=0)
     if not fits(directory, delivered.models_offset):
         return replace(delivered, models_offset=0)
     return delivered
@@ -99,6 +103,7 @@ def _as_written(directory: Path) -> Delivered | None:
             min(offset, int(record.get("models_offset", offset))),
             int(record.get("num_refused", len(refused))),
             str(record.get("files_trouble", "")),
+            int(record.get("num_damaged", 0)),
         )
     except (KeyError, TypeError, ValueError):
         return None

@@ -25,11 +25,9 @@ from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
 from harness.tracking.segments import durable_end
-from harness.tracking.store import RefusedError, Settings, Store, WantedRun
+from harness.tracking.store import Settings, Store, WantedRun
 
 POLL_S = 0.2
-# The bytes of entries that were damaged, for whoever wants to look.
-DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_POINTS_PER_DELIVERY = 1000
 _ENDS: Final[tuple[Kind, ...]] = ("end",)
 
@@ -269,6 +267,7 @@ class Publisher:
             ended=group[-1].kind == "end",
             time_ms=group[-1].time_ms or self._acknowledged.now.time_ms,
             step=_last_step(self._acknowledged.now.step, group),
+            num_damaged=self._acknowledged.now.num_damaged + sum(entry.kind == "damaged" for entry in group),
         )
 
     def _deliver_attempt(self, entry: Entry) -> None:
@@ -293,15 +292,11 @@ class Publisher:
         self._put_attempts(attempts.ended(records, status, reason, entry.time_ms, step, self._attempt))
 
     def _set_aside(self, line: bytes, end_offset: int) -> None:
-        """Keep a damaged entry's bytes.
-
-        Raises:
-            RefusedError: always: it is left out, and counted with what is refused.
-        """
-        path = self._outbox_dir / DAMAGED_ENTRIES
+        """Keep a damaged entry's bytes."""
+        path = self._outbox_dir / acknowledged.DAMAGED_ENTRIES
         with suppress(OSError), open(path, "ab", opener=open_private) as stream:
             stream.write(line)
-        raise RefusedError(f"the journal's entry that ends at byte {end_offset} (checksum); kept in {path}")
+        log(f"the journal's entry that ends at byte {end_offset} is damaged (checksum); kept in {path}")
 
     def _known_attempts(self) -> attempts.Records:
         """The records; by the run's tags where they are not on disk and something was delivered before."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import HarnessError, TrackingError
 from harness.run_directory import read_run_record
 from harness.run_lock import is_held
-from harness.tracking.acknowledged import Delivered, has_more, read_delivered
+from harness.tracking.acknowledged import DAMAGED_ENTRIES, Delivered, has_more, read_delivered
 from harness.tracking.publisher_launch import LOG, read_answer, start_publisher
 from harness.tracking.segments import journal_end, segments
 from harness.tracking.settings import read_settings
@@ -67,7 +67,17 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     if delivered.refused:
         raise TrackingError(refused_line(run_dir, delivered))
     so_far = ", so far: it is being trained" if settings["leaves_open"] else ""
+    if delivered.num_damaged:
+        return "\n".join([*notes, damaged_line(run_dir, delivered), f"all else is in MLflow run {run_id}{so_far}"])
     return "\n".join([*notes, f"all of {run_dir} is in MLflow run {run_id}{so_far}"])
+
+
+def damaged_line(run_dir: Path, delivered: Delivered) -> str:
+    """What to say where entries of the journal were damaged on disk."""
+    return (
+        f"{run_dir}: damaged entries of the journal, not in MLflow: {delivered.num_damaged}; their bytes are in "
+        f"{run_dir / 'outbox' / DAMAGED_ENTRIES}"
+    )
 
 
 def refused_line(run_dir: Path, delivered: Delivered) -> str:

@@ -11,16 +11,17 @@ import mlflow
 import pytest
 
 from harness.tracking import mlflow_client
-from harness.tracking.acknowledged import DELIVERED, read_delivered
+from harness.tracking.acknowledged import DAMAGED_ENTRIES, DELIVERED, read_delivered
 from harness.tracking.attempts import FILE as ATTEMPTS
 from harness.tracking.continuation import KnownPoints, read_logged
 from harness.tracking.mlflow_store import MlflowStore
 from harness.tracking.outbox import Outbox
 from harness.tracking.pruning import PRUNED, Pruned, read_pruned, write_pruned
-from harness.tracking.publisher import DAMAGED_ENTRIES, Publisher
+from harness.tracking.publisher import Publisher
 from harness.tracking.segments import JOURNAL, journal_end
+from harness.tracking.settings import write_settings
 from harness.tracking.store import RefusedError, Settings
-from harness.tracking.sync import has_news
+from harness.tracking.sync import deliver_rest, has_news
 from tests.services.mlflow_server import make_database
 
 STEPS = 10
@@ -147,8 +148,8 @@ def test_what_follows_is_delivered_when_an_entry_is_damaged(run: Run, garbage: b
     publisher = run.deliver(1)
     assert run.steps == [step for step in range(STEPS) if step != 4]
     delivered = read_delivered(run.outbox_dir)
-    assert delivered.num_refused == len(lines[5].splitlines())
-    assert "the journal's entry that ends at byte" in delivered.refused[0]
+    assert delivered.num_damaged == len(lines[5].splitlines())
+    assert (delivered.refused, delivered.num_refused) == ((), 0)
     assert (run.outbox_dir / DAMAGED_ENTRIES).read_bytes() == lines[5]
     assert stat.S_IMODE((run.outbox_dir / DAMAGED_ENTRIES).stat().st_mode) == 0o600
     assert publisher.notes == []
@@ -158,6 +159,30 @@ def test_what_follows_is_delivered_when_an_entry_is_damaged(run: Run, garbage: b
     run.train(2)
     run.deliver(2)
     assert run.steps == [step for step in range(2 * STEPS) if step != 4]
+
+
+def test_sync_names_the_file_and_succeeds_when_an_entry_is_damaged(run: Run) -> None:
+    run.train(1)
+    lines = (run.outbox_dir / JOURNAL).read_bytes().splitlines(keepends=True)
+    lines[5] = b"garbage\n"
+    (run.outbox_dir / JOURNAL).write_bytes(b"".join(lines))
+    named = {"run_name": "it", "tracking_uri": run.uri, "experiment_name": "exp", "registered_model_name": None}
+    write_settings(run.outbox_dir, {**named, "start_timeout_s": 30.0})
+    for _ in range(2):
+        damaged, rest = deliver_rest(run.run_dir, None).splitlines()
+        assert damaged.startswith(f"{run.run_dir}: damaged entries of the journal, not in MLflow: 1;")
+        assert damaged.endswith(str(run.outbox_dir / DAMAGED_ENTRIES))
+        assert rest == f"all else is in MLflow run {run.run_id}"
+    assert run.steps == [step for step in range(STEPS) if step != 4]
+
+
+def test_record_is_read_when_it_is_of_a_version_that_counted_no_damage(run: Run) -> None:
+    run.train(1)
+    run.deliver(1)
+    record = json.loads((run.outbox_dir / DELIVERED).read_text())
+    assert record.pop("num_damaged") == 0
+    (run.outbox_dir / DELIVERED).write_text(json.dumps(record))
+    assert read_delivered(run.outbox_dir).offset == journal_end(run.outbox_dir)
 
 
 @pytest.mark.parametrize("content", ["", '{"1": {"sta', "[]", '{"one": 1}'])
