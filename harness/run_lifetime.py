@@ -405,6 +405,7 @@ class RunLifetime:
                 done = tracker.end(status, reason, timeout_s, waiting)
             finally:
                 self._progress.stop()
+                self._say_warnings(tracker)
         except HarnessError as error:
             # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
             tracker.abandon()

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ MAX_WAITING_BYTES = 32 * 1024**2
 DEFAULT_MAX_BYTES = 2 * 10**9
 _MAX_SEGMENT_BYTES = 64 * 1024**2
 _LOOK_AGAIN_S = 1.0
+# Read, too: a file that was removed can be copied.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
 class Outbox:
@@ -45,12 +47,19 @@ class Outbox:
     Args:
         directory: the outbox.
         max_bytes: how large the journal may grow.
+        say: takes a line for the user.
 
     Attributes:
         num_left_out: entries of metrics that there was no room for.
     """
 
-    def __init__(self, directory: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._say = say
         self.num_left_out = 0
         self._directory = directory
         self._max_bytes = max_bytes
@@ -73,7 +82,7 @@ class Outbox:
             self._begin = found[-1].begin if found else 0
             self.path = path_of(directory, self._begin)
             _cut_torn_line(self.path)
-            self._file = open_private(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            self._file = open_private(self.path, _FLAGS)
             self._size_bytes = os.fstat(self._file).st_size
             self._is_torn = False
             remove_behind(directory, self._begin + self._size_bytes)
@@ -130,18 +139,20 @@ class Outbox:
             return None
 
     def sync(self) -> None:
-        """Wait until everything appended is on the disk itself.
+        """Wait until everything appended is on the disk itself, in a file that the publisher finds.
 
         Raises:
             TrackingError: if the disk does not take it.
         """
         with self._sync_lock:
-            with self._lock:
-                self._write_waiting()
-                trouble, earlier, file = self._trouble, list(self._earlier_files), self._file
             try:
-                if trouble is not None:
-                    raise trouble
+                with self._lock:
+                    self._write_waiting()
+                    if self._trouble is not None:
+                        raise self._trouble
+                    if os.fstat(self._file).st_nlink == 0:
+                        self._put_back()
+                    earlier, file = list(self._earlier_files), self._file
                 for each in earlier:
                     os.fsync(each)
                 if earlier:
@@ -162,6 +173,25 @@ class Outbox:
             self._is_closed = True
             for file in (*self._earlier_files, self._file):
                 os.close(file)
+
+    def _put_back(self) -> None:
+        """Copy the journal's newest file, which was removed while it is open, to where it was."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".new")
+        file = open_private(beside, _FLAGS | os.O_TRUNC)
+        try:
+            # By its descriptor: there is no name to open it by.
+            while content := os.pread(self._file, 2**20, os.fstat(file).st_size):
+                if os.write(file, content) != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.rename(beside, self.path)
+        except OSError:
+            os.close(file)
+            raise
+        os.close(self._file)
+        self._file = file
+        sync_directory(self._directory)
+        self._say(f"{self.path}: was removed while the run is training; it is there again, with all its entries")
 
     def _has_reached_size(self) -> bool:
         """Whether there is no room; looked at again from time to time, as the publisher makes some."""
@@ -205,7 +235,7 @@ class Outbox:
     def _begin_segment(self) -> None:
         begin = self._begin + self._size_bytes
         path = path_of(self._directory, begin)
-        file = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = open_private(path, _FLAGS)
         # Not waited for here, on the trainer's thread: `sync` does.
         self._earlier_files.append(self._file)
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0

@@ -88,7 +88,7 @@ class Tracker:
         self._names = Names(self.warnings.append)
         self._trouble: str | None = None
         self._outbox_dir = run_dir / "outbox"
-        self.outbox = Outbox(self._outbox_dir, config.max_outbox_bytes)
+        self.outbox = Outbox(self._outbox_dir, config.max_outbox_bytes, self.warnings.append)
         self.run_id: str | None = None
         # How models are built again: the attempt's before, until this one says.
         self._recipe = newest_recipe(self._outbox_dir)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,25 @@ def in_a_new_directory(check: Callable[[Path], None]) -> None:
     """For hypothesis, where a fixture would be shared by all examples."""
     with TemporaryDirectory() as name:
         check(Path(name) / "outbox")
+
+
+@pytest.mark.parametrize("takes_directory", [False, True], ids=["file", "directory"])
+def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path: Path, takes_directory: bool) -> None:
+    said: list[str] = []
+    directory = tmp_path / "outbox"
+    outbox = Outbox(directory, say=said.append)
+    for step in range(4):
+        outbox.append("metrics", {"step": step, "values": {"loss": 1.0}})
+        if step == 1:
+            shutil.rmtree(directory) if takes_directory else outbox.path.unlink()
+    outbox.sync()
+    outbox.append("metrics", {"step": 4, "values": {"loss": 1.0}})
+    outbox.sync()
+    assert [entry.body["step"] for entry in read_entries(directory)] == [*range(5)]
+    assert [path.name for path in directory.iterdir()] == [JOURNAL]
+    (line,) = said
+    assert line.startswith(f"{outbox.path}: was removed while the run is training")
+    outbox.close()
 
 
 @given(appended, st.data())
