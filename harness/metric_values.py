@@ -46,11 +46,13 @@ class LoggedValues:
             return value
         step, is_exact = _step(value)
         if step is None:
+            shown = as_text(value, repr)
             self._say_once(
-                "a step", f"a step is {value!r:.80}, no integer of 64 bits; such values are logged at the current step"
+                "a step", f"a step is {shown:.80}, no integer of 64 bits; such values are logged at the current step"
             )
         elif not is_exact:
-            self._say_once("a fraction", f"a step is {value!r:.80}; fractions of steps are cut off, as in {step}")
+            shown = as_text(value, repr)
+            self._say_once("a fraction", f"a step is {shown:.80}; fractions of steps are cut off, as in {step}")
         return step
 
     def _say_once(self, key: str, line: str) -> None:
@@ -61,7 +63,16 @@ class LoggedValues:
 
 def as_name(key: Any) -> str:
     """The name of a metric as text that UTF-8 can hold."""
-    return str(key).encode(errors="replace").decode()
+    return as_text(key).encode(errors="replace").decode()
+
+
+def as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
+    """A value as text; its type where that cannot be made, as of an int of more than 4,300 digits."""
+    try:
+        return convert(value)
+    except Exception:
+        size = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        return f"({type(value).__name__}{size})"
 
 
 def as_number(value: Any) -> float | None:

@@ -23,6 +23,7 @@ from torch import nn
 
 from harness import slurm
 from harness.memory_layout import copied_in_order
+from harness.metric_values import as_text
 from harness.redact import is_secret_name, redact, redact_words
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
@@ -113,11 +114,11 @@ def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
     if isinstance(config, Mapping) and config:
         flat: dict[str, str] = {}
         for key, value in config.items():
-            flat |= flatten_params(value, str(key) if prefix is None else f"{prefix}.{key}")
+            flat |= flatten_params(value, as_text(key) if prefix is None else f"{prefix}.{as_text(key)}")
         return flat
     if prefix is None:
         return {}
-    return {prefix: "***" if is_secret_name(prefix) else redact(str(config))}
+    return {prefix: "***" if is_secret_name(prefix) else redact(as_text(config))}
 
 
 def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:

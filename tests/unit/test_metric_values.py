@@ -36,6 +36,7 @@ OTHERS = {
     "array": (np.ones(2), "a ndarray of shape (2,) is no number"),
     "dict": ({"f1": 0.5}, "a dict is no number"),
     "meta tensor": (torch.ones((), device="meta"), "a Tensor of shape () is no number"),
+    "int beyond what Python writes": (10**5000, "an int of 16610 bits is more than a float holds"),
     "huge int": (10**400, "an int of 1329 bits is more than a float holds"),
 }
 
@@ -69,6 +70,7 @@ STEPS = {
     "np.float32": (np.float32(3.5), 3, "fractions of steps are cut off, as in 3"),
     "beyond 64 bits": (2**63, None, "a step is 9223372036854775808, no integer of 64 bits"),
     "infinite": (math.inf, None, "a step is inf, no integer of 64 bits"),
+    "beyond what Python writes": (10**5000, None, "a step is (int of 16610 bits), no integer of 64 bits"),
     "words": ("last", None, "a step is 'last', no integer of 64 bits"),
     "None": (None, None, ""),
 }

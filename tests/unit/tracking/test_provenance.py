@@ -45,6 +45,18 @@ def test_secret_is_gone_when_it_is_flattened_at_any_depth(name: str, value: str)
         assert written == "***"
 
 
+class Unreadable:
+    """As a configuration's value that refers to a variable that is not set."""
+
+    def __str__(self) -> str:
+        raise KeyError("HOME")
+
+
+def test_type_is_logged_when_a_parameter_has_no_text() -> None:
+    found = provenance.flatten_params({"big": 10**5000, "missing": Unreadable(), "lr": 0.1})
+    assert found == {"big": "(int of 16610 bits)", "missing": "(Unreadable)", "lr": "0.1"}
+
+
 def test_names_are_dotted_when_a_run_config_is_flattened() -> None:
     config = RunConfig(ClassSpec("my.Task", {"max_tokens": 512, "tokenizer": "bpe"}))
     flat = provenance.flatten_params(config)
