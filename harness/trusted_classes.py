@@ -2,8 +2,8 @@
 
 An ``MLmodel`` file is data that another person may have written. Its class must be a `torch.nn.Module`, or a
 `harness.Task` that makes one. Its arguments may name further classes and functions (`harness.described_model` decides
-where) only below the top-level package of the model's class, below ``torch.nn``, or below what the caller of
-`harness.load_model` trusts. A name that is imported there from elsewhere does not count.
+where) only below the top-level package of the model's class (``transformers`` for its models), below ``torch.nn``, or
+below what the caller of `harness.load_model` trusts. A name that is imported there from elsewhere does not count.
 
 Importing a module runs its code, so a model is only as trustworthy as the packages that are installed. Modules that lie
 in the model's own directory are not imported: a download into the working directory can be found as a package.
@@ -24,6 +24,8 @@ from harness.errors import ConfigError
 
 _TORCH = "torch.nn"
 _TASK_METHODS = ("model", "train_data", "eval_data", "step")
+# A class of harness's own -> the package whose models it builds.
+_PACKAGE_OF = {"harness.integrations.transformers.Pretrained": "transformers"}
 
 
 class TrustedClasses:
@@ -38,7 +40,8 @@ class TrustedClasses:
     def __init__(self, class_path: str, directory: Path, trusted: Sequence[str] = ()) -> None:
         package = class_path.partition(".")[0]
         # torch itself holds far more than layers, such as what unpickles files and compiles source text.
-        self._names = (_TORCH, *trusted, *(() if package == "torch" else (package,)))
+        own = () if package == "torch" else (_PACKAGE_OF.get(class_path, package),)
+        self._names = (_TORCH, *trusted, *own)
         self._trusted = tuple(trusted)
         self._directory = directory.resolve()
 

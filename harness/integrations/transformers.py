@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
-from harness.build import load_class
 from harness.checkpoint.commit import list_checkpoints
 from harness.checkpoint.names import unwrapped
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
@@ -195,23 +194,18 @@ class Pretrained:
     """Makes the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        architecture: full name of the model's class, a `transformers.PreTrainedModel`.
+        architecture: the model's class. A recipe has its import path, which `harness.described_model` checks and
+            imports because of the annotation: it is below ``transformers`` or below a package that the caller trusts.
         config: the values of its configuration.
     """
 
-    def __init__(self, architecture: str, config: dict[str, Any]) -> None:
+    def __init__(self, architecture: type[PreTrainedModel], config: dict[str, Any]) -> None:
         self.architecture = architecture
         self.config = config
 
     def model(self) -> nn.Module:
-        """With weights of its own.
-
-        Raises:
-            ConfigError: if the class is no model of transformers.
-        """
-        found: Any = load_class("architecture", self.architecture)
-        if not issubclass(found, PreTrainedModel):
-            raise ConfigError("architecture", f"{self.architecture} is no transformers.PreTrainedModel")
+        """Build the model with its initial weights."""
+        found: Any = self.architecture
         model: nn.Module = found._from_config(found.config_class.from_dict(self.config))
         return model
 

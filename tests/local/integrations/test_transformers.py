@@ -11,7 +11,8 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -25,7 +26,7 @@ from transformers import (
 import harness
 from harness.checkpoint.commit import list_checkpoints
 from harness.config import CheckpointConfig, TrackingConfig
-from harness.errors import CheckpointError, Stopped
+from harness.errors import CheckpointError, ConfigError, Stopped
 from harness.integrations.transformers import HarnessCallback
 from harness.tasks import Digits
 from tests.mlflow_reader import client, history, models, only_run
@@ -256,3 +257,52 @@ def test_last_checkpoint_is_the_last_step_when_best_weights_are_loaded(tmp_path:
         saved = load_file(tmp_path / "runs/bert/checkpoints" / name / "model.safetensors")
         wrong = [key for key in saved if not torch.equal(saved[key], kept.by_step[manifest.step][key])]
         assert wrong == [], name
+
+
+TINY = BertConfig(vocab_size=17, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+
+
+def write_model(directory: Path, architecture: str) -> None:
+    """Write a model that names its architecture, as the callback publishes it, in a directory."""
+    directory.mkdir()
+    recipe = {
+        "class_path": "harness.integrations.transformers.Pretrained",
+        "init_args": {"architecture": architecture, "config": TINY.to_dict()},
+    }
+    (directory / "MLmodel").write_text(yaml.safe_dump({"flavors": {"harness": recipe}}))
+    state = BertForSequenceClassification(TINY).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
+
+
+def test_architecture_is_not_imported_when_its_code_comes_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model", "evil_architecture.X")
+    (tmp_path / "model/evil_architecture.py").write_text("import pathlib\npathlib.Path('imported').touch()\n")
+    monkeypatch.chdir(tmp_path / "model")
+    monkeypatch.syspath_prepend(str(tmp_path / "model"))
+    with pytest.raises(
+        ConfigError, match=r"architecture: names evil_architecture\.X, which is not below torch\.nn, tr"
+    ):
+        harness.load_model(".")
+    with pytest.raises(ConfigError, match=r"names evil_architecture\.X, which comes with the model"):
+        harness.load_model(".", trusted=["evil_architecture"])
+    assert not Path("imported").exists()
+
+
+def test_architecture_of_another_package_is_built_when_the_caller_trusts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_architecture.py").write_text(
+        "from transformers import BertForSequenceClassification\nclass Own(BertForSequenceClassification): ..."
+    )
+    write_model(tmp_path / "model", "own_architecture.Own")
+    with pytest.raises(ConfigError, match=r"is not below torch\.nn, transformers; if you trust it"):
+        harness.load_model("model")
+    assert type(harness.load_model("model", trusted=["own_architecture"])).__name__ == "Own"
+    write_model(tmp_path / "config", "transformers.BertConfig")
+    with pytest.raises(ConfigError, match=r"transformers\.BertConfig is not"):
+        harness.load_model("config")
+    write_model(tmp_path / "short", "transformers.BertForSequenceClassification")
+    assert type(harness.load_model("short")) is BertForSequenceClassification
