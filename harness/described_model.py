@@ -34,18 +34,20 @@ import types
 import typing
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader
 from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse.typing import get_registered_type
 
 from harness.errors import ConfigError
 from harness.trusted_classes import TrustedClasses, is_full_path
 
 _SCALARS = (
     *(str, int, float, bool, complex, bytes, bytearray, range, types.NoneType),
-    *(decimal.Decimal, uuid.UUID, datetime.datetime, datetime.timedelta, os.PathLike),
+    *(decimal.Decimal, uuid.UUID, datetime.timedelta, os.PathLike),
 )
 _SEQUENCES: Mapping[Any, Any] = {
     **dict.fromkeys((list, collections.abc.Sequence, collections.abc.MutableSequence), list),
@@ -280,11 +282,18 @@ def _origin(member: Any) -> Any:
 
 
 def _is_scalar(member: Any) -> bool:
+    """Whether values of this type are converted, by us or by jsonargparse, without importing anything.
+
+    For any other class jsonargparse takes a text as the import path of a subclass, and imports it: also for a subclass
+    of a type that it converts, and for types such as `datetime.datetime`.
+    """
     origin = _origin(member)
     if origin in _SCALARS or origin is Literal:
         return True
-    is_converted = inspect.isclass(origin) and issubclass(origin, (enum.Enum, pathlib.PurePath))
-    return is_converted or getattr(origin, "__module__", "") == "jsonargparse.typing"
+    if not inspect.isclass(origin):
+        return False
+    is_of_jsonargparse = origin.__module__ == "jsonargparse.typing" and get_registered_type(origin) is not None
+    return is_of_jsonargparse or issubclass(origin, (enum.Enum, pathlib.PurePath))
 
 
 def _is_class(member: Any) -> bool:
@@ -306,23 +315,29 @@ def _is_of(found: type[Any], bound: Any) -> bool:
 
 
 def _scalar(place: str, members: Sequence[Any], value: Any) -> Any:
-    if value is None and types.NoneType in members:
+    if types.NoneType in members and (value is None or value == "null"):  # as jsonargparse reads an optional value
         return None
-    scalars = [member for member in members if _is_scalar(member)]
-    if any(member is not types.NoneType for member in scalars):
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=Union[tuple(scalars)])  # noqa: UP007 (as many as there are)
-        try:
-            return parser.parse_object({"value": value}).value
-        except (ArgumentError, ValueError, TypeError) as error:
-            if Any not in members:
-                raise ConfigError(place, f"must be {_described(members)}, got {value!r}") from error
+    for member in filter(_is_scalar, members):
+        with suppress(ArgumentError, ValueError, TypeError, ArithmeticError, NotImplementedError):
+            return _converted(member, value)
     if any(_is_instance(value, member) for member in members):
         return value
     if Any in members:
         loaded = _loaded(value) if isinstance(value, str) else value
         return loaded if isinstance(loaded, (int, float, types.NoneType)) else value
     raise ConfigError(place, f"must be {_described(members)}, got {value!r}")
+
+
+def _converted(member: Any, value: Any) -> Any:
+    """The value as a member of `_is_scalar`; any of several errors if it is not one."""
+    origin = _origin(member)
+    if inspect.isclass(origin) and issubclass(origin, pathlib.PurePath):
+        if isinstance(value, str):
+            return origin(value)
+        raise TypeError(f"{_name(origin)} needs a text")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=member)
+    return parser.parse_object({"value": value}).value
 
 
 def _is_instance(value: Any, member: Any) -> bool:

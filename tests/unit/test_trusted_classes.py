@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from decimal import Decimal
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse.typing import PositiveInt
 from safetensors.torch import save_file
 from torch import nn
 
@@ -119,6 +121,13 @@ class Loaded(nn.Module):
         ({"module": OUTSIDE}, "must be module or None"),
         ({"kind": BLOCK}, "is not below"),
         ({"block": ["Loaded"]}, "got a list"),
+        ({"moment": f"{OUTSIDE}.Block"}, r"moment: must be datetime\.datetime or None"),
+        ({"other_path": f"{OUTSIDE}.Block"}, r"other_path: must be pathlib\.WindowsPath or None"),
+        ({"pure_path": BLOCK}, "asks for no class"),
+        ({"own_path": BLOCK}, "asks for no class"),
+        ({"amount": f"{OUTSIDE}.Block"}, r"amount: must be decimal\.Decimal or None"),
+        ({"positive": f"{OUTSIDE}.Block"}, "positive: must be"),
+        ({"registered": f"{OUTSIDE}.Block"}, "is not below"),
     ],
     ids=str,
 )
@@ -181,6 +190,16 @@ def test_class_is_built_when_the_annotation_asks_for_it(
         ({"kind_of": "SMALL"}, trusted_models.Kind.SMALL),
         ({"kind_of": "other"}, "other"),
         ({"path": "a/b"}, Path("a/b")),
+        ({"pure_path": f"{OUTSIDE}.Block"}, PurePath(f"{OUTSIDE}.Block")),
+        ({"posix_path": f"{OUTSIDE}.Block"}, PurePosixPath(f"{OUTSIDE}.Block")),
+        ({"windows_path": f"{OUTSIDE}.Block"}, PureWindowsPath(f"{OUTSIDE}.Block")),
+        ({"own_path": f"{OUTSIDE}.Block"}, trusted_models.OwnPath(f"{OUTSIDE}.Block")),
+        ({"count_or_path": "3"}, 3),
+        ({"count_or_path": "a/b"}, PurePath("a/b")),
+        ({"word_or_path": "a/b"}, "a/b"),
+        ({"pure_path": "null"}, None),
+        ({"amount": 1.5}, Decimal("1.5")),
+        ({"positive": 3}, PositiveInt(3)),
         ({"number": 3}, 3),
         ({"depth": 3}, 3),
         ({"by_index": {"3": ["x"]}}, {3: {"x"}}),
@@ -190,9 +209,11 @@ def test_class_is_built_when_the_annotation_asks_for_it(
     ids=str,
 )
 def test_value_arrives_when_it_names_nothing_foreign(
-    write: Callable[..., Path], init_args: dict[str, Any], expected: Any
+    write: Callable[..., Path], telltale: Path, init_args: dict[str, Any], expected: Any
 ) -> None:
-    assert harness.load_model(write(**init_args)).given[next(iter(init_args))] == expected
+    found = harness.load_model(write(**init_args)).given[next(iter(init_args))]
+    assert (found, type(found)) == (expected, type(expected))
+    assert not telltale.exists()
 
 
 def test_class_of_another_package_is_built_when_the_caller_trusts_it(

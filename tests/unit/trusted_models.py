@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
 from enum import Enum
 from numbers import Number
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from subprocess import Popen  # noqa: F401 (a name that is defined elsewhere)
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, NewType, TypedDict
 
+from jsonargparse.typing import PositiveInt, RegisteredType
 from torch import nn
 
 
@@ -50,6 +53,10 @@ class Named(dict[str, Any]):
     """A mapping of a class of its own."""
 
 
+class OwnPath(PosixPath):
+    """A path of a class of its own."""
+
+
 Depth = NewType("Depth", int)
 
 
@@ -79,6 +86,17 @@ class Net(nn.Module):
         rates: Rates | None = None,
         kind_of: Kind | Literal["other"] = "other",
         path: Path | None = None,
+        pure_path: PurePath | None = None,
+        posix_path: PurePosixPath | None = None,
+        windows_path: PureWindowsPath | None = None,
+        other_path: WindowsPath | None = None,
+        own_path: OwnPath | None = None,
+        count_or_path: int | PurePath | None = None,
+        word_or_path: str | PurePath | None = None,
+        moment: datetime | None = None,
+        amount: Decimal | None = None,
+        positive: PositiveInt | None = None,
+        registered: RegisteredType | None = None,
         number: Number | None = None,
         depth: Depth = Depth(1),
         by_index: dict[int, set[str]] | None = None,
