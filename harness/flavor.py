@@ -71,7 +71,8 @@ def load_model(
     if model is None:
         before = random_state.take(torch.device("cpu"))
         try:
-            model = _build(str(where), directory, _recipe(str(where), directory), trusted)
+            recipe, came_with = _recipe(str(where), directory)
+            model = _build(str(where), came_with, recipe, trusted)
         finally:
             random_state.put_back(before, torch.device("cpu"))
     _fill(model, directory)
@@ -155,20 +156,25 @@ def _directory(where: str) -> Path:
     return Path(where)
 
 
-def _recipe(where: str, directory: Path) -> Mapping[str, Any]:
-    """What the model is built by: MLflow's file, or for a checkpoint in its run's directory the run's own."""
-    outbox_dir = directory.absolute().parent.parent / "outbox"
+def _recipe(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Path]]:
+    """Read what the model is built by: MLflow's file, or for a checkpoint in its run's directory the run's own.
+
+    Returns:
+        The recipe, and the directories that came with it.
+    """
+    run_dir = directory.absolute().parent.parent
     try:
         if (directory / MLMODEL).exists():
-            return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR])
-        if (directory / MANIFEST).exists() and (name := newest_recipe(outbox_dir)) is not None:
-            return read_recipe(outbox_dir, name)
+            return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR]), (directory,)
+        if (directory / MANIFEST).exists() and (name := newest_recipe(run_dir / "outbox")) is not None:
+            # The checkpoint's own directory too: it may be a link to elsewhere.
+            return read_recipe(run_dir / "outbox", name), (directory, run_dir)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError("", f"{where}: how its model is built cannot be read: {error!r}") from error
     raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")
 
 
-def _build(where: str, directory: Path, recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
+def _build(where: str, came_with: Sequence[Path], recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
     class_path = recipe.get("class_path")
     if not isinstance(class_path, str):
         raise ConfigError(
@@ -178,7 +184,7 @@ def _build(where: str, directory: Path, recipe: Mapping[str, Any], trusted: Sequ
         )
     _find_from_here(class_path)
     key = f"{where}: task"
-    classes = TrustedClasses(class_path, directory, trusted)
+    classes = TrustedClasses(class_path, came_with, trusted)
     classes.require_outside(f"{key}.class_path", class_path)
     found = load_class(key, class_path)
     classes.require_model(key, class_path, found)

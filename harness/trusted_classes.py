@@ -6,7 +6,8 @@ where) only below the top-level package of the model's class (``transformers`` f
 below what the caller of `harness.load_model` trusts. A name that is imported there from elsewhere does not count.
 
 Importing a module runs its code, so a model is only as trustworthy as the packages that are installed. Modules that lie
-in the model's own directory are not imported: a download into the working directory can be found as a package.
+in the model's own directory, or in that of the run whose checkpoint it is, are not imported: a download into the
+working directory can be found as a package.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ class TrustedClasses:
 
     Args:
         class_path: of the model's class, or of the task that makes it.
-        directory: of the model.
+        came_with: directories: the model's, and for a checkpoint of a run the run's.
         trusted: further packages, modules or classes, such as ``my_layers`` or ``my_layers.blocks.Block``.
     """
 
-    def __init__(self, class_path: str, directory: Path, trusted: Sequence[str] = ()) -> None:
+    def __init__(self, class_path: str, came_with: Sequence[Path], trusted: Sequence[str] = ()) -> None:
         package = class_path.partition(".")[0]
         # torch itself holds far more than layers, such as what unpickles files and compiles source text.
         own = () if package == "torch" else (_PACKAGE_OF.get(class_path, package),)
         self._names = (_TORCH, *trusted, *own)
         self._trusted = tuple(trusted)
-        self._directory = directory.resolve()
+        self._came_with = [each.resolve() for each in came_with]
 
     def require_model(self, key: str, class_path: str, found: type[Any]) -> None:
         """Refuse a class that is neither a module nor a task.
@@ -63,7 +64,7 @@ class TrustedClasses:
             )
 
     def require_outside(self, place: str, path: str) -> None:
-        """Refuse a path that leads through a module in the model's directory.
+        """Refuse a path that leads through a module that came with the model.
 
         Effects: imports the packages that the path leads through, each once it is known to lie elsewhere.
 
@@ -81,8 +82,12 @@ class TrustedClasses:
             origin = spec.origin if spec.has_location else None  # not that of a module in C
             locations = [Path(each).resolve() for each in (origin, *(spec.submodule_search_locations or ())) if each]
             # A package without a file is any directory, such as one that holds the model and what came with it.
-            is_around = spec.origin is None and any(self._directory.is_relative_to(each) for each in locations)
-            if is_around or any(each.is_relative_to(self._directory) for each in locations):
+            is_any_directory = spec.origin is None
+            if any(
+                each.is_relative_to(directory) or (is_any_directory and directory.is_relative_to(each))
+                for each in locations
+                for directory in self._came_with
+            ):
                 raise ConfigError(
                     place,
                     f"names {path}, which comes with the model ({locations[0]}); if you trust it, import the class "

@@ -283,3 +283,35 @@ def test_class_beside_the_model_is_found_when_it_is_in_the_working_directory(
         "from tests.unit.trusted_models import Net as Base\nclass Net(Base): ..."
     )
     assert type(harness.load_model(write("beside_the_model.Net"))).__module__ == "beside_the_model"
+
+
+@pytest.mark.parametrize("is_in_run", [True, False])
+@pytest.mark.parametrize("start", ["project", "run", "checkpoint"])
+def test_code_that_comes_with_the_run_of_a_checkpoint_is_not_imported(
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+    is_in_run: bool,
+) -> None:
+    """The run's directory is below the project's, whose modules a run may name."""
+    run_dir = tmp_path / "runs/it"
+    run_dir.mkdir(parents=True)
+    make_checkpoint({"layer.weight": torch.ones(2, 2)}).parent.rename(run_dir / "checkpoints")
+    module = f"code_of_a_run_{start}_{is_in_run}"
+    recipe = {"class_path": f"{module}.Net", "init_args": {}}
+    (run_dir / "outbox").mkdir()
+    (run_dir / "outbox/recipe-1.json").write_text(json.dumps(recipe))
+    code = f"from {trusted_models.__name__} import Net as Base\nclass Net(Base): ...\n"
+    ((run_dir if is_in_run else tmp_path) / f"{module}.py").write_text(code)
+    checkpoint = run_dir / "checkpoints/epoch-0001"
+    monkeypatch.chdir({"project": tmp_path, "run": run_dir, "checkpoint": checkpoint}[start])
+    for each in (tmp_path, run_dir):
+        monkeypatch.syspath_prepend(str(each))
+    where = checkpoint.relative_to(Path.cwd())
+    if is_in_run:
+        with pytest.raises(ConfigError, match=f"names {module}.Net, which comes with the model"):
+            harness.load_model(where)
+        assert module not in sys.modules
+    else:
+        assert type(harness.load_model(where)).__module__ == module
