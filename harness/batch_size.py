@@ -67,8 +67,24 @@ def possible_sizes(value: Any, *, is_top: bool = False, depth: int = 0) -> Sizes
         return ()
 
 
-def are_samples(values: Sequence[Any], *, is_top: bool) -> bool:
-    """Whether all items are image tensors, so that each is a sample and none is a field of the batch."""
+def are_samples(values: Sequence[Any], size: int, *, is_top: bool) -> bool:
+    """Whether the items are the samples of a batch, and not its fields.
+
+    Args:
+        values: a batch, or a list in it.
+        size: number of samples in the batch.
+        is_top: whether it is the batch itself.
+    """
+    if len(values) != size or hasattr(values, "_fields"):
+        return False
+    # Fields all have the size of the batch; a sample may have it by chance, such as 8 boxes in a batch of 8.
+    has_size = [size in sizes for each in values if (sizes := possible_sizes(each))]
+    if not any(has_size) or _are_images(values, is_top):
+        return True
+    return not all(has_size) and _may_be_samples(values, is_top=is_top)
+
+
+def _are_images(values: Sequence[Any], is_top: bool) -> bool:
     if (is_top and len(values) == 2) or not all(isinstance(each, Tensor) and not each.is_nested for each in values):
         return False
     shapes = {tuple(each.shape) for each in values}
@@ -129,7 +145,7 @@ def _sizes_of_sequence(values: Sequence[Any], is_top: bool, depth: int) -> Sizes
     found = _agreed(parts)
     if hasattr(values, "_fields") or not _may_be_samples(looked_at, is_top=is_top):
         return found
-    is_of_fields = set.intersection(*map(set, parts)) and not are_samples(looked_at, is_top=is_top)
+    is_of_fields = set.intersection(*map(set, parts)) and not _are_images(looked_at, is_top)
     return (*found, len(values)) if is_of_fields else (len(values), *found)
 
 

@@ -11,7 +11,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard, S
 from accelerate.utils import honor_type
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
-from harness.batch_size import are_samples, batch_size, possible_sizes
+from harness.batch_size import are_samples, batch_size
 from harness.errors import DataError
 
 
@@ -250,8 +250,7 @@ def _cut(batch: Any, num_samples: int, usual: int | None) -> Any:
             return type(value)({key: first(item) for key, item in value.items()})  # type: ignore[call-arg]
         if not isinstance(value, (list, tuple)):
             return value
-        is_each_a_sample = are_samples(value, is_top=is_top) or not any(size in possible_sizes(item) for item in value)
-        if len(value) == size and is_each_a_sample:
+        if are_samples(value, size, is_top=is_top):
             return value[:num_samples]
         return honor_type(value, (first(item) for item in value))
 

@@ -133,6 +133,19 @@ def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
     assert [field.shape for field in cut([torch.zeros(3, 3, 32, 32)] * 3)] == [(2, 3, 32, 32)] * 3
 
 
+def test_lists_of_samples_are_cut_when_one_sample_has_the_size_by_chance() -> None:
+    targets = [{"boxes": torch.zeros(n, 4), "label": torch.tensor(n)} for n in (3, 8, 1, 2, 8, 5, 4, 6)]
+    words = [list(range(n)) for n in (2, 8, 1, 3, 4, 5, 6, 7)]
+    images, cut_targets, cut_words = data._cut([torch.zeros(8, 3, 9, 9), targets, words], 3, 8)
+    assert (len(images), cut_targets, cut_words) == (3, targets[:3], words[:3])
+    assert data._cut(targets, 3, 8) == targets[:3]
+
+
+def test_fields_stay_when_one_of_as_many_as_the_samples_has_another_size() -> None:
+    fields = [torch.zeros(3, 3, 9, 9), torch.zeros(40, 4), torch.zeros(3)]
+    assert [field.shape for field in data._cut(fields, 2, 3)] == [(2, 3, 9, 9), (40, 4), (2,)]
+
+
 def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
     loader = prepare_data_loader(
         DataLoader(Letters(), 2),
