@@ -19,8 +19,8 @@ from harness.errors import LaunchError
 SECRET_VARIABLE = "HARNESS_JOB_SECRET"
 # Set by `harness rank` where the other is not there.
 FILE_VARIABLE = "HARNESS_JOB_SECRET_FILE"
-# How the file's name ends.
-FILE_SUFFIX = ".secret"
+# The file's name, with the job's; in a directory that the user may have other files in.
+FILE_NAME = "rendezvous-{}.secret"
 _MIN_CHARS = 32
 # Ranks look for each other for half an hour; the clocks of nodes and of file servers differ by less than the rest.
 _OLD_S = 24 * 3600.0
@@ -89,7 +89,7 @@ def discard() -> None:
 
 
 def _discard_old(directory: Path) -> None:
-    for path in directory.glob(f"*{FILE_SUFFIX}"):
+    for path in directory.glob(FILE_NAME.format("*")):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > _OLD_S:
                 path.unlink()

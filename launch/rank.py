@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
-from harness.job_secret import FILE_SUFFIX, FILE_VARIABLE, SECRET_VARIABLE, discard
+from harness.job_secret import FILE_NAME, FILE_VARIABLE, SECRET_VARIABLE, discard
 from harness.meeting import JOB_VARIABLE
 from harness.options import parse_run_config
 from harness.slurm import Task, read_task
@@ -87,7 +87,7 @@ def rank_environment(task: Task) -> Mapping[str, str]:
 def _secret_file(run_dir: str) -> Path:
     """Where a step that has no secret in its environment has it, the same on all ranks."""
     job = re.sub(r"[^A-Za-z0-9._-]", "-", os.environ[JOB_VARIABLE])
-    return Path(run_dir).absolute() / "slurm" / f"rendezvous-{job}{FILE_SUFFIX}"
+    return Path(run_dir).absolute() / "slurm" / FILE_NAME.format(job)
 
 
 def _check_gpus(task: Task) -> None:

@@ -79,13 +79,13 @@ def test_error_names_the_remedy_when_there_is_neither(path: Path, monkeypatch: p
 
 def test_file_of_a_job_that_was_killed_is_removed_when_it_is_old(path: Path) -> None:
     path.parent.mkdir()
-    old, new, other = (path.with_name(name) for name in ("old.secret", "new.secret", "it.sbatch"))
-    for each in (old, new, other):
-        each.touch()
-    for each in (old, other):
-        os.utime(each, (0, 0))
+    kept = {"rendezvous-2.secret", "it.sbatch", "database.secret"}
+    for name in ("rendezvous-1.secret", *kept):
+        path.with_name(name).touch()
+    for name in ("rendezvous-1.secret", "it.sbatch", "database.secret"):
+        os.utime(path.with_name(name), (0, 0))
     make_secret()
-    assert {each.name for each in path.parent.iterdir()} == {path.name, "new.secret", "it.sbatch"}
+    assert {each.name for each in path.parent.iterdir()} == {path.name, *kept}
 
 
 def test_nothing_is_discarded_when_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
