@@ -3,7 +3,8 @@
 The parts of a batch agree on its size where they can: the first dimension of a tensor, the length of a list of samples.
 A list of tensors has both. The first rule that applies decides:
 
-1. The one that is the loader's batch size; no batch is larger than that.
+1. The one that is the loader's batch size; no batch is larger than that. A pair or a triple of tensors at the top that
+   agree on a smaller size is the loader's last batch.
 2. The length, if the tensors have one shape with channels first, such as (3, 32, 32): they are images. A pair at the
    top is inputs and targets, whatever its shape.
 3. The first dimension, if it is the same for all; else the length.
@@ -27,6 +28,9 @@ _MAX_DEPTH = 5
 # Of an image: grey, RGB, RGBA.
 _NUM_CHANNELS = (1, 3, 4)
 
+# More tensors than that, of three or more dimensions each, are rather samples than fields.
+_MAX_TENSOR_FIELDS = 3
+
 # What a value's number of samples may be, the likelier first; empty: it says nothing of that.
 Sizes = tuple[int, ...]
 
@@ -48,7 +52,10 @@ def batch_size(batch: Any, usual: int | None = None) -> int:
             return first
     sizes = possible_sizes(batch, is_top=True)
     if usual is not None:
-        sizes = (usual,) if usual in sizes else tuple(size for size in sizes if size <= usual) or sizes
+        sizes = tuple(size for size in sizes if size <= usual) or sizes
+        # Of a pair or a triple the number of fields is a batch size by chance.
+        if usual in sizes and not (usual <= _MAX_TENSOR_FIELDS and _are_tensors(batch, usual)):
+            return usual
     return sizes[0] if sizes else 0
 
 
@@ -65,6 +72,10 @@ def possible_sizes(value: Any, *, is_top: bool = False, depth: int = 0) -> Sizes
     except Exception:
         # A batch may be of any class, and counting its samples must not end the training.
         return ()
+
+
+def _are_tensors(batch: Any, count: int) -> bool:
+    return isinstance(batch, (list, tuple)) and len(batch) == count and all(isinstance(each, Tensor) for each in batch)
 
 
 def are_samples(values: Sequence[Any], size: int, *, is_top: bool) -> bool:
