@@ -31,7 +31,7 @@ _NUM_CHANNELS = (1, 3, 4)
 # More tensors than that, of three or more dimensions each, are rather samples than fields.
 _MAX_TENSOR_FIELDS = 3
 
-# What a value's number of samples may be, the likelier first; empty: it says nothing of that.
+# The possible numbers of samples of a value, the likeliest first; empty if the value has no size.
 Sizes = tuple[int, ...]
 
 
@@ -43,7 +43,7 @@ def batch_size(batch: Any, usual: int | None = None) -> int:
 
     Args:
         batch: as the loader gives it.
-        usual: samples in a whole batch of the loader on this rank; None: not known.
+        usual: samples in a whole batch of the loader on this rank; None if unknown.
     """
     # At each step: the usual batch, a list of tensors, is told at its first item.
     if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
@@ -132,7 +132,7 @@ def _possible_sizes(value: Any, is_top: bool, depth: int) -> Sizes:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """An attribute; None if there is none: a class's own ``__getattr__`` may raise any error for that."""
+    """Return an attribute, or None if it is missing: a class's own ``__getattr__`` may raise any error for that."""
     try:
         return getattr(value, name)
     except Exception:
@@ -140,7 +140,7 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 def _as_size(found: Any) -> int | None:
-    """A number of samples, or the first of several dimensions, such as a `torch.Size`; None: it is none."""
+    """Return a number of samples: an integer, or the first dimension of a shape; None for any other value."""
     if isinstance(found, (tuple, torch.Size)):
         found = found[0] if found else None
     return found if isinstance(found, int) and not isinstance(found, bool) else None

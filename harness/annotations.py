@@ -1,0 +1,185 @@
+"""Read the annotations of a constructor, and convert scalar values to them, for `harness.described_model`.
+
+Nothing here imports what a value names. jsonargparse converts scalars as it does in training, but only to types for
+which it imports nothing either (`is_scalar`).
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import datetime
+import decimal
+import enum
+import inspect
+import os
+import pathlib
+import sys
+import types
+import typing
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse.typing import get_registered_type
+
+from harness.errors import ConfigError
+
+_SCALARS = (
+    *(str, int, float, bool, complex, bytes, bytearray, range, types.NoneType),
+    *(decimal.Decimal, uuid.UUID, datetime.timedelta, os.PathLike),
+)
+_NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def parameters_of(found: type[Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the annotation and default of each parameter of a constructor, by name.
+
+    Parameters that the constructor passes on to its parents are included.
+    """
+    hints: dict[str, tuple[Any, Any]] = {}
+    try:
+        parameters = get_signature_parameters(found, logger=False)
+    except ValueError:  # a class in C, or one of a mapping
+        return {}
+    for each in parameters:
+        if each.kind in _NOT_BY_NAME:
+            continue
+        hint, default = each.annotation, each.default
+        if hint is inspect.Parameter.empty:
+            # As jsonargparse does: a text stays one where the default is a text.
+            hint = (type(default), Any) if type(default) in _SCALARS else Any
+        hints[each.name] = ((hint, None) if default is None else hint, default)
+    return hints
+
+
+def default_of(found: type[Any], name: str, declared: Any) -> Any:
+    """Return a parameter's default, made anew where a field of a dataclass has a factory for it."""
+    for field in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
+        if field.name == name and field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+    return declared
+
+
+def alternatives(hint: Any) -> Iterator[Any]:
+    """Yield the members of a union (or a tuple) with aliases resolved; for any other hint, the hint itself."""
+    origin = get_origin(hint)
+    meaning = getattr(hint, "__supertype__", getattr(hint, "__value__", None))  # of NewType, and of ``type X = ...``
+    if isinstance(hint, tuple) or origin in (Union, types.UnionType):
+        for each in hint if isinstance(hint, tuple) else get_args(hint):
+            yield from alternatives(each)
+    elif origin is Annotated:
+        yield from alternatives(get_args(hint)[0])
+    elif hint is None:
+        yield types.NoneType
+    elif inspect.isclass(hint) or origin is not None:
+        yield Any if hint is object else hint
+    else:  # a variable, a name that cannot be resolved, or no type at all
+        yield from alternatives(meaning) if meaning is not None else (Any,)
+
+
+def origin_of(member: Any) -> Any:
+    """Return the type without its parameters: ``list`` for ``list[int]``."""
+    return get_origin(member) or member
+
+
+def is_scalar(member: Any) -> bool:
+    """Whether `convert` can make a value of this type without importing anything.
+
+    For any other class jsonargparse takes a text as the import path of a subclass, and imports it. This includes
+    subclasses of the types that it converts, and types such as `datetime.datetime`.
+    """
+    origin = origin_of(member)
+    if origin in _SCALARS or origin is Literal:
+        return True
+    if not inspect.isclass(origin):
+        return False
+    is_of_jsonargparse = origin.__module__ == "jsonargparse.typing" and get_registered_type(origin) is not None
+    return is_of_jsonargparse or issubclass(origin, (enum.Enum, pathlib.PurePath))
+
+
+def is_class(member: Any) -> bool:
+    """Whether the type asks for an object of a class; classes of Python's own modules do not."""
+    origin = origin_of(member)
+    if not inspect.isclass(origin) or is_scalar(member) or typing.is_typeddict(origin):
+        return False
+    return origin.__module__.partition(".")[0] not in sys.stdlib_module_names
+
+
+def asks_for_class(member: Any) -> bool:
+    """Whether a class or function may be named where a value of this type is expected."""
+    return origin_of(member) in (type, collections.abc.Callable) or is_class(member)
+
+
+def is_subtype(found: type[Any], bound: Any) -> bool:
+    """Whether ``type[bound]`` allows a class."""
+    allowed = [origin_of(member) for member in alternatives(bound)]
+    return Any in allowed or any(inspect.isclass(each) and issubclass(found, each) for each in allowed)
+
+
+def convert(place: str, members: Sequence[Any], value: Any) -> Any:
+    """Convert a scalar to the first of several types that takes it.
+
+    Args:
+        place: of the value, for messages.
+        members: the types, from `alternatives`.
+        value: neither a list nor a mapping.
+
+    Raises:
+        ConfigError: with the place, if no type takes it.
+    """
+    if types.NoneType in members and (value is None or value == "null"):  # as jsonargparse reads an optional value
+        return None
+    for member in filter(is_scalar, members):
+        with suppress(ArgumentError, ValueError, TypeError, ArithmeticError, NotImplementedError):
+            return _converted(member, value)
+    if any(_is_instance(value, member) for member in members):
+        return value
+    if Any in members:
+        loaded = parse_text(value) if isinstance(value, str) else value
+        return loaded if isinstance(loaded, (int, float, types.NoneType)) else value
+    raise ConfigError(place, f"must be {describe(members)}, got {value!r}")
+
+
+def _converted(member: Any, value: Any) -> Any:
+    """Convert a value to a type of `is_scalar`; raises one of the errors that `convert` suppresses if it cannot."""
+    origin = origin_of(member)
+    if inspect.isclass(origin) and issubclass(origin, pathlib.PurePath):
+        if isinstance(value, str):
+            return origin(value)
+        raise TypeError(f"{name_of(origin)} needs a text")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=member)
+    return parser.parse_object({"value": value}).value
+
+
+def _is_instance(value: Any, member: Any) -> bool:
+    """Whether a value is an instance of a type already, for example a number of `numbers.Number`."""
+    try:
+        return not is_scalar(member) and isinstance(value, origin_of(member))
+    except TypeError:  # of Any, and of a protocol
+        return False
+
+
+def parse_text(text: str) -> Any:
+    """Parse a text as jsonargparse does for a parameter of any type; returns the text itself if it is not YAML."""
+    try:
+        return get_loader("yaml")(text) if text.strip() else text
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def describe(members: Sequence[Any]) -> str:
+    """Return the names of several types for a message."""
+    return " or ".join(dict.fromkeys(name_of(member) for member in members))
+
+
+def name_of(found: Any) -> str:
+    """Return the full name of a type for a message."""
+    if found is types.NoneType or get_origin(found) is not None or not inspect.isclass(found):
+        return "None" if found is types.NoneType else str(found)
+    return found.__qualname__ if found.__module__ == "builtins" else f"{found.__module__}.{found.__qualname__}"
