@@ -132,7 +132,8 @@ def convert(place: str, members: Sequence[Any], value: Any) -> Any:
     Raises:
         ConfigError: with the place, if no type takes it.
     """
-    if types.NoneType in members and (value is None or value == "null"):  # as jsonargparse reads an optional value
+    # As in training, where an optional parameter takes any text that YAML reads as null.
+    if types.NoneType in members and (parse_text(value) if isinstance(value, str) else value) is None:
         return None
     for member in filter(is_scalar, members):
         with suppress(ArgumentError, ValueError, TypeError, ArithmeticError, NotImplementedError):

@@ -198,6 +198,7 @@ def test_class_is_built_when_the_annotation_asks_for_it(
         ({"count_or_path": "a/b"}, PurePath("a/b")),
         ({"word_or_path": "a/b"}, "a/b"),
         ({"pure_path": "null"}, None),
+        ({"name": "~"}, None),
         ({"amount": 1.5}, Decimal("1.5")),
         ({"positive": 3}, PositiveInt(3)),
         ({"number": 3}, 3),
