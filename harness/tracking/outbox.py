@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from typing import Any
 from harness.durable import open_private, sync_directory
 from harness.errors import TrackingError
 from harness.tracking.entries import POINTS, Kind, line_of
+from harness.tracking.pruning import read_pruned
 from harness.tracking.segments import path_of, remove_behind, segments
 
 # In memory, while the disk takes nothing: a million points or so.
@@ -73,8 +75,9 @@ class Outbox:
         self._is_full = False
         self._has_ended = self._is_closed = False
         self._look_at_s = 0.0
-        # Written, and not yet known to be on the disk itself. `sync` and `close` alone close files.
-        self._earlier_files: list[int] = []
+        # Written, and not yet known to be on the disk itself: where each ends in the journal, its path, its descriptor.
+        # `sync` and `close` alone close files.
+        self._earlier_files: list[tuple[int, Path, int]] = []
         self.path = path_of(directory, 0)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -141,19 +144,23 @@ class Outbox:
     def sync(self) -> None:
         """Wait until everything appended is on the disk itself, in a file that the publisher finds.
 
+        A file of the journal that was removed or moved away meanwhile is written again, as far as it is still open.
+        Nothing is done once this is closed.
+
         Raises:
             TrackingError: if the disk does not take it.
         """
         with self._sync_lock:
             try:
                 with self._lock:
+                    if self._is_closed:
+                        return
                     self._write_waiting()
                     if self._trouble is not None:
                         raise self._trouble
-                    if os.fstat(self._file).st_nlink == 0:
-                        self._put_back()
+                    self._restore_files()
                     earlier, file = list(self._earlier_files), self._file
-                for each in earlier:
+                for _, _, each in earlier:
                     os.fsync(each)
                 if earlier:
                     sync_directory(self._directory)
@@ -164,34 +171,45 @@ class Outbox:
                 raise TrackingError(message) from error
             with self._lock:
                 del self._earlier_files[: len(earlier)]
-            for each in earlier:
+            for _, _, each in earlier:
                 os.close(each)
 
     def close(self) -> None:
-        """Close the file; nothing is taken any more."""
+        """Close the files; nothing is taken any more. A second call does nothing."""
         with self._sync_lock, self._lock:
+            if self._is_closed:
+                return
             self._is_closed = True
-            for file in (*self._earlier_files, self._file):
+            for file in (*(file for _, _, file in self._earlier_files), self._file):
                 os.close(file)
 
-    def _put_back(self) -> None:
-        """Copy the journal's newest file, which was removed while it is open, to where it was."""
+    def _restore_files(self) -> None:
+        pruned_end = read_pruned(self._directory).end
+        for index, (end, path, file) in enumerate(self._earlier_files):
+            if pruned_end is not None and end > pruned_end:
+                self._earlier_files[index] = (end, path, self._restored(path, file))
+        self._file = self._restored(self.path, self._file)
+
+    def _restored(self, path: Path, file: int) -> int:
+        """The descriptor of one of the journal's files; if the file is no longer at its path, of a copy that is."""
+        if not stat.S_ISREG(os.fstat(file).st_mode) or _is_at(path, file):
+            return file
         self._directory.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".new")
-        file = open_private(beside, _FLAGS | os.O_TRUNC)
+        beside = path.with_suffix(".new")
+        copy = open_private(beside, _FLAGS | os.O_TRUNC)
         try:
-            # By its descriptor: there is no name to open it by.
-            while content := os.pread(self._file, 2**20, os.fstat(file).st_size):
-                if os.write(file, content) != len(content):
+            # By the descriptor: there is no name to open it by.
+            while content := os.pread(file, 2**20, os.fstat(copy).st_size):
+                if os.write(copy, content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.rename(beside, self.path)
+            os.rename(beside, path)
         except OSError:
-            os.close(file)
+            os.close(copy)
             raise
-        os.close(self._file)
-        self._file = file
+        os.close(file)
         sync_directory(self._directory)
-        self._say(f"{self.path}: was removed while the run is training; it is there again, with all its entries")
+        self._say(f"{path}: was removed while the run is training; it is there again")
+        return copy
 
     def _has_reached_size(self) -> bool:
         """Whether there is no room; looked at again from time to time, as the publisher makes some."""
@@ -237,12 +255,20 @@ class Outbox:
         path = path_of(self._directory, begin)
         file = open_private(path, _FLAGS)
         # Not waited for here, on the trainer's thread: `sync` does.
-        self._earlier_files.append(self._file)
+        self._earlier_files.append((begin, self.path, self._file))
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0
 
     def _error(self, what: str, error: OSError) -> str:
         waiting = f" ({len(self._waiting)} entries wait in memory)" if self._waiting else ""
         return f"{self.path}: {what}: {error.strerror}; free space there{waiting}"
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether a path leads to the file that is open. On NFS a removed file keeps a link, of another name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _cut_torn_line(path: Path) -> None:

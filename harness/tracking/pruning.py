@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +26,14 @@ class Pruned:
         latest: metric -> value, time in milliseconds since the epoch and step of its point of the highest step.
         params: name -> text, as it was first.
         checkpoints: the keys of the checkpoints.
+        end: bytes of the journal that were removed because they were delivered; None: an earlier version, which kept no
+            count, has removed some.
     """
 
     latest: Mapping[str, tuple[float, int, int]] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     checkpoints: frozenset[str] = frozenset()
+    end: int | None = 0
 
 
 def read_pruned(directory: Path) -> Pruned:
@@ -55,7 +58,7 @@ def _as_written(directory: Path) -> Pruned | None:
         return None
     try:
         latest = {key: (float(value), int(time), int(step)) for key, (value, time, step) in record["latest"].items()}
-        return Pruned(latest, dict(record["params"]), frozenset(record["checkpoints"]))
+        return Pruned(latest, dict(record["params"]), frozenset(record["checkpoints"]), record.get("end"))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
@@ -65,8 +68,24 @@ def write_pruned(directory: Path, pruned: Pruned) -> None:
 
     Effects: not collective, the publisher's; blocks on fsync; leaves ``<directory>/pruned.json``.
     """
-    record = {"latest": pruned.latest, "params": pruned.params, "checkpoints": sorted(pruned.checkpoints)}
+    record = {
+        "latest": pruned.latest,
+        "params": pruned.params,
+        "checkpoints": sorted(pruned.checkpoints),
+        "end": pruned.end,
+    }
     replace_file(directory / PRUNED, json.dumps(record))
+
+
+def num_lost(directory: Path, offset: int) -> int:
+    """Bytes of the journal from `offset` on that are gone, and were not removed because they were delivered."""
+    found = segments(directory)
+    if not found or found[0].begin <= offset:
+        return 0
+    pruned = _as_written(directory) if (directory / PRUNED).exists() else Pruned()
+    if pruned is None or pruned.end is None:
+        return 0  # it is not known
+    return max(0, found[0].begin - max(offset, pruned.end))
 
 
 def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
@@ -92,7 +111,8 @@ def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
         if size_bytes <= keep_bytes or segment.end > done:
             break
         # First: one that is there twice is known by its name, one that is nowhere is lost.
-        write_pruned(directory, _remembered(read_pruned(directory), read_entries(directory, 0, _KEPT, segment.end)))
+        entries = read_entries(directory, 0, _KEPT, segment.end)
+        write_pruned(directory, replace(_remembered(read_pruned(directory), entries), end=segment.end))
         segment.path.unlink()
         size_bytes -= segment.end - segment.begin
         num_gone += 1

@@ -24,7 +24,7 @@ from harness.tracking.halving import send_in_halves
 from harness.tracking.heartbeat import Heartbeat
 from harness.tracking.model_lane import ModelLane
 from harness.tracking.retries import FIRST_PAUSE_S, Retries
-from harness.tracking.segments import durable_end
+from harness.tracking.segments import durable_end, segments
 from harness.tracking.store import Settings, Store, WantedRun
 
 POLL_S = 0.2
@@ -195,6 +195,11 @@ class Publisher:
         So what the store has is in the journal, and known to an attempt that repeats it, whatever crashes.
         """
         offset = self._acknowledged.now.offset
+        if num_bytes := pruning.num_lost(self._outbox_dir, offset):
+            reason = f"journal: {num_bytes} bytes were removed before they were delivered"
+            log(reason)
+            self._acknowledged.update(refused=reason, offset=segments(self._outbox_dir)[0].begin)
+            offset = self._acknowledged.now.offset
         return read_entries(self._outbox_dir, offset, end=durable_end(self._outbox_dir, offset))
 
     def _prune(self) -> None:

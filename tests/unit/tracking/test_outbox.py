@@ -21,7 +21,8 @@ from harness.tracking import outbox as outbox_module
 from harness.tracking.acknowledged import Delivered, read_delivered, write_delivered
 from harness.tracking.entries import Entry, read_entries
 from harness.tracking.outbox import DEFAULT_MAX_BYTES, Outbox
-from harness.tracking.segments import JOURNAL
+from harness.tracking.pruning import num_lost, prune
+from harness.tracking.segments import JOURNAL, segments
 
 values = st.recursive(
     st.none()
@@ -55,15 +56,17 @@ def in_a_new_directory(check: Callable[[Path], None]) -> None:
         check(Path(name) / "outbox")
 
 
-@pytest.mark.parametrize("takes_directory", [False, True], ids=["file", "directory"])
-def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path: Path, takes_directory: bool) -> None:
+@pytest.mark.parametrize("takes", ["file", "directory", "moves"])
+def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path: Path, takes: str) -> None:
     said: list[str] = []
     directory = tmp_path / "outbox"
     outbox = Outbox(directory, say=said.append)
     for step in range(4):
         outbox.append("metrics", {"step": step, "values": {"loss": 1.0}})
-        if step == 1:
-            shutil.rmtree(directory) if takes_directory else outbox.path.unlink()
+        if step == 1 and takes == "moves":
+            outbox.path.rename(tmp_path / "elsewhere.jsonl")
+        elif step == 1:
+            shutil.rmtree(directory) if takes == "directory" else outbox.path.unlink()
     outbox.sync()
     outbox.append("metrics", {"step": 4, "values": {"loss": 1.0}})
     outbox.sync()
@@ -72,6 +75,47 @@ def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path
     (line,) = said
     assert line.startswith(f"{outbox.path}: was removed while the run is training")
     outbox.close()
+
+
+def test_every_open_file_is_there_again_when_the_journal_of_several_was_removed(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, max_bytes=2_000)
+    for step in range(12):
+        outbox.append("params", {f"p{step}": "1"})
+    there = sorted(path.name for path in tmp_path.glob("*.jsonl"))
+    assert len(there) > 2
+    for name in there:
+        (tmp_path / name).unlink()
+    outbox.sync()
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert len(list(read_entries(tmp_path))) == 12
+    outbox.close()
+
+
+def test_nothing_is_done_when_a_closed_outbox_is_synced(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / "outbox")
+    outbox.append("params", {"p": "1"})
+    outbox.close()
+    outbox.path.unlink()
+    with (tmp_path / "other").open("wb") as other:  # which has the closed file's number, likely
+        outbox.sync()
+        outbox.close()
+        other.write(b"x")
+    assert not outbox.path.exists()
+
+
+def test_bytes_are_counted_as_lost_when_they_were_not_removed_by_the_publisher(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path, max_bytes=2_000)
+    for step in range(12):
+        outbox.append("params", {f"p{step}": "1"})
+    outbox.sync()
+    outbox.close()
+    first, second, *_ = segments(tmp_path)
+    assert num_lost(tmp_path, 0) == 0
+    prune(tmp_path, Delivered(offset=first.end, models_offset=first.end), 0)
+    assert num_lost(tmp_path, 0) == 0
+    second.path.unlink()
+    assert num_lost(tmp_path, 0) == second.end - second.begin
+    assert num_lost(tmp_path, second.end) == 0
 
 
 @given(appended, st.data())
