@@ -52,14 +52,25 @@ class EndedRun:
             return
         try:
             self._log(LoggedValues(self.say).numbers(values))
-        except HarnessError as error:
-            self.say(f"harness: warning: {error}; deliver the rest with `harness sync {self.path}`")
+        except (HarnessError, OSError) as error:
+            self.say(
+                f"harness: warning: {', '.join(values)} are not in MLflow: {error}; "
+                f"`harness sync {self.path}` delivers what is in the journal"
+            )
         finally:
             lock.release()
 
     def _log(self, values: Mapping[str, float]) -> None:
         # Another job may have resumed the run since.
         tracker = Tracker(self.path, self.config, read_run_record(self.path).get("attempt", 1))
+        try:
+            self._add(tracker, values)
+        finally:
+            tracker.outbox.close()
+            for line in tracker.warnings:
+                self.say(line)
+
+    def _add(self, tracker: Tracker, values: Mapping[str, float]) -> None:
         # An evaluation that only repeats the last epoch's has given the same numbers.
         there = tracker.points_at(values, self.step)
         values = {
@@ -67,15 +78,11 @@ class EndedRun:
         }
         if not values:
             return
-        try:
-            is_delivered = tracker.add_after_end(
-                self.name, values, self.step, "training is complete, and was evaluated", self.config.drain_timeout_s
-            )
-        finally:
-            for line in tracker.warnings:
-                self.say(line)
+        is_delivered = tracker.add_after_end(
+            self.name, values, self.step, "training is complete, and was evaluated", self.config.drain_timeout_s
+        )
         if not is_delivered and self.config.enabled and not self.config.offline:
-            raise TrackingError("MLflow has not had everything yet")
+            raise TrackingError("not everything was delivered in time")
 
 
 def _is_at(step: int, point: Point | None) -> bool:

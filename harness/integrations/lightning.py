@@ -155,6 +155,16 @@ class HarnessCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which is no step's time."""
         self._guest.evaluated()
+        self._report_test(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Everything of a test has been logged."""
+        self._report_test(trainer)
+
+    def _report_test(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, _Metrics):
+                logger.report_collected()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch is over; its own means are logged behind this."""
@@ -184,6 +194,8 @@ class _Metrics(Logger):
     def __init__(self, guest: Guest) -> None:
         super().__init__()
         self._guest = guest
+        # What is logged when no training runs: of a test, whose batches may each log something.
+        self._collected: dict[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -198,7 +210,17 @@ class _Metrics(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """At the number of steps that are complete: Lightning's own counts from zero."""
         # The run has the number of epochs that are complete.
-        self._guest.report({key: value for key, value in metrics.items() if key != "epoch"})
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        if self._guest.is_open:
+            self._guest.report(values)
+        else:
+            self._collected |= values
+
+    def report_collected(self) -> None:
+        """A test or a validation outside training is over: its latest values go to the run together."""
+        values, self._collected = self._collected, {}
+        if values:
+            self._guest.report(values)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """They are in the run already."""

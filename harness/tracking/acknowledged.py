@@ -186,7 +186,7 @@ class Acknowledged:
         # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.
         with suppress(OSError):
             write_delivered(self._outbox_dir, self._delivered)
-        self._is_written = True
+            self._is_written = True
         self._next_write_s = time.monotonic() + _WRITE_EVERY_S
 
     def pass_models(self, offset: int) -> None:

@@ -39,10 +39,10 @@ class GivenRun:
 
 
 def given_run(tracking_uri: str | None) -> GivenRun | None:
-    """The run that the user has named; None: none.
+    """The run that the user has named, or None.
 
     Effects: not collective: rank zero looks, main thread, since MLflow's active run is one of a thread. The run of
-    MLFLOW_RUN_ID is given once in a process.
+    MLFLOW_RUN_ID is not given again after `mark_used`.
 
     Args:
         tracking_uri: as it is configured; None: the same as MLflow's own functions use.
@@ -50,7 +50,6 @@ def given_run(tracking_uri: str | None) -> GivenRun | None:
     active = active_run_id()
     named = os.environ.get(RUN_ID)
     if named and named not in _used:
-        _used.add(named)
         notes = (f"{RUN_ID} names MLflow run {named}: the active run {active} is not used",)
         return GivenRun(named, RUN_ID, notes if active not in (None, named) else ())
     if active is None or _is_elsewhere(tracking_uri):
@@ -58,8 +57,14 @@ def given_run(tracking_uri: str | None) -> GivenRun | None:
     return GivenRun(active, "the active run")
 
 
+def mark_used(run_id: str | None) -> None:
+    """A training logs to this run: if MLFLOW_RUN_ID names it, the next training of the process gets another."""
+    if run_id is not None and run_id == os.environ.get(RUN_ID):
+        _used.add(run_id)
+
+
 def active_run_id() -> str | None:
-    """Of the run that MLflow's own functions log to; None: there is none, or MLflow is not imported."""
+    """The id of the run that MLflow's own functions log to; None if there is none, or MLflow is not imported."""
     # Not `mlflow.active_run`, which autologging replaces.
     module: Any = sys.modules.get("mlflow.tracking.fluent")
     run = module.active_run() if module is not None and hasattr(module, "active_run") else None

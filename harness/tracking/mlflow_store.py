@@ -116,13 +116,13 @@ class MlflowStore:
         found = self._runs_with(RUN_TAG, wanted.key)
         parent = None if wanted.parent is None else self._parent(wanted.parent, wanted.created_ms)
         if found:
-            self._parent_id = found[0].data.tags.get(MLFLOW_PARENT_RUN_ID)
+            self._parent_id = self._own_parent(found[0])
             self.run_id = found[0].info.run_id
             self.reopen()
             return
         tags = {RUN_TAG: wanted.key} | ({} if parent is None else {MLFLOW_PARENT_RUN_ID: parent})
         run = self._client.create_run(self.experiment_id, start_time=wanted.created_ms, tags=tags, run_name=wanted.name)
-        self._parent_id = parent
+        self._parent_id = self._own_parent(run)
         self.run_id = run.info.run_id
 
     def _experiment(self, name: str) -> str:
@@ -191,6 +191,19 @@ class MlflowStore:
         self._client.update_run(parent, status="RUNNING")
         return parent
 
+    def _own_parent(self, run: Run) -> str | None:
+        """The id of the run's parent, if it was made here by its name: any other one is ended by whoever made it."""
+        parent_id: str | None = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+        if parent_id is None:
+            return None
+        try:
+            tags = self._client.get_run(parent_id).data.tags
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return parent_id if PARENT_TAG in tags else None
+
     def _open_known(self, run_id: str) -> None:
         try:
             run = self._client.get_run(run_id)
@@ -209,7 +222,7 @@ class MlflowStore:
         self.run_id, self.experiment_id = run_id, run.info.experiment_id
         if run.info.status in _ENDED:
             self._ended_before = run.info.status, run.info.end_time
-        self._parent_id = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+        self._parent_id = self._own_parent(run)
         self.reopen()
 
     def reopen(self) -> None:

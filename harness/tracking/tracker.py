@@ -31,7 +31,7 @@ from harness.tracking.continuation import (
     read_logged,
 )
 from harness.tracking.drain import Drain, Left
-from harness.tracking.given_run import EXPERIMENT_ID, GivenRun, is_held
+from harness.tracking.given_run import EXPERIMENT_ID, GivenRun, is_held, mark_used
 from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
 from harness.tracking.mlmodel import newest_recipe, write_recipe
 from harness.tracking.names import Names, clean_key
@@ -139,12 +139,13 @@ class Tracker:
             "max_outbox_bytes": self.config.max_outbox_bytes,
             "offline": self.config.offline,
             # `mlflow.set_experiment` sets it, too.
-            "experiment_id": None if self.config.experiment_name else os.environ.get(EXPERIMENT_ID),
+            "experiment_id": None if self.config.experiment_name else os.environ.get(EXPERIMENT_ID) or None,
             "given_run": None if self.given is None else [self.given.run_id, self.given.source],
         }
         self._settings = settings
         if self.config.offline:
             self._is_users = self.given is not None and is_held(self.given.run_id)
+            mark_used(None if self.given is None else self.given.run_id)
             self._stay_offline(settings)
             return
         limit_s = self.config.start_timeout_s + lock_timeout_s
@@ -155,6 +156,7 @@ class Tracker:
                 self.run_id, notes = read_answer(self._publisher, self.run_dir, limit_s)
                 self.notes = [*(() if self.given is None else self.given.notes), *notes]
                 self._is_users = is_held(self.run_id)
+                mark_used(self.run_id)
                 break
             except PublisherDiedError:
                 self.abandon()

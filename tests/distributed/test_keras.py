@@ -12,7 +12,7 @@ from harness.checkpoint.commit import list_checkpoints
 from tests.launching import ROOT
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 
-SCRIPTS = ROOT / "tests" / "unit" / "integrations"
+SCRIPTS = ROOT / "tests" / "local" / "integrations"
 
 
 def run(cwd: Path, *words: str, script: str = "keras_fit.py") -> tests.launching.Done:

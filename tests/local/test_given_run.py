@@ -69,7 +69,10 @@ def test_first_named_is_given_when_several_are(store: MlflowClient, monkeypatch:
         found = given_run.given_run(None)
         assert found is not None and (found.run_id, found.source) == (named, "MLFLOW_RUN_ID")
         assert active in found.notes[0]
-        # It is one run: the next training of this process is not in it.
+        # A training that could not begin has not used it. After one that has, the next one is not in it.
+        assert given_run.given_run(None) == found
+        given_run.mark_used(active)
+        given_run.mark_used(named)
         assert given_run.given_run(None) == given_run.GivenRun(active, "the active run")
     assert not given_run.is_held(active)
 

@@ -18,6 +18,7 @@ from harness.checkpoint.commit import list_checkpoints
 from harness.errors import Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
+from harness.tracking.entries import read_entries
 from tests.local.integrations.digits_module import DigitsModule
 from tests.mlflow_reader import client, history, models, only_run
 
@@ -107,6 +108,7 @@ class DigitsWithTest(DigitsModule):
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.log("test/loss", self.training_loss(batch))
+        self.log("test/number", float(batch_idx), on_step=True, on_epoch=False)
 
     def training_loss(self, batch: Any) -> torch.Tensor:
         images, labels = batch
@@ -126,6 +128,9 @@ def test_metrics_of_a_test_are_in_the_run_when_it_comes_after_training(tmp_path:
     (point,) = history(reader, run, "test/loss")
     assert (point.step, point.value) == (8, pytest.approx(tested["test/loss"]))
     assert [point.step for point in history(reader, run, "eval/loss")] == [8]
+    # Together, once for the test and not for each of its batches.
+    assert [point.step for point in history(reader, run, "test/number")] == [8]
+    assert len(list(read_entries(tmp_path / "runs/digits/outbox", kinds=("end",)))) == 2
 
 
 def test_a_line_says_so_when_a_test_belongs_to_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

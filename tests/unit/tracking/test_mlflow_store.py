@@ -56,6 +56,18 @@ def test_one_parent_is_used_when_its_name_has_quotes(store: MlflowStore, tmp_pat
     assert sorted(run.info.run_name for run in runs) == ["bob's sweep", *["run"] * 4, both]
 
 
+def test_parent_keeps_its_status_when_another_has_made_it(store: MlflowStore, tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    made = client.create_run(store.experiment_id).info.run_id
+    child = client.create_run(store.experiment_id, tags={"mlflow.parentRunId": made}).info.run_id
+    ours = client.get_run(store.run_id).data.tags["mlflow.parentRunId"]
+    store.end("FAILED", 5)
+    store.open_run(WantedRun("key-2", "run", "default", given_run_id=child))
+    store.end("FAILED", 6)
+    statuses = {run_id: client.get_run(run_id).info.status for run_id in (made, child, ours)}
+    assert statuses == {made: "RUNNING", child: "FAILED", ours: "FAILED"}
+
+
 def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: MlflowStore, tmp_path: Path) -> None:
     store.log_metrics([("val/AR@100", 1.0, 1, 1), ("a/../b", 2**63 + 1, 1, 1), ("good", 1.0, 1, -1)])
     store.log_params({"acc@1": "1", "acc%1": "2", "..": "3"})
