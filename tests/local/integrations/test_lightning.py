@@ -135,7 +135,7 @@ def test_metrics_of_a_test_are_in_the_run_when_it_comes_after_training(tmp_path:
 
 def test_a_line_says_so_when_a_test_belongs_to_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_trainer(enable_checkpointing=False).test(DigitsWithTest(), verbose=False)
-    assert "test/loss are in no run" in capsys.readouterr().err
+    assert "test/loss, test/number are in no run" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
