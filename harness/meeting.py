@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 # Set by `harness rank`: a name of the job's, which the ranks meet under (`harness.job_rendezvous`).
@@ -33,3 +34,8 @@ def have_met(meeting: Meeting) -> None:
 def latest_meeting() -> Meeting | None:
     """How this process's ranks have met last; None: not in a way of ours."""
     return _latest
+
+
+def is_first_of_launch() -> bool:
+    """Whether the launcher has made this process rank zero; true where there is no launcher."""
+    return os.environ.get("RANK", "0") == "0"

@@ -19,6 +19,7 @@ import harness
 from harness.autologging.api import first_run_of, script_name
 from harness.config import NUM_PROCESSES_VARIABLE
 from harness.errors import EXIT_DONE, ConfigError, HarnessError
+from harness.meeting import is_first_of_launch
 from harness.redact import redact_words
 from harness.standard_streams import write_error, write_output
 from launch.command_parser import CommandParser
@@ -156,7 +157,7 @@ def _check_resume(own: argparse.Namespace) -> None:
             f"there is no {own.resume}; give auto, never, a run's directory (such as {own.run_dir}/<run_name>), a "
             "checkpoint's, or an address in MLflow (models:/..., runs:/...)",
         )
-    if own.resume == "auto" and own.run_name is None and not own.silent and os.environ.get("RANK", "0") == "0":
+    if own.resume == "auto" and own.run_name is None and not own.silent and is_first_of_launch():
         name = script_name()
         made = Path(own.run_dir).glob(f"{name}-*/run.json")
         unnamed = sorted(

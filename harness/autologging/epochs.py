@@ -152,10 +152,8 @@ class Epochs:
         start = self.begins_as(loader)
         is_likely = self._trained.makes_likely(start)
         is_part = is_likely and self._is_within_one_join
-        before, this = (
-            self._pass,
-            Pass(loader, start, self._usual_size(loader), is_likely=is_likely and not is_part, is_part=is_part),
-        )
+        before = self._pass
+        this = Pass(loader, start, self._usual_size(loader), is_likely=is_likely and not is_part, is_part=is_part)
         self._pass = this
         self._iteration = getattr(loader, "iteration", None)
         ended = self._ended

@@ -25,6 +25,7 @@ from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
 from harness.fsdp2_layers import separate_embeddings
+from harness.meeting import is_first_of_launch
 from harness.redact import redact_named
 from harness.tracking.given_run import GivenRun, active_run_id, given_run
 
@@ -188,7 +189,7 @@ class Switch:
             return
         self._is_known = True
         has_callback = any(name.startswith("harness.integrations.") for name in sys.modules)
-        if not has_callback and os.environ.get("RANK", "0") == "0":
+        if not has_callback and is_first_of_launch():
             self.session.notes.say_once(
                 "an optimizer steps, and accelerator.backward was not called: this training is not seen, so nothing of "
                 "it is logged or saved"

@@ -8,7 +8,6 @@ stopped, and whether it says that it failed.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +21,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness.autologging import switch
+from harness.checkpoint.names import some
 from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import HarnessError, Stopped
 from harness.integrations.ended_run import EndedRun
+from harness.meeting import is_first_of_launch
 from harness.periodic import PeriodicLogger
 from harness.recipe import ExampleSource
+from harness.standard_streams import write_error
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class Guest:
             self._ended.log(values)
         elif values and not self._has_said_none_is_open and _is_rank_zero():
             self._has_said_none_is_open = True
-            names = ", ".join(sorted(map(str, values))[:4])
-            sys.stderr.write(f"harness: no training has begun, or it has failed, so {names} are in no run\n")
+            names = some(sorted(map(str, values)), 4)
+            write_error(f"harness: no training has begun, or it has failed, so {names} are in no run\n")
 
     def evaluated(self) -> None:
         """The loop has evaluated, which is no step's time."""
@@ -273,4 +275,4 @@ class Guest:
 def _is_rank_zero() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
+    return is_first_of_launch()

@@ -184,7 +184,8 @@ class Outbox:
                 os.close(file)
 
     def _restore_files(self) -> None:
-        pruned_end = read_pruned(self._directory).end
+        # Files that are delivered are removed by the publisher; read only where there are several.
+        pruned_end = read_pruned(self._directory).end if self._earlier_files else None
         for index, (end, path, file) in enumerate(self._earlier_files):
             if pruned_end is not None and end > pruned_end:
                 self._earlier_files[index] = (end, path, self._restored(path, file))
