@@ -20,8 +20,8 @@ from loop_overhead import EPOCHS_PER_WINDOW, Times, by_hand, report, rounds, tim
 
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.config import CheckpointConfig, TrackingConfig
-from harness.task import Task
+from harness.config.schema import CheckpointConfig, TrackingConfig
+from harness.config.task import Task
 
 
 def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory: Path) -> list[tuple[Times, Times]]:

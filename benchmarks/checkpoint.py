@@ -49,9 +49,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.plan import Plan
-from harness.config import TrainerConfig
-from harness.runtime import start
+from harness.checkpoint.save.plan import Plan
+from harness.config.schema import TrainerConfig
+from harness.distributed.strategies import start
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 1024
@@ -139,8 +139,8 @@ class WriterThread:
     def __init__(self, memory: Any, layout: Any, ranges: Any, *, makes_files: bool) -> None:
         import mmap
 
-        from harness.checkpoint.write import output_files
-        from harness.checkpoint.writer import RangeWriter
+        from harness.checkpoint.save.write import output_files
+        from harness.checkpoint.save.writer import RangeWriter
 
         mapped = memoryview(mmap.mmap(memory.descriptor, memory.size_bytes, prot=mmap.PROT_READ))
         self.writer = RangeWriter(mapped, output_files(layout, with_headers=makes_files), ranges)
@@ -306,7 +306,7 @@ def worker(arguments: argparse.Namespace) -> None:
     """One rank."""
     torch.set_num_threads(1)
     if arguments.writer == "thread":
-        from harness.checkpoint import saver as saver_module
+        from harness.checkpoint.save import saver as saver_module
 
         saver_module.WriterProcess = WriterThread  # type: ignore[assignment, misc]
     accelerator = start(TrainerConfig(), seed=0)

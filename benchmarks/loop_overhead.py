@@ -27,11 +27,11 @@ import torch
 from accelerate.utils import set_seed
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.config import TrainerConfig
-from harness.loop import fit
-from harness.runtime import start, strategy_of
-from harness.task import Task
+from harness.config.schema import TrainerConfig
+from harness.config.task import Task
+from harness.distributed.strategies import start, strategy_of
 from harness.tasks import ByteLM, Digits
+from harness.training.fit import fit
 
 
 def tasks() -> dict[str, Task]:

@@ -37,12 +37,12 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType, set_seed
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.agreement import Agreement
-from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import innermost
-from harness.checkpoint.trainer_state import Watched
-from harness.config import TrainerConfig
-from harness.runtime import start
+from harness.checkpoint.restore.restore import restore_tensors
+from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.state.trainer_state import Watched
+from harness.config.schema import TrainerConfig
+from harness.distributed.collectives import Agreement
+from harness.distributed.strategies import start
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -42,17 +42,17 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness import random_state  # noqa: E402
-from harness.checkpoint.all_ranges import packed  # noqa: E402
-from harness.checkpoint.board import Board  # noqa: E402
-from harness.checkpoint.commit import Manifest, commit, read_manifest  # noqa: E402
-from harness.checkpoint.gather import _chunks, places  # noqa: E402
-from harness.checkpoint.holdings import Holdings, kinds_of, sharing_of  # noqa: E402
-from harness.checkpoint.layout import TensorSpec, plan_layout  # noqa: E402
-from harness.checkpoint.plan import Plan, _stage, assign, hash_of, plan_of, with_all  # noqa: E402
-from harness.checkpoint.rank_state import RankState  # noqa: E402
-from harness.checkpoint.save_runner import Told  # noqa: E402
-from harness.checkpoint.shards.source import Run  # noqa: E402
+from harness.checkpoint.format.all_ranges import packed  # noqa: E402
+from harness.checkpoint.format.commit import Manifest, commit, read_manifest  # noqa: E402
+from harness.checkpoint.format.layout import TensorSpec, plan_layout  # noqa: E402
+from harness.checkpoint.format.tensor_shard import Run  # noqa: E402
+from harness.checkpoint.save.commit_store import Board  # noqa: E402
+from harness.checkpoint.save.gather import _chunks, places  # noqa: E402
+from harness.checkpoint.save.plan import Plan, _stage, assign, hash_of, plan_of, with_all  # noqa: E402
+from harness.checkpoint.save.save_runner import Told  # noqa: E402
+from harness.checkpoint.sharding.shard_catalog import Holdings, kinds_of, sharing_of  # noqa: E402
+from harness.checkpoint.state.rank_state import RankState  # noqa: E402
+from harness.data import rng_state  # noqa: E402
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T
 
 def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds: int) -> None:
     """One process: some ranks, which say at once that they have written."""
-    state = RankState(random_state.take(torch.device("cpu"))).encoded()
+    state = RankState(rng_state.take(torch.device("cpu"))).encoded()
     records = {rank: Told({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
     stores = [TCPStore("127.0.0.1", port, is_master=False) for _ in range(NUM_CONNECTIONS)]
     boards = {rank: Board(rank, world_size, stores[rank // NUM_PROCESSES % len(stores)], "scale") for rank, _ in which}
@@ -132,7 +132,7 @@ def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: in
         which = [(rank, nums[rank]) for rank in range(1 + number, world_size, NUM_PROCESSES)]
         processes.append(context.Process(target=acknowledge, args=(store.port, world_size, which, rounds)))
         processes[-1].start()
-    state = RankState(random_state.take(torch.device("cpu"))).encoded()
+    state = RankState(rng_state.take(torch.device("cpu"))).encoded()
     own = Told({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
 
     def collect() -> list[Told]:

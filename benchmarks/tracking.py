@@ -39,12 +39,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig  # noqa: E402
-from harness.config import TrainerConfig  # noqa: E402
-from harness.metrics import WeightedSums  # noqa: E402
-from harness.runtime import start  # noqa: E402
-from harness.tracking.acknowledged import read_delivered  # noqa: E402
-from harness.tracking.outbox import Outbox  # noqa: E402
-from harness.tracking.segments import journal_end  # noqa: E402
+from harness.config.schema import TrainerConfig  # noqa: E402
+from harness.distributed.strategies import start  # noqa: E402
+from harness.metrics.reducer import WeightedSums  # noqa: E402
+from harness.tracking.journal.delivery_state import read_delivered  # noqa: E402
+from harness.tracking.journal.segments import journal_end  # noqa: E402
+from harness.tracking.journal.writer import Outbox  # noqa: E402
 from harness.tracking.tracker import Tracker  # noqa: E402
 from tests.services.mlflow_server import MlflowServer  # noqa: E402
 

@@ -26,7 +26,7 @@ import requests
 import torch
 
 from benchmarks.tracking import goal, over, p99, publisher_log, tracked
-from harness.tracking.acknowledged import read_delivered
+from harness.tracking.journal.delivery_state import read_delivered
 from tests.services.mlflow_server import MlflowServer
 from tests.services.s3_server import BUCKET, S3Server
 
@@ -140,8 +140,8 @@ def target(store: str, directory: Path) -> Iterator[Target]:
 def measure_store(where: Target, weights: Path, rounds: int, directory: Path) -> dict[str, Any]:
     from mlflow import MlflowClient
 
-    from harness.tracking.mlflow_store import MlflowStore
-    from harness.tracking.store import WantedRun
+    from harness.tracking.mlflow.store import MlflowStore
+    from harness.tracking.mlflow.store_protocol import WantedRun
 
     MlflowClient(where.server.uri).create_experiment("uploads", artifact_location=where.artifact_location)
     store = MlflowStore(where.server.uri)

@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.autologging.api import autolog, resume
-    from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+    from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+    from harness.config.task import StepOutput, Task
     from harness.errors import HarnessError
-    from harness.flavor import load_model
-    from harness.periodic import PeriodicLogger
-    from harness.task import StepOutput, Task
+    from harness.models.mlflow_flavor import load_model
+    from harness.training.periodic_logger import PeriodicLogger
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CheckpointConfig": "harness.config",
-    "ClassSpec": "harness.config",
+    "CheckpointConfig": "harness.config.schema",
+    "ClassSpec": "harness.config.schema",
     "HarnessError": "harness.errors",
-    "PeriodicLogger": "harness.periodic",
-    "RunConfig": "harness.config",
-    "StepOutput": "harness.task",
-    "Task": "harness.task",
-    "TrackingConfig": "harness.config",
-    "TrainerConfig": "harness.config",
+    "PeriodicLogger": "harness.training.periodic_logger",
+    "RunConfig": "harness.config.schema",
+    "StepOutput": "harness.config.task",
+    "Task": "harness.config.task",
+    "TrackingConfig": "harness.config.schema",
+    "TrainerConfig": "harness.config.schema",
     "autolog": "harness.autologging.api",
-    "load_model": "harness.flavor",
+    "load_model": "harness.models.mlflow_flavor",
     "resume": "harness.autologging.api",
 }
 

@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from harness.config import RunConfig
+from harness.config.parsing import parse_run_config
+from harness.config.schema import RunConfig
 from harness.errors import EXIT_DONE, EXIT_FAILED, HarnessError, PeerFailure, Stopped, reason_of
-from harness.options import parse_run_config
-from harness.redact import redact_message
-from harness.standard_streams import flush, occupy_descriptors, write_error
+from harness.io.redact import redact_message
+from harness.io.standard_streams import flush, occupy_descriptors, write_error
 
 _RANK_ZERO_FIRST_S = 3.0
 
@@ -38,12 +38,12 @@ def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
 def run(config: RunConfig) -> int:
     """Train with a configuration that is parsed already, and say what came out."""
     # Imported late: parsing, and its errors, take no torch.
-    from harness.app import train
+    from harness.training.app import train
 
     logger = train(config)
     logger.progress.stop()
     if logger.topology.rank == 0 and logger.run_path is not None:
-        from harness.report import checkpoint_table, how_to_open
+        from harness.diagnostics.report import checkpoint_table, how_to_open
 
         logger.progress.say(checkpoint_table(logger.run_path))
         logger.progress.say(how_to_open(logger.run_path))

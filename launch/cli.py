@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from harness import __version__
-from harness.child import standard_library
-from harness.config import SAVE_DTYPES, parse_size_bytes
+from harness.config.schema import SAVE_DTYPES, parse_size_bytes
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError, RunDirError
-from harness.standard_streams import occupy_descriptors, write_error, write_output
+from harness.io.child_process import standard_library
+from harness.io.standard_streams import occupy_descriptors, write_error, write_output
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
@@ -165,8 +165,8 @@ _OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
-    from harness.checkpoint.commit import scan_checkpoints
-    from harness.report import checkpoint_records, checkpoint_table
+    from harness.checkpoint.format.commit import scan_checkpoints
+    from harness.diagnostics.report import checkpoint_records, checkpoint_table
 
     run_dir: Path = arguments.run_dir
     _require_run(run_dir)
@@ -175,8 +175,8 @@ def _checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    from harness.options import refuse_typed_password
-    from harness.tracking.sync import deliver_all, deliver_rest, is_online, runs_in
+    from harness.config.parsing import refuse_typed_password
+    from harness.tracking.publisher.sync import deliver_all, deliver_rest, is_online, runs_in
 
     refuse_typed_password("--tracking_uri", arguments.tracking_uri, [arguments.tracking_uri or ""])
     directories: list[Path] = arguments.run_dir or ([Path("runs")] if arguments.all else [])
@@ -214,7 +214,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from harness.checkpoint.verify import require_checkpoint, summary, verify
+    from harness.checkpoint.format.verify import require_checkpoint, summary, verify
 
     require_checkpoint(arguments.checkpoint)
     found = verify(arguments.checkpoint)
@@ -223,8 +223,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from harness.checkpoint import inspect
-    from harness.checkpoint.verify import require_checkpoint
+    from harness.checkpoint.format.verify import require_checkpoint
+    from harness.checkpoint.tools import inspect
 
     require_checkpoint(arguments.checkpoint)
     print(
@@ -238,8 +238,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     size = arguments.max_shard_size
     size_bytes = None if size is None else parse_size_bytes("--max_shard_size", size)
-    from harness.checkpoint.export import export
-    from harness.checkpoint.verify import require_checkpoint
+    from harness.checkpoint.format.verify import require_checkpoint
+    from harness.checkpoint.tools.export import export
 
     require_checkpoint(arguments.checkpoint)
     written = export(arguments.checkpoint, arguments.output, dtype=arguments.dtype, max_shard_size_bytes=size_bytes)
@@ -248,7 +248,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    from harness.stop_request import ask_to_stop
+    from harness.run.stop_request import ask_to_stop
 
     ask_to_stop(arguments.run_dir, arguments.reason)
     print(f"{arguments.run_dir}: asked to stop")
@@ -256,7 +256,7 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _restarts(arguments: argparse.Namespace) -> int:
-    from harness.restarts import count_start
+    from harness.run.requeue_limit import count_start
 
     count_start(arguments.run_dir, arguments.max_idle)
     return EXIT_DONE

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.config.parsing import config_files, config_files_first, parse_run_config
 from harness.errors import EXIT_DONE, LaunchError
-from harness.options import config_files, config_files_first, parse_run_config
 
 # Stand between the configuration's files and what is typed, so that what is typed wins.
 DEBUG_OPTIONS = (
@@ -40,11 +40,11 @@ def debug(words: Sequence[str]) -> int:
         options = [*ordered[:num_file_words], "--run_dir", temporary, *DEBUG_OPTIONS, *ordered[num_file_words:]]
         config = parse_run_config(options, prog="harness debug")
         from harness.__main__ import tell
-        from harness.build import build_task
+        from harness.config.instantiate import build_task
 
         try:
             _show(build_task(config.task))
-            from harness.app import train
+            from harness.training.app import train
 
             train(config)
         except (Exception, KeyboardInterrupt) as error:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.child import child_command
-from harness.config import NUM_PROCESSES_VARIABLE, RunConfig
+from harness.config.parsing import parse_run_config
+from harness.config.schema import NUM_PROCESSES_VARIABLE, RunConfig
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
-from harness.options import parse_run_config
-from harness.redact import redact_words
-from harness.standard_streams import write_output
+from harness.io.child_process import child_command
+from harness.io.redact import redact_words
+from harness.io.standard_streams import write_output
 from launch.command_parser import CommandParser
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -69,7 +69,7 @@ def check_classes(config: RunConfig) -> None:
     Raises:
         ConfigError: as each rank would, but once, and with the exit code that it should have.
     """
-    from harness.build import check_arguments, check_optimization
+    from harness.config.instantiate import check_arguments, check_optimization
 
     check_arguments("task", config.task)
     check_optimization(config)

@@ -23,12 +23,12 @@ LATE_IMPORTS = (
     "harness.__main__",
     "harness.autologging.exit_codes",
     "harness.autologging.switch",
-    "harness.checkpoint.shards.fsdp1",
-    "harness.checkpoint.shards.plain",
-    "harness.checkpoint.shards.zero",
+    "harness.checkpoint.sharding.fsdp1",
+    "harness.checkpoint.sharding.plain",
+    "harness.checkpoint.sharding.zero",
 )
 # Ranks send each other objects of classes in these, by the modules' names.
-_SENT = ("harness.checkpoint.", "harness.resumption", "harness.system_metrics.")
+_SENT = ("harness.checkpoint.", "harness.training.resume_manager", "harness.metrics.system.")
 
 
 def give_way(package: str, world_size: int) -> str | None:

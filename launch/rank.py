@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from harness.config.parsing import parse_run_config
+from harness.distributed.job_secret import FILE_NAME, FILE_VARIABLE, SECRET_VARIABLE, discard
+from harness.distributed.meeting import JOB_VARIABLE
+from harness.distributed.slurm_env import Task, read_task
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
-from harness.job_secret import FILE_NAME, FILE_VARIABLE, SECRET_VARIABLE, discard
-from harness.meeting import JOB_VARIABLE
-from harness.options import parse_run_config
-from harness.slurm import Task, read_task
-from harness.standard_streams import flush, write_error
+from harness.io.standard_streams import flush, write_error
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES
 from launch.strategy_environment import strategy_environment

@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 
 import harness
 from harness.autologging.api import first_run_of, script_name
-from harness.config import NUM_PROCESSES_VARIABLE
+from harness.config.schema import NUM_PROCESSES_VARIABLE
+from harness.distributed.meeting import is_first_of_launch
 from harness.errors import EXIT_DONE, ConfigError, HarnessError
-from harness.meeting import is_first_of_launch
-from harness.redact import redact_words
-from harness.standard_streams import write_error, write_output
+from harness.io.redact import redact_words
+from harness.io.standard_streams import write_error, write_output
 from launch.command_parser import CommandParser
 from launch.local import STRATEGIES, Plan, accelerate_command, require_free
 from launch.script import MODULE, find_script, run_script

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
-from harness.standard_streams import write_error
+from harness.io.standard_streams import write_error
 from launch.own_packages import PACKAGES, give_way
 
 MODULE = "-m"

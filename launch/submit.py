@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.config import RunConfig, check_run_name
-from harness.durable import open_private
+from harness.config.parsing import make_parser, parse_run_config
+from harness.config.schema import RunConfig, check_run_name
 from harness.errors import EXIT_DONE, ConfigError, LaunchError
-from harness.options import make_parser, parse_run_config
-from harness.standard_streams import write_output
+from harness.io.durable_files import open_private
+from harness.io.standard_streams import write_output
 from launch.command_parser import CommandParser
 from launch.job_script import Submission, num_nodes, render
 from launch.local import STRATEGIES, Plan, accelerate_command, check_classes

@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.config.parsing import parse_run_config
 from harness.errors import ConfigError
-from harness.options import parse_run_config
 
 
 def indices_of(text: str) -> list[int]:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 
 from benchmarks.peers import task
-from harness.runtime import with_cpu_strategies
+from harness.distributed.strategies import with_cpu_strategies
 
 asked = task.options()
 is_ours = asked.peer == "harness_autolog"

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.peers import task
 from benchmarks.peers.lightning_module import PACKAGE, Module, pl
-from harness import cpu
+from harness.distributed import cpu_strategies
 
 asked = task.options()
 is_autologged = asked.peer == "mlflow_autolog"
@@ -44,7 +44,7 @@ def strategy() -> Any:
     if asked.strategy == "fsdp2":
         return strategies.ModelParallelStrategy(2, 1, process_group_backend="gloo")
     if asked.strategy == "zero2":
-        cpu.prepare_deepspeed()
+        cpu_strategies.prepare_deepspeed()
         return DeepSpeedOnCpu(stage=2, process_group_backend="gloo", logging_batch_size_per_gpu=4)
     return strategies.DDPStrategy(process_group_backend="gloo") if asked.strategy == "ddp" else "auto"
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback
 
 from benchmarks.peers import task
-from harness import cpu
+from harness.distributed import cpu_strategies
 
 asked = task.options()
 os.environ["HF_MLFLOW_LOG_ARTIFACTS"] = "1"
@@ -22,9 +22,11 @@ ZERO_2 = {
     "gradient_accumulation_steps": "auto",
 }
 if asked.strategy == "fsdp2":
-    cpu.prepare_fsdp2("no", InitProcessGroupKwargs())  # otherwise accelerate takes DDP on a CPU, without a word
+    cpu_strategies.prepare_fsdp2(
+        "no", InitProcessGroupKwargs()
+    )  # otherwise accelerate takes DDP on a CPU, without a word
 if asked.strategy == "zero2":
-    cpu.prepare_deepspeed()
+    cpu_strategies.prepare_deepspeed()
 
 
 class OurBatches(Trainer):  # type: ignore[misc]

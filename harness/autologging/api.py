@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.autologging.settings import Settings
-from harness.config import CheckpointConfig, Mode, check_run_name
+from harness.config.schema import CheckpointConfig, Mode, check_run_name
 from harness.errors import ConfigError
 
 # In the run's directory of a training that is not its process's first: which one is.

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.autologging.exit_codes import ExitCodes, failure_of
 from harness.errors import EXIT_FAILED, HarnessError
-from harness.standard_streams import flush, write_error
+from harness.io.standard_streams import flush, write_error
 
 
 class Ending:

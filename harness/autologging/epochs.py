@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import data
 from harness.autologging.notes import Notes
 from harness.autologging.opening import Memory
 from harness.autologging.pass_end import PassEnd
 from harness.autologging.passes import Pass, Start, TrainedOn
 from harness.autologging.script import Choice, Prepared
 from harness.autologging.steps import Steps
+from harness.data import dataloaders
+from harness.data.pending_iteration import Overheard
 from harness.errors import EXIT_REQUEUE, Stopped
-from harness.overheard import Overheard
-from harness.periodic import PeriodicLogger
+from harness.training.periodic_logger import PeriodicLogger
 
 Original = Callable[[Any], Iterator[Any]]
 
@@ -226,7 +226,7 @@ class Epochs:
                 self._events.skip_time()
 
     def _usual_size(self, loader: Any) -> int | None:
-        return data.usual_batch_size(loader, self._prepared.num_processes)
+        return dataloaders.usual_batch_size(loader, self._prepared.num_processes)
 
     def _describe(self, this: Pass, batch: Any) -> None:
         """The first batch of a pass, before the script has it: by the time the pass trains, it may have changed."""

@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 from harness.autologging.session import Session
-from harness.redact import redact_named
-from harness.tracking.given_run import active_run_id
+from harness.io.redact import redact_named
+from harness.tracking.mlflow.given_run import active_run_id
 
 Function = Callable[..., Any]
 

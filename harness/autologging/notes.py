@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.progress import Progress
+from harness.io.progress import Progress
 
 _ADVICE = (
     "; with PeriodicLogger(accelerator), its watch(model, optimizer), epochs(n) and batches(loader) you say it yourself"

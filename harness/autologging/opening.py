@@ -6,17 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from harness import data
 from harness.autologging.api import FURTHER_FILE
 from harness.autologging.passes import TrainedOn
 from harness.autologging.script import Arguments, Prepared
 from harness.autologging.settings import Settings
-from harness.durable import replace_file
+from harness.data import dataloaders
 from harness.errors import CheckpointError
-from harness.periodic import PeriodicLogger
-from harness.progress import Progress
+from harness.io.durable_files import replace_file
+from harness.io.progress import Progress
 from harness.tracking import provenance
-from harness.tracking.given_run import GivenRun
+from harness.tracking.mlflow.given_run import GivenRun
+from harness.training.periodic_logger import PeriodicLogger
 
 
 def open_run(
@@ -45,7 +45,7 @@ def open_run(
     """
     accelerator = prepared.accelerator
     assert accelerator is not None
-    sizes = [data.samples_per_batch(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
+    sizes = [dataloaders.samples_per_batch(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
     training = {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,

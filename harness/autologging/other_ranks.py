@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.autologging.replacing import Replacement
 from harness.autologging.session import Session
-from harness.tracking.given_run import active_run_id
+from harness.tracking.mlflow.given_run import active_run_id
 
 # Functions of `mlflow` that write and whose result nobody uses.
 _WRITING = (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.metric_values import LoggedValues
-from harness.periodic import PeriodicLogger
+from harness.metrics.values import LoggedValues
+from harness.training.periodic_logger import PeriodicLogger
 
 
 class OwnValues:

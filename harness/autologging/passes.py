@@ -2,7 +2,7 @@
 
 A pass that trains is one within which `accelerator.backward` is called. The first batch of it is out before that can
 be seen, so what is likely to train begins as training does, and is forgotten again where nothing of it came. What is
-not likely is listened to (`harness.overheard`), and can become training's after all.
+not likely is listened to (`harness.data.pending_iteration`), and can become training's after all.
 
     likely   gradients are on, no training pass is open, and either none has been seen yet, or a pass over this data
              set that began with the model in this mode (train or eval) has trained
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.batch_size import batch_size
-from harness.overheard import Overheard
+from harness.data.batch_size import batch_size
+from harness.data.pending_iteration import Overheard
 from harness.tracking.provenance import BatchDigest
 
 

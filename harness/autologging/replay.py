@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness import data
-from harness.periodic import PeriodicLogger
+from harness.data import dataloaders
+from harness.training.periodic_logger import PeriodicLogger
 
 
 class Replay:
@@ -78,7 +78,7 @@ class Replay:
                     yield batch
                 break
         finally:
-            data.leave(loader, iterator)
+            dataloaders.leave(loader, iterator)
 
     @contextmanager
     def _no_backward_follows(self) -> Iterator[None]:

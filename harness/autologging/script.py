@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from harness.checkpoint.names import unwrapped
-from harness.checkpoint.schedules import COUNTED
+from harness.checkpoint.format.names import unwrapped
+from harness.checkpoint.state.schedules import COUNTED
 
 # What schedulers move in an optimizer.
 _MOVED = ("lr", "betas", "momentum")

@@ -14,7 +14,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from harness import data
 from harness.autologging.epochs import Epochs, Original
 from harness.autologging.notes import Notes
 from harness.autologging.opening import Memory, open_run, require_first_optimizer
@@ -24,9 +23,10 @@ from harness.autologging.replacing import Replacements
 from harness.autologging.replay import Replay
 from harness.autologging.script import Arguments, Prepared, inside
 from harness.autologging.settings import Settings
+from harness.data import dataloaders
 from harness.errors import CheckpointError, HarnessError, Stopped
-from harness.periodic import PeriodicLogger
-from harness.tracking.given_run import GivenRun
+from harness.tracking.mlflow.given_run import GivenRun
+from harness.training.periodic_logger import PeriodicLogger
 
 
 class Session:
@@ -242,7 +242,7 @@ class Session:
             is_likely = self._trained.makes_likely(start)
             if is_likely and self.logger is not None:
                 self.logger.events.note_pass(has_batches=not replay.is_empty)
-            is_elsewhere = data.may_be_uneven(loader, self.prepared.num_processes)
+            is_elsewhere = dataloaders.may_be_uneven(loader, self.prepared.num_processes)
             if replay.is_empty and is_elsewhere and is_likely:
                 replay.backward()  # on other ranks: this one has no batch of it
             self._settle_replay()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config.schema import CheckpointConfig, TrackingConfig
 
 
 @dataclass(frozen=True)

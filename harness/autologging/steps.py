@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.autologging.opening import Memory
 from harness.autologging.script import Choice, Prepared, raw
-from harness.periodic import PeriodicLogger
+from harness.training.periodic_logger import PeriodicLogger
 
 
 class Steps:

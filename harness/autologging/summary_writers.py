@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from harness.autologging.other_ranks import known_run
 from harness.autologging.replacing import Replacement
 from harness.autologging.session import Session
-from harness.tracking.given_run import active_run_id
+from harness.tracking.mlflow.given_run import active_run_id
 
 _MODULE = "mlflow.pytorch._pytorch_autolog"
 _WHY = "what TensorBoard's writers are given, once"

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness import cpu, runtime
 from harness.autologging import ending, fluent
 from harness.autologging.joins import Joins
 from harness.autologging.other_ranks import OtherRanks
@@ -24,10 +23,11 @@ from harness.autologging.session import Session
 from harness.autologging.settings import Settings
 from harness.autologging.summary_writers import SummaryWriters
 from harness.autologging.trainings import Trainings
-from harness.fsdp2_layers import separate_embeddings
-from harness.meeting import is_first_of_launch
-from harness.redact import redact_named
-from harness.tracking.given_run import GivenRun, active_run_id, given_run
+from harness.distributed import cpu_strategies, strategies
+from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.distributed.meeting import is_first_of_launch
+from harness.io.redact import redact_named
+from harness.tracking.mlflow.given_run import GivenRun, active_run_id, given_run
 
 Function = Callable[..., Any]
 
@@ -146,7 +146,7 @@ class Switch:
 
     def _made(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> None:
         if not args:
-            kwargs = runtime.with_cpu_strategies(kwargs)
+            kwargs = strategies.with_cpu_strategies(kwargs)
         original(accelerator, *args, **kwargs)
 
     def _prepared(self, original: Function, accelerator: Accelerator, *args: Any, **kwargs: Any) -> Any:
@@ -167,8 +167,8 @@ class Switch:
         for each in given:
             if isinstance(each, torch.nn.Module):
                 separate_embeddings(accelerator, each)
-                if runtime.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
-                    cpu.send_weights(each)
+                if strategies.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
+                    cpu_strategies.send_weights(each)
         self._is_preparing = True
         try:
             result = prepare()

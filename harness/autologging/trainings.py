@@ -23,10 +23,10 @@ from harness.autologging.replacing import Replacements
 from harness.autologging.script import Arguments, kind_of
 from harness.autologging.session import Session
 from harness.autologging.settings import Settings
-from harness.checkpoint.names import unwrapped
+from harness.checkpoint.format.names import unwrapped
+from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped
-from harness.report import what_there_is
-from harness.tracking.given_run import GivenRun
+from harness.tracking.mlflow.given_run import GivenRun
 
 # Calls that run of functions that accelerate calls once more when memory is out, by their frames, innermost first. Held
 # as they are: the number of one that is over is given to another.

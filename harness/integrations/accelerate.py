@@ -22,19 +22,19 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from harness.config import TrackingConfig
+from harness.config.schema import TrackingConfig
 from harness.errors import HarnessError, Stopped
-from harness.metric_values import LoggedValues
-from harness.redact import redact_message
-from harness.run_directory import RunDirectory, make_run_directory
-from harness.run_lifetime import FAILURE_WAIT_S
-from harness.run_lock import RunLock
-from harness.standard_streams import write_error
+from harness.io.redact import redact_message
+from harness.io.standard_streams import write_error
+from harness.metrics.values import LoggedValues
+from harness.run.directory import RunDirectory, make_run_directory
+from harness.run.lock import RunLock
 from harness.tracking import provenance
-from harness.tracking.acknowledged import read_delivered
-from harness.tracking.given_run import given_run
-from harness.tracking.sync import undelivered_line
+from harness.tracking.journal.delivery_state import read_delivered
+from harness.tracking.mlflow.given_run import given_run
+from harness.tracking.publisher.sync import undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
+from harness.training.run_session import FAILURE_WAIT_S
 
 
 class HarnessTracker(GeneralTracker):  # type: ignore[misc]

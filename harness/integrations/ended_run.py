@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.config import TrackingConfig
+from harness.config.schema import TrackingConfig
 from harness.errors import HarnessError, TrackingError
-from harness.metric_values import LoggedValues
-from harness.run_directory import read_run_record
-from harness.run_lock import RunLock
-from harness.tracking.continuation import Point
+from harness.metrics.values import LoggedValues
+from harness.run.directory import read_run_record
+from harness.run.lock import RunLock
+from harness.tracking.journal.logged_points import Point
 from harness.tracking.tracker import Tracker
 
 

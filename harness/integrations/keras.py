@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from harness import flavor
-from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, Stopped
-from harness.integrations.guest import Guest, Options, Recipe
-from harness.recipe import ExampleSource
+from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.models import mlflow_flavor
+from harness.models.model_spec import ExampleSource
 
 _REMEDY = "set KERAS_BACKEND=torch in the environment, before keras is imported"
 try:
@@ -200,7 +200,7 @@ def load_model(where: str | Path) -> Any:
 
     Args, Raises: as `harness.load_model`, which gives a `Weights` around it.
     """
-    return flavor.load_model(where).keras_model
+    return mlflow_flavor.load_model(where).keras_model
 
 
 class _Optimizer:

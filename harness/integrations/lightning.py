@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from harness import data
-from harness.batch_size import batch_size
-from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.data import dataloaders
+from harness.data.batch_size import batch_size
 from harness.errors import ConfigError, LaunchError
-from harness.integrations.guest import Guest, Options, Recipe
-from harness.recipe import ExampleSource, check_spec
+from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.models.model_spec import ExampleSource, check_spec
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -102,7 +102,7 @@ class HarnessCallback(Callback):
             return
         self._is_whole = self._is_epoch_over = self._is_described = False
         # Lightning's sampler is this rank's own.
-        self._usual_size = data.usual_batch_size(trainer.train_dataloader, 1)
+        self._usual_size = dataloaders.usual_batch_size(trainer.train_dataloader, 1)
         schedulers = trainer.lr_scheduler_configs
         with _environment(trainer):
             accelerator = Accelerator(cpu=trainer.strategy.root_device.type == "cpu")

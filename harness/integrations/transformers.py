@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.names import unwrapped
-from harness.config import CheckpointConfig, ClassSpec, TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.names import unwrapped
+from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, HarnessError, Stopped
-from harness.integrations.guest import Guest, Options, Recipe
-from harness.recipe import ExampleSource
+from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.models.model_spec import ExampleSource
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments

@@ -1,4 +1,10 @@
-"""Tasks that come along: real, small, and short enough to be the example of how to write one's own."""
+"""Two small tasks on real data, each also an example of how to write your own.
+
+In reading order:
+
+    digits   a convolutional net on images of handwritten digits
+    byte_lm  a GPT over the bytes of text files
+"""
 
 from harness.tasks.byte_lm import ByteLM
 from harness.tasks.digits import Digits

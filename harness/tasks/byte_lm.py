@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from harness.config.task import StepOutput
 from harness.errors import DataError
-from harness.task import StepOutput
 
 _NUM_BYTES = 256
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.task import StepOutput
+from harness.config.task import StepOutput
 
 _EVAL_EVERY = 5  # each fifth image is for evaluation
 

@@ -21,10 +21,10 @@ import torch
 import xxhash
 from torch import nn
 
-from harness import slurm
-from harness.memory_layout import copied_in_order
-from harness.metric_values import as_text
-from harness.redact import is_secret_name, redact, redact_words
+from harness.data.memory_layout import copied_in_order
+from harness.distributed import slurm_env
+from harness.io.redact import is_secret_name, redact, redact_words
+from harness.metrics.values import as_text
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
 # Of a batch: read and copied once, while training waits.
@@ -36,7 +36,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
 
     Effects: runs git (a few milliseconds, 5 s at most); reads only.
     """
-    entry_file, job = sys.argv[0], slurm.read_job()
+    entry_file, job = sys.argv[0], slurm_env.read_job()
     record = {
         "mlflow.source.name": entry_file,
         "mlflow.source.type": "LOCAL" if job is None else "JOB",
@@ -56,7 +56,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
 
 def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:
     """What is kept of each attempt at a run: the newest one's tags take the place of those before."""
-    job = slurm.read_job()
+    job = slurm_env.read_job()
     return {**run_facts, "host": socket.gethostname(), **({} if job is None else {"slurm_job_id": job.job_id})}
 
 

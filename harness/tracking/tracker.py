@@ -14,13 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.config import Mode, TrackingConfig
-from harness.durable import read_record, replace_file
+from harness.config.schema import Mode, TrackingConfig
 from harness.errors import TrackingError
-from harness.redact import remember, without_password
-from harness.run_directory import read_run_record
-from harness.tracking.acknowledged import read_delivered
-from harness.tracking.continuation import (
+from harness.io.durable_files import read_record, replace_file
+from harness.io.redact import remember, without_password
+from harness.run.directory import read_run_record
+from harness.tracking.journal.delivery_state import read_delivered
+from harness.tracking.journal.heartbeat import DEAD_AFTER_S, silent_for_s
+from harness.tracking.journal.logged_points import (
     UNKNOWN_TIME_MS,
     Drift,
     KnownPoints,
@@ -30,14 +31,13 @@ from harness.tracking.continuation import (
     points_at,
     read_logged,
 )
-from harness.tracking.drain import Drain, Left
-from harness.tracking.given_run import EXPERIMENT_ID, GivenRun, is_held, mark_used
-from harness.tracking.heartbeat import DEAD_AFTER_S, silent_for_s
-from harness.tracking.mlmodel import newest_recipe, write_recipe
-from harness.tracking.names import Names, clean_key
-from harness.tracking.outbox import Outbox
-from harness.tracking.publisher_launch import FILES_LEFT, PublisherDiedError, read_answer, start_publisher
-from harness.tracking.settings import absolute_sqlite, write_settings
+from harness.tracking.journal.settings import absolute_sqlite, write_settings
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.mlflow.given_run import EXPERIMENT_ID, GivenRun, is_held, mark_used
+from harness.tracking.mlflow.mlmodel import newest_recipe, write_recipe
+from harness.tracking.mlflow.names import Names, clean_key
+from harness.tracking.publisher.drain import Drain, Left
+from harness.tracking.publisher.launcher import FILES_LEFT, PublisherDiedError, read_answer, start_publisher
 
 # A publisher that an earlier attempt has left needs about so long for what it has in hand.
 _LOCK_TIMEOUT_S = 30.0
@@ -351,7 +351,9 @@ class Tracker:
         return self._has_recipe
 
     def recipe(self, values: Mapping[str, Any]) -> None:
-        """How the models of this attempt are built again, see `harness.recipe`; it goes with each of its checkpoints.
+        """How the models of this attempt are built again, see `harness.models.model_spec`.
+
+        It goes with each of the attempt's checkpoints.
 
         In a file of its own, on disk when this returns: an example of what the model takes may be megabytes.
         """

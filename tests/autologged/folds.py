@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.saving_ranks import become_rank
 
 

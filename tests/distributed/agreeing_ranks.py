@@ -11,8 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.buffers import refuse_what_ddp_cannot_send, take_rank_zero_buffers
+from harness.distributed.buffers import refuse_what_ddp_cannot_send, take_rank_zero_buffers
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError, ConfigError, DamagedError
 from tests.distributed.saving_ranks import become_rank
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.config import TrainerConfig
-from harness.memory_layout import put_in_order
-from harness.runtime import start, strategy_of
+from harness.config.schema import TrainerConfig
+from harness.data.memory_layout import put_in_order
+from harness.distributed.strategies import start, strategy_of
 from tests.distributed.gathered import gather_state
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saved_models import MODELS, groups_of, logits_of

@@ -29,12 +29,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from harness.app import train
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.verify import verify
-from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.verify import verify
+from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.config.task import StepOutput
 from harness.errors import HarnessError
-from harness.task import StepOutput
+from harness.training.app import train
 from tests.distributed.saving_ranks import become_rank, free_port
 
 NUM_RANKS = 2

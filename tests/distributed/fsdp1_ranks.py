@@ -15,13 +15,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import harness
-from harness.agreement import Agreement
-from harness.checkpoint.names import unwrapped
-from harness.checkpoint.restore import restore_tensors
-from harness.checkpoint.shards.held import find_held
-from harness.checkpoint.trainer_state import Moment, Watched
+from harness.checkpoint.format.names import unwrapped
+from harness.checkpoint.restore.restore import restore_tensors
+from harness.checkpoint.sharding.local_shards import find_held
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
-from harness.recipe import infer_signature
+from harness.models.model_spec import infer_signature
 from harness.tracking.provenance import model_summary
 from tests.distributed.restoring_ranks import saver_of, started, train
 from tests.distributed.saved_models import Block, Uneven

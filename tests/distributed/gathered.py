@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.distributed.tensor import DTensor
 
-from harness.checkpoint.names import NamedState, named_state
+from harness.checkpoint.format.names import NamedState, named_state
 from harness.errors import CheckpointError
 
 

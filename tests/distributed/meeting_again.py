@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harness.config import TrainerConfig
-from harness.meeting import latest_meeting
-from harness.peers import Peers
-from harness.runtime import start
+from harness.config.schema import TrainerConfig
+from harness.distributed.failure_monitor import Peers
+from harness.distributed.meeting import latest_meeting
+from harness.distributed.strategies import start
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.config import TrainerConfig
+from harness.config.schema import TrainerConfig
+from harness.distributed.strategies import start
 from harness.errors import PeerFailure
-from harness.runtime import start
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saving_ranks import become_rank
 

@@ -5,7 +5,7 @@ Not imported by the tests themselves: there its warnings are errors.
 
 import importlib
 
-from harness.cpu import prepare_deepspeed
+from harness.distributed.cpu_strategies import prepare_deepspeed
 
 prepare_deepspeed()
 for _module in ("torch._dynamo", "transformers", "deepspeed.runtime.zero.muon.muon_optimizer"):

@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.nn import functional as F
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.optimizer_record import restore_optimizer_extras
-from harness.checkpoint.restore import restore_tensors, restore_weights
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import innermost
-from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
-from harness.config import CheckpointConfig, TrainerConfig
+from harness.checkpoint.format.commit import read_manifest
+from harness.checkpoint.restore.restore import restore_tensors, restore_weights
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.state.optimizer_record import restore_optimizer_extras
+from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
+from harness.config.schema import CheckpointConfig, TrainerConfig
+from harness.data.memory_layout import put_in_order
+from harness.distributed.collectives import Agreement
+from harness.distributed.strategies import start, strategy_of
 from harness.errors import CheckpointError
-from harness.memory_layout import put_in_order
-from harness.runtime import start, strategy_of
 from tests.distributed.saved_models import MODELS, groups_of
 from tests.distributed.saving_ranks import become_rank, ignore
 

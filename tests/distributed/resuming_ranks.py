@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harness.__main__ import main
-from harness.app import train
-from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.config.task import StepOutput
 from harness.errors import HarnessError, Stopped
-from harness.task import StepOutput
+from harness.training.app import train
 from tests.distributed.restoring_ranks import become_rank_of
 
 NUM_SAMPLES = 48
@@ -93,7 +93,9 @@ def writer_process() -> int:
     """Of this rank."""
     me = Path(f"/proc/{os.getpid()}/task")
     children = [int(pid) for each in me.glob("*/children") for pid in each.read_text().split()]
-    (found,) = [pid for pid in children if b"harness.checkpoint.writer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (found,) = [
+        pid for pid in children if b"harness.checkpoint.save.writer" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     return found
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from harness.agreement import Agreement
-from harness.system_metrics.sampler import INTERVAL_VARIABLE, start_sampler
+from harness.distributed.collectives import Agreement
+from harness.metrics.system.sampler import INTERVAL_VARIABLE, start_sampler
 from tests.distributed.saving_ranks import become_rank
 
 

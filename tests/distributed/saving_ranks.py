@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.commit import Manifest
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
 
 NUM_WEIGHTS = 3_000_001

@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from harness.checkpoint.relay import Relay
-from harness.checkpoint.restore import restore_tensors, restore_weights
-from harness.checkpoint.shared import open_checkpoint, open_weights
-from harness.checkpoint.trainer_state import Moment
+from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.restore import restore_tensors, restore_weights
+from harness.checkpoint.restore.visibility import open_checkpoint, open_weights
+from harness.checkpoint.state.trainer_state import Moment
 from harness.errors import HarnessError
 from tests.distributed.restoring_ranks import prepared, saver_of, started
 

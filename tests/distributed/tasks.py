@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from harness.task import StepOutput
+from harness.config.task import StepOutput
 from harness.tasks import Digits
 
 RANK = int(os.environ.get("RANK", "0"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from harness import load_model
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.autologged.local_sgd import train_apart
 from tests.autologged.recording import VARIABLE
 from tests.distributed.test_saver import ranks

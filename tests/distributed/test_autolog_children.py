@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.launching import BIN, ROOT, run
 from tests.mlflow_reader import all_runs, client, only_run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import read_manifest
+from harness.checkpoint.format.commit import read_manifest
 from tests.distributed.bit_equal import STEPS, TORN_STEP, save_all
 from tests.distributed.test_saver import ranks
 

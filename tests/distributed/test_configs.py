@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.report import checkpoint_records
+from harness.diagnostics.report import checkpoint_records
 from tests.launching import ROOT, harness, run
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -7,7 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from harness.report import checkpoint_records
+from harness.diagnostics.report import checkpoint_records
 from tests.launching import BIN, ROOT, harness, run
 from tests.mlflow_reader import client, models, only_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.distributed.resuming_ranks import train_words
 from tests.distributed.test_saver import ranks
 from tests.launching import ROOT, Done, error_lines, harness, run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.launching import ROOT, accelerate, run
 
 SCRIPT = ROOT / "tests" / "distributed" / "transformers_fsdp2.py"

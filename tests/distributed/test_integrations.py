@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.launching import BIN, ROOT, accelerate, run
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tests.launching
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.launching import ROOT
 from tests.mlflow_reader import all_runs, client, history, models, only_run
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.report import checkpoint_records
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.diagnostics.report import checkpoint_records
 from harness.tasks import Digits
 from tests.launching import BIN, ROOT, run
 from tests.mlflow_reader import client, history, models, only_run

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from tests.distributed.own_loops import BATCH_SIZE, Numbered
 from tests.distributed.saving_ranks import become_rank
 from tests.distributed.test_saver import ranks

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.verify import verify
 from tests.distributed.resuming_ranks import NUM_EPOCHS, NUM_SAMPLES, train_some
 from tests.distributed.test_saver import ranks
 

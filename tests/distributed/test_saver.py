@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import MANIFEST, list_checkpoints, remove_leftovers
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import MANIFEST, list_checkpoints, remove_leftovers
+from harness.checkpoint.format.verify import verify
 from tests.distributed.saving_ranks import free_port, save_for_ever, save_what_differs, save_with_trouble
 from tests.distributed.two_dimensional import save_two_dimensional, train_on_while_saves_are_skipped
 

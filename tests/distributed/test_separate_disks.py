@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.verify import verify
 from tests.distributed.restoring_ranks import save_under
 from tests.distributed.resuming_ranks import train_on_disks_of_their_own
 from tests.distributed.saved_models import MODELS

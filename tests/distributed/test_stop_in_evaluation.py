@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from harness.errors import EXIT_REQUEUE
 from tests.launching import Done, harness, run
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from harness.checkpoint.commit import Manifest, list_checkpoints
+from harness.checkpoint.format.commit import Manifest, list_checkpoints
 from tests.distributed.resuming_ranks import train_words
 from tests.distributed.test_saver import ranks
 from tests.launching import ROOT, accelerate, run

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import Manifest, list_checkpoints
+from harness.checkpoint.format.commit import Manifest, list_checkpoints
 from tests.distributed.test_saver import ranks
 from tests.distributed.uneven_ranks import Case, run_own_loop, run_script
 from tests.launching import stacks

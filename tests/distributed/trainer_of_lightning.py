@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from harness import cpu
+from harness.distributed import cpu_strategies
 from harness.integrations.lightning import HarnessCallback
 from tests.local.integrations.digits_module import DigitsModule, ShardedDigits
 
@@ -61,7 +61,7 @@ STRATEGIES = {
     "zero2": (DigitsModule, DeepSpeedOnCpu(stage=2, process_group_backend="gloo")),
     "zero3": (DigitsModule, DeepSpeedOnCpu(stage=3, process_group_backend="gloo")),
 }
-cpu.prepare_deepspeed()
+cpu_strategies.prepare_deepspeed()
 
 for name, (kind, strategy) in STRATEGIES.items():
     pl.seed_everything(0, verbose=False)

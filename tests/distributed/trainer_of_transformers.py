@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from harness import cpu
+from harness.distributed import cpu_strategies
 from harness.integrations.transformers import HarnessCallback
 
 LENGTH = 16
@@ -99,7 +99,7 @@ def with_zero(stage: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__" and sys.argv[1] == "zero":
-    cpu.prepare_deepspeed()
+    cpu_strategies.prepare_deepspeed()
     for stage in (2, 3):
         train(f"zero{stage}", with_zero(stage))
 elif __name__ == "__main__":
@@ -115,5 +115,5 @@ elif __name__ == "__main__":
         os.environ.update(asked | more)
         # Stock accelerate would run DDP again on a CPU, without a word.
         AcceleratorState._reset_state(True)
-        cpu.prepare_fsdp("no", InitProcessGroupKwargs())
+        cpu_strategies.prepare_fsdp("no", InitProcessGroupKwargs())
         train(name)

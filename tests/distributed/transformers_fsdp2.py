@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from harness import CheckpointConfig, PeriodicLogger, TrackingConfig, runtime
-from harness.fsdp2_layers import separate_embeddings
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.distributed import strategies
+from harness.distributed.fsdp2_layers import separate_embeddings
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 BERT = {"vocab_size": 64, "max_position_embeddings": 16, **SIZES}
@@ -61,7 +62,7 @@ def train(accelerator: Accelerator, kind: str, run_name: str, max_steps: int | N
 
 
 kind = sys.argv[1]
-accelerator = Accelerator(**runtime.with_cpu_strategies({}))
+accelerator = Accelerator(**strategies.with_cpu_strategies({}))
 whole = train(accelerator, kind, "whole")
 train(accelerator, kind, "cut", max_steps=3)
 resumed = train(accelerator, kind, "cut")

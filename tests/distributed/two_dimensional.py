@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from harness.agreement import Agreement
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from tests.distributed.saving_ranks import become_rank, ignore, writer_of
 
 

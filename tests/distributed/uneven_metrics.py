@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harness import PeriodicLogger, TrackingConfig
-from harness.config import TrainerConfig
-from harness.runtime import start
+from harness.config.schema import TrainerConfig
+from harness.distributed.strategies import start
 
 NUM_SAMPLES = (37, 4, 50, 7)
 

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from harness.agreement import Agreement
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.checkpoint.verify import require_whole
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.verify import require_whole
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from tests.distributed.saving_ranks import Counting, Weights, ignore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from harness.metrics import Reducer, WeightedSums
+from harness.metrics.reducer import Reducer, WeightedSums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from harness.config.parsing import parse_run_config
 from harness.errors import ConfigError, LaunchError
-from harness.options import parse_run_config
 from launch.debug import DEBUG_OPTIONS, debug, describe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 from harness import PeriodicLogger
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import TrackingError
 from harness.integrations.accelerate import HarnessTracker
-from harness.run_directory import read_run_record
-from harness.tracking import given_run
-from harness.tracking.sync import deliver_rest
+from harness.run.directory import read_run_record
+from harness.tracking.mlflow import given_run
+from harness.tracking.publisher.sync import deliver_rest
 from tests.mlflow_reader import all_runs, client
 from tests.services.mlflow_server import make_database
 from tests.unit.autologging.loops import Loop

@@ -128,7 +128,7 @@ def finished(cwd: Path, script: str, *, closed: tuple[int, ...] = ()) -> str:
 
 OWN_HARNESS = {
     "harness/__init__.py": "NAME = 'mine'",
-    "harness/config.py": "CONFIG = 'mine'",
+    "harness/config/schema.py": "CONFIG = 'mine'",
     "harness/errors.py": "",
     "harness/checkpoint.py": "CHECKPOINT = 'mine'",
 }
@@ -189,12 +189,12 @@ def test_line_comes_at_the_first_step_when_the_training_is_not_seen(tmp_path: Pa
 
 # Of other processes than a script's, or of what a script cannot call whose `harness` is another.
 ELSEWHERE = {
-    "harness.app",
-    "harness.report",
-    "harness.tracking.artifacts",
-    "harness.tracking.mlflow_client",
-    "harness.tracking.mlflow_store",
-    "harness.tracking.uploads",
+    "harness.training.app",
+    "harness.diagnostics.report",
+    "harness.tracking.mlflow.artifacts",
+    "harness.tracking.mlflow.client",
+    "harness.tracking.mlflow.store",
+    "harness.tracking.mlflow.uploads",
 }
 
 

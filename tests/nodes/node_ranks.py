@@ -7,12 +7,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from harness.agreement import Agreement
-from harness.app import train
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import HarnessError
+from harness.training.app import train
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saving_ranks import Counting, Weights, become_rank, ignore
 from tests.nodes.network import Node

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import list_checkpoints, read_manifest
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import list_checkpoints, read_manifest
+from harness.checkpoint.format.verify import verify
 from tests.distributed.test_saver import check_all, ranks
 from tests.nodes.network import Node, NoNamespaces, two_nodes
 from tests.nodes.node_ranks import save_all_the_time, train_digits

@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.tracking.registry import CHECKPOINT_TAG
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.tracking.mlflow.registry import CHECKPOINT_TAG
 from tests.mlflow_reader import models
 
 

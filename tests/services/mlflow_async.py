@@ -25,7 +25,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from harness.tracking.sync import deliver_rest
+from harness.tracking.publisher.sync import deliver_rest
 from tests.launching import environment
 from tests.services.counting import count_of, points, read_sent, sent_points
 from tests.services.faulty_proxy import Fault, FaultyProxy

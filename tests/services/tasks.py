@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from harness.task import StepOutput
+from harness.config.task import StepOutput
 from harness.tasks import Digits
 
 _LIMIT_S = 60

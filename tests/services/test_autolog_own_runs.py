@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.mlflow_reader import all_runs, client, history
 from tests.services.mlflow_server import make_database
 

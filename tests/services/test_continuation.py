@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from harness.tracking.sync import deliver_rest
+from harness.tracking.publisher.sync import deliver_rest
 from tests.launching import ROOT, descendants, harness, run, started
 from tests.mlflow_reader import history, models
 from tests.services.mlflow_server import MlflowServer

@@ -8,9 +8,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.registry import CHECKPOINT_TAG
-from harness.tracking.store import WantedRun
+from harness.tracking.mlflow.registry import CHECKPOINT_TAG
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import WantedRun
 from tests.services.counting import count, problems, table
 from tests.services.mlflow_server import make_database
 from tests.services.tracking_load import write_checkpoint

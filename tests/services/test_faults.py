@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.entries import read_entries
-from harness.tracking.sync import deliver_rest
+from harness.tracking.journal.entries import read_entries
+from harness.tracking.publisher.sync import deliver_rest
 from tests.launching import started
 from tests.services.counting import Count, count, problems, table
 from tests.services.faulty_proxy import Fault, FaultyProxy

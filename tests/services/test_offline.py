@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from harness.config import TrackingConfig
-from harness.run_lock import RunLock
-from harness.tracking.entries import read_entries
-from harness.tracking.sync import deliver_rest, has_news
+from harness.config.schema import TrackingConfig
+from harness.run.lock import RunLock
+from harness.tracking.journal.entries import read_entries
+from harness.tracking.publisher.sync import deliver_rest, has_news
 from harness.tracking.tracker import Tracker
 from tests.launching import ROOT, harness, run, started
 from tests.services.mlflow_server import MlflowServer

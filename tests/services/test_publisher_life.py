@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from harness.config import TrackingConfig
+from harness.config.schema import TrackingConfig
 from harness.tracking import tracker as tracker_module
-from harness.tracking.acknowledged import read_delivered
-from harness.tracking.drain import Left
-from harness.tracking.sync import deliver_rest
+from harness.tracking.journal.delivery_state import read_delivered
+from harness.tracking.publisher.drain import Left
+from harness.tracking.publisher.sync import deliver_rest
 from harness.tracking.tracker import Tracker
 from tests.services.mlflow_server import make_database
 

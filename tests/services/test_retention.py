@@ -13,9 +13,9 @@ from mlflow.entities import LoggedModel
 from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry, get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.registry import Registration
-from harness.tracking.store import WantedRun
+from harness.tracking.mlflow.registry import Registration
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import WantedRun
 from tests.launching import ROOT, harness, run, started
 from tests.mlflow_reader import models
 from tests.services.mlflow_server import MlflowServer, make_database

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from harness.tracking.entries import read_entries
+from harness.tracking.journal.entries import read_entries
 from tests.launching import ROOT, environment, harness, run, started
 from tests.mlflow_reader import history, models
 from tests.services.mlflow_server import MlflowServer

@@ -27,11 +27,11 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from safetensors.torch import load_file
 
 import harness
-from harness.config import TrackingConfig
+from harness.config.schema import TrackingConfig
 from harness.errors import TrackingError
 from harness.tasks import Digits
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.store import WantedRun
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import WantedRun
 from harness.tracking.tracker import Tracker
 from tests.launching import ROOT, run, started
 from tests.launching import harness as harness_command
@@ -320,7 +320,7 @@ def test_secrets_are_nowhere_when_a_run_of_two_ranks_fails_that_writes_into_a_da
         wait_for(tmp_path / "arrived")
         (tmp_path / "go").touch()
         assert process.wait(120) != 0
-    lines.assert_without(hidden, [b"harness.tracking.publisher_process", b"own.yaml"])
+    lines.assert_without(hidden, [b"harness.tracking.publisher.process", b"own.yaml"])
     output = (tmp_path / "output.txt").read_text()
     assert "ConnectionError: cannot connect to postgresql://reader:***@127.0.0.1:9/data" in output
     assert_nowhere(hidden, [path for path in tmp_path.rglob("*") if path.is_file() and path != own])
@@ -355,7 +355,7 @@ def test_secrets_are_nowhere_when_they_stand_in_the_address_of_a_server(guarded:
         (tmp_path / "go").touch()
         assert process.wait(120) == 0, (tmp_path / "output.txt").read_text()
     proxy.close()
-    lines.assert_without([PASSWORD], [b"harness.tracking.publisher_process", b"own.yaml"])
+    lines.assert_without([PASSWORD], [b"harness.tracking.publisher.process", b"own.yaml"])
     assert "cannot deliver yet" in (tmp_path / "runs/it/outbox/publisher.log").read_text()
     assert (
         f"View run it at: {proxy.uri.replace('//', '//admin:***@')}"

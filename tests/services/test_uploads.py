@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from harness.tracking.uploads import PART_BYTES, Pace, UploadError, Uploads
+from harness.tracking.mlflow.uploads import PART_BYTES, Pace, UploadError, Uploads
 from tests.services.mlflow_server import MlflowServer
 from tests.services.proxy import Fault, Proxy
 from tests.services.s3 import BUCKET, S3
@@ -125,7 +125,7 @@ def test_server_takes_the_file_whole_when_parts_are_refused(
     s3: S3, s3_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store behind the server need not be open to its clients."""
-    monkeypatch.setattr("harness.tracking.uploads._TRIES_OF_A_PART", 1)
+    monkeypatch.setattr("harness.tracking.mlflow.uploads._TRIES_OF_A_PART", 1)
     files, sent = make(tmp_path, large=LARGE_BYTES), Tally()
     repository = served(s3_server.uri, "closed")
     s3.proxy.fault = lambda method, path: "503" if "X-Amz-Signature" in path and method == "PUT" else None

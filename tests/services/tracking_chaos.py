@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.sync import deliver_rest
+from harness.tracking.publisher.sync import deliver_rest
 from tests.launching import descendants, environment
 from tests.services.counting import count, problems, table
 from tests.services.mlflow_server import MlflowServer
@@ -110,7 +110,7 @@ def _publisher_of(trainer: int) -> int | None:
     """The one that this trainer has started, from its first moment on."""
     for pid in descendants(trainer)[1:]:
         with suppress(OSError):
-            if b"harness.tracking.publisher_process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            if b"harness.tracking.publisher.process" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
                 return pid
     return None
 

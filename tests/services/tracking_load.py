@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, list_checkpoints, temporary_of
-from harness.checkpoint.digest import digest_of
-from harness.config import TrackingConfig
+from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, list_checkpoints, temporary_of
+from harness.checkpoint.format.digest import digest_of
+from harness.config.schema import TrackingConfig
 from harness.errors import TrackingError
-from harness.run_directory import make_run_directory
+from harness.run.directory import make_run_directory
 from harness.tracking.tracker import Tracker
 
 NUM_METRICS = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.stop_request import ask_to_stop
-from harness.tracking.sync import has_news
+from harness.run.stop_request import ask_to_stop
+from harness.tracking.publisher.sync import has_news
 from tests.launching import BIN, harness, started
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ENDLESS, assert_each_step_once, run_of, submit

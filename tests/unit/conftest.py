@@ -10,14 +10,14 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from torch import Tensor
 
-from harness.checkpoint.all_ranges import AllRanges, packed
-from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.checkpoint.holdings import Holdings
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import hash_of, plan_of
-from harness.checkpoint.shards.source import DTYPE_NAMES, whole
-from harness.checkpoint.write import output_files, write_json
-from harness.checkpoint.writer import RangeWriter
+from harness.checkpoint.format.all_ranges import AllRanges, packed
+from harness.checkpoint.format.commit import Manifest, commit, temporary_of
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, whole
+from harness.checkpoint.save.plan import hash_of, plan_of
+from harness.checkpoint.save.write import output_files, write_json
+from harness.checkpoint.save.writer import RangeWriter
+from harness.checkpoint.sharding.shard_catalog import Holdings
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.
 settings.register_profile("unit", max_examples=60, deadline=None, derandomize=True, database=None)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.agreement import Agreement
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError, DamagedError, DataError
 
 

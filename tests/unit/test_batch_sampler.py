@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.batches import TrainingBatches
+from harness.data.resumable_loader import TrainingBatches
 
 
 def begins_worker(worker: int) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.build import build_optimizer, build_scheduler, build_task, check_arguments, load_class
-from harness.config import ClassSpec
+from harness.config.instantiate import build_optimizer, build_scheduler, build_task, check_arguments, load_class
+from harness.config.schema import ClassSpec
 from harness.errors import ConfigError
 from harness.tasks import Digits
 
@@ -46,7 +46,7 @@ def test_error_asks_for_module_and_class_when_the_path_has_no_module(class_path:
     assert task_error(class_path).startswith("task.class_path: must be module and class")
 
 
-@pytest.mark.parametrize("class_path", ["harness.options.parse_run_config", "harness.tasks.", "harness.tasks"])
+@pytest.mark.parametrize("class_path", ["harness.config.parsing.parse_run_config", "harness.tasks.", "harness.tasks"])
 def test_error_is_told_when_the_path_is_no_class(class_path: str) -> None:
     assert "there is no class" in task_error(class_path)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import (
+from harness.config.schema import (
     CheckpointConfig,
     ClassSpec,
     EarlyStopping,

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
-from harness import data
-from harness.batch_size import batch_size
+from harness.data import dataloaders
+from harness.data.batch_size import batch_size
 from harness.errors import DataError
 
 
@@ -51,7 +51,7 @@ def test_each_sample_is_on_one_rank_when_accelerate_fills_up_the_last_round(
         # The order must be the same on all ranks, as accelerate's seedable sampler makes it.
         own = DataLoader(dataset(num_samples), batch_size, shuffle=shuffle, generator=torch.Generator().manual_seed(3))
         loader = prepare_data_loader(own, num_processes=num_ranks, process_index=rank, put_on_device=False)
-        taken = list(data.without_repeats(rank_of(num_ranks, rank), loader))
+        taken = list(dataloaders.without_repeats(rank_of(num_ranks, rank), loader))
         rounds.add(len(taken))
         for (values,), counts in taken:
             assert len(values) > 0  # a batch that does not count still goes through forward
@@ -76,7 +76,7 @@ def test_own_samples_are_counted_when_asked_of_the_shard_itself(topology: tuple[
                 total_batch_size=total,
                 end_of_dataloader=index == len(batches) - 1,
             )
-            num_real = data._num_real_samples(rank_of(num_ranks, rank), loader, batch)
+            num_real = dataloaders._num_real_samples(rank_of(num_ranks, rank), loader, batch)
             seen += batch if num_real is None else batch[:num_real]
     assert sorted(seen) == list(range(num_samples))
 
@@ -86,7 +86,7 @@ def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
     for rank in range(2):
         own = DataLoader(dataset(11), 2, drop_last=True)
         loader = prepare_data_loader(own, num_processes=2, process_index=rank, put_on_device=False)
-        for (values,), counts in data.without_repeats(rank_of(2, rank), loader):
+        for (values,), counts in dataloaders.without_repeats(rank_of(2, rank), loader):
             assert counts
             seen += values.tolist()
     assert sorted(seen) == list(range(8))
@@ -94,7 +94,7 @@ def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
 
 def test_second_pass_is_the_same_when_the_loader_is_iterated_again() -> None:
     loader = prepare_data_loader(DataLoader(dataset(5), 2), num_processes=2, process_index=1, put_on_device=False)
-    passes = [[(b[0].tolist(), c) for b, c in data.without_repeats(rank_of(2, 1), loader)] for _ in range(2)]
+    passes = [[(b[0].tolist(), c) for b, c in dataloaders.without_repeats(rank_of(2, 1), loader)] for _ in range(2)]
     assert passes[0] == passes[1]
     assert [counts for _, counts in passes[0]] == [True, False]
 
@@ -112,7 +112,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
 
     own = DataLoader(dataset(5), 4, collate_fn=collate)
     loader = prepare_data_loader(own, num_processes=2, process_index=1, put_on_device=False)
-    ((batch, counts),) = data.without_repeats(rank_of(2, 1), loader)
+    ((batch, counts),) = dataloaders.without_repeats(rank_of(2, 1), loader)
     assert counts
     assert batch["x"].tolist() == [4]
     assert [image.shape for image in batch["images"]] == [(3, 5)]
@@ -123,7 +123,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
 
 def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
     def cut(batch: Any) -> Any:
-        return data._cut(batch, 2, 3)
+        return dataloaders._cut(batch, 2, 3)
 
     images = [torch.full((3, 32, 32), float(i)) for i in range(3)]
     assert [image.shape for image in cut(images)] == [(3, 32, 32)] * 2
@@ -136,14 +136,14 @@ def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
 def test_lists_of_samples_are_cut_when_one_sample_has_the_size_by_chance() -> None:
     targets = [{"boxes": torch.zeros(n, 4), "label": torch.tensor(n)} for n in (3, 8, 1, 2, 8, 5, 4, 6)]
     words = [list(range(n)) for n in (2, 8, 1, 3, 4, 5, 6, 7)]
-    images, cut_targets, cut_words = data._cut([torch.zeros(8, 3, 9, 9), targets, words], 3, 8)
+    images, cut_targets, cut_words = dataloaders._cut([torch.zeros(8, 3, 9, 9), targets, words], 3, 8)
     assert (len(images), cut_targets, cut_words) == (3, targets[:3], words[:3])
-    assert data._cut(targets, 3, 8) == targets[:3]
+    assert dataloaders._cut(targets, 3, 8) == targets[:3]
 
 
 def test_fields_stay_when_one_of_as_many_as_the_samples_has_another_size() -> None:
     fields = [torch.zeros(3, 3, 9, 9), torch.zeros(40, 4), torch.zeros(3)]
-    assert [field.shape for field in data._cut(fields, 2, 3)] == [(2, 3, 9, 9), (40, 4), (2,)]
+    assert [field.shape for field in dataloaders._cut(fields, 2, 3)] == [(2, 3, 9, 9), (40, 4), (2,)]
 
 
 def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
@@ -156,7 +156,7 @@ def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
         dispatch_batches=True,
     )
     with pytest.raises(DataError, match="iterable data set"):
-        next(data.without_repeats(rank_of(2, 0), loader))
+        next(dataloaders.without_repeats(rank_of(2, 0), loader))
 
 
 # ------------------------------------------------------------------------- sizes
@@ -166,23 +166,23 @@ def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
 def test_error_has_both_numbers_when_there_are_fewer_samples_than_ranks(length: int, world_size: int) -> None:
     loader = DataLoader(dataset(length), sampler=SequentialSampler(range(length)))
     with pytest.raises(DataError, match=f"evaluation data set has {length} samples for {world_size} ranks"):
-        data.check_size(loader, world_size, "evaluation")
+        dataloaders.check_size(loader, world_size, "evaluation")
 
 
 def test_error_is_told_when_the_only_batch_is_dropped() -> None:
     with pytest.raises(DataError, match="training loader gives no batch: 3 samples"):
-        data.check_size(DataLoader(dataset(3), 4, drop_last=True), 1, "training")
+        dataloaders.check_size(DataLoader(dataset(3), 4, drop_last=True), 1, "training")
 
 
 def test_size_passes_when_each_rank_has_a_sample_or_it_is_unknown() -> None:
-    data.check_size(DataLoader(dataset(2), 4), 2, "training")
-    data.check_size(DataLoader(Letters(), 4), 2, "training")
-    data.check_size([1, 2], 2, "training")
+    dataloaders.check_size(DataLoader(dataset(2), 4), 2, "training")
+    dataloaders.check_size(DataLoader(Letters(), 4), 2, "training")
+    dataloaders.check_size([1, 2], 2, "training")
 
 
 @pytest.mark.parametrize(("num_batches", "expected"), [(1, [0, 1, 2]), (2, [0, 1, 2, 3, 4, 5]), (9, list(range(7)))])
 def test_first_batches_are_in_order_when_the_loader_shuffles(num_batches: int, expected: list[int]) -> None:
-    loader = data.first_batches(DataLoader(dataset(7), 3, shuffle=True), num_batches)
+    loader = dataloaders.first_batches(DataLoader(dataset(7), 3, shuffle=True), num_batches)
     for _ in range(2):
         assert [value for (batch,) in loader for value in batch.tolist()] == expected
     assert loader.batch_size == 3
@@ -190,7 +190,7 @@ def test_first_batches_are_in_order_when_the_loader_shuffles(num_batches: int, e
 
 def test_error_is_told_when_first_batches_have_no_size() -> None:
     with pytest.raises(DataError, match="overfit_batches"):
-        data.first_batches(DataLoader(dataset(3), batch_size=None), 1)
+        dataloaders.first_batches(DataLoader(dataset(3), batch_size=None), 1)
 
 
 @dataclass
@@ -214,8 +214,8 @@ class Slotted:
 class Lookup:
     """Any attribute that is not there raises KeyError, as in a class that wraps a dict."""
 
-    def __init__(self, **data: Any) -> None:
-        self.data = data
+    def __init__(self, **values: Any) -> None:
+        self.data = values
 
     def __getattr__(self, name: str) -> Any:
         return self.__dict__["data"][name]
@@ -339,8 +339,8 @@ def test_number_of_batches_is_one_that_the_rank_has_when_they_may_be_uneven(
         )
         if 0 < num_skipped < len(loader):
             loader = skip_first_batches(loader, num_skipped)
-        assert data.may_be_uneven(loader, num_ranks) == (num_ranks > 1)
-        lengths.append((data.uneven_length(loader), len(list(loader))))
+        assert dataloaders.may_be_uneven(loader, num_ranks) == (num_ranks > 1)
+        lengths.append((dataloaders.uneven_length(loader), len(list(loader))))
     assert all(found is None if num_ranks == 1 else 0 <= found <= real <= found + 1 for found, real in lengths)
 
 
@@ -349,7 +349,7 @@ def test_ranks_may_be_uneven_when_each_reads_a_stream_of_its_own() -> None:
         given = DataLoader(Letters(), 2)
         return prepare_data_loader(given, torch.device("cpu"), num_processes=2, process_index=0, **how)
 
-    assert data.may_be_uneven(prepared(dispatch_batches=False), 2)
-    assert not data.may_be_uneven(prepared(dispatch_batches=True, put_on_device=True), 2)
-    assert not data.may_be_uneven(prepare_data_loader(DataLoader(dataset(5), 2), put_on_device=False), 1)
-    assert not data.may_be_uneven(range(5), 2)
+    assert dataloaders.may_be_uneven(prepared(dispatch_batches=False), 2)
+    assert not dataloaders.may_be_uneven(prepared(dispatch_batches=True, put_on_device=True), 2)
+    assert not dataloaders.may_be_uneven(prepare_data_loader(DataLoader(dataset(5), 2), put_on_device=False), 1)
+    assert not dataloaders.may_be_uneven(range(5), 2)

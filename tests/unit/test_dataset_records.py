@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from harness import PeriodicLogger
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.config import CheckpointConfig, TrackingConfig
-from harness.tracking.entries import read_entries
+from harness.config.schema import CheckpointConfig, TrackingConfig
+from harness.tracking.journal.entries import read_entries
 
 TRACKING = TrackingConfig(offline=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.durable import open_private, replace_file
+from harness.io.durable_files import open_private, replace_file
 
 
 def test_new_text_is_there_when_a_file_is_replaced(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.elastic import BatchPlan, plan_batches
+from harness.distributed.elastic import BatchPlan, plan_batches
 
 
 @pytest.mark.parametrize(

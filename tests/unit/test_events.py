@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 
 
 def test_each_multiple_has_its_window_and_checkpoint_when_steps_jump(accelerator: Accelerator, tmp_path: Path) -> None:

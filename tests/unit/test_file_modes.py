@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.direct_io import RangeFile
-from harness.checkpoint.writer import OutputFile, make_files
+from harness.checkpoint.save.direct_io import RangeFile
+from harness.checkpoint.save.writer import OutputFile, make_files
 from harness.errors import TrackingError
-from harness.run_directory import make_run_directory
-from harness.tracking.acknowledged import Delivered, write_delivered
-from harness.tracking.attempts import write_attempts
-from harness.tracking.mlmodel import write_recipe
-from harness.tracking.outbox import Outbox
-from harness.tracking.settings import write_settings
+from harness.run.directory import make_run_directory
+from harness.tracking.journal.delivery_state import Delivered, write_delivered
+from harness.tracking.journal.settings import write_settings
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.mlflow.mlmodel import write_recipe
+from harness.tracking.publisher.attempts import write_attempts
 
 
 @pytest.fixture

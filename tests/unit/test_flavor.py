@@ -13,13 +13,13 @@ import yaml
 from torch import Tensor, nn
 
 import harness
-from harness.checkpoint.names import named_state
-from harness.config import ClassSpec
+from harness.checkpoint.format.names import named_state
+from harness.config.schema import ClassSpec
 from harness.errors import CheckpointError, ConfigError
-from harness.flavor import Served
-from harness.recipe import make_recipe
+from harness.models.mlflow_flavor import Served
+from harness.models.model_spec import make_recipe
 from harness.tasks import ByteLM
-from harness.tracking.mlmodel import model_files
+from harness.tracking.mlflow.mlmodel import model_files
 
 LM = ClassSpec("harness.tasks.ByteLM", {"d_model": 16, "num_layers": 1, "context_length": 8})
 RECORD = {"key": "k", "epoch": 1, "step": 2, "files": ["model.safetensors", "manifest.json"], "time_ms": 1}

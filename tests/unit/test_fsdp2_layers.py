@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
+from harness.distributed.fsdp2_layers import separate_embeddings
 from harness.errors import ConfigError
-from harness.fsdp2_layers import separate_embeddings
 
 
 class Embeddings(nn.Module):

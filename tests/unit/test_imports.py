@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -16,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for package in ("harness", "launch") for path in (ROOT / package).rglob("*.py"))
 WITHOUT_TORCH = (
     "harness",
-    "harness.config",
+    "harness.config.schema",
     "harness.errors",
-    "harness.task",
-    "harness.schedule",
-    "harness.options",
-    "harness.report",
-    "harness.checkpoint.commit",
-    "harness.tracking.outbox",
-    "harness.tracking.publisher_process",
+    "harness.config.task",
+    "harness.config.cadence",
+    "harness.config.parsing",
+    "harness.diagnostics.report",
+    "harness.checkpoint.format.commit",
+    "harness.tracking.journal.writer",
+    "harness.tracking.publisher.process",
     "launch.cli",
     "launch.local",
     "launch.rank",
@@ -83,7 +84,7 @@ def importers_of(package: str) -> set[str]:
 
 
 def test_sources_are_found_when_read() -> None:
-    assert {"harness", "harness.config", "harness.checkpoint.commit", "launch.cli"} <= set(MODULES)
+    assert {"harness", "harness.config.schema", "harness.checkpoint.format.commit", "launch.cli"} <= set(MODULES)
 
 
 def test_harness_never_imports_launch_when_read() -> None:
@@ -93,16 +94,16 @@ def test_harness_never_imports_launch_when_read() -> None:
 
 def test_few_files_import_mlflow_when_read() -> None:
     assert importers_of("mlflow") == {
-        "harness/tracking/artifacts.py",
-        "harness/tracking/mlflow_client.py",
-        "harness/tracking/mlflow_models.py",
-        "harness/tracking/mlflow_store.py",
-        "harness/tracking/uploads.py",
+        "harness/tracking/mlflow/artifacts.py",
+        "harness/tracking/mlflow/client.py",
+        "harness/tracking/mlflow/models.py",
+        "harness/tracking/mlflow/store.py",
+        "harness/tracking/mlflow/uploads.py",
     }
 
 
 def test_one_file_alone_imports_deepspeed_when_read() -> None:
-    assert importers_of("deepspeed") == {"harness/cpu.py"}
+    assert importers_of("deepspeed") == {"harness/distributed/cpu_strategies.py"}
 
 
 @pytest.mark.parametrize("framework", ["transformers", "lightning", "keras"])
@@ -114,14 +115,55 @@ def test_one_integration_alone_imports_its_framework_when_read(framework: str) -
 
 def test_there_is_no_circle_when_modules_import_each_other() -> None:
     graph = {name: imported(path, only_when_imported=True) & set(MODULES) - {name} for name, path in MODULES.items()}
-    assert graph["harness.app"] >= {"harness.loop", "harness.periodic"}  # the graph is not empty
+    # The graph is not empty.
+    assert graph["harness.training.app"] >= {"harness.training.fit", "harness.training.periodic_logger"}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
-    assert order.index("harness.errors") < order.index("harness.config") < order.index("harness.app")
+    assert order.index("harness.errors") < order.index("harness.config.schema") < order.index("harness.training.app")
+
+
+# Each package imports only those before it, also within functions and for type checking.
+DIRECTION = (
+    *("errors", "io", "config", "data", "distributed", "metrics", "checkpoint", "run", "tracking", "models"),
+    *("training", "diagnostics", "autologging", "integrations", "tasks"),
+)
+WITHIN = {
+    "checkpoint": ("format", "sharding", "state", "save", "restore", "tools"),
+    "tracking": ("journal", "mlflow", "publisher", "provenance", "tracker"),
+}
+
+
+def test_packages_import_in_one_direction_when_read() -> None:
+    def places(name: str) -> list[int]:
+        first, *rest = name.split(".")[1:]
+        return [DIRECTION.index(first), *([WITHIN[first].index(rest[0])] if first in WITHIN and rest else [])]
+
+    inner = {name for name in MODULES if name.startswith("harness.") and name.split(".")[1] in DIRECTION}
+    upward = [
+        f"{name} -> {other}"
+        for name in sorted(inner)
+        for other in sorted(imported(MODULES[name]) & set(MODULES))
+        if other not in inner or places(other) > places(name)
+    ]
+    assert upward == []
+    assert {name.split(".")[1] for name in inner} == set(DIRECTION)
+
+
+FOLDERS = sorted(path.parent for path in (ROOT / "harness").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS[1:], ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_listed_when_a_package_is_documented(folder: Path) -> None:
+    listed = re.findall(
+        r"^    ([\w/]+)  ", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "", re.M
+    )
+    there = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+    there += [f"{path.parent.name}/" for path in folder.glob("*/__init__.py")]
+    assert sorted(listed) == sorted(there)
 
 
 def test_composition_root_is_imported_late_when_imported_at_all() -> None:
     for name, path in MODULES.items():
-        assert "harness.app" not in imported(path, only_when_imported=True), name
+        assert "harness.training.app" not in imported(path, only_when_imported=True), name
 
 
 def import_alone(module: str) -> subprocess.CompletedProcess[str]:
@@ -132,7 +174,7 @@ def import_alone(module: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torch_is_not_imported_when_the_publisher_has_its_store() -> None:
-    names = "harness.tracking.publisher_process, harness.tracking.mlflow_store"
+    names = "harness.tracking.publisher.process, harness.tracking.mlflow.store"
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from harness.distributed.handshake import AuthenticationError, Handshake
+from harness.distributed.job_rendezvous import find, ports_of, serve
 from harness.errors import LaunchError
-from harness.handshake import AuthenticationError, Handshake
-from harness.job_rendezvous import find, ports_of, serve
 
 SOON = timedelta(seconds=20)
 SECRET = b"known to the ranks of the job alone"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.distributed.job_secret import FILE_VARIABLE, SECRET_VARIABLE, discard, make_secret, read_secret
 from harness.errors import LaunchError
-from harness.job_secret import FILE_VARIABLE, SECRET_VARIABLE, discard, make_secret, read_secret
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.learning_rates import LearningRates
+from harness.metrics.learning_rates import LearningRates
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig, EarlyStopping, TrackingConfig, TrainerConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.config.schema import CheckpointConfig, EarlyStopping, TrackingConfig, TrainerConfig
+from harness.config.task import StepOutput
+from harness.distributed.strategies import start
 from harness.errors import ConfigError, NonFiniteLossError
-from harness.loop import fit
-from harness.periodic import PeriodicLogger
-from harness.runtime import start
-from harness.task import StepOutput
-from harness.tracking.entries import Entry, read_entries
+from harness.tracking.journal.entries import Entry, read_entries
+from harness.training.fit import fit
+from harness.training.periodic_logger import PeriodicLogger
 
 NUM_SAMPLES = 20
 

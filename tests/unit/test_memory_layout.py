@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import memory_layout
+from harness.data import memory_layout
 
 # A view of 12 numbers -> its elements.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,9 +5,9 @@ import torch
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from harness.agreement import Agreement
+from harness.distributed.collectives import Agreement
 from harness.errors import MetricError
-from harness.metric_objects import compute_over_ranks
+from harness.metrics.torchmetrics_sync import compute_over_ranks
 
 
 class Kept(Metric):

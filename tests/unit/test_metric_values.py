@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.metric_values import LoggedValues
-from harness.metrics import Reducer, WeightedSums
+from harness.metrics.reducer import Reducer, WeightedSums
+from harness.metrics.values import LoggedValues
 
 NUMBERS = {
     "int": (3, 3.0),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import MetricError
-from harness.metrics import Reducer, WeightedSums
+from harness.metrics.reducer import Reducer, WeightedSums
 
 numbers = st.floats(-1e6, 1e6, width=32)
 weights = st.one_of(st.just(0.0), st.floats(1e-3, 1e4), st.integers(1, 512).map(float))

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config import ClassSpec, RunConfig
+from harness.config.parsing import check_yaml, config_files, config_files_first, parse_run_config
+from harness.config.schema import ClassSpec, RunConfig
 from harness.errors import ConfigError
-from harness.options import check_yaml, config_files, config_files_first, parse_run_config
 
 YAML = """\
 seed: 5

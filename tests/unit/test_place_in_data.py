@@ -21,10 +21,11 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 
-from harness import CheckpointConfig, PeriodicLogger, TrackingConfig, random_state
-from harness.batches import Continuation, DataState, TrainingBatches
-from harness.checkpoint.commit import list_checkpoints
-from harness.data import leave
+from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.data import rng_state
+from harness.data.dataloaders import leave
+from harness.data.resumable_loader import Continuation, DataState, TrainingBatches
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
 
@@ -373,7 +374,7 @@ def test_it_says_so_when_a_step_takes_other_samples(tmp_path: Path, capsys: pyte
 
 
 def test_loader_is_what_it_was_when_it_is_over_an_iterable_data_set() -> None:
-    from harness.data import with_batch_size
+    from harness.data.dataloaders import with_batch_size
 
     assert [len(indices) for indices, *_ in with_batch_size(DataLoader(Stream(), 4), 6)] == [6, 6, 6, 4]
 
@@ -433,7 +434,7 @@ def two_passes(batches: TrainingBatches, loader: Any, first: Continuation | None
             drawn = (inputs.tolist(), random.random(), float(np.random.randn()), torch.rand(()).item())
             batches.num_taken += 1
             state = DataState.decoded(json.loads(json.dumps(batches.state.encoded())))
-            yield drawn, Continuation(batches.num_taken, state, random_state.decoded(random_state.capture(device)))
+            yield drawn, Continuation(batches.num_taken, state, rng_state.decoded(rng_state.capture(device)))
         batches.end()
         batches.leave()
         leave(over, iterator)

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from harness import random_state
+from harness.data import rng_state
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _generators_as_they_were() -> Iterator[None]:
-    record = random_state.capture(CPU)
+    record = rng_state.capture(CPU)
     yield
-    random_state.restore(record, CPU)
+    rng_state.restore(record, CPU)
 
 
 def draw() -> tuple[object, ...]:
@@ -35,15 +35,15 @@ def draw() -> tuple[object, ...]:
 def test_same_numbers_follow_when_the_state_went_through_json() -> None:
     # An odd number of normal draws, so that each generator holds one back.
     random.gauss(0, 1), np.random.standard_normal(3), torch.randn(3)
-    text = json.dumps(random_state.capture(CPU))
+    text = json.dumps(rng_state.capture(CPU))
     expected = draw()
     assert draw() != expected
-    random_state.restore(json.loads(text), CPU)
+    rng_state.restore(json.loads(text), CPU)
     assert draw() == expected
 
 
 def test_numbers_are_those_that_python_gives_when_they_are_read_in_memory() -> None:
-    state = random_state._PythonState()
+    state = rng_state._PythonState()
     # Wherever the suite runs: or each batch costs what asking does.
     assert state.is_in_memory
     for num_drawn in (0, 1, 623, 7):
@@ -60,27 +60,27 @@ def test_same_numbers_follow_when_numpys_generator_is_of_another_kind(kind: Any)
     try:
         np.random.standard_normal(3)
         for _ in range(2):
-            text = json.dumps(random_state.capture(CPU))
+            text = json.dumps(rng_state.capture(CPU))
             expected = draw()
-            random_state.restore(json.loads(text), CPU)
+            rng_state.restore(json.loads(text), CPU)
             assert draw() == expected
         twister = np.random.RandomState(0).get_state()
         state = np.random.get_state(legacy=False)
-        random_state.restore({**json.loads(text), "numpy": random_state._encode_numpy(twister)}, CPU)
+        rng_state.restore({**json.loads(text), "numpy": rng_state._encode_numpy(twister)}, CPU)
         assert str(np.random.get_state(legacy=False)) == str(state)  # one of another kind cannot be put back
     finally:
         np.random.set_bit_generator(before)
 
 
 def test_nothing_is_drawn_when_captured() -> None:
-    assert random_state.capture(CPU) == random_state.capture(CPU)
+    assert rng_state.capture(CPU) == rng_state.capture(CPU)
 
 
 def test_device_state_is_left_alone_when_the_device_is_a_cpu() -> None:
-    record = random_state.capture(CPU)
+    record = rng_state.capture(CPU)
     assert "cuda" not in record
-    random_state.restore({**record, "cuda": "AAAA"}, CPU)  # from a GPU; must not be looked at here
-    assert random_state.capture(CPU) == record
+    rng_state.restore({**record, "cuda": "AAAA"}, CPU)  # from a GPU; must not be looked at here
+    assert rng_state.capture(CPU) == record
 
 
 def draw_none() -> None:
@@ -103,9 +103,9 @@ def seed() -> None:
 @pytest.mark.parametrize("change", [draw_none, draw_as_many_as_there_are_words, hold_one_back, seed])
 def test_state_is_the_one_of_now_when_it_was_taken_before(change: Callable[[], None]) -> None:
     for _ in range(3):
-        random_state.take(CPU)
+        rng_state.take(CPU)
         change()
-        taken = random_state.take(CPU)
+        taken = rng_state.take(CPU)
         kind, words, *rest = np.random.get_state()
         assert (taken["numpy"][0], taken["numpy"][1].tolist(), *taken["numpy"][2:]) == (kind, words.tolist(), *rest)
         version, (*words, position), held_back = random.getstate()

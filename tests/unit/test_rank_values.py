@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.shared import Sight
-from harness.rank_values import decode, encode
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.restore.visibility import Sight
+from harness.distributed.rank_values import decode, encode
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def framed(value: Any) -> bytes:
         pickle.dumps([1]),
         b"",
         framed({"record": ["subprocess.Popen", [["true"]]]}),
-        framed({"record": ["harness.launch_identity.socket", []]}),
-        framed({"record": ["harness.tracking.publisher_launch.start_publisher", ["/tmp", {}]]}),
-        framed({"record": ["harness.agreement.Agreement", [0, 1]]}),
+        framed({"record": ["harness.distributed.launch_identity.socket", []]}),
+        framed({"record": ["harness.tracking.publisher.launcher.start_publisher", ["/tmp", {}]]}),
+        framed({"record": ["harness.distributed.collectives.Agreement", [0, 1]]}),
         framed({"call": []}),
         framed({"tuple": [], "set": []}),
         framed({"tensor": ["load", [1], 4]}),

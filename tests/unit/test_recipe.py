@@ -11,10 +11,10 @@ from mlflow.models import infer_signature as mlflow_infers
 from mlflow.models.signature import ModelSignature
 from torch import Tensor, nn
 
-from harness import random_state
-from harness.config import ClassSpec
+from harness.config.schema import ClassSpec
+from harness.data import rng_state
 from harness.errors import ConfigError
-from harness.recipe import check_spec, infer_signature, make_recipe
+from harness.models.model_spec import check_spec, infer_signature, make_recipe
 from harness.tasks import ByteLM, Digits
 
 CPU = torch.device("cpu")
@@ -50,9 +50,9 @@ def test_signature_is_the_one_that_mlflow_infers_when_run_on_an_example() -> Non
 def test_model_and_random_numbers_are_as_before_when_signature_was_inferred() -> None:
     model = Counts()
     example = {"x": torch.ones(4, 3), "mask": np.ones((4, 2), dtype=np.float32)}
-    before = random_state.capture(CPU)
+    before = rng_state.capture(CPU)
     found = infer_signature(model, example)
-    assert random_state.capture(CPU) == before
+    assert rng_state.capture(CPU) == before
     assert int(model.calls) == 0
     assert [module.training for module in model.modules()] == [True, True, False]
     assert all(parameter.grad is None for parameter in model.parameters())

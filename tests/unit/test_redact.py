@@ -4,8 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import redact as redact_module
-from harness.redact import is_secret_name, redact, redact_message, redact_named, redact_tree, remember, without_password
+from harness.io import redact as redact_module
+from harness.io.redact import (
+    is_secret_name,
+    redact,
+    redact_message,
+    redact_named,
+    redact_tree,
+    remember,
+    without_password,
+)
 
 letters = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=8)
 # What a user may paste unquoted: more than a URI allows, as long as it ends before the path.

@@ -10,8 +10,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from harness.meeting import Meeting
-from harness.rendezvous import meet
+from harness.distributed.meeting import Meeting
+from harness.distributed.rendezvous import meet
 from tests.distributed.saving_ranks import free_port
 
 LIMIT = timedelta(seconds=20)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, set_aside, temporary_of
-from harness.report import checkpoint_records, checkpoint_table, how_to_open
-from harness.tracking.acknowledged import Delivered, write_delivered
+from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, set_aside, temporary_of
+from harness.diagnostics.report import checkpoint_records, checkpoint_table, how_to_open
+from harness.tracking.journal.delivery_state import Delivered, write_delivered
 
 
 def save(run_dir: Path, name: str, step: int, metrics: dict[str, float], ranking: dict[str, str] | None = None) -> None:

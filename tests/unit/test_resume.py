@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.commit import VERSION, list_checkpoints
-from harness.checkpoint.strict_json import checksum
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import VERSION, list_checkpoints
+from harness.checkpoint.format.strict_json import checksum
+from harness.checkpoint.format.verify import verify
 from harness.errors import CheckpointError, DamagedError, Stopped
-from harness.tracking.entries import read_entries
+from harness.tracking.journal.entries import read_entries
 
 NUM_EPOCHS = 3
 

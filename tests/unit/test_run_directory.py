@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import CheckpointConfig, ClassSpec, EarlyStopping, RunConfig, TrackingConfig, TrainerConfig
+from harness.config.parsing import parse_run_config
+from harness.config.schema import CheckpointConfig, ClassSpec, EarlyStopping, RunConfig, TrackingConfig, TrainerConfig
 from harness.errors import ConfigError, RunDirError
-from harness.options import parse_run_config
-from harness.run_directory import RunDirectory, make_run_directory, note_stop, read_run_record, write_config
+from harness.run.directory import RunDirectory, make_run_directory, note_stop, read_run_record, write_config
 
 
 def make(runs_dir: Path, run_name: str | None, stem: str | None = None, resume: str = "auto") -> RunDirectory:

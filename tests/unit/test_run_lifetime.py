@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest
-from harness.config import ClassSpec, TrackingConfig
+from harness.checkpoint.format.commit import Manifest
+from harness.config.schema import ClassSpec, TrackingConfig
+from harness.distributed.collectives import Agreement
+from harness.distributed.strategies import Topology
 from harness.errors import PeerFailure, RunDirError, Stopped
-from harness.progress import Progress
-from harness.run_lifetime import RunLifetime
-from harness.runtime import Topology
+from harness.io.progress import Progress
 from harness.tasks import Digits
-from harness.tracking.entries import Entry, read_entries
+from harness.tracking.journal.entries import Entry, read_entries
+from harness.training.run_session import RunLifetime
 from tests.services.mlflow_server import make_database
 
 CPU = torch.device("cpu")

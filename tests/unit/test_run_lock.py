@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import RunDirError
-from harness.lock_file import Kind, holder_of, open_lock
-from harness.run_lock import FILE, RunLock
+from harness.io.lock_file import Kind, holder_of, open_lock
+from harness.run.lock import FILE, RunLock
 
 # Takes the lock, forks a child as a data loader does, says both ids, and waits to be killed.
 HOLDER = """
@@ -99,7 +99,7 @@ def test_other_processes_stay_out_when_this_process_tries_twice(tmp_path: Path) 
     with pytest.raises(RunDirError, match="in use by another PeriodicLogger of this process"):
         RunLock(tmp_path, timeout_s=0)
     # The refused try has not given up the first one's: a POSIX lock goes with any descriptor that is closed.
-    code = f"from pathlib import Path; from harness.run_lock import RunLock; RunLock(Path({str(tmp_path)!r}), 0)"
+    code = f"from pathlib import Path; from harness.run.lock import RunLock; RunLock(Path({str(tmp_path)!r}), 0)"
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert f"in use by process {os.getpid()}" in refused.stderr
     lock.release()

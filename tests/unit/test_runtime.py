@@ -6,8 +6,8 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from harness.distributed.strategies import check_launch, describe, processes_asked
 from harness.errors import LaunchError
-from harness.runtime import check_launch, describe, processes_asked
 
 
 @pytest.mark.parametrize(

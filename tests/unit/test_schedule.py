@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.config import Mode
-from harness.schedule import Cadence, Patience, is_better
+from harness.config.cadence import Cadence, Patience, is_better
+from harness.config.schema import Mode
 
 
 @given(st.integers(1, 9), st.integers(1, 60))

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig, load_model
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.trainer_state import Watched
-from harness.checkpoint.verify import require_whole
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.verify import require_whole
+from harness.checkpoint.state.trainer_state import Watched
 from harness.errors import CheckpointError
-from harness.step_counter import StepCounter
+from harness.training.step_counter import StepCounter
 
 NUM_BATCHES = 8
 NUM_EPOCHS = 2

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.signals import StopSignals
+from harness.run.signals import StopSignals
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.distributed.slurm_env import Job, hosts_of, read_job, read_task, tasks_per_node
 from harness.errors import LaunchError
-from harness.slurm import Job, hosts_of, read_job, read_task, tasks_per_node
 
 TASK = {
     "SLURM_JOB_ID": "17",

@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.config import TrackingConfig
-from harness.durable import replace_file
+from harness.checkpoint.format.commit import Manifest, commit, temporary_of
+from harness.config.schema import TrackingConfig
 from harness.errors import RunDirError, Stopped
-from harness.periodic import PeriodicLogger
-from harness.restarts import count_start
-from harness.run_lock import RunLock
-from harness.stop_request import StopLead, StopRequests, ask_to_stop
+from harness.io.durable_files import replace_file
+from harness.run.lock import RunLock
+from harness.run.requeue_limit import count_start
+from harness.run.stop_request import StopLead, StopRequests, ask_to_stop
+from harness.training.periodic_logger import PeriodicLogger
 
 JOB = {"SLURM_JOB_ID": "17"}
 

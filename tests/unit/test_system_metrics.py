@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from harness.agreement import Agreement
+from harness.distributed.collectives import Agreement
 from harness.errors import ConfigError
-from harness.system_metrics import sampler as sampler_module
-from harness.system_metrics.nodes import Node, Place, find_place, nodes_of
-from harness.system_metrics.reading import Reader, Source, node_sources
-from harness.system_metrics.reduction import RULES, metrics_of, reduce
-from harness.system_metrics.sampler import Collector, Sampler, interval_s, start_sampler
+from harness.metrics.system import sampler as sampler_module
+from harness.metrics.system.nodes import Node, Place, find_place, nodes_of
+from harness.metrics.system.reading import Reader, Source, node_sources
+from harness.metrics.system.reduction import RULES, metrics_of, reduce
+from harness.metrics.system.sampler import Collector, Sampler, interval_s, start_sampler
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.timing import GAUGES, StepTimer, over_ranks, percentile
+from harness.metrics.step_timer import GAUGES, StepTimer, over_ranks, percentile
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1), st.floats(0, 1))

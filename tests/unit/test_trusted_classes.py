@@ -18,7 +18,7 @@ from torch import nn
 
 import harness
 from harness.errors import ConfigError
-from harness.flavor import TRUSTED_VARIABLE, _load_pyfunc
+from harness.models.mlflow_flavor import TRUSTED_VARIABLE, _load_pyfunc
 from tests.unit import trusted_models
 
 NET = f"{trusted_models.__name__}.Net"

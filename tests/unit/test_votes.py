@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.votes import Votes
+from harness.distributed.consensus import Votes
 
 
 def test_own_vote_is_read_when_there_is_one_process() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 from safetensors.torch import load_file
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.config import TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.config.schema import TrackingConfig
 from harness.integrations.keras import HarnessCallback
 from harness.tasks import Digits
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from harness import TrackingConfig
 from harness.errors import HarnessError
 from harness.integrations.accelerate import HarnessTracker
-from harness.tracking.names import clean_key
+from harness.tracking.mlflow.names import clean_key
 from tests.mlflow_reader import all_runs, client, history, only_run
 
 

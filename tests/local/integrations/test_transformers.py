@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import harness
-from harness.checkpoint.commit import list_checkpoints
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import CheckpointError, ConfigError, Stopped
 from harness.integrations.transformers import HarnessCallback
 from harness.tasks import Digits

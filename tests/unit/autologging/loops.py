@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging.settings import Settings
 from harness.autologging.switch import Switch
-from harness.checkpoint.commit import Manifest, list_checkpoints
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.checkpoint.format.commit import Manifest, list_checkpoints
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.gathered import gather_state
 
 State = dict[str, Tensor]

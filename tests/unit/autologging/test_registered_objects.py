@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from harness.checkpoint.commit import list_checkpoints
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.checkpoint.format.verify import verify
 from tests.unit.autologging.loops import Loop, On
 
 

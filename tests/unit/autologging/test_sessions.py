@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 from harness.autologging.settings import Settings
 from harness.errors import CheckpointError, RunDirError
-from harness.tracking.entries import read_entries
-from harness.tracking.names import clean_key
+from harness.tracking.journal.entries import read_entries
+from harness.tracking.mlflow.names import clean_key
 from tests.unit.autologging.loops import Loop, On, checkpoints, images, require_states
 
 

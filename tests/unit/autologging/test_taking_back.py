@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging import api, switch
 from harness.autologging.settings import Settings
-from harness.checkpoint.commit import list_checkpoints
-from harness.config import TrackingConfig
+from harness.checkpoint.format.commit import list_checkpoints
+from harness.config.schema import TrackingConfig
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging import api
 from harness.autologging.settings import Settings
-from harness.checkpoint.commit import list_checkpoints
+from harness.checkpoint.format.commit import list_checkpoints
 from harness.errors import RunDirError
 from tests.unit.autologging.loops import On, switching
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from harness.checkpoint.board import Board
+from harness.checkpoint.save.commit_store import Board
 from harness.errors import CheckpointError
 
 

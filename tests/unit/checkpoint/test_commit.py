@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.commit import (
+from harness.checkpoint.format.commit import (
     FORMAT,
     MANIFEST,
     VERSION,
@@ -26,7 +26,7 @@ from harness.checkpoint.commit import (
     scan_checkpoints,
     temporary_of,
 )
-from harness.checkpoint.strict_json import checksum
+from harness.checkpoint.format.strict_json import checksum
 from harness.errors import CheckpointError
 
 

@@ -14,15 +14,30 @@ from accelerate import Accelerator
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import random_state
-from harness.checkpoint.commit import MANIFEST, VERSION, Manifest, commit, read_manifest, scan_checkpoints, temporary_of
-from harness.checkpoint.json_values import encode
-from harness.checkpoint.kept_tensors import KeptTensors
-from harness.checkpoint.layout import read_header
-from harness.checkpoint.rank_state import RankState
-from harness.checkpoint.strict_json import checksum
-from harness.checkpoint.trainer_state import FILE, Moment, TrainerState, Watched, read_trainer_state, take_trainer_state
-from harness.checkpoint.write import write_json
+from harness.checkpoint.format.commit import (
+    MANIFEST,
+    VERSION,
+    Manifest,
+    commit,
+    read_manifest,
+    scan_checkpoints,
+    temporary_of,
+)
+from harness.checkpoint.format.json_values import encode
+from harness.checkpoint.format.layout import read_header
+from harness.checkpoint.format.strict_json import checksum
+from harness.checkpoint.save.write import write_json
+from harness.checkpoint.state.kept_tensors import KeptTensors
+from harness.checkpoint.state.rank_state import RankState
+from harness.checkpoint.state.trainer_state import (
+    FILE,
+    Moment,
+    TrainerState,
+    Watched,
+    read_trainer_state,
+    take_trainer_state,
+)
+from harness.data import rng_state
 from harness.errors import CheckpointError, DamagedError
 
 # The fixtures' files are written anew for each example.
@@ -124,7 +139,7 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
     state = take_trainer_state(
         moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None, KeptTensors()
     )
-    state["ranks"] = [RankState(random_state.take(accelerator.device)).encoded()]
+    state["ranks"] = [RankState(rng_state.take(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
     temporary.mkdir()

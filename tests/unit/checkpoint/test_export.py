@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from harness.checkpoint.export import export
+from harness.checkpoint.tools.export import export
 from harness.errors import CheckpointError
 
 Make = Callable[..., Path]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness.checkpoint.fence import Fence, ModeChoice
-from harness.checkpoint.source_guard import SourceGuard
+from harness.checkpoint.save.fence import Fence, ModeChoice
+from harness.checkpoint.save.source_guard import SourceGuard
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.checkpoint.all_ranges import packed
-from harness.checkpoint.gather import CHUNK_BYTES, Gatherer
-from harness.checkpoint.holdings import Holdings
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import Plan, plan_of, with_all
-from harness.checkpoint.shards.source import Run
-from harness.checkpoint.write import output_files
-from harness.checkpoint.writer import make_files
+from harness.checkpoint.format.all_ranges import packed
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.save.gather import CHUNK_BYTES, Gatherer
+from harness.checkpoint.save.plan import Plan, plan_of, with_all
+from harness.checkpoint.save.write import output_files
+from harness.checkpoint.save.writer import make_files
+from harness.checkpoint.sharding.shard_catalog import Holdings
 from harness.errors import CheckpointError
 
 

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from harness.checkpoint.kept_tensors import KeptTensors
-from harness.checkpoint.shards.held import find_held, innermost
+from harness.checkpoint.sharding.local_shards import find_held, innermost
+from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.errors import CheckpointError
 from tests.unit.checkpoint.optimizers import Projector
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.inspect import contents, text
-from harness.checkpoint.layout import read_header
+from harness.checkpoint.format.commit import read_manifest
+from harness.checkpoint.format.layout import read_header
+from harness.checkpoint.tools.inspect import contents, text
 from harness.errors import CheckpointError
 
 Make = Callable[..., Path]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from harness.checkpoint.json_values import UnsavableTensor, decode, encode
-from harness.checkpoint.kept_tensors import KeptTensors, getting
+from harness.checkpoint.format.json_values import UnsavableTensor, decode, encode
+from harness.checkpoint.state.kept_tensors import KeptTensors, getting
 
 KEYS = st.one_of(st.text(max_size=5), st.integers(), st.tuples(st.integers(), st.text(max_size=2)))
 NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.verify import require_whole
+from harness.checkpoint.format.verify import require_whole
 
 KEPT = Path(__file__).parent / "kept"
 

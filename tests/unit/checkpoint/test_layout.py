@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.checkpoint.layout import TensorSpec, plan_layout, read_header
-from harness.checkpoint.shards.source import DTYPE_NAMES, DTYPES
+from harness.checkpoint.format.layout import TensorSpec, plan_layout, read_header
+from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, DTYPES
 from harness.errors import CheckpointError
 
 names = st.text(st.characters(codec="utf-8"), max_size=6).filter(lambda name: name != "__metadata__")

@@ -7,7 +7,8 @@ import mlflow
 import pytest
 import torch
 
-from harness.checkpoint.locate import (
+from harness.checkpoint.format.verify import verify
+from harness.checkpoint.restore.locate import (
     _DOWNLOAD_TIMEOUT_S,
     find_checkpoints,
     is_in_mlflow,
@@ -16,7 +17,6 @@ from harness.checkpoint.locate import (
     longest_wait_s,
     remove_downloads,
 )
-from harness.checkpoint.verify import verify
 from harness.errors import CheckpointError, ConfigError
 from tests.services.mlflow_server import make_database
 

@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.files import LocalFiles
-from harness.checkpoint.materialize import BuiltState, build_state
-from harness.checkpoint.restore import restore_tensors, restore_weights
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import Stepped
-from harness.checkpoint.stored import Stored
-from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.commit import read_manifest
+from harness.checkpoint.format.files import LocalFiles
+from harness.checkpoint.format.index import Stored
+from harness.checkpoint.restore.restore import restore_tensors, restore_weights
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.state.materialize import BuiltState, build_state
+from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
 from tests.unit.test_memory_layout import LAYOUTS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
-from harness.checkpoint.names import named_state, unwrapped
+from harness.checkpoint.format.names import named_state, unwrapped
 from harness.errors import CheckpointError
 
 

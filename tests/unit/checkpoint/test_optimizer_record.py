@@ -11,20 +11,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import STATES, read_manifest
-from harness.checkpoint.export import export
-from harness.checkpoint.inspect import contents
-from harness.checkpoint.kept_tensors import KeptTensors
-from harness.checkpoint.locate import find_checkpoints
-from harness.checkpoint.optimizer_record import OptimizerRecord, check_step
-from harness.checkpoint.relay import Relay
-from harness.checkpoint.resume import resume
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched, read_trainer_state
-from harness.checkpoint.verify import verify
-from harness.checkpoint.write import write_json
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.commit import STATES, read_manifest
+from harness.checkpoint.format.verify import verify
+from harness.checkpoint.restore.locate import find_checkpoints
+from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.resume import resume
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.save.write import write_json
+from harness.checkpoint.state.kept_tensors import KeptTensors
+from harness.checkpoint.state.optimizer_record import OptimizerRecord, check_step
+from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
+from harness.checkpoint.tools.export import export
+from harness.checkpoint.tools.inspect import contents
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError, DamagedError
 from tests.unit.checkpoint.optimizers import Norm, OfShared
 
@@ -125,7 +125,7 @@ def _write_as_before(checkpoint: Path) -> None:
     """Take away what the version before had not, and seal the checkpoint again."""
     from dataclasses import replace
 
-    from harness.checkpoint.commit import MANIFEST, manifest_text
+    from harness.checkpoint.format.commit import MANIFEST, manifest_text
 
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text())

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.restore import Restored, restore_tensors
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import Held
-from harness.checkpoint.shards.parts import _merged
-from harness.checkpoint.trainer_state import Moment, Several, Watched
-from harness.config import CheckpointConfig
+from harness.checkpoint.restore.restore import Restored, restore_tensors
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.sharding.local_shards import Held
+from harness.checkpoint.state.parts import _merged
+from harness.checkpoint.state.trainer_state import Moment, Several, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
 
 

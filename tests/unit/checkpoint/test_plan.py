@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.checkpoint.all_ranges import FileRange
-from harness.checkpoint.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
-from harness.checkpoint.holdings import Holdings
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import MAX_RANGE_BYTES, Plan, hash_of, plan_of
-from harness.checkpoint.shards.source import DTYPES, Run
+from harness.checkpoint.format.all_ranges import FileRange
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.tensor_shard import DTYPES, Run
+from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
+from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, hash_of, plan_of
+from harness.checkpoint.sharding.shard_catalog import Holdings
 from harness.errors import CheckpointError
 
 

@@ -12,23 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.all_ranges import MANY, AllRanges, packed
-from harness.checkpoint.commit import (
-    MANIFEST,
-    FileRecord,
-    Manifest,
-    commit,
-    manifest_text,
-    read_manifest,
-)
-from harness.checkpoint.digest import digest_of
-from harness.checkpoint.holdings import Holdings
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import plan_of
-from harness.checkpoint.ranges import Range, Ranges, number_at
-from harness.checkpoint.read import Want, read
-from harness.checkpoint.shards.source import Run
-from harness.checkpoint.verify import verify
+from harness.checkpoint.format.all_ranges import MANY, AllRanges, packed
+from harness.checkpoint.format.commit import MANIFEST, FileRecord, Manifest, commit, manifest_text, read_manifest
+from harness.checkpoint.format.digest import digest_of
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.ranges import Range, Ranges, number_at
+from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.verify import verify
+from harness.checkpoint.restore.read import Want, read
+from harness.checkpoint.save.plan import plan_of
+from harness.checkpoint.sharding.shard_catalog import Holdings
 from harness.errors import DamagedError
 
 

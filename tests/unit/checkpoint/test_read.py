@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint.check import Leaves, Span, joined, known_whole, require_digest
-from harness.checkpoint.commit import FileRecord, Range
-from harness.checkpoint.digest import LEAF_BYTES, digest_of
-from harness.checkpoint.read import CHUNK_BYTES, Reading, Want, digest_leaves, read, unique_bytes
-from harness.checkpoint.shards.source import DTYPES
+from harness.checkpoint.format.check import Leaves, Span, joined, known_whole, require_digest
+from harness.checkpoint.format.commit import FileRecord, Range
+from harness.checkpoint.format.digest import LEAF_BYTES, digest_of
+from harness.checkpoint.format.tensor_shard import DTYPES
+from harness.checkpoint.restore.read import CHUNK_BYTES, Reading, Want, digest_leaves, read, unique_bytes
 from harness.errors import CheckpointError, DamagedError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from harness.checkpoint.files import LocalFiles, OpenFile
-from harness.checkpoint.relay import WINDOW_BYTES, _Link, _SentFiles, _ServedFiles
+from harness.checkpoint.format.files import LocalFiles, OpenFile
+from harness.checkpoint.restore.remote_files import WINDOW_BYTES, _Link, _SentFiles, _ServedFiles
 from harness.errors import CheckpointError, DamagedError
 
 NAMES = ["a", "b", "missing"]

@@ -10,14 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.materialize import zero_step
-from harness.checkpoint.restore import Restored, restore_tensors
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.shards.held import Stepped
-from harness.checkpoint.shards.parts import find_watched_stepped
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig
+from harness.checkpoint.restore.restore import Restored, restore_tensors
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.state.materialize import zero_step
+from harness.checkpoint.state.parts import find_watched_stepped
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError, DamagedError
 from tests.unit.checkpoint.optimizers import AllMadeEarly, MadeEarly, Numbered, OfObjects, OfTrees, Projector
 

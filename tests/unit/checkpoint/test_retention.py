@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.commit import (
+from harness.checkpoint.format.commit import (
     MANIFEST,
     TRAINER_STATE,
     FileRecord,
@@ -19,8 +19,8 @@ from harness.checkpoint.commit import (
     remove_leftovers,
     temporary_of,
 )
-from harness.checkpoint.retention import Retention, best_of, remove, to_remove
-from harness.config import CheckpointConfig
+from harness.checkpoint.tools.retention import Retention, best_of, remove, to_remove
+from harness.config.schema import CheckpointConfig
 from harness.errors import TrackingError
 
 FULL = (FileRecord(TRAINER_STATE, 0, ()),)

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import Manifest, list_checkpoints, read_manifest
-from harness.checkpoint.json_values import decode
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.checkpoint.verify import require_whole, verify
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.commit import Manifest, list_checkpoints, read_manifest
+from harness.checkpoint.format.json_values import decode
+from harness.checkpoint.format.verify import require_whole, verify
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
 from tests.unit.checkpoint.optimizers import OfObjects
 

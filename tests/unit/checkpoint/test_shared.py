@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import MANIFEST
-from harness.checkpoint.files import LocalFiles
-from harness.checkpoint.relay import Relay
-from harness.checkpoint.shared import open_checkpoint, open_weights
+from harness.checkpoint.format.commit import MANIFEST
+from harness.checkpoint.format.files import LocalFiles
+from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.visibility import open_checkpoint, open_weights
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError, DamagedError
 
 ALONE = Agreement(0, 1)

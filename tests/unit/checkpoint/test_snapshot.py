@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.plan import make_plan
-from harness.checkpoint.shards.held import find_held
-from harness.checkpoint.snapshot import CopyRest, Snapshot
-from harness.checkpoint.staging import StagingMemory
+from harness.checkpoint.save.plan import make_plan
+from harness.checkpoint.save.snapshot import CopyRest, Snapshot
+from harness.checkpoint.save.staging import StagingMemory
+from harness.checkpoint.sharding.local_shards import find_held
+from harness.distributed.collectives import Agreement
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint.source_guard import GuardedTensor, SourceGuard
+from harness.checkpoint.save.source_guard import GuardedTensor, SourceGuard
 
 Write = Callable[[Tensor], object]
 

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from harness.checkpoint.staging import StagingMemory
+from harness.checkpoint.save.staging import StagingMemory
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 100_000])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.checkpoint.shards.state_form import Branch, build, checked, form_of, leaves_of, needed_form
+from harness.checkpoint.sharding.state_form import Branch, build, checked, form_of, leaves_of, needed_form
 from tests.unit.checkpoint.optimizers import Projector
 
 LIKE = torch.zeros(2)

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from harness.agreement import Agreement
-from harness.checkpoint.commit import read_manifest
-from harness.checkpoint.saver import Saver
-from harness.checkpoint.trainer_state import Moment, Watched
-from harness.config import CheckpointConfig
+from harness.checkpoint.format.commit import read_manifest
+from harness.checkpoint.save.saver import Saver
+from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.config.schema import CheckpointConfig
+from harness.distributed.collectives import Agreement
 
 Write = Callable[[nn.Module, torch.optim.Optimizer], object]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.agreement import Agreement
-from harness.checkpoint.transport import COHERENT_BETWEEN_NODES, View, choose, decide, file_system_of, look
+from harness.checkpoint.save.transport import COHERENT_BETWEEN_NODES, View, choose, decide, file_system_of, look
+from harness.distributed.collectives import Agreement
 from harness.errors import CheckpointError
 
 DIRECTORY = Path("/runs/mine/checkpoints")

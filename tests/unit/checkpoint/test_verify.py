@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.checkpoint.commit import MANIFEST, Manifest, commit, read_manifest
-from harness.checkpoint.verify import require_checkpoint, require_whole, summary, verify
-from harness.checkpoint.write import write_json
+from harness.checkpoint.format.commit import MANIFEST, Manifest, commit, read_manifest
+from harness.checkpoint.format.verify import require_checkpoint, require_whole, summary, verify
+from harness.checkpoint.save.write import write_json
 from harness.errors import CheckpointError, HarnessError
 
 Make = Callable[..., Path]

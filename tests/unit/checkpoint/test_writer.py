@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint.all_ranges import AllRanges, packed
-from harness.checkpoint.commit import Manifest, commit
-from harness.checkpoint.digest import digest_of
-from harness.checkpoint.holdings import Holdings
-from harness.checkpoint.layout import TensorSpec
-from harness.checkpoint.plan import MAX_RANGE_BYTES, Plan, plan_of
-from harness.checkpoint.shards.source import Run
-from harness.checkpoint.staging import StagingMemory
-from harness.checkpoint.verify import verify
-from harness.checkpoint.write import WriterProcess, output_files, write_json
-from harness.checkpoint.writer import OutputFile, RangeWriter, make_files
+from harness.checkpoint.format.all_ranges import AllRanges, packed
+from harness.checkpoint.format.commit import Manifest, commit
+from harness.checkpoint.format.digest import digest_of
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.verify import verify
+from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, plan_of
+from harness.checkpoint.save.staging import StagingMemory
+from harness.checkpoint.save.write import WriterProcess, output_files, write_json
+from harness.checkpoint.save.writer import OutputFile, RangeWriter, make_files
+from harness.checkpoint.sharding.shard_catalog import Holdings
 from harness.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness import __version__
-from harness.checkpoint.commit import FileRecord, Manifest, Range, commit, temporary_of
+from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, temporary_of
 from launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,9 +9,9 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from harness.distributed.job_rendezvous import ports_of
+from harness.distributed.job_secret import SECRET_VARIABLE
 from harness.errors import LaunchError
-from harness.job_rendezvous import ports_of
-from harness.job_secret import SECRET_VARIABLE
 
 ROOT = Path(__file__).parents[3]
 

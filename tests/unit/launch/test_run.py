@@ -12,7 +12,7 @@ import pytest
 
 from harness.autologging import api, switch
 from harness.autologging.settings import Settings
-from harness.config import CheckpointConfig, TrackingConfig
+from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import HarnessError
 from launch.run import run
 

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.tracking.continuation import (
-    MAX_DRIFT_CHARS,
-    KnownPoints,
-    Point,
-    drift,
-    points_at,
-    read_logged,
-)
-from harness.tracking.outbox import Outbox
+from harness.tracking.journal.logged_points import MAX_DRIFT_CHARS, KnownPoints, Point, drift, points_at, read_logged
+from harness.tracking.journal.writer import Outbox
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from harness.tracking import mlflow_client
-from harness.tracking.acknowledged import DAMAGED_ENTRIES, DELIVERED, read_delivered
-from harness.tracking.attempts import FILE as ATTEMPTS
-from harness.tracking.continuation import KnownPoints, read_logged
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.outbox import Outbox
-from harness.tracking.pruning import PRUNED, Pruned, read_pruned, write_pruned
-from harness.tracking.publisher import Publisher
-from harness.tracking.segments import JOURNAL, journal_end
-from harness.tracking.settings import write_settings
-from harness.tracking.store import RefusedError, Settings
-from harness.tracking.sync import deliver_rest, has_news
+from harness.tracking.journal.delivery_state import DAMAGED_ENTRIES, DELIVERED, read_delivered
+from harness.tracking.journal.logged_points import KnownPoints, read_logged
+from harness.tracking.journal.pruning import PRUNED, Pruned, read_pruned, write_pruned
+from harness.tracking.journal.segments import JOURNAL, journal_end
+from harness.tracking.journal.settings import write_settings
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.mlflow import client
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import RefusedError, Settings
+from harness.tracking.publisher.attempts import FILE as ATTEMPTS
+from harness.tracking.publisher.publisher import Publisher
+from harness.tracking.publisher.sync import deliver_rest, has_news
 from tests.services.mlflow_server import make_database
 
 STEPS = 10
@@ -67,7 +67,7 @@ class Run:
 
 
 def is_permanent(error: Exception) -> bool:
-    return isinstance(error, RefusedError) or mlflow_client.is_permanent(error)
+    return isinstance(error, RefusedError) or client.is_permanent(error)
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from harness.tracking import model_lane
-from harness.tracking.acknowledged import read_delivered
-from harness.tracking.mlflow_client import is_permanent
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.outbox import Outbox
-from harness.tracking.publisher import Publisher
-from harness.tracking.store import Settings
-from harness.tracking.sync import has_news, undelivered_line
+from harness.tracking.journal.delivery_state import read_delivered
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.mlflow.client import is_permanent
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import Settings
+from harness.tracking.publisher import artifact_worker
+from harness.tracking.publisher.publisher import Publisher
+from harness.tracking.publisher.sync import has_news, undelivered_line
 from tests.services.mlflow_server import make_database
 
 
@@ -45,7 +45,7 @@ def trained(run_dir: Path, database: Path, artifacts: Path) -> mlflow.MlflowClie
 def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_lane, "_MAX_TROUBLE_S", 1.0)
+    monkeypatch.setattr(artifact_worker, "_MAX_TROUBLE_S", 1.0)
     run_dir = tmp_path / "it"
     # A file where a directory is to be, which no user may write below.
     (tmp_path / "blocked").touch()
@@ -87,7 +87,7 @@ class AwayThenSlow(MlflowStore):
 
 
 def test_end_waits_for_an_upload_when_a_try_before_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_lane, "_MAX_TROUBLE_S", 1.0)
+    monkeypatch.setattr(artifact_worker, "_MAX_TROUBLE_S", 1.0)
     client = trained(tmp_path / "it", tmp_path / "mlflow.db", tmp_path / "artifacts")
     publisher = delivering(tmp_path / "it", client.tracking_uri, AwayThenSlow)
     assert publisher.run()

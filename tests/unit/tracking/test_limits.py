@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 
-from harness.metrics import Reducer
-from harness.tracking.heartbeat import DEAD_AFTER_S
-from harness.tracking.mlflow_client import LONGEST_TIMEOUT_S
-from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
-from harness.votes import Votes
+from harness.distributed.consensus import Votes
+from harness.metrics.reducer import Reducer
+from harness.tracking.journal.heartbeat import DEAD_AFTER_S
+from harness.tracking.mlflow.client import LONGEST_TIMEOUT_S
+from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
 
 
 def test_publisher_is_known_to_be_dead_or_done_before_any_collective_gives_up() -> None:

@@ -14,9 +14,9 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException, RestException
 from sqlalchemy import event
 
-from harness.tracking.mlflow_client import is_permanent
-from harness.tracking.mlflow_store import MlflowStore
-from harness.tracking.store import WantedRun
+from harness.tracking.mlflow.client import is_permanent
+from harness.tracking.mlflow.store import MlflowStore
+from harness.tracking.mlflow.store_protocol import WantedRun
 from tests.services.mlflow_server import make_database
 
 DATASET = {

@@ -15,11 +15,11 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import LogBatch
 
-from harness.tracking.mlflow_client import connect, has_run, is_permanent, server_of
-from harness.tracking.mlflow_store import MlflowStore, _log_batch_body
-from harness.tracking.names import clean_model_name
-from harness.tracking.registry import Registration, Registry
-from harness.tracking.store import WantedRun
+from harness.tracking.mlflow.client import connect, has_run, is_permanent, server_of
+from harness.tracking.mlflow.names import clean_model_name
+from harness.tracking.mlflow.registry import Registration, Registry
+from harness.tracking.mlflow.store import MlflowStore, _log_batch_body
+from harness.tracking.mlflow.store_protocol import WantedRun
 from tests.services.mlflow_server import make_database
 
 points = st.tuples(st.text(min_size=1), st.floats(), st.integers(0, 2**62), st.integers(0, 2**62))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.tracking.acknowledged import Acknowledged, read_delivered
-from harness.tracking.entries import read_entries
-from harness.tracking.model_lane import ModelLane
-from harness.tracking.outbox import Outbox
-from harness.tracking.retries import Retries
+from harness.tracking.journal.delivery_state import Acknowledged, read_delivered
+from harness.tracking.journal.entries import read_entries
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.publisher.artifact_worker import ModelLane
+from harness.tracking.publisher.retries import Retries
 from tests.unit.tracking.test_publisher import SETTINGS, FaultyStore
 
 NUM_BATCHES = 20

@@ -20,8 +20,8 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
-from harness.tracking.mlflow_store import MAX_PARAM_CHARS, MAX_TAG_CHARS
-from harness.tracking.names import MAX_KEY_CHARS, Kind, Names, clean_key, clean_model_name, clean_path
+from harness.tracking.mlflow.names import MAX_KEY_CHARS, Kind, Names, clean_key, clean_model_name, clean_path
+from harness.tracking.mlflow.store import MAX_PARAM_CHARS, MAX_TAG_CHARS
 
 ODD = [
     "",

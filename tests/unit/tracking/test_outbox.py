@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.errors import TrackingError
-from harness.tracking import outbox as outbox_module
-from harness.tracking.acknowledged import Delivered, read_delivered, write_delivered
-from harness.tracking.entries import Entry, read_entries
-from harness.tracking.outbox import DEFAULT_MAX_BYTES, Outbox
-from harness.tracking.pruning import num_lost, prune
-from harness.tracking.segments import JOURNAL, segments
+from harness.tracking.journal import writer as outbox_module
+from harness.tracking.journal.delivery_state import Delivered, read_delivered, write_delivered
+from harness.tracking.journal.entries import Entry, read_entries
+from harness.tracking.journal.pruning import num_lost, prune
+from harness.tracking.journal.segments import JOURNAL, segments
+from harness.tracking.journal.writer import DEFAULT_MAX_BYTES, Outbox
 
 values = st.recursive(
     st.none()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from harness.config import ClassSpec, RunConfig
+from harness.config.schema import ClassSpec, RunConfig
 from harness.tracking import provenance
 
 keys = st.text("abcxyz_", min_size=1, max_size=6)

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from harness.checkpoint.commit import Manifest, commit, temporary_of
-from harness.tracking.acknowledged import DELIVERED, MAX_REFUSED_KEPT, read_delivered
-from harness.tracking.entries import read_entries
-from harness.tracking.outbox import Outbox
-from harness.tracking.publisher import MAX_POINTS_PER_DELIVERY, Publisher
-from harness.tracking.registry import Registration
-from harness.tracking.retries import LINGER_S, LONGEST_PAUSE_S
-from harness.tracking.segments import JOURNAL
-from harness.tracking.store import RefusedError, Settings, WantedRun
+from harness.checkpoint.format.commit import Manifest, commit, temporary_of
+from harness.tracking.journal.delivery_state import DELIVERED, MAX_REFUSED_KEPT, read_delivered
+from harness.tracking.journal.entries import read_entries
+from harness.tracking.journal.segments import JOURNAL
+from harness.tracking.journal.writer import Outbox
+from harness.tracking.mlflow.registry import Registration
+from harness.tracking.mlflow.store_protocol import RefusedError, Settings, WantedRun
+from harness.tracking.publisher.publisher import MAX_POINTS_PER_DELIVERY, Publisher
+from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
 
 
 class Refusal(Exception):

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.tracking.acknowledged import Delivered
-from harness.tracking.continuation import UNKNOWN_TIME_MS, KnownPoints, Point, points_at, read_logged
-from harness.tracking.entries import Entry, read_entries
-from harness.tracking.outbox import Outbox
-from harness.tracking.pruning import prune, read_pruned
-from harness.tracking.segments import JOURNAL, durable_end, journal_end, segments
+from harness.tracking.journal.delivery_state import Delivered
+from harness.tracking.journal.entries import Entry, read_entries
+from harness.tracking.journal.logged_points import UNKNOWN_TIME_MS, KnownPoints, Point, points_at, read_logged
+from harness.tracking.journal.pruning import prune, read_pruned
+from harness.tracking.journal.segments import JOURNAL, durable_end, journal_end, segments
+from harness.tracking.journal.writer import Outbox
 
 MAX_BYTES = 8000  # files of 500 bytes, of some eight entries
 

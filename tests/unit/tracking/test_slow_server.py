@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.tracking import mlflow_client
-from harness.tracking.mlflow_store import MlflowStore
+from harness.tracking.mlflow import client
+from harness.tracking.mlflow.store import MlflowStore
 
 VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
@@ -48,9 +48,9 @@ def test_slow_server_is_given_longer_up_to_a_limit(address: str, monkeypatch: py
 def test_limit_of_the_user_stays_when_it_is_longer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "1")
     error = error_of(address)
-    monkeypatch.setenv(VARIABLE, str(2 * mlflow_client.LONGEST_TIMEOUT_S))
+    monkeypatch.setenv(VARIABLE, str(2 * client.LONGEST_TIMEOUT_S))
     MlflowStore(address).failed(error)
-    assert os.environ[VARIABLE] == str(2 * mlflow_client.LONGEST_TIMEOUT_S)
+    assert os.environ[VARIABLE] == str(2 * client.LONGEST_TIMEOUT_S)
 
 
 def test_server_that_is_away_is_not_waited_for_any_longer(monkeypatch: pytest.MonkeyPatch) -> None:

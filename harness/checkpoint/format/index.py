@@ -1,0 +1,197 @@
+"""What a checkpoint has, by the names of the model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from harness.checkpoint.format import strict_json
+from harness.checkpoint.format.commit import MANIFEST, STATES, FileRecord, Manifest, read_manifest
+from harness.checkpoint.format.files import Files
+from harness.checkpoint.format.layout import StoredTensor, read_header
+from harness.checkpoint.format.tensor_shard import DTYPES
+from harness.errors import CheckpointError, DamagedError
+
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_INDEX_LIMIT_BYTES = 1 << 30
+MASTER = "master"
+
+
+class Place(NamedTuple):
+    """Where a tensor is: the file, and what its header says."""
+
+    file: str
+    tensor: StoredTensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it is stored as."""
+        return DTYPES[self.tensor.dtype]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a checkpoint.
+
+    Args:
+        checkpoint: its directory.
+        step: optimizer steps that were complete.
+        records: file of tensors -> what the manifest says of it.
+        model: name -> place, of parameters and buffers.
+        aliases: name that was tied -> the name under which its tensor is stored.
+        states: parameter -> kind -> place, of the optimizer's state; ``master`` is among the kinds.
+        strange: tensors of the optimizer's file that belong to no parameter of the checkpoint.
+    """
+
+    checkpoint: Path
+    step: int
+    records: Mapping[str, FileRecord]
+    model: Mapping[str, Place]
+    aliases: Mapping[str, str]
+    states: Mapping[str, Mapping[str, Place]]
+    strange: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> Stored:
+        """Read the manifest, where it is not given, and the headers.
+
+        Effects: not collective; any thread; blocks for reading; nothing on disk.
+
+        Args:
+            checkpoint: its directory.
+            manifest: the checkpoint's.
+            files: where its files are read from; None: this node's disk.
+
+        Raises:
+            DamagedError: if one is missing, or not what was written.
+            CheckpointError: if the disk does not give it.
+        """
+        manifest = manifest or read_manifest(checkpoint)
+        tensors = [file for file in manifest.files if file.name.endswith(".safetensors") and file.name != STATES]
+        records = {file.name: file for file in tensors}
+        return cls._of(checkpoint, manifest.step, records, files)
+
+    @classmethod
+    def of_weights(
+        cls, directory: Path, records: Sequence[FileRecord] | None = None, files: Files | None = None
+    ) -> Stored:
+        """The weights alone, of one of our checkpoints or of any directory as Hugging Face has it.
+
+        Effects: as `of`.
+
+        Args:
+            directory: of the weights.
+            records: its `weight_records`, where they are known already.
+            files: where they are read from; None: this node's disk.
+
+        Raises:
+            CheckpointError: if there are none, or they are not what was written.
+        """
+        found = weight_records(directory) if records is None else records
+        return cls._of(directory, 0, {file.name: file for file in found}, files)
+
+    @classmethod
+    def _of(cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord], files: Files | None) -> Stored:
+        model: dict[str, Place] = {}
+        optimizer: dict[str, Place] = {}
+        tied: dict[str, str] = {}
+        for file, record in records.items():
+            tensors, metadata = read_header(checkpoint / file, record if record.ranges else None, files)
+            if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
+                raise DamagedError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
+            places = {name: Place(file, tensor) for name, tensor in tensors.items()}
+            if file == _OPTIMIZER_FILE:
+                optimizer = places
+            else:
+                model |= places
+                tied |= metadata
+        aliases = {alias: name for alias, name in tied.items() if name in model and alias not in model}
+        states: dict[str, dict[str, Place]] = {}
+        strange = []
+        for name, place in optimizer.items():
+            kind, parameter = split_name(name, model)
+            if parameter:
+                states.setdefault(parameter, {})[kind] = place
+            else:
+                strange.append(name)
+        return cls(checkpoint, step, records, model, aliases, states, tuple(strange))
+
+    def name_of(self, name: str) -> str:
+        """The name under which a tensor of the model is stored: what was tied may stand for itself now."""
+        return self.aliases.get(name, name)
+
+    def state_of(self, parameter: str) -> Mapping[str, Place]:
+        """Kind -> place of what the optimizer had for a parameter, its master left out."""
+        kinds = self.states.get(self.name_of(parameter), {})
+        return {kind: place for kind, place in kinds.items() if kind != MASTER}
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the optimizer had a state for any parameter."""
+        return any(kinds.keys() != {MASTER} for kinds in self.states.values())
+
+    def weight(self, name: str, dtype: torch.dtype | None) -> Place | None:
+        """Where a weight, or a buffer, that is held as `dtype` is: the most precise values there are."""
+        name = self.name_of(name)
+        place, master = self.model.get(name), self.states.get(name, {}).get(MASTER)
+        return master if place is not None and master is not None and place.dtype != dtype else place
+
+    def master(self, parameter: str) -> Place | None:
+        """Where the fp32 master of a weight is: a weight without one is its own."""
+        name = self.name_of(parameter)
+        return self.states.get(name, {}).get(MASTER) or self.model.get(name)
+
+
+def weight_records(directory: Path) -> tuple[FileRecord, ...]:
+    """The files of weights in a directory, one of our checkpoints or as Hugging Face has it.
+
+    Effects: not collective; any thread; blocks for reading the manifest or the index; nothing on disk.
+
+    Raises:
+        CheckpointError: if there are none, or it is not understood.
+    """
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory)
+        weights = [name for name in manifest.weight_files if name.endswith(".safetensors")]
+        return tuple(file for file in manifest.files if file.name in weights)
+    try:
+        # Nothing is known of its digests.
+        names = _weight_files(directory)
+        return tuple(FileRecord(name, (directory / name).stat().st_size, ()) for name in names)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / _INDEX_FILE}: is not understood: {error}") from error
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """As `transformers` finds them: the files of the index, or the only one."""
+    if (directory / _INDEX_FILE).exists():
+        index = strict_json.read(directory / _INDEX_FILE, _INDEX_LIMIT_BYTES)
+        names = sorted(set(index["weight_map"].values()))
+        if not all(name == Path(name).name for name in names):
+            raise ValueError("it names files elsewhere")
+        return names
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{directory}: has {len(found)} safetensors files, and neither {_INDEX_FILE} nor model.safetensors; give "
+            "the directory that `save_pretrained` or a checkpoint has written"
+        )
+    return found
+
+
+def split_name(name: str, parameters: Collection[str]) -> tuple[str, str]:
+    """Kind and parameter of ``<kind>.<parameter>``; no parameter if it is none of the given ones."""
+    kind, _, parameter = name.partition(".")
+    while parameter and parameter not in parameters:
+        more, _, parameter = parameter.partition(".")
+        kind = f"{kind}.{more}"
+    return (kind, parameter) if parameter else (name, "")

@@ -1,0 +1,290 @@
+"""Which byte of which file each tensor's data is, from names, types and shapes alone.
+
+The safetensors header fixes every tensor's place before any data moves, so that every rank finds the
+same places by itself, and writes into them without asking. Format:
+https://github.com/huggingface/safetensors#format. Importing this never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from harness.checkpoint.format import strict_json
+from harness.checkpoint.format.commit import FileRecord
+from harness.checkpoint.format.digest import digest_of
+from harness.checkpoint.format.files import Files, LocalFiles
+from harness.errors import CheckpointError, DamagedError
+
+Section = Literal["model", "optimizer"]
+Key = tuple[Section, str]
+
+# Type -> bytes of an element, in the order in which `safetensors.serialize` puts tensors (then by name).
+ITEM_BYTES = {
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+    "F32": 4,
+    "U32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "U16": 2,
+    "I16": 2,
+    "F8_E5M2FNUZ": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_ORDER = {dtype: position for position, dtype in enumerate(ITEM_BYTES)}
+_HEADER_ALIGNMENT = 8
+_PREFIX_BYTES = 8
+_HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One logical tensor: as if nothing were sharded.
+
+    Args:
+        section: whether it is of the weights or of the optimizer's state.
+        name: in its file.
+        dtype: by safetensors' name, such as ``F32``: what is in the file.
+        shape: logical.
+    """
+
+    section: Section
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        """Its name in the whole checkpoint."""
+        return self.section, self.name
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def num_items(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data."""
+        return self.num_items * self.item_bytes
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """One safetensors file.
+
+    Args:
+        name: file name.
+        header: the bytes before the tensors' data.
+        size_bytes: length of the file.
+        tensors: what is in it, in the order of the data.
+    """
+
+    name: str
+    header: bytes
+    size_bytes: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All files of tensors of a checkpoint.
+
+    Args:
+        files: the weights' first.
+        places: tensor -> (index into `files`, byte in the file at which its data begins).
+        index: content of ``model.safetensors.index.json``, or None where one file holds the weights.
+    """
+
+    files: tuple[FileLayout, ...]
+    places: Mapping[Key, tuple[int, int]]
+    index: Mapping[str, Any] | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
+
+class StoredTensor(NamedTuple):
+    """One tensor of a file on disk: type, shape, and the bytes of the file that its data is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(
+    path: Path, record: FileRecord | None = None, files: Files | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, in the order of its data, and its metadata.
+
+    Effects: not collective; any thread; blocks for reading the header; nothing on disk.
+
+    Args:
+        path: of the file.
+        record: what the manifest says of it: the header is then read against its digest. None: there is none.
+        files: where it is read from; None: this node's disk.
+
+    Raises:
+        DamagedError: if there is no such file, it is cut off, or has another header than was written.
+        CheckpointError: if the disk does not give it.
+    """
+    try:
+        with (files or LocalFiles(path.parent)).opened(path.name) as file:
+            size_bytes = file.size_bytes()
+            prefix = bytearray(min(_PREFIX_BYTES, size_bytes))
+            file.fill(memoryview(prefix), 0, len(prefix))
+            begin = _PREFIX_BYTES + int.from_bytes(prefix, "little")
+            if len(prefix) < _PREFIX_BYTES or begin > size_bytes:
+                raise ValueError(f"its header would end at byte {begin} of {size_bytes}")
+            if begin > _PREFIX_BYTES + _HEADER_LIMIT_BYTES:
+                raise ValueError(f"its header would have {begin:,} bytes, more than safetensors allows")
+            text = bytearray(begin - _PREFIX_BYTES)
+            file.fill(memoryview(text), _PREFIX_BYTES, begin)
+        if record is not None:
+            _check_digest(bytes(prefix + text), record, size_bytes)
+        entries = strict_json.parse(bytes(text))
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no object")
+        metadata: dict[str, str] = entries.pop("__metadata__", {})
+        if not strict_json.is_texts(metadata):
+            raise ValueError("its metadata hold what is no text")
+        tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
+    except ValueError as error:
+        raise DamagedError(f"{path}: is not a whole safetensors file: {error}") from error
+    found = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    end = begin
+    for name, tensor in found.items():
+        if tensor.start != end:
+            raise DamagedError(f"{path}: the data of {name} begin at byte {tensor.start}, not at {end}")
+        end = tensor.end
+    if end != size_bytes:
+        raise DamagedError(f"{path}: has {size_bytes} bytes, but its header tells of {end}")
+    return found, metadata
+
+
+def _check_digest(header: bytes, record: FileRecord, size_bytes: int) -> None:
+    """Refuse a header that is not the one that was written: it says what all the other bytes are.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if size_bytes != record.size_bytes:
+        raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
+    # Rank zero writes headers, each as a range of its own.
+    first = next(iter(record.ranges), None)
+    if first is None or first.end != len(header) or first.digest != digest_of(header):
+        raise ValueError("its header is not what was written; use another checkpoint")
+
+
+def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
+    """One entry of a header, each value looked at.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} is not given by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"{name} has the type {dtype!r}, which is none of safetensors'")
+    if not isinstance(shape, list) or not all(strict_json.is_count(length) and length < 1 << 63 for length in shape):
+        raise ValueError(f"{name} has a shape that is not of whole numbers from 0 on, of 64 bits")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(strict_json.is_count, offsets)):
+        raise ValueError(f"{name} has data_offsets that are not two whole numbers from 0 on")
+    first, last = offsets
+    num_items = 0 if 0 in shape else 1
+    for length in shape:
+        num_items *= length
+        # Before the product of thousands of long numbers takes longer than anybody waits.
+        if num_items > size_bytes:
+            raise ValueError(f"{name} has more elements than the file has bytes")
+    if last - first != num_items * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name} has bytes {first} to {last}, which are not those of {dtype} of shape {shape[:8]}")
+    return StoredTensor(dtype, tuple(shape), begin + first, begin + last)
+
+
+def plan_layout(
+    tensors: Sequence[TensorSpec], aliases: Mapping[str, str], max_shard_size_bytes: int | None = None
+) -> Layout:
+    """Place tensors in files, the same on every rank that is given the same.
+
+    Args:
+        tensors: in the order of the model, which decides what stands in which file.
+        aliases: tied name -> the name under which the tensor is stored; kept in the metadata, by the
+            convention of `safetensors.torch.save_model`.
+        max_shard_size_bytes: limit of the tensors' data in one file of weights; a tensor that is larger
+            has a file of its own. None: one file.
+    """
+    model = [tensor for tensor in tensors if tensor.section == "model"]
+    optimizer = [tensor for tensor in tensors if tensor.section == "optimizer"]
+    parts = _split(model, max_shard_size_bytes)
+    names = [
+        "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        for number in range(1, len(parts) + 1)
+    ]
+    metadata = {**aliases, "format": "pt"}
+    files = [_file(name, part, metadata) for name, part in zip(names, parts, strict=True)]
+    index = None
+    if len(parts) > 1:
+        weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in model)}, "weight_map": weight_map}
+    if optimizer:
+        files.append(_file("optimizer.safetensors", optimizer, {"format": "pt"}))
+    places: dict[Key, tuple[int, int]] = {}
+    for position, file in enumerate(files):
+        offset = len(file.header)
+        for tensor in file.tensors:
+            places[tensor.key] = (position, offset)
+            offset += tensor.size_bytes
+    return Layout(tuple(files), places, index)
+
+
+def _split(tensors: Sequence[TensorSpec], max_size_bytes: int | None) -> list[list[TensorSpec]]:
+    parts: list[list[TensorSpec]] = [[]]
+    used_bytes = 0
+    for tensor in tensors:
+        if max_size_bytes is not None and parts[-1] and used_bytes + tensor.size_bytes > max_size_bytes:
+            parts.append([])
+            used_bytes = 0
+        parts[-1].append(tensor)
+        used_bytes += tensor.size_bytes
+    return parts
+
+
+def _file(name: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    ordered = sorted(tensors, key=lambda tensor: (_ORDER[tensor.dtype], tensor.name.encode()))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in ordered:
+        if tensor.name in entries:
+            raise CheckpointError(f"{tensor.name}: is a name that the safetensors format keeps for itself; rename it")
+        end = offset + tensor.size_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return FileLayout(name, header, len(header) + offset, tuple(ordered))

@@ -1,0 +1,100 @@
+"""FSDP2, HSDP, FSDP2 with tensor parallelism: a `DTensor`'s placements as runs of the logical tensor."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, reduce
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from harness.checkpoint.format.tensor_shard import Run
+from harness.errors import CheckpointError
+
+
+def runs_of(name: str, tensor: DTensor) -> tuple[Run, ...]:
+    """What this rank holds of a DTensor.
+
+    Effects: not collective; main thread; reads metadata only.
+
+    Raises:
+        CheckpointError: if it holds sums that are not reduced yet, or a placement that is not understood.
+    """
+    mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+    if mesh.get_coordinate() is None:
+        return ()  # this rank is not in the mesh
+    for placement in placements:
+        if placement.is_partial():
+            raise CheckpointError(f"{name}: is a partial sum ({placements}); reduce it before it is saved")
+    local_shape = tuple(tensor._local_tensor.shape)
+    if 0 in local_shape or 0 in shape:
+        return ()
+    # A dimension's indices do not depend on the other dimensions.
+    indices = [_indices(dim, tensor) for dim in range(len(shape))]
+    if tuple(len(part) for part in indices) != local_shape:
+        raise CheckpointError(
+            f"{name}: its placements {placements} give a local shape of {[len(part) for part in indices]}, "
+            f"but it has {list(local_shape)}; this way of sharding is not understood"
+        )
+    return _runs(indices, shape)
+
+
+def _indices(dim: int, tensor: DTensor) -> list[int] | range:
+    """Which indices of a dimension this rank holds, ascending or not, as torch itself divides it."""
+    size = tensor.shape[dim]
+    placements = tensor.placements
+    if not any(_is_of(placement, dim) for placement in placements):
+        return range(size)
+    along = tuple(_along_first(placement) if _is_of(placement, dim) else Replicate() for placement in placements)
+    return _divided(size, tensor.device_mesh, along)
+
+
+@lru_cache(maxsize=1024)
+def _divided(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[int] | range:
+    """Which of the numbers below `size` this rank gets.
+
+    Whatever the kind of sharding (uneven, strided), torch's own arithmetic decides.
+    """
+    numbers = torch.arange(size, device=mesh.device_type)
+    mine = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().tolist()
+    if not mine:
+        return range(0)
+    run = range(mine[0], mine[-1] + 1)
+    return run if mine == list(run) else mine
+
+
+def _is_of(placement: Placement, dim: int) -> bool:
+    return getattr(placement, "dim", None) == dim
+
+
+def _along_first(placement: Placement) -> Placement:
+    if isinstance(placement, _StridedShard):
+        return _StridedShard(0, split_factor=placement.split_factor)
+    return Shard(0)
+
+
+def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[Run, ...]:
+    """Consecutive elements in C order, of the outer product of the dimensions' indices."""
+    # Dimensions at the end that are there as a whole make every run longer.
+    last = len(shape)
+    while last > 0 and indices[last - 1] == range(shape[last - 1]):
+        last -= 1
+    inner = math.prod(shape[last:])
+    if last == 0:
+        return (Run(0, 0, inner),) if inner else ()
+    first = indices[0]
+    if last == 1 and isinstance(first, range):
+        return (Run(first.start * inner, 0, len(first) * inner),)
+    strides = [math.prod(shape[dim + 1 : last]) for dim in range(last)]
+    starts = reduce(
+        lambda bases, dim: [base + index * strides[dim] for base in bases for index in indices[dim]], range(last), [0]
+    )
+    runs: list[Run] = []
+    for position, start in enumerate(starts):
+        if runs and runs[-1].logical + runs[-1].num_items == start * inner:
+            runs[-1] = runs[-1]._replace(num_items=runs[-1].num_items + inner)
+        else:
+            runs.append(Run(start * inner, position * inner, inner))
+    return tuple(runs)

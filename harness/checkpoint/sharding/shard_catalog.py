@@ -1,0 +1,152 @@
+"""What the ranks hold, by kinds of tensors: all that every rank holds in the same way is looked at once.
+
+A transformer has thousands of tensors and a dozen shapes. FSDP2 divides tensors of one shape alike, so a rank
+tells a dozen patterns, and of each tensor the number of its pattern.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.tensor_shard import Run
+from harness.errors import CheckpointError
+
+# First logical element and number of elements of each run: what a part is, wherever a rank has it in its memory.
+Part = tuple[tuple[int, int], ...]
+# Ranks that hold the same part of the same tensors -> indices of these, rising.
+Sharing = Mapping[tuple[int, ...], Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Holdings:
+    """What one rank holds.
+
+    Args:
+        structure: `plan.hash_of` its tensors.
+        patterns: each once.
+        which: shape (tensors,), int32: the number of each tensor's pattern.
+    """
+
+    structure: int
+    patterns: tuple[tuple[Run, ...], ...]
+    which: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, structure: int, runs: Iterable[tuple[Run, ...]]) -> Holdings:
+        """Given the runs of each tensor."""
+        numbers: dict[tuple[Run, ...], int] = {}
+        which = [numbers.setdefault(tuple(each), len(numbers)) for each in runs]
+        return cls(structure, tuple(numbers), np.array(which, dtype=np.int32))
+
+    def runs(self, index: int) -> tuple[Run, ...]:
+        """What it holds of one tensor."""
+        return self.patterns[self.which[index]]
+
+    def packed(self) -> bytes:
+        """As bytes, for the exchange."""
+        numbers = array("q", [self.structure, len(self.patterns)])
+        for runs in self.patterns:
+            numbers.append(len(runs))
+            for run in runs:
+                numbers.extend(run)
+        numbers.insert(0, len(numbers) + 1)
+        return zlib.compress(numbers.tobytes() + self.which.tobytes(), 1)
+
+    @classmethod
+    def unpacked(cls, content: bytes) -> Holdings:
+        """What `packed` made."""
+        data = zlib.decompress(content)
+        numbers = array("q")
+        numbers.frombytes(data[: 8 * int.from_bytes(data[:8], "little")])
+        patterns: list[tuple[Run, ...]] = []
+        position = 3
+        for _ in range(numbers[2]):
+            end = position + 1 + 3 * numbers[position]
+            values = numbers[position + 1 : end]
+            patterns.append(tuple(Run(*values[at : at + 3]) for at in range(0, len(values), 3)))
+            position = end
+        return cls(numbers[1], tuple(patterns), np.frombuffer(data, dtype=np.int32, offset=8 * len(numbers)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors of which each rank holds the same.
+
+    Args:
+        tensors: indices, rising.
+        parts: part -> the ranks that hold it, rising.
+    """
+
+    tensors: Sequence[int]
+    parts: Mapping[Part, tuple[int, ...]]
+
+
+def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[Holdings]) -> list[Kind]:
+    """All tensors by kinds.
+
+    Args:
+        specs: of the tensors.
+        holdings: of each rank.
+
+    Raises:
+        CheckpointError: if the ranks' parts of a tensor leave a gap, or overlap without being the same.
+    """
+    # Ranks with the same numbers for all tensors; the patterns behind the numbers may be others.
+    rows: dict[bytes, list[int]] = {}
+    for rank, each in enumerate(holdings):
+        rows.setdefault(each.which.tobytes(), []).append(rank)
+    columns = np.ascontiguousarray(np.stack([np.frombuffer(row, dtype=np.int32) for row in rows], axis=1))
+    tensors_of: dict[tuple[bytes, int], list[int]] = {}
+    for index, spec in enumerate(specs):
+        tensors_of.setdefault((columns[index].tobytes(), spec.num_items), []).append(index)
+    members = list(tensors_of.values())
+    first_of = np.array([tensors[0] for tensors in members], dtype=np.intp)
+    holders: list[dict[Part, list[int]]] = [{} for _ in members]
+    for position, ranks in enumerate(rows.values()):
+        numbers = columns[first_of, position]
+        for rank in ranks:
+            parts = [tuple((run.logical, run.num_items) for run in runs) for runs in holdings[rank].patterns]
+            is_some = np.array([bool(part) for part in parts], dtype=bool)
+            for kind in np.flatnonzero(is_some[numbers]).tolist():
+                holders[kind].setdefault(parts[numbers[kind]], []).append(rank)
+    for tensors, found in zip(members, holders, strict=True):
+        _check_cover(specs[tensors[0]], found)
+    return [
+        Kind(tensors, {part: tuple(ranks) for part, ranks in found.items()})
+        for tensors, found in zip(members, holders, strict=True)
+    ]
+
+
+def sharing_of(kinds: Sequence[Kind]) -> Sharing:
+    """Which ranks hold the same."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for kind in kinds:
+        for ranks in kind.parts.values():
+            if len(ranks) > 1:
+                found.setdefault(ranks, []).extend(kind.tensors)
+    return {ranks: sorted(tensors) for ranks, tensors in found.items()}
+
+
+def _check_cover(spec: TensorSpec, parts: Iterable[Part]) -> None:
+    intervals = sorted((start, start + count) for part in parts for start, count in part)
+    position = 0
+    for start, end in intervals:
+        if start != position:
+            what = "twice" if start < position else "by no rank"
+            raise CheckpointError(
+                f"{spec.name}: its elements from {min(start, position)} to {max(start, position)} are held {what}; "
+                "this way of sharding is not understood"
+            )
+        position = end
+    if position != spec.num_items:
+        raise CheckpointError(
+            f"{spec.name}: the ranks hold {position} of its {spec.num_items} elements; "
+            "this way of sharding is not understood"
+        )

@@ -1,0 +1,146 @@
+"""Tensors that JSON values of a checkpoint refer to by name: ``states.safetensors``, beside ``trainer_state.json``.
+
+    save      encode(value, kept.put)  ->  copies, taken on the main thread  ->  write, on rank zero
+    resume    read                     ->  decode(value, get)
+
+They are what belongs to no parameter: an optimizer's state under string keys, tensors in its groups. They are rank
+zero's, checked to be the same on every rank when saves are planned, and usually small. Without any there is no file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harness.checkpoint.format.commit import STATES, FileRecord, Manifest, Range
+from harness.checkpoint.format.digest import digest_of
+from harness.checkpoint.format.files import Files, LocalFiles
+from harness.checkpoint.format.json_values import Get, UnsavableTensor
+from harness.checkpoint.format.tensor_shard import DTYPE_NAMES
+
+_PREFIX_BYTES = 8
+
+
+class KeptTensors:
+    """The tensors of one save, copied when they are put.
+
+    Attributes:
+        tensors: name -> copy on the host.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def hash_with(self, record: Any) -> int:
+        """A number of 63 bits that differs where the JSON values or the tensors do; the same in every process."""
+        digest = xxhash.xxh3_64(json.dumps(record, sort_keys=True).encode())
+        for tensor in self.tensors.values():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return digest.intdigest() >> 1
+
+    def put(self, value: Tensor) -> Any:
+        """Copy a tensor; what JSON has in its place.
+
+        Effects: not collective; main thread; a tensor on CUDA is waited for; nothing on disk.
+
+        Raises:
+            TypeError: see `require_savable`.
+        """
+        require_savable(value)
+        name = str(len(self.tensors))
+        copied = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        self.tensors[name] = copied
+        return [name, value.device.type != "cpu"]
+
+
+def require_savable(value: Tensor) -> None:
+    """Refuse a tensor that `KeptTensors.put` cannot keep.
+
+    Raises:
+        UnsavableTensor: if safetensors has no such tensor, or it is only this rank's part of one.
+        TypeError: if it is a parameter, which is saved elsewhere.
+    """
+    if isinstance(value, nn.Parameter):
+        raise TypeError("a parameter of a model")
+    part: Any = value
+    if is_traceable_wrapper_subclass(part):  # a DTensor, for example
+        raise UnsavableTensor(f"a {type(value).__name__}, a tensor that is sharded or made of others")
+    if value.layout is not torch.strided:
+        raise UnsavableTensor(f"a sparse tensor ({value.layout})")
+    if value.dtype not in DTYPE_NAMES:
+        raise UnsavableTensor(f"a tensor of {value.dtype}, for which safetensors has no type")
+
+
+def getting(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
+    """What `decode` is given to find tensors again: each where it was, on the host or on the accelerator."""
+
+    def get(content: Any) -> Tensor:
+        name, is_on_device = content
+        if not isinstance(is_on_device, bool):
+            raise TypeError(content)
+        return tensors[name].to(device) if is_on_device else tensors[name]
+
+    return get
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write the file, on the disk itself when this returns. Not collective; any thread; rank zero.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    data = safetensors.torch.save(dict(tensors), {"format": "pt"})
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    # As in the other files of tensors, the header is a range of its own.
+    begin = _PREFIX_BYTES + int.from_bytes(data[:_PREFIX_BYTES], "little")
+    borders = [0, begin, len(data)] if begin < len(data) else [0, begin]
+    ranges = tuple(Range(start, end, 0, digest_of(memoryview(data)[start:end])) for start, end in pairwise(borders))
+    return FileRecord(path.name, len(data), ranges)
+
+
+def read(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> dict[str, Tensor]:
+    """The tensors, on the host; none where there is no such file.
+
+    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+
+    Raises:
+        ValueError: if it is not what was written.
+        CheckpointError: if the disk does not give it.
+    """
+    record = next((file for file in manifest.files if file.name == STATES), None)
+    if record is None:
+        return {}
+    try:
+        return safetensors.torch.load(content_of(files or LocalFiles(checkpoint), record))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{STATES} is no safetensors file: {error}") from error
+
+
+def content_of(files: Files, record: FileRecord) -> bytes:
+    """All bytes of a file, read against their digests.
+
+    Raises:
+        ValueError: if they are not what was written.
+        CheckpointError: if the disk does not give them.
+    """
+    with files.opened(record.name) as file:
+        if (size_bytes := file.size_bytes()) != record.size_bytes:
+            raise ValueError(f"{record.name} has {size_bytes} bytes, was written with {record.size_bytes}")
+        data = bytearray(size_bytes)
+        file.fill(memoryview(data), 0, size_bytes)
+    if any(digest_of(memoryview(data)[part.start : part.end]) != part.digest for part in record.ranges):
+        raise ValueError(f"{record.name} is not what was written")
+    return bytes(data)

@@ -1,0 +1,422 @@
+"""An optimizer's state before its first step, so that there is something to read a checkpoint into.
+
+It is built from the names, types and shapes in the checkpoint and the recorded form, not by a step: a step would move
+counters that the optimizer keeps elsewhere, and some optimizers cannot take one with gradients of zero. A step is taken
+for two things alone, and leaves no trace:
+
+- objects in a state (with ``state_dict`` and ``load_state_dict``), which no file can make;
+- the check whether a checkpoint is of another optimizer, where the recorded class is another or none.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from harness.checkpoint.format.index import Place, Stored
+from harness.checkpoint.format.tensor_shard import DTYPES
+from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.sharding.state_form import (
+    Branch,
+    Form,
+    Path,
+    build,
+    is_leaf,
+    is_object,
+    leaves_of,
+    objects_in,
+    plain_form,
+)
+from harness.checkpoint.state.huge_pages import advise_huge_pages
+from harness.checkpoint.state.optimizer_record import OptimizerRecord, class_name
+from harness.errors import CheckpointError, DamagedError
+
+_NUMBERS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+
+
+class BuiltState:
+    """The state that was built for a restore, until its tensors are read.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self._before: list[tuple[Tensor, Any]] = []
+        self._objects: list[tuple[Branch, Path, Any]] = []
+
+    def put(self, tensor: Tensor, state: dict[Any, Any]) -> None:
+        """Give the optimizer a state of a tensor."""
+        self._before.append((tensor, self.optimizer.state.pop(tensor, None)))
+        self.optimizer.state[tensor] = state
+
+    def expect(self, state: dict[Any, Any], path: Path, value: Any) -> None:
+        """Register an object: `finish` passes it the values read at its path, and puts it there."""
+        self._objects.append((Branch(state), path, value))
+
+    def finish(self) -> None:
+        """Once all is read: let the objects load what was read for them."""
+        for branch, path, value in self._objects:
+            value.load_state_dict(branch[path])
+            branch[path] = value
+
+    def undo(self) -> None:
+        """After an error: the optimizer has the state that it had before."""
+        for tensor, before in reversed(self._before):
+            self.optimizer.state.pop(tensor, None)
+            if before is not None:
+                self.optimizer.state[tensor] = before
+
+
+def build_state(built: BuiltState, stepped: Sequence[Stepped], stored: Stored, record: OptimizerRecord) -> None:
+    """Give the innermost optimizer a state of what the checkpoint has a state of.
+
+    Effects: not collective, but for the step of an optimizer whose step is collective; main thread, before training;
+    nothing on disk. The values are not read yet. What is there already is kept.
+
+    Args:
+        built: of the optimizer; undo it after an error.
+        stepped: all that it steps on, by `find_stepped`.
+        stored: the checkpoint.
+        record: what the checkpoint has of the optimizer beside tensors.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another optimizer, or objects in its state cannot be made.
+        DamagedError: if the checkpoint contradicts itself.
+    """
+    wanted = [each for each in stepped if any(stored.state_of(name) for name in each.names)]
+    example: Mapping[Any, Any] = {}
+    if record.class_name != class_name(built.optimizer):
+        example = _refuse_another(built.optimizer, stepped, wanted, stored, record)
+    for each in wanted:
+        _build(built, each, stored, record, example)
+
+
+def _build(
+    built: BuiltState, each: Stepped, stored: Stored, record: OptimizerRecord, example: Mapping[Any, Any]
+) -> None:
+    optimizer = built.optimizer
+    # In a flat partition there is one state of what may have been many; that with the most is taken as the example.
+    name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
+    form = record.forms.get(name) or _form_without(record, stored.state_of(name))
+    state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored, example))
+    live = optimizer.state.get(each.tensor) or {}
+    objects = list(objects_in(form))
+    if live.keys() >= state.keys() and not objects:
+        return
+    # An object, live or not, gives copies of its state, so the file is read into what was built.
+    with_objects = {path[0] for path in objects}
+    state |= {kind: value for kind, value in live.items() if kind not in with_objects}
+    made: Branch | None = None
+    for path in objects:
+        value = _found(Branch(live), path)
+        if value is None:
+            made = made or Branch(zero_step(optimizer, [each])[0])
+            value = _made(optimizer, made, path, name)
+        if isinstance(value, Tensor):
+            Branch(state)[path] = value
+        else:
+            built.expect(state, path, value)
+    built.put(each.tensor, state)
+
+
+def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
+    """The form of a state that has none in the checkpoint: a dict of tensors.
+
+    A checkpoint from before forms were recorded does not tell a plain number from a tensor of 64 bits without
+    dimensions; a plain number is assumed.
+    """
+    form = plain_form(set(kinds))
+    if record.class_name is None:
+        numbers = {"I64": "int"} if torch.get_default_dtype() == torch.float64 else {"I64": "int", "F64": "float"}
+        for item in form["dict"]:
+            place = kinds[item[0]]
+            if not place.tensor.shape:
+                item[1] = numbers.get(place.tensor.dtype, item[1])
+    return form
+
+
+def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored, example: Mapping[Any, Any]) -> Any:
+    """Memory for one tensor, or a number, to be read into; a number as another class of optimizer has it."""
+    of_name = ".".join(map(str, path))
+    place = stored.state_of(name).get(of_name)
+    if place is None:
+        raise DamagedError(
+            f"{stored.checkpoint}: trainer_state.json has {of_name}.{name}, and optimizer.safetensors has not; use "
+            "another checkpoint"
+        )
+    is_step = of_name == "step" and not place.tensor.shape
+    if is_step or not _has_shape_of_parameter(each, of_name, stored):
+        number = example.get(path[0]) if len(path) == 1 else None
+        if is_leaf(number) and (not isinstance(number, Tensor) or number.numel() == 1):
+            return copy.deepcopy(number)
+    if isinstance(kind, str) and kind in _NUMBERS:
+        return _NUMBERS[kind](0)
+    is_like_parameter = not is_step and _has_shape_of_parameter(each, of_name, stored)
+    is_flat = is_like_parameter and (len(each.names) > 1 or tuple(each.tensor.shape) != stored.model[name].tensor.shape)
+    is_sharded = is_like_parameter and isinstance(each.tensor, DTensor)
+    if isinstance(kind, dict) and not is_flat and not is_sharded:
+        return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
+    if is_like_parameter:
+        # Of a flat partition, padding and parameters without a state are zero.
+        make = torch.zeros_like if is_flat else torch.empty_like
+        value = make(each.tensor, dtype=_dtype(each, name, place, stored), requires_grad=False)
+        advise_huge_pages(getattr(value, "_local_tensor", value))
+        return value
+    shape = place.tensor.shape
+    if math.prod(shape) != 1:
+        return torch.empty(shape, dtype=_dtype(each, name, place, stored), device=each.tensor.device)
+    # As torch's load_state_dict: on the host, where no kernel reads it.
+    is_on_device = kind == "device_tensor" or each.group.get("capturable") or each.group.get("fused")
+    return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
+
+
+def _in_order(each: Stepped, order: Sequence[int], dtype: torch.dtype, place: Place) -> Tensor:
+    shape = place.tensor.shape
+    if len(order) != len(shape):
+        raise DamagedError(
+            f"{place.file}: a tensor of shape {list(shape)} has the order {list(order)} in trainer_state.json"
+        )
+    lying = torch.empty([shape[dim] for dim in order], dtype=dtype, device=each.tensor.device)
+    return lying.permute([order.index(dim) for dim in range(len(order))])
+
+
+def _has_shape_of_parameter(each: Stepped, of_name: str, stored: Stored) -> bool:
+    names = [stored.name_of(name) for name in each.names]
+    pairs = [(stored.state_of(name).get(of_name), stored.model.get(name)) for name in names]
+    return all(place is None or (model and place.tensor.shape == model.tensor.shape) for place, model in pairs)
+
+
+def _dtype(each: Stepped, name: str, place: Place, stored: Stored) -> torch.dtype:
+    """That of what is stepped on now, if it was that of what was stepped on then; else what is stored."""
+    then = stored.master(name)
+    is_same = then is not None and then.dtype == place.dtype and place.dtype.is_floating_point
+    return each.tensor.dtype if is_same else place.dtype
+
+
+def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
+    value = _found(made, path)
+    if value is not None:
+        return value
+    raise CheckpointError(
+        f"{type(optimizer).__name__}: has made no {'.'.join(map(str, path))} of {name} in a step with gradients of "
+        "zero, so it cannot be resumed; restore its weights only"
+    )
+
+
+def _found(state: Branch, path: Path) -> Any:
+    """The object or the tensor at a path of a state; None if there is neither."""
+    try:
+        value = state[path]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return value if isinstance(value, Tensor) or is_object(value) else None
+
+
+def _refuse_another(
+    optimizer: Any, stepped: Sequence[Stepped], wanted: Sequence[Stepped], stored: Stored, record: OptimizerRecord
+) -> Mapping[Any, Any]:
+    """Refuse a checkpoint of another optimizer, by what this one keeps of one parameter after a step.
+
+    Returns:
+        What it keeps; nothing if it cannot take such a step, and is not refused.
+
+    Raises:
+        CheckpointError: if it keeps something else.
+    """
+    if not wanted and not stored.step:
+        return {}
+    candidates = [each for each in wanted or stepped if each.tensor.numel() and (wanted or each.tensor.requires_grad)]
+    if not candidates:
+        return {}
+    each = min(candidates, key=lambda each: each.tensor.numel())
+    try:
+        (state,) = zero_step(optimizer, [each])
+    except CheckpointError:
+        return {}
+    keeps = {leaf.name for leaf in leaves_of(state)}
+    name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
+    has = set(stored.state_of(name))
+    if keeps == has:
+        return state
+    if not wanted:
+        raise CheckpointError(
+            f"{stored.checkpoint}: has no state of the optimizer after step {stored.step}, though "
+            f"{type(optimizer).__name__} keeps one: it holds the weights only, or is of another optimizer; restore its "
+            "weights only, or resume with the optimizer that was saved"
+        )
+    was = f"{record.class_name} was saved" if record.class_name else "another optimizer was saved"
+    raise CheckpointError(
+        f"{stored.checkpoint}: has {_some(has)} of {name}, and {type(optimizer).__name__} keeps {_some(keeps)} ({was})"
+        "; resume with the optimizer that was saved, or restore the weights only"
+    )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def check_objects(optimizer: Any, stepped: Sequence[Stepped], forms: Mapping[str, Form]) -> None:
+    """Refuse objects in a state that could not be made again at a resume.
+
+    Effects: as `zero_step`, for one tensor with objects in its state; main thread, between steps.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+        stepped: all that it steps on, by `find_stepped`.
+        forms: parameter -> form of its state.
+
+    Raises:
+        CheckpointError: if the optimizer does not make them in a step with gradients of zero.
+    """
+    for each in stepped:
+        name = next((name for name in each.names if any(objects_in(forms.get(name)))), None)
+        if name is None:
+            continue
+        values = each.tensor.detach().clone()
+        try:
+            made = Branch(zero_step(optimizer, [each])[0])
+            for path in objects_in(forms[name]):
+                _made(optimizer, made, path, name)
+        finally:
+            with torch.no_grad():
+                each.tensor.copy_(values)
+        return
+
+
+# ---------------------------------------------------------------------------- a step that leaves no trace
+
+
+def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]:
+    """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
+
+    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups,
+    attributes (numbers, tensors and containers of these) and random numbers are as before when this returns; its own
+    hooks are not called.
+
+    The step starts without a state of these tensors. Where that fails, a second one starts with a copy of the state
+    that is there: some optimizers make their state in ``__init__``.
+
+    Args:
+        optimizer: the user's own, inside all wrappers.
+        wanted: of what it steps on.
+
+    Raises:
+        CheckpointError: if the optimizer cannot step so.
+    """
+    try:
+        return _zero_step(optimizer, wanted, {})
+    except CheckpointError:
+        states = {each.tensor: state for each in wanted if (state := optimizer.state.get(each.tensor))}
+        if not states:
+            raise
+        return _zero_step(optimizer, wanted, states)
+
+
+def _zero_step(
+    optimizer: Any, wanted: Sequence[Stepped], states: Mapping[Tensor, dict[Any, Any]]
+) -> list[dict[Any, Any]]:
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__
+    devices = {each.tensor.device for each in wanted if each.tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices), _kept(optimizer, [each.tensor for each in wanted]):
+        for group in optimizer.param_groups:
+            if "lr" in group:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for group in optimizer.param_groups:
+            group["params"] = [each.tensor for each in wanted if each.group is group]
+        # DeepSpeed keeps gradients of its own where the optimizer is offloaded.
+        gradients = [each.tensor.grad for each in wanted]
+        try:
+            for each in wanted:
+                each.tensor.grad = torch.zeros_like(each.tensor)
+            optimizer.state.update({tensor: copy.deepcopy(state) for tensor, state in states.items()})
+            step(optimizer)
+            return [optimizer.state.pop(each.tensor, {}) for each in wanted]
+        except Exception as error:
+            raise CheckpointError(
+                f"{type(optimizer).__name__}: cannot make its state before training: {error}; it cannot be resumed"
+            ) from error
+        finally:
+            for each, gradient in zip(wanted, gradients, strict=True):
+                each.tensor.grad = gradient
+
+
+@contextmanager
+def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore an optimizer's groups, attributes and state of some tensors at the end.
+
+    Meanwhile the optimizer has copies, so that neither a new value nor a change in place reaches its own.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    # One `copies` for all: what a group and an attribute share, their copies share too.
+    copies: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        group.update({key: _copied(value, copies) for key, value in group.items() if key != "params"})
+    vars(optimizer).update({name: _copied(value, copies) for name, value in attributes.items()})
+    states = {tensor: optimizer.state.pop(tensor, None) for tensor in tensors}
+    hooks = [getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+    registered = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    shared = {key: copy.deepcopy(value) for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, registered, strict=True):
+            each.update(before)
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        for name in [name for name in vars(optimizer) if name not in (*attributes, "state", "param_groups")]:
+            delattr(optimizer, name)
+        vars(optimizer).update(attributes)
+        for key in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+            del optimizer.state[key]
+        optimizer.state.update(shared)
+        for tensor, state in states.items():
+            optimizer.state.pop(tensor, None)
+            if state is not None:
+                optimizer.state[tensor] = state
+
+
+def _copied(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of a tensor or of a container, with copies of the tensors and containers in it; else the value itself.
+
+    Parameters and objects are not copied.
+
+    Args:
+        value: any.
+        copies: identity of a value -> its copy; each value is copied once.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        copied: Any = value if isinstance(value, nn.Parameter) else value.detach().clone()
+    elif isinstance(value, dict):
+        copied = copies[id(value)] = copy.copy(value)
+        for key, item in value.items():  # a Counter's `update` would add
+            copied[key] = _copied(item, copies)
+    elif isinstance(value, (list, deque)):
+        copied = copies[id(value)] = copy.copy(value)
+        for index, item in enumerate(value):
+            copied[index] = _copied(item, copies)
+    elif type(value) is tuple:
+        copied = tuple(_copied(item, copies) for item in value)
+    elif type(value) is set:
+        copied = set(value)
+    else:
+        copied = value
+    copies[id(value)] = copied
+    return copied

@@ -1,0 +1,280 @@
+"""What ``trainer_state.json`` holds of an optimizer beside its parameter groups.
+
+    "class"   of the optimizer inside all wrappers, by which another one is refused
+    "frozen"  parameters in its groups whose requires_grad was False
+    "forms"   of states that are more than a dict of tensors: each distinct form once, with its parameters
+    "state"   what its state has under other keys than parameters
+    "added"   what a `state_dict()` of its own has beyond state and groups; `load_state_dict` of its own is given it
+
+The last three are missing where there is nothing to say, and all of them in checkpoints of earlier versions.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.checkpoint.format.json_values import Get, decode, encode
+from harness.checkpoint.sharding.local_shards import Held, innermost
+from harness.checkpoint.sharding.state_form import Form, checked
+from harness.checkpoint.state.kept_tensors import KeptTensors
+from harness.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class OptimizerRecord:
+    """The record, as it was read.
+
+    Args:
+        class_name: module and name of the class; None: not known, or there was no optimizer.
+        forms: parameter -> form of its state, where that does not follow from the names in the file.
+        state: its state under other keys than parameters.
+        added: of its own `state_dict`.
+    """
+
+    class_name: str | None = None
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    state: Mapping[Any, Any] = field(default_factory=dict)
+    added: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], get: Get | None = None) -> OptimizerRecord:
+        """The record of a JSON object.
+
+        Args:
+            record: as `record_of` made it.
+            get: finds the tensors that it refers to.
+
+        Raises:
+            ValueError: if something in it is of another type.
+        """
+        name = record.get("class")
+        if not (name is None or isinstance(name, str)):
+            raise ValueError("the optimizer's class is no text")
+        state, added = (decode(record.get(key, {}), get) for key in ("state", "added"))
+        if not isinstance(state, dict) or not isinstance(added, dict):
+            raise ValueError("the optimizer's state or what it has added is no object")
+        return cls(name, _forms(record.get("forms", [])), state, added)
+
+
+def groups_record(held: Held, kept: KeptTensors) -> dict[str, Any]:
+    """The hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
+
+    Effects: as `record_of`.
+
+    Args:
+        held: found with these optimizers.
+        kept: for the tensors.
+
+    Raises:
+        CheckpointError: if something cannot be saved.
+    """
+    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put), "frozen": held.frozen_names()}
+    if held.forms:
+        distinct: dict[str, dict[str, Any]] = {}
+        for name, form in held.forms.items():
+            entry = distinct.setdefault(json.dumps(form), {"form": form, "parameters": []})
+            entry["parameters"].append(name)
+        record["forms"] = list(distinct.values())
+    return record
+
+
+def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
+    """The record of an optimizer as it is now, without its groups, as JSON values.
+
+    Effects: not collective; main thread, between steps; copies the tensors that are no parameter's; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+        added: by `added_state`.
+        kept: for the tensors.
+
+    Raises:
+        CheckpointError: if something cannot be saved.
+    """
+    inner = innermost(optimizer)
+    if inner is None:
+        return {}
+    record: dict[str, Any] = {"class": class_name(inner)}
+    if shared := _shared_state(inner):
+        record["state"] = {
+            "$dict": [[encode(key), _encoded(inner, f"state[{key!r}]", shared[key], kept)] for key in shared]
+        }
+    if added:
+        record["added"] = {key: _encoded(inner, f"state_dict()[{key!r}]", added[key], kept) for key in added}
+    return record
+
+
+def added_state(optimizer: Any) -> Mapping[str, Any]:
+    """What the optimizer's own `state_dict` has beyond state and groups.
+
+    Effects: calls `state_dict` where a subclass overrides it, which may be collective: call it on every rank; main
+    thread, between steps; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+
+    Raises:
+        CheckpointError: if `state_dict` gives no dict with text for keys.
+    """
+    if not has_own_state_dict(optimizer):
+        return {}
+    inner = innermost(optimizer)
+    with _listed_state(inner):
+        state = inner.state_dict()
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(
+            f"{type(inner).__name__}: its state_dict() is no dict with text for keys, so it cannot be saved; use "
+            "checkpoint.save_weights_only, or another optimizer"
+        )
+    return {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+
+
+def has_own_state_dict(optimizer: Any) -> bool:
+    """Whether a subclass overrides `state_dict`, which may then be collective.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+    """
+    inner = innermost(optimizer)
+    own = None if inner is None else getattr(type(inner), "state_dict", None)
+    return own not in (None, torch.optim.Optimizer.state_dict)
+
+
+def restore_optimizer_extras(optimizer: Any, record: OptimizerRecord) -> None:
+    """Restore the state that belongs to no parameter. Call it after tensors and groups are restored.
+
+    Effects: calls the optimizer's own `load_state_dict` where its `state_dict` has added something, which may be
+    collective: call it on every rank; main thread; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+        record: what the checkpoint has.
+    """
+    inner = innermost(optimizer)
+    if inner is None:
+        return
+    # Copies: the optimizer goes on with them, and this may be called again.
+    inner.state.update(copy.deepcopy(dict(record.state)))
+    if record.added:
+        _load_added(inner, copy.deepcopy(dict(record.added)))
+
+
+def has_unrecorded(optimizer: Any) -> bool:
+    """Whether an optimizer has state that belongs to no parameter. As `added_state`."""
+    inner = innermost(optimizer)
+    return inner is not None and bool(_shared_state(inner) or added_state(inner))
+
+
+def _load_added(inner: Any, added: dict[str, Any]) -> None:
+    # torch's load_state_dict makes other groups, and casts the state to the parameters' types: both are put back.
+    state, groups = inner.state, inner.param_groups
+    indices: dict[int, int] = {}
+    packed_groups = [
+        {**group, "params": [indices.setdefault(id(each), len(indices)) for each in group["params"]]}
+        for group in groups
+    ]
+    packed = {indices.get(id(key), key) if isinstance(key, Tensor) else key: value for key, value in state.items()}
+    try:
+        inner.load_state_dict({"state": packed, "param_groups": packed_groups, **added})
+    finally:
+        holder = _holder(inner)
+        loaded, holder.state, holder.param_groups = holder.state, state, groups
+    state.update(_not_of_parameters(loaded))
+
+
+@contextmanager
+def _listed_state(inner: Any) -> Iterator[None]:
+    """Hide state of parameters in no group, on which torch's `state_dict` fails: ZeRO-3 leaves groups empty."""
+    listed = {id(each) for group in inner.param_groups for each in group["params"]}
+    shown = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor) or id(key) in listed}
+    if len(shown) == len(inner.state):
+        yield
+        return
+    holder, state = _holder(inner), inner.state
+    holder.state = defaultdict(dict, shown)
+    try:
+        yield
+    finally:
+        holder.state = state
+
+
+def _holder(optimizer: Any) -> Any:
+    """Which optimizer has the state: a wrapper may show that of the one inside."""
+    while isinstance(getattr(type(optimizer), "state", None), property):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _shared_state(inner: Any) -> dict[Any, Any]:
+    return _not_of_parameters(inner.state)
+
+
+def _not_of_parameters(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    # At each save, with thousands of parameters: the types first, by a loop in C.
+    kinds = {kind for kind in set(map(type, state)) if not issubclass(kind, Tensor)}
+    return {key: value for key, value in state.items() if type(key) in kinds} if kinds else {}
+
+
+def _encoded(inner: Any, place: str, value: Any, kept: KeptTensors) -> Any:
+    try:
+        return encode(value, kept.put)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{type(inner).__name__}: cannot save its {place}: {error}; use checkpoint.save_weights_only, or another "
+            "optimizer"
+        ) from error
+
+
+def check_step(optimizer: Any) -> None:
+    """Refuse an optimizer that steps by calling the loop's forward and backward itself.
+
+    Effects: not collective, and the same on every rank; nothing on disk.
+
+    Args:
+        optimizer: wrapped or not; None: there is none.
+
+    Raises:
+        CheckpointError: if its step needs a closure.
+    """
+    # The class's: schedulers and accelerate put another in its place in the instance. A Keras optimizer has none.
+    kind = type(innermost(optimizer))
+    step = getattr(kind, "step", None)
+    if step is None:
+        return
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise CheckpointError(
+            f"{kind.__name__}: its step needs a closure, and training with it cannot be resumed; use "
+            "checkpoint.save_weights_only: true, or another optimizer"
+        )
+
+
+def class_name(optimizer: Any) -> str:
+    """By which an optimizer is told from another kind: the module and the name of its class."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _forms(entries: Any) -> dict[str, Form]:
+    forms: dict[str, Form] = {}
+    if not isinstance(entries, list):
+        raise ValueError("forms is no list")
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.keys() != {"form", "parameters"}:
+            raise ValueError("an entry of forms has not a form and parameters alone")
+        form, names = checked(entry["form"]), entry["parameters"]
+        if not isinstance(form, dict) or form.keys() != {"dict"}:
+            raise ValueError("the form of an optimizer's state is no dict")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("the parameters of a form are no names")
+        forms |= dict.fromkeys(names, form)
+    return forms

@@ -1,0 +1,173 @@
+"""An optimizer's parameter groups and those of a checkpoint, matched by the names of their parameters.
+
+    add_saved_groups   groups that the optimizer has not yet are added: a script adds them in mid-training (unfreezing)
+    require_groups     groups of which it cannot be told which is which are refused
+    match_groups       which saved group is of which live one
+
+A script that is run again adds its group again, as its loop gets there: that call finds the group in place, with the
+state of the checkpoint, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from harness.checkpoint.format.names import some
+from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.state.parts import find_watched_parameters
+from harness.checkpoint.state.trainer_state import AnyWatched
+from harness.errors import CheckpointError
+
+Record = Mapping[str, Any]
+# A live group, and the names of its parameters.
+Group = tuple[Mapping[str, Any], Sequence[str]]
+
+
+def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Sequence[Group]) -> Callable[[], None]:
+    """Add to the optimizers those saved groups of whose parameters they have none.
+
+    Effects: not collective, and the same on every rank; main thread, before training; nothing on disk. Until the
+    script has added such a group itself, `add_param_group` of the optimizer is replaced.
+
+    Args:
+        watched: for the optimizers and their models. Flattened parameters (FSDP1, ZeRO) have no group of their own:
+            nothing is added to their optimizers.
+        saved: the checkpoint's groups; ``params`` are names.
+        groups: the optimizers' live groups.
+
+    Returns:
+        What removes them again.
+    """
+    trained = {name for _, names in groups for name in names}
+    missing = [record for record in saved if record["params"] and trained.isdisjoint(record["params"])]
+    added: list[_AddedGroups] = []
+    for part, parameters in find_watched_parameters(watched) if missing else ():
+        own = [record for record in missing if parameters.keys() >= set(record["params"])]
+        if own and part.optimizer is not None:
+            added.append(_AddedGroups(innermost(part.optimizer), own, parameters))
+
+    def undo() -> None:
+        for each in added:
+            each.undo()
+
+    return undo
+
+
+class _AddedGroups:
+    """Groups that were added to an optimizer from a checkpoint, until the script adds them itself."""
+
+    def __init__(self, optimizer: Any, records: Sequence[Record], parameters: Mapping[str, Tensor]) -> None:
+        self._optimizer = optimizer
+        self._num_before = len(optimizer.param_groups)
+        for record in records:
+            optimizer.add_param_group(_group_of(optimizer, record, parameters))
+        self._awaited = [_identities(group["params"]) for group in optimizer.param_groups[self._num_before :]]
+        self._add = optimizer.add_param_group
+        vars(optimizer)["add_param_group"] = self._claim
+
+    def _claim(self, param_group: dict[str, Any]) -> None:
+        """In place of the optimizer's `add_param_group`.
+
+        Raises:
+            CheckpointError: if some parameters of the group are in one of the checkpoint's, and not all of them.
+        """
+        parameters = param_group["params"]
+        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        given = _identities([each[1] if isinstance(each, tuple) else each for each in listed])
+        if given in self._awaited:
+            self._awaited.remove(given)
+            if not self._awaited:
+                del vars(self._optimizer)["add_param_group"]
+            return
+        if any(given & each for each in self._awaited):
+            raise CheckpointError(
+                f"add_param_group: the group has {len(given)} parameters, some of which the checkpoint has in a group "
+                "of others; add the group that was saved, or start another run"
+            )
+        # An iterator among the parameters was read above.
+        self._add({**param_group, "params": listed})
+
+    def undo(self) -> None:
+        """The optimizer is as it was."""
+        vars(self._optimizer).pop("add_param_group", None)
+        del self._optimizer.param_groups[self._num_before :]
+
+
+def _group_of(optimizer: Any, record: Record, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A saved group with live parameters. Values that JSON has not are the optimizer's defaults."""
+    live: list[Any] = [parameters[name] for name in record["params"]]
+    if "param_names" in record:
+        live = list(zip(record["param_names"], live, strict=True))
+    values = {
+        key: copy.deepcopy(value)
+        for key, value in record.items()
+        if key not in ("params", "param_names") and not isinstance(optimizer.defaults.get(key), Enum)
+    }
+    return {**values, "params": live}
+
+
+def _identities(parameters: Sequence[Tensor]) -> frozenset[int]:
+    return frozenset(map(id, parameters))
+
+
+def match_groups(saved: Sequence[Record], groups: Sequence[Group]) -> list[int | None]:
+    """For each live group the number of the saved one with the same parameters; None: there is none."""
+    left = {number: frozenset(record["params"]) for number, record in enumerate(saved)}
+    found: list[int | None] = []
+    for number, (_, names) in enumerate(groups):
+        # Groups without parameters, as ZeRO-3 leaves them, are told apart by their numbers.
+        same = next((each for each in (number, *left) if left.get(each) == frozenset(names)), None)
+        if same is not None:
+            del left[same]
+        found.append(same)
+    return found
+
+
+def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_scheduler: bool) -> None:
+    """Refuse parameter groups by which it cannot be told what each of them goes on with.
+
+    Args:
+        saved: the checkpoint's groups; ``params`` are names.
+        groups: the optimizers' live groups. A group whose parameters are in no saved group keeps its initial values.
+        has_scheduler: whether there is a scheduler: its state is by the groups' numbers.
+
+    Raises:
+        CheckpointError: if parameters are grouped otherwise, a saved group has no live one, or, with a scheduler, the
+            groups are others or in another order.
+    """
+    matches = match_groups(saved, groups)
+    if matches == list(range(len(saved))):
+        return
+    of_saved = [frozenset(record["params"]) for record in saved]
+    for number, (match, (_, names)) in enumerate(zip(matches, groups, strict=True)):
+        if match is None and any(not each.isdisjoint(names) for each in of_saved):
+            raise _grouped_otherwise(number, frozenset(names), of_saved)
+    if lacking := sorted(set(range(len(saved))) - set(matches)):
+        names = some(sorted(of_saved[lacking[0]]))
+        raise CheckpointError(
+            f"the checkpoint has a parameter group {lacking[0]} of {names}, and the optimizer has none of these; "
+            "resume with the model and the optimizer that were saved, or start another run"
+        )
+    if has_scheduler:
+        raise CheckpointError(
+            "the optimizer has other parameter groups than the checkpoint, or has them in another order, and the "
+            "scheduler's state is by their numbers; make them in the order in which they were saved, and add new ones "
+            "after watch()"
+        )
+
+
+def _grouped_otherwise(number: int, names: frozenset[str], of_saved: Sequence[frozenset[str]]) -> CheckpointError:
+    same_number = of_saved[number] if number < len(of_saved) else frozenset()
+    was = same_number if names & same_number else next(each for each in of_saved if names & each)
+    more, fewer = names - was, was - names
+    others = [f"{some(sorted(more))}, which it had not"] if more else []
+    others += [f"no {some(sorted(fewer))}, which it had"] if fewer else []
+    return CheckpointError(
+        f"the optimizer's parameter group {number} has {', and '.join(others)}; resume with the model and the "
+        "optimizer that were saved, or start another run"
+    )

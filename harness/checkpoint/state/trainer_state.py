@@ -1,0 +1,357 @@
+"""What of a moment of training is not a tensor: ``trainer_state.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.checkpoint.format import strict_json
+from harness.checkpoint.format.commit import TRAINER_STATE, Manifest
+from harness.checkpoint.format.files import Files, LocalFiles
+from harness.checkpoint.format.json_values import Get, decode, encode
+from harness.checkpoint.format.strict_json import is_count, is_number
+from harness.checkpoint.state.kept_tensors import KeptTensors, content_of, getting, require_savable
+from harness.checkpoint.state.kept_tensors import read as read_kept
+from harness.checkpoint.state.optimizer_record import OptimizerRecord
+from harness.errors import CheckpointError, DamagedError
+
+FILE = TRAINER_STATE
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which moment of training a checkpoint is of.
+
+    Args:
+        name: of its directory: ``epoch-0005`` or ``step-00001200``.
+        epoch: epochs that are complete.
+        step: optimizer steps that are complete.
+        batches_in_epoch: batches of the running epoch's loader that each rank has taken.
+        metrics: the latest reduced metrics.
+        samples_per_batch: of all ranks together; None: not known.
+        accumulation: batches for an optimizer step.
+        states: name -> state, as its `state_dict` gave it, of what else goes on where it was.
+        loaders_done: training loaders of the running epoch that are done.
+        is_stopped: whether the training has ended before its last epoch, for good.
+    """
+
+    name: str
+    epoch: int
+    step: int
+    batches_in_epoch: int
+    metrics: Mapping[str, float]
+    samples_per_batch: int | None = None
+    accumulation: int = 1
+    states: Mapping[str, Any] = field(default_factory=dict)
+    loaders_done: int = 0
+    is_stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prepared model with its optimizer and scheduler: what a checkpoint is of, or one part of `Several`.
+
+    Args:
+        model: prepared.
+        optimizer: prepared, or None.
+        scheduler: of the optimizer, or None.
+        name: of the part; empty: it is the only one.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    name: str = ""
+
+    @property
+    def parts(self) -> tuple[Watched, ...]:
+        """This one, as `Several` has more."""
+        return (self,)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its tensors in a checkpoint."""
+        return f"{self.name}." if self.name else ""
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several models that are saved, restored and published together.
+
+    Args:
+        parts: each with a name of its own.
+        counted: the part whose optimizer's steps are the run's steps; None: no part has an optimizer.
+    """
+
+    parts: tuple[Watched, ...]
+    counted: Watched | None
+
+
+AnyWatched = Watched | Several
+
+
+def check_scheduler(watched: AnyWatched) -> None:
+    """Refuse a scheduler that could not be saved.
+
+    Raises:
+        CheckpointError: if its state is not numbers, text and lists of these.
+    """
+    for part in watched.parts:
+        try:
+            encode(_scheduler_state(part))
+        except TypeError as error:
+            raise CheckpointError(
+                f"the state of {type(part.scheduler).__name__} cannot be written as JSON ({error}); "
+                "use checkpoint.save_weights_only, or a scheduler whose state_dict() is numbers and lists"
+            ) from error
+
+
+def _scheduler_state(part: Watched) -> Any:
+    return None if part.scheduler is None else part.scheduler.state_dict()
+
+
+def encode_state(name: str, state: Any, kept: KeptTensors | None) -> Any:
+    """A registered thing's state as JSON values.
+
+    Effects: as `encode`; main thread, between steps.
+
+    Args:
+        name: under which it is registered.
+        state: as its `state_dict` gave it.
+        kept: for the tensors; None: no tensor is copied, and it is only checked that the state can be saved.
+
+    Raises:
+        CheckpointError: if something in it cannot be saved.
+    """
+    put = require_savable if kept is None else kept.put
+    try:
+        # A module's averaged copy may be given as parameters, which are tensors here.
+        return encode(state, lambda tensor: put(tensor.detach()))
+    except Exception as error:
+        # The values are of any class, and may raise when they are read; a state may also hold itself.
+        raise CheckpointError(
+            f"register({name!r}): its state cannot be saved: {error}; have its state_dict() give numbers, text, "
+            "tensors, and lists and dicts of these"
+        ) from error
+
+
+def take_trainer_state(
+    moment: Moment,
+    watched: AnyWatched,
+    groups: Mapping[str, Any],
+    optimizers: Sequence[Mapping[str, Any]],
+    scaler: Any,
+    kept: KeptTensors,
+) -> Any:
+    """The state as it is now, as JSON values.
+
+    Effects: not collective; main thread, between steps; a learning rate that is a tensor on CUDA is waited
+    for; nothing on disk.
+
+    Args:
+        moment: counters and position.
+        watched: for the schedulers and DeepSpeed's loss scales.
+        groups: what `groups_record` gives.
+        optimizers: what `record_of` gives for each part.
+        scaler: accelerate's gradient scaler, or None.
+        kept: for the tensors of what is registered.
+
+    Raises:
+        CheckpointError: if a registered state cannot be saved.
+    """
+    parts = [
+        {
+            "name": part.name,
+            "optimizer": dict(optimizer),
+            "scheduler": encode(_scheduler_state(part)),
+            "loss_scale": encode(_loss_scale(part.model)),
+        }
+        for part, optimizer in zip(watched.parts, optimizers, strict=True)
+    ]
+    # One model's values stand in the record itself.
+    is_single = isinstance(watched, Watched)
+    of_models = {"scheduler": parts[0]["scheduler"]} if is_single else {"parts": parts}
+    of_scales = {"loss_scale": parts[0]["loss_scale"]} if is_single else {}
+    return {
+        "epoch": moment.epoch,
+        "step": moment.step,
+        "position": {
+            "loaders_done": moment.loaders_done,
+            "batches": moment.batches_in_epoch,
+            "samples_per_batch": moment.samples_per_batch,
+            "accumulation": moment.accumulation,
+        },
+        "is_stopped": moment.is_stopped,
+        "metrics": dict(moment.metrics),
+        "states": {name: encode_state(name, state, kept) for name, state in moment.states.items()},
+        "optimizer": {**groups, **(optimizers[0] if is_single else {})},
+        **of_models,
+        "scaler": encode(None if scaler is None else scaler.state_dict()),
+        **of_scales,
+    }
+
+
+def _loss_scale(model: Any) -> dict[str, float] | None:
+    """Of a DeepSpeed engine in fp16: its scaler is a plain object with numbers."""
+    scaler = getattr(getattr(model, "optimizer", None), "loss_scaler", None)
+    if scaler is None or not getattr(scaler, "dynamic", False):
+        return None
+    return {key: value for key, value in vars(scaler).items() if isinstance(value, (int, float))}
+
+
+@dataclass(frozen=True)
+class PartState:
+    """What is kept of one model, beside its tensors and its optimizer's groups.
+
+    Args:
+        name: of the part; empty: it is the only one.
+        scheduler: its state, or None.
+        loss_scale: numbers of DeepSpeed's scaler, or None.
+        optimizer: what there is of the optimizer beside its groups and its tensors.
+    """
+
+    name: str
+    scheduler: Any
+    loss_scale: Mapping[str, float] | None
+    optimizer: OptimizerRecord
+
+    @classmethod
+    def read(cls, record: Any, forms: Any, get: Get) -> PartState:
+        """The record of a part; `forms` are those of the states of all parts' optimizers."""
+        optimizer = OptimizerRecord.read({**record["optimizer"], "forms": forms}, get)
+        return cls(record["name"], decode(record["scheduler"]), decode(record["loss_scale"]), optimizer)
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What ``trainer_state.json`` of a checkpoint holds, as the objects that it was taken from have it.
+
+    Args:
+        epoch: epochs that were complete.
+        step: optimizer steps that were complete.
+        loaders_done: training loaders of the running epoch that were done.
+        batches_in_epoch: batches of the next one that each rank had taken.
+        param_groups: hyperparameters of each of the optimizers' parameter groups; ``params`` are names.
+        frozen: parameters in these groups that got no gradient; None: that was not recorded.
+        parts: of each model.
+        scaler: the state of accelerate's gradient scaler, or None.
+        samples_per_batch: of all ranks together, or None.
+        accumulation: batches for an optimizer step.
+        metrics: the latest reduced metrics.
+        states: name -> state, as JSON values, of what else goes on.
+        registered: the same, with their tensors, as `state_dict` gave them.
+        is_stopped: whether the training had ended before its last epoch, for good.
+        ranks: of each rank that saved, as `RankState.encoded` made it.
+    """
+
+    epoch: int
+    step: int
+    loaders_done: int
+    batches_in_epoch: int
+    param_groups: Sequence[Mapping[str, Any]]
+    frozen: frozenset[str] | None
+    parts: Sequence[PartState]
+    scaler: Any
+    samples_per_batch: int | None
+    accumulation: int
+    metrics: Mapping[str, float]
+    states: Mapping[str, Any]
+    registered: Mapping[str, Any]
+    is_stopped: bool
+    ranks: Sequence[dict[str, Any]]
+
+
+def read_trainer_state(
+    checkpoint: Path, manifest: Manifest, files: Files | None = None, device: torch.device = _HOST
+) -> TrainerState:
+    """Read ``trainer_state.json`` of a checkpoint, and the tensors that it refers to, against their digests.
+
+    Effects: not collective; any thread; blocks for reading two files; nothing on disk.
+
+    Args:
+        checkpoint: its directory.
+        manifest: the checkpoint's.
+        files: where it is read from; None: this node's disk.
+        device: where tensors are put that were on an accelerator.
+
+    Raises:
+        DamagedError: if it is not what was written.
+        CheckpointError: if the checkpoint is of weights alone, or the disk does not give it.
+    """
+    path = checkpoint / FILE
+    record = next((file for file in manifest.files if file.name == FILE), None)
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint}: holds weights alone (checkpoint.save_weights_only), so training cannot go on from it; "
+            "use another checkpoint"
+        )
+    try:
+        data = content_of(files or LocalFiles(checkpoint), record)
+        return _state(strict_json.parse(data), getting(read_kept(checkpoint, manifest, files), device))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
+
+
+def _state(record: Any, get: Get) -> TrainerState:
+    """The record as what it is, each value looked at.
+
+    Raises:
+        ValueError: if something is missing or of another type.
+    """
+    try:
+        position, groups = record["position"], record["optimizer"]["param_groups"]
+        parts, forms = record.get("parts", [{**record, "name": ""}]), record["optimizer"].get("forms", [])
+        found = TrainerState(
+            epoch=record["epoch"],
+            step=record["step"],
+            loaders_done=position["loaders_done"],
+            batches_in_epoch=position["batches"],
+            param_groups=decode(groups, get),
+            frozen=_names(record["optimizer"].get("frozen")),
+            parts=[PartState.read(part, forms, get) for part in parts],
+            scaler=decode(record["scaler"]),
+            samples_per_batch=position["samples_per_batch"],
+            accumulation=position["accumulation"],
+            metrics=record["metrics"],
+            states=record["states"],
+            registered=decode(record["states"], get),
+            is_stopped=record["is_stopped"],
+            ranks=record["ranks"],
+        )
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (TypeError, IndexError) as error:
+        raise ValueError("it is of another structure") from error
+    if not all(map(is_count, (found.epoch, found.step, found.loaders_done, found.batches_in_epoch))):
+        raise ValueError("epochs, steps or batches are no whole numbers from 0 on")
+    if not is_count(found.accumulation) or not (found.samples_per_batch is None or is_count(found.samples_per_batch)):
+        raise ValueError("samples and accumulated batches are no whole numbers from 0 on")
+    if not isinstance(found.is_stopped, bool):
+        raise ValueError("is_stopped is neither true nor false")
+    if not isinstance(found.states, dict) or not isinstance(found.metrics, dict):
+        raise ValueError("states and metrics are no objects")
+    if not all(map(is_number, found.metrics.values())):
+        raise ValueError("metrics hold what is no number")
+    for name, items in (("param_groups", found.param_groups), ("ranks", found.ranks)):
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{name} is no list of objects")
+    if not all(isinstance(part.name, str) for part in found.parts):
+        raise ValueError("a name of a part is no text")
+    for scale in (part.loss_scale for part in found.parts if part.loss_scale is not None):
+        if not (isinstance(scale, dict) and all(isinstance(number, (int, float)) for number in scale.values())):
+            raise ValueError("loss_scale holds what is no number")
+    return found
+
+
+def _names(names: Any) -> frozenset[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the frozen parameters are no names")
+    return frozenset(names)

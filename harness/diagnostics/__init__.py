@@ -1,0 +1,6 @@
+"""What a run has left, and what it is doing.
+
+In reading order:
+
+    report  as text and as JSON
+"""

@@ -1,0 +1,115 @@
+"""Signals that ask a run to stop, or to save. The handlers only set a flag; the loop looks at it between steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from harness.io.standard_streams import write_error
+
+# USR1 is what batch systems send ahead of a time limit.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SAVE_SIGNAL = signal.SIGUSR2
+# Stands where a signal's number does: `harness stop` has asked.
+STOP_REQUEST = 128
+
+
+def name_of(number: int) -> str:
+    """What asked for a stop, in its user's words."""
+    return "harness stop" if number == STOP_REQUEST else signal.Signals(number).name
+
+
+class StopSignals:
+    """Installs handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and puts the earlier ones back.
+
+    A handler of the script's, or of what has started it, is called too, at once and after the signal is noted, be it
+    installed before these or, from the next call of `chain` on, after them.
+
+    Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
+    A second SIGINT raises KeyboardInterrupt wherever the main thread is.
+
+    Attributes:
+        received: number of the signal that asked to stop; 0: none has.
+        save_is_asked: whether SIGUSR2 has come since `take_save_request`.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.save_is_asked = False
+        self._is_installed = threading.current_thread() is threading.main_thread()
+        # A handler of the script's may call the one that it has replaced, which is one of these.
+        self._handling: set[int] = set()
+        self.chain()
+
+    def chain(self) -> None:
+        """Install the handlers in front of those that the script has installed since the last call."""
+        if not self._is_installed or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (*_SIGNALS, _SAVE_SIGNAL):
+            theirs = signal.getsignal(number)
+            if not self._is_ours(theirs):
+                signal.signal(number, _Handler(self, theirs))
+
+    def handle(self, number: int, frame: FrameType | None, theirs: Any) -> None:
+        """A signal has come: note it, and call the handler that was there before."""
+        if number in self._handling:
+            self._call(theirs, number, frame)
+            return
+        self._handling.add(number)
+        try:
+            self._note(number)
+            self._call(theirs, number, frame)
+        finally:
+            self._handling.discard(number)
+
+    def _note(self, number: int) -> None:
+        if number == _SAVE_SIGNAL:
+            self.save_is_asked = True
+            return
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = int(number)
+        if number == signal.SIGINT:
+            write_error("harness: stopping after this step; once more to stop at once\n")
+
+    @staticmethod
+    def _call(theirs: Any, number: int, frame: FrameType | None) -> None:
+        # Python's own handler of SIGINT would end the step that is to be completed.
+        if callable(theirs) and theirs is not signal.default_int_handler:
+            theirs(number, frame)
+
+    def _is_ours(self, handler: Any) -> bool:
+        return isinstance(handler, _Handler) and handler.signals is self
+
+    def take_save_request(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked, self.save_is_asked = self.save_is_asked, False
+        return asked
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self.received != 0
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before; one that the script has installed since stays."""
+        if not self._is_installed:
+            return
+        self._is_installed = False
+        for number in (*_SIGNALS, _SAVE_SIGNAL):
+            while isinstance(handler := signal.getsignal(number), _Handler) and self._is_ours(handler):
+                # None: it was not installed from Python, and cannot be from here.
+                signal.signal(number, signal.SIG_DFL if handler.theirs is None else handler.theirs)
+
+
+class _Handler:
+    """What is installed for a signal: its owner, and the handler that it is installed in front of."""
+
+    def __init__(self, signals: StopSignals, theirs: Any) -> None:
+        self.signals = signals
+        self.theirs = theirs
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signals.handle(number, frame, self.theirs)

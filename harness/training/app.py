@@ -1,0 +1,134 @@
+"""The composition root: the only file that knows all the parts, and puts a run together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+
+from harness.config import instantiate
+from harness.config.schema import RunConfig
+from harness.config.task import Task
+from harness.data import dataloaders, memory_layout
+from harness.distributed import buffers, precision, strategies
+from harness.distributed.elastic import plan_batches
+from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.io.progress import Progress
+from harness.run.directory import write_config
+from harness.training.fit import fit
+from harness.training.periodic_logger import PeriodicLogger
+
+
+def train(config: RunConfig) -> PeriodicLogger:
+    """Train what the configuration says, on the ranks that the launcher started.
+
+    Effects: collective; main thread; returns when all is trained, written and, on rank zero,
+    delivered; leaves ``<run_dir>/<run_name>/``.
+
+    Raises:
+        HarnessError: for whatever a user should read as one line.
+    """
+    # What can be refused is refused before there is an MLflow run.
+    set_seed(config.seed)
+    task = instantiate.build_task(config.task)
+    instantiate.check_optimization(config)
+    accelerator = strategies.start(config.trainer, config.seed)
+    with make_logger(accelerator, config) as logger:
+        if accelerator.is_main_process and logger.run_path is not None:
+            write_config(logger.run_path, config)
+        model, optimizer, scheduler, train_loader, eval_loader = prepare(accelerator, task, config, logger)
+        logger.watch(model, optimizer, scheduler)
+        with torch.autograd.set_detect_anomaly(config.trainer.detect_anomaly):
+            fit(accelerator, task, config.trainer, logger, model, optimizer, scheduler, train_loader, eval_loader)
+    return logger
+
+
+def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
+    """The periodic logger that the configuration describes, not started."""
+    logger = PeriodicLogger(
+        accelerator,
+        every_n_epochs=config.checkpoint.every_n_epochs,
+        run_name=config.run_name,
+        run_dir=config.run_dir,
+        checkpoint=config.checkpoint,
+        tracking=config.tracking,
+        resume_from_checkpoint=config.resume_from_checkpoint,
+        initial_weights=config.initial_weights,
+        reset_scheduler=config.reset_scheduler,
+        params=replace(config, tracking=replace(config.tracking, tracking_uri=None)),
+    )
+    logger.progress = Progress(enabled=accelerator.is_main_process, bar=config.trainer.progress_bar)
+    logger.progress.watch(logger.latest)
+    return logger
+
+
+def prepare(
+    accelerator: Accelerator, task: Task, config: RunConfig, logger: PeriodicLogger
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, Any, Any]:
+    """Make model, optimizer, scheduler and loaders, and let accelerate prepare them.
+
+    On another number of ranks a run keeps its global batch, where it can be divided among them.
+
+    Effects: collective; main thread; blocks until the ranks have the same model; nothing on disk.
+    """
+    trainer, world_size = config.trainer, accelerator.num_processes
+    train_loader, eval_loader = task.train_data(), task.eval_data()
+    dataloaders.check_size(train_loader, world_size, "training")
+    if eval_loader is not None:
+        dataloaders.check_size(eval_loader, world_size, "evaluation")
+    if trainer.overfit_batches is not None:
+        train_loader = dataloaders.first_batches(train_loader, trainer.overfit_batches * world_size)
+    train_loader = _keep_global_batch(accelerator, train_loader, logger)
+    # Again, so that the model does not depend on how many random numbers the data took.
+    set_seed(config.seed)
+    model = task.model()
+    precision.refuse_what_fails(accelerator, model)
+    if strategies.strategy_of(accelerator) == "ddp":
+        buffers.refuse_what_ddp_cannot_send(accelerator, model)
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        memory_layout.put_in_order(model)
+    axes = task.dynamic_axes() if hasattr(task, "dynamic_axes") else None
+    logger.describe(config.task, model, getattr(task, "input_example", None), axes)
+    optimizer = instantiate.build_optimizer(config.optimizer, model)
+    scheduler = instantiate.build_scheduler(config.scheduler, optimizer)
+    separate_embeddings(accelerator, model)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    precision.cast_inputs(accelerator, model)
+    if eval_loader is not None:
+        eval_loader = accelerator.prepare(eval_loader)
+    # From here on ranks may differ (dropout), each by its own and repeatable random numbers.
+    set_seed(config.seed, device_specific=True)
+    return model, optimizer, scheduler, train_loader, eval_loader
+
+
+def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLogger) -> Any:
+    """The loader with the batches, and the accelerator with the accumulation, of the run that goes on.
+
+    On as many ranks as before it is the configuration's that counts: it is the same, or was changed on purpose.
+    """
+    world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if logger.batch_before is None or logger.batch_before.world_size == world_size or loader.batch_size is None:
+        return loader
+    before = logger.batch_before.num_samples
+    now = world_size * loader.batch_size * accumulation
+    if now == before:
+        return loader
+    plan = plan_batches(before, world_size, loader.batch_size, accumulation)
+    if not plan.is_kept:
+        logger.say(
+            f"harness: warning: an optimizer step takes {now} samples from here on, and took {before}, which cannot be "
+            f"divided among {world_size} ranks; to keep it, give a number of ranks that divides {before}"
+        )
+        return loader
+    logger.say(
+        f"an optimizer step takes {before} samples, as before: {world_size} ranks x {plan.batch_size} x "
+        f"{plan.accumulation} accumulated (configured: {loader.batch_size} x {accumulation})"
+    )
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # Its engine, which is made of this, counts batches itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
+    return loader if plan.batch_size == loader.batch_size else dataloaders.with_batch_size(loader, plan.batch_size)

@@ -1,0 +1,115 @@
+"""What `PeriodicLogger.watch` was given, validated: one model, or several by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from harness.checkpoint.format.names import unwrapped
+from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.state.trainer_state import AnyWatched, Several, Watched
+from harness.errors import CheckpointError
+
+_DICT_FORM = 'watch({"generator": (g, opt_g), "discriminator": (d, opt_d)})'
+
+
+def refuse_second_watch() -> CheckpointError:
+    """The error for a second call of `watch`, which would replace what the first one was given."""
+    return CheckpointError(
+        "watch() was called before on this logger, and a second call would replace what checkpoints hold; give several "
+        f"models to one call, as a dict: {_DICT_FORM}"
+    )
+
+
+def watched_of(
+    models: nn.Module | Mapping[str, Any], optimizer: Any, scheduler: Any, steps_of: str | None
+) -> AnyWatched:
+    """What is to be saved; see `PeriodicLogger.watch`.
+
+    Effects: not collective, and the same on every rank that is given the same; reads only.
+
+    Raises:
+        CheckpointError: which argument is not as documented.
+    """
+    if isinstance(models, nn.Module):
+        for name, value in (("optimizer", optimizer), ("scheduler", scheduler)):
+            if isinstance(value, (list, tuple, Mapping)):
+                raise _refused(f"{name} is a {type(value).__name__}")
+        if steps_of is not None:
+            raise CheckpointError(f"watch(): steps_of={steps_of!r} is for several models; leave it out for one")
+        return Watched(models, optimizer, scheduler)
+    if not isinstance(models, Mapping):
+        raise _refused(f"model is a {type(models).__name__}")
+    if optimizer is not None or scheduler is not None:
+        raise _refused("optimizer and scheduler were given beside a dict")
+    if not models:
+        raise _refused("the dict is empty")
+    parts = tuple(_part(name, value) for name, value in models.items())
+    _refuse_shared_optimizers(parts)
+    return Several(parts, _counted(parts, steps_of))
+
+
+def _refused(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"watch(): {what}; give one model as watch(model, optimizer, scheduler), or several as a dict of tuples "
+        f"(model,), (model, optimizer) or (model, optimizer, scheduler): {_DICT_FORM}"
+    )
+
+
+def _part(name: Any, value: Any) -> Watched:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise CheckpointError(
+            f"watch(): {name!r} is not a name for a model: it must be an identifier (letters, digits and underscores, "
+            "no dots), as it precedes the names of the model's tensors in checkpoints"
+        )
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+        raise CheckpointError(
+            f"watch(): {name!r} is not a name for a model: nn.ModuleDict, which the models are loaded into, has an "
+            "attribute of that name; use another one"
+        )
+    items = value if isinstance(value, tuple) else (value,)
+    if not 1 <= len(items) <= 3 or not isinstance(items[0], nn.Module):
+        kinds = ", ".join(type(item).__name__ for item in items)
+        raise _refused(f"{name!r} is {'a tuple of ' if isinstance(value, tuple) else ''}{kinds or 'nothing'}")
+    model, optimizer, scheduler = (*items, None, None)[:3]
+    if optimizer is None and scheduler is not None:
+        raise _refused(f"{name!r} has a scheduler without an optimizer")
+    return Watched(model, optimizer, scheduler, name)
+
+
+def _refuse_shared_optimizers(parts: tuple[Watched, ...]) -> None:
+    owners: dict[int, str] = {}
+    for part in parts:
+        if part.optimizer is None:
+            continue
+        if (first := owners.setdefault(id(innermost(part.optimizer)), part.name)) != part.name:
+            raise CheckpointError(
+                f"watch(): {first!r} and {part.name!r} have the same optimizer; give it with one of them: it may hold "
+                "parameters of the other"
+            )
+
+
+def _counted(parts: tuple[Watched, ...], steps_of: str | None) -> Watched | None:
+    trained = {part.name: part for part in parts if part.optimizer is not None}
+    if steps_of is None:
+        return next(iter(trained.values()), None)
+    if steps_of not in trained:
+        raise CheckpointError(
+            f"watch(): steps_of={steps_of!r} is not a model with an optimizer; use one of: {', '.join(trained)}"
+        )
+    return trained[steps_of]
+
+
+def modules_of(watched: AnyWatched) -> tuple[nn.Module, nn.Module]:
+    """The user's own model, and the same as it is trained, wrapped; several are in an `nn.ModuleDict`.
+
+    The names of its tensors are those in a checkpoint.
+    """
+    if isinstance(watched, Watched):
+        return unwrapped(watched.model), watched.model
+    return (
+        nn.ModuleDict({part.name: unwrapped(part.model) for part in watched.parts}),
+        nn.ModuleDict({part.name: part.model for part in watched.parts}),
+    )
