@@ -18,21 +18,21 @@ import torch
 from accelerate.utils import set_seed
 from loop_overhead import EPOCHS_PER_WINDOW, Times, by_hand, report, rounds, timed
 
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.config.task import Task
 
 
 def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory: Path) -> list[tuple[Times, Times]]:
     """Times of some rounds, over a model of their own."""
-    settings = Settings(
+    settings = AutologSettings(
         CheckpointConfig(every_n_epochs=None, save_last=False),
         TrackingConfig(enabled=False, log_every_n_steps=None),
         run_name=name,
         run_dir=str(directory),
     )
-    switch = Switch(settings)
+    switch = Patcher(settings)
     switch.turn_on()
     set_seed(0)
     model = task.model()

@@ -41,7 +41,7 @@ from harness.checkpoint.restore.restore import restore_tensors
 from harness.checkpoint.sharding.local_shards import innermost
 from harness.checkpoint.state.trainer_state import Watched
 from harness.config.schema import TrainerConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.distributed.strategies import start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def worker(arguments: argparse.Namespace) -> None:
             logger.save()
     path = directory / "ours" / "checkpoints" / "step-00000002"
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    agreement = Agreement(rank, world_size)
+    agreement = Collectives(rank, world_size)
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def forget() -> None:

@@ -45,12 +45,12 @@ sys.path.insert(0, str(ROOT))
 from harness.checkpoint.format.all_ranges import packed  # noqa: E402
 from harness.checkpoint.format.commit import Manifest, commit, read_manifest  # noqa: E402
 from harness.checkpoint.format.layout import TensorSpec, plan_layout  # noqa: E402
-from harness.checkpoint.format.tensor_shard import Run  # noqa: E402
-from harness.checkpoint.save.commit_store import Board  # noqa: E402
+from harness.checkpoint.format.tensor_shard import ElementRange  # noqa: E402
+from harness.checkpoint.save.commit_store import CommitStore  # noqa: E402
 from harness.checkpoint.save.gather import _chunks, places  # noqa: E402
 from harness.checkpoint.save.plan import Plan, _stage, assign, hash_of, plan_of, with_all  # noqa: E402
-from harness.checkpoint.save.save_runner import Told  # noqa: E402
-from harness.checkpoint.sharding.shard_catalog import Holdings, kinds_of, sharing_of  # noqa: E402
+from harness.checkpoint.save.save_runner import RankOutcome  # noqa: E402
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog, kinds_of, sharing_of  # noqa: E402
 from harness.checkpoint.state.rank_state import RankState  # noqa: E402
 from harness.data import rng_state  # noqa: E402
 
@@ -89,14 +89,14 @@ def specifications() -> list[TensorSpec]:
     return found
 
 
-def held(spec: TensorSpec, world_size: int, rank: int) -> tuple[Run, ...]:
+def held(spec: TensorSpec, world_size: int, rank: int) -> tuple[ElementRange, ...]:
     """Rows as FSDP2 divides them; a number of steps is on every rank."""
     if not spec.shape:
-        return (Run(0, 0, 1),)
+        return (ElementRange(0, 0, 1),)
     rows = -(-spec.shape[0] // world_size)
     first, last = (min(each * rows, spec.shape[0]) for each in (rank, rank + 1))
     inner = spec.num_items // spec.shape[0]
-    return (Run(first * inner, 0, (last - first) * inner),) if first < last else ()
+    return (ElementRange(first * inner, 0, (last - first) * inner),) if first < last else ()
 
 
 def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T:
@@ -109,9 +109,11 @@ def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T
 def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds: int) -> None:
     """One process: some ranks, which say at once that they have written."""
     state = RankState(rng_state.take(torch.device("cpu"))).encoded()
-    records = {rank: Told({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
+    records = {rank: RankOutcome({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
     stores = [TCPStore("127.0.0.1", port, is_master=False) for _ in range(NUM_CONNECTIONS)]
-    boards = {rank: Board(rank, world_size, stores[rank // NUM_PROCESSES % len(stores)], "scale") for rank, _ in which}
+    boards = {
+        rank: CommitStore(rank, world_size, stores[rank // NUM_PROCESSES % len(stores)], "scale") for rank, _ in which
+    }
     control = TCPStore("127.0.0.1", port, is_master=False)
     for save in range(rounds):
         control.add(f"there/{save}", 1)
@@ -120,11 +122,11 @@ def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds
             list(threads.map(lambda rank: boards[rank].put(save, records[rank]), boards))  # noqa: B023
 
 
-def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[Told]:
+def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[RankOutcome]:
     """The real board, with every other rank in another process."""
     assert plan.all_ranges is not None
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    board = Board(0, world_size, TCPStore("127.0.0.1", store.port, is_master=False), "scale")
+    board = CommitStore(0, world_size, TCPStore("127.0.0.1", store.port, is_master=False), "scale")
     nums = [len(plan.all_ranges.of_rank(rank)) for rank in range(world_size)]
     context = multiprocessing.get_context("spawn")
     processes = []
@@ -133,12 +135,12 @@ def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: in
         processes.append(context.Process(target=acknowledge, args=(store.port, world_size, which, rounds)))
         processes[-1].start()
     state = RankState(rng_state.take(torch.device("cpu"))).encoded()
-    own = Told({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
+    own = RankOutcome({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
 
-    def collect() -> list[Told]:
+    def collect() -> list[RankOutcome]:
         store.set(f"go/{save}", "")
         board.put(save, own)
-        return [Told.decoded(data) for data in board.collect(save, 120.0)]
+        return [RankOutcome.decoded(data) for data in board.collect(save, 120.0)]
 
     for save in range(rounds):
         while store.add(f"there/{save}", 0) < NUM_PROCESSES:
@@ -165,20 +167,23 @@ def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
     structure = hash_of(specs, {})
     # What the others do, each on its own node.
     described = [
-        Holdings.of(structure, [held(spec, world_size, rank) for spec in specs]).packed() for rank in range(world_size)
+        ShardCatalog.of(structure, [held(spec, world_size, rank) for spec in specs]).packed()
+        for rank in range(world_size)
     ]
     told = told_by_all(specs, described)
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         mine = timed(
-            seconds, "describe", lambda: Holdings.of(structure, [held(spec, world_size, 0) for spec in specs]).packed()
+            seconds,
+            "describe",
+            lambda: ShardCatalog.of(structure, [held(spec, world_size, 0) for spec in specs]).packed(),
         )
         assert mine == described[0]
         plan = timed(
             seconds,
             "plan",
-            lambda: plan_of(specs, {}, [Holdings.unpacked(part) for part in described], 0, None),
+            lambda: plan_of(specs, {}, [ShardCatalog.unpacked(part) for part in described], 0, None),
         )
         assert packed(plan.staging_bytes, plan.ranges) == told[0]
         plan = timed(seconds, "table", lambda: with_all(plan, told))  # noqa: B023
@@ -212,7 +217,7 @@ def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
 
 def told_by_all(specs: list[TensorSpec], described: list[bytes]) -> list[bytes]:
     """What each rank would find by itself, here one after another; what is alike for all of them is found once."""
-    holdings = [Holdings.unpacked(part) for part in described]
+    holdings = [ShardCatalog.unpacked(part) for part in described]
     layout = plan_layout(specs, {})
     kinds = kinds_of(specs, holdings)
     sharing = sharing_of(kinds)

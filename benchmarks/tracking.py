@@ -44,7 +44,7 @@ from harness.distributed.strategies import start  # noqa: E402
 from harness.metrics.reducer import WeightedSums  # noqa: E402
 from harness.tracking.journal.delivery_state import read_delivered  # noqa: E402
 from harness.tracking.journal.segments import journal_end  # noqa: E402
-from harness.tracking.journal.writer import Outbox  # noqa: E402
+from harness.tracking.journal.writer import JournalWriter  # noqa: E402
 from harness.tracking.tracker import Tracker  # noqa: E402
 from tests.services.mlflow_server import MlflowServer  # noqa: E402
 
@@ -149,7 +149,7 @@ def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any
 def measure_append(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Microseconds for each row, alternating with the plainest way to write it."""
     draw = random.Random(0)
-    outbox = Outbox(directory / "append")
+    outbox = JournalWriter(directory / "append")
     descriptor = os.open(directory / "by_hand.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def by_hand(body: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from harness.config.parsing import parse_run_config
 from harness.distributed.job_secret import FILE_NAME, FILE_VARIABLE, SECRET_VARIABLE, discard
 from harness.distributed.meeting import JOB_VARIABLE
-from harness.distributed.slurm_env import Task, read_task
+from harness.distributed.slurm_env import SlurmTask, read_task
 from harness.errors import EXIT_DONE, EXIT_REQUEUE, HarnessError, LaunchError
 from harness.io.standard_streams import flush, write_error
 from launch.command_parser import CommandParser
@@ -60,7 +60,7 @@ def rank(words: Sequence[str]) -> int:
     leave(code)
 
 
-def _strategy(asked: str, task: Task) -> str:
+def _strategy(asked: str, task: SlurmTask) -> str:
     """What was asked for; a job that goes on with one rank has nothing to divide."""
     if task.world_size > 1 or asked == "single":
         return asked
@@ -68,7 +68,7 @@ def _strategy(asked: str, task: Task) -> str:
     return "single"
 
 
-def rank_environment(task: Task) -> Mapping[str, str]:
+def rank_environment(task: SlurmTask) -> Mapping[str, str]:
     """What torch's and accelerate's own launchers would set for a rank."""
     if task.world_size == 1:
         return {}
@@ -90,7 +90,7 @@ def _secret_file(run_dir: str) -> Path:
     return Path(run_dir).absolute() / "slurm" / FILE_NAME.format(job)
 
 
-def _check_gpus(task: Task) -> None:
+def _check_gpus(task: SlurmTask) -> None:
     import torch
 
     count = torch.cuda.device_count()

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.config.schema import CheckpointConfig, Mode, check_run_name
 from harness.errors import ConfigError
 
 # In the run's directory of a training that is not its process's first: which one is.
 FURTHER_FILE = "further_training.json"
 
-_settings = Settings()
+_settings = AutologSettings()
 
 
 def autolog(
@@ -68,7 +68,7 @@ def autolog(
 
     if disable:
         turn_off()
-        _settings = Settings()
+        _settings = AutologSettings()
         return
     checkpoint = CheckpointConfig(
         every_n_epochs=every_n_epochs, monitor=monitor, mode=mode, save_top_k=save_top_k, when_busy=when_busy
@@ -158,7 +158,7 @@ def first_run_of(run_dir: Path) -> Path:
     return run_dir.resolve().parent / str(name)
 
 
-def run_record(settings: Settings) -> Mapping[str, Any] | None:
+def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
     """What is known of the run of this name; None: nothing, or none is named."""
     if settings.run_name is None:
         return None
@@ -169,7 +169,7 @@ def run_record(settings: Settings) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def run_id_of(settings: Settings) -> str | None:
+def run_id_of(settings: AutologSettings) -> str | None:
     """The MLflow run that a training would go on in, where that is known before it begins."""
     record = None if settings.resume_from == "never" else run_record(settings)
     found = (record or {}).get("run_id")

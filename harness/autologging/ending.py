@@ -23,7 +23,7 @@ from harness.errors import EXIT_FAILED, HarnessError
 from harness.io.standard_streams import flush, write_error
 
 
-class Ending:
+class ExitHooks:
     """Calls back when the script ends.
 
     Effects: the calls come in the main thread of the process in which the latest training has begun; of one that was

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.autologging.notes import Notes
-from harness.autologging.opening import Memory
+from harness.autologging.notes import UserMessages
+from harness.autologging.opening import AutologState
 from harness.autologging.pass_end import PassEnd
-from harness.autologging.passes import Pass, Start, TrainedOn
+from harness.autologging.passes import Iteration, IterationKey, TrainedOn
 from harness.autologging.script import Choice, Prepared
 from harness.autologging.steps import Steps
 from harness.data import dataloaders
-from harness.data.pending_iteration import Overheard
+from harness.data.pending_iteration import PendingIteration
 from harness.errors import EXIT_REQUEUE, Stopped
 from harness.training.periodic_logger import PeriodicLogger
 
@@ -58,11 +58,11 @@ class Epochs:
         logger: PeriodicLogger,
         prepared: Prepared,
         trained: TrainedOn,
-        memory: Memory,
+        memory: AutologState,
         choice: Choice | None,
         begins: Callable[[], None],
         fail: Callable[[BaseException], BaseException],
-        notes: Notes,
+        notes: UserMessages,
     ) -> None:
         self._logger = logger
         self._events = logger.events
@@ -75,7 +75,7 @@ class Epochs:
         self._notes = notes
         self._steps = Steps(logger, prepared, memory, choice, self._stepped, notes.say_once)
         # The one that is open and trains, or may; the latest that a batch came from.
-        self._pass: Pass | None = None
+        self._pass: Iteration | None = None
         self._inner: Any = None
         self.is_open = False
         # Whether nothing was trained since an epoch has ended that was not known to be the last one.
@@ -83,7 +83,7 @@ class Epochs:
         # What the script was within as the epoch began, by which ranks join the others.
         self._join_of_epoch: Any = None
         # The last pass that trained, or may have: its batches may come to backward when all of them are out.
-        self._ended: Pass | None = None
+        self._ended: Iteration | None = None
         # In one process, of the pass that trained last, until more is trained.
         self._pass_end: PassEnd | None = None
         # The number of the pass over its loader as it began, as accelerate counts them.
@@ -95,9 +95,9 @@ class Epochs:
         """Whether it is what a pass that is told already iterates over."""
         return loader is self._inner
 
-    def begins_as(self, loader: Any) -> Start:
+    def begins_as(self, loader: Any) -> IterationKey:
         """How a pass over a loader begins now."""
-        return Start(self._prepared.index_of(loader), self._is_in_train_mode)
+        return IterationKey(self._prepared.index_of(loader), self._is_in_train_mode)
 
     def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
         """A pass over a loader: its batches, as the script would have had them."""
@@ -153,7 +153,7 @@ class Epochs:
         is_likely = self._trained.makes_likely(start)
         is_part = is_likely and self._is_within_one_join
         before = self._pass
-        this = Pass(loader, start, self._usual_size(loader), is_likely=is_likely and not is_part, is_part=is_part)
+        this = Iteration(loader, start, self._usual_size(loader), is_likely=is_likely and not is_part, is_part=is_part)
         self._pass = this
         self._iteration = getattr(loader, "iteration", None)
         ended = self._ended
@@ -177,16 +177,16 @@ class Epochs:
                 this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this), prepend=True)
         return self._go_through(this, loader, original(loader))
 
-    def _within(self, loader: Any, original: Original, running: Pass) -> Iterator[Any]:
+    def _within(self, loader: Any, original: Original, running: Iteration) -> Iterator[Any]:
         """Within a pass that trains, or may: an evaluation, or a second loader beside the one that is counted."""
-        this = Pass(loader, self.begins_as(loader), self._usual_size(loader), is_likely=False)
+        this = Iteration(loader, self.begins_as(loader), self._usual_size(loader), is_likely=False)
         running.is_crossed |= loader is running.loader
         if not running.is_training:
             this.heard = self._events.overhear(loader)
         return self._go_through(this, loader, original(loader), running)
 
     def _go_through(
-        self, this: Pass, inner: Any, iterator: Iterator[Any], running: Pass | None = None
+        self, this: Iteration, inner: Any, iterator: Iterator[Any], running: Iteration | None = None
     ) -> Iterator[Any]:
         try:
             for batch in iterator:
@@ -228,19 +228,19 @@ class Epochs:
     def _usual_size(self, loader: Any) -> int | None:
         return dataloaders.usual_batch_size(loader, self._prepared.num_processes)
 
-    def _describe(self, this: Pass, batch: Any) -> None:
+    def _describe(self, this: Iteration, batch: Any) -> None:
         """The first batch of a pass, before the script has it: by the time the pass trains, it may have changed."""
         if not (this.is_likely or this.is_part):
             self._logger.describe_dataset(this.loader, "eval", batch)
         this.digest = self._logger.digest_of(batch, "train")
 
-    def _is_over_without_batch(self, this: Pass) -> None:
+    def _is_over_without_batch(self, this: Iteration) -> None:
         if this.is_likely and self._events.end_empty_pass():
             # Cut off behind what is the loader's last batch now. It was this epoch's pass, and the next one is not.
             self._is_training_after_all(this)
             self._has_trained(this)
 
-    def _leave(self, this: Pass, inner: Any, iterator: Iterator[Any]) -> None:
+    def _leave(self, this: Iteration, inner: Any, iterator: Iterator[Any]) -> None:
         self._pass = self._inner = None
         if this.is_likely and this.is_empty and self._events.may_differ and self._is_in_train_mode:
             # On other ranks: this one has no batch of it.
@@ -260,7 +260,7 @@ class Epochs:
         elif this.is_likely and not this.is_training:
             self._ended = this
 
-    def _keep_pass_end(self, this: Pass) -> None:
+    def _keep_pass_end(self, this: Iteration) -> None:
         choice = self._choice
         is_alone = self._prepared.num_processes == 1
         if is_alone and choice is not None and choice.optimizer is not None and not this.has_news:
@@ -268,7 +268,7 @@ class Epochs:
             with suppress(Exception):
                 self._pass_end = PassEnd(choice, self._logger.accelerator.device, this.loader, self._iteration)
 
-    def _batch_done(self, this: Pass, *, is_last: bool) -> None:
+    def _batch_done(self, this: Iteration, *, is_last: bool) -> None:
         self._log_loss(this)
         self._count(this.num_samples, is_last=is_last, is_step=this.take_step())
 
@@ -289,7 +289,7 @@ class Epochs:
             # No `except Exception` of the script's keeps it from ending, and its code is the one to be requeued with.
             raise SystemExit(EXIT_REQUEUE) from error
 
-    def _log_loss(self, this: Pass) -> None:
+    def _log_loss(self, this: Iteration) -> None:
         self._has_trained(this)
         if (taken := this.take_loss()) is not None:
             loss, num_samples = taken
@@ -301,7 +301,7 @@ class Epochs:
                 )
             self._events.log({"train/loss": loss}, num_samples or 1)
 
-    def _is_training_after_all(self, this: Pass) -> None:
+    def _is_training_after_all(self, this: Iteration) -> None:
         """The first backward of a pass; or of one that other ranks have batches of, and this one has none."""
         if not this.is_likely and not this.is_part:
             self._becomes_likely(this)
@@ -310,7 +310,7 @@ class Epochs:
         this.is_in_train_mode = self._is_in_train_mode
         self._events.count_data(this.num_seen)
 
-    def _forward_comes(self, this: Pass) -> None:
+    def _forward_comes(self, this: Iteration) -> None:
         """The first forward of a pass that has not begun as training does."""
         assert self._model is not None
         if not torch.is_grad_enabled():
@@ -323,7 +323,7 @@ class Epochs:
         elif this.heard is not None:
             this.heard.keep_buffers(self._model)
 
-    def _becomes_likely(self, this: Pass) -> None:
+    def _becomes_likely(self, this: Iteration) -> None:
         """A pass that did not begin as training is, before anything has come of it but batches, or a forward."""
         this.is_likely = True
         # Before the epoch ends: its checkpoint says how the next one begins.
@@ -334,7 +334,7 @@ class Epochs:
         else:
             self._events.begin_pass(this.loader)
 
-    def _leads(self, this: Pass, running: Pass) -> None:
+    def _leads(self, this: Iteration, running: Iteration) -> None:
         """Of two passes, the one within the other is trained on."""
         assert this.heard is not None
         self._events.forget_data()
@@ -344,7 +344,7 @@ class Epochs:
         self._pass, self._inner = this, None
         self._batch_done(this, is_last=getattr(this.loader, "end_of_dataloader", False))
 
-    def _has_trained(self, this: Pass) -> None:
+    def _has_trained(self, this: Iteration) -> None:
         """A batch of a pass was trained on, and it is this pass's."""
         if this.is_known:
             return
@@ -366,7 +366,7 @@ class Epochs:
 
     # ---------------------------------------------------------------------- epochs
 
-    def _begin_epoch(self, behind: Overheard | None = None) -> None:
+    def _begin_epoch(self, behind: PendingIteration | None = None) -> None:
         """An epoch begins: with a pass that begins now, or that has begun already, as was overheard."""
         self._pass_end = None
         self._end_epoch(is_last=False, behind=behind)
@@ -389,7 +389,7 @@ class Epochs:
             advises=False,
         )
 
-    def _end_epoch(self, *, is_last: bool, behind: Overheard | None = None) -> None:
+    def _end_epoch(self, *, is_last: bool, behind: PendingIteration | None = None) -> None:
         if not self.is_open:
             return
         self._count_rest()

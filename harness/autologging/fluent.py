@@ -18,7 +18,7 @@ from harness.tracking.mlflow.given_run import active_run_id
 Function = Callable[..., Any]
 
 
-class FluentCalls:
+class MlflowPatches:
     """Stands in for MLflow's functions that log to the active run.
 
     Effects: not collective; rank zero, or where another rank has an active run of its own; main thread.

@@ -11,7 +11,7 @@ _ADVICE = (
 )
 
 
-class Notes:
+class UserMessages:
     """Says what is to be said.
 
     Effects: not collective; any thread; nothing on disk.

@@ -9,7 +9,7 @@ from typing import Any
 from harness.autologging.api import FURTHER_FILE
 from harness.autologging.passes import TrainedOn
 from harness.autologging.script import Arguments, Prepared
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.data import dataloaders
 from harness.errors import CheckpointError
 from harness.io.durable_files import replace_file
@@ -20,7 +20,7 @@ from harness.training.periodic_logger import PeriodicLogger
 
 
 def open_run(
-    settings: Settings,
+    settings: AutologSettings,
     prepared: Prepared,
     arguments: Arguments,
     *,
@@ -80,7 +80,7 @@ def open_run(
     return logger
 
 
-class Memory:
+class AutologState:
     """What a run that goes on must know of the passes before: part of each checkpoint.
 
     Args:
@@ -128,7 +128,7 @@ def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
     """Refuse to go on from a checkpoint of an optimizer that the script makes only later.
 
     Args:
-        state: of the `Memory` of the run that goes on; None: the run begins.
+        state: of the `AutologState` of the run that goes on; None: the run begins.
 
     Raises:
         CheckpointError: on all ranks alike.

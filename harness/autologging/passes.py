@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from harness.data.batch_size import batch_size
-from harness.data.pending_iteration import Overheard
+from harness.data.pending_iteration import PendingIteration
 from harness.tracking.provenance import BatchDigest
 
 
-class Pass:
+class Iteration:
     """One iteration over a loader: what came of its batches.
 
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
@@ -51,7 +51,7 @@ class Pass:
     """
 
     def __init__(
-        self, loader: Any, start: Start, usual_size: int | None, *, is_likely: bool, is_part: bool = False
+        self, loader: Any, start: IterationKey, usual_size: int | None, *, is_likely: bool, is_part: bool = False
     ) -> None:
         self.loader = loader
         self.start = start
@@ -60,7 +60,7 @@ class Pass:
         self.is_part = is_part
         self.is_training = self.is_in_train_mode = self.is_known = self.is_crossed = False
         self.hook: Any = None
-        self.heard: Overheard | None = None
+        self.heard: PendingIteration | None = None
         self.num_out = 0
         self.num_seen = 0
         self.num_samples = 0
@@ -108,14 +108,14 @@ class Pass:
         stepped, self.has_stepped = self.has_stepped, False
         return stepped
 
-    def leads_over(self, running: Pass) -> bool:
+    def leads_over(self, running: Iteration) -> bool:
         """Whether this one, within another, is what is trained on: it goes on behind a backward, the other does not.
 
         Somebody has had a look into the other's first batch, then.
         """
         return self.heard is not None and running.num_out == 1 and running.has_news
 
-    def take_over(self, other: Pass) -> None:
+    def take_over(self, other: Iteration) -> None:
         """What came of the other pass's batch came of this one's."""
         self._loss, other._loss = other._loss, None
         self.has_stepped, other.has_stepped = other.has_stepped, False
@@ -133,7 +133,7 @@ class Pass:
         return taken
 
 
-class Start(NamedTuple):
+class IterationKey(NamedTuple):
     """How a pass begins.
 
     Args:
@@ -154,7 +154,7 @@ class TrainedOn:
     """
 
     def __init__(self) -> None:
-        self.starts: set[Start] = set()
+        self.starts: set[IterationKey] = set()
         self.is_in_train_mode: bool | None = None
 
     @property
@@ -162,11 +162,11 @@ class TrainedOn:
         """The loaders that were trained on."""
         return {start.number for start in self.starts}
 
-    def makes_likely(self, start: Start) -> bool:
+    def makes_likely(self, start: IterationKey) -> bool:
         """Whether a pass that begins like this is likely to train."""
         return torch.is_grad_enabled() and (not self.starts or start in self.starts)
 
-    def makes_likely_now(self, start: Start, *, is_in_train_mode: bool) -> bool:
+    def makes_likely_now(self, start: IterationKey, *, is_in_train_mode: bool) -> bool:
         """Whether one that began otherwise is likely to train, by the model's mode at its first forward."""
         return start.number in self.numbers and is_in_train_mode == self.is_in_train_mode
 
@@ -176,5 +176,5 @@ class TrainedOn:
 
     def put_back(self, state: Mapping[str, Any]) -> None:
         """What `state` gave."""
-        self.starts = {Start(*each) for each in state["starts"]}
+        self.starts = {IterationKey(*each) for each in state["starts"]}
         self.is_in_train_mode = state["is_in_train_mode"]

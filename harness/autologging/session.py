@@ -15,14 +15,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from harness.autologging.epochs import Epochs, Original
-from harness.autologging.notes import Notes
-from harness.autologging.opening import Memory, open_run, require_first_optimizer
+from harness.autologging.notes import UserMessages
+from harness.autologging.opening import AutologState, open_run, require_first_optimizer
 from harness.autologging.own_values import OwnValues
-from harness.autologging.passes import Start, TrainedOn
+from harness.autologging.passes import IterationKey, TrainedOn
 from harness.autologging.replacing import Replacements
 from harness.autologging.replay import Replay
 from harness.autologging.script import Arguments, Prepared, inside
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.data import dataloaders
 from harness.errors import CheckpointError, HarnessError, Stopped
 from harness.tracking.mlflow.given_run import GivenRun
@@ -50,7 +50,7 @@ class Session:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: AutologSettings,
         arguments: Arguments,
         stem: str,
         find_given_run: Callable[[], GivenRun | None],
@@ -61,7 +61,7 @@ class Session:
         self.settings = settings
         self.prepared = Prepared()
         self.logger: PeriodicLogger | None = None
-        self.memory: Memory | None = None
+        self.memory: AutologState | None = None
         # Of all trainings of the process: several may be in one MLflow run of the script's.
         self.params_of_runs: dict[str, dict[str, str]] = {}
         self._arguments = arguments
@@ -77,7 +77,7 @@ class Session:
         # What checkpoints are of; how many of the objects that the script has registered are in them.
         self._checkpointed: tuple[Any, ...] = ()
         self._num_registered = 0
-        self.notes = Notes(lambda: self.is_rank_zero and not self.settings.tracking.silent)
+        self.notes = UserMessages(lambda: self.is_rank_zero and not self.settings.tracking.silent)
         self._own = OwnValues()
 
     @property
@@ -173,7 +173,7 @@ class Session:
             raise
         self.logger = logger
         self._begins()
-        self.memory = Memory(self._trained, prepared)
+        self.memory = AutologState(self._trained, prepared)
         logger.register("autolog", self.memory, is_lenient=True)
         self._checkpointed = () if isinstance(choice, str) else (choice.model, choice.optimizer, choice.scheduler)
         self.register_objects()
@@ -235,7 +235,7 @@ class Session:
             self._replay.goes_on(self.prepared.loaders)
             self._replay = None
 
-    def _replayed(self, loader: Any, original: Original, replay: Replay, start: Start) -> Iterator[Any]:
+    def _replayed(self, loader: Any, original: Original, replay: Replay, start: IterationKey) -> Iterator[Any]:
         try:
             yield from replay.one_batch(loader, original)
         finally:

@@ -8,7 +8,7 @@ from harness.config.schema import CheckpointConfig, TrackingConfig
 
 
 @dataclass(frozen=True)
-class Settings:
+class AutologSettings:
     """What autologging was asked for.
 
     Args:

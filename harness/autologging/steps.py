@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.autologging.opening import Memory
+from harness.autologging.opening import AutologState
 from harness.autologging.script import Choice, Prepared, raw
 from harness.training.periodic_logger import PeriodicLogger
 
@@ -37,7 +37,7 @@ class Steps:
         self,
         logger: PeriodicLogger,
         prepared: Prepared,
-        memory: Memory,
+        memory: AutologState,
         choice: Choice | None,
         stepped: Callable[[], None],
         say_once: Callable[[str], None],

@@ -20,9 +20,9 @@ from harness.autologging.replacing import Replacement, Replacements
 from harness.autologging.saved_states import SavedStates
 from harness.autologging.script import Arguments
 from harness.autologging.session import Session
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.autologging.summary_writers import SummaryWriters
-from harness.autologging.trainings import Trainings
+from harness.autologging.trainings import TrainingRegistry
 from harness.distributed import cpu_strategies, strategies
 from harness.distributed.fsdp2_layers import separate_embeddings
 from harness.distributed.meeting import is_first_of_launch
@@ -32,7 +32,7 @@ from harness.tracking.mlflow.given_run import GivenRun, active_run_id, given_run
 Function = Callable[..., Any]
 
 
-class Switch:
+class Patcher:
     """The one that is on in this process: replaces functions, and leads what they are called with to a session.
 
     Effects: as `harness.autolog` says.
@@ -41,11 +41,11 @@ class Switch:
         settings: what was asked for.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: AutologSettings) -> None:
         self.settings = settings
         self._arguments = Arguments()
-        self._ending = ending.Ending(self.finish, self.fail)
-        self._trainings = trainings = Trainings(
+        self._ending = ending.ExitHooks(self.finish, self.fail)
+        self._trainings = trainings = TrainingRegistry(
             settings,
             self._arguments,
             self._run_to_be_ours,
@@ -53,7 +53,7 @@ class Switch:
             lambda: Replacements(self._table_of_stillness()),
             self._ending.begins,
         )
-        self._fluent = fluent.FluentCalls(lambda: self.session, trainings.run_id_before, trainings.run_id_after)
+        self._fluent = fluent.MlflowPatches(lambda: self.session, trainings.run_id_before, trainings.run_id_after)
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
         self._saved_states = SavedStates(lambda: self.session)
@@ -137,7 +137,7 @@ class Switch:
         """This process is a child of the one before."""
         self._trainings.forked()
 
-    def change(self, settings: Settings) -> None:
+    def change(self, settings: AutologSettings) -> None:
         """Other settings, for a training that has not begun."""
         self.settings = settings
         self._trainings.change(settings)
@@ -298,7 +298,7 @@ class Switch:
         return found
 
     def finish(self) -> None:
-        """The training has ended; see `Trainings.finish`."""
+        """The training has ended; see `TrainingRegistry.finish`."""
         self._trainings.finish()
 
     def fail(self, error: BaseException) -> BaseException:
@@ -320,14 +320,14 @@ def _do_nothing(original: Function, *args: Any, **kwargs: Any) -> None:
     """In place of what would change or save something."""
 
 
-_on: Switch | None = None
+_on: Patcher | None = None
 
 
-def turn_on(settings: Settings) -> None:
+def turn_on(settings: AutologSettings) -> None:
     """Begin autologging, or change what a training is logged with that has not begun."""
     global _on
     if _on is None:
-        _on = Switch(settings)
+        _on = Patcher(settings)
         _on.turn_on()
     else:
         _on.change(settings)
@@ -341,7 +341,7 @@ def turn_off() -> None:
         switch.turn_off()
 
 
-def change(settings: Settings) -> None:
+def change(settings: AutologSettings) -> None:
     """Change what a training is logged with that has not begun, where autologging is on."""
     if _on is not None:
         _on.change(settings)

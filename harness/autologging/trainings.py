@@ -22,7 +22,7 @@ from harness.autologging.api import first_run_of, run_id_of, run_record, script_
 from harness.autologging.replacing import Replacements
 from harness.autologging.script import Arguments, kind_of
 from harness.autologging.session import Session
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.checkpoint.format.names import unwrapped
 from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped
@@ -43,7 +43,7 @@ class _Call:
     attempts: Attempts
 
 
-class Trainings:
+class TrainingRegistry:
     """Holds the training that runs, and begins the next one.
 
     Effects: `came`, `ends` and `finish` are collective where a training ends in them: every rank calls them alike, in
@@ -63,7 +63,7 @@ class Trainings:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: AutologSettings,
         arguments: Arguments,
         find_given_run: Callable[[], GivenRun | None],
         end_active_run: Callable[[str | None, str], None],
@@ -90,7 +90,7 @@ class Trainings:
         self._params_of_runs: dict[str, dict[str, str]] = {}
         self.session = self._new_session()
 
-    def change(self, settings: Settings) -> None:
+    def change(self, settings: AutologSettings) -> None:
         """Other settings, for a training that has not begun."""
         before, self._settings = self._settings, settings
         if _where(before) != _where(settings):
@@ -101,7 +101,7 @@ class Trainings:
 
     # ------------------------------------------------------------------- which training it is
 
-    def _settings_of(self, number: int) -> Settings:
+    def _settings_of(self, number: int) -> AutologSettings:
         """Those of a training by its number."""
         if number <= 1:
             return self._settings
@@ -299,7 +299,7 @@ class Trainings:
                 logger.say(what_there_is(logger.run_path, goes_on_with=None if is_done else first))
 
 
-def _where(settings: Settings) -> tuple[str | None, str, str]:
+def _where(settings: AutologSettings) -> tuple[str | None, str, str]:
     return settings.run_name, settings.run_dir, settings.resume_from
 
 

@@ -14,7 +14,7 @@ from harness.data.batch_sampler import WrappedSampler
 from harness.data.resumable_loader import DataState
 
 
-class Overheard:
+class PendingIteration:
     """Listens to a pass that begins, without a hand in it.
 
     Effects: not collective; main thread; nothing on disk.

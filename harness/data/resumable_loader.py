@@ -86,7 +86,7 @@ class Continuation:
     random: dict[str, Any] | None
 
 
-class TrainingBatches:
+class ResumableLoader:
     """Iterates over an epoch's training loaders, and knows what a checkpoint must have to go on in the middle.
 
     Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped, until `close`.

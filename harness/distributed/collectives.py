@@ -23,7 +23,7 @@ from harness.errors import CheckpointError, DamagedError, HarnessError, PeerFail
 T = TypeVar("T")
 
 
-class Agreement:
+class Collectives:
     """Collective calls that carry small values, each with a time limit and a name.
 
     Effects: collective on its own group, made here by all ranks; main thread; each call blocks until

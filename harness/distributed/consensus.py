@@ -26,7 +26,7 @@ _INTERVAL_S = 0.1
 _MAX_STEPS = 1000
 
 
-class Votes:
+class Consensus:
     """One vote at a time: cast at one step, read at the next.
 
     Effects: collective on its own group (every rank casts and reads at the same steps); main thread; `cast`

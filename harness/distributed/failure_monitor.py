@@ -31,7 +31,7 @@ _GRACE_S = 5.0
 _num_runs = itertools.count()
 
 
-class Peers:
+class FailureMonitor:
     """Tells the other ranks that this one failed, and learns that another did.
 
     Effects: not collective; `report` and `check` from the main thread; a daemon thread with its own

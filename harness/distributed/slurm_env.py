@@ -26,7 +26,7 @@ from harness.errors import LaunchError
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """A job, or one job of an array.
 
     Args:
@@ -48,7 +48,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Task:
+class SlurmTask:
     """One task of a job's step.
 
     Args:
@@ -62,7 +62,7 @@ class Task:
         hosts: of the step, in the order of nodes; task 0 is on the first.
     """
 
-    job: Job
+    job: SlurmJob
     step_id: str
     rank: int
     world_size: int
@@ -72,7 +72,7 @@ class Task:
     hosts: tuple[str, ...]
 
 
-def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
+def read_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
     """The job that this process belongs to; None: none."""
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -81,10 +81,10 @@ def read_job(environment: Mapping[str, str] = os.environ) -> Job | None:
         array = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
     count = environment.get("SLURM_RESTART_COUNT", "0")
     cluster = environment.get("SLURM_CLUSTER_NAME", "")
-    return Job(cluster, environment["SLURM_JOB_ID"], array, int(count) if count.isdigit() else 0)
+    return SlurmJob(cluster, environment["SLURM_JOB_ID"], array, int(count) if count.isdigit() else 0)
 
 
-def read_task(environment: Mapping[str, str] = os.environ) -> Task:
+def read_task(environment: Mapping[str, str] = os.environ) -> SlurmTask:
     """The task that this process is.
 
     Raises:
@@ -112,7 +112,7 @@ def read_task(environment: Mapping[str, str] = os.environ) -> Task:
             f"SLURM_STEP_NODELIST is {environment.get('SLURM_STEP_NODELIST')!r} and SLURM_STEP_TASKS_PER_NODE "
             f"{environment.get('SLURM_STEP_TASKS_PER_NODE')!r}: they do not name the step's nodes"
         )
-    return Task(
+    return SlurmTask(
         job=job,
         step_id=environment.get("SLURM_STEP_ID", "0"),
         rank=number("SLURM_PROCID"),

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from harness.distributed.consensus import Votes
+from harness.distributed.consensus import Consensus
 
 
 @dataclass(frozen=True)
-class Answer:
+class StepStatus:
     """What the ranks have said at a step.
 
     Args:
@@ -34,7 +34,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Met:
+class MeetingResult:
     """What the ranks have said behind a pass.
 
     Args:
@@ -50,7 +50,7 @@ class Met:
     is_cut_short: bool
 
 
-class InStep:
+class UnevenInputs:
     """Finds out, at the steps that need it, whether every rank is there.
 
     Effects: `ask` and `meet` are collective, and block until every rank has called one of them or `end`; `end` blocks
@@ -65,7 +65,7 @@ class InStep:
         is_apart: nothing collective is to be done until the ranks have met.
     """
 
-    def __init__(self, votes: Votes, num_asked: int) -> None:
+    def __init__(self, votes: Consensus, num_asked: int) -> None:
         self._votes = votes
         self._num_asked = num_asked
         self.may_differ = self.is_apart = False
@@ -74,7 +74,7 @@ class InStep:
         """A pass begins, or the one that has begun is none."""
         self.may_differ, self.is_apart = may_differ, False
 
-    def ask(self, asked: Sequence[int], *, is_last: bool) -> Answer:
+    def ask(self, asked: Sequence[int], *, is_last: bool) -> StepStatus:
         """This rank is at a step at which something is due on every rank that gets there.
 
         Args:
@@ -85,7 +85,7 @@ class InStep:
         # Of two ranks' last batches one may be a step, and the other none: what is due waits until they meet.
         are_here = not has_ended and not (any_is_last and any_is_not)
         self.is_apart = not are_here or bool(any_is_last)
-        return Answer(largest, are_here, not any_is_not)
+        return StepStatus(largest, are_here, not any_is_not)
 
     def end(self) -> None:
         """This rank has no further batch; the others learn it when they ask."""
@@ -95,7 +95,7 @@ class InStep:
             with suppress(RuntimeError):
                 self._votes.cast([True, False, False, *[0] * self._num_asked])
 
-    def meet(self, step: int, asked: Sequence[int], *, is_cut_short: bool) -> Met:
+    def meet(self, step: int, asked: Sequence[int], *, is_cut_short: bool) -> MeetingResult:
         """Wait for the other ranks' ends of the pass.
 
         Args:
@@ -107,7 +107,7 @@ class InStep:
         self._votes.read()
         most, minus_fewest, any_is_cut_short, *largest = self._exchange([step, -step, is_cut_short, *asked])
         self.may_differ = self.is_apart = False
-        return Met(largest, most, -minus_fewest, bool(any_is_cut_short))
+        return MeetingResult(largest, most, -minus_fewest, bool(any_is_cut_short))
 
     def _exchange(self, numbers: Sequence[int]) -> list[int]:
         self._votes.cast(numbers)

@@ -32,7 +32,7 @@ from harness.training.periodic_logger import PeriodicLogger
 
 
 @dataclass(frozen=True)
-class Options:
+class CallbackOptions:
     """What a user says of the run; see `PeriodicLogger`.
 
     Args:
@@ -59,7 +59,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CallbackModelSpec:
     """How a framework's model is built again.
 
     Args:
@@ -73,7 +73,7 @@ class Recipe:
     files: Mapping[str, str]
 
 
-class Guest:
+class CallbackBase:
     """A `PeriodicLogger` in somebody else's loop.
 
     Effects: as `PeriodicLogger`: every event is collective, main thread. An error in one of them ends the run before
@@ -85,9 +85,9 @@ class Guest:
     """
 
     # The one of this process that has a run.
-    _open: ClassVar[Guest | None] = None
+    _open: ClassVar[CallbackBase | None] = None
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: CallbackOptions) -> None:
         self._options = options
         self._logger: PeriodicLogger | None = None
         # Rank zero's: the latest run, where it has ended well.
@@ -107,7 +107,7 @@ class Guest:
         return self._logger is not None
 
     @property
-    def options(self) -> Options:
+    def options(self) -> CallbackOptions:
         """What the user says."""
         return self._options
 
@@ -120,7 +120,7 @@ class Guest:
         *,
         goes_on_at: tuple[int, int],
         params: Mapping[str, Any],
-        recipe: Recipe | str,
+        recipe: CallbackModelSpec | str,
         topology: Mapping[str, Any] | None = None,
     ) -> None:
         """Training begins, or goes on, in a run of its own or the one of that name; `harness.autolog` is off then.
@@ -135,8 +135,8 @@ class Guest:
             recipe: how the model is built again; or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
         """
-        Guest.end_what_was_left()
-        Guest._open, self._ended = self, None
+        CallbackBase.end_what_was_left()
+        CallbackBase._open, self._ended = self, None
         # It would log the same training in a run of its own.
         switch.turn_off()
         options = self._options
@@ -155,7 +155,7 @@ class Guest:
         self._hook()
         with self._ending():
             logger.start()
-            if isinstance(recipe, Recipe):
+            if isinstance(recipe, CallbackModelSpec):
                 logger.describe(recipe.spec, model, options.input_example, packages=recipe.packages, files=recipe.files)
             else:
                 logger.say(recipe)
@@ -266,7 +266,7 @@ class Guest:
         earlier(type(cause), cause, cause.__traceback__)
 
     def _forget(self) -> None:
-        self._logger = Guest._open = None
+        self._logger = CallbackBase._open = None
         # Somebody else may have put theirs around ours: it stays then, and does nothing any more.
         if sys.excepthook == self._excepthook and self._earlier_hook is not None:
             sys.excepthook = self._earlier_hook

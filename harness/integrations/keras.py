@@ -22,7 +22,7 @@ from torch import nn
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, Stopped
-from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.integrations.callback_base import CallbackBase, CallbackModelSpec, CallbackOptions
 from harness.models import mlflow_flavor
 from harness.models.model_spec import ExampleSource
 
@@ -69,8 +69,10 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         input_example: ExampleSource = None,
     ) -> None:
         super().__init__()
-        self._guest = Guest(
-            Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
+        self._guest = CallbackBase(
+            CallbackOptions(
+                every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
+            )
         )
         self._optimizer: _Optimizer | None = None
         # Batches that the optimizer has had, in all; of the epoch that runs.
@@ -81,7 +83,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Another training begins; the one before may have been left by an error, of which `fit` tells nobody."""
-        Guest.end_what_was_left()
+        CallbackBase.end_what_was_left()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """An epoch begins; with the first, training: only now it is known which one that is."""
@@ -268,7 +270,7 @@ def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
     return list(found.values())
 
 
-def _check_count(options: Options, epoch: int, step: int) -> None:
+def _check_count(options: CallbackOptions, epoch: int, step: int) -> None:
     """Refuse a second `fit` that counts its epochs anew: the names of its checkpoints are there already.
 
     Raises:
@@ -286,12 +288,12 @@ def _check_count(options: Options, epoch: int, step: int) -> None:
             )
 
 
-def _recipe(keras_model: Any) -> Recipe | str:
+def _recipe(keras_model: Any) -> CallbackModelSpec | str:
     try:
         config = keras_model.to_json()
     except NotImplementedError:  # a model that is written as a class, without get_config
         return f"{type(keras_model).__name__} is a class without get_config, so that Keras cannot build it again"
-    return Recipe(ClassSpec(f"{__name__}.{FromConfig.__qualname__}", {"config": config}), ("keras",), {})
+    return CallbackModelSpec(ClassSpec(f"{__name__}.{FromConfig.__qualname__}", {"config": config}), ("keras",), {})
 
 
 def _named(key: str) -> str:

@@ -22,7 +22,7 @@ from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.data import dataloaders
 from harness.data.batch_size import batch_size
 from harness.errors import ConfigError, LaunchError
-from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.integrations.callback_base import CallbackBase, CallbackModelSpec, CallbackOptions
 from harness.models.model_spec import ExampleSource, check_spec
 
 try:
@@ -73,8 +73,10 @@ class HarnessCallback(Callback):
         params: Mapping[str, Any] | None = None,
         input_example: ExampleSource = None,
     ) -> None:
-        self._guest = Guest(
-            Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
+        self._guest = CallbackBase(
+            CallbackOptions(
+                every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
+            )
         )
         # Whether the last batch was the last one of its epoch; whether an epoch's end is still to be told.
         self._is_whole = self._is_epoch_over = self._is_described = False
@@ -191,7 +193,7 @@ class HarnessCallback(Callback):
 class _Metrics(Logger):
     """Takes what the Trainer logs, reduced and when it is due, as the Trainer's other loggers do."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: CallbackBase) -> None:
         super().__init__()
         self._guest = guest
         # What is logged when no training runs: of a test, whose batches may each log something.
@@ -309,7 +311,7 @@ def _facts_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _recipe(module: LightningModule) -> Recipe | str:
+def _recipe(module: LightningModule) -> CallbackModelSpec | str:
     """By the module's class and its hyperparameters, where it has saved them and they are all that it takes."""
     found = next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))
     spec = ClassSpec(f"{found.__module__}.{found.__qualname__}", dict(module.hparams))
@@ -317,4 +319,4 @@ def _recipe(module: LightningModule) -> Recipe | str:
         check_spec("module", spec)
     except ConfigError as error:
         return f"{error} (its arguments are what save_hyperparameters() in its __init__ has kept)"
-    return Recipe(spec, ("lightning",), {})
+    return CallbackModelSpec(spec, ("lightning",), {})

@@ -23,7 +23,7 @@ from harness.checkpoint.format.commit import list_checkpoints
 from harness.checkpoint.format.names import unwrapped
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.errors import ConfigError, HarnessError, Stopped
-from harness.integrations.callback_base import Guest, Options, Recipe
+from harness.integrations.callback_base import CallbackBase, CallbackModelSpec, CallbackOptions
 from harness.models.model_spec import ExampleSource
 
 try:
@@ -68,8 +68,10 @@ class HarnessCallback(TrainerCallback):
         params: Mapping[str, Any] | None = None,
         input_example: ExampleSource = None,
     ) -> None:
-        self._guest = Guest(
-            Options(every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example)
+        self._guest = CallbackBase(
+            CallbackOptions(
+                every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
+            )
         )
         self._stopped: Stopped | None = None
         # Of the epoch that is over, and whose end is still to be told, since what is logged of it is to come: whether
@@ -210,7 +212,7 @@ class Pretrained:
         return model
 
 
-def _recipe(model: nn.Module) -> Recipe | str:
+def _recipe(model: nn.Module) -> CallbackModelSpec | str:
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is no transformers.PreTrainedModel, which a configuration builds again"
     # FSDP2 makes a subclass on the fly.
@@ -224,10 +226,12 @@ def _recipe(model: nn.Module) -> Recipe | str:
     )
     # What from_pretrained looks for.
     values = {**json.loads(model.config.to_json_string()), "architectures": [found.__name__]}
-    return Recipe(spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"})
+    return CallbackModelSpec(
+        spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
+    )
 
 
-def _epochs_done(trainer: Trainer, loader: Any, options: Options) -> int:
+def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int:
     """Epochs that are complete as training begins. Collective where it goes on in data without a length.
 
     There the Trainer passes over steps as if all were of the first epoch, and counts from it; the run has counted more.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.distributed import strategies
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.metrics import step_timer
 from harness.metrics.reducer import Reduced, Reducer, WeightedSums
 from harness.metrics.torchmetrics_sync import compute_over_ranks, each_metric
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torchmetrics
 
 
-class MetricWindows:
+class MetricAggregator:
     """Takes what is logged, and reduces it window by window.
 
     Effects: `flush`, `collect` and `end_evaluation` are collective; main thread; nothing on disk.
@@ -119,7 +119,7 @@ class MetricWindows:
         if self._reducer.is_there:
             self.collect()
 
-    def end_evaluation(self, step: int, agreement: Agreement) -> Mapping[str, float]:
+    def end_evaluation(self, step: int, agreement: Collectives) -> Mapping[str, float]:
         """Reduce and tell the evaluation's sums; what its metric objects give is returned."""
         self._rates_of_window = {}
         self._reducer.start(self._eval, step, self._gauges())

@@ -18,7 +18,7 @@ from harness.metrics.values import as_number
 if TYPE_CHECKING:
     import torchmetrics
 
-    from harness.distributed.collectives import Agreement
+    from harness.distributed.collectives import Collectives
 
 
 def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
@@ -32,7 +32,7 @@ def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
     return single
 
 
-def compute_over_ranks(agreement: Agreement, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
+def compute_over_ranks(agreement: Collectives, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
     """Compute each object from what all ranks have updated it with, and reset it.
 
     Effects: collective; main thread; blocks until all ranks are here; nothing on disk.

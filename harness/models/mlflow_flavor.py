@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from harness.checkpoint.format.commit import MANIFEST
-from harness.checkpoint.format.index import Stored
+from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.format.names import NamedState, named_state, some
 from harness.checkpoint.format.verify import require_whole
 from harness.checkpoint.restore.locate import is_in_mlflow
@@ -79,17 +79,17 @@ def load_model(
     return model.to(device).eval()
 
 
-def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Served:
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFuncModel:
     """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` call."""
     # As `mlflow.pytorch` has it.
     chosen = (model_config or {}).get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
     device = torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
     # From the environment of who serves it: `model_config` can be set in the MLmodel file itself.
     trusted = [name.strip() for name in os.environ.get(TRUSTED_VARIABLE, "").split(",") if name.strip()]
-    return Served(load_model(path, device=device, trusted=trusted))
+    return PyFuncModel(load_model(path, device=device, trusted=trusted))
 
 
-class Served:
+class PyFuncModel:
     """A model as MLflow calls it: arrays in, arrays out.
 
     Args:
@@ -210,7 +210,7 @@ def _fill(model: nn.Module, directory: Path) -> None:
     """
     if (directory / MANIFEST).exists():
         require_whole(directory, weights_only=True)
-    stored, state = Stored.of_weights(directory), named_state(model)
+    stored, state = CheckpointIndex.of_weights(directory), named_state(model)
     _check_names(stored, state)
     by_file: dict[str, list[tuple[str, Tensor]]] = {}
     for name, tensor in {**state.parameters, **state.buffers}.items():
@@ -227,7 +227,7 @@ def _fill(model: nn.Module, directory: Path) -> None:
                     tensor.copy_(reader.get_tensor(name))
 
 
-def _check_names(stored: Stored, state: NamedState) -> None:
+def _check_names(stored: CheckpointIndex, state: NamedState) -> None:
     own = {**state.parameters, **state.buffers}
     missing = [name for name in own if stored.name_of(name) not in stored.model]
     # What is one tensor in the model and two in the file has two values.

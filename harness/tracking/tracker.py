@@ -32,7 +32,7 @@ from harness.tracking.journal.logged_points import (
     read_logged,
 )
 from harness.tracking.journal.settings import absolute_sqlite, write_settings
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow.given_run import EXPERIMENT_ID, GivenRun, is_held, mark_used
 from harness.tracking.mlflow.mlmodel import newest_recipe, write_recipe
 from harness.tracking.mlflow.names import Names, clean_key
@@ -88,7 +88,7 @@ class Tracker:
         self._names = Names(self.warnings.append)
         self._trouble: str | None = None
         self._outbox_dir = run_dir / "outbox"
-        self.outbox = Outbox(self._outbox_dir, config.max_outbox_bytes, self.warnings.append)
+        self.outbox = JournalWriter(self._outbox_dir, config.max_outbox_bytes, self.warnings.append)
         self.run_id: str | None = None
         # How models are built again: the attempt's before, until this one says.
         self._recipe = newest_recipe(self._outbox_dir)

@@ -14,13 +14,13 @@ from accelerate import Accelerator
 
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment
-from harness.data.resumable_loader import TrainingBatches
-from harness.metrics.aggregator import MetricWindows
+from harness.data.resumable_loader import ResumableLoader
+from harness.metrics.aggregator import MetricAggregator
 from harness.metrics.history import MetricHistory
-from harness.training.place import Place
+from harness.training.place import TrainingPosition
 
 
-class Saves:
+class CheckpointScheduler:
     """Has the saver take the moment that it is.
 
     Effects: `save`, `save_with_metrics` and `settle` are collective; main thread; they block as `Saver` says.
@@ -48,9 +48,9 @@ class Saves:
         self,
         accelerator: Accelerator,
         saver: Saver,
-        place: Place,
-        batches: TrainingBatches,
-        windows: MetricWindows,
+        place: TrainingPosition,
+        batches: ResumableLoader,
+        windows: MetricAggregator,
         history: MetricHistory,
         states: Callable[[], Mapping[str, Any]],
         require_alike: Callable[[], None],

@@ -16,24 +16,24 @@ from accelerate import Accelerator
 from harness.config.cadence import Cadence, is_passed
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.data import dataloaders
-from harness.data.resumable_loader import TrainingBatches
-from harness.distributed.consensus import Votes
-from harness.distributed.uneven_inputs import InStep
+from harness.data.resumable_loader import ResumableLoader
+from harness.distributed.consensus import Consensus
+from harness.distributed.uneven_inputs import UnevenInputs
 from harness.errors import Stopped
 from harness.io.progress import Progress
-from harness.metrics.aggregator import MetricWindows
+from harness.metrics.aggregator import MetricAggregator
 from harness.metrics.history import MetricHistory
 from harness.run.signals import name_of
-from harness.training.checkpoint_scheduler import Saves
-from harness.training.place import Place
-from harness.training.run_session import RunLifetime
+from harness.training.checkpoint_scheduler import CheckpointScheduler
+from harness.training.place import TrainingPosition
+from harness.training.run_session import RunSession
 from harness.training.step_counter import StepCounter
 
 # How late a bar is redrawn and, in one process, a request to stop is seen that no signal brings.
 _LOOK_EVERY_S = 0.1
 
 
-class Course:
+class TrainingController:
     """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
 
     Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
@@ -70,13 +70,13 @@ class Course:
         accelerator: Accelerator,
         checkpoint: CheckpointConfig,
         tracking: TrackingConfig,
-        place: Place,
-        batches: TrainingBatches,
-        run: RunLifetime,
-        windows: MetricWindows,
+        place: TrainingPosition,
+        batches: ResumableLoader,
+        run: RunSession,
+        windows: MetricAggregator,
         history: MetricHistory,
-        saves: Saves,
-        votes: Votes,
+        saves: CheckpointScheduler,
+        votes: Consensus,
         progress: Progress,
         say: Callable[[str], None],
     ) -> None:
@@ -91,7 +91,7 @@ class Course:
         self._history = history
         self._saves = saves
         self._votes = votes
-        self._in_step = InStep(votes, num_asked=2)
+        self._in_step = UnevenInputs(votes, num_asked=2)
         # All that was due by steps is done up to here.
         self._step_attended = 0
         self._progress = progress

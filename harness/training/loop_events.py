@@ -15,15 +15,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from harness.data import dataloaders, rng_state
-from harness.data.pending_iteration import Overheard
-from harness.data.resumable_loader import TrainingBatches
-from harness.distributed.collectives import Agreement
+from harness.data.pending_iteration import PendingIteration
+from harness.data.resumable_loader import ResumableLoader
+from harness.distributed.collectives import Collectives
 from harness.errors import DataError
-from harness.metrics.aggregator import MetricWindows
+from harness.metrics.aggregator import MetricAggregator
 from harness.metrics.learning_rates import LearningRates
-from harness.training.controller import Course
-from harness.training.place import Place
-from harness.training.resume_manager import Resumption
+from harness.training.controller import TrainingController
+from harness.training.place import TrainingPosition
+from harness.training.resume_manager import ResumeManager
 
 
 class LoopEvents:
@@ -31,7 +31,7 @@ class LoopEvents:
 
     Effects: `begin_epoch`, `begin_pass`, `meet`, `largest`, `batch_done`, `end_epoch`, `end_training`, `begin_data`,
     `adopt_data` and `require_batches` are collective: every rank tells them alike; the rest is not. Main thread. They
-    block as `Course` says.
+    block as `TrainingController` says.
 
     Args:
         accelerator: of the loop.
@@ -44,15 +44,15 @@ class LoopEvents:
 
     Attributes:
         place: where training stands.
-        batch_done: see `Course.batch_done`.
-        begin_pass: see `Course.begin_pass`; `begin_data` does it.
-        end_pass: see `Course.end_pass`.
-        meet: see `Course.meet`; `end_epoch` does it.
-        largest: see `Course.largest`.
-        end_training: see `Course.end_training`.
+        batch_done: see `TrainingController.batch_done`.
+        begin_pass: see `TrainingController.begin_pass`; `begin_data` does it.
+        end_pass: see `TrainingController.end_pass`.
+        meet: see `TrainingController.meet`; `end_epoch` does it.
+        largest: see `TrainingController.largest`.
+        end_training: see `TrainingController.end_training`.
         log: see `PeriodicLogger.log`.
-        finish_copy: see `Course.finish_copy`; `end_epoch` does it for the last epoch, and so does `end_training`.
-        stop_within_evaluation: see `Course.stop_within_evaluation`.
+        finish_copy: see `TrainingController.finish_copy`. `end_epoch` calls it for the last epoch.
+        stop_within_evaluation: see `TrainingController.stop_within_evaluation`.
         skip_time: what lies behind is no step's time: an evaluation, say, that is not `eval_batches`'s.
         keep_learning_rates: those of now are the epoch's, whatever its end does to them.
         random_to_begin_with: random numbers as they were when the checkpoint was taken that the run goes on from.
@@ -61,11 +61,11 @@ class LoopEvents:
     def __init__(
         self,
         accelerator: Accelerator,
-        place: Place,
-        batches: TrainingBatches,
-        resumption: Resumption,
-        course: Course,
-        windows: MetricWindows,
+        place: TrainingPosition,
+        batches: ResumableLoader,
+        resumption: ResumeManager,
+        course: TrainingController,
+        windows: MetricAggregator,
         rates: LearningRates,
     ) -> None:
         self._accelerator = accelerator
@@ -114,7 +114,7 @@ class LoopEvents:
         *,
         is_whole: bool = True,
         is_last: bool = False,
-        behind: Overheard | None = None,
+        behind: PendingIteration | None = None,
     ) -> None:
         """An epoch is over: what was logged is reduced, and a checkpoint is taken if it is due.
 
@@ -148,12 +148,12 @@ class LoopEvents:
         self._course.random_to_keep = None
         return self._batches.begin(loader, self._resumption.take(loader))
 
-    def overhear(self, loader: Any) -> Overheard:
+    def overhear(self, loader: Any) -> PendingIteration:
         """A pass over a loader is about to begin that may turn out to train: `adopt_data` it then, or `leave` it."""
         is_accumulating = not self._accelerator.sync_gradients
-        return Overheard(loader, self._batches.wrapped(loader), self._accelerator.device, is_accumulating)
+        return PendingIteration(loader, self._batches.wrapped(loader), self._accelerator.device, is_accumulating)
 
-    def adopt_data(self, heard: Overheard) -> None:
+    def adopt_data(self, heard: PendingIteration) -> None:
         """A pass that runs is over the epoch's next training loader: as if `begin_data` had begun it."""
         self._begin_pass(heard.loader)
         self._batches.adopt(heard.loader, heard.sampler, heard.data)
@@ -187,7 +187,7 @@ class LoopEvents:
             self._resumption.say_that_nothing_is_left(num_taken)
         return num_taken > 0
 
-    def require_batches(self, agreement: Agreement) -> None:
+    def require_batches(self, agreement: Collectives) -> None:
         """Refuse a training whose passes have all been empty. At its end.
 
         Args:

@@ -10,17 +10,17 @@ from accelerate import Accelerator
 
 from harness.data import dataloaders, rng_state
 from harness.data.batch_size import batch_size
-from harness.data.resumable_loader import TrainingBatches
-from harness.distributed.collectives import Agreement
+from harness.data.resumable_loader import ResumableLoader
+from harness.distributed.collectives import Collectives
 from harness.errors import HarnessError
 from harness.io.progress import Progress
-from harness.metrics.aggregator import MetricWindows
-from harness.training.checkpoint_scheduler import Saves
-from harness.training.controller import Course
+from harness.metrics.aggregator import MetricAggregator
+from harness.training.checkpoint_scheduler import CheckpointScheduler
+from harness.training.controller import TrainingController
 from harness.training.loop_events import LoopEvents
-from harness.training.place import Place
-from harness.training.resume_manager import Resumption
-from harness.training.run_session import RunLifetime
+from harness.training.place import TrainingPosition
+from harness.training.resume_manager import ResumeManager
+from harness.training.run_session import RunSession
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class OwnLoop:
     """
 
     accelerator: Accelerator
-    agreement: Agreement
-    run: RunLifetime
-    place: Place
-    batches: TrainingBatches
-    windows: MetricWindows
-    resumption: Resumption
-    saves: Saves
-    course: Course
+    agreement: Collectives
+    run: RunSession
+    place: TrainingPosition
+    batches: ResumableLoader
+    windows: MetricAggregator
+    resumption: ResumeManager
+    saves: CheckpointScheduler
+    course: TrainingController
     events: LoopEvents
     progress: Progress
 

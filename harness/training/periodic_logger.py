@@ -36,15 +36,15 @@ from harness.checkpoint.state.trainer_state import AnyWatched, Watched
 from harness.checkpoint.tools.retention import Retention
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.data import rng_state
-from harness.data.resumable_loader import TrainingBatches
+from harness.data.resumable_loader import ResumableLoader
 from harness.distributed import strategies
 from harness.distributed.buffers import take_rank_zero_buffers
-from harness.distributed.collectives import Agreement
-from harness.distributed.consensus import Votes
+from harness.distributed.collectives import Collectives
+from harness.distributed.consensus import Consensus
 from harness.errors import CheckpointError, ConfigError
 from harness.io.progress import Progress
 from harness.metrics import step_timer
-from harness.metrics.aggregator import MetricWindows
+from harness.metrics.aggregator import MetricAggregator
 from harness.metrics.history import MetricHistory
 from harness.metrics.learning_rates import LearningRates
 from harness.metrics.reducer import Reducer
@@ -53,13 +53,13 @@ from harness.models.model_spec import ExampleSource, check_spec
 from harness.tracking import provenance
 from harness.tracking.mlflow.given_run import GivenRun
 from harness.tracking.mlflow.names import clean_path
-from harness.training.checkpoint_scheduler import Saves
-from harness.training.controller import Course
+from harness.training.checkpoint_scheduler import CheckpointScheduler
+from harness.training.controller import TrainingController
 from harness.training.loop_events import LoopEvents
 from harness.training.own_loop import OwnLoop
-from harness.training.place import Place
-from harness.training.resume_manager import Resumption
-from harness.training.run_session import FAILURE_WAIT_S, RunLifetime
+from harness.training.place import TrainingPosition
+from harness.training.resume_manager import ResumeManager
+from harness.training.run_session import FAILURE_WAIT_S, RunSession
 from harness.training.step_counter import StepCounter
 from harness.training.watching import modules_of, refuse_second_watch, watched_of
 
@@ -148,8 +148,8 @@ class PeriodicLogger:
         self._step_counter: StepCounter | None = None
         self._rates = LearningRates()
         self._values = LoggedValues(lambda line: self.say(f"harness: warning: {line}"))
-        self._place = Place()
-        self._batches = TrainingBatches(accelerator, seeds_workers=seeds_workers)
+        self._place = TrainingPosition()
+        self._batches = ResumableLoader(accelerator, seeds_workers=seeds_workers)
 
     @property
     def step(self) -> int:
@@ -193,18 +193,18 @@ class PeriodicLogger:
             self.tracking_config.start_timeout_s,
             longest_wait_s(self._resume_from, self._initial_weights),
         )
-        self._agreement = Agreement(rank, world_size, timeout_s=longest_s + 600)
+        self._agreement = Collectives(rank, world_size, timeout_s=longest_s + 600)
         # A group of its own: its reductions are started when their copies are ready, which may be
         # before a call of the agreement's on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._windows = MetricWindows(
+        self._windows = MetricAggregator(
             self.accelerator.device, Reducer(group, step_timer.GAUGES), self._rates.now, self._told, self._values
         )
-        votes = Votes(dist.new_group(backend="gloo") if world_size > 1 else None)
+        votes = Consensus(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
         if self.mlflow_run_id is not None:
             self.given = GivenRun(self.mlflow_run_id, "the script")
-        self._run = RunLifetime(self.topology, self.tracking_config, self.progress, *ranking)
+        self._run = RunSession(self.topology, self.tracking_config, self.progress, *ranking)
         self._started = True
         try:
             directory = self._run.open(
@@ -224,7 +224,7 @@ class PeriodicLogger:
         except BaseException as error:
             raise self.fail(error) from None
 
-    def _build(self, run_path: Path, votes: Votes) -> None:
+    def _build(self, run_path: Path, votes: Consensus) -> None:
         """All that a run's directory is needed for, each part from those before it."""
         retention = Retention(run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say)
 
@@ -245,7 +245,7 @@ class PeriodicLogger:
             self._take_rank_state,
             self._run.sync,
         )
-        self._resumption = Resumption(
+        self._resumption = ResumeManager(
             self.accelerator,
             self._agreement,
             run_path,
@@ -257,7 +257,7 @@ class PeriodicLogger:
         )
         self._resumption.find()
         history = self._history = MetricHistory(self.latest, self._run.log_metrics, self._run.log_recorded)
-        self._saves = Saves(
+        self._saves = CheckpointScheduler(
             self.accelerator,
             self._saver,
             self._place,
@@ -269,7 +269,7 @@ class PeriodicLogger:
             self._run.keep_points,
             self.say,
         )
-        self._course = Course(
+        self._course = TrainingController(
             self.accelerator,
             self.checkpoint_config,
             self.tracking_config,
@@ -628,7 +628,7 @@ class PeriodicLogger:
         self._run.describe_dataset(loader, context, batch)
 
     def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
-        """What `describe_dataset` needs of a batch that may be gone by then; see `RunLifetime.digest_of`."""
+        """What `describe_dataset` needs of a batch that may be gone by then; see `RunSession.digest_of`."""
         return self._run.digest_of(batch, context)
 
     def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Place:
+class TrainingPosition:
     """Counted alike by every rank.
 
     Attributes:

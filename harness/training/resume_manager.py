@@ -18,21 +18,21 @@ from accelerate import Accelerator
 
 from harness.checkpoint.format.names import some
 from harness.checkpoint.restore.locate import Found, find_checkpoints, locate, locate_weights
-from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.restore import restore_weights
 from harness.checkpoint.restore.restore_trainer import put_back
-from harness.checkpoint.restore.resume import Before, Resumed, look_before, resume, set_damaged_aside
+from harness.checkpoint.restore.resume import PreviousRun, Resumed, look_before, resume, set_damaged_aside
 from harness.checkpoint.restore.visibility import open_weights, refuse_others_alone
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import AnyWatched, TrainerState, encode_state
 from harness.data import dataloaders
 from harness.data.resumable_loader import Continuation
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 
-class Resumption:
+class ResumeManager:
     """How a run goes on from a checkpoint, or begins.
 
     Effects: `find` and `put_back` are collective; main thread; they block for reading; nothing on disk but what
@@ -55,7 +55,7 @@ class Resumption:
     def __init__(
         self,
         accelerator: Accelerator,
-        agreement: Agreement,
+        agreement: Collectives,
         run_path: Path,
         resume_from: str,
         initial_weights: str | None,
@@ -71,7 +71,7 @@ class Resumption:
         self._tracking_uri = tracking_uri
         self._resets_scheduler = resets_scheduler
         self._say = say
-        self._relay = Relay(agreement)
+        self._relay = RemoteFiles(agreement)
         self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class Resumption:
         self._watched: AnyWatched | None = None
         self._is_over = False
         self._taken: Resumed | None = None
-        self.before = Before()
+        self.before = PreviousRun()
 
     def find(self) -> None:
         """Find what there is to go on from; rank zero looks.
@@ -93,7 +93,7 @@ class Resumption:
         if self._found.is_empty:
             refuse_others_alone(self._run_path / "checkpoints", self._agreement)
 
-    def _find(self) -> tuple[Found, Before]:
+    def _find(self) -> tuple[Found, PreviousRun]:
         found = find_checkpoints(self._run_path / "checkpoints")
         for _, reason in found.damaged:
             self._say(f"harness: warning: {reason}")

@@ -15,8 +15,8 @@ from torch import nn
 
 from harness.checkpoint.format.commit import Manifest
 from harness.config.schema import ClassSpec, Mode, TrackingConfig
-from harness.distributed.collectives import Agreement
-from harness.distributed.failure_monitor import Peers
+from harness.distributed.collectives import Collectives
+from harness.distributed.failure_monitor import FailureMonitor
 from harness.distributed.strategies import Topology
 from harness.errors import HarnessError, PeerFailure, Stopped, reason_of
 from harness.io.progress import Progress
@@ -39,7 +39,7 @@ from harness.training.checkpoint_entries import CheckpointEntries
 FAILURE_WAIT_S = 20.0
 
 
-class RunLifetime:
+class RunSession:
     """Opens a run, records what happens in it, and ends it as it really ended.
 
     Effects: `open` is collective; nothing else is. Main thread, but for `publish` and `retire` (rank
@@ -74,11 +74,11 @@ class RunLifetime:
         self._requests: StopRequests | None = None
         self._is_request_told = False
         self._lead = StopLead()
-        self._peers = Peers(topology.rank, topology.world_size, self._last_words)
+        self._peers = FailureMonitor(topology.rank, topology.world_size, self._last_words)
 
     def open(
         self,
-        agreement: Agreement,
+        agreement: Collectives,
         device: torch.device,
         runs_dir: Path,
         run_name: str | None,

@@ -12,8 +12,8 @@ from accelerate.utils import ProjectConfiguration, find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.saving_ranks import become_rank
 
@@ -24,7 +24,7 @@ def train_folds(rank: int, world_size: int, port: int, directory: Path) -> None:
     saved: list[list[str]] = []
     for num_epochs in (2, 3):
         checkpoint, tracking = CheckpointConfig(every_n_epochs=1), TrackingConfig(enabled=False)
-        switch = Switch(Settings(checkpoint, tracking, False, "x", str(directory / "runs"), "auto"))
+        switch = Patcher(AutologSettings(checkpoint, tracking, False, "x", str(directory / "runs"), "auto"))
         switch.turn_on()
         accelerator = Accelerator(
             cpu=True, project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=True)

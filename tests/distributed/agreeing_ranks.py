@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from harness.distributed.buffers import refuse_what_ddp_cannot_send, take_rank_zero_buffers
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, ConfigError, DamagedError
 from tests.distributed.saving_ranks import become_rank
 
@@ -71,7 +71,7 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
     """Each case names how each rank fails, or an empty text; leaves what was raised on this rank."""
     become_rank(rank, world_size, port)
     Accelerator(cpu=True)
-    agreement = Agreement(rank, world_size, timeout_s=60)
+    agreement = Collectives(rank, world_size, timeout_s=60)
     # Of each flag whether any rank has set it, however many ranks and flags there are.
     flags = [False] * 5 + [True] + [number == rank for number in range(world_size)] * 1000
     assert agreement.on_any("flags", flags) == [False] * 5 + [True] * (1 + 1000 * world_size)

@@ -19,7 +19,7 @@ from harness.checkpoint.format.names import unwrapped
 from harness.checkpoint.restore.restore import restore_tensors
 from harness.checkpoint.sharding.local_shards import find_held
 from harness.checkpoint.state.trainer_state import Moment, Watched
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 from harness.models.model_spec import infer_signature
 from harness.tracking.provenance import model_summary
@@ -123,7 +123,7 @@ def go_through(rank: int, world_size: int, port: int, directory: Path, ways: lis
         read(accelerator, agreement, directory / way, way, Path(source or directory / ways[0]) / "step-3")
 
 
-def save(accelerator: Accelerator, agreement: Agreement, directory: Path, way: str) -> None:
+def save(accelerator: Accelerator, agreement: Collectives, directory: Path, way: str) -> None:
     watched = prepared(accelerator, way, 1)
     check_what_is_said_of(watched.model)
     saver = saver_of(accelerator, agreement, directory)
@@ -137,7 +137,7 @@ def save(accelerator: Accelerator, agreement: Agreement, directory: Path, way: s
     accelerator.free_memory()
 
 
-def read(accelerator: Accelerator, agreement: Agreement, directory: Path, way: str, checkpoint: Path) -> None:
+def read(accelerator: Accelerator, agreement: Collectives, directory: Path, way: str, checkpoint: Path) -> None:
     watched = prepared(accelerator, way, 99)
     look_at(watched, way)
     restore_tensors(accelerator, watched, checkpoint, agreement)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from harness.config.schema import TrainerConfig
-from harness.distributed.failure_monitor import Peers
+from harness.distributed.failure_monitor import FailureMonitor
 from harness.distributed.meeting import latest_meeting
 from harness.distributed.strategies import start
 
@@ -25,7 +25,7 @@ def main() -> None:
     directory = Path(sys.argv[1])
     start(TrainerConfig(), seed=0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    peers = Peers(rank, world_size, lambda failure: None)
+    peers = FailureMonitor(rank, world_size, lambda failure: None)
     total = torch.ones(())
     dist.all_reduce(total)
     dist.all_reduce(torch.ones(()), group=dist.new_group(backend="gloo"))

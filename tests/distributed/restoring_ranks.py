@@ -21,7 +21,7 @@ from harness.checkpoint.state.optimizer_record import restore_optimizer_extras
 from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
 from harness.config.schema import CheckpointConfig, TrainerConfig
 from harness.data.memory_layout import put_in_order
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.distributed.strategies import start, strategy_of
 from harness.errors import CheckpointError
 from tests.distributed.saved_models import MODELS, groups_of
@@ -116,7 +116,7 @@ def become_rank_of(strategy: str, rank: int, world_size: int, port: int) -> None
             del os.environ[variable]
 
 
-def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Agreement]:
+def started(rank: int, world_size: int, port: int, strategy: str, precision: str) -> tuple[Accelerator, Collectives]:
     become_rank_of(strategy, rank, world_size, port)
     accelerator = start(TrainerConfig(mixed_precision=precision), seed=0)  # type: ignore[arg-type]
     assert strategy_of(accelerator) == strategy
@@ -128,7 +128,7 @@ def started(rank: int, world_size: int, port: int, strategy: str, precision: str
             "stage3_param_persistence_threshold": 20,
             "sub_group_size": 40,
         }
-    return accelerator, Agreement(rank, world_size, timeout_s=60)
+    return accelerator, Collectives(rank, world_size, timeout_s=60)
 
 
 def prepared(accelerator: Accelerator, seed: int, kind: str, num_groups: int, model_name: str = "uneven") -> Watched:
@@ -151,7 +151,7 @@ def train(accelerator: Accelerator, watched: Watched, step: int) -> None:
     watched.optimizer.zero_grad()
 
 
-def saver_of(accelerator: Accelerator, agreement: Agreement, directory: Path, **config: Any) -> Saver:
+def saver_of(accelerator: Accelerator, agreement: Collectives, directory: Path, **config: Any) -> Saver:
     if agreement.rank == 0:
         directory.mkdir(exist_ok=True)
     agreement.gather("the directory", None)

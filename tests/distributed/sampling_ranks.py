@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.metrics.system.sampler import INTERVAL_VARIABLE, start_sampler
 from tests.distributed.saving_ranks import become_rank
 
@@ -25,7 +25,9 @@ def sample(rank: int, world_size: int, port: int, directory: Path, nodes: list[i
     Accelerator(cpu=True)
     logged: list[Mapping[str, Any]] = []
     said: list[str] = []
-    sampler = start_sampler(Agreement(rank, world_size, timeout_s=60), torch.device("cpu"), logged.append, said.append)
+    sampler = start_sampler(
+        Collectives(rank, world_size, timeout_s=60), torch.device("cpu"), logged.append, said.append
+    )
     time.sleep(alive_s[rank])  # the training's own work
     if sampler is not None:
         sampler.stop()

@@ -17,7 +17,7 @@ from harness.checkpoint.format.commit import Manifest
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 NUM_WEIGHTS = 3_000_001
@@ -82,7 +82,7 @@ def save_for_ever(rank: int, world_size: int, port: int, directory: Path, transp
     optimizer = Counting(model)
     # Not prepared: DDP would want gradients. Every rank does the same, as DDP's ranks do.
     config = CheckpointConfig(when_busy="wait", transport=transport, timeout_s=20)  # type: ignore[arg-type]
-    saver = Saver(accelerator, Agreement(rank, world_size), config, checkpoints, {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(rank, world_size), config, checkpoints, {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
     for step in range(1, num_saves + 1):
         optimizer.step()
@@ -101,7 +101,7 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
     model = Weights()
     optimizer = Counting(model)
     config = CheckpointConfig(when_busy="wait", timeout_s=6 if trouble == "hung" else 60)
-    agreement = Agreement(rank, world_size)
+    agreement = Collectives(rank, world_size)
     saver = Saver(accelerator, agreement, config, directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 5):
@@ -135,7 +135,7 @@ def save_what_differs(rank: int, world_size: int, port: int, directory: Path, wh
     model = Weights()
     optimizer = Counting(model)
     saver = Saver(
-        accelerator, Agreement(rank, world_size), CheckpointConfig(), directory / "checkpoints", {}, {}, ignore
+        accelerator, Collectives(rank, world_size), CheckpointConfig(), directory / "checkpoints", {}, {}, ignore
     )
     saver.check(Watched(model, optimizer, None))
     optimizer.step()

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.restore import restore_tensors, restore_weights
 from harness.checkpoint.restore.visibility import open_checkpoint, open_weights
 from harness.checkpoint.state.trainer_state import Moment
@@ -22,7 +22,7 @@ def restore_apart(
     accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
     said: list[str] = []
     watched = prepared(accelerator, 99, "AdamW", 2)
-    manifest, files = open_checkpoint(Path(name), agreement, Relay(agreement), said.append)
+    manifest, files = open_checkpoint(Path(name), agreement, RemoteFiles(agreement), said.append)
     found = restore_tensors(accelerator, watched, Path(name), agreement, manifest=manifest, files=files)
     report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, said])
     saver = saver_of(accelerator, agreement, into)
@@ -40,7 +40,7 @@ def take_weights_apart(
     os.chdir(directories[rank])
     accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
     watched = prepared(accelerator, 99, "SGD", 1, "gpt2")
-    records, files = open_weights(Path(name), agreement, Relay(agreement), lambda line: None)
+    records, files = open_weights(Path(name), agreement, RemoteFiles(agreement), lambda line: None)
     restore_weights(accelerator, watched, Path(name), agreement, records, files)
     saver = saver_of(accelerator, agreement, into)
     saver.check(watched)
@@ -53,7 +53,7 @@ def lose_the_sender(rank: int, world_size: int, port: int, directories: list[Pat
     os.chdir(directories[rank])
     accelerator, agreement = started(rank, world_size, port, "fsdp2", "fp32")
     watched = prepared(accelerator, 99, "AdamW", 2)
-    manifest, files = open_checkpoint(Path(name), agreement, Relay(agreement), lambda line: None)
+    manifest, files = open_checkpoint(Path(name), agreement, RemoteFiles(agreement), lambda line: None)
     said = "nothing"
     try:
         # Not before all have their connections: a rank that is at it would fail otherwise.

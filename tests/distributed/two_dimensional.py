@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from tests.distributed.saving_ranks import become_rank, ignore, writer_of
 
 
@@ -46,7 +46,7 @@ def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path)
     fully_shard(model, mesh=mesh["dp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     config = CheckpointConfig(when_busy="wait")
-    saver = Saver(accelerator, Agreement(rank, world_size), config, directory / "checkpoints", {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(rank, world_size), config, directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 4):
         model(torch.randn(4, 6)).square().mean().backward()
@@ -83,7 +83,7 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     fully_shard(model.up)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    agreement = Agreement(rank, world_size)
+    agreement = Collectives(rank, world_size)
     saver = Saver(accelerator, agreement, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
 

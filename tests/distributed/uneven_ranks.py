@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from tests.distributed.saving_ranks import become_rank
 
 BATCH_SIZE = 2
@@ -195,7 +195,7 @@ def run_script(rank: int, world_size: int, port: int, directory: Path, case: Cas
     """A script under autologging."""
     _as_rank(rank, world_size, port, directory)
     checkpoint, tracking = case.settings
-    switch = Switch(Settings(checkpoint, tracking, run_name="run", run_dir=str(directory), resume_from="auto"))
+    switch = Patcher(AutologSettings(checkpoint, tracking, run_name="run", run_dir=str(directory), resume_from="auto"))
     switch.turn_on()
     try:
         _script(Training(case, rank, world_size, directory))

@@ -14,7 +14,7 @@ from harness.checkpoint.format.verify import require_whole
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from tests.distributed.saving_ranks import Counting, Weights, ignore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -26,7 +26,7 @@ def test_checkpoint_is_of_its_step_when_the_compute_stream_is_late(tmp_path: Pat
     accelerator = Accelerator()
     model = Weights().to(accelerator.device)
     optimizer = Counting(model)
-    saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(when_busy="wait"), tmp_path, {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(when_busy="wait"), tmp_path, {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 8):
         if late != "after the save":

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from mlflow import MlflowClient
 
 from harness import PeriodicLogger
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import TrackingError
 from harness.integrations.accelerate import HarnessTracker
@@ -154,8 +154,10 @@ def test_error_names_the_variable_when_its_run_is_not_there(
 def autologged(store: MlflowClient, tmp_path: Path) -> Iterator[Loop]:
     """A loop of somebody's, with autologging on."""
     AcceleratorState._reset_state(True)
-    settings = Settings(CheckpointConfig(every_n_epochs=None), TrackingConfig(log_every_n_steps=None), run_name="it")
-    switch = Switch(settings)
+    settings = AutologSettings(
+        CheckpointConfig(every_n_epochs=None), TrackingConfig(log_every_n_steps=None), run_name="it"
+    )
+    switch = Patcher(settings)
     switch.turn_on()
     yield Loop()
     switch.turn_off()

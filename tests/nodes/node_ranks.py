@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import HarnessError
 from harness.training.app import train
 from tests.distributed.restoring_ranks import become_rank_of
@@ -63,7 +63,7 @@ def save_all_the_time(
         checkpoints.mkdir(parents=True)
     model = Weights()
     optimizer = Counting(model)
-    agreement = Agreement(rank, world_size, timeout_s=120)
+    agreement = Collectives(rank, world_size, timeout_s=120)
     config = CheckpointConfig(when_busy="wait", timeout_s=timeout_s)
     saver = Saver(accelerator, agreement, config, checkpoints, {}, {}, ignore)
     assert saver._runner.facts.transport == "gather"  # `auto` has found that they share no disk

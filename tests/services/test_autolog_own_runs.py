@@ -17,30 +17,34 @@ from mlflow.entities import Run
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.mlflow_reader import all_runs, client, history
 from tests.services.mlflow_server import make_database
 
-On = Callable[[], Switch]
+On = Callable[[], Patcher]
 
 
 @pytest.fixture
 def on(tmp_path: Path) -> Iterator[On]:
     """Autologging into a store of the test's own, in a run of this name; the earlier one is off then."""
-    made: list[Switch] = []
+    made: list[Patcher] = []
     before = mlflow.get_tracking_uri()
     uri = make_database(tmp_path / "mlflow.db")
     mlflow.set_tracking_uri(uri)
 
-    def turn_on() -> Switch:
+    def turn_on() -> Patcher:
         for earlier in made:
             earlier.turn_off()
         AcceleratorState._reset_state(True)
         tracking = TrackingConfig(tracking_uri=uri, log_models=False, log_every_n_steps=None)
         made.append(
-            Switch(Settings(CheckpointConfig(every_n_epochs=1), tracking, False, "x", str(tmp_path / "runs"), "auto"))
+            Patcher(
+                AutologSettings(
+                    CheckpointConfig(every_n_epochs=1), tracking, False, "x", str(tmp_path / "runs"), "auto"
+                )
+            )
         )
         made[-1].turn_on()
         return made[-1]

@@ -17,7 +17,7 @@ from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, whole
 from harness.checkpoint.save.plan import hash_of, plan_of
 from harness.checkpoint.save.write import output_files, write_json
 from harness.checkpoint.save.writer import RangeWriter
-from harness.checkpoint.sharding.shard_catalog import Holdings
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.
 settings.register_profile("unit", max_examples=60, deadline=None, derandomize=True, database=None)
@@ -52,7 +52,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         specs += [
             TensorSpec("optimizer", key, DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in (optimizer or {}).items()
         ]
-        holdings = [Holdings.of(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
+        holdings = [ShardCatalog.of(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
         final = tmp_path / "checkpoints" / name
         temporary = temporary_of(final, "test")
         temporary.mkdir(parents=True)

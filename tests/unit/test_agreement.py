@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError, DataError
 
 
 def test_result_is_rank_zeros_own_when_there_is_one_rank() -> None:
-    agreement = Agreement(0, 1)
+    agreement = Collectives(0, 1)
     assert agreement.from_rank_zero("make it", lambda: {"a": 1}) == {"a": 1}
     assert agreement.gather("values", "x") == ["x"]
 
@@ -17,7 +17,7 @@ def test_error_is_what_was_raised_when_there_is_one_rank() -> None:
         raise CheckpointError("disk full")
 
     with pytest.raises(CheckpointError, match="disk full"):
-        Agreement(0, 1).from_rank_zero("save", fail)
+        Collectives(0, 1).from_rank_zero("save", fail)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,6 @@ def test_class_and_cause_are_kept_when_it_fails_together(error: Exception, kind:
         raise error
 
     with pytest.raises(CheckpointError) as caught:
-        Agreement(0, 1).together("reading it", fail)
+        Collectives(0, 1).together("reading it", fail)
     assert (type(caught.value), str(caught.value)) == (kind, said)
     assert caught.value is error or caught.value.__cause__ is error

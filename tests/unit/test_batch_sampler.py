@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.data.resumable_loader import TrainingBatches
+from harness.data.resumable_loader import ResumableLoader
 
 
 def begins_worker(worker: int) -> None:
@@ -38,7 +38,7 @@ def test_loader_is_as_it_was_when_training_is_over_within_a_pass(options: dict[s
     accelerator, loader = prepared(**options)
     base = loader.base_dataloader
     before = dict(vars(base))
-    batches = TrainingBatches(accelerator)
+    batches = ResumableLoader(accelerator)
     _, iterator = batches.begin(loader, None)
     taken = numbers([next(iterator)])
     assert base.batch_sampler is not before["batch_sampler"]
@@ -55,7 +55,7 @@ def test_copy_of_a_loader_is_its_own_when_training_iterates_over_it(copied: Call
     accelerator, loader = prepared()
     base = loader.base_dataloader
     own = base.batch_sampler
-    batches = TrainingBatches(accelerator)
+    batches = ResumableLoader(accelerator)
     _, iterator = batches.begin(loader, None)
     taken = numbers([next(iterator)])
     other = copied(base)
@@ -68,7 +68,7 @@ def test_copy_of_a_loader_is_its_own_when_training_iterates_over_it(copied: Call
 def test_pass_begins_where_it_is_to_when_workers_are_there_from_before() -> None:
     accelerator, loader = prepared(num_workers=1, persistent_workers=True)
     assert numbers(loader) == ALL
-    batches = TrainingBatches(accelerator)
+    batches = ResumableLoader(accelerator)
     sampler = batches.wrapped(loader)
     assert sampler is not None
     sampler.num_skipped = 3

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness import PeriodicLogger
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.tracking.journal.entries import read_entries
 
@@ -71,7 +71,9 @@ def own_loop(data: Drawing, directory: Path, num_epochs: int) -> None:
 
 
 def autologged(data: Drawing, directory: Path, num_epochs: int) -> None:
-    switch = Switch(Settings(CheckpointConfig(every_n_epochs=1), TRACKING, run_name="run", run_dir=str(directory)))
+    switch = Patcher(
+        AutologSettings(CheckpointConfig(every_n_epochs=1), TRACKING, run_name="run", run_dir=str(directory))
+    )
     switch.turn_on()
     try:
         plain(data, directory, num_epochs)

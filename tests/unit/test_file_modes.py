@@ -15,7 +15,7 @@ from harness.errors import TrackingError
 from harness.run.directory import make_run_directory
 from harness.tracking.journal.delivery_state import Delivered, write_delivered
 from harness.tracking.journal.settings import write_settings
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow.mlmodel import write_recipe
 from harness.tracking.publisher.attempts import write_attempts
 
@@ -37,7 +37,7 @@ def test_modes_are_of_the_umask_but_for_files_with_addresses(tmp_path: Path) -> 
     directory, lock = make_run_directory(tmp_path, "run", None, "auto")
     lock.release()
     outbox_dir = directory.path / "outbox"
-    outbox = Outbox(outbox_dir, max_bytes=1000)
+    outbox = JournalWriter(outbox_dir, max_bytes=1000)
     for _ in range(3):  # more than one file of it
         outbox.append("tag", {"harness.command": "train --data s3://host/" + "x" * 40})
     outbox.close()
@@ -72,7 +72,7 @@ def test_journal_of_an_earlier_version_is_continued_when_a_group_can_read_it(tmp
     journal = tmp_path / "journal.jsonl"
     journal.write_bytes(b'{"kind": "tag"}\n{"torn": ')
     journal.chmod(0o664)
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     outbox.append("tag", {"name": "value"})
     outbox.close()
     assert stat.S_IMODE(journal.stat().st_mode) == 0o600
@@ -85,12 +85,12 @@ def test_journal_is_not_written_through_a_link(tmp_path: Path) -> None:
     """Of another user, who may write to the directory; the directory itself may be reached through a link."""
     (tmp_path / "outbox").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "outbox")
-    Outbox(tmp_path / "link").close()
+    JournalWriter(tmp_path / "link").close()
     (tmp_path / "theirs").write_text("a line without an end")
     (tmp_path / "theirs").chmod(0o644)
     (tmp_path / "outbox" / "journal.jsonl").unlink()
     (tmp_path / "outbox" / "journal.jsonl").symlink_to(tmp_path / "theirs")
     with pytest.raises(TrackingError, match=r"journal\.jsonl: cannot open the outbox: is a link"):
-        Outbox(tmp_path / "link")
+        JournalWriter(tmp_path / "link")
     assert (tmp_path / "theirs").read_text() == "a line without an end"
     assert stat.S_IMODE((tmp_path / "theirs").stat().st_mode) == 0o644

@@ -16,7 +16,7 @@ import harness
 from harness.checkpoint.format.names import named_state
 from harness.config.schema import ClassSpec
 from harness.errors import CheckpointError, ConfigError
-from harness.models.mlflow_flavor import Served
+from harness.models.mlflow_flavor import PyFuncModel
 from harness.models.model_spec import make_recipe
 from harness.tasks import ByteLM
 from harness.tracking.mlflow.mlmodel import model_files
@@ -159,20 +159,20 @@ class Sums(nn.Module):
     ids=["array", "tensor", "frame", "frame of lists", "lists", "mapping"],
 )
 def test_prediction_is_an_array_when_given_numbers_as(data: Any) -> None:
-    found = Served(Sums()).predict(data)
+    found = PyFuncModel(Sums()).predict(data)
     assert (found.tolist(), found.dtype) == ([[1, 2], [3, 4]], np.float32)
 
 
 def test_prediction_has_names_when_the_model_gives_several() -> None:
     read_only = np.arange(3)
     read_only.flags.writeable = False
-    found: Mapping[str, Any] = Served(Sums()).predict({"x": read_only, "y": np.ones(3, dtype=np.int64)})
+    found: Mapping[str, Any] = PyFuncModel(Sums()).predict({"x": read_only, "y": np.ones(3, dtype=np.int64)})
     assert {name: value.tolist() for name, value in found.items()} == {"output_0": [1, 2, 3], "output_1": 3}
 
 
 def test_words_are_refused_when_numbers_are_needed() -> None:
     with pytest.raises(ValueError, match="the model takes numbers"):
-        Served(Sums()).predict(["a", "b"])
+        PyFuncModel(Sums()).predict(["a", "b"])
 
 
 def test_files_are_the_same_bytes_when_made_again() -> None:

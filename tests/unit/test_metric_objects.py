@@ -5,7 +5,7 @@ import torch
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import MetricError
 from harness.metrics.torchmetrics_sync import compute_over_ranks
 
@@ -35,7 +35,7 @@ def test_values_are_those_of_the_objects_when_there_is_one_rank() -> None:
     accuracy.update(predictions, targets)
     mean.update(torch.tensor(3.0), weight=2.0)
     mean.update(torch.tensor(0.0), weight=1.0)
-    values = compute_over_ranks(Agreement(0, 1), {"eval/acc": accuracy, "eval/mean": mean})
+    values = compute_over_ranks(Collectives(0, 1), {"eval/acc": accuracy, "eval/mean": mean})
     assert values == pytest.approx({"eval/acc": 0.75, "eval/mean": 2.0})
 
 
@@ -43,22 +43,22 @@ def test_names_have_parts_when_an_object_gives_several_values() -> None:
     kept = Kept()
     kept.update(torch.tensor([3.0, 1.0]))
     kept.update(torch.tensor([7.0]))
-    assert compute_over_ranks(Agreement(0, 1), {"eval/kept": kept}) == {"eval/kept/low": 1.0, "eval/kept/high": 7.0}
+    assert compute_over_ranks(Collectives(0, 1), {"eval/kept": kept}) == {"eval/kept/low": 1.0, "eval/kept/high": 7.0}
 
 
 def test_object_starts_again_when_computed() -> None:
     mean = MeanMetric()
     for value in (1.0, 5.0):
         mean.update(value)
-        assert compute_over_ranks(Agreement(0, 1), {"m": mean}) == {"m": value}
+        assert compute_over_ranks(Collectives(0, 1), {"m": mean}) == {"m": value}
 
 
 def test_error_names_the_object_when_it_gives_no_single_number() -> None:
     matrix = MulticlassConfusionMatrix(num_classes=2)
     matrix.update(torch.tensor([0, 1]), torch.tensor([0, 1]))
     with pytest.raises(MetricError, match=r"eval/matrix: must compute one number, gives shape \(2, 2\)"):
-        compute_over_ranks(Agreement(0, 1), {"eval/matrix": matrix})
+        compute_over_ranks(Collectives(0, 1), {"eval/matrix": matrix})
 
 
 def test_nothing_is_exchanged_when_there_are_no_objects() -> None:
-    assert compute_over_ranks(Agreement(0, 1), {}) == {}
+    assert compute_over_ranks(Collectives(0, 1), {}) == {}

@@ -25,7 +25,7 @@ from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.data import rng_state
 from harness.data.dataloaders import leave
-from harness.data.resumable_loader import Continuation, DataState, TrainingBatches
+from harness.data.resumable_loader import Continuation, DataState, ResumableLoader
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
 
@@ -383,7 +383,7 @@ def test_loader_is_made_uneven_for_a_while_when_accelerate_sets_so_on_what_is_wr
     loader: Any = prepare_data_loader(
         DataLoader(TensorDataset(torch.arange(6)), 2), num_processes=2, process_index=1, put_on_device=False
     )
-    batches = TrainingBatches(accelerator)
+    batches = ResumableLoader(accelerator)
     for even_batches, num_batches in ((True, 2), (False, 1), (True, 2)):
         # As `join_uneven_inputs` does, and undoes.
         loader.batch_sampler.even_batches = even_batches
@@ -422,7 +422,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def two_passes(batches: TrainingBatches, loader: Any, first: Continuation | None) -> Iterator[Any]:
+def two_passes(batches: ResumableLoader, loader: Any, first: Continuation | None) -> Iterator[Any]:
     """Passes over a loader with steps that draw; of each step what is drawn, and how to go on after it."""
     device = torch.device("cpu")
     for epoch in range(2):
@@ -453,13 +453,13 @@ def test_numbers_of_steps_and_data_are_the_same_when_resumed_within_a_pass(
         return prepare_data_loader(made, put_on_device=False) if is_prepared else made
 
     set_seed(1)
-    whole = list(two_passes(TrainingBatches(accelerator), loader(), None))
+    whole = list(two_passes(ResumableLoader(accelerator), loader(), None))
     assert len(whole) == 12
     # After the first batch, in the middle, after the last one, which only a loader's end shows.
     for num_done in (1, 3, 6):
         set_seed(2)
         going_on = whole[num_done - 1][1]
-        batches = TrainingBatches(accelerator)
+        batches = ResumableLoader(accelerator)
         batches.restore(going_on.data, 0, going_on.num_taken)
         resumed = list(two_passes(batches, loader(), going_on))
         assert [drawn for drawn, _ in resumed] == [drawn for drawn, _ in whole[num_done:]], num_done

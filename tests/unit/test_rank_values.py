@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.restore.visibility import Sight
+from harness.checkpoint.restore.visibility import RankView
 from harness.distributed.rank_values import decode, encode
 
 
@@ -27,7 +27,7 @@ from harness.distributed.rank_values import decode, encode
         {1, 2},
         Path("/runs/a"),
         TensorSpec("model", "w", "F32", (2, 3)),
-        [Sight("node", None)],
+        [RankView("node", None)],
         b"",
     ],
     ids=repr,

@@ -10,13 +10,13 @@ import torch
 
 from harness.checkpoint.format.commit import Manifest
 from harness.config.schema import ClassSpec, TrackingConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.distributed.strategies import Topology
 from harness.errors import PeerFailure, RunDirError, Stopped
 from harness.io.progress import Progress
 from harness.tasks import Digits
 from harness.tracking.journal.entries import Entry, read_entries
-from harness.training.run_session import RunLifetime
+from harness.training.run_session import RunSession
 from tests.services.mlflow_server import make_database
 
 CPU = torch.device("cpu")
@@ -24,9 +24,9 @@ ALONE = Topology("single", 0, 1, 1, "cpu", "CPU", "fp32")
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[tuple[RunLifetime, Path]]:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", {"lr": 0.1}).path
+def opened(tmp_path: Path) -> Iterator[tuple[RunSession, Path]]:
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", {"lr": 0.1}).path
     yield run, path
     run.finish()
 
@@ -36,7 +36,7 @@ def entries(path: Path, kind: str) -> list[Entry]:
 
 
 def test_points_are_those_of_the_checkpoint_when_training_went_on_before_the_commit(
-    opened: tuple[RunLifetime, Path],
+    opened: tuple[RunSession, Path],
 ) -> None:
     run, path = opened
     run.log_metrics({"train/loss": 0.5, "epoch": 1.0}, 10)
@@ -62,8 +62,8 @@ def test_points_are_those_of_the_checkpoint_when_training_went_on_before_the_com
 def test_end_is_recorded_as_it_was_when_run_fails_by(
     tmp_path: Path, error: BaseException, status: str, reason: str
 ) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     called: list[str] = []
     assert run.fail(error, lambda: called.append("before")) is error
     (end,) = entries(path, "end")
@@ -73,9 +73,9 @@ def test_end_is_recorded_as_it_was_when_run_fails_by(
 # ------------------------------------------------------------------------- the next attempt
 
 
-def again(runs_dir: Path, params: dict[str, object] | None = None) -> tuple[RunLifetime, Path]:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    directory = run.open(Agreement(0, 1), CPU, runs_dir, "it", params)
+def again(runs_dir: Path, params: dict[str, object] | None = None) -> tuple[RunSession, Path]:
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    directory = run.open(Collectives(0, 1), CPU, runs_dir, "it", params)
     assert directory.continues
     return run, directory.path
 
@@ -97,8 +97,8 @@ def logged(path: Path) -> list[tuple[str, int, float]]:
 
 
 def test_points_are_there_once_when_steps_are_repeated(tmp_path: Path) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     for step in (10, 20, 30):
         run.log_metrics({"loss": 1.0 / step, "perf/steps_per_s": 5.0}, step)
     run.fail(KeyboardInterrupt(), lambda: None)
@@ -121,8 +121,8 @@ def test_points_are_there_once_when_steps_are_repeated(tmp_path: Path) -> None:
 
 
 def test_points_are_there_once_when_nothing_was_restored(tmp_path: Path) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     run.log_metrics({"loss": 0.5}, 10)
     run.fail(KeyboardInterrupt(), lambda: None)
     run, _ = again(tmp_path)
@@ -133,8 +133,8 @@ def test_points_are_there_once_when_nothing_was_restored(tmp_path: Path) -> None
 
 
 def test_checkpoint_has_the_first_attempts_points_when_its_metrics_were_repeated(tmp_path: Path) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     run.log_metrics({"eval/loss": 0.7}, 5)
     run.log_metrics({"loss": 0.5}, 20)
     run.fail(KeyboardInterrupt(), lambda: None)
@@ -153,8 +153,8 @@ def test_checkpoint_has_the_first_attempts_points_when_its_metrics_were_repeated
 def test_parameters_are_sent_once_and_changes_told_when_they_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", {"lr": 0.1, "trainer": {"max_epochs": 3}}).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", {"lr": 0.1, "trainer": {"max_epochs": 3}}).path
     run.fail(KeyboardInterrupt(), lambda: None)
     run, _ = again(tmp_path, {"lr": 0.2, "trainer": {"max_epochs": 3, "max_steps": 9}})
     run.finish()
@@ -167,8 +167,8 @@ def test_parameters_are_sent_once_and_changes_told_when_they_differ(
 def test_checkpoint_is_published_once_when_an_attempt_was_killed_around_its_commit(
     tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path / "runs", "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path / "runs", "it", None).path
     run.log_metrics({"eval/loss": 0.5}, 10)
     run.fail(KeyboardInterrupt(), lambda: None)
     # Its directory is committed, its entry was never written.
@@ -192,8 +192,8 @@ def recipes_of(path: Path) -> list[int | None]:
 def test_checkpoint_has_the_recipe_of_its_own_attempt_when_a_later_one_has_another(
     tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path / "runs", "it", None).path
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path / "runs", "it", None).path
     task = Digits(width=4)
     run.describe_recipe(ClassSpec("harness.tasks.Digits", {"width": 4}), task.model(), task.input_example, None)
     run.fail(KeyboardInterrupt(), lambda: None)
@@ -213,8 +213,8 @@ def test_training_goes_on_without_a_signature_when_the_example_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracking = TrackingConfig(tracking_uri=make_database(tmp_path / "mlflow.db"), start_timeout_s=60)
-    run = RunLifetime(ALONE, tracking, Progress(enabled=True, bar=False))
-    path = run.open(Agreement(0, 1), CPU, tmp_path, "it", None).path
+    run = RunSession(ALONE, tracking, Progress(enabled=True, bar=False))
+    path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     run.describe_recipe(ClassSpec("torch.nn.Linear"), torch.nn.Linear(3, 2), torch.ones(2, 4), None)
     run.finish()
     assert "the models in MLflow have no signature: input_example: RuntimeError: mat1" in capsys.readouterr().err
@@ -222,11 +222,11 @@ def test_training_goes_on_without_a_signature_when_the_example_is_wrong(
 
 
 def test_run_can_go_on_in_the_same_process_when_it_has_ended(tmp_path: Path) -> None:
-    run = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
-    run.open(Agreement(0, 1), CPU, tmp_path, "it", None)
-    other = RunLifetime(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
+    run.open(Collectives(0, 1), CPU, tmp_path, "it", None)
+    other = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     with pytest.raises(RunDirError, match="in use by another PeriodicLogger of this process"):
-        other.open(Agreement(0, 1), CPU, tmp_path, "it", None)
+        other.open(Collectives(0, 1), CPU, tmp_path, "it", None)
     other.fail(KeyboardInterrupt(), lambda: None)
     run.finish()
     run, _ = again(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.distributed.slurm_env import Job, hosts_of, read_job, read_task, tasks_per_node
+from harness.distributed.slurm_env import SlurmJob, hosts_of, read_job, read_task, tasks_per_node
 from harness.errors import LaunchError
 
 TASK = {
@@ -75,10 +75,10 @@ def test_error_names_the_variable_that_is_missing(missing: str) -> None:
     ("environment", "job"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": "17"}, Job("", "17", None, 0)),
-        ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "c"}, Job("c", "17", None, 2)),
-        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, Job("", "19", "17_2", 0)),
+        ({"SLURM_JOB_ID": "17"}, SlurmJob("", "17", None, 0)),
+        ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "c"}, SlurmJob("c", "17", None, 2)),
+        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, SlurmJob("", "19", "17_2", 0)),
     ],
 )
-def test_job_is_read_from_its_variables(environment: dict[str, str], job: Job | None) -> None:
+def test_job_is_read_from_its_variables(environment: dict[str, str], job: SlurmJob | None) -> None:
     assert read_job(environment) == job

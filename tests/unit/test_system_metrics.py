@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import ConfigError
 from harness.metrics.system import sampler as sampler_module
-from harness.metrics.system.nodes import Node, Place, find_place, nodes_of
-from harness.metrics.system.reading import Reader, Source, node_sources
+from harness.metrics.system.nodes import Node, NodePlace, find_place, nodes_of
+from harness.metrics.system.reading import FigureSource, Reader, node_sources
 from harness.metrics.system.reduction import RULES, metrics_of, reduce
 from harness.metrics.system.sampler import Collector, Sampler, interval_s, start_sampler
 
@@ -28,17 +28,24 @@ CPU = torch.device("cpu")
 
 
 def test_nodes_are_counted_in_the_order_of_their_lowest_ranks() -> None:
-    places = [Place("b", "1", "g0"), Place("a", "0", "g0"), Place("b", "1", "g1"), Place("a", "0", None)]
+    places = [
+        NodePlace("b", "1", "g0"),
+        NodePlace("a", "0", "g0"),
+        NodePlace("b", "1", "g1"),
+        NodePlace("a", "0", None),
+    ]
     assert nodes_of(places) == [Node(0, "b", (0, 2), ("g0", "g1")), Node(1, "a", (1, 3), ("g0",))]
 
 
 def test_gpu_that_ranks_share_is_there_once() -> None:
-    (node,) = nodes_of([Place("a", "", "g"), Place("a", "", "g")])
+    (node,) = nodes_of([NodePlace("a", "", "g"), NodePlace("a", "", "g")])
     assert node.gpus == ("g",)
 
 
 def test_nodes_are_told_apart_by_the_launchers_number_when_they_have_one_name() -> None:
-    assert [node.ranks for node in nodes_of([Place("localhost", "0", None), Place("localhost", "1", None)])] == [
+    assert [
+        node.ranks for node in nodes_of([NodePlace("localhost", "0", None), NodePlace("localhost", "1", None)])
+    ] == [
         (0,),
         (1,),
     ]
@@ -47,7 +54,7 @@ def test_nodes_are_told_apart_by_the_launchers_number_when_they_have_one_name() 
 def test_place_has_the_launchers_number() -> None:
     assert find_place(CPU, {"SLURM_NODEID": "3"}).group == "3"
     assert find_place(CPU, {"GROUP_RANK": "2", "SLURM_NODEID": "3"}).group == "2"
-    assert find_place(CPU, {}) == Place(find_place(CPU).host, "", None)
+    assert find_place(CPU, {}) == NodePlace(find_place(CPU).host, "", None)
 
 
 # -------------------------------------------------------------------------- what is read
@@ -114,7 +121,9 @@ def test_every_figure_that_a_node_gives_has_a_rule() -> None:
 
 def test_figure_is_the_mean_since_the_last_time_and_of_a_total_the_last() -> None:
     values = iter([1.0, 2.0, 6.0])
-    both = Source("x", lambda: {"cpu_utilization_percentage": (v := next(values)), "network_receive_megabytes": 10 * v})
+    both = FigureSource(
+        "x", lambda: {"cpu_utilization_percentage": (v := next(values)), "network_receive_megabytes": 10 * v}
+    )
     reader = Reader([both])
     for _ in range(3):
         reader.read()
@@ -173,8 +182,8 @@ class Job:
         store = HashStore()
         collector = Collector(NODES, 10.0, self.logged.append, self.said.append)
 
-        def make(node: Node) -> Sequence[Source]:
-            return [Source("cpu", (sources or {}).get(node.index, lambda: {"cpu_utilization_percentage": 8.0}))]
+        def make(node: Node) -> Sequence[FigureSource]:
+            return [FigureSource("cpu", (sources or {}).get(node.index, lambda: {"cpu_utilization_percentage": 8.0}))]
 
         self.zero, self.one = (
             Sampler(
@@ -230,11 +239,11 @@ def test_reading_begins_later_when_the_sources_cannot_be_made_at_first() -> None
     logged: list[Mapping[str, float]] = []
     said: list[str] = []
 
-    def make() -> list[Source]:
+    def make() -> list[FigureSource]:
         tries.append(1)
         if len(tries) < 3:
             raise OSError("no counters")
-        return [Source("cpu", lambda: {"cpu_utilization_percentage": 8.0})]
+        return [FigureSource("cpu", lambda: {"cpu_utilization_percentage": 8.0})]
 
     nodes = [Node(0, "a", (0,), ())]
     sampler = Sampler(
@@ -249,7 +258,7 @@ def test_reading_begins_later_when_the_sources_cannot_be_made_at_first() -> None
 def test_thread_logs_what_there_is_at_its_end_and_nothing_after(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[Any] = []
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "100")
-    sampler = start_sampler(Agreement(0, 1), CPU, logged.append, logged.append)
+    sampler = start_sampler(Collectives(0, 1), CPU, logged.append, logged.append)
     assert sampler is not None
     time.sleep(0.2)  # shorter than a reading's pause: what there is, is of the end
     begun_s = time.monotonic()
@@ -262,7 +271,7 @@ def test_thread_logs_what_there_is_at_its_end_and_nothing_after(monkeypatch: pyt
 
 
 def test_thread_takes_a_small_share_of_a_processor() -> None:
-    slow = [Source("slow", lambda: {"cpu_utilization_percentage": float(sum(range(200_000)) > 0)})]
+    slow = [FigureSource("slow", lambda: {"cpu_utilization_percentage": float(sum(range(200_000)) > 0)})]
     pauses: list[float] = []
     sampler = Sampler(
         NODES[0], NODES[:1], "run", 0.05, Collector(NODES[:1], 0.05, lambda _: None, print), str, lambda: slow

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.distributed.consensus import Votes
+from harness.distributed.consensus import Consensus
 
 
 def test_own_vote_is_read_when_there_is_one_process() -> None:
-    votes = Votes(None)
+    votes = Consensus(None)
     assert votes.read() is None
     votes.cast([15, 0])
     assert votes.read() == [15, 0]
@@ -14,7 +14,7 @@ def test_own_vote_is_read_when_there_is_one_process() -> None:
 
 
 def test_vote_can_be_cast_at_any_time_when_there_is_one_process() -> None:
-    votes = Votes(None)
+    votes = Consensus(None)
     votes.pace(0.001)
     assert votes.is_due
     votes.cast([0, 0])
@@ -24,7 +24,7 @@ def test_vote_can_be_cast_at_any_time_when_there_is_one_process() -> None:
 
 
 def test_vote_is_refused_when_the_one_before_is_not_read() -> None:
-    votes = Votes(None)
+    votes = Consensus(None)
     votes.cast([0, 1])
     with pytest.raises(AssertionError, match="before it was read"):
         votes.cast([0, 0])

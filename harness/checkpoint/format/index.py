@@ -22,7 +22,7 @@ _INDEX_LIMIT_BYTES = 1 << 30
 MASTER = "master"
 
 
-class Place(NamedTuple):
+class StoredPlace(NamedTuple):
     """Where a tensor is: the file, and what its header says."""
 
     file: str
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stored:
+class CheckpointIndex:
     """The tensors of a checkpoint.
 
     Args:
@@ -51,13 +51,13 @@ class Stored:
     checkpoint: Path
     step: int
     records: Mapping[str, FileRecord]
-    model: Mapping[str, Place]
+    model: Mapping[str, StoredPlace]
     aliases: Mapping[str, str]
-    states: Mapping[str, Mapping[str, Place]]
+    states: Mapping[str, Mapping[str, StoredPlace]]
     strange: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> Stored:
+    def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> CheckpointIndex:
         """Read the manifest, where it is not given, and the headers.
 
         Effects: not collective; any thread; blocks for reading; nothing on disk.
@@ -79,7 +79,7 @@ class Stored:
     @classmethod
     def of_weights(
         cls, directory: Path, records: Sequence[FileRecord] | None = None, files: Files | None = None
-    ) -> Stored:
+    ) -> CheckpointIndex:
         """The weights alone, of one of our checkpoints or of any directory as Hugging Face has it.
 
         Effects: as `of`.
@@ -96,22 +96,24 @@ class Stored:
         return cls._of(directory, 0, {file.name: file for file in found}, files)
 
     @classmethod
-    def _of(cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord], files: Files | None) -> Stored:
-        model: dict[str, Place] = {}
-        optimizer: dict[str, Place] = {}
+    def _of(
+        cls, checkpoint: Path, step: int, records: Mapping[str, FileRecord], files: Files | None
+    ) -> CheckpointIndex:
+        model: dict[str, StoredPlace] = {}
+        optimizer: dict[str, StoredPlace] = {}
         tied: dict[str, str] = {}
         for file, record in records.items():
             tensors, metadata = read_header(checkpoint / file, record if record.ranges else None, files)
             if (last := max((tensor.end for tensor in tensors.values()), default=0)) > record.size_bytes:
                 raise DamagedError(f"{checkpoint / file}: was written with {record.size_bytes} bytes, has {last}")
-            places = {name: Place(file, tensor) for name, tensor in tensors.items()}
+            places = {name: StoredPlace(file, tensor) for name, tensor in tensors.items()}
             if file == _OPTIMIZER_FILE:
                 optimizer = places
             else:
                 model |= places
                 tied |= metadata
         aliases = {alias: name for alias, name in tied.items() if name in model and alias not in model}
-        states: dict[str, dict[str, Place]] = {}
+        states: dict[str, dict[str, StoredPlace]] = {}
         strange = []
         for name, place in optimizer.items():
             kind, parameter = split_name(name, model)
@@ -125,7 +127,7 @@ class Stored:
         """The name under which a tensor of the model is stored: what was tied may stand for itself now."""
         return self.aliases.get(name, name)
 
-    def state_of(self, parameter: str) -> Mapping[str, Place]:
+    def state_of(self, parameter: str) -> Mapping[str, StoredPlace]:
         """Kind -> place of what the optimizer had for a parameter, its master left out."""
         kinds = self.states.get(self.name_of(parameter), {})
         return {kind: place for kind, place in kinds.items() if kind != MASTER}
@@ -135,13 +137,13 @@ class Stored:
         """Whether the optimizer had a state for any parameter."""
         return any(kinds.keys() != {MASTER} for kinds in self.states.values())
 
-    def weight(self, name: str, dtype: torch.dtype | None) -> Place | None:
+    def weight(self, name: str, dtype: torch.dtype | None) -> StoredPlace | None:
         """Where a weight, or a buffer, that is held as `dtype` is: the most precise values there are."""
         name = self.name_of(name)
         place, master = self.model.get(name), self.states.get(name, {}).get(MASTER)
         return master if place is not None and master is not None and place.dtype != dtype else place
 
-    def master(self, parameter: str) -> Place | None:
+    def master(self, parameter: str) -> StoredPlace | None:
         """Where the fp32 master of a weight is: a weight without one is its own."""
         name = self.name_of(parameter)
         return self.states.get(name, {}).get(MASTER) or self.model.get(name)

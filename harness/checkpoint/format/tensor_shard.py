@@ -37,7 +37,7 @@ DTYPE_NAMES = {
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class Run(NamedTuple):
+class ElementRange(NamedTuple):
     """Consecutive elements: `num_items` of them, from `logical` in the logical tensor and `local` in this rank's."""
 
     logical: int
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorShard:
     """One logical tensor as this rank holds it.
 
     Args:
@@ -64,7 +64,7 @@ class Source:
     spec: TensorSpec
     holder: Any
     key: Any
-    runs: tuple[Run, ...]
+    runs: tuple[ElementRange, ...]
     at_once: bool = False
     dtype: torch.dtype | None = None
     shape: torch.Size | None = None
@@ -86,11 +86,13 @@ class Source:
 _NUMBERS: dict[str, tuple[type, ...]] = {"F64": (float,), "I64": (int,)}
 
 
-def source_of(spec: TensorSpec, place: tuple[Any, Any], runs: tuple[Run, ...], *, at_once: bool = False) -> Source:
+def source_of(
+    spec: TensorSpec, place: tuple[Any, Any], runs: tuple[ElementRange, ...], *, at_once: bool = False
+) -> TensorShard:
     """A source, with the kind of thing that is there now."""
     value = place[0][place[1]]
     dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else (None, None)
-    return Source(spec, place[0], place[1], runs, at_once, dtype, shape)
+    return TensorShard(spec, place[0], place[1], runs, at_once, dtype, shape)
 
 
 def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> TensorSpec:
@@ -126,18 +128,18 @@ def number_spec(section: Section, name: str, value: float) -> TensorSpec:
     return TensorSpec(section, name, "F64" if isinstance(value, float) else "I64", ())
 
 
-def whole(value: Tensor) -> tuple[Run, ...]:
+def whole(value: Tensor) -> tuple[ElementRange, ...]:
     """The run of a tensor that this rank holds all of."""
     count = value.numel()
-    return (Run(0, 0, count),) if count else ()
+    return (ElementRange(0, 0, count),) if count else ()
 
 
-def whole_number() -> tuple[Run, ...]:
+def whole_number() -> tuple[ElementRange, ...]:
     """The run of a plain number."""
-    return (Run(0, 0, 1),)
+    return (ElementRange(0, 0, 1),)
 
 
-def overlap(logical_start: int, local_start: int, count: int, limit: int) -> tuple[Run, ...]:
+def overlap(logical_start: int, local_start: int, count: int, limit: int) -> tuple[ElementRange, ...]:
     """A run cut off at the logical tensor's end: what lies behind it is padding."""
     count = min(count, limit - logical_start)
-    return (Run(logical_start, local_start, count),) if count > 0 else ()
+    return (ElementRange(logical_start, local_start, count),) if count > 0 else ()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoint.format.index import MASTER, Place, Stored, split_name
+from harness.checkpoint.format.index import MASTER, CheckpointIndex, StoredPlace, split_name
 from harness.checkpoint.format.layout import StoredTensor
 from harness.checkpoint.format.names import some
-from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, DTYPES, Source
+from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, DTYPES, TensorShard
 from harness.checkpoint.restore.read import Want, unique_bytes
-from harness.checkpoint.sharding.local_shards import Held
+from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.data import memory_layout
 from harness.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class Targets:
         return sum(unique_bytes(wants) for wants in self.wants.values())
 
 
-def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True) -> Targets:
+def match(held: LocalShards, stored: CheckpointIndex, *, weights_only: bool, strict: bool = True) -> Targets:
     """Find where each tensor is.
 
     Effects: not collective; main thread; reads metadata only.
@@ -103,17 +103,17 @@ def match(held: Held, stored: Stored, *, weights_only: bool, strict: bool = True
     return targets
 
 
-def _names(held: Held) -> set[str]:
+def _names(held: LocalShards) -> set[str]:
     return {source.spec.name for source in held.sources if source.spec.section == "model"}
 
 
-def _find(held: Held, stored: Stored) -> tuple[list[tuple[Source, Place]], list[str]]:
+def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[TensorShard, StoredPlace]], list[str]]:
     """What is held with its place, and the names of which the checkpoint has nothing."""
     names = _names(held)
-    pairs: list[tuple[Source, Place]] = []
+    pairs: list[tuple[TensorShard, StoredPlace]] = []
     missing: list[str] = []
     for source in held.sources:
-        place: Place | None
+        place: StoredPlace | None
         if source.spec.section == "model":
             place = stored.weight(source.spec.name, source.dtype)
         else:
@@ -134,7 +134,9 @@ def _find(held: Held, stored: Stored) -> tuple[list[tuple[Source, Place]], list[
     return pairs, missing
 
 
-def _unexpected(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], weights_only: bool) -> list[str]:
+def _unexpected(
+    held: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
+) -> list[str]:
     """What the checkpoint has and nothing is there for now."""
     names = {stored.name_of(name) for name in _names(held)}
     unexpected = [name for name in stored.model if name not in names]
@@ -147,18 +149,20 @@ def _unexpected(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]
     return unexpected + list(stored.strange)
 
 
-def _trained(held: Held) -> Iterable[str]:
+def _trained(held: LocalShards) -> Iterable[str]:
     return (name for _, in_group in held.groups for name in in_group)
 
 
-def _notes(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], weights_only: bool) -> Iterator[str]:
+def _notes(
+    held: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
+) -> Iterator[str]:
     """What is not as it was saved."""
     names = _names(held)
     have_masters = {
         split_name(source.spec.name, names)[1] for source, _ in pairs if source.spec.name.startswith(f"{MASTER}.")
     }
-    rounded: list[tuple[Source, Place]] = []
-    coarse: list[tuple[Source, Place]] = []
+    rounded: list[tuple[TensorShard, StoredPlace]] = []
+    coarse: list[tuple[TensorShard, StoredPlace]] = []
     for source, place in pairs:
         if source.dtype is None or not (source.dtype.is_floating_point and place.dtype.is_floating_point):
             continue
@@ -190,12 +194,12 @@ def _notes(held: Held, stored: Stored, pairs: Sequence[tuple[Source, Place]], we
         yield f"{len(without)} trained parameters had no state in the checkpoint, and start anew: {some(without)}"
 
 
-def _types(source: Source, place: Place) -> str:
+def _types(source: TensorShard, place: StoredPlace) -> str:
     assert source.dtype is not None
     return f"{place.tensor.dtype} to {DTYPE_NAMES[source.dtype]}"
 
 
-def _is_number(source: Source) -> bool:
+def _is_number(source: TensorShard) -> bool:
     """Of an optimizer's state: a step count, say, as a plain number or a tensor without dimensions."""
     if source.spec.section != "optimizer" or source.spec.shape:
         return False
@@ -213,9 +217,9 @@ class _Numbers:
     def __init__(self, holder: Any) -> None:
         self._holder = holder
         self._read: dict[str, dict[str, Tensor]] = {}
-        self._source: dict[str, Source] = {}
+        self._source: dict[str, TensorShard] = {}
 
-    def want(self, source: Source, tensor: StoredTensor, parameter: str) -> Want:
+    def want(self, source: TensorShard, tensor: StoredTensor, parameter: str) -> Want:
         """What is read for it."""
         number = torch.empty(1, dtype=DTYPES[tensor.dtype])
         self._read.setdefault(source.key, {})[parameter] = number
@@ -237,7 +241,7 @@ class _Numbers:
                 self._holder[kind] = type(live)(value.item())
 
 
-def _wants(source: Source, tensor: StoredTensor, after: list[Callable[[], None]]) -> Iterator[Want]:
+def _wants(source: TensorShard, tensor: StoredTensor, after: list[Callable[[], None]]) -> Iterator[Want]:
     item = DTYPES[tensor.dtype].itemsize
     live = source.live()
     flat = memory_layout.in_order(live)

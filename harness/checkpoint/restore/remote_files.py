@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness.checkpoint.format.files import Files, LocalFiles, OpenFile
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _ANSWER_NUMBERS = 2
 _WELL, _DAMAGED, _FAILED = range(3)
 
 
-class Relay:
+class RemoteFiles:
     """Makes files that some ranks read from others.
 
     Effects: nothing before the first call of `files`, and that only where there are blind ranks.
@@ -53,7 +53,7 @@ class Relay:
             may be served before.
     """
 
-    def __init__(self, agreement: Agreement, timeout_s: float = 300.0) -> None:
+    def __init__(self, agreement: Collectives, timeout_s: float = 300.0) -> None:
         self._agreement = agreement
         self._timeout_s = timeout_s
         self._group: ProcessGroup | None = None

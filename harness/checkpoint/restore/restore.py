@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from harness.checkpoint.format.check import Span, joined, known_whole, require_digest
 from harness.checkpoint.format.commit import FileRecord, Manifest, read_manifest
 from harness.checkpoint.format.files import Files, LocalFiles
-from harness.checkpoint.format.index import Stored
+from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.restore.read import digest_leaves, read
 from harness.checkpoint.restore.read_plan import Targets, match
 from harness.checkpoint.sharding.local_shards import innermost
@@ -26,7 +26,7 @@ from harness.checkpoint.state.materialize import BuiltState, build_state
 from harness.checkpoint.state.optimizer_record import OptimizerRecord
 from harness.checkpoint.state.parts import find_watched, find_watched_stepped
 from harness.checkpoint.state.trainer_state import AnyWatched, read_trainer_state
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def restore_tensors(
     accelerator: Accelerator,
     watched: AnyWatched,
     checkpoint: Path,
-    agreement: Agreement,
+    agreement: Collectives,
     *,
     weights_only: bool = False,
     manifest: Manifest | None = None,
@@ -81,12 +81,12 @@ def restore_tensors(
     files = files or LocalFiles(checkpoint)
     weights_only = weights_only or all(part.optimizer is None for part in watched.parts)
 
-    def headers() -> tuple[Stored, Mapping[str, OptimizerRecord]]:
+    def headers() -> tuple[CheckpointIndex, Mapping[str, OptimizerRecord]]:
         found = manifest or read_manifest(checkpoint)
         of_parts = records or {}
         if records is None and not weights_only and found.can_be_resumed:
             of_parts = {part.name: part.optimizer for part in read_trainer_state(checkpoint, found, files).parts}
-        return Stored.of(checkpoint, found, files), of_parts
+        return CheckpointIndex.of(checkpoint, found, files), of_parts
 
     stored, of_parts = agreement.together("reading the checkpoint's headers", lambda: files.reading(headers))
     return _restore(accelerator, watched, stored, files, agreement, None if weights_only else of_parts, strict=True)
@@ -96,7 +96,7 @@ def restore_weights(
     accelerator: Accelerator,
     watched: AnyWatched,
     directory: Path,
-    agreement: Agreement,
+    agreement: Collectives,
     records: Sequence[FileRecord] | None = None,
     files: Files | None = None,
 ) -> Restored:
@@ -119,16 +119,18 @@ def restore_weights(
     """
     files = files or LocalFiles(directory)
     what = "reading the headers of the weights"
-    stored = agreement.together(what, lambda: files.reading(lambda: Stored.of_weights(directory, records, files)))
+    stored = agreement.together(
+        what, lambda: files.reading(lambda: CheckpointIndex.of_weights(directory, records, files))
+    )
     return _restore(accelerator, watched, stored, files, agreement, None, strict=False)
 
 
 def _restore(
     accelerator: Accelerator,
     watched: AnyWatched,
-    stored: Stored,
+    stored: CheckpointIndex,
     files: Files,
-    agreement: Agreement,
+    agreement: Collectives,
     records: Mapping[str, OptimizerRecord] | None,
     *,
     strict: bool,
@@ -159,7 +161,7 @@ def _restore(
 
 
 def _build_states(
-    built: list[BuiltState], watched: AnyWatched, stored: Stored, records: Mapping[str, OptimizerRecord]
+    built: list[BuiltState], watched: AnyWatched, stored: CheckpointIndex, records: Mapping[str, OptimizerRecord]
 ) -> None:
     for part, stepped in find_watched_stepped(watched):
         built.append(BuiltState(innermost(part.optimizer)))
@@ -171,7 +173,7 @@ def _finish(built: Sequence[BuiltState]) -> None:
         each.finish()
 
 
-def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:
+def _fill(targets: Targets, stored: CheckpointIndex, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:
     """Read the targets; how many bytes, and by file what this rank knows of the ranges' digests."""
     read_bytes = 0
     spans: dict[str, dict[int, list[Span]]] = {}
@@ -185,7 +187,9 @@ def _fill(targets: Targets, stored: Stored, files: Files) -> tuple[int, dict[str
     return read_bytes, spans
 
 
-def _check(stored: Stored, spans: dict[str, dict[int, list[Span]]], files: Files, agreement: Agreement) -> int:
+def _check(
+    stored: CheckpointIndex, spans: dict[str, dict[int, list[Span]]], files: Files, agreement: Collectives
+) -> int:
     """Put together what the ranks know of the digests; what none knows they divide, and read. How many bytes."""
     # Where as many ranks resume as have written, each range has come by one of them whole and was looked at there: that
     # is one bit of it, where a thousand ranks would tell one another millions of digests.

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from harness.checkpoint.format.commit import read_manifest, set_aside
 from harness.checkpoint.restore.locate import Found
-from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.restore import restore_tensors
 from harness.checkpoint.restore.restore_trainer import put_back, require_same
 from harness.checkpoint.restore.visibility import open_checkpoint
-from harness.checkpoint.sharding.local_shards import Held, innermost
+from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.optimizer_record import has_unrecorded
 from harness.checkpoint.state.param_groups import add_saved_groups, match_groups
 from harness.checkpoint.state.parts import find_watched
@@ -23,7 +23,7 @@ from harness.checkpoint.state.rank_state import RankState, of_rank, order_of, su
 from harness.checkpoint.state.schedules import compare_schedules, reset_schedules
 from harness.checkpoint.state.trainer_state import FILE, AnyWatched, TrainerState, read_trainer_state
 from harness.data.resumable_loader import DataState
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 
 _SHOWN = 3
@@ -62,7 +62,7 @@ class GlobalBatch:
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousRun:
     """What is known of a run that goes on, before anything is put back.
 
     Args:
@@ -74,7 +74,7 @@ class Before:
     states: Mapping[str, Any] = field(default_factory=dict)
 
 
-def look_before(checkpoints: Sequence[Path]) -> Before:
+def look_before(checkpoints: Sequence[Path]) -> PreviousRun:
     """What the first of the checkpoints tells that can be read; nothing, where none can. Reads one file of it."""
     for path in checkpoints:
         try:
@@ -83,16 +83,16 @@ def look_before(checkpoints: Sequence[Path]) -> Before:
             continue  # which is told when it is to be put back
         size = state.samples_per_batch
         batch = None if size is None else GlobalBatch(size * state.accumulation, len(state.ranks))
-        return Before(batch, state.states)
-    return Before()
+        return PreviousRun(batch, state.states)
+    return PreviousRun()
 
 
 def resume(
     found: Found,
     accelerator: Accelerator,
-    agreement: Agreement,
+    agreement: Collectives,
     watched: AnyWatched,
-    relay: Relay,
+    relay: RemoteFiles,
     say: Callable[[str], None],
     *,
     resets_scheduler: bool = False,
@@ -170,9 +170,9 @@ def set_damaged_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> No
 def _put_back(
     path: Path,
     accelerator: Accelerator,
-    agreement: Agreement,
+    agreement: Collectives,
     watched: AnyWatched,
-    relay: Relay,
+    relay: RemoteFiles,
     say: Callable[[str], None],
     *,
     resets_scheduler: bool,
@@ -187,7 +187,7 @@ def _put_back(
         require_same(state, watched, find().groups)
         return state
 
-    def find() -> Held:
+    def find() -> LocalShards:
         return find_watched(accelerator, watched, weights_only=False, dtype=None)
 
     def finish() -> tuple[Resumed, list[str]]:

@@ -12,14 +12,14 @@ import xxhash
 from harness.checkpoint.format.commit import MANIFEST, FileRecord, Manifest, read_manifest
 from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.index import weight_records
-from harness.checkpoint.restore.remote_files import Relay
-from harness.distributed.collectives import Agreement
+from harness.checkpoint.restore.remote_files import RemoteFiles
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 
 T = TypeVar("T")
 
 
-class Sight(NamedTuple):
+class RankView(NamedTuple):
     """What one rank sees where rank zero has found something.
 
     Args:
@@ -32,7 +32,7 @@ class Sight(NamedTuple):
 
 
 def open_checkpoint(
-    checkpoint: Path, agreement: Agreement, relay: Relay, say: Callable[[str], None]
+    checkpoint: Path, agreement: Collectives, relay: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Manifest, Files]:
     """The manifest of a checkpoint that rank zero sees, and its files; the same on every rank.
 
@@ -62,7 +62,7 @@ def open_checkpoint(
 
     manifest = agreement.together(f"reading {checkpoint / MANIFEST}", look)
     key = None if manifest is None else manifest.key
-    blind = _blind(checkpoint, agreement.gather("who sees the checkpoint", Sight(os.uname().nodename, key)), say)
+    blind = _blind(checkpoint, agreement.gather("who sees the checkpoint", RankView(os.uname().nodename, key)), say)
     if not blind:
         assert manifest is not None
         return manifest, LocalFiles(checkpoint)
@@ -71,7 +71,7 @@ def open_checkpoint(
 
 
 def open_weights(
-    directory: Path, agreement: Agreement, relay: Relay, say: Callable[[str], None]
+    directory: Path, agreement: Collectives, relay: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Sequence[FileRecord], Files]:
     """The files of weights in a directory that rank zero sees; the same on every rank.
 
@@ -88,14 +88,14 @@ def open_weights(
 
     records = agreement.together(f"reading what is in {directory}", look)
     key = None if records is None else _key_of(records)
-    blind = _blind(directory, agreement.gather("who sees the weights", Sight(os.uname().nodename, key)), say)
+    blind = _blind(directory, agreement.gather("who sees the weights", RankView(os.uname().nodename, key)), say)
     if not blind:
         return _present(records), LocalFiles(directory)
     found = agreement.from_rank_zero("tell what is in the directory", lambda: _present(records))
     return found, relay.files(directory, [record.name for record in found], blind)
 
 
-def refuse_others_alone(checkpoints_dir: Path, agreement: Agreement) -> None:
+def refuse_others_alone(checkpoints_dir: Path, agreement: Collectives) -> None:
     """Where rank zero has no checkpoint of the run: nobody else may have one, or the run would begin again.
 
     Nodes that share no disk, and a batch system that has put rank zero on another one.
@@ -106,7 +106,7 @@ def refuse_others_alone(checkpoints_dir: Path, agreement: Agreement) -> None:
         CheckpointError: on all ranks, with the first rank that has one.
     """
     mine = sorted(path.parent.name for path in checkpoints_dir.glob(f"[!.]*/{MANIFEST}"))
-    sights = agreement.gather("who has checkpoints", Sight(os.uname().nodename, mine[-1] if mine else None))
+    sights = agreement.gather("who has checkpoints", RankView(os.uname().nodename, mine[-1] if mine else None))
     for rank, sight in enumerate(sights):
         if rank and sight.key is not None:
             raise CheckpointError(
@@ -125,7 +125,7 @@ def _present(found: T | None) -> T:
     return found
 
 
-def _blind(where: Path, sights: Sequence[Sight], say: Callable[[str], None]) -> list[int]:
+def _blind(where: Path, sights: Sequence[RankView], say: Callable[[str], None]) -> list[int]:
     """The ranks that do not see what rank zero sees.
 
     Raises:

@@ -25,7 +25,7 @@ _MAX_POLL_S = 0.25
 _RANKS_AT_ONCE = 64
 
 
-class Board:
+class CommitStore:
     """One record of each rank for each save, and how it ended.
 
     Effects: not collective; background threads; `collect` blocks until all ranks have put theirs, and `hear`

@@ -19,22 +19,22 @@ from harness.checkpoint.save.plan import Plan, make_plan, plan_of_rank_zero
 from harness.checkpoint.save.snapshot import Snapshot, copy_here
 from harness.checkpoint.save.staging import StagingMemory
 from harness.checkpoint.save.write import WriterProcess
-from harness.checkpoint.sharding.local_shards import Held, innermost
+from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.materialize import check_objects
 from harness.checkpoint.state.optimizer_record import added_state, groups_record, record_of
 from harness.checkpoint.state.parts import find_watched, find_watched_stepped
 from harness.checkpoint.state.trainer_state import AnyWatched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Engine:
+class SavePipeline:
     """What is made once for a structure: of the model, of the optimizer's state."""
 
-    held: Held
+    held: LocalShards
     plan: Plan
     staging: StagingMemory
     snapshot: Snapshot
@@ -49,12 +49,12 @@ class Engine:
 
 def plan_saves(
     accelerator: Accelerator,
-    agreement: Agreement,
+    agreement: Collectives,
     config: CheckpointConfig,
     watched: AnyWatched,
     *,
     is_rank_zeros: bool = False,
-) -> tuple[Held, Plan]:
+) -> tuple[LocalShards, Plan]:
     """Find what this rank holds, and plan; if one rank does not understand its state, all say so.
 
     Effects: collective; main thread; nothing on disk.
@@ -70,7 +70,7 @@ def plan_saves(
         CheckpointError: on all ranks, if the model's sharding or the optimizer's state is not understood.
     """
 
-    def find() -> tuple[Held, list[int]]:
+    def find() -> tuple[LocalShards, list[int]]:
         # First, so that every rank gets there: an optimizer's own state_dict() may be collective.
         is_resumable = not config.save_weights_only
         added = [added_state(part.optimizer) for part in watched.parts] if is_resumable else []
@@ -100,7 +100,7 @@ def plan_saves(
     return held, plan(held, agreement, config.max_shard_size_bytes)
 
 
-def _require_alike(agreement: Agreement, watched: AnyWatched, hashes: Sequence[int]) -> None:
+def _require_alike(agreement: Collectives, watched: AnyWatched, hashes: Sequence[int]) -> None:
     """Refuse, on all ranks, optimizer state that belongs to no parameter and is not the same on every rank.
 
     Raises:
@@ -119,12 +119,12 @@ def _require_alike(agreement: Agreement, watched: AnyWatched, hashes: Sequence[i
 
 def make_engine(
     accelerator: Accelerator,
-    agreement: Agreement,
+    agreement: Collectives,
     config: CheckpointConfig,
     watched: AnyWatched,
     *,
     is_rank_zeros: bool = False,
-) -> Engine:
+) -> SavePipeline:
     """Plan, allocate, and copy once, on all ranks or on none.
 
     Effects: collective; main thread; blocks for the allocation and the copy; leaves a writer process on each rank.
@@ -140,7 +140,7 @@ def make_engine(
         CheckpointError: on all ranks, if one of them has not the memory, or does not understand its state.
     """
     held, plan = plan_saves(accelerator, agreement, config, watched, is_rank_zeros=is_rank_zeros)
-    engine: Engine | None = None
+    engine: SavePipeline | None = None
     failure: Exception | None = None
     try:
         engine = _make(held, plan, accelerator.device, makes_files=agreement.rank == 0)
@@ -169,7 +169,7 @@ def _is_of_memory(failure: Exception | None) -> bool:
     return is_refused or isinstance(failure, MemoryError) or "memory" in str(failure).lower()
 
 
-def _make(held: Held, plan: Plan, device: torch.device, *, makes_files: bool) -> Engine:
+def _make(held: LocalShards, plan: Plan, device: torch.device, *, makes_files: bool) -> SavePipeline:
     staging = StagingMemory(plan.staging_bytes, pinned=device.type == "cuda")
     writer = WriterProcess(staging, plan.layout, plan.ranges, makes_files=makes_files)
     try:
@@ -183,4 +183,4 @@ def _make(held: Held, plan: Plan, device: torch.device, *, makes_files: bool) ->
         writer.close()
         staging.close()
         raise
-    return Engine(held, plan, staging, snapshot, writer, mode)
+    return SavePipeline(held, plan, staging, snapshot, writer, mode)

@@ -18,12 +18,12 @@ import xxhash
 
 from harness.checkpoint.format.all_ranges import AllRanges, FileRange, packed
 from harness.checkpoint.format.layout import Layout, TensorSpec, plan_layout
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
-from harness.checkpoint.sharding.local_shards import Held
+from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.checkpoint.sharding.replicas import check_replicas
-from harness.checkpoint.sharding.shard_catalog import Holdings, Kind, Sharing, kinds_of, sharing_of
-from harness.distributed.collectives import Agreement
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog, ShardKind, Sharing, kinds_of, sharing_of
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 # A digest is of at most so many bytes, so that a part of a large file can be verified by itself, and is
@@ -36,7 +36,7 @@ _ELEMENT_ALIGNMENT_BYTES = 16
 class Piece(NamedTuple):
     """What a rank copies: elements of one tensor, to a place in its staging memory.
 
-    `source` counts `Held.sources`; `local` and `num_items` are in elements, `staging` in bytes.
+    `source` counts `LocalShards.sources`; `local` and `num_items` are in elements, `staging` in bytes.
     """
 
     source: int
@@ -64,7 +64,7 @@ class Plan:
     all_ranges: AllRanges | None = None
 
 
-def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None) -> Plan:
+def make_plan(held: LocalShards, agreement: Collectives, max_shard_size_bytes: int | None) -> Plan:
     """Plan a checkpoint of what all ranks hold.
 
     Effects: collective; main thread; blocks until every rank has planned; nothing on disk.
@@ -80,15 +80,15 @@ def make_plan(held: Held, agreement: Agreement, max_shard_size_bytes: int | None
     """
     held.complete(agreement)
     specs = tuple(source.spec for source in held.sources)
-    mine = Holdings.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
-    holdings = [Holdings.unpacked(part) for part in agreement.gather("what each rank holds", mine.packed())]
+    mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
+    holdings = [ShardCatalog.unpacked(part) for part in agreement.gather("what each rank holds", mine.packed())]
     plan, sharing = _plan(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
     told = agreement.to_rank_zero("what each rank writes", packed(plan.staging_bytes, plan.ranges))
     check_replicas(held.sources, sharing, agreement)
     return plan if told is None else with_all(plan, told)
 
 
-def plan_of_rank_zero(held: Held, agreement: Agreement, max_shard_size_bytes: int | None) -> Plan:
+def plan_of_rank_zero(held: LocalShards, agreement: Collectives, max_shard_size_bytes: int | None) -> Plan:
     """Plan a checkpoint of what rank zero holds, which is all of it; the others write nothing.
 
     Where ranks that hold the same tensors have other values in them, of which no mixture would be anybody's.
@@ -113,7 +113,7 @@ def plan_of_rank_zero(held: Held, agreement: Agreement, max_shard_size_bytes: in
 def plan_of(
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],
-    holdings: Sequence[Holdings],
+    holdings: Sequence[ShardCatalog],
     rank: int,
     max_shard_size_bytes: int | None,
 ) -> Plan:
@@ -129,7 +129,7 @@ def with_all(plan: Plan, told: Sequence[bytes]) -> Plan:
 def _plan(
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],
-    holdings: Sequence[Holdings],
+    holdings: Sequence[ShardCatalog],
     rank: int,
     max_shard_size_bytes: int | None,
 ) -> tuple[Plan, Sharing]:
@@ -157,8 +157,8 @@ def hash_of(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> int:
 
 
 def assign(
-    specs: Sequence[TensorSpec], mine: Holdings, kinds: Sequence[Kind], sharing: Sharing, rank: int
-) -> dict[int, tuple[Run, ...]]:
+    specs: Sequence[TensorSpec], mine: ShardCatalog, kinds: Sequence[ShardKind], sharing: Sharing, rank: int
+) -> dict[int, tuple[ElementRange, ...]]:
     """What this rank owns: each element is one rank's among those that hold it.
 
     Ranks that hold the same parts of the same tensors (DDP's, HSDP's replicas) divide the bytes of those
@@ -174,7 +174,7 @@ def assign(
     Returns:
         Index of the tensor -> what it owns.
     """
-    owned: dict[int, tuple[Run, ...]] = {}
+    owned: dict[int, tuple[ElementRange, ...]] = {}
     for kind in kinds:
         if any(ranks == (rank,) for ranks in kind.parts.values()):
             owned |= {index: mine.runs(index) for index in kind.tensors}
@@ -199,23 +199,23 @@ def _clamp(value: int, limit: int) -> int:
     return min(max(value, 0), limit)
 
 
-def _cut(runs: Sequence[Run], first: int, last: int) -> tuple[Run, ...]:
+def _cut(runs: Sequence[ElementRange], first: int, last: int) -> tuple[ElementRange, ...]:
     """Elements `first` to `last` of runs that are taken as one after another."""
-    found: list[Run] = []
+    found: list[ElementRange] = []
     offset = 0
     for run in runs:
         begin, end = max(first, offset), min(last, offset + run.num_items)
         if begin < end:
-            found.append(Run(run.logical + begin - offset, run.local + begin - offset, end - begin))
+            found.append(ElementRange(run.logical + begin - offset, run.local + begin - offset, end - begin))
         offset += run.num_items
     return tuple(found)
 
 
 def _stage(
-    specs: Sequence[TensorSpec], layout: Layout, owned: Mapping[int, Sequence[Run]]
+    specs: Sequence[TensorSpec], layout: Layout, owned: Mapping[int, Sequence[ElementRange]]
 ) -> tuple[list[Piece], list[FileRange], int]:
     """Lay out what a rank owns in its memory, in the order of the files, and join what is one piece there."""
-    found: list[tuple[int, int, int, Run]] = []
+    found: list[tuple[int, int, int, ElementRange]] = []
     for index, runs in owned.items():
         file, begin = layout.places[specs[index].key]
         item = specs[index].item_bytes

@@ -27,10 +27,10 @@ import torch
 
 from harness.checkpoint.format import commit
 from harness.checkpoint.format.commit import FileRecord, Manifest
-from harness.checkpoint.save.commit_store import Board
+from harness.checkpoint.save.commit_store import CommitStore
 from harness.checkpoint.save.fence import Fence
 from harness.checkpoint.save.gather import Gatherer
-from harness.checkpoint.save.pipeline import Engine
+from harness.checkpoint.save.pipeline import SavePipeline
 from harness.checkpoint.save.snapshot import CopyRest
 from harness.checkpoint.save.source_guard import SourceGuard
 from harness.checkpoint.save.transport import Transport
@@ -51,7 +51,7 @@ _TORN = "torn: "
 
 
 @dataclass(frozen=True)
-class Small:
+class SmallState:
     """Rank zero's trainer state with the tensors that it refers to, and each rank's own state; or why not."""
 
     trainer_state: Any
@@ -60,7 +60,7 @@ class Small:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Told(NamedTuple):
+class RankOutcome(NamedTuple):
     """What a rank says of its part of a save: JSON values, and the digests of its ranges."""
 
     record: dict[str, Any]
@@ -71,7 +71,7 @@ class Told(NamedTuple):
         return json.dumps(self.record).encode() + b"\n" + self.digests
 
     @classmethod
-    def decoded(cls, data: bytes) -> Told:
+    def decoded(cls, data: bytes) -> RankOutcome:
         """What `encoded` made."""
         line, _, digests = data.partition(b"\n")
         return cls(json.loads(line), digests)
@@ -109,8 +109,8 @@ class Save:
     moment: Moment
     final: Path
     temporary: Path
-    engine: Engine
-    small: Small
+    engine: SavePipeline
+    small: SmallState
     begun_s: float
     seconds: dict[str, float] = field(default_factory=dict)
     guard: SourceGuard | None = None
@@ -154,7 +154,7 @@ class SaveRunner:
     def __init__(
         self,
         config: CheckpointConfig,
-        board: Board,
+        board: CommitStore,
         gatherer: Gatherer | None,
         fence: Fence,
         device: torch.device,
@@ -228,7 +228,7 @@ class SaveRunner:
         try:
             rank_state = save.small.rank_state
             record["rank_state"] = None if rank_state is None else rank_state.encoded()
-            self._board.put(save.number, Told(record, digests).encoded())
+            self._board.put(save.number, RankOutcome(record, digests).encoded())
             if self._rank == 0:
                 self._finish(save)
             elif (outcome := self._board.hear(save.number, self._remaining_s(save) + _COMMIT_S)) is not None:
@@ -319,7 +319,7 @@ class SaveRunner:
     def _finish(self, save: Save) -> None:
         """Rank zero: commit once every rank has written."""
         try:
-            told = [Told.decoded(data) for data in self._board.collect(save.number, self._remaining_s(save))]
+            told = [RankOutcome.decoded(data) for data in self._board.collect(save.number, self._remaining_s(save))]
             for rank, (record, _) in enumerate(told):
                 if record.get("called_off"):
                     raise CalledOff
@@ -340,7 +340,7 @@ class SaveRunner:
             # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
             self.status = f"{save.moment.name} written, but not published: {error}"
 
-    def _manifest(self, save: Save, told: list[Told]) -> Manifest:
+    def _manifest(self, save: Save, told: list[RankOutcome]) -> Manifest:
         plan = save.engine.plan
         assert plan.all_ranges is not None
         files: list[FileRecord] = plan.all_ranges.records([each.digests for each in told])

@@ -24,14 +24,14 @@ from accelerate import Accelerator
 
 from harness.checkpoint.format import commit
 from harness.checkpoint.format.commit import Manifest
-from harness.checkpoint.save.commit_store import Board
+from harness.checkpoint.save.commit_store import CommitStore
 from harness.checkpoint.save.fence import Fence, Overlap
 from harness.checkpoint.save.gather import Gatherer
-from harness.checkpoint.save.pipeline import Engine, make_engine, plan_saves
-from harness.checkpoint.save.save_runner import CalledOff, Save, SaveFacts, SaveRunner, Small, TornSnapshotError
+from harness.checkpoint.save.pipeline import SavePipeline, make_engine, plan_saves
+from harness.checkpoint.save.save_runner import CalledOff, Save, SaveFacts, SaveRunner, SmallState, TornSnapshotError
 from harness.checkpoint.save.snapshot import copied, copy_nothing
 from harness.checkpoint.save.transport import choose
-from harness.checkpoint.sharding.local_shards import Held, innermost
+from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.optimizer_record import (
     added_state,
@@ -44,7 +44,7 @@ from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
 from harness.config.schema import CheckpointConfig
 from harness.data import rng_state
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.distributed.failure_monitor import connect
 from harness.distributed.strategies import strategy_of
 from harness.errors import CheckpointError
@@ -76,7 +76,7 @@ class Saver:
     def __init__(
         self,
         accelerator: Accelerator,
-        agreement: Agreement,
+        agreement: Collectives,
         config: CheckpointConfig,
         checkpoints_dir: Path,
         topology: Mapping[str, str],
@@ -99,7 +99,7 @@ class Saver:
                 "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot say when their part is written; start "
                 "them with accelerate launch, torchrun or srun with these variables"
             )
-        self._board = Board(self._rank, agreement.world_size, store, self._attempt)
+        self._board = CommitStore(self._rank, agreement.world_size, store, self._attempt)
         self._gatherer: Gatherer | None = None
         if transport == "gather" and agreement.world_size > 1:
             self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
@@ -112,7 +112,7 @@ class Saver:
         )
         self._saving: Future[None] | None = None
         self._watched: AnyWatched | None = None
-        self._engine: Engine | None = None
+        self._engine: SavePipeline | None = None
         # What the others have said to the last save, until it is read; and what came of it.
         self._others: Callable[[], list[int]] | None = None
         self._goes_on = True
@@ -296,7 +296,7 @@ class Saver:
             self.last_skip = self._runner.status = f"skipped one: {what}"
         return num_hindered
 
-    def _next_save(self, moment: Moment, engine: Engine, small: Small, begun_s: float) -> Save:
+    def _next_save(self, moment: Moment, engine: SavePipeline, small: SmallState, begun_s: float) -> Save:
         self._number += 1
         final = self._checkpoints_dir / moment.name
         temporary = commit.temporary_of(final, f"{self._attempt}-{self._number}")
@@ -310,12 +310,12 @@ class Saver:
             begun_s=begun_s,
         )
 
-    def _call_off(self, moment: Moment, engine: Engine, begun_s: float) -> None:
+    def _call_off(self, moment: Moment, engine: SavePipeline, begun_s: float) -> None:
         """Say, after what this rank is at, that it takes no part in a save."""
-        save = self._next_save(moment, engine, Small(None, None, CalledOff()), begun_s)
+        save = self._next_save(moment, engine, SmallState(None, None, CalledOff()), begun_s)
         self._saving = self._runner.start(save, copy_nothing)
 
-    def _begin(self, moment: Moment, engine: Engine, small: Small, begun_s: float) -> None:
+    def _begin(self, moment: Moment, engine: SavePipeline, small: SmallState, begun_s: float) -> None:
         save = self._next_save(moment, engine, small, begun_s)
         copy_rest = engine.snapshot.begin()
         guard, kind = engine.snapshot.guard, moment.name.partition("-")[0]
@@ -335,10 +335,10 @@ class Saver:
         self._saving = self._runner.start(save, copy_rest)
         save.seconds["blocked_s"] = time.perf_counter() - begun_s
 
-    def _take_small(self, moment: Moment, held: Held) -> Small:
+    def _take_small(self, moment: Moment, held: LocalShards) -> SmallState:
         """What is no tensor, as it is now."""
         if self._config.save_weights_only:
-            return Small(None, None)
+            return SmallState(None, None)
         assert self._watched is not None
         state, kept = None, KeptTensors()
         try:
@@ -351,10 +351,10 @@ class Saver:
                 ]
                 scaler = self._accelerator.scaler
                 state = take_trainer_state(moment, self._watched, groups, optimizers, scaler, kept)
-            return Small(state, self._take_rank_state(), tensors=kept.tensors)
+            return SmallState(state, self._take_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
-            return Small(None, None, error)
+            return SmallState(None, None, error)
 
     def take_report(self) -> tuple[dict[str, float], str | None]:
         """What the last save has cost this rank, as metrics, and what went wrong since the last call.

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.checkpoint.format.tensor_shard import DTYPES, Source
+from harness.checkpoint.format.tensor_shard import DTYPES, TensorShard
 from harness.checkpoint.save.plan import Piece, Plan
 from harness.checkpoint.save.source_guard import GuardedTensor, SourceGuard
 from harness.checkpoint.save.staging import StagingMemory
-from harness.checkpoint.sharding.local_shards import Held
+from harness.checkpoint.sharding.local_shards import LocalShards
 
 # Says that the next step may come, on CUDA after an event; and how much of the memory is copied.
 Lower = Callable[["torch.cuda.Event | None"], None]
@@ -54,7 +54,7 @@ class Snapshot:
 
     guard: SourceGuard
 
-    def __init__(self, held: Held, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
+    def __init__(self, held: LocalShards, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
         self._held = held
         self._device = device
         self._staging_bytes = staging.size_bytes
@@ -128,7 +128,7 @@ class _Copies:
         is_at_once: whether they are copied before `begin` returns.
     """
 
-    def __init__(self, source: Source, pieces: Sequence[Piece], staging: StagingMemory) -> None:
+    def __init__(self, source: TensorShard, pieces: Sequence[Piece], staging: StagingMemory) -> None:
         self.source = source
         self._pieces = pieces
         dtype, item = DTYPES[source.spec.dtype], source.spec.item_bytes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 Transport = Literal["direct", "gather"]
@@ -46,7 +46,7 @@ class View:
     file_system: str
 
 
-def choose(asked: Asked, directory: Path, agreement: Agreement) -> Transport:
+def choose(asked: Asked, directory: Path, agreement: Collectives) -> Transport:
     """How bytes shall reach the disk; the same answer on every rank.
 
     Effects: collective; main thread; blocks until every rank has looked; leaves nothing.

@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.errors import CheckpointError
 
 
-def runs_of(name: str, tensor: DTensor) -> tuple[Run, ...]:
+def runs_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
     """What this rank holds of a DTensor.
 
     Effects: not collective; main thread; reads metadata only.
@@ -75,7 +75,7 @@ def _along_first(placement: Placement) -> Placement:
     return Shard(0)
 
 
-def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[Run, ...]:
+def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[ElementRange, ...]:
     """Consecutive elements in C order, of the outer product of the dimensions' indices."""
     # Dimensions at the end that are there as a whole make every run longer.
     last = len(shape)
@@ -83,18 +83,18 @@ def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[Run
         last -= 1
     inner = math.prod(shape[last:])
     if last == 0:
-        return (Run(0, 0, inner),) if inner else ()
+        return (ElementRange(0, 0, inner),) if inner else ()
     first = indices[0]
     if last == 1 and isinstance(first, range):
-        return (Run(first.start * inner, 0, len(first) * inner),)
+        return (ElementRange(first.start * inner, 0, len(first) * inner),)
     strides = [math.prod(shape[dim + 1 : last]) for dim in range(last)]
     starts = reduce(
         lambda bases, dim: [base + index * strides[dim] for base in bases for index in indices[dim]], range(last), [0]
     )
-    runs: list[Run] = []
+    runs: list[ElementRange] = []
     for position, start in enumerate(starts):
         if runs and runs[-1].logical + runs[-1].num_items == start * inner:
             runs[-1] = runs[-1]._replace(num_items=runs[-1].num_items + inner)
         else:
-            runs.append(Run(start * inner, position * inner, inner))
+            runs.append(ElementRange(start * inner, position * inner, inner))
     return tuple(runs)

@@ -17,11 +17,19 @@ from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.names import NamedState, Stand, is_fsdp1
-from harness.checkpoint.format.tensor_shard import Run, Source, number_spec, source_of, spec_of, whole, whole_number
+from harness.checkpoint.format.tensor_shard import (
+    ElementRange,
+    TensorShard,
+    number_spec,
+    source_of,
+    spec_of,
+    whole,
+    whole_number,
+)
 from harness.checkpoint.sharding.local_shards import (
-    Held,
+    LocalShards,
+    OptimizedTensor,
     Selection,
-    Stepped,
     innermost,
     name_of,
     refuse_state,
@@ -30,7 +38,7 @@ from harness.checkpoint.sharding.local_shards import (
 )
 from harness.checkpoint.sharding.plain import add_buffers
 from harness.checkpoint.sharding.state_form import Leaf
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 
@@ -50,7 +58,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     tensor: Tensor
     place: tuple[Any, Any] | None
-    runs: tuple[Run, ...]
+    runs: tuple[ElementRange, ...]
     is_absent: bool = False
 
 
@@ -80,10 +88,10 @@ class Unit:
     def _part(self, index: int) -> Part:
         flat = self._flat
         info, shape = flat._shard_param_infos[index], tuple(flat._shapes[index])
-        runs: tuple[Run, ...] = ()
+        runs: tuple[ElementRange, ...] = ()
         if info.in_shard and info.numel_in_shard:
             local = 0 if self.has_views else info.offset_in_shard
-            runs = (Run(info.intra_param_start_idx, local, info.numel_in_shard),)
+            runs = (ElementRange(info.intra_param_start_idx, local, info.numel_in_shard),)
         if self.has_views:
             return Part(flat._params[index], shape, flat._params[index], None, runs, is_absent=not runs)
         stands = nn.Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), requires_grad=flat.requires_grad)
@@ -156,7 +164,7 @@ def stands_of(units: Sequence[Unit]) -> list[Stand]:
     return [stand for unit in units for stand in unit.stands()]
 
 
-def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, selection: Selection) -> None:
+def find(held: LocalShards, state: NamedState, units: Sequence[Unit], optimizer: Any, selection: Selection) -> None:
     """Fill `held` with this rank's slices, and with what FSDP1 was told to leave alone."""
     if selection.restoring:
         for unit in units:
@@ -197,7 +205,7 @@ def find(held: Held, state: NamedState, units: Sequence[Unit], optimizer: Any, s
         held.refresh = partial(_forget, inner, parts)
 
 
-def find_stepped(optimizer: Any, state: NamedState, units: Sequence[Unit]) -> list[Stepped]:
+def find_stepped(optimizer: Any, state: NamedState, units: Sequence[Unit]) -> list[OptimizedTensor]:
     """The views, or the flat parameters, in the optimizer's groups."""
     return list(_stepped(innermost(optimizer), _parts(state, units), units))
 
@@ -214,7 +222,7 @@ def _parts(state: NamedState, units: Sequence[Unit]) -> dict[str, Part]:
     return parts
 
 
-def _stepped(inner: Any, parts: Mapping[str, Part], units: Sequence[Unit]) -> Iterator[Stepped]:
+def _stepped(inner: Any, parts: Mapping[str, Part], units: Sequence[Unit]) -> Iterator[OptimizedTensor]:
     names: dict[int, list[str]] = {}
     for name, part in parts.items():
         names.setdefault(id(part.tensor), []).append(name)
@@ -226,10 +234,10 @@ def _stepped(inner: Any, parts: Mapping[str, Part], units: Sequence[Unit]) -> It
                     "trains; make the optimizer of the parameters of the prepared model, or put "
                     "`fsdp_use_orig_params: true` into the accelerate configuration"
                 )
-            yield Stepped(group, tensor, names.get(id(tensor)) or [name_of(tensor, {}, index)])
+            yield OptimizedTensor(group, tensor, names.get(id(tensor)) or [name_of(tensor, {}, index)])
 
 
-def _state(optimizer: Any, name: str, leaf: Leaf, part: Part) -> Source:
+def _state(optimizer: Any, name: str, leaf: Leaf, part: Part) -> TensorShard:
     full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
     if not isinstance(value, Tensor):
         runs = () if part.is_absent else whole_number()
@@ -246,7 +254,7 @@ def _state(optimizer: Any, name: str, leaf: Leaf, part: Part) -> Source:
 
 
 def _complete(
-    held: Held, parts: Mapping[str, Part], told: Mapping[str, list[TensorSpec]], agreement: Agreement
+    held: LocalShards, parts: Mapping[str, Part], told: Mapping[str, list[TensorSpec]], agreement: Collectives
 ) -> None:
     """Learn what state there is of parameters of which this rank has nothing. Collective."""
     known: dict[str, list[TensorSpec]] = {}
@@ -255,7 +263,7 @@ def _complete(
         held.forms |= forms
     for name, part in parts.items():
         if part.is_absent:
-            held.sources += [Source(spec, {}, None, ()) for spec in known.get(name, ())]
+            held.sources += [TensorShard(spec, {}, None, ()) for spec in known.get(name, ())]
     # In the same order on every rank.
     held.sources.sort(key=lambda source: source.spec.name if source.spec.section == "optimizer" else "")
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from harness.checkpoint.format.index import split_name
 from harness.checkpoint.format.json_values import Put, UnsavableTensor, encode
 from harness.checkpoint.format.names import NamedState, is_fsdp1, modules_of, named_state, some
-from harness.checkpoint.format.tensor_shard import Source
+from harness.checkpoint.format.tensor_shard import TensorShard
 from harness.checkpoint.sharding.state_form import Form, Leaf, form_of, is_leaf, is_object, leaves_of, needed_form
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
@@ -41,7 +41,7 @@ class Selection(NamedTuple):
 
 
 @dataclass
-class Held:
+class LocalShards:
     """What there is to save, as this rank holds it.
 
     Args:
@@ -59,7 +59,7 @@ class Held:
         refresh: collective; what follows from the tensors, once a checkpoint has been read into them.
     """
 
-    sources: list[Source] = field(default_factory=list)
+    sources: list[TensorShard] = field(default_factory=list)
     aliases: Mapping[str, str] = field(default_factory=dict)
     groups: list[tuple[Mapping[str, Any], list[str]]] = field(default_factory=list)
     sharded_modules: tuple[Any, ...] = ()
@@ -67,7 +67,7 @@ class Held:
     members: list[tuple[Any, Any, Any]] = field(default_factory=list)
     trees: list[tuple[Mapping[Any, Any], Any, Tensor, Form]] = field(default_factory=list)
     forms: dict[str, Form] = field(default_factory=dict)
-    complete: Callable[[Agreement], None] = lambda _: None
+    complete: Callable[[Collectives], None] = lambda _: None
     refresh: Callable[[], None] = lambda: None
 
     @property
@@ -141,7 +141,7 @@ def find_held(
     weights_only: bool,
     dtype: torch.dtype | None,
     restoring: bool = False,
-) -> Held:
+) -> LocalShards:
     """Find what this rank holds of weights, buffers and optimizer state.
 
     Effects: not collective; main thread, between steps; reads metadata only.
@@ -162,7 +162,7 @@ def find_held(
     return find_named(model, optimizer, selection, name_tensors(model))
 
 
-class Named(NamedTuple):
+class NamedTensor(NamedTuple):
     """The tensors of one model by name, with its modules that are sharded: `units` are FSDP1's."""
 
     state: NamedState
@@ -170,22 +170,24 @@ class Named(NamedTuple):
     sharded: tuple[Any, ...]
 
 
-def name_tensors(model: nn.Module, prefix: str = "", named_before: dict[int, str] | None = None) -> Named:
+def name_tensors(model: nn.Module, prefix: str = "", named_before: dict[int, str] | None = None) -> NamedTensor:
     """Name what a prepared model holds, sharded as it is between steps; see `named_state` for the arguments."""
     from harness.checkpoint.sharding import fsdp1
 
     _refuse_extra_state(model)
     units = fsdp1.units_of(model)
     sharded = _resharded(model, units)
-    return Named(named_state(model, fsdp1.stands_of(units), prefix, named_before), units, sharded)
+    return NamedTensor(named_state(model, fsdp1.stands_of(units), prefix, named_before), units, sharded)
 
 
-def find_named(model: nn.Module, optimizer: Any, selection: Selection, named: Named) -> Held:
+def find_named(model: nn.Module, optimizer: Any, selection: Selection, named: NamedTensor) -> LocalShards:
     """Find what this rank holds of a model whose tensors are named, and of its optimizer; see `find_held`."""
     from harness.checkpoint.sharding import fsdp1, plain, zero
 
     state, units, sharded = named
-    held = Held(aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members))
+    held = LocalShards(
+        aliases=state.aliases, sharded_modules=sharded, sizes=list(state.sizes), members=list(state.members)
+    )
     if units:
         fsdp1.find(held, state, units, optimizer, selection)
     elif is_engine(model):
@@ -202,7 +204,7 @@ def find_named(model: nn.Module, optimizer: Any, selection: Selection, named: Na
     return held
 
 
-class Stepped(NamedTuple):
+class OptimizedTensor(NamedTuple):
     """One tensor that the innermost optimizer steps on: a parameter, or a flat partition of many.
 
     Args:
@@ -216,7 +218,7 @@ class Stepped(NamedTuple):
     names: list[str]
 
 
-def find_stepped(model: nn.Module, optimizer: Any, named: Named) -> list[Stepped]:
+def find_stepped(model: nn.Module, optimizer: Any, named: NamedTensor) -> list[OptimizedTensor]:
     """What the innermost optimizer steps on, in the same order on every rank.
 
     Effects: not collective; main thread, between steps; reads metadata only.
@@ -320,7 +322,7 @@ def names_by_id(state: NamedState) -> dict[int, str]:
 
 
 def state_leaves(
-    held: Held, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], tensor: Tensor
+    held: LocalShards, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], tensor: Tensor
 ) -> list[Leaf]:
     """The leaves of what an optimizer keeps for one tensor; `held` notes its structure and its form.
 
@@ -362,7 +364,7 @@ def _has_form(values: Mapping[Any, Any], kind: Any, tensor: Tensor, form: Form) 
         return False  # which is refused, with its name, when it is planned for
 
 
-def _refuse_ambiguous(held: Held, optimizer: Any, others: Iterable[str]) -> None:
+def _refuse_ambiguous(held: LocalShards, optimizer: Any, others: Iterable[str]) -> None:
     """Refuse names by which a reader would not find the parameter that a part of a state belongs to.
 
     Raises:

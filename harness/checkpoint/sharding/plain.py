@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from harness.checkpoint.format.layout import Section
 from harness.checkpoint.format.names import NamedState
-from harness.checkpoint.format.tensor_shard import Source, number_spec, source_of, spec_of, whole, whole_number
+from harness.checkpoint.format.tensor_shard import TensorShard, number_spec, source_of, spec_of, whole, whole_number
 from harness.checkpoint.sharding.dtensor import runs_of
 from harness.checkpoint.sharding.local_shards import (
-    Held,
+    LocalShards,
+    OptimizedTensor,
     Selection,
-    Stepped,
     innermost,
     name_of,
     names_by_id,
@@ -30,7 +30,7 @@ from harness.errors import CheckpointError
 
 
 def find(
-    held: Held,
+    held: LocalShards,
     state: NamedState,
     model: nn.Module,
     optimizer: Any,
@@ -88,17 +88,17 @@ def _refuse_state_in_no_group(inner: Any, names: Mapping[int, str]) -> None:
             )
 
 
-def find_stepped(optimizer: Any, names: dict[int, str]) -> list[Stepped]:
+def find_stepped(optimizer: Any, names: dict[int, str]) -> list[OptimizedTensor]:
     """The parameters in the optimizer's groups, frozen ones too: they may be trained again later."""
     inner = innermost(optimizer)
     return [
-        Stepped(group, parameter, [name_of(parameter, names, index)])
+        OptimizedTensor(group, parameter, [name_of(parameter, names, index)])
         for index, group in enumerate(inner.param_groups)
         for parameter in group["params"]
     ]
 
 
-def _state(optimizer: Any, name: str, leaf: Leaf, parameter: Tensor) -> Source:
+def _state(optimizer: Any, name: str, leaf: Leaf, parameter: Tensor) -> TensorShard:
     full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
     if not isinstance(value, Tensor):
         return source_of(number_spec("optimizer", full_name, value), place, whole_number(), at_once=True)
@@ -111,7 +111,7 @@ def _is_sharded(parameter: DTensor) -> bool:
     return any(not placement.is_replicate() for placement in parameter.placements)
 
 
-def add_buffers(held: Held, state: NamedState, selection: Selection) -> None:
+def add_buffers(held: LocalShards, state: NamedState, selection: Selection) -> None:
     """Buffers are rank zero's, which is what DDP and our evaluation take them for; all ranks get them back."""
     is_writer = selection.is_main_process or selection.restoring
     for name, buffer in state.buffers.items():
@@ -123,7 +123,7 @@ def add_buffers(held: Held, state: NamedState, selection: Selection) -> None:
 
 def _source(
     section: Section, name: str, value: Tensor, place: tuple[Any, Any], dtype: torch.dtype | None, *, at_once: bool
-) -> Source:
+) -> TensorShard:
     spec = spec_of(section, name, value, tuple(value.shape), dtype)
     runs = runs_of(name, value) if isinstance(value, DTensor) else whole(value)
     return source_of(spec, place, runs, at_once=at_once)

@@ -14,16 +14,16 @@ import torch
 import xxhash
 from torch import Tensor
 
-from harness.checkpoint.format.tensor_shard import Source
+from harness.checkpoint.format.tensor_shard import TensorShard
 from harness.checkpoint.sharding.shard_catalog import Sharing
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 _MAX_SAMPLES = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(sources: Sequence[Source], sharing: Sharing, agreement: Agreement) -> None:
+def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, agreement: Collectives) -> None:
     """Compare what several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
 
     A hash of the sums is exchanged for each group of ranks, and the sums themselves only where that differs.
@@ -74,7 +74,7 @@ def _differing(sharing: Sharing, told: Sequence[Sequence[Any]]) -> list[tuple[in
     return found
 
 
-def _refuse_first(sources: Sequence[Source], sharing: Sharing, sums: Sequence[Sequence[Sequence[int]]]) -> None:
+def _refuse_first(sources: Sequence[TensorShard], sharing: Sharing, sums: Sequence[Sequence[Sequence[int]]]) -> None:
     groups = list(sharing.items())
     first = None
     for number, of_first, of_rank, rank in _differing(sharing, sums):
@@ -92,7 +92,7 @@ def _refuse_first(sources: Sequence[Source], sharing: Sharing, sums: Sequence[Se
     )
 
 
-def _sum(source: Source) -> Tensor | int:
+def _sum(source: TensorShard) -> Tensor | int:
     value: Any = source.live()
     if not isinstance(value, Tensor):
         number: int = struct.unpack("q", struct.pack("d" if isinstance(value, float) else "q", value))[0]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.errors import CheckpointError
 
 # First logical element and number of elements of each run: what a part is, wherever a rank has it in its memory.
@@ -25,7 +25,7 @@ Sharing = Mapping[tuple[int, ...], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Holdings:
+class ShardCatalog:
     """What one rank holds.
 
     Args:
@@ -35,17 +35,17 @@ class Holdings:
     """
 
     structure: int
-    patterns: tuple[tuple[Run, ...], ...]
+    patterns: tuple[tuple[ElementRange, ...], ...]
     which: NDArray[np.int32]
 
     @classmethod
-    def of(cls, structure: int, runs: Iterable[tuple[Run, ...]]) -> Holdings:
+    def of(cls, structure: int, runs: Iterable[tuple[ElementRange, ...]]) -> ShardCatalog:
         """Given the runs of each tensor."""
-        numbers: dict[tuple[Run, ...], int] = {}
+        numbers: dict[tuple[ElementRange, ...], int] = {}
         which = [numbers.setdefault(tuple(each), len(numbers)) for each in runs]
         return cls(structure, tuple(numbers), np.array(which, dtype=np.int32))
 
-    def runs(self, index: int) -> tuple[Run, ...]:
+    def runs(self, index: int) -> tuple[ElementRange, ...]:
         """What it holds of one tensor."""
         return self.patterns[self.which[index]]
 
@@ -60,23 +60,23 @@ class Holdings:
         return zlib.compress(numbers.tobytes() + self.which.tobytes(), 1)
 
     @classmethod
-    def unpacked(cls, content: bytes) -> Holdings:
+    def unpacked(cls, content: bytes) -> ShardCatalog:
         """What `packed` made."""
         data = zlib.decompress(content)
         numbers = array("q")
         numbers.frombytes(data[: 8 * int.from_bytes(data[:8], "little")])
-        patterns: list[tuple[Run, ...]] = []
+        patterns: list[tuple[ElementRange, ...]] = []
         position = 3
         for _ in range(numbers[2]):
             end = position + 1 + 3 * numbers[position]
             values = numbers[position + 1 : end]
-            patterns.append(tuple(Run(*values[at : at + 3]) for at in range(0, len(values), 3)))
+            patterns.append(tuple(ElementRange(*values[at : at + 3]) for at in range(0, len(values), 3)))
             position = end
         return cls(numbers[1], tuple(patterns), np.frombuffer(data, dtype=np.int32, offset=8 * len(numbers)))
 
 
 @dataclass(frozen=True)
-class Kind:
+class ShardKind:
     """Tensors of which each rank holds the same.
 
     Args:
@@ -88,7 +88,7 @@ class Kind:
     parts: Mapping[Part, tuple[int, ...]]
 
 
-def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[Holdings]) -> list[Kind]:
+def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[ShardCatalog]) -> list[ShardKind]:
     """All tensors by kinds.
 
     Args:
@@ -119,12 +119,12 @@ def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[Holdings]) -> list[
     for tensors, found in zip(members, holders, strict=True):
         _check_cover(specs[tensors[0]], found)
     return [
-        Kind(tensors, {part: tuple(ranks) for part, ranks in found.items()})
+        ShardKind(tensors, {part: tuple(ranks) for part, ranks in found.items()})
         for tensors, found in zip(members, holders, strict=True)
     ]
 
 
-def sharing_of(kinds: Sequence[Kind]) -> Sharing:
+def sharing_of(kinds: Sequence[ShardKind]) -> Sharing:
     """Which ranks hold the same."""
     found: dict[tuple[int, ...], list[int]] = {}
     for kind in kinds:

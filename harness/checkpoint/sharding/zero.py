@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from harness.checkpoint.format.layout import Section
 from harness.checkpoint.format.names import NamedState
-from harness.checkpoint.format.tensor_shard import Run, number_spec, overlap, source_of, spec_of, whole, whole_number
+from harness.checkpoint.format.tensor_shard import (
+    ElementRange,
+    number_spec,
+    overlap,
+    source_of,
+    spec_of,
+    whole,
+    whole_number,
+)
 from harness.checkpoint.sharding.local_shards import (
-    Held,
+    LocalShards,
+    OptimizedTensor,
     Selection,
-    Stepped,
     name_of,
     names_by_id,
     refuse_state,
@@ -30,7 +38,7 @@ from harness.errors import CheckpointError
 
 
 def find(
-    held: Held,
+    held: LocalShards,
     state: NamedState,
     model: nn.Module,
     optimizer: Any,
@@ -70,12 +78,12 @@ def find(
                 _add_state(held, inner, name, leaf, flat.tensor, shape, runs)
 
 
-def find_stepped(model: nn.Module, names: dict[int, str]) -> list[Stepped]:
+def find_stepped(model: nn.Module, names: dict[int, str]) -> list[OptimizedTensor]:
     """This rank's flat partitions."""
     engine: Any = model
     stage = _stage(engine.optimizer)
     return [
-        Stepped(
+        OptimizedTensor(
             stage.group(flat.group_index),
             flat.tensor,
             [name_of(parameter, names, flat.group_index) for parameter, _ in flat.members],
@@ -95,13 +103,13 @@ def _stage(zero: Any) -> _Stage12 | _Stage3:
 
 
 def _add_state(
-    held: Held,
+    held: LocalShards,
     optimizer: Any,
     name: str,
     leaf: Leaf,
     flat: Tensor,
     shape: tuple[int, ...],
-    runs: tuple[Run, ...],
+    runs: tuple[ElementRange, ...],
 ) -> None:
     full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
     if not isinstance(value, Tensor):
@@ -117,20 +125,20 @@ def _add_state(
 
 
 def _add(
-    held: Held,
+    held: LocalShards,
     section: Section,
     name: str,
     value: Tensor,
     shape: tuple[int, ...],
     place: tuple[Any, Any],
-    runs: tuple[Run, ...],
+    runs: tuple[ElementRange, ...],
     *,
     at_once: bool = False,
 ) -> None:
     held.sources.append(source_of(spec_of(section, name, value, shape, None), place, runs, at_once=at_once))
 
 
-def _add_groups(held: Held, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:
+def _add_groups(held: LocalShards, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:
     # One entry for each of the user's groups, though stage 3 may cut a group into several flat ones.
     members: dict[int, list[str]] = {}
     for flat in stage.flats:
@@ -148,7 +156,7 @@ class _Flat(NamedTuple):
     group_index: int
     tensor: Tensor
     place: tuple[Any, Any]
-    members: list[tuple[nn.Parameter, tuple[Run, ...]]]
+    members: list[tuple[nn.Parameter, tuple[ElementRange, ...]]]
 
 
 class _Stage12:
@@ -164,7 +172,7 @@ class _Stage12:
         partition_size = partition.numel()
         begin = dist.get_rank(group=zero.real_dp_process_group[index]) * partition_size
         whole_group = zero.bit16_groups_flat[index]
-        members: list[tuple[nn.Parameter, tuple[Run, ...]]] = []
+        members: list[tuple[nn.Parameter, tuple[ElementRange, ...]]] = []
         for parameter in zero.bit16_groups[index]:
             if parameter.untyped_storage().data_ptr() != whole_group.untyped_storage().data_ptr():
                 raise CheckpointError(
@@ -175,7 +183,7 @@ class _Stage12:
             offset = parameter.storage_offset() - whole_group.storage_offset()
             first = max(begin, offset)
             count = min(begin + partition_size, offset + parameter.numel()) - first
-            runs = (Run(first - offset, first - begin, count),) if count > 0 else ()
+            runs = (ElementRange(first - offset, first - begin, count),) if count > 0 else ()
             members.append((parameter, runs))
         return _Flat(index, partition, (zero.single_partition_of_fp32_groups, index), members)
 
@@ -183,7 +191,7 @@ class _Stage12:
         """Logical shape."""
         return tuple(parameter.shape)
 
-    def weight(self, parameter: Tensor, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[Run, ...]]:
+    def weight(self, parameter: Tensor, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
         """Where the weight is looked up, and which part of it this rank holds."""
         return holder[0], holder[1], whole(parameter)
 
@@ -220,7 +228,7 @@ class _Stage3:
         flats = zero.fp32_partitioned_groups_flat
         return _Flat(int(zero.sub_group_to_group_id[index]), flats[index], (flats, index), members)
 
-    def _runs(self, parameter: Any, offset: int) -> tuple[Run, ...]:
+    def _runs(self, parameter: Any, offset: int) -> tuple[ElementRange, ...]:
         size = parameter.ds_tensor.ds_numel
         begin = dist.get_rank(group=parameter.ds_process_group) * size
         return overlap(begin, offset, size, parameter.ds_numel)
@@ -229,7 +237,7 @@ class _Stage3:
         """Logical shape."""
         return tuple(parameter.ds_shape)
 
-    def weight(self, parameter: Any, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[Run, ...]]:
+    def weight(self, parameter: Any, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
         """Where the weight is looked up, and which part of it this rank holds."""
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise CheckpointError("DeepSpeed: hierarchical partitions (zero_hpz_partition_size) cannot be saved yet")

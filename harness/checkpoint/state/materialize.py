@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harness.checkpoint.format.index import Place, Stored
+from harness.checkpoint.format.index import CheckpointIndex, StoredPlace
 from harness.checkpoint.format.tensor_shard import DTYPES
-from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.sharding.state_form import (
     Branch,
     Form,
@@ -77,7 +77,9 @@ class BuiltState:
                 self.optimizer.state[tensor] = before
 
 
-def build_state(built: BuiltState, stepped: Sequence[Stepped], stored: Stored, record: OptimizerRecord) -> None:
+def build_state(
+    built: BuiltState, stepped: Sequence[OptimizedTensor], stored: CheckpointIndex, record: OptimizerRecord
+) -> None:
     """Give the innermost optimizer a state of what the checkpoint has a state of.
 
     Effects: not collective, but for the step of an optimizer whose step is collective; main thread, before training;
@@ -102,7 +104,11 @@ def build_state(built: BuiltState, stepped: Sequence[Stepped], stored: Stored, r
 
 
 def _build(
-    built: BuiltState, each: Stepped, stored: Stored, record: OptimizerRecord, example: Mapping[Any, Any]
+    built: BuiltState,
+    each: OptimizedTensor,
+    stored: CheckpointIndex,
+    record: OptimizerRecord,
+    example: Mapping[Any, Any],
 ) -> None:
     optimizer = built.optimizer
     # In a flat partition there is one state of what may have been many; that with the most is taken as the example.
@@ -129,7 +135,7 @@ def _build(
     built.put(each.tensor, state)
 
 
-def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
+def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> Form:
     """The form of a state that has none in the checkpoint: a dict of tensors.
 
     A checkpoint from before forms were recorded does not tell a plain number from a tensor of 64 bits without
@@ -145,7 +151,9 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, Place]) -> Form:
     return form
 
 
-def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored, example: Mapping[Any, Any]) -> Any:
+def _leaf(
+    each: OptimizedTensor, name: str, path: Path, kind: Form, stored: CheckpointIndex, example: Mapping[Any, Any]
+) -> Any:
     """Memory for one tensor, or a number, to be read into; a number as another class of optimizer has it."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
@@ -180,7 +188,7 @@ def _leaf(each: Stepped, name: str, path: Path, kind: Form, stored: Stored, exam
     return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
 
 
-def _in_order(each: Stepped, order: Sequence[int], dtype: torch.dtype, place: Place) -> Tensor:
+def _in_order(each: OptimizedTensor, order: Sequence[int], dtype: torch.dtype, place: StoredPlace) -> Tensor:
     shape = place.tensor.shape
     if len(order) != len(shape):
         raise DamagedError(
@@ -190,13 +198,13 @@ def _in_order(each: Stepped, order: Sequence[int], dtype: torch.dtype, place: Pl
     return lying.permute([order.index(dim) for dim in range(len(order))])
 
 
-def _has_shape_of_parameter(each: Stepped, of_name: str, stored: Stored) -> bool:
+def _has_shape_of_parameter(each: OptimizedTensor, of_name: str, stored: CheckpointIndex) -> bool:
     names = [stored.name_of(name) for name in each.names]
     pairs = [(stored.state_of(name).get(of_name), stored.model.get(name)) for name in names]
     return all(place is None or (model and place.tensor.shape == model.tensor.shape) for place, model in pairs)
 
 
-def _dtype(each: Stepped, name: str, place: Place, stored: Stored) -> torch.dtype:
+def _dtype(each: OptimizedTensor, name: str, place: StoredPlace, stored: CheckpointIndex) -> torch.dtype:
     """That of what is stepped on now, if it was that of what was stepped on then; else what is stored."""
     then = stored.master(name)
     is_same = then is not None and then.dtype == place.dtype and place.dtype.is_floating_point
@@ -223,7 +231,11 @@ def _found(state: Branch, path: Path) -> Any:
 
 
 def _refuse_another(
-    optimizer: Any, stepped: Sequence[Stepped], wanted: Sequence[Stepped], stored: Stored, record: OptimizerRecord
+    optimizer: Any,
+    stepped: Sequence[OptimizedTensor],
+    wanted: Sequence[OptimizedTensor],
+    stored: CheckpointIndex,
+    record: OptimizerRecord,
 ) -> Mapping[Any, Any]:
     """Refuse a checkpoint of another optimizer, by what this one keeps of one parameter after a step.
 
@@ -265,7 +277,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def check_objects(optimizer: Any, stepped: Sequence[Stepped], forms: Mapping[str, Form]) -> None:
+def check_objects(optimizer: Any, stepped: Sequence[OptimizedTensor], forms: Mapping[str, Form]) -> None:
     """Refuse objects in a state that could not be made again at a resume.
 
     Effects: as `zero_step`, for one tensor with objects in its state; main thread, between steps.
@@ -296,7 +308,7 @@ def check_objects(optimizer: Any, stepped: Sequence[Stepped], forms: Mapping[str
 # ---------------------------------------------------------------------------- a step that leaves no trace
 
 
-def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]:
+def zero_step(optimizer: Any, wanted: Sequence[OptimizedTensor]) -> list[dict[Any, Any]]:
     """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
 
     Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups,
@@ -323,7 +335,7 @@ def zero_step(optimizer: Any, wanted: Sequence[Stepped]) -> list[dict[Any, Any]]
 
 
 def _zero_step(
-    optimizer: Any, wanted: Sequence[Stepped], states: Mapping[Tensor, dict[Any, Any]]
+    optimizer: Any, wanted: Sequence[OptimizedTensor], states: Mapping[Tensor, dict[Any, Any]]
 ) -> list[dict[Any, Any]]:
     step = type(optimizer).step
     if getattr(step, "hooked", False):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint.format.json_values import Get, decode, encode
-from harness.checkpoint.sharding.local_shards import Held, innermost
+from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.sharding.state_form import Form, checked
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.errors import CheckpointError
@@ -66,7 +66,7 @@ class OptimizerRecord:
         return cls(name, _forms(record.get("forms", [])), state, added)
 
 
-def groups_record(held: Held, kept: KeptTensors) -> dict[str, Any]:
+def groups_record(held: LocalShards, kept: KeptTensors) -> dict[str, Any]:
     """The hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
 
     Effects: as `record_of`.

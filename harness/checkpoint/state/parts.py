@@ -1,6 +1,6 @@
 """What a rank holds of several models together: of each one alone, with prefixed names, and then merged.
 
-    name every model's tensors  ->  `find_named` for each model  ->  one `Held`
+    name every model's tensors  ->  `find_named` for each model  ->  one `LocalShards`
 
 A tensor that two models share is named by the first one; in the second its name is an alias, as for tied weights. An
 optimizer may hold parameters of another model, where FSDP1 and ZeRO have not flattened these.
@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from harness.checkpoint.format.tensor_shard import Source
+from harness.checkpoint.format.tensor_shard import TensorShard
 from harness.checkpoint.sharding.local_shards import (
-    Held,
-    Named,
+    LocalShards,
+    NamedTensor,
+    OptimizedTensor,
     Selection,
-    Stepped,
     find_named,
     find_stepped,
     is_engine,
@@ -29,7 +29,7 @@ from harness.checkpoint.sharding.local_shards import (
 )
 from harness.checkpoint.sharding.state_form import Form
 from harness.checkpoint.state.trainer_state import AnyWatched, Watched
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 
@@ -40,7 +40,7 @@ def find_watched(
     weights_only: bool,
     dtype: torch.dtype | None,
     restoring: bool = False,
-) -> Held:
+) -> LocalShards:
     """Find what this rank holds of all that is watched; see `held.find_held`.
 
     Effects: not collective; main thread, between steps; reads metadata only.
@@ -60,7 +60,7 @@ def find_watched(
     return _merged(found)
 
 
-def find_watched_stepped(watched: AnyWatched) -> list[tuple[Watched, list[Stepped]]]:
+def find_watched_stepped(watched: AnyWatched) -> list[tuple[Watched, list[OptimizedTensor]]]:
     """What each optimizer steps on, with the part that it was given with; see `held.find_stepped`.
 
     Effects: as `find_watched`.
@@ -83,7 +83,7 @@ def find_watched_parameters(watched: AnyWatched) -> list[tuple[Watched, Mapping[
     ]
 
 
-def _named(parts: Sequence[Watched]) -> list[Named]:
+def _named(parts: Sequence[Watched]) -> list[NamedTensor]:
     """The tensors of each part by name; each part knows the names of the others' parameters."""
     named_before: dict[int, str] = {}
     # All of them are kept until the last one is named: the identity of a tensor that is freed may come again.
@@ -92,7 +92,7 @@ def _named(parts: Sequence[Watched]) -> list[Named]:
     return [each._replace(state=replace(each.state, others=names)) for each in found] if len(found) > 1 else found
 
 
-def _refuse_trained_twice(parts: Sequence[Watched], found: Sequence[Held]) -> None:
+def _refuse_trained_twice(parts: Sequence[Watched], found: Sequence[LocalShards]) -> None:
     trained_by: dict[str, str] = {}
     for part, held in zip(parts, found, strict=True):
         for name in (name for names in held.group_names() for name in names):
@@ -103,9 +103,9 @@ def _refuse_trained_twice(parts: Sequence[Watched], found: Sequence[Held]) -> No
                 )
 
 
-def _merged(found: Sequence[Held]) -> Held:
+def _merged(found: Sequence[LocalShards]) -> LocalShards:
     """All of them as one; its `sources` are those of the parts in order."""
-    held = Held(
+    held = LocalShards(
         sources=_sources(found),
         aliases={alias: name for each in found for alias, name in each.aliases.items()},
         groups=[group for each in found for group in each.groups],
@@ -116,7 +116,7 @@ def _merged(found: Sequence[Held]) -> Held:
         forms=_forms(found),
     )
 
-    def complete(agreement: Agreement) -> None:
+    def complete(agreement: Collectives) -> None:
         for each in found:
             each.complete(agreement)
         held.sources = _sources(found)
@@ -130,11 +130,11 @@ def _merged(found: Sequence[Held]) -> Held:
     return held
 
 
-def _forms(found: Sequence[Held]) -> dict[str, Form]:
+def _forms(found: Sequence[LocalShards]) -> dict[str, Form]:
     return {name: form for each in found for name, form in each.forms.items()}
 
 
-def _sources(found: Sequence[Held]) -> list[Source]:
+def _sources(found: Sequence[LocalShards]) -> list[TensorShard]:
     """The parts' sources; what no optimizer of any part trains may change between steps, and is copied at once."""
     trained = {name for each in found for names in each.group_names() for name in names}
     sources = [source for each in found for source in each.sources]

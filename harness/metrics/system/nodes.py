@@ -14,7 +14,7 @@ _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlace:
     """Where one rank is.
 
     Args:
@@ -45,10 +45,10 @@ class Node:
     gpus: tuple[str, ...]
 
 
-def find_place(device: torch.device, environment: Mapping[str, str] = os.environ) -> Place:
+def find_place(device: torch.device, environment: Mapping[str, str] = os.environ) -> NodePlace:
     """Where this rank is."""
     group = next((environment[name] for name in _NODE_VARIABLES if name in environment), "")
-    return Place(socket.gethostname(), group, _uuid_of(device))
+    return NodePlace(socket.gethostname(), group, _uuid_of(device))
 
 
 def _uuid_of(device: torch.device) -> str | None:
@@ -58,7 +58,7 @@ def _uuid_of(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def nodes_of(places: Sequence[Place]) -> list[Node]:
+def nodes_of(places: Sequence[NodePlace]) -> list[Node]:
     """The nodes that the ranks are on.
 
     Args:

@@ -15,7 +15,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Source:
+class FigureSource:
     """Something that figures are read from.
 
     Args:
@@ -39,7 +39,7 @@ class Reader:
         failures: name of a source -> why it could last not be read.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[FigureSource]) -> None:
         self._sources = sources
         self._values: dict[str, list[float]] = {}
         self.failures: dict[str, str] = {}
@@ -64,7 +64,7 @@ class Reader:
         }
 
 
-def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[Source]:
+def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[FigureSource]:
     """Processor, memory, disk and network of this node, and the GPUs of these UUIDs alone.
 
     Effects: not collective; any thread; with GPUs, blocks while NVML starts (up to a second).
@@ -73,7 +73,12 @@ def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[Source]:
         gpus: UUIDs.
         nvml: the module `pynvml`, or what behaves like it; None: it is imported where there are GPUs.
     """
-    sources = [Source("cpu", _cpu), Source("memory", _memory), Source("disk", _disk), Source("network", _network())]
+    sources = [
+        FigureSource("cpu", _cpu),
+        FigureSource("memory", _memory),
+        FigureSource("disk", _disk),
+        FigureSource("network", _network()),
+    ]
     psutil.cpu_percent()  # gives the share since its last call, and the first time nothing
     if gpus:
         try:
@@ -84,7 +89,7 @@ def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[Source]:
             def fail() -> Figures:
                 raise reason
 
-            sources.append(Source("gpu", fail))
+            sources.append(FigureSource("gpu", fail))
     return sources
 
 
@@ -132,9 +137,9 @@ def _start_nvml() -> Any:
     return pynvml
 
 
-def _gpu_sources(gpus: Sequence[str], nvml: Any) -> list[Source]:
+def _gpu_sources(gpus: Sequence[str], nvml: Any) -> list[FigureSource]:
     return [
-        Source(f"gpu_{index} {what}", _Gpu(nvml, index, uuid, read))
+        FigureSource(f"gpu_{index} {what}", _Gpu(nvml, index, uuid, read))
         for index, uuid in enumerate(gpus)
         for what, read in _GPU_READINGS.items()
     ]

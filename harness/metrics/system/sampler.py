@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.distributed.failure_monitor import connect
 from harness.errors import ConfigError
 from harness.metrics.system.nodes import Node, find_place, nodes_of
-from harness.metrics.system.reading import Reader, Source, node_sources
+from harness.metrics.system.reading import FigureSource, Reader, node_sources
 from harness.metrics.system.reduction import OWN_COST, metrics_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Sampler:
         every_s: float,
         collector: Collector | None,
         connect: Callable[[], Store | None],
-        sources: Callable[[], Sequence[Source]],
+        sources: Callable[[], Sequence[FigureSource]],
     ) -> None:
         self._node = node
         self._run = run
@@ -254,7 +254,7 @@ def interval_s(text: str | None) -> float:
     return value
 
 
-def start_sampler(agreement: Agreement, device: torch.device, log: Log, say: Say) -> Sampler | None:
+def start_sampler(agreement: Collectives, device: torch.device, log: Log, say: Say) -> Sampler | None:
     """Start this node's thread, on the node's lowest rank.
 
     Effects: collective, one small exchange; main thread; starts a daemon thread; nothing on disk.

@@ -116,7 +116,7 @@ def write_delivered(directory: Path, delivered: Delivered) -> None:
     replace_file(directory / DELIVERED, json.dumps(record), is_private=True)
 
 
-class Acknowledged:
+class DeliveryState:
     """The publisher's own record.
 
     Effects: not collective; any thread; `update`, `write` and `close` block on fsync where they write; leaves

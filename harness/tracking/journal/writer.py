@@ -36,7 +36,7 @@ _LOOK_AGAIN_S = 1.0
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
-class Outbox:
+class JournalWriter:
     """The writing end, held by rank zero's trainer alone.
 
     A disk that takes nothing, full or out of reach for a while, ends no training: entries wait in memory, in their

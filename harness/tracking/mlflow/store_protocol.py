@@ -95,7 +95,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PublisherSettings:
     """What the trainer tells the publisher. Times are in seconds; `attempt` is the trainer's own, from 1.
 
     `leaves_open`: a run whose end nobody has written is still trained, elsewhere, and does not end here.

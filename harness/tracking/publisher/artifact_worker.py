@@ -11,10 +11,10 @@ from typing import Final
 from harness.checkpoint.format.commit import read_manifest
 from harness.errors import CheckpointError
 from harness.io.redact import redact
-from harness.tracking.journal.delivery_state import Acknowledged
+from harness.tracking.journal.delivery_state import DeliveryState
 from harness.tracking.journal.entries import FILES, Entry, Kind, read_entries
 from harness.tracking.mlflow.mlmodel import read_recipe
-from harness.tracking.mlflow.store_protocol import RefusedError, Settings, Store
+from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError, Store
 from harness.tracking.publisher.retries import LONGEST_PAUSE_S, Retries
 
 _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
@@ -23,17 +23,17 @@ _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
 _MAX_TROUBLE_S = 2 * LONGEST_PAUSE_S
 
 
-class ModelLane:
+class ArtifactWorker:
     """Delivers what goes to the artifact store, in order, and only what the lane of records has passed.
 
     So a model finds the run's parameters there, and a run that ends has its models: the other lane waits for this
     one before it delivers an end. Where the artifact store takes nothing, it waits for `_MAX_TROUBLE_S`.
 
-    Effects: not collective; a thread of the publisher's own; blocks on the network; leaves what `Acknowledged` does.
+    Effects: not collective; a thread of the publisher's own; blocks on the network; leaves what `DeliveryState` does.
 
     Args:
         run_dir: the run's directory.
-        settings: see `Settings`.
+        settings: see `PublisherSettings`.
         store: where to.
         acknowledged: how far both lanes are.
         retries: how a store that is away is waited for.
@@ -43,9 +43,9 @@ class ModelLane:
     def __init__(
         self,
         run_dir: Path,
-        settings: Settings,
+        settings: PublisherSettings,
         store: Store,
-        acknowledged: Acknowledged,
+        acknowledged: DeliveryState,
         retries: Retries,
         log: Callable[[str], None],
     ) -> None:

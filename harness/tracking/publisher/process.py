@@ -35,7 +35,7 @@ from harness.tracking.journal.settings import absolute_sqlite, write_settings
 from harness.tracking.journal.writer import DEFAULT_MAX_BYTES
 from harness.tracking.mlflow.names import clean_model_name
 from harness.tracking.mlflow.registry import Registration
-from harness.tracking.mlflow.store_protocol import RefusedError, Settings
+from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError
 from harness.tracking.publisher.launcher import FILES_LEFT
 from harness.tracking.publisher.publisher import POLL_S, Publisher, log
 
@@ -150,7 +150,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
     client.require_json_answers()
     record = read_run_record(run_dir)
     given_run_id, given_by = raw.get("given_run") or (None, None)
-    settings = Settings(
+    settings = PublisherSettings(
         run_name=raw["run_name"],
         tracking_uri=absolute_sqlite(client.resolve_tracking_uri(raw["tracking_uri"])),
         experiment_name=raw["experiment_name"]
@@ -228,8 +228,8 @@ def _registration(raw: Mapping[str, Any]) -> Registration | None:
 
 
 def where_it_goes_on(
-    settings: Settings, record: Mapping[str, Any], has_run: Callable[[str, str], bool]
-) -> tuple[Settings, list[str]]:
+    settings: PublisherSettings, record: Mapping[str, Any], has_run: Callable[[str, str], bool]
+) -> tuple[PublisherSettings, list[str]]:
     """The settings for a run that may be in MLflow already, and lines for the user where they are not those asked for.
 
     A run is in one place: it stays in its experiment and at its server, unless it is found at the address that is

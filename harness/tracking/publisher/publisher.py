@@ -23,9 +23,9 @@ from harness.tracking.journal.entries import POINTS, Entry, Kind, has_entries, r
 from harness.tracking.journal.heartbeat import Heartbeat
 from harness.tracking.journal.segments import durable_end, segments
 from harness.tracking.mlflow.halving import send_in_halves
-from harness.tracking.mlflow.store_protocol import Settings, Store, WantedRun
+from harness.tracking.mlflow.store_protocol import PublisherSettings, Store, WantedRun
 from harness.tracking.publisher import attempts
-from harness.tracking.publisher.artifact_worker import ModelLane
+from harness.tracking.publisher.artifact_worker import ArtifactWorker
 from harness.tracking.publisher.retries import FIRST_PAUSE_S, Retries
 
 POLL_S = 0.2
@@ -38,7 +38,7 @@ class Publisher:
 
     Args:
         run_dir: the run's directory.
-        settings: see `Settings`.
+        settings: see `PublisherSettings`.
         store: where to.
         is_permanent: whether an error of the store means no for good.
         trainer_is_gone: asked between deliveries.
@@ -53,7 +53,7 @@ class Publisher:
     def __init__(
         self,
         run_dir: Path,
-        settings: Settings,
+        settings: PublisherSettings,
         store: Store,
         is_permanent: Callable[[Exception], bool],
         trainer_is_gone: Callable[[], bool],
@@ -70,9 +70,9 @@ class Publisher:
         self._sleep = sleep
         self._clock = clock
         self._beat = (heartbeat or Heartbeat(self._outbox_dir)).beat
-        self._acknowledged = delivery_state.Acknowledged(self._outbox_dir)
+        self._acknowledged = delivery_state.DeliveryState(self._outbox_dir)
         self._retries = Retries(is_permanent, trainer_is_gone, self._told, sleep, clock)
-        self._models = ModelLane(run_dir, settings, store, self._acknowledged, self._retries, log)
+        self._models = ArtifactWorker(run_dir, settings, store, self._acknowledged, self._retries, log)
         self._attempts: attempts.Records | None = attempts.read_attempts(run_dir)
         # Of the entries that are delivered now; None: not known yet, and the newest is meant.
         self._attempt: int | None = None

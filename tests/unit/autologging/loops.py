@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 from harness.checkpoint.format.commit import Manifest, list_checkpoints
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.gathered import gather_state
 
 State = dict[str, Tensor]
-On = Callable[..., Switch]
+On = Callable[..., Patcher]
 
 
 def switching(run_dir: Path, name: str) -> Iterator[On]:
     """Autologging without MLflow, a checkpoint each epoch; the earlier one is off then, as in a new process."""
-    made: list[Switch] = []
+    made: list[Patcher] = []
 
     def turn_on(
         run_name: str | None = name,
@@ -35,11 +35,11 @@ def switching(run_dir: Path, name: str) -> Iterator[On]:
         every_n_epochs: int = 1,
         reset_scheduler: bool = False,
         **checkpoint: Any,
-    ) -> Switch:
+    ) -> Patcher:
         for earlier in made:
             earlier.turn_off()
         AcceleratorState._reset_state(True)
-        settings = Settings(
+        settings = AutologSettings(
             CheckpointConfig(every_n_epochs=every_n_epochs, when_busy="wait", **checkpoint),
             TrackingConfig(enabled=False, log_every_n_steps=None),
             run_name=run_name,
@@ -47,7 +47,7 @@ def switching(run_dir: Path, name: str) -> Iterator[On]:
             resume_from=resume,
             reset_scheduler=reset_scheduler,
         )
-        made.append(Switch(settings))
+        made.append(Patcher(settings))
         made[-1].turn_on()
         return made[-1]
 

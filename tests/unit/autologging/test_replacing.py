@@ -10,8 +10,8 @@ import accelerate.data_loader
 import pytest
 
 from harness.autologging.replacing import Replacement, Replacements
-from harness.autologging.settings import Settings
-from harness.autologging.switch import Switch
+from harness.autologging.settings import AutologSettings
+from harness.autologging.switch import Patcher
 
 
 def owners() -> dict[str, Any]:
@@ -21,7 +21,7 @@ def owners() -> dict[str, Any]:
 
 def test_nothing_is_left_replaced_when_turned_off() -> None:
     before, hook, leave, finders = owners(), sys.excepthook, sys.exit, list(sys.meta_path)
-    switch = Switch(Settings())
+    switch = Patcher(AutologSettings())
     switch.turn_on()
     assert {name for name, value in owners().items() if value is not before[name]} >= {
         "Accelerator.prepare",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.errors import CheckpointError, RunDirError
 from harness.tracking.journal.entries import read_entries
 from harness.tracking.mlflow.names import clean_key
@@ -568,7 +568,7 @@ def test_next_training_has_a_run_of_its_own_when_memory_is_freed(on: On, tmp_pat
     first = Loop()
     first.plain(1)
     first.accelerator.free_memory()
-    switch.change(Settings(**{**vars(switch.settings), "run_name": "second"}))
+    switch.change(AutologSettings(**{**vars(switch.settings), "run_name": "second"}))
     second = Loop(first.accelerator)
     second.plain(2)
     switch.finish()

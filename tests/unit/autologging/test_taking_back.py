@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging import api, switch
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.config.schema import TrackingConfig
 
@@ -25,7 +25,7 @@ from harness.config.schema import TrackingConfig
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(api, "_settings", Settings(tracking=TrackingConfig(enabled=False), run_name="run"))
+    monkeypatch.setattr(api, "_settings", AutologSettings(tracking=TrackingConfig(enabled=False), run_name="run"))
     AcceleratorState._reset_state(True)
     yield
     switch.turn_off()

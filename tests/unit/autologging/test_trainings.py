@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harness.autologging import api
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.errors import RunDirError
 from tests.unit.autologging.loops import On, switching
@@ -140,7 +140,7 @@ def test_script_goes_on_with_its_first_training_when_the_run_of_a_later_one_is_n
     switch.fail(error.value)
     directory = tmp_path / "runs"
     assert f"it goes on with `harness run --resume {directory / 'x'}` and" in capfd.readouterr().err
-    monkeypatch.setattr(api, "_settings", Settings())
+    monkeypatch.setattr(api, "_settings", AutologSettings())
     for name in ("x", "x-2"):
         api.resume(str(directory / name))
         assert (api._settings.run_name, api._settings.run_dir) == ("x", str(directory))
@@ -149,7 +149,7 @@ def test_script_goes_on_with_its_first_training_when_the_run_of_a_later_one_is_n
 def test_name_counts_anew_when_another_is_given_between_trainings(on: On, tmp_path: Path) -> None:
     switch = on()
     validate_across(2)
-    switch.change(Settings(**{**vars(switch.settings), "run_name": "y"}))
+    switch.change(AutologSettings(**{**vars(switch.settings), "run_name": "y"}))
     validate_across(2)
     switch.finish()
     assert list(runs(tmp_path)) == ["x", "x-2", "y", "y-2"]

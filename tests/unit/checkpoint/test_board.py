@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from harness.checkpoint.save.commit_store import Board
+from harness.checkpoint.save.commit_store import CommitStore
 from harness.errors import CheckpointError
 
 
@@ -16,10 +16,11 @@ def store() -> Iterator[TCPStore]:
     yield TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
-def boards(store: TCPStore, world_size: int, run: str = "run") -> list[Board]:
+def boards(store: TCPStore, world_size: int, run: str = "run") -> list[CommitStore]:
     """Each with a connection of its own, as ranks have them."""
     return [
-        Board(rank, world_size, TCPStore("127.0.0.1", store.port, is_master=False), run) for rank in range(world_size)
+        CommitStore(rank, world_size, TCPStore("127.0.0.1", store.port, is_master=False), run)
+        for rank in range(world_size)
     ]
 
 
@@ -61,7 +62,7 @@ def test_store_keeps_nothing_when_the_records_are_collected(store: TCPStore) -> 
 
 
 def test_own_record_is_enough_when_there_is_one_process() -> None:
-    board = Board(0, 1, None, "run")
+    board = CommitStore(0, 1, None, "run")
     board.put(1, b"mine")
     assert board.collect(1, 0.0) == [b"mine"]
 
@@ -77,7 +78,7 @@ def test_own_record_is_enough_when_there_is_one_process() -> None:
 def test_error_names_the_missing_ranks_when_the_time_is_up(
     store: TCPStore, world_size: int, present: list[int], expected: str
 ) -> None:
-    ranks = [Board(rank, world_size, store, "run") for rank in range(world_size)]
+    ranks = [CommitStore(rank, world_size, store, "run") for rank in range(world_size)]
     for rank in present:
         ranks[rank].put(1, b"")
     with pytest.raises(CheckpointError) as caught:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from harness.checkpoint.format.all_ranges import packed
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.save.gather import CHUNK_BYTES, Gatherer
 from harness.checkpoint.save.plan import Plan, plan_of, with_all
 from harness.checkpoint.save.write import output_files
 from harness.checkpoint.save.writer import make_files
-from harness.checkpoint.sharding.shard_catalog import Holdings
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import CheckpointError
 
 
@@ -38,7 +38,9 @@ def plans_for(sizes: list[int]) -> tuple[Plan, Plan]:
     """Rank zero's and rank one's, of tensors of bytes: even ones are on rank zero, odd ones on rank one."""
     specs = [TensorSpec("model", f"t{number:03}", "U8", (size,)) for number, size in enumerate(sizes)]
     holdings = [
-        Holdings.of(0, [(Run(0, 0, size),) if number % 2 == rank else () for number, size in enumerate(sizes)])
+        ShardCatalog.of(
+            0, [(ElementRange(0, 0, size),) if number % 2 == rank else () for number, size in enumerate(sizes)]
+        )
         for rank in range(2)
     ]
     first, second = (plan_of(specs, {}, holdings, rank, None) for rank in range(2))

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from harness.checkpoint.format.commit import read_manifest
 from harness.checkpoint.format.files import LocalFiles
-from harness.checkpoint.format.index import Stored
+from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.restore.restore import restore_tensors, restore_weights
 from harness.checkpoint.save.saver import Saver
-from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.state.materialize import BuiltState, build_state
 from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 from tests.unit.test_memory_layout import LAYOUTS
 
@@ -86,7 +86,7 @@ def tensors_of(watched: Watched) -> dict[str, Tensor]:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
-    saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
     saver.check(watched)
     saver.save(Moment("step-1", 0, 1, 0, {}))
     saver.close()
@@ -99,7 +99,7 @@ def test_values_are_equal_when_restored(accelerator: Accelerator, tmp_path: Path
     checkpoint = saved(first, accelerator, tmp_path)
     if has_state:
         stepped(second)
-    restore_tensors(accelerator, second, checkpoint, Agreement(0, 1))
+    restore_tensors(accelerator, second, checkpoint, Collectives(0, 1))
     expected, found = tensors_of(first), tensors_of(second)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -120,8 +120,10 @@ def test_state_is_flat_when_the_checkpoint_has_an_order_of_dimensions(accelerato
     # As ZeRO partitions it: both parameters in one tensor, with padding.
     flat = nn.Parameter(torch.zeros(16))
     optimizer = Sums([flat])
-    partition = Stepped(optimizer.param_groups[0], flat, ["weight", "bias"])
-    build_state(BuiltState(optimizer), [partition], Stored.of(checkpoint, manifest, LocalFiles(checkpoint)), record)
+    partition = OptimizedTensor(optimizer.param_groups[0], flat, ["weight", "bias"])
+    build_state(
+        BuiltState(optimizer), [partition], CheckpointIndex.of(checkpoint, manifest, LocalFiles(checkpoint)), record
+    )
     assert optimizer.state[flat]["turned"].shape == optimizer.state[flat]["same"].shape == (16,)
 
 
@@ -135,7 +137,7 @@ def test_error_names_the_buffer_when_its_elements_share_memory_and_differ(
     model.register_buffer("scale", torch.ones(1).expand(3))
     restore: Any = restore_tensors if how == "resumed" else restore_weights
     with pytest.raises(CheckpointError, match=r"scale: cannot be restored: elements of it that share memory .*clone"):
-        restore(accelerator, Watched(model, None, None), checkpoint, Agreement(0, 1))
+        restore(accelerator, Watched(model, None, None), checkpoint, Collectives(0, 1))
 
 
 def test_error_names_the_buffer_when_safetensors_lacks_its_type(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from harness.checkpoint.format.commit import STATES, read_manifest
 from harness.checkpoint.format.verify import verify
 from harness.checkpoint.restore.locate import find_checkpoints
-from harness.checkpoint.restore.remote_files import Relay
+from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.resume import resume
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.save.write import write_json
@@ -24,7 +24,7 @@ from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer
 from harness.checkpoint.tools.export import export
 from harness.checkpoint.tools.inspect import contents
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 from tests.unit.checkpoint.optimizers import Norm, OfShared
 
@@ -44,7 +44,7 @@ def train(watched: Watched, steps: int) -> None:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
-    saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
     saver.check(watched)
     saver.save(Moment("step-3", 0, 3, 0, {}))
     saver.close()
@@ -53,8 +53,8 @@ def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
 
 def resumed(watched: Watched, accelerator: Accelerator, directory: Path) -> list[str]:
     lines: list[str] = []
-    agreement = Agreement(0, 1)
-    assert resume(find_checkpoints(directory), accelerator, agreement, watched, Relay(agreement), lines.append)
+    agreement = Collectives(0, 1)
+    assert resume(find_checkpoints(directory), accelerator, agreement, watched, RemoteFiles(agreement), lines.append)
     return lines
 
 

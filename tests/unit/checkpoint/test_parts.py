@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from harness.checkpoint.restore.restore import Restored, restore_tensors
 from harness.checkpoint.save.saver import Saver
-from harness.checkpoint.sharding.local_shards import Held
+from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.checkpoint.state.parts import _merged
 from harness.checkpoint.state.trainer_state import Moment, Several, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 
@@ -45,7 +45,7 @@ def train(watched: Several, steps: int = 1) -> None:
 def saver_of(watched: Several, accelerator: Accelerator, directory: Path, **config: Any) -> Saver:
     directory.mkdir(exist_ok=True)
     saver = Saver(
-        accelerator, Agreement(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda name, manifest: None
+        accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda name, manifest: None
     )
     try:
         saver.check(watched)
@@ -63,7 +63,7 @@ def saved(watched: Several, accelerator: Accelerator, directory: Path) -> Path:
 
 
 def restored(watched: Several, accelerator: Accelerator, checkpoint: Path) -> Restored:
-    return restore_tensors(accelerator, watched, checkpoint, Agreement(0, 1))
+    return restore_tensors(accelerator, watched, checkpoint, Collectives(0, 1))
 
 
 def assert_alike(found: Several, expected: Several) -> None:
@@ -178,8 +178,8 @@ def test_error_names_the_parameter_when_two_optimizers_train_it(accelerator: Acc
 
 
 def test_forms_are_merged_again_when_a_part_learns_those_of_other_ranks() -> None:
-    parts = [Held(forms={"a": {"dict": [["step", "int"]]}}), Held()]
+    parts = [LocalShards(forms={"a": {"dict": [["step", "int"]]}}), LocalShards()]
     parts[1].complete = lambda agreement: parts[1].forms.update(b={"dict": [["step", "float"]]})
     merged = _merged(parts)
-    merged.complete(Agreement(0, 1))
+    merged.complete(Collectives(0, 1))
     assert merged.forms == {"a": {"dict": [["step", "int"]]}, "b": {"dict": [["step", "float"]]}}

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from harness.checkpoint.format.all_ranges import FileRange
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.format.tensor_shard import DTYPES, Run
+from harness.checkpoint.format.tensor_shard import DTYPES, ElementRange
 from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, hash_of, plan_of
-from harness.checkpoint.sharding.shard_catalog import Holdings
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import CheckpointError
 
 
@@ -28,8 +28,8 @@ class Part(NamedTuple):
     indices: list[int]
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        found: list[Run] = []
+    def runs(self) -> tuple[ElementRange, ...]:
+        found: list[ElementRange] = []
         for local, logical in enumerate(self.indices):
             last = found[-1] if found else None
             if logical < 0:
@@ -37,7 +37,7 @@ class Part(NamedTuple):
             if last and (last.logical + last.num_items, last.local + last.num_items) == (logical, local):
                 found[-1] = last._replace(num_items=last.num_items + 1)
             else:
-                found.append(Run(logical, local, 1))
+                found.append(ElementRange(logical, local, 1))
         return tuple(found)
 
 
@@ -92,8 +92,8 @@ class Case(NamedTuple):
     parts: list[Parts]
     world: int
 
-    def holdings(self) -> list[Holdings]:
-        return [Holdings.of(7, [parts[rank].runs for parts in self.parts]) for rank in range(self.world)]
+    def holdings(self) -> list[ShardCatalog]:
+        return [ShardCatalog.of(7, [parts[rank].runs for parts in self.parts]) for rank in range(self.world)]
 
 
 @st.composite
@@ -199,7 +199,7 @@ def test_each_replica_writes_its_share_when_there_are_two(case: Case) -> None:
 @given(cases(ALL_WAYS))
 def test_holdings_are_the_same_when_packed_and_unpacked(case: Case) -> None:
     for holdings in case.holdings():
-        found = Holdings.unpacked(holdings.packed())
+        found = ShardCatalog.unpacked(holdings.packed())
         assert (found.structure, found.patterns) == (holdings.structure, holdings.patterns)
         assert found.which.tolist() == holdings.which.tolist()
 
@@ -207,7 +207,7 @@ def test_holdings_are_the_same_when_packed_and_unpacked(case: Case) -> None:
 def test_ranges_are_cut_when_they_are_long() -> None:
     size = 2 * MAX_RANGE_BYTES + 5
     specs = [TensorSpec("model", "a", "U8", (size,))]
-    plan = plan_of(specs, {}, [Holdings.of(0, [(Run(0, 0, size),)])], 0, None)
+    plan = plan_of(specs, {}, [ShardCatalog.of(0, [(ElementRange(0, 0, size),)])], 0, None)
     begin = len(plan.layout.files[0].header)
     # Where pages of the file begin; and the memory is as far into a page as the file.
     cuts = [begin, MAX_RANGE_BYTES, 2 * MAX_RANGE_BYTES, begin + size]
@@ -221,10 +221,10 @@ def test_memory_and_file_agree_on_where_pages_begin_when_a_range_is_large(data: 
     owned = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
     specs = [TensorSpec("model", f"t{number}", "U8", (size,)) for number, size in enumerate(sizes)]
     mine, other = (
-        [(Run(0, 0, size),) if size and held else () for size, held in zip(sizes, flags, strict=True)]
+        [(ElementRange(0, 0, size),) if size and held else () for size, held in zip(sizes, flags, strict=True)]
         for flags in (owned, [not held for held in owned])
     )
-    plan = plan_of(specs, {}, [Holdings.of(0, mine), Holdings.of(0, other)], 0, None)
+    plan = plan_of(specs, {}, [ShardCatalog.of(0, mine), ShardCatalog.of(0, other)], 0, None)
     for part in plan.ranges:
         if part.size >= MIN_DIRECT_BYTES:
             assert (part.staging - part.offset) % PAGE_BYTES == 0
@@ -235,7 +235,7 @@ def test_memory_and_file_agree_on_where_pages_begin_when_a_range_is_large(data: 
 
 def test_neighbours_are_one_range_when_they_lie_together() -> None:
     specs = [TensorSpec("model", f"t{number}", "F32", (3,)) for number in range(100)]
-    plan = plan_of(specs, {}, [Holdings.of(0, [(Run(0, 0, 3),)] * 100)], 0, None)
+    plan = plan_of(specs, {}, [ShardCatalog.of(0, [(ElementRange(0, 0, 3),)] * 100)], 0, None)
     assert [(part.staging, part.size) for part in plan.ranges] == [(0, 1200)]
     assert len(plan.pieces) == 100
 
@@ -258,7 +258,7 @@ SPEC = TensorSpec("model", "fc.weight", "F32", (10,))
     ],
 )
 def test_error_names_the_tensor_when_parts_do_not_fit(held: list[list[tuple[int, int]]], expected: str) -> None:
-    holdings = [Holdings.of(0, [tuple(Run(start, 0, count) for start, count in runs)]) for runs in held]
+    holdings = [ShardCatalog.of(0, [tuple(ElementRange(start, 0, count) for start, count in runs)]) for runs in held]
     for rank in range(2):  # on every rank alike
         with pytest.raises(CheckpointError) as caught:
             plan_of([SPEC], {}, holdings, rank, None)
@@ -266,9 +266,9 @@ def test_error_names_the_tensor_when_parts_do_not_fit(held: list[list[tuple[int,
 
 
 def test_error_names_the_rank_when_it_has_other_tensors() -> None:
-    runs = [(Run(0, 0, 10),)]
+    runs = [(ElementRange(0, 0, 10),)]
     with pytest.raises(CheckpointError, match="rank 2 has other tensors than rank 0"):
-        plan_of([SPEC], {}, [Holdings.of(1, runs), Holdings.of(1, runs), Holdings.of(2, runs)], 0, None)
+        plan_of([SPEC], {}, [ShardCatalog.of(1, runs), ShardCatalog.of(1, runs), ShardCatalog.of(2, runs)], 0, None)
 
 
 def test_hash_differs_when_anything_of_the_structure_does() -> None:

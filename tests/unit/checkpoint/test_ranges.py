@@ -17,11 +17,11 @@ from harness.checkpoint.format.commit import MANIFEST, FileRecord, Manifest, com
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.ranges import Range, Ranges, number_at
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.format.verify import verify
 from harness.checkpoint.restore.read import Want, read
 from harness.checkpoint.save.plan import plan_of
-from harness.checkpoint.sharding.shard_catalog import Holdings
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import DamagedError
 
 
@@ -78,8 +78,8 @@ def test_checkpoint_is_read_and_verified_when_a_file_has_very_many_ranges(tmp_pa
     """Two ranks hold every other element; what a thousand would write."""
     num = MANY + 3
     specs = [TensorSpec("model", "w", "F32", (num,))]
-    held = [tuple(Run(at, at // 2, 1) for at in range(rank, num, 2)) for rank in range(2)]
-    holdings = [Holdings.of(0, [runs]) for runs in held]
+    held = [tuple(ElementRange(at, at // 2, 1) for at in range(rank, num, 2)) for rank in range(2)]
+    holdings = [ShardCatalog.of(0, [runs]) for runs in held]
     plans = [plan_of(specs, {}, holdings, rank, None) for rank in range(2)]
     values = torch.arange(num, dtype=torch.float32)
     content = plans[0].layout.files[0].header + values.numpy().tobytes()

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from harness.checkpoint.restore.restore import Restored, restore_tensors
 from harness.checkpoint.save.saver import Saver
-from harness.checkpoint.sharding.local_shards import Stepped
+from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.state.materialize import zero_step
 from harness.checkpoint.state.parts import find_watched_stepped
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 from tests.unit.checkpoint.optimizers import AllMadeEarly, MadeEarly, Numbered, OfObjects, OfTrees, Projector
 
@@ -72,7 +72,7 @@ def train(watched: Watched, steps: int) -> list[float]:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path, *, step: int = 1, **config: Any) -> Path:
-    saver = Saver(accelerator, Agreement(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda *_: None)
     saver.check(watched)
     saver.save(Moment("step-1", 0, step, 0, {}))
     saver.close()
@@ -80,7 +80,7 @@ def saved(watched: Watched, accelerator: Accelerator, directory: Path, *, step: 
 
 
 def restored(watched: Watched, accelerator: Accelerator, checkpoint: Path, *, weights_only: bool = False) -> Restored:
-    return restore_tensors(accelerator, watched, checkpoint, Agreement(0, 1), weights_only=weights_only)
+    return restore_tensors(accelerator, watched, checkpoint, Collectives(0, 1), weights_only=weights_only)
 
 
 def state_of(watched: Watched) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def test_state_is_as_before_when_a_step_needs_the_one_that_init_has_made() -> No
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = MadeEarly([parameter])
     made_early = optimizer.state[parameter]
-    (found,) = zero_step(optimizer, [Stepped(optimizer.param_groups[0], parameter, ["weight"])])
+    (found,) = zero_step(optimizer, [OptimizedTensor(optimizer.param_groups[0], parameter, ["weight"])])
     assert found.keys() == {"moment", "projector"}
     assert optimizer.state[parameter] is made_early and made_early.keys() == {"moment"}
 
@@ -255,7 +255,7 @@ def test_error_names_the_optimizer_when_it_needs_a_closure() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.LBFGS([parameter])
     with pytest.raises(CheckpointError, match="LBFGS: cannot make its state before training"):
-        zero_step(optimizer, [Stepped(optimizer.param_groups[0], parameter, ["weight"])])
+        zero_step(optimizer, [OptimizedTensor(optimizer.param_groups[0], parameter, ["weight"])])
     assert not optimizer.state
 
 

@@ -22,7 +22,7 @@ from harness.checkpoint.format.verify import require_whole, verify
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 from tests.unit.checkpoint.optimizers import OfObjects
 
@@ -130,7 +130,7 @@ def make(accelerator: Accelerator, checkpoints: Path) -> Iterator[Make]:
     ) -> Saver:
         config = CheckpointConfig(**values)
         saver = Saver(
-            accelerator, Agreement(0, 1), config, checkpoints, {"strategy": "single"}, {"torch": "2"}, committed
+            accelerator, Collectives(0, 1), config, checkpoints, {"strategy": "single"}, {"torch": "2"}, committed
         )
         made.append(saver)
         if watched is not None:

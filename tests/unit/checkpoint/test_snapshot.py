@@ -14,7 +14,7 @@ from harness.checkpoint.save.plan import make_plan
 from harness.checkpoint.save.snapshot import CopyRest, Snapshot
 from harness.checkpoint.save.staging import StagingMemory
 from harness.checkpoint.sharding.local_shards import find_held
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 
 
 class Net(nn.Module):
@@ -39,7 +39,7 @@ class Taken:
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, dtype: torch.dtype | None = None):
         held = find_held(accelerator, model, optimizer, weights_only=False, dtype=dtype)
-        self.plan = make_plan(held, Agreement(0, 1), None)
+        self.plan = make_plan(held, Collectives(0, 1), None)
         self.staging = StagingMemory(self.plan.staging_bytes, pinned=False)
         self.snapshot = Snapshot(held, self.plan, self.staging, torch.device("cpu"))
 

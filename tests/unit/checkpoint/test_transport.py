@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoint.save.transport import COHERENT_BETWEEN_NODES, View, choose, decide, file_system_of, look
-from harness.distributed.collectives import Agreement
+from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
 DIRECTORY = Path("/runs/mine/checkpoints")
@@ -72,7 +72,7 @@ def test_direct_is_kept_when_it_is_asked_for_and_right() -> None:
 @pytest.mark.parametrize("asked", ["auto", "direct", "gather", "force_direct"])
 def test_nothing_is_tried_when_there_is_one_process(tmp_path: Path, asked: str) -> None:
     expected = "gather" if asked == "gather" else "direct"
-    assert choose(asked, tmp_path / "not there", Agreement(0, 1)) == expected  # type: ignore[arg-type]
+    assert choose(asked, tmp_path / "not there", Collectives(0, 1)) == expected  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,20 +15,24 @@ from harness.checkpoint.format.all_ranges import AllRanges, packed
 from harness.checkpoint.format.commit import Manifest, commit
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.format.tensor_shard import Run
+from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.format.verify import verify
 from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, plan_of
 from harness.checkpoint.save.staging import StagingMemory
 from harness.checkpoint.save.write import WriterProcess, output_files, write_json
 from harness.checkpoint.save.writer import OutputFile, RangeWriter, make_files
-from harness.checkpoint.sharding.shard_catalog import Holdings
+from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import CheckpointError
 
 
 def plan_for(sizes: dict[str, int], limit: int | None = None) -> Plan:
     specs = [TensorSpec("model", name, "U8", (size,)) for name, size in sizes.items()]
     return plan_of(
-        specs, {}, [Holdings.of(0, [(Run(0, 0, size),) if size else () for size in sizes.values()])], 0, limit
+        specs,
+        {},
+        [ShardCatalog.of(0, [(ElementRange(0, 0, size),) if size else () for size in sizes.values()])],
+        0,
+        limit,
     )
 
 

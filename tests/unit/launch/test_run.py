@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.autologging import api, switch
-from harness.autologging.settings import Settings
+from harness.autologging.settings import AutologSettings
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import HarnessError
 from launch.run import run
@@ -30,7 +30,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    monkeypatch.setattr(api, "_settings", Settings())
+    monkeypatch.setattr(api, "_settings", AutologSettings())
 
     def write(text: str) -> Path:
         path = tmp_path / "train.py"
@@ -66,7 +66,7 @@ def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[
     words = [word for option in OPTIONS.items() for word in option]
     assert run([*words, "--reset_scheduler", "--extra_tags", "more=", "train.py"]) == 0
     assert switch._on is not None
-    assert switch._on.settings == Settings(
+    assert switch._on.settings == AutologSettings(
         CheckpointConfig(every_n_epochs=None, monitor="eval/accuracy", mode="max", save_top_k=3, when_busy="skip"),
         TrackingConfig(
             experiment_name="exp",

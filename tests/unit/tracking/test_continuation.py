@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 
 from harness.tracking.journal.logged_points import MAX_DRIFT_CHARS, KnownPoints, Point, drift, points_at, read_logged
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> Outbox:
-    return Outbox(tmp_path / "outbox")
+def outbox(tmp_path: Path) -> JournalWriter:
+    return JournalWriter(tmp_path / "outbox")
 
 
-def log(outbox: Outbox, step: int, time_ms: int, **values: float) -> None:
+def log(outbox: JournalWriter, step: int, time_ms: int, **values: float) -> None:
     outbox.append("metrics", {"step": step, "values": values}, time_ms)
 
 
-def known(outbox: Outbox, step: int) -> KnownPoints:
+def known(outbox: JournalWriter, step: int) -> KnownPoints:
     return KnownPoints(outbox.path.parent, step)
 
 
-def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox: Outbox) -> None:
+def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox: JournalWriter) -> None:
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4)
     log(outbox, 20, 900, loss=0.3)  # another attempt's, from before points were compared
@@ -36,7 +36,7 @@ def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox
     assert points.facts == {"points_repeated": "2", "points_differing": "0"}
 
 
-def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: Outbox) -> None:
+def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: JournalWriter) -> None:
     log(outbox, 5, 50, loss=0.9, lr=1.0)
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4)
@@ -46,7 +46,7 @@ def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: O
     assert points.last_step == 20
 
 
-def test_differences_are_counted_exactly_when_values_are_others(outbox: Outbox) -> None:
+def test_differences_are_counted_exactly_when_values_are_others(outbox: JournalWriter) -> None:
     values = {"same": 1.0, "last_bit": 1.0, "double": 1.0, "nan": math.nan, "was_nan": math.nan, "sign": 1.0, "zero": 0}
     log(outbox, 1, 10, **values)
     points = known(outbox, 0)
@@ -59,14 +59,14 @@ def test_differences_are_counted_exactly_when_values_are_others(outbox: Outbox) 
 
 
 @pytest.mark.parametrize("key", ["perf/steps_per_s", "checkpoint/copy_s", "system/cpu"])
-def test_measured_point_is_known_and_no_difference_when_its_value_is_another(outbox: Outbox, key: str) -> None:
+def test_measured_point_is_known_and_no_difference_when_its_value_is_another(outbox: JournalWriter, key: str) -> None:
     outbox.append("metrics", {"step": 4, "values": {key: 2.0}}, 10)
     points = known(outbox, 4)
     assert points.take(key, 3.0, 4) == Point(2.0, 10, 4)
     assert points.num_differing == 0
 
 
-def test_every_point_is_found_when_attempts_have_logged_out_of_order(outbox: Outbox) -> None:
+def test_every_point_is_found_when_attempts_have_logged_out_of_order(outbox: JournalWriter) -> None:
     for step in (1, 5, 9, 3, 7, 2):
         log(outbox, step, 10 * step, loss=float(step))
     points = known(outbox, 0)
@@ -75,7 +75,7 @@ def test_every_point_is_found_when_attempts_have_logged_out_of_order(outbox: Out
     ]
 
 
-def test_memory_is_bounded_when_the_journal_is_long(outbox: Outbox) -> None:
+def test_memory_is_bounded_when_the_journal_is_long(outbox: JournalWriter) -> None:
     num_steps = 20_000
     for step in range(num_steps):
         log(outbox, step, step, a=0.1, b=0.2, c=0.3)
@@ -88,7 +88,7 @@ def test_memory_is_bounded_when_the_journal_is_long(outbox: Outbox) -> None:
     assert held_bytes < 3 * num_steps * 24 * 1.5
 
 
-def test_points_of_a_checkpoint_are_those_of_its_moment_when_looked_up(outbox: Outbox) -> None:
+def test_points_of_a_checkpoint_are_those_of_its_moment_when_looked_up(outbox: JournalWriter) -> None:
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4, accuracy=0.9)
     log(outbox, 30, 300, loss=0.3)
@@ -96,7 +96,7 @@ def test_points_of_a_checkpoint_are_those_of_its_moment_when_looked_up(outbox: O
     assert found == {"loss": Point(0.4, 200, 20)}
 
 
-def test_first_value_of_a_parameter_counts_when_several_attempts_logged(outbox: Outbox) -> None:
+def test_first_value_of_a_parameter_counts_when_several_attempts_logged(outbox: JournalWriter) -> None:
     outbox.append("params", {"lr": "0.1", "seed": "1"})
     log(outbox, 1, 1, loss=0.5)
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"})

@@ -15,10 +15,10 @@ from harness.tracking.journal.logged_points import KnownPoints, read_logged
 from harness.tracking.journal.pruning import PRUNED, Pruned, read_pruned, write_pruned
 from harness.tracking.journal.segments import JOURNAL, journal_end
 from harness.tracking.journal.settings import write_settings
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow import client
 from harness.tracking.mlflow.store import MlflowStore
-from harness.tracking.mlflow.store_protocol import RefusedError, Settings
+from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError
 from harness.tracking.publisher.attempts import FILE as ATTEMPTS
 from harness.tracking.publisher.publisher import Publisher
 from harness.tracking.publisher.sync import deliver_rest, has_news
@@ -41,7 +41,7 @@ class Run:
 
     def train(self, attempt: int) -> None:
         """What an attempt leaves in the journal."""
-        outbox = Outbox(self.outbox_dir)
+        outbox = JournalWriter(self.outbox_dir)
         outbox.append("attempt", {"number": attempt, "facts": {"world_size": str(attempt)}})
         for step in range(STEPS * (attempt - 1), STEPS * attempt):
             outbox.append("metrics", {"step": step, "values": {"loss": step / 8}})
@@ -49,7 +49,7 @@ class Run:
         outbox.close()
 
     def deliver(self, attempt: int) -> Publisher:
-        settings = Settings("it", self.uri, "exp", None, start_timeout_s=30.0, attempt=attempt)
+        settings = PublisherSettings("it", self.uri, "exp", None, start_timeout_s=30.0, attempt=attempt)
         publisher = Publisher(self.run_dir, settings, MlflowStore(self.uri), is_permanent, lambda: True)
         publisher.open_run()
         assert publisher.run()

@@ -10,10 +10,10 @@ import mlflow
 import pytest
 
 from harness.tracking.journal.delivery_state import read_delivered
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow.client import is_permanent
 from harness.tracking.mlflow.store import MlflowStore
-from harness.tracking.mlflow.store_protocol import Settings
+from harness.tracking.mlflow.store_protocol import PublisherSettings
 from harness.tracking.publisher import artifact_worker
 from harness.tracking.publisher.publisher import Publisher
 from harness.tracking.publisher.sync import has_news, undelivered_line
@@ -21,7 +21,7 @@ from tests.services.mlflow_server import make_database
 
 
 def delivering(run_dir: Path, uri: str, store: type[MlflowStore] = MlflowStore) -> Publisher:
-    settings = Settings("it", uri, "exp", None, start_timeout_s=30.0, attempt=1)
+    settings = PublisherSettings("it", uri, "exp", None, start_timeout_s=30.0, attempt=1)
     publisher = Publisher(run_dir, settings, store(uri), is_permanent, lambda: False)
     publisher.open_run()
     return publisher
@@ -33,7 +33,7 @@ def trained(run_dir: Path, database: Path, artifacts: Path) -> mlflow.MlflowClie
     (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key", "run_id": None}))
     client = mlflow.MlflowClient(make_database(database))
     client.create_experiment("exp", str(artifacts))
-    outbox = Outbox(run_dir / "outbox")
+    outbox = JournalWriter(run_dir / "outbox")
     outbox.append("attempt", {"number": 1, "facts": {}})
     outbox.append("text", {"name": "summary.txt", "content": "a text"})
     outbox.append("metrics", {"step": 1, "values": {"loss": 0.5}})

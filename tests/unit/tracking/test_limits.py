@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from harness.distributed.consensus import Votes
+from harness.distributed.consensus import Consensus
 from harness.metrics.reducer import Reducer
 from harness.tracking.journal.heartbeat import DEAD_AFTER_S
 from harness.tracking.mlflow.client import LONGEST_TIMEOUT_S
@@ -12,7 +12,7 @@ from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
 
 
 def test_publisher_is_known_to_be_dead_or_done_before_any_collective_gives_up() -> None:
-    shortest_s = min(inspect.signature(each).parameters["timeout_s"].default for each in (Reducer, Votes))
+    shortest_s = min(inspect.signature(each).parameters["timeout_s"].default for each in (Reducer, Consensus))
     # The longest silence of one that is only slow: a request, and the pause behind it.
     assert LONGEST_TIMEOUT_S + LONGEST_PAUSE_S < DEAD_AFTER_S < shortest_s
     assert shortest_s > LINGER_S

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.tracking.journal.delivery_state import Acknowledged, read_delivered
+from harness.tracking.journal.delivery_state import DeliveryState, read_delivered
 from harness.tracking.journal.entries import read_entries
-from harness.tracking.journal.writer import Outbox
-from harness.tracking.publisher.artifact_worker import ModelLane
+from harness.tracking.journal.writer import JournalWriter
+from harness.tracking.publisher.artifact_worker import ArtifactWorker
 from harness.tracking.publisher.retries import Retries
 from tests.unit.tracking.test_publisher import SETTINGS, FaultyStore
 
@@ -22,15 +22,15 @@ def num_bytes_read() -> int:
 
 
 def test_backlog_is_read_once_when_it_is_passed_in_batches(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
+    outbox = JournalWriter(tmp_path / "outbox")
     for step in range(NUM_BATCHES * NUM_ROWS_PER_BATCH):
         outbox.append("metrics", {"step": step, "values": {"train/loss": step / 7}})
     outbox.append("text", {"name": "last.txt", "content": "words"})
     ends = [entry.end_offset for entry in read_entries(tmp_path / "outbox")]
-    acknowledged = Acknowledged(tmp_path / "outbox")
+    acknowledged = DeliveryState(tmp_path / "outbox")
     store = FaultyStore()
     retries = Retries(lambda error: True, lambda: False, lambda what, error: None)
-    lane = ModelLane(tmp_path, SETTINGS, store, acknowledged, retries, print)
+    lane = ArtifactWorker(tmp_path, SETTINGS, store, acknowledged, retries, print)
 
     before = num_bytes_read()
     lane.start()
@@ -46,13 +46,13 @@ def test_backlog_is_read_once_when_it_is_passed_in_batches(tmp_path: Path) -> No
 
 
 def test_points_are_passed_at_once_where_no_file_is_before_them(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
+    outbox = JournalWriter(tmp_path / "outbox")
     outbox.append("metrics", {"step": 1, "values": {"train/loss": 0.5}})
     first = outbox.end
     outbox.append("text", {"name": "a.txt", "content": "words"})
     second = outbox.end
     outbox.append("metrics", {"step": 2, "values": {"train/loss": 0.5}})
-    acknowledged = Acknowledged(tmp_path / "outbox")
+    acknowledged = DeliveryState(tmp_path / "outbox")
     acknowledged.update(is_points=True, offset=first)
     assert acknowledged.now.models_offset == first
     acknowledged.update(offset=second)

@@ -22,7 +22,7 @@ from harness.tracking.journal.delivery_state import Delivered, read_delivered, w
 from harness.tracking.journal.entries import Entry, read_entries
 from harness.tracking.journal.pruning import num_lost, prune
 from harness.tracking.journal.segments import JOURNAL, segments
-from harness.tracking.journal.writer import DEFAULT_MAX_BYTES, Outbox
+from harness.tracking.journal.writer import DEFAULT_MAX_BYTES, JournalWriter
 
 values = st.recursive(
     st.none()
@@ -41,7 +41,7 @@ appended = st.lists(st.tuples(kinds, bodies, st.integers(0, 2**45)), max_size=6)
 
 def fill(directory: Path, entries: list[Any]) -> list[Entry]:
     """Append all; what should be read back."""
-    outbox = Outbox(directory)
+    outbox = JournalWriter(directory)
     expected = []
     for kind, body, time_ms in entries:
         outbox.append(kind, body, time_ms)
@@ -60,7 +60,7 @@ def in_a_new_directory(check: Callable[[Path], None]) -> None:
 def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path: Path, takes: str) -> None:
     said: list[str] = []
     directory = tmp_path / "outbox"
-    outbox = Outbox(directory, say=said.append)
+    outbox = JournalWriter(directory, say=said.append)
     for step in range(4):
         outbox.append("metrics", {"step": step, "values": {"loss": 1.0}})
         if step == 1 and takes == "moves":
@@ -78,7 +78,7 @@ def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path
 
 
 def test_every_open_file_is_there_again_when_the_journal_of_several_was_removed(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, max_bytes=2_000)
+    outbox = JournalWriter(tmp_path, max_bytes=2_000)
     for step in range(12):
         outbox.append("params", {f"p{step}": "1"})
     there = sorted(path.name for path in tmp_path.glob("*.jsonl"))
@@ -92,7 +92,7 @@ def test_every_open_file_is_there_again_when_the_journal_of_several_was_removed(
 
 
 def test_nothing_is_done_when_a_closed_outbox_is_synced(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
+    outbox = JournalWriter(tmp_path / "outbox")
     outbox.append("params", {"p": "1"})
     outbox.close()
     outbox.path.unlink()
@@ -104,7 +104,7 @@ def test_nothing_is_done_when_a_closed_outbox_is_synced(tmp_path: Path) -> None:
 
 
 def test_bytes_are_counted_as_lost_when_they_were_not_removed_by_the_publisher(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, max_bytes=2_000)
+    outbox = JournalWriter(tmp_path, max_bytes=2_000)
     for step in range(12):
         outbox.append("params", {f"p{step}": "1"})
     outbox.sync()
@@ -130,7 +130,7 @@ def test_whole_entries_alone_are_read_when_the_file_is_cut_anywhere(entries: lis
         assert list(read_entries(directory)) == whole
 
         # Another writer takes the torn line off, and its own line is whole.
-        outbox = Outbox(directory)
+        outbox = JournalWriter(directory)
         assert outbox.path.stat().st_size == (whole[-1].end_offset if whole else 0)
         outbox.append("end", {"status": "FINISHED"}, 7)
         outbox.close()
@@ -184,19 +184,19 @@ def test_torn_line_is_taken_off_when_it_is_longer_than_a_block(tmp_path: Path, l
     (whole,) = fill(tmp_path, [("tags", {"a": "b"}, 1)])
     with (tmp_path / JOURNAL).open("ab") as stream:
         stream.write(b"x" * length)
-    Outbox(tmp_path).close()
+    JournalWriter(tmp_path).close()
     assert (tmp_path / JOURNAL).stat().st_size == whole.end_offset
     assert list(read_entries(tmp_path)) == [whole]
 
 
 def test_journal_is_empty_when_its_only_line_is_torn(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(b"x" * 100_000)
-    Outbox(tmp_path).close()
+    JournalWriter(tmp_path).close()
     assert (tmp_path / JOURNAL).read_bytes() == b""
 
 
 def test_time_is_now_when_none_is_given(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     stamps = [outbox.append("metrics", {"step": step, "values": {}}) for step in range(3)]
     outbox.sync()
     outbox.close()
@@ -204,7 +204,7 @@ def test_time_is_now_when_none_is_given(tmp_path: Path) -> None:
 
 
 def test_entries_are_whole_when_threads_append_together(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
 
     def append(thread: int) -> None:
         for index in range(50):
@@ -244,7 +244,7 @@ def test_entries_wait_in_their_order_when_the_disk_is_full_in_the_middle_of_one(
     tmp_path: Path, extra_bytes: int
 ) -> None:
     (first,) = fill(tmp_path, [("tags", {"a": "b"}, 1)])
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     with file_size_limit(first.end_offset + extra_bytes):
         outbox.append("tags", {"long": "x" * 100}, 2)
         outbox.append("tags", {"c": "d"}, 3)
@@ -266,7 +266,7 @@ def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outbox_module, "MAX_WAITING_BYTES", 300)
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     with file_size_limit(0):
         for step in range(10):
             outbox.append("metrics", {"step": step, "values": {"loss": 1.0}}, step)
@@ -280,7 +280,7 @@ def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
 
 
 def test_error_has_path_and_reason_when_not_even_taking_back_works(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     (journal,) = (int(each.name) for each in Path("/proc/self/fd").iterdir() if is_link_to(each, tmp_path / JOURNAL))
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), journal)
@@ -299,7 +299,7 @@ def is_link_to(link: Path, target: Path) -> bool:
 def test_error_has_the_path_when_the_directory_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrackingError, match=r"file/outbox/journal\.jsonl: cannot open the outbox"):
-        Outbox(tmp_path / "file" / "outbox")
+        JournalWriter(tmp_path / "file" / "outbox")
 
 
 def test_record_is_empty_when_nothing_was_delivered(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_lines_are_ascii_text_when_read_by_hand(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_behind_the_end_by_a_thread_that_is_late(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     outbox.append("end", {"status": "FINISHED"}, 1)
     outbox.append("system", {"step": 1, "values": {"system/cpu": 1.0}}, 2)
     outbox.close()
@@ -339,7 +339,7 @@ def test_nothing_is_written_behind_the_end_by_a_thread_that_is_late(tmp_path: Pa
 def test_append_does_not_wait_when_another_thread_waits_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
 ) -> None:
-    outbox = Outbox(tmp_path, max_bytes)
+    outbox = JournalWriter(tmp_path, max_bytes)
     is_waiting, may_end = threading.Event(), threading.Event()
     fsync = os.fsync
 

@@ -14,9 +14,9 @@ from harness.checkpoint.format.commit import Manifest, commit, temporary_of
 from harness.tracking.journal.delivery_state import DELIVERED, MAX_REFUSED_KEPT, read_delivered
 from harness.tracking.journal.entries import read_entries
 from harness.tracking.journal.segments import JOURNAL
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow.registry import Registration
-from harness.tracking.mlflow.store_protocol import RefusedError, Settings, WantedRun
+from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError, WantedRun
 from harness.tracking.publisher.publisher import MAX_POINTS_PER_DELIVERY, Publisher
 from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
 
@@ -130,7 +130,9 @@ class Clock:
         self._wake()
 
 
-SETTINGS = Settings("run", "http://me:hunter2@host:5000", "exp", Registration("registered"), start_timeout_s=10.0)
+SETTINGS = PublisherSettings(
+    "run", "http://me:hunter2@host:5000", "exp", Registration("registered"), start_timeout_s=10.0
+)
 
 
 @pytest.fixture
@@ -140,8 +142,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def outbox(run_dir: Path) -> Outbox:
-    return Outbox(run_dir / "outbox")
+def outbox(run_dir: Path) -> JournalWriter:
+    return JournalWriter(run_dir / "outbox")
 
 
 def publisher(
@@ -163,7 +165,7 @@ def publisher(
     )
 
 
-def end(outbox: Outbox, status: str = "FINISHED") -> None:
+def end(outbox: JournalWriter, status: str = "FINISHED") -> None:
     outbox.append("end", {"status": status, "reason": "done"}, 99)
 
 
@@ -174,7 +176,7 @@ def journal_bytes(run_dir: Path) -> int:
 # ------------------------------------------------------------------------- deliveries
 
 
-def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox: Outbox) -> None:
+def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox: JournalWriter) -> None:
     (run_dir / "checkpoints" / "epoch-0001").mkdir(parents=True)
     outbox.append("tags", {"a": "b"}, 1)
     outbox.append("params", {"lr": "0.1"}, 2)
@@ -203,7 +205,7 @@ def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox:
     assert delivered.refused == ()
 
 
-def test_later_entries_arrive_when_they_are_appended_while_it_waits(run_dir: Path, outbox: Outbox) -> None:
+def test_later_entries_arrive_when_they_are_appended_while_it_waits(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "1"}, 1)
     script: list[Callable[[], Any]] = [lambda: outbox.append("tags", {"b": "2"}, 2), lambda: end(outbox)]
     clock = Clock(lambda: script.pop(0)())
@@ -213,7 +215,7 @@ def test_later_entries_arrive_when_they_are_appended_while_it_waits(run_dir: Pat
     assert script == []
 
 
-def test_metrics_go_together_up_to_the_limit_when_they_follow_each_other(run_dir: Path, outbox: Outbox) -> None:
+def test_metrics_go_together_up_to_the_limit_when_they_follow_each_other(run_dir: Path, outbox: JournalWriter) -> None:
     for step in range(1050):
         outbox.append("metrics", {"step": step, "values": {"x": 1.0, "y": 2.0}}, step)
     outbox.append("tags", {"a": "b"}, 5)
@@ -228,7 +230,7 @@ def test_metrics_go_together_up_to_the_limit_when_they_follow_each_other(run_dir
     assert [point[3] for name, value in store.calls[:3] for point in value] == [s for s in range(1050) for _ in "xy"]
 
 
-def test_entry_is_not_divided_when_it_alone_is_over_the_limit(run_dir: Path, outbox: Outbox) -> None:
+def test_entry_is_not_divided_when_it_alone_is_over_the_limit(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("metrics", {"step": 1, "values": {"small": 1.0}}, 1)
     outbox.append("metrics", {"step": 2, "values": {f"m{i}": 1.0 for i in range(1200)}}, 2)
     outbox.append("metrics", {"step": 3, "values": {"small": 1.0}}, 3)
@@ -257,12 +259,12 @@ class WatchfulStore(FaultyStore):
             self.records.add(self._record.stat().st_mtime_ns)
 
 
-def append_batches(outbox: Outbox, num_batches: int) -> None:
+def append_batches(outbox: JournalWriter, num_batches: int) -> None:
     for step in range(num_batches * MAX_POINTS_PER_DELIVERY):
         outbox.append("metrics", {"step": step, "values": {"loss": 1.0}}, step)
 
 
-def test_record_is_written_once_a_second_when_there_is_a_backlog(run_dir: Path, outbox: Outbox) -> None:
+def test_record_is_written_once_a_second_when_there_is_a_backlog(run_dir: Path, outbox: JournalWriter) -> None:
     append_batches(outbox, 100)
     end(outbox)
     store = WatchfulStore(run_dir / "outbox")
@@ -274,7 +276,7 @@ def test_record_is_written_once_a_second_when_there_is_a_backlog(run_dir: Path, 
     assert read_delivered(run_dir / "outbox").offset == journal_bytes(run_dir)
 
 
-def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outbox: Outbox) -> None:
+def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outbox: JournalWriter) -> None:
     append_batches(outbox, 4)
     seen: list[int] = []
 
@@ -287,7 +289,7 @@ def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outb
     assert seen == [0]
 
 
-def test_record_is_on_disk_when_the_publisher_gives_up(run_dir: Path, outbox: Outbox) -> None:
+def test_record_is_on_disk_when_the_publisher_gives_up(run_dir: Path, outbox: JournalWriter) -> None:
     append_batches(outbox, 4)
     store = FaultyStore(None, None, None, *[ConnectionError("away")] * 100)
     assert not publisher(run_dir, store, gone=lambda: True).run()
@@ -298,7 +300,7 @@ def test_record_is_on_disk_when_the_publisher_gives_up(run_dir: Path, outbox: Ou
 # ------------------------------------------------------------------------- faults
 
 
-def test_same_entry_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+def test_same_entry_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     outbox.append("params", {"c": "d"}, 2)
     end(outbox)
@@ -316,7 +318,7 @@ def test_same_entry_is_tried_until_it_works_when_the_store_is_away(run_dir: Path
     assert read_delivered(run_dir / "outbox").refused == ()
 
 
-def test_entry_is_dropped_and_recorded_when_the_store_refuses_for_good(run_dir: Path, outbox: Outbox) -> None:
+def test_entry_is_dropped_and_recorded_when_the_store_refuses_for_good(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("params", {"lr": "0.1"}, 1)
     outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
     end(outbox)
@@ -351,7 +353,7 @@ class PickyStore(FaultyStore):
         self.calls.append(("params", dict(values)))
 
 
-def test_all_else_arrives_in_few_requests_when_a_few_points_are_refused(run_dir: Path, outbox: Outbox) -> None:
+def test_all_else_arrives_in_few_requests_when_a_few_points_are_refused(run_dir: Path, outbox: JournalWriter) -> None:
     for step in range(100):
         bad = {"bad": 1.0} if step in (0, 57) else {}
         outbox.append("metrics", {"step": step, "values": {**bad, "loss": 0.5, "acc": 0.25}}, step)
@@ -368,7 +370,7 @@ def test_all_else_arrives_in_few_requests_when_a_few_points_are_refused(run_dir:
     assert delivered.offset == journal_bytes(run_dir)
 
 
-def test_other_parameters_arrive_when_one_has_another_value_in_the_run(run_dir: Path, outbox: Outbox) -> None:
+def test_other_parameters_arrive_when_one_has_another_value_in_the_run(run_dir: Path, outbox: JournalWriter) -> None:
     values = {f"p{number}": str(number) for number in range(43)}
     outbox.append("params", values, 1)
     end(outbox)
@@ -381,7 +383,7 @@ def test_other_parameters_arrive_when_one_has_another_value_in_the_run(run_dir: 
 
 
 def test_password_is_left_out_when_the_refusal_has_it(
-    run_dir: Path, outbox: Outbox, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, outbox: JournalWriter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outbox.append("params", {"lr": "0.1"}, 1)
     end(outbox)
@@ -394,7 +396,7 @@ def test_password_is_left_out_when_the_refusal_has_it(
     assert "hunter2" not in logged
 
 
-def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox: Outbox) -> None:
+def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"}, 1)
     end(outbox)
     store = FaultyStore()
@@ -404,7 +406,7 @@ def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox:
     assert "epoch-0001 is gone" in refused
 
 
-def test_checkpoint_is_refused_when_another_has_its_name_by_now(run_dir: Path, outbox: Outbox) -> None:
+def test_checkpoint_is_refused_when_another_has_its_name_by_now(run_dir: Path, outbox: JournalWriter) -> None:
     # A resume has set the damaged one aside, and the run has come to its step again.
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "damaged"}, 1)
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "good"}, 2)
@@ -425,20 +427,20 @@ def test_checkpoint_is_refused_when_another_has_its_name_by_now(run_dir: Path, o
 # ------------------------------------------------------------------------- pruned checkpoints
 
 
-def saved(run_dir: Path, outbox: Outbox, number: int) -> Path:
+def saved(run_dir: Path, outbox: JournalWriter, number: int) -> Path:
     directory = run_dir / "checkpoints" / f"epoch-{number:04d}"
     directory.mkdir(parents=True)
     outbox.append("checkpoint", {"name": directory.name, "key": f"k{number}"}, number)
     return directory
 
 
-def retire(outbox: Outbox, number: int) -> None:
+def retire(outbox: JournalWriter, number: int) -> None:
     outbox.append("retire", {"name": f"epoch-{number:04d}", "key": f"k{number}"}, 10 + number)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_pruned_one_is_skipped_quietly_when_it_was_not_published_yet(
-    run_dir: Path, outbox: Outbox, is_there: bool
+    run_dir: Path, outbox: JournalWriter, is_there: bool
 ) -> None:
     first = saved(run_dir, outbox, 1)
     saved(run_dir, outbox, 2)
@@ -458,7 +460,7 @@ def test_pruned_one_is_skipped_quietly_when_it_was_not_published_yet(
 
 
 def test_pruned_one_is_taken_back_after_its_successor_is_there_when_it_was_published(
-    run_dir: Path, outbox: Outbox
+    run_dir: Path, outbox: JournalWriter
 ) -> None:
     saved(run_dir, outbox, 1)
     steps: list[str] = []
@@ -477,7 +479,7 @@ def test_pruned_one_is_taken_back_after_its_successor_is_there_when_it_was_publi
 
 
 def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_it(
-    run_dir: Path, outbox: Outbox
+    run_dir: Path, outbox: JournalWriter
 ) -> None:
     first = saved(run_dir, outbox, 1)
 
@@ -503,7 +505,7 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
     assert read_delivered(run_dir / "outbox").refused == ()
 
 
-def test_model_stays_known_when_somebody_uses_it(run_dir: Path, outbox: Outbox) -> None:
+def test_model_stays_known_when_somebody_uses_it(run_dir: Path, outbox: JournalWriter) -> None:
     saved(run_dir, outbox, 1)
     known = {"epoch-0001": "m-epoch-0001"}
     script: list[Callable[[], Any]] = [lambda: (retire(outbox, 1), end(outbox))]
@@ -520,7 +522,7 @@ def test_model_stays_known_when_somebody_uses_it(run_dir: Path, outbox: Outbox) 
     assert read_delivered(run_dir / "outbox").models == known
 
 
-def test_retirement_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+def test_retirement_is_tried_until_it_works_when_the_store_is_away(run_dir: Path, outbox: JournalWriter) -> None:
     retire(outbox, 1)
     end(outbox)
     store = FaultyStore(ConnectionError("away"), ("stored", ConnectionError("answer lost")))
@@ -528,7 +530,7 @@ def test_retirement_is_tried_until_it_works_when_the_store_is_away(run_dir: Path
     assert store.kinds == ["retire", "retire", "tags", "end"]
 
 
-def test_last_group_alone_is_repeated_when_killed_before_acknowledging(run_dir: Path, outbox: Outbox) -> None:
+def test_last_group_alone_is_repeated_when_killed_before_acknowledging(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
     outbox.append("metrics", {"step": 2, "values": {"x": 2.0}}, 3)
@@ -545,7 +547,7 @@ def test_last_group_alone_is_repeated_when_killed_before_acknowledging(run_dir: 
     assert second.kinds == ["metrics", "params", "tags", "end"]
 
 
-def test_nothing_is_repeated_when_all_was_acknowledged(run_dir: Path, outbox: Outbox) -> None:
+def test_nothing_is_repeated_when_all_was_acknowledged(run_dir: Path, outbox: JournalWriter) -> None:
     end(outbox)
     assert publisher(run_dir, FaultyStore()).run()
     assert read_delivered(run_dir / "outbox").ended
@@ -563,7 +565,7 @@ def test_nothing_is_repeated_when_all_was_acknowledged(run_dir: Path, outbox: Ou
 # ------------------------------------------------------------------------- the trainer is gone
 
 
-def test_run_is_failed_when_the_trainer_is_gone_without_an_end(run_dir: Path, outbox: Outbox) -> None:
+def test_run_is_failed_when_the_trainer_is_gone_without_an_end(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     store = FaultyStore()
     assert publisher(run_dir, store, gone=lambda: True).run()
@@ -573,7 +575,7 @@ def test_run_is_failed_when_the_trainer_is_gone_without_an_end(run_dir: Path, ou
     assert read_delivered(run_dir / "outbox").offset == journal_bytes(run_dir)
 
 
-def test_end_is_the_trainers_own_when_it_was_written_just_before(run_dir: Path, outbox: Outbox) -> None:
+def test_end_is_the_trainers_own_when_it_was_written_just_before(run_dir: Path, outbox: JournalWriter) -> None:
     def gone() -> bool:
         # The last thing a trainer does: its end, and only then its standard input closes.
         if journal_bytes(run_dir) == 0:
@@ -585,7 +587,7 @@ def test_end_is_the_trainers_own_when_it_was_written_just_before(run_dir: Path, 
     assert store.calls[-1] == ("end", ("FINISHED", 99))
 
 
-def test_torn_line_is_left_out_when_the_trainer_was_killed_in_it(run_dir: Path, outbox: Outbox) -> None:
+def test_torn_line_is_left_out_when_the_trainer_was_killed_in_it(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     whole = journal_bytes(run_dir)
     with outbox.path.open("ab") as stream:
@@ -597,7 +599,7 @@ def test_torn_line_is_left_out_when_the_trainer_was_killed_in_it(run_dir: Path, 
     assert read_delivered(run_dir / "outbox").offset == whole
 
 
-def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, outbox: Outbox) -> None:
+def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     end(outbox)
     store = FaultyStore(None, *[ConnectionError("away")] * 1000)
@@ -611,7 +613,7 @@ def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, o
     assert later.kinds == ["tags", "end"]
 
 
-def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: Outbox) -> None:
+def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: JournalWriter) -> None:
     end(outbox)
     store = FaultyStore(*[ConnectionError("away")] * 100)
     clock = Clock()
@@ -623,7 +625,7 @@ def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: Outbox) 
 # ------------------------------------------------------------------------- opening the run
 
 
-def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, outbox: Outbox) -> None:
+def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, outbox: JournalWriter) -> None:
     store = FaultyStore(ConnectionError("not up yet"), ConnectionError("not up yet"))
     publisher(run_dir, store).open_run()
     assert store.calls == [("open_run", WantedRun("key-1", "run", "exp"))]
@@ -638,7 +640,7 @@ def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, 
     }
 
 
-def test_error_is_the_stores_when_it_does_not_answer_in_time(run_dir: Path, outbox: Outbox) -> None:
+def test_error_is_the_stores_when_it_does_not_answer_in_time(run_dir: Path, outbox: JournalWriter) -> None:
     clock = Clock()
     with pytest.raises(ConnectionError, match="away"):
         publisher(run_dir, FaultyStore(*[ConnectionError("away")] * 1000), clock).open_run()
@@ -647,7 +649,7 @@ def test_error_is_the_stores_when_it_does_not_answer_in_time(run_dir: Path, outb
 
 
 @pytest.mark.parametrize("gone", [True, False])
-def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox: Outbox, gone: bool) -> None:
+def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox: JournalWriter, gone: bool) -> None:
     error = ConnectionError("away") if gone else Refusal("the experiment is deleted")
     clock = Clock()
     with pytest.raises(type(error)):
@@ -658,7 +660,7 @@ def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox:
 # ------------------------------------------------------------------------- attempts
 
 
-def begin(outbox: Outbox, number: int, time_ms: int, **facts: str) -> None:
+def begin(outbox: JournalWriter, number: int, time_ms: int, **facts: str) -> None:
     outbox.append("attempt", {"number": number, "facts": facts}, time_ms)
 
 
@@ -667,7 +669,7 @@ def told(store: FaultyStore) -> dict[str, str]:
     return {key: value for name, tags in store.calls if name == "tags" for key, value in tags.items()}
 
 
-def test_span_is_told_when_an_attempt_begins_goes_on_and_ends(run_dir: Path, outbox: Outbox) -> None:
+def test_span_is_told_when_an_attempt_begins_goes_on_and_ends(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000, world_size="2", strategy="ddp")
     outbox.append("metrics", {"step": 7, "values": {"x": 1.0}}, 2000)
     outbox.append("end", {"status": "KILLED", "reason": "stopped by SIGTERM", "step": 8}, 3500)
@@ -689,7 +691,7 @@ def test_span_is_told_when_an_attempt_begins_goes_on_and_ends(run_dir: Path, out
     assert "reopen" not in store.kinds
 
 
-def test_run_is_reopened_when_an_attempt_follows_an_end(run_dir: Path, outbox: Outbox) -> None:
+def test_run_is_reopened_when_an_attempt_follows_an_end(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     end(outbox)
     assert publisher(run_dir, FaultyStore()).run()
@@ -703,7 +705,7 @@ def test_run_is_reopened_when_an_attempt_follows_an_end(run_dir: Path, outbox: O
     assert not [key for key in told(store) if key.startswith("harness.attempt.1.")]  # told before
 
 
-def test_both_ends_are_told_when_the_first_attempts_was_not_delivered(run_dir: Path, outbox: Outbox) -> None:
+def test_both_ends_are_told_when_the_first_attempts_was_not_delivered(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     end(outbox, "FAILED")
     begin(outbox, 2, 5000)
@@ -714,7 +716,7 @@ def test_both_ends_are_told_when_the_first_attempts_was_not_delivered(run_dir: P
     assert store.kinds.index("end") < store.kinds.index("reopen")
 
 
-def test_killed_attempt_is_ended_by_the_next_when_its_publisher_died_too(run_dir: Path, outbox: Outbox) -> None:
+def test_killed_attempt_is_ended_by_the_next_when_its_publisher_died_too(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     outbox.append("metrics", {"step": 40, "values": {"x": 1.0}}, 4000)
     # Told to nobody: a publisher that was killed with its trainer. The next attempt's own finds it so.
@@ -732,7 +734,7 @@ def test_killed_attempt_is_ended_by_the_next_when_its_publisher_died_too(run_dir
     assert tags["harness.attempt.2.status"] == "FINISHED"
 
 
-def test_killed_attempt_is_ended_by_its_publisher_when_that_lives(run_dir: Path, outbox: Outbox) -> None:
+def test_killed_attempt_is_ended_by_its_publisher_when_that_lives(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     outbox.append("metrics", {"step": 40, "values": {"x": 1.0}}, 4000)
     store = FaultyStore()
@@ -743,7 +745,7 @@ def test_killed_attempt_is_ended_by_its_publisher_when_that_lives(run_dir: Path,
     assert told(store)["harness.attempt.1.ended"] > "2020"  # when it was seen, not when it last spoke
 
 
-def test_older_publisher_lets_go_when_the_next_attempt_has_begun(run_dir: Path, outbox: Outbox) -> None:
+def test_older_publisher_lets_go_when_the_next_attempt_has_begun(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     outbox.append("tags", {"a": "b"}, 2000)
     begin(outbox, 2, 3000)
@@ -759,7 +761,7 @@ def test_older_publisher_lets_go_when_the_next_attempt_has_begun(run_dir: Path, 
     assert not {"a"} & told(new).keys()
 
 
-def test_same_tags_are_told_again_when_killed_before_they_were_recorded(run_dir: Path, outbox: Outbox) -> None:
+def test_same_tags_are_told_again_when_killed_before_they_were_recorded(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     end(outbox)
     begin(outbox, 2, 5000)
@@ -773,7 +775,7 @@ def test_same_tags_are_told_again_when_killed_before_they_were_recorded(run_dir:
     assert told(second)["harness.attempt.2.started"] == "1970-01-01T00:00:05.000Z"
 
 
-def test_run_ends_when_the_artifact_store_is_away(run_dir: Path, outbox: Outbox) -> None:
+def test_run_ends_when_the_artifact_store_is_away(run_dir: Path, outbox: JournalWriter) -> None:
     begin(outbox, 1, 1000)
     end(outbox)
     store = FaultyStore(None, ConnectionError("no artifacts"), None, None, None, ConnectionError("no artifacts"))
@@ -783,7 +785,7 @@ def test_run_ends_when_the_artifact_store_is_away(run_dir: Path, outbox: Outbox)
     assert clock.pauses_s == []
 
 
-def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: Outbox) -> None:
+def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: JournalWriter) -> None:
     (run_dir / "run.json").write_text(json.dumps({"run_name": "run", "run_key": "key-1", "run_id": "r9"}))
     store = FaultyStore()
     publisher(run_dir, store, attempt=2).open_run()
@@ -794,7 +796,7 @@ def test_known_run_is_opened_by_its_id_when_it_goes_on(run_dir: Path, outbox: Ou
     ("wish", "files", "drops"), [("last", ["o"], True), ("last", [], False), ("all", ["o"], False)]
 )
 def test_state_of_earlier_ones_goes_when_the_newest_is_whole_and_has_its_own(
-    run_dir: Path, outbox: Outbox, capsys: pytest.CaptureFixture[str], wish: str, files: list[str], drops: bool
+    run_dir: Path, outbox: JournalWriter, capsys: pytest.CaptureFixture[str], wish: str, files: list[str], drops: bool
 ) -> None:
     (run_dir / "checkpoints" / "epoch-0001").mkdir(parents=True)
     record = {"name": "epoch-0001", "key": "k1", "resume_files": files, "log_resume_state": wish, "files": files}
@@ -810,7 +812,7 @@ def test_state_of_earlier_ones_goes_when_the_newest_is_whole_and_has_its_own(
 
 
 def test_journal_stays_small_and_nothing_is_lost_while_the_store_keeps_up(run_dir: Path) -> None:
-    outbox = Outbox(run_dir / "outbox", 4000)
+    outbox = JournalWriter(run_dir / "outbox", 4000)
     steps = iter(range(1, 301))
     sizes: list[int] = []
 
@@ -838,7 +840,7 @@ def row(step: int) -> dict[str, Any]:
     return {"step": step, "values": {"loss": step / 8}}
 
 
-def test_record_of_what_is_refused_stays_small(run_dir: Path, outbox: Outbox) -> None:
+def test_record_of_what_is_refused_stays_small(run_dir: Path, outbox: JournalWriter) -> None:
     for step in range(1, 101):
         outbox.append("tags", {"name": str(step)}, step)
     end(outbox)

@@ -8,10 +8,10 @@ from sqlalchemy import create_engine, text
 
 from harness.errors import TrackingError
 from harness.tracking.journal.settings import absolute_sqlite
-from harness.tracking.mlflow.store_protocol import Settings
+from harness.tracking.mlflow.store_protocol import PublisherSettings
 from harness.tracking.publisher.process import where_it_goes_on
 
-SETTINGS = Settings("it", "http://me:secret@a:5000", "exp", None, start_timeout_s=10.0)
+SETTINGS = PublisherSettings("it", "http://me:secret@a:5000", "exp", None, start_timeout_s=10.0)
 RECORD = {
     "run_name": "it",
     "run_key": "k",

@@ -14,7 +14,7 @@ from harness.tracking.journal.entries import Entry, read_entries
 from harness.tracking.journal.logged_points import UNKNOWN_TIME_MS, KnownPoints, Point, points_at, read_logged
 from harness.tracking.journal.pruning import prune, read_pruned
 from harness.tracking.journal.segments import JOURNAL, durable_end, journal_end, segments
-from harness.tracking.journal.writer import Outbox
+from harness.tracking.journal.writer import JournalWriter
 
 MAX_BYTES = 8000  # files of 500 bytes, of some eight entries
 
@@ -27,7 +27,7 @@ def steps(found: list[Entry]) -> list[int]:
     return [entry.body["step"] for entry in found if entry.kind == "metrics"]
 
 
-def fill(outbox: Outbox, first: int, last: int) -> None:
+def fill(outbox: JournalWriter, first: int, last: int) -> None:
     for step in range(first, last + 1):
         outbox.append("metrics", {"step": step, "values": {"loss": step / 8}}, 1000 + step)
 
@@ -41,7 +41,7 @@ def done(offset: int) -> Delivered:
 
 
 def test_large_journal_is_in_several_files_and_reads_as_one(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     fill(outbox, 1, 50)
     outbox.sync()
     found = entries(tmp_path)
@@ -69,7 +69,7 @@ def test_large_journal_is_in_several_files_and_reads_as_one(tmp_path: Path) -> N
 def test_what_is_not_delivered_stays_in_its_order_whatever_happens(actions: list[tuple[str, float]]) -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        outbox, step, offset = Outbox(directory, MAX_BYTES), 0, 0
+        outbox, step, offset = JournalWriter(directory, MAX_BYTES), 0, 0
         written: list[int] = []
         for action, amount in actions:
             if action == "append":
@@ -88,7 +88,7 @@ def test_what_is_not_delivered_stays_in_its_order_whatever_happens(actions: list
                 prune(directory, done(offset), int(amount))
             else:
                 outbox.close()
-                outbox = Outbox(directory, MAX_BYTES)
+                outbox = JournalWriter(directory, MAX_BYTES)
             assert steps(entries(directory, offset)) == written
             assert size_bytes(directory) < MAX_BYTES + 200
             known = KnownPoints(directory, 0)
@@ -98,7 +98,7 @@ def test_what_is_not_delivered_stays_in_its_order_whatever_happens(actions: list
 
 
 def test_metrics_alone_are_left_out_when_the_journal_is_full_and_come_again_once_there_is_room(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     fill(outbox, 1, 300)
     num_left_out = outbox.num_left_out
     assert num_left_out > 100
@@ -117,7 +117,7 @@ def test_metrics_alone_are_left_out_when_the_journal_is_full_and_come_again_once
 
 @pytest.mark.parametrize("lane", ["offset", "models_offset"])
 def test_nothing_is_pruned_that_one_of_the_lanes_has_not_passed(tmp_path: Path, lane: str) -> None:
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     fill(outbox, 1, 40)
     behind = segments(tmp_path)[1].end - 1
     delivered = Delivered(**{"offset": outbox.end, "models_offset": outbox.end, lane: behind})
@@ -130,7 +130,7 @@ def test_nothing_is_pruned_that_one_of_the_lanes_has_not_passed(tmp_path: Path, 
 
 
 def test_next_attempt_knows_what_was_pruned(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     outbox.append("params", {"lr": "0.1"})
     outbox.append("checkpoint", {"name": "step-1", "key": "first"})
     fill(outbox, 1, 60)
@@ -154,7 +154,7 @@ def test_next_attempt_knows_what_was_pruned(tmp_path: Path) -> None:
 
 
 def test_what_is_behind_a_gap_is_not_there(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     fill(outbox, 1, 40)
     outbox.close()
     second = segments(tmp_path)[1]
@@ -164,7 +164,7 @@ def test_what_is_behind_a_gap_is_not_there(tmp_path: Path) -> None:
     known = steps(entries(tmp_path))
     assert known == [*range(1, len(known) + 1)]
     assert journal_end(tmp_path) == second.end - 10
-    outbox = Outbox(tmp_path, MAX_BYTES)
+    outbox = JournalWriter(tmp_path, MAX_BYTES)
     assert len(segments(tmp_path)) == len(list(tmp_path.glob("journal*"))) == 2
     fill(outbox, 101, 120)
     assert steps(entries(tmp_path)) == [*known, *range(101, 121)]
@@ -172,7 +172,7 @@ def test_what_is_behind_a_gap_is_not_there(tmp_path: Path) -> None:
 
 
 def test_small_journal_is_one_file_with_a_plain_name(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = JournalWriter(tmp_path)
     fill(outbox, 1, 500)
     assert prune(tmp_path, done(outbox.end), 0) == 0
     assert [path.name for path in tmp_path.iterdir()] == [JOURNAL]
