@@ -1,4 +1,4 @@
-"""What autologging and trackers leave in MLflow, ours beside others: the facts of the table in docs/autolog.md.
+"""What autologging and trackers leave in MLflow, ours beside others: the facts of the table in docs/comparison.md.
 
     python benchmarks/compare_autolog.py                                         all cells: half an hour
     python benchmarks/compare_autolog.py --only harness_autolog,fsdp2            those of one peer, or of one situation

@@ -27,7 +27,7 @@ from launch.local import STRATEGIES, Plan, accelerate_command, require_free
 from launch.script import MODULE, find_script, run_script
 
 _DESCRIPTION = """\
-Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/autolog.md).
+Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/guides/any-script.md).
 
   harness run train.py --lr 0.1                                  one process
   harness run -m package.train --lr 0.1                          as python -m does

@@ -40,7 +40,7 @@ def autolog(
     sets and where it came from, and each so many epochs a checkpoint: weights in safetensors, with the optimizer's
     state. An epoch is one pass over the loader that is trained on. What the script logs itself lands in the same run.
 
-    Effects: imports torch and accelerate, and replaces methods of theirs (docs/autolog.md has the list) until it is
+    Effects: imports torch and accelerate, and replaces methods of theirs (see docs/reference/autolog.md) until it is
     called with `disable`. Every rank calls it alike, from the main thread, before the script's ``Accelerator()``.
     What the training then does is as with `PeriodicLogger`; leaves ``runs/<run_name>/``.
 
@@ -98,7 +98,7 @@ def resume(
 
     After the script's `accelerator.prepare` its model, optimizer and scheduler are as they were. The script itself
     still counts its epochs from the first: those that are done go by with one batch each that changes nothing, and
-    what it logs meanwhile is left out; docs/autolog.md says how far that goes.
+    what it logs meanwhile is left out; docs/guides/any-script.md says how far that goes.
 
     Effects: none by itself: it says how `autolog` runs; before or after that, before the script's first batch.
 

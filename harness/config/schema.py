@@ -132,7 +132,7 @@ class CheckpointConfig:
         max_shard_size: split the weights into files of at most this size, such as 5GB.
         transport: how bytes reach the disk: every rank writes its own (`direct`), or rank zero writes for
             all (`gather`); auto finds out whether all ranks share a file system on which direct is right;
-            `force_direct` takes your word for it (docs/slurm.md has the table).
+            `force_direct` takes your word for it (docs/guides/cluster.md has the table).
         when_busy: when the checkpoint before is still being written: skip this one, or wait.
         when_failed: when a checkpoint could not be written (a full disk, say): continue training, or stop.
             At the end of training a missing last checkpoint is an error in either case.

@@ -71,8 +71,8 @@ def expected(trained: Path, name: str, images: torch.Tensor) -> np.ndarray[Any, 
 
 
 def example_of_the_documentation() -> str:
-    """The code of `docs/tracking.md` that finds the best checkpoint, and loads it."""
-    text = (ROOT / "docs" / "tracking.md").read_text()
+    """The code of `docs/guides/models.md` that finds the best checkpoint, and loads it."""
+    text = (ROOT / "docs" / "guides" / "models.md").read_text()
     (code,) = (
         block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "search_logged_models" in block
     )

@@ -10,7 +10,7 @@ are normalised in forward. Two checks find it, and each sees what the other does
 
 Every weight in host memory is sampled. Of the optimizer's state, which user code hardly ever writes, and on an
 accelerator a bounded number of tensors is. A write by way of `.data` can fall between the samples: see Known limits in
-`docs/checkpoints.md`.
+`docs/guides/checkpoints.md`.
 """
 
 from __future__ import annotations

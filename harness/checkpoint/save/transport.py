@@ -19,7 +19,7 @@ Asked = Literal["auto", "direct", "gather", "force_direct"]
 # File systems on which a byte that one node has written is what another node then reads, and in which
 # nodes may write different parts of one file at once. NFS is neither: it promises as much from close to
 # open, and a client may write back a whole page of which it knows half. On one node, the page cache is
-# everybody's, and any file system will do. (docs/slurm.md has the table for people.)
+# everybody's, and any file system will do. (docs/guides/cluster.md has the table for people.)
 COHERENT_BETWEEN_NODES = {
     "lustre": "distributed lock manager over extents",
     "gpfs": "byte-range tokens",

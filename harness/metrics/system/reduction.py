@@ -38,7 +38,7 @@ _MEAN, _TOTAL = Rule(_mean), Rule(sum, is_total=True)
 # Of what runs out, the one that is first to.
 _FULLEST, _LEAST = Rule(max), Rule(min)
 
-# docs/tracking.md shows this table.
+# docs/guides/tracking.md shows this table.
 RULES: Mapping[str, Rule] = {
     "cpu_utilization_percentage": _MEAN,
     "system_memory_usage_megabytes": _TOTAL,

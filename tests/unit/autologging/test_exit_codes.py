@@ -18,7 +18,7 @@ CAUGHT = "try:\n    sys.exit(3)\nexcept SystemExit:\n    pass\n"
 THREAD = "thread = threading.Thread(target=lambda: sys.exit(3))\nthread.start()\nthread.join()"
 HANDLED = "try:\n    1 / 0\nexcept ZeroDivisionError:\n    sys.exit(1)"
 FAILED = "ExitCodeError('exit code 3')"
-# Nothing of Python's shows it before 3.12, as docs/autolog.md says.
+# Nothing of Python's shows it before 3.12, as docs/reference/autolog.md says.
 RAISED = FAILED if sys.version_info >= (3, 12) else "None"
 
 

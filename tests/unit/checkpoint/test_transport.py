@@ -60,7 +60,7 @@ def test_error_has_the_reason_when_direct_is_asked_for_and_wrong(views: list[Vie
 
 
 def test_documentation_has_the_table_of_file_systems() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "slurm.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "guides" / "cluster.md").read_text()
     for kind, reason in COHERENT_BETWEEN_NODES.items():
         assert f"| `{kind}` | {reason} |" in text
 
