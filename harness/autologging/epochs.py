@@ -119,8 +119,8 @@ class Epochs:
         if not this.is_training:
             self._is_training_after_all(this)
             if this is self._ended:
-                self._events.end_pass()  # all its batches were fetched before
-                self._events.end_data()
+                self._events.end_inputs()  # all its batches were fetched before
+                self._events.end_iteration()
         this.backward(loss)
         if this is self._ended:
             self._has_trained(this)
@@ -159,7 +159,7 @@ class Epochs:
         ended = self._ended
         if (before is not None and before.is_likely) or (ended is not None and not ended.is_training):
             # Nothing came of it, be its iterator still there, or its batches all out.
-            self._events.forget_data()
+            self._events.discard_iteration()
             self._ended = None
         if is_part:
             self._go_on_in_epoch()
@@ -167,11 +167,11 @@ class Epochs:
         if this.is_likely:
             self._begin_epoch()
             self._inner = loader
-            inner, iterator = self._events.begin_data(loader)
+            inner, iterator = self._events.begin_iteration(loader)
             self._inner = inner
             return self._go_through(this, inner, iterator)
         if torch.is_grad_enabled():
-            this.heard = self._events.overhear(loader)
+            this.heard = self._events.observe_iteration(loader)
             if self._model is not None:
                 # Ahead of FSDP's own, which makes parameters whole.
                 this.hook = self._model.register_forward_pre_hook(lambda *_: self._forward_comes(this), prepend=True)
@@ -182,7 +182,7 @@ class Epochs:
         this = Iteration(loader, self.begins_as(loader), self._usual_size(loader), is_likely=False)
         running.is_crossed |= loader is running.loader
         if not running.is_training:
-            this.heard = self._events.overhear(loader)
+            this.heard = self._events.observe_iteration(loader)
         return self._go_through(this, loader, original(loader), running)
 
     def _go_through(
@@ -194,7 +194,7 @@ class Epochs:
                     self._describe(this, batch)
                 this.batch_is_out(batch)
                 if this is self._pass:
-                    self._events.note_pass(has_batches=True)
+                    self._events.record_iteration(has_batches=True)
                     # From here on another pass over the same loader is the script's.
                     self._inner = None
                 yield batch
@@ -204,8 +204,11 @@ class Epochs:
                     continue
                 this.num_seen += 1
                 if running is None and self._pass_end is not None and not this.is_likely:
-                    with self._stopping():
-                        self._events.stop_within_evaluation(self._pass_end.put_back)
+                    signal_number = self._events.stop_signal_in_evaluation()
+                    # Where the state of the pass's end cannot be put back, the evaluation goes on.
+                    if signal_number and self._pass_end.put_back():
+                        with self._stopping():
+                            self._events.stop(signal_number)
                 if running is not None and running is self._pass and this.leads_over(running):
                     self._leads(this, running)
             if this is self._pass and this.is_empty:
@@ -223,7 +226,7 @@ class Epochs:
             elif this.heard is not None:
                 this.heard.leave()
             if running is not None and running is self._pass:
-                self._events.skip_time()
+                self._events.restart_step_timer()
 
     def _usual_size(self, loader: Any) -> int | None:
         return dataloaders.usual_batch_size(loader, self._prepared.num_processes)
@@ -235,27 +238,27 @@ class Epochs:
         this.digest = self._logger.digest_of(batch, "train")
 
     def _is_over_without_batch(self, this: Iteration) -> None:
-        if this.is_likely and self._events.end_empty_pass():
+        if this.is_likely and self._events.end_empty_iteration():
             # Cut off behind what is the loader's last batch now. It was this epoch's pass, and the next one is not.
             self._is_training_after_all(this)
             self._has_trained(this)
 
     def _leave(self, this: Iteration, inner: Any, iterator: Iterator[Any]) -> None:
         self._pass = self._inner = None
-        if this.is_likely and this.is_empty and self._events.may_differ and self._is_in_train_mode:
+        if this.is_likely and this.is_empty and self._events.has_uneven_inputs and self._is_in_train_mode:
             # On other ranks: this one has no batch of it.
             self._is_training_after_all(this)
             self._has_trained(this)
         if this.is_training:
-            self._events.end_pass()
+            self._events.end_inputs()
             self._ended = this
-            self._events.keep_learning_rates()
+            self._events.freeze_learning_rates()
         if this.is_likely:
-            self._events.leave_data(inner, iterator)
+            self._events.close_iteration(inner, iterator)
         elif this.heard is not None:
             this.heard.leave()
         if this.is_training and self._left is None:
-            self._events.end_data()
+            self._events.end_iteration()
             self._keep_pass_end(this)
         elif this.is_likely and not this.is_training:
             self._ended = this
@@ -274,9 +277,9 @@ class Epochs:
 
     def _count(self, num_samples: int, *, is_last: bool, is_step: bool) -> None:
         events = self._events
-        if (another := self._steps.another) and not events.may_differ:
+        if (another := self._steps.another) and not events.has_uneven_inputs:
             self._steps.attend(another)
-        step = events.place.step + is_step if self._steps.are_seen else None
+        step = events.state.step + is_step if self._steps.are_seen else None
         with self._stopping():
             events.batch_done(num_samples, is_loaders_last=is_last, step=step)
 
@@ -308,7 +311,7 @@ class Epochs:
         this.is_training = self.is_open = True
         self._ends_unknown = False
         this.is_in_train_mode = self._is_in_train_mode
-        self._events.count_data(this.num_seen)
+        self._events.count_batches(this.num_seen)
 
     def _forward_comes(self, this: Iteration) -> None:
         """The first forward of a pass that has not begun as training does."""
@@ -330,16 +333,16 @@ class Epochs:
         self._trained.starts.add(this.start)
         self._begin_epoch(this.heard)
         if this.heard is not None:
-            self._events.adopt_data(this.heard)
+            self._events.adopt_iteration(this.heard)
         else:
-            self._events.begin_pass(this.loader)
+            self._events.begin_inputs(this.loader)
 
     def _leads(self, this: Iteration, running: Iteration) -> None:
         """Of two passes, the one within the other is trained on."""
         assert this.heard is not None
-        self._events.forget_data()
-        self._events.adopt_data(this.heard)
-        self._events.count_data(this.num_seen - 1)
+        self._events.discard_iteration()
+        self._events.adopt_iteration(this.heard)
+        self._events.count_batches(this.num_seen - 1)
         this.take_over(running)
         self._pass, self._inner = this, None
         self._batch_done(this, is_last=getattr(this.loader, "end_of_dataloader", False))
@@ -378,7 +381,7 @@ class Epochs:
     def _is_within_one_join(self) -> bool:
         """Whether other ranks may still be in a pass of this epoch, and wait there for this one's gradients."""
         join = self._prepared.join
-        return join is not None and join is self._join_of_epoch and self.is_open and self._events.may_differ
+        return join is not None and join is self._join_of_epoch and self.is_open and self._events.has_uneven_inputs
 
     def _go_on_in_epoch(self) -> None:
         self._count_rest()
@@ -397,13 +400,13 @@ class Epochs:
         self.is_open, self._ends_unknown = False, not is_last
         with self._stopping():
             another = self._steps.another
-            if self._events.may_differ:
+            if self._events.has_uneven_inputs:
                 # A rank may have had no step since.
-                self._events.meet()
-                another = self._events.largest(another)
+                self._events.synchronize()
+                another = self._events.max_over_ranks(another)
             if another:
                 self._steps.attend(another)
-            self._events.end_epoch(is_last=is_last, behind=behind)
+            self._events.end_epoch(is_last=is_last, next_iteration=behind)
 
     def _count_rest(self) -> None:
         """Of a pass that is over, what came behind its last batch."""

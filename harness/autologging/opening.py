@@ -69,8 +69,8 @@ def open_run(
         reset_scheduler=settings.reset_scheduler,
     )
     logger.progress = _Quiet() if settings.tracking.silent else logger.progress
-    logger.stem = stem
-    logger.given, logger.uses_given_run = given, False
+    logger.run_name_prefix = stem
+    logger.given_run, logger.uses_given_run = given, False
     logger.start()
     if settings.first_run is not None and logger.run_path is not None and accelerator.is_main_process:
         replace_file(logger.run_path / FURTHER_FILE, json.dumps({"first_run": settings.first_run}) + "\n")

@@ -103,16 +103,16 @@ class Replay:
         with torch.no_grad():
             for buffer, before in self._buffers:
                 buffer.copy_(before)
-        self._logger.put_back_again()
+        self._logger.restore_again()
         if not self._is_epoch_cut:
             return False
-        self._logger.events.skip_data(loader)
+        self._logger.events.skip_loader(loader)
         self.goes_on([loader])
         if hasattr(loader, "iteration"):
             loader.iteration += 1  # as accelerate does behind the last batch
         self._logger.events.begin_epoch()
         # As at the end of a pass: the script's scheduler may step before the epoch ends.
-        self._logger.events.keep_learning_rates()
+        self._logger.events.freeze_learning_rates()
         return True
 
     def goes_on(self, loaders: Sequence[Any]) -> None:
@@ -120,4 +120,4 @@ class Replay:
         for loader in loaders:
             if id(loader) in self._iterations:
                 loader.iteration = self._iterations[id(loader)]
-        self._logger.put_back_again()
+        self._logger.restore_again()

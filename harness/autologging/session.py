@@ -185,7 +185,7 @@ class Session:
         else:
             if choice.note:
                 self.notes.say_once(choice.note)
-            require_first_optimizer(logger.state_before("autolog"))
+            require_first_optimizer(logger.previous_state("autolog"))
             logger.watch(choice.model, choice.optimizer, choice.scheduler)
         self._epochs = Epochs(
             logger,
@@ -241,7 +241,7 @@ class Session:
         finally:
             is_likely = self._trained.makes_likely(start)
             if is_likely and self.logger is not None:
-                self.logger.events.note_pass(has_batches=not replay.is_empty)
+                self.logger.events.record_iteration(has_batches=not replay.is_empty)
             is_elsewhere = dataloaders.may_be_uneven(loader, self.prepared.num_processes)
             if replay.is_empty and is_elsewhere and is_likely:
                 replay.backward()  # on other ranks: this one has no batch of it
@@ -281,7 +281,7 @@ class Session:
             epochs.end()
             if self._replay is not None and not self.is_replaying:
                 # Nothing was left to train: what the script does next begins with the numbers that it had then.
-                logger.events.put_back_random()
+                logger.events.restore_rng_state()
             self._over()
             logger.close()
         except BaseException as error:

@@ -81,12 +81,12 @@ class Steps:
         optimizer = raw(self._prepared.optimizers[number])
         if optimizer in self._known:
             self._known.clear()
-            self._logger.watch_instead(None)
+            self._logger.replace_optimizer(None)
             self._say_once("several optimizers step in turn for the one model: checkpoints hold the model alone")
             return
         self._known.append(optimizer)
         self._memory.optimizer = number
-        self._logger.watch_instead(self._prepared.optimizers[number], self._prepared.scheduler_of(optimizer))
+        self._logger.replace_optimizer(self._prepared.optimizers[number], self._prepared.scheduler_of(optimizer))
         self._say_once(
             f"another optimizer steps from here on ({type(optimizer).__name__}): checkpoints hold its state, and a run "
             "cannot go on from them"

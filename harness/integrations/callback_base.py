@@ -118,7 +118,7 @@ class CallbackBase:
         optimizer: Any,
         scheduler: Any,
         *,
-        goes_on_at: tuple[int, int],
+        completed: tuple[int, int],
         params: Mapping[str, Any],
         recipe: CallbackModelSpec | str,
         topology: Mapping[str, Any] | None = None,
@@ -130,7 +130,7 @@ class CallbackBase:
             model: as it is trained: wrapped, sharded.
             optimizer: its own.
             scheduler: of the learning rate, where its state can be saved.
-            goes_on_at: epochs and steps that are complete.
+            completed: epochs and steps that are complete.
             params: what the framework knows of the configuration.
             recipe: how the model is built again; or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
@@ -159,7 +159,7 @@ class CallbackBase:
                 logger.describe(recipe.spec, model, options.input_example, packages=recipe.packages, files=recipe.files)
             else:
                 logger.say(recipe)
-            logger.watch(model, optimizer, scheduler, goes_on_at=goes_on_at)
+            logger.watch(model, optimizer, scheduler, completed=completed)
 
     @classmethod
     def end_what_was_left(cls) -> None:
@@ -201,12 +201,12 @@ class CallbackBase:
     def evaluated(self) -> None:
         """The loop has evaluated, which is no step's time."""
         if self._logger is not None:
-            self._logger.events.skip_time()
+            self._logger.events.restart_step_timer()
 
     def keep_rates(self) -> None:
         """The learning rates of now are the epoch's: what follows changes them for the next one."""
         if self._logger is not None:
-            self._logger.events.keep_learning_rates()
+            self._logger.events.freeze_learning_rates()
 
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
         """See `LoopEvents.end_epoch`."""

@@ -103,7 +103,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
             model,
             self._optimizer,
             None,
-            goes_on_at=(epoch, step),
+            completed=(epoch, step),
             params={"optimizer": self.model.optimizer.get_config(), "fit": dict(self.params)},
             recipe=_recipe(self.model),
         )

@@ -114,7 +114,7 @@ class HarnessCallback(Callback):
                 _model(trainer, pl_module),
                 self._optimizer(trainer),
                 schedulers[0].scheduler if len(schedulers) == 1 else None,
-                goes_on_at=(trainer.current_epoch, trainer.global_step),
+                completed=(trainer.current_epoch, trainer.global_step),
                 params={"module": dict(pl_module.hparams), "trainer": _facts_of(trainer)},
                 recipe=_recipe(pl_module),
                 topology={"strategy": _strategy_of(trainer), "mixed_precision": str(trainer.precision)},

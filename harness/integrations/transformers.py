@@ -102,7 +102,7 @@ class HarnessCallback(TrainerCallback):
             model,
             parts["optimizer"],
             parts["lr_scheduler"],
-            goes_on_at=(_epochs_done(trainer, parts["train_dataloader"], self._guest.options), state.global_step),
+            completed=(_epochs_done(trainer, parts["train_dataloader"], self._guest.options), state.global_step),
             params={"args": _values(args), **({} if config is None else {"model": config.to_dict()})},
             recipe=_recipe(unwrapped(model)),
         )

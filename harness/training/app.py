@@ -110,9 +110,9 @@ def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLo
     On as many ranks as before it is the configuration's that counts: it is the same, or was changed on purpose.
     """
     world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    if logger.batch_before is None or logger.batch_before.world_size == world_size or loader.batch_size is None:
+    if logger.previous_batch is None or logger.previous_batch.world_size == world_size or loader.batch_size is None:
         return loader
-    before = logger.batch_before.num_samples
+    before = logger.previous_batch.num_samples
     now = world_size * loader.batch_size * accumulation
     if now == before:
         return loader

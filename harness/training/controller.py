@@ -37,8 +37,9 @@ class TrainingController:
     """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
 
     Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
-    a checkpoint needs the metrics of its moment, for the votes of the step before, and in `meet`. `skip_time`,
-    `ask_for_save`, `pace`, `is_log_step_next`, `end_pass`, `finish_copy` and `forget_pass` are not.
+    a checkpoint needs the metrics of its moment, for the votes of the step before, and in `synchronize`.
+    `restart_step_timer`, `ask_for_save`, `pace`, `is_log_step_next`, `end_inputs`, `finish_copy` and `discard_inputs`
+    are not collective.
 
     Args:
         accelerator: of the loop.
@@ -120,9 +121,9 @@ class TrainingController:
         """An epoch's body begins."""
         self.is_cut_short = self._has_met = False
         self._is_in_epoch = self._tracking.log_every_n_epochs > 1
-        self.skip_time()
+        self.restart_step_timer()
 
-    def skip_time(self) -> None:
+    def restart_step_timer(self) -> None:
         """What lies behind is no step's time."""
         self._windows.timer.resume()
         # Whatever has happened meanwhile, a save or a window, is looked after at the next step.
@@ -145,7 +146,7 @@ class TrainingController:
         Raises:
             Stopped: on all ranks alike, if a signal asked any of them to stop where the others had no step.
         """
-        self.meet()
+        self.synchronize()
         self._is_in_epoch = False
         is_whole = not self.is_cut_short
         if is_whole:
@@ -335,7 +336,7 @@ class TrainingController:
         """What an evaluation's metric objects have given; in an epoch that may not be logged it waits."""
         self._history.add(values, self._place.step)
         self._history.withholds = False
-        self.skip_time()
+        self.restart_step_timer()
 
     def evaluation_ends(self) -> None:
         """An evaluation is about to be reduced."""
@@ -345,41 +346,35 @@ class TrainingController:
 
     # ------------------------------------------------------------------- what ranks agree on
 
-    def stop_within_evaluation(self, put_back: Callable[[], bool]) -> None:
-        """At a batch of an evaluation behind a pass: stop here, if this process was asked to. For one process alone.
+    def stop_signal_in_evaluation(self) -> int:
+        """Number of the signal that asks this process to stop within an evaluation; 0: none, or it cannot stop now.
 
-        Args:
-            put_back: puts back the state of the pass's end; False: that cannot be, and the evaluation goes on.
-
-        Raises:
-            Stopped: as `stop`.
+        For a run of one process: other ranks do not learn of it.
         """
-        signal_number = self._run.stop_signal
-        if signal_number and self._accelerator.sync_gradients and put_back():
-            self.stop(signal_number)
+        return self._run.stop_signal if self._accelerator.sync_gradients else 0
 
-    def begin_pass(self, loader: Any) -> None:
+    def begin_inputs(self, loader: Any) -> None:
         """A pass over a prepared training loader begins, of which ranks may have different numbers of batches."""
-        self.meet()
+        self.synchronize()
         if may_differ := dataloaders.may_be_uneven(loader, self._accelerator.num_processes):
             self.read_votes()
         self._in_step.begin(may_differ=may_differ)
         self._step_attended = self._place.step
 
     @property
-    def may_differ(self) -> bool:
+    def has_uneven_inputs(self) -> bool:
         """Whether a rank may have fewer batches than another of the pass that runs."""
         return self._in_step.may_differ
 
-    def end_pass(self) -> None:
+    def end_inputs(self) -> None:
         """This rank has no further batch of it. Not collective, and waits for nobody."""
         self._in_step.end()
 
-    def forget_pass(self) -> None:
+    def discard_inputs(self) -> None:
         """The pass that has begun is no training's: no step came of it, on any rank."""
         self._in_step.begin(may_differ=False)
 
-    def meet(self) -> None:
+    def synchronize(self) -> None:
         """Before what is collective behind a pass: wait for the longest; from here on its steps are all ranks'."""
         if not self._in_step.may_differ:
             return
@@ -399,8 +394,8 @@ class TrainingController:
             self._saves.owed = self._saves.owed or self._place.step_name
         self._save_is_asked, self._step_attended = False, met.most
 
-    def largest(self, number: int) -> int:
-        """Of a number of each rank's. Collective, behind `meet`; blocks until every rank has called it."""
+    def max_over_ranks(self, number: int) -> int:
+        """Of a number of each rank's. Collective, behind `synchronize`; blocks until every rank has called it."""
         self.read_votes()
         self._votes.cast([number])
         found = self._votes.read()

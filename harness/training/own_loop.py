@@ -83,9 +83,9 @@ class OwnLoop:
             course.is_cut_short = True
             return
         if self.resumption.is_done(self.batches.next_loader):
-            self.events.skip_data(loader)
+            self.events.skip_loader(loader)
             return
-        course.meet()
+        course.synchronize()
         if self.saves.owed is not None and self.batches.loaders_done and self.accelerator.sync_gradients:
             # Not at the end of the epoch after all: there is another loader.
             self.saves.save_owed()
@@ -94,17 +94,17 @@ class OwnLoop:
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
         usual = dataloaders.usual_batch_size(loader, self.agreement.world_size)
-        loader, iterator = self.events.begin_data(loader)
+        loader, iterator = self.events.begin_iteration(loader)
         serial, is_empty = self.batches.serial, True
         try:
             if limit is not None and self.batches.num_taken >= limit:
-                self.events.end_empty_pass()
-                self.events.end_data()  # as many as that were taken, by this loader's size
+                self.events.end_empty_iteration()
+                self.events.end_iteration()  # as many as that were taken, by this loader's size
                 return
             for batch in iterator:
                 if is_empty:
                     is_empty = False
-                    self.events.note_pass(has_batches=True)
+                    self.events.record_iteration(has_batches=True)
                     self.run.describe_dataset(loader, "train", batch)
                 is_limit = self.batches.num_taken + 1 == limit
                 if is_limit:
@@ -126,24 +126,24 @@ class OwnLoop:
                     course.is_cut_short = True
                     return
             if is_empty:
-                self.events.end_empty_pass()
-            self.events.end_data()
+                self.events.end_empty_iteration()
+            self.events.end_iteration()
         except GeneratorExit:
             # The loop was left: what it has not taken of this epoch is not taken.
             if self.batches.serial == serial:
-                self.events.end_data()
+                self.events.end_iteration()
             raise
         finally:
             course.is_in_batch = False
-            course.end_pass()
-            self.events.leave_data(loader, iterator)
+            course.end_inputs()
+            self.events.close_iteration(loader, iterator)
 
     def over_evaluation(self, loader: Any, limit: int | None) -> Iterator[Any]:
         """See `PeriodicLogger.eval_batches`."""
         dataloaders.check_size(loader, self.agreement.world_size, "evaluation")
         course = self.course
         if not course.is_in_batch:
-            course.meet()
+            course.synchronize()
         self.windows.collect()
         if course.random_to_keep is None:
             course.random_to_keep = rng_state.take(self.accelerator.device)

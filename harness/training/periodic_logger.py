@@ -96,10 +96,10 @@ class PeriodicLogger:
 
     Attributes:
         latest: the latest reduced value of each metric; the same on every rank.
-        stem: what a made-up name of the run begins with; None: as the experiment is called. Set before `start`.
+        run_name_prefix: what a made-up name of the run begins with; None: the experiment's name. Set before `start`.
         mlflow_run_id: of the MLflow run; rank zero's, None elsewhere. Set before `start`: of one that is there already
             and is to be this one, where the run begins.
-        given: the MLflow run that a run that begins is to be; rank zero's. None: see `uses_given_run`. Set before
+        given_run: the MLflow run that a run that begins is to be; rank zero's. None: see `uses_given_run`. Set before
             `start`.
         uses_given_run: whether a run that begins is the MLflow run that the user has named elsewhere, see
             `harness.tracking.mlflow.given_run`. Set before `start`.
@@ -132,9 +132,9 @@ class PeriodicLogger:
         self.progress = Progress(enabled=False)
         self.latest: dict[str, float] = {}
         self.run_name = run_name
-        self.stem: str | None = None
+        self.run_name_prefix: str | None = None
         self.mlflow_run_id: str | None = None
-        self.given: GivenRun | None = None
+        self.given_run: GivenRun | None = None
         self.uses_given_run = True
         self.run_path: Path | None = None
         self._runs_dir = Path(run_dir)
@@ -203,7 +203,7 @@ class PeriodicLogger:
         votes = Consensus(dist.new_group(backend="gloo") if world_size > 1 else None)
         ranking = (self.checkpoint_config.monitor, self.checkpoint_config.mode)
         if self.mlflow_run_id is not None:
-            self.given = GivenRun(self.mlflow_run_id, "the script")
+            self.given_run = GivenRun(self.mlflow_run_id, "the script")
         self._run = RunSession(self.topology, self.tracking_config, self.progress, *ranking)
         self._started = True
         try:
@@ -214,8 +214,8 @@ class PeriodicLogger:
                 self.run_name,
                 self._params,
                 resume=self._resume_from,
-                stem=self.stem,
-                given=self.given,
+                stem=self.run_name_prefix,
+                given=self.given_run,
                 uses_given_run=self.uses_given_run,
             )
             self.mlflow_run_id = self._run.mlflow_run_id
@@ -301,11 +301,11 @@ class PeriodicLogger:
         )
 
     @property
-    def batch_before(self) -> GlobalBatch | None:
+    def previous_batch(self) -> GlobalBatch | None:
         """What an optimizer step took of the run that goes on; None: it begins, or that is not known."""
         return self._resumption.before.batch
 
-    def state_before(self, name: str) -> Any:
+    def previous_state(self, name: str) -> Any:
         """The state under that name (`register`) of the run that goes on, before it is put back; None: it has none."""
         state = self._resumption.before.states.get(name)
         return None if state is None else decode(state)
@@ -320,7 +320,7 @@ class PeriodicLogger:
             HarnessError: on all ranks, if the last checkpoint could not be written, or no rank got any batch to train.
         """
         try:
-            self._course.meet()
+            self._course.synchronize()
             self._windows.collect()
             self._windows.flush(self.step, wait=True)
             self._course.read_votes()
@@ -369,7 +369,7 @@ class PeriodicLogger:
         scheduler: Any = None,
         *,
         steps_of: str | None = None,
-        goes_on_at: tuple[int, int] | None = None,
+        completed: tuple[int, int] | None = None,
     ) -> None:
         """Set what checkpoints hold: the prepared model, optimizer and scheduler, or several of these by name.
 
@@ -389,7 +389,7 @@ class PeriodicLogger:
             optimizer: prepared.
             scheduler: prepared.
             steps_of: name of the model whose optimizer's steps are counted; None: the first one with an optimizer.
-            goes_on_at: epochs and steps that are complete, where the loop has put its state back by itself: nothing
+            completed: epochs and steps that are complete, where the loop has put its state back by itself: nothing
                 else is put back, the MLflow run goes on from there, and checkpoints that the run has already stay.
 
         Raises:
@@ -403,18 +403,18 @@ class PeriodicLogger:
         self._saver.check(watched)
         self._watched = watched
         self._rates.optimizers = _optimizers(watched)
-        self._course.skip_time()
+        self._course.restart_step_timer()
         self._saves.watches()
-        if goes_on_at is None:
+        if completed is None:
             self._resume(watched)
         else:
-            self._go_on_at(*goes_on_at)
+            self._go_on_at(*completed)
         if not isinstance(watched, Watched) and watched.counted is not None:
             # Only now: a restore may have stepped the optimizer to make its state.
             self._step_counter = self._course.step_counter = StepCounter(watched.counted)
         self._run.describe_model(*modules_of(watched))
 
-    def watch_instead(self, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
+    def replace_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
         """Have checkpoints be of the same model and another optimizer from here on: the loop has made one.
 
         Effects: collective; main thread, between steps; waits for a save that is being written.
@@ -431,12 +431,12 @@ class PeriodicLogger:
         self._saver.check(watched)
         self._watched = watched
         self._rates.optimizers = _optimizers(watched)
-        self._course.skip_time()
+        self._course.restart_step_timer()
         self._saves.watches()
         # It has stepped, or there is none to wait for.
         self._saves.prepare()
 
-    def put_back_again(self) -> None:
+    def restore_again(self) -> None:
         """Put scheduler, learning rates and scalers back once more, as the run's checkpoint has them.
 
         Where a script's epochs that are done went by again, it has moved them. Not collective; main thread.
@@ -571,7 +571,7 @@ class PeriodicLogger:
         if self._course.is_in_batch:
             self._course.ask_for_save()
             return True
-        self._course.meet()
+        self._course.synchronize()
         # What this returns may be branched on: it is the same on every rank.
         has_begun = self._saves.save_with_metrics(self._place.step_name) and self._saves.settle()
         # Other than behind a batch, what follows need not be a step.
@@ -712,7 +712,7 @@ class PeriodicLogger:
         self._batches.restore(resumed.data, state.loaders_done, state.batches_in_epoch)
         self._saves.is_saved()
         self._windows.put_back(resumed.sums)
-        self.events.random_to_begin_with = None if resumed.rank_state is None else resumed.rank_state.random
+        self.events.rng_state_to_restore = None if resumed.rank_state is None else resumed.rank_state.random
         self.latest.update(state.metrics)
         self._run.resumed(state.step, resumed.name)
         self.say(f"goes on from {resumed.name}: {_counted(state.epoch, state.step)}")
