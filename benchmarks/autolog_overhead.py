@@ -18,8 +18,8 @@ import torch
 from accelerate.utils import set_seed
 from loop_overhead import EPOCHS_PER_WINDOW, Times, by_hand, report, rounds, timed
 
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.config.task import Task
 

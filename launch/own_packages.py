@@ -22,7 +22,7 @@ _OURS = {"harness": Path(harness.__file__).resolve().parent, "launch": Path(__fi
 LATE_IMPORTS = (
     "harness.__main__",
     "harness.autologging.exit_codes",
-    "harness.autologging.switch",
+    "harness.autologging.patcher",
     "harness.checkpoint.sharding.fsdp1",
     "harness.checkpoint.sharding.plain",
     "harness.checkpoint.sharding.zero",

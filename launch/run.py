@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import harness
-from harness.autologging.api import first_run_of, script_name
+from harness.autologging.settings import first_run_of, script_name
 from harness.config.schema import NUM_PROCESSES_VARIABLE
 from harness.distributed.meeting import is_first_of_launch
 from harness.errors import EXIT_DONE, ConfigError, HarnessError

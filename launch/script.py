@@ -86,7 +86,7 @@ def run_script(script: Script, *, silent: bool) -> int:
         SystemExit: as the script raises it.
     """
     from harness.autologging.exit_codes import failure_of
-    from harness.autologging.switch import script_ended
+    from harness.autologging.patcher import script_ended
 
     for package in PACKAGES:
         theirs = _give_way(package)

@@ -2,26 +2,22 @@
 
 In reading order:
 
-    script           what a script has prepared, and its arguments
-    settings         what was asked for
-    notes            lines for the user
-    replacing        replace functions of other modules, and put them back
-    exit_codes       the exit code of a script
-    ending           how a script ends
-    passes           one iteration over a loader: training or not
-    api              `harness.autolog`, `harness.resume`
-    opening          open the run of a training
-    own_values       what the script logs through accelerate
-    pass_end         a stop within the evaluation behind a pass
-    steps            which of a script's optimizers step
-    epochs           passes as the epochs and steps of a run
-    replay           epochs that are done go by again
-    session          one training, from prepare to its end
-    saved_states     `accelerator.save_state` in a script that is run again
-    joins            `Accelerator.join_uneven_inputs`
-    other_ranks      MLflow on ranks other than zero
-    fluent           what the script logs to MLflow itself
-    summary_writers  TensorBoard's writers where MLflow listens
-    trainings        the trainings of a process, one after the other
-    switch           autologging on and off: the table of what is replaced
+    settings           the settings, and the names of runs
+    api                `harness.autolog` and `harness.resume`
+    script             what a script has prepared, and its arguments
+    user_messages      lines for the user
+    replacements       replace functions of other modules, and restore them
+    exit_codes         the exit code of a script
+    exit_hooks         how a script ends
+    iterations         one iteration over a loader: training or not
+    pass_end           a stop within the evaluation behind a pass
+    script_values      what the script logs through accelerate
+    run_opener         open the run of a training
+    optimizer_steps    which of a script's optimizers step
+    observer           iterations as the epochs and steps of a run
+    replay             epochs that are done, replayed with one batch each
+    session            one training, from prepare to its end
+    patches/           replaced functions of MLflow, TensorBoard and others
+    training_registry  the trainings of a process, one after the other
+    patcher            autologging on and off: the table of what is replaced
 """

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.autologging.settings import AutologSettings
+from harness.autologging.settings import AutologSettings, first_run_of, script_name
 from harness.config.schema import CheckpointConfig, Mode, check_run_name
 from harness.errors import ConfigError
-
-# In the run's directory of a training that is not its process's first: which one is.
-FURTHER_FILE = "further_training.json"
 
 _settings = AutologSettings()
 
@@ -64,7 +59,7 @@ def autolog(
         ConfigError: if a value breaks a rule.
     """
     global _settings
-    from harness.autologging.switch import turn_off, turn_on
+    from harness.autologging.patcher import turn_off, turn_on
 
     if disable:
         turn_off()
@@ -118,7 +113,7 @@ def resume(
         ConfigError: if a value breaks a rule.
     """
     global _settings
-    from harness.autologging import switch
+    from harness.autologging import patcher
 
     if not resume_from:
         raise ConfigError("resume_from", "must be auto, never, a path or an address in MLflow, got ''")
@@ -139,38 +134,4 @@ def resume(
         resume_from=resume_from,
         reset_scheduler=reset_scheduler,
     )
-    switch.change(_settings)
-
-
-def script_name() -> str:
-    """A name for runs of this script: its file's, in the characters that a directory may have."""
-    stem = Path(sys.argv[0]).stem or "run"
-    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
-    return kept.lstrip(".") or "run"
-
-
-def first_run_of(run_dir: Path) -> Path:
-    """The run's directory of the first training of the script that has made this one."""
-    try:
-        name = json.loads((run_dir / FURTHER_FILE).read_text())["first_run"]
-    except (OSError, ValueError, KeyError):
-        return run_dir
-    return run_dir.resolve().parent / str(name)
-
-
-def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
-    """What is known of the run of this name; None: nothing, or none is named."""
-    if settings.run_name is None:
-        return None
-    try:
-        found = json.loads((Path(settings.run_dir) / settings.run_name / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def run_id_of(settings: AutologSettings) -> str | None:
-    """The MLflow run that a training would go on in, where that is known before it begins."""
-    record = None if settings.resume_from == "never" else run_record(settings)
-    found = (record or {}).get("run_id")
-    return None if found is None else str(found)
+    patcher.change(_settings)

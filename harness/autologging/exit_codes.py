@@ -13,7 +13,7 @@ import threading
 from types import CodeType, FrameType
 from typing import Any
 
-from harness.autologging.replacing import Replacement, Replacements
+from harness.autologging.replacements import Replacement, Replacements
 from harness.errors import EXIT_REQUEUE, Stopped
 
 

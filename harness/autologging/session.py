@@ -14,15 +14,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from harness.autologging.epochs import Epochs, Original
-from harness.autologging.notes import UserMessages
-from harness.autologging.opening import AutologState, open_run, require_first_optimizer
-from harness.autologging.own_values import OwnValues
-from harness.autologging.passes import IterationKey, TrainedOn
-from harness.autologging.replacing import Replacements
+from harness.autologging.iterations import IterationKey, TrainedOn
+from harness.autologging.observer import Epochs, Original
+from harness.autologging.replacements import Replacements
 from harness.autologging.replay import Replay
+from harness.autologging.run_opener import AutologState, open_run, require_first_optimizer
 from harness.autologging.script import Arguments, Prepared, inside
+from harness.autologging.script_values import OwnValues
 from harness.autologging.settings import AutologSettings
+from harness.autologging.user_messages import UserMessages
 from harness.data import dataloaders
 from harness.errors import CheckpointError, HarnessError, Stopped
 from harness.tracking.mlflow.given_run import GivenRun

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from harness.autologging import switch
+from harness.autologging import patcher
 from harness.checkpoint.format.names import some
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.distributed.meeting import is_first_of_launch
@@ -138,7 +138,7 @@ class CallbackBase:
         CallbackBase.end_what_was_left()
         CallbackBase._open, self._ended = self, None
         # It would log the same training in a run of its own.
-        switch.turn_off()
+        patcher.turn_off()
         options = self._options
         logger = self._logger = PeriodicLogger(
             accelerator,

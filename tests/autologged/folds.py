@@ -12,8 +12,8 @@ from accelerate.utils import ProjectConfiguration, find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.saving_ranks import become_rank
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from tests.distributed.saving_ranks import become_rank
 
 BATCH_SIZE = 2

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from mlflow import MlflowClient
 
 from harness import PeriodicLogger
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import TrackingError
 from harness.integrations.accelerate import HarnessTracker

@@ -17,8 +17,8 @@ from mlflow.entities import Run
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.mlflow_reader import all_runs, client, history
 from tests.services.mlflow_server import make_database

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness import PeriodicLogger
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.tracking.journal.entries import read_entries
 

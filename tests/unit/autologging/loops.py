@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.autologging.patcher import Patcher
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 from harness.checkpoint.format.commit import Manifest, list_checkpoints
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from tests.distributed.gathered import gather_state

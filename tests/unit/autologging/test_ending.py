@@ -9,13 +9,13 @@ import pytest
 
 BEFORE = """
 import multiprocessing, sys
-from harness.autologging.ending import Ending
+from harness.autologging.exit_hooks import ExitHooks
 
 def told(what):
     print(what, flush=True)
     return what
 
-ending = Ending(lambda: told("finished"), lambda error: told(repr(error)))
+ending = ExitHooks(lambda: told("finished"), lambda error: told(repr(error)))
 ending.watch()
 
 def train(end=None):

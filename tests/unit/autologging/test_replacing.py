@@ -9,9 +9,9 @@ import accelerate.accelerator
 import accelerate.data_loader
 import pytest
 
-from harness.autologging.replacing import Replacement, Replacements
+from harness.autologging.patcher import Patcher
+from harness.autologging.replacements import Replacement, Replacements
 from harness.autologging.settings import AutologSettings
-from harness.autologging.switch import Patcher
 
 
 def owners() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from harness.autologging import api, switch
+from harness.autologging import api, patcher
 from harness.autologging.settings import AutologSettings
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.config.schema import TrackingConfig
@@ -28,7 +28,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(api, "_settings", AutologSettings(tracking=TrackingConfig(enabled=False), run_name="run"))
     AcceleratorState._reset_state(True)
     yield
-    switch.turn_off()
+    patcher.turn_off()
     AcceleratorState._reset_state(True)
 
 
@@ -87,7 +87,7 @@ def test_training_stays_its_parents_when_a_forked_child_prepares_another_model(
     AcceleratorState._reset_state(True)
     api.autolog(every_n_epochs=1)
     losses, _ = train(fork)
-    switch.turn_off()
+    patcher.turn_off()
     assert codes == [0]
     assert losses == plain
     names = [name for name, _ in list_checkpoints(tmp_path / "runs" / "run" / "checkpoints")]

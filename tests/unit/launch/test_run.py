@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.autologging import api, switch
+from harness.autologging import api, patcher
 from harness.autologging.settings import AutologSettings
 from harness.config.schema import CheckpointConfig, TrackingConfig
 from harness.errors import HarnessError
@@ -38,7 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         return path
 
     yield write
-    switch.turn_off()
+    patcher.turn_off()
 
 
 OPTIONS = {
@@ -65,8 +65,8 @@ def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[
     script(SCRIPT)
     words = [word for option in OPTIONS.items() for word in option]
     assert run([*words, "--reset_scheduler", "--extra_tags", "more=", "train.py"]) == 0
-    assert switch._on is not None
-    assert switch._on.settings == AutologSettings(
+    assert patcher._on is not None
+    assert patcher._on.settings == AutologSettings(
         CheckpointConfig(every_n_epochs=None, monitor="eval/accuracy", mode="max", save_top_k=3, when_busy="skip"),
         TrackingConfig(
             experiment_name="exp",
@@ -88,11 +88,11 @@ def test_settings_are_what_the_options_say_when_all_are_given(script: Callable[[
 def test_settings_are_autologs_own_when_no_option_is_given(script: Callable[[str], Path]) -> None:
     script(SCRIPT)
     assert run(["train.py"]) == 0
-    assert switch._on is not None
-    by_command = switch._on.settings
-    switch.turn_off()
+    assert patcher._on is not None
+    by_command = patcher._on.settings
+    patcher.turn_off()
     api.autolog()
-    assert switch._on.settings == by_command
+    assert patcher._on.settings == by_command
     assert by_command.checkpoint == CheckpointConfig(every_n_epochs=5, when_busy="wait")
 
 
@@ -104,8 +104,8 @@ def test_arguments_of_the_script_are_its_own_when_they_are_called_as_ours(script
     argv, name, file, package, first = json.loads(Path("told.json").read_text())
     assert argv == ["train.py", "--every_n_epochs", "7", "-m", "x", "--help"]
     assert (name, file, package, first) == ("__main__", str(path), None, str(path.parent))
-    assert switch._on is not None
-    assert switch._on.settings.checkpoint.every_n_epochs == 2
+    assert patcher._on is not None
+    assert patcher._on.settings.checkpoint.every_n_epochs == 2
 
 
 def test_module_runs_as_python_m_would_when_it_is_given(script: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from harness.autologging.replacing import Replacement
+from harness.autologging.replacements import Replacement
 from harness.autologging.session import Session
 from harness.tracking.mlflow.given_run import active_run_id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from harness.autologging.replacing import Replacement
+from harness.autologging.replacements import Replacement
 from harness.autologging.session import Session
 
 

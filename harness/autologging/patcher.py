@@ -13,16 +13,17 @@ import torch
 from accelerate import Accelerator
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.autologging import ending, fluent
-from harness.autologging.joins import Joins
-from harness.autologging.other_ranks import OtherRanks
-from harness.autologging.replacing import Replacement, Replacements
-from harness.autologging.saved_states import SavedStates
+from harness.autologging import exit_hooks
+from harness.autologging.patches import mlflow as mlflow_patches
+from harness.autologging.patches.joins import Joins
+from harness.autologging.patches.other_ranks import OtherRanks
+from harness.autologging.patches.saved_states import SavedStates
+from harness.autologging.patches.summary_writers import SummaryWriters
+from harness.autologging.replacements import Replacement, Replacements
 from harness.autologging.script import Arguments
 from harness.autologging.session import Session
 from harness.autologging.settings import AutologSettings
-from harness.autologging.summary_writers import SummaryWriters
-from harness.autologging.trainings import TrainingRegistry
+from harness.autologging.training_registry import TrainingRegistry
 from harness.distributed import cpu_strategies, strategies
 from harness.distributed.fsdp2_layers import separate_embeddings
 from harness.distributed.meeting import is_first_of_launch
@@ -44,16 +45,18 @@ class Patcher:
     def __init__(self, settings: AutologSettings) -> None:
         self.settings = settings
         self._arguments = Arguments()
-        self._ending = ending.ExitHooks(self.finish, self.fail)
+        self._ending = exit_hooks.ExitHooks(self.finish, self.fail)
         self._trainings = trainings = TrainingRegistry(
             settings,
             self._arguments,
             self._run_to_be_ours,
-            fluent.end_active_run,
+            mlflow_patches.end_active_run,
             lambda: Replacements(self._table_of_stillness()),
             self._ending.begins,
         )
-        self._fluent = fluent.MlflowPatches(lambda: self.session, trainings.run_id_before, trainings.run_id_after)
+        self._fluent = mlflow_patches.MlflowPatches(
+            lambda: self.session, trainings.run_id_before, trainings.run_id_after
+        )
         self._writers = SummaryWriters(lambda: self.session)
         others = OtherRanks(lambda: self.session)
         self._saved_states = SavedStates(lambda: self.session)
@@ -336,9 +339,9 @@ def turn_on(settings: AutologSettings) -> None:
 def turn_off() -> None:
     """End autologging, where it is on."""
     global _on
-    switch, _on = _on, None
-    if switch is not None:
-        switch.turn_off()
+    turned_off, _on = _on, None
+    if turned_off is not None:
+        turned_off.turn_off()
 
 
 def change(settings: AutologSettings) -> None:

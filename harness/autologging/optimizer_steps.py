@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from harness.autologging.opening import AutologState
+from harness.autologging.run_opener import AutologState
 from harness.autologging.script import Choice, Prepared, raw
 from harness.training.periodic_logger import PeriodicLogger
 

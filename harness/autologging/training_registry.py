@@ -18,11 +18,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from harness.autologging.api import first_run_of, run_id_of, run_record, script_name
-from harness.autologging.replacing import Replacements
+from harness.autologging.replacements import Replacements
 from harness.autologging.script import Arguments, kind_of
 from harness.autologging.session import Session
-from harness.autologging.settings import AutologSettings
+from harness.autologging.settings import AutologSettings, first_run_of, run_id_of, run_record, script_name
 from harness.checkpoint.format.names import unwrapped
 from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped

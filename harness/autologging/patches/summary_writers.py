@@ -11,8 +11,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from harness.autologging.other_ranks import known_run
-from harness.autologging.replacing import Replacement
+from harness.autologging.patches.other_ranks import known_run
+from harness.autologging.replacements import Replacement
 from harness.autologging.session import Session
 from harness.tracking.mlflow.given_run import active_run_id
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.autologging.notes import UserMessages
-from harness.autologging.opening import AutologState
+from harness.autologging.iterations import Iteration, IterationKey, TrainedOn
+from harness.autologging.optimizer_steps import Steps
 from harness.autologging.pass_end import PassEnd
-from harness.autologging.passes import Iteration, IterationKey, TrainedOn
+from harness.autologging.run_opener import AutologState
 from harness.autologging.script import Choice, Prepared
-from harness.autologging.steps import Steps
+from harness.autologging.user_messages import UserMessages
 from harness.data import dataloaders
 from harness.data.pending_iteration import PendingIteration
 from harness.errors import EXIT_REQUEUE, Stopped

@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from harness.autologging.api import FURTHER_FILE
-from harness.autologging.passes import TrainedOn
+from harness.autologging.iterations import TrainedOn
 from harness.autologging.script import Arguments, Prepared
-from harness.autologging.settings import AutologSettings
+from harness.autologging.settings import FURTHER_FILE, AutologSettings
 from harness.data import dataloaders
 from harness.errors import CheckpointError
 from harness.io.durable_files import replace_file
