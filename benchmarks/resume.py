@@ -75,7 +75,7 @@ def worker(arguments: argparse.Namespace) -> None:
             logger.save()
     path = directory / "ours" / "checkpoints" / "step-00000002"
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    agreement = Collectives(rank, world_size)
+    collectives = Collectives(rank, world_size)
     is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def forget() -> None:
@@ -85,7 +85,7 @@ def worker(arguments: argparse.Namespace) -> None:
     wanted: list[int] = []
 
     def ours() -> None:
-        wanted[:] = [restore_tensors(accelerator, Watched(model, optimizer, None), path, agreement).wanted_bytes]
+        wanted[:] = [restore_tensors(accelerator, Watched(model, optimizer, None), path, collectives).wanted_bytes]
 
     kept = torch.empty(total_bytes(path), dtype=torch.uint8)
     kept.fill_(1)
@@ -141,7 +141,7 @@ def worker(arguments: argparse.Namespace) -> None:
     local = [getattr(value, "_local_tensor", value) for kinds in state for value in kinds.values()]
     own = sum(value.nbytes for value in local if isinstance(value, torch.Tensor))
     record = {"seconds": results, "wanted_bytes": wanted[0], "memory_bytes": memory - own}
-    gathered = agreement.gather("the results", record)
+    gathered = collectives.all_gather("the results", record)
     if rank == 0:
         Path(arguments.output).write_text(json.dumps({"ranks": gathered, "bytes": total_bytes(path)}))
 

@@ -1,11 +1,10 @@
-"""What all ranks must decide alike: small objects over a gloo group of our own, from the main thread.
+"""Collective calls that carry small values, over a gloo group of their own.
 
-Objects travel as JSON and tensors (`harness.distributed.rank_values`): nothing that arrives is unpickled.
+Values travel as JSON and tensors (`harness.distributed.rank_values`), so nothing received is unpickled. The calls are
+for rare events (start, a due checkpoint, end), not for each step.
 
-Rare by design (a start, a due checkpoint, an end): nothing here runs at each step.
-
-The group's own methods are called, not the functions of `torch.distributed`: those refuse every group once the script
-has called `destroy_process_group()`, and a run ends after that too. The group itself stays connected.
+The methods of the group itself are called, not the functions of `torch.distributed`: those refuse every group once a
+script has called `destroy_process_group()`. The group stays connected, and a run may end after that call.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """Collective calls that carry small values, each with a time limit and a name.
+    """Collective calls with a time limit, each named for error messages.
 
-    Effects: collective on its own group, made here by all ranks; main thread; each call blocks until
-    the other ranks make the same call, at most `timeout_s`; nothing on disk.
+    Effects: collective on its own group, which the constructor creates on all ranks; main thread; each call blocks
+    until the other ranks make the same call, at most `timeout_s`; nothing on disk.
 
     Args:
         rank: this rank.
         world_size: number of ranks; with 1 nothing is communicated.
-        timeout_s: limit of each wait, in seconds.
+        timeout_s: limit of each call, in seconds.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 1800.0) -> None:
@@ -42,15 +41,16 @@ class Collectives:
         if world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
-    def from_rank_zero(self, what: str, make: Callable[[], T]) -> T:
-        """Call `make` on rank zero and give its result to all ranks.
+    def broadcast_from_rank_zero(self, what: str, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result on all ranks.
 
         Args:
-            what: names the wait, should it end badly.
-            make: called on rank zero only; the result is of what `harness.distributed.rank_values` takes.
+            what: the task of rank 0, for error messages: ``make the run directory``.
+            make: called on rank 0 only; its result must be encodable by `harness.distributed.rank_values`.
 
         Raises:
-            Exception: on rank zero what `make` raised; on the other ranks `PeerFailure` with its text.
+            Exception: on rank 0, whatever `make` raised.
+            PeerFailure: on the other ranks, with the text of that error.
         """
         if self._group is None:
             return make()
@@ -76,19 +76,19 @@ class Collectives:
             raise PeerFailure(0, str(value))
         return cast(T, value)
 
-    def gather(self, what: str, value: T) -> list[T]:
-        """Each rank's value, in the order of ranks, on all ranks.
+    def all_gather(self, what: str, value: T) -> list[T]:
+        """Return the values of all ranks, in rank order, on all ranks.
 
         Args:
-            what: names the wait, should it end badly.
-            value: as `harness.distributed.rank_values` takes it.
+            what: the values, for error messages.
+            value: encodable by `harness.distributed.rank_values`.
 
         Raises:
-            PeerFailure: on all ranks, if a rank is gone, or its value cannot be sent.
+            PeerFailure: on all ranks, if a rank is gone or its value cannot be encoded.
         """
         if self._group is None:
             return [value]
-        # A value that cannot be sent must not leave the others waiting for it.
+        # A rank whose value cannot be encoded still takes part: the others would block otherwise.
         try:
             mine = rank_values.encode(["ok", value])
         except TypeError as error:
@@ -97,33 +97,33 @@ class Collectives:
             contents = _all_gather(self._group, mine)
         except RuntimeError as error:
             raise PeerFailure(None, f"exchanging {what}: {error}") from error
-        answers = [rank_values.decode(content) for content in contents]
-        for rank, (status, answer) in enumerate(answers):
+        results = [rank_values.decode(content) for content in contents]
+        for rank, (status, result) in enumerate(results):
             if status == "failed":
-                raise PeerFailure(rank, f"exchanging {what}: {answer}")
-        return [answer for _, answer in answers]
+                raise PeerFailure(rank, f"exchanging {what}: {result}")
+        return [result for _, result in results]
 
-    def to_rank_zero(self, what: str, value: bytes) -> list[bytes] | None:
-        """Each rank's bytes, in the order of ranks, on rank zero; None elsewhere. For what nobody else needs."""
+    def gather_to_rank_zero(self, what: str, value: bytes) -> list[bytes] | None:
+        """Return the bytes of all ranks, in rank order, on rank 0; None on the other ranks."""
         if self._group is None:
             return [value]
         try:
             return _gather(self._group, value)
         except RuntimeError as error:
-            raise PeerFailure(None, f"telling rank 0 {what}: {error}") from error
+            raise PeerFailure(None, f"sending {what} to rank 0: {error}") from error
 
-    def together(self, what: str, run: Callable[[], T]) -> T:
-        """Run on each rank what is not collective; if it fails on one, it fails on all, with the same class.
+    def run_on_all_ranks(self, what: str, run: Callable[[], T]) -> T:
+        """Run local work on every rank; a failure on one rank fails all ranks with the same error class.
 
         Args:
-            what: is done, for messages: ``reading the manifest``.
-            run: called on every rank.
+            what: the work, for error messages: ``reading the manifest``.
+            run: called on every rank; must not be collective.
 
         Returns:
-            This rank's own result.
+            The result of this rank.
 
         Raises:
-            DamagedError: on all ranks, if it was raised on each rank that failed.
+            DamagedError: on all ranks, if every failed rank raised it.
             CheckpointError: on all ranks, if a rank failed in another way.
         """
         failure: CheckpointError | None = None
@@ -136,67 +136,81 @@ class Collectives:
             failure = CheckpointError(str(error) if is_ours else f"{what}: {type(error).__name__}: {error}")
             failure.__cause__ = error
         mine = None if failure is None else (isinstance(failure, DamagedError), str(failure))
-        failed = [(rank, *each) for rank, each in enumerate(self.gather(f"who is done with {what}", mine)) if each]
+        failed = [(rank, *each) for rank, each in enumerate(self.all_gather(f"the outcome of {what}", mine)) if each]
         if not failed:
             return result
-        # Another checkpoint helps against damage alone: what is none counts, and of these the first rank's.
+        # Another checkpoint helps only against damage, so the first other failure has precedence.
         rank, is_damage, text = min(failed, key=lambda each: each[1])
         if failure is not None and isinstance(failure, DamagedError) == is_damage:
             raise failure
         raise (DamagedError if is_damage else CheckpointError)(f"rank {rank}: {text}") from failure
 
-    def gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
-        """Each rank's whole numbers, as many on each, in the order of ranks, on all ranks. One round trip."""
+    def all_gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the integers of all ranks, in rank order, on all ranks. Each rank gives as many. One round trip."""
         if self._group is None:
             return [list(numbers)]
-        # Everybody to everybody, at once: a gather goes around a ring, and each round waits for every rank's thread.
+        # All-to-all in one round: gloo's all-gather is a ring, and each of its rounds waits for every rank's thread.
         mine = torch.tensor([numbers] * self.world_size, dtype=torch.int64)
         values = torch.empty_like(mine)
         try:
             self._group.alltoall_base(values, mine, [], []).wait()
         except RuntimeError as error:
-            raise PeerFailure(None, f"agreeing on {what}: {error}") from error
+            raise PeerFailure(None, f"exchanging {what}: {error}") from error
         found: list[list[int]] = values.tolist()
         return found
 
-    def on_any(self, what: str, flags: Sequence[bool]) -> list[bool]:
-        """Of each flag, whether it is set on any rank. As many on each rank, and they may be millions."""
+    def all_reduce_any(self, what: str, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether any rank sets it. Each rank gives as many flags, possibly millions."""
         if self._group is None:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.uint8)
         try:
             self._group.allreduce([found], dist.ReduceOp.MAX).wait()
         except RuntimeError as error:
-            raise PeerFailure(None, f"agreeing on {what}: {error}") from error
+            raise PeerFailure(None, f"exchanging {what}: {error}") from error
         return [bool(flag) for flag in found.tolist()]
 
-    def begin_count(self, what: str, flags: Sequence[bool]) -> Callable[[], list[int]]:
-        """Begin to count on how many ranks each flag is set; the call of what it returns waits for the counts.
+    def start_count(self, what: str, flags: Sequence[bool]) -> PendingCount:
+        """Start to count the ranks that set each flag; `PendingCount.wait` returns the counts.
 
-        Effects: as the class's, except that this call does not block. Other calls may come between the two, if
-        they do on every rank.
+        Effects: as for the class, except that this call does not block. Other collective calls may follow before
+        `wait`, if they do on every rank.
         """
-        if self._group is None:
-            return lambda: [int(flag) for flag in flags]
         counts = torch.tensor(flags, dtype=torch.int64)
-
-        def wait() -> list[int]:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise PeerFailure(None, f"agreeing on {what}: {error}") from error
-            found: list[int] = counts.tolist()
-            return found
-
+        if self._group is None:
+            return PendingCount(what, counts, None)
         try:
-            work = self._group.allreduce([counts])
+            return PendingCount(what, counts, self._group.allreduce([counts]))
         except RuntimeError as error:
-            raise PeerFailure(None, f"agreeing on {what}: {error}") from error
-        return wait
+            raise PeerFailure(None, f"exchanging {what}: {error}") from error
+
+
+class PendingCount:
+    """Counts that are being reduced, from `Collectives.start_count`."""
+
+    def __init__(self, what: str, counts: torch.Tensor, work: dist.Work | None) -> None:
+        self._what = what
+        self._counts = counts
+        self._work = work
+
+    def wait(self) -> list[int]:
+        """Return for each flag the number of ranks that set it.
+
+        Effects: main thread; blocks until all ranks have started the count.
+
+        Raises:
+            PeerFailure: if a rank is gone or exceeds the time limit.
+        """
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise PeerFailure(None, f"exchanging {self._what}: {error}") from error
+        counts: list[int] = self._counts.tolist()
+        return counts
 
 
 def _broadcast(group: dist.ProcessGroup, content: bytes | bytearray) -> bytes:
-    """Rank zero's bytes, on all ranks."""
     size = torch.tensor([len(content)])
     group.broadcast(size, 0).wait()
     data = _tensor(content, int(size))
@@ -205,7 +219,6 @@ def _broadcast(group: dist.ProcessGroup, content: bytes | bytearray) -> bytes:
 
 
 def _all_gather(group: dist.ProcessGroup, content: bytes | bytearray) -> list[bytes]:
-    """Each rank's bytes, in the order of ranks, on all ranks."""
     sizes = _sizes(group, len(content))
     found = [_tensor(b"", max(sizes)) for _ in sizes]
     group.allgather([found], [_tensor(content, max(sizes))]).wait()
@@ -213,7 +226,6 @@ def _all_gather(group: dist.ProcessGroup, content: bytes | bytearray) -> list[by
 
 
 def _gather(group: dist.ProcessGroup, content: bytes | bytearray) -> list[bytes] | None:
-    """Each rank's bytes, in the order of ranks, on rank zero; None elsewhere."""
     sizes = _sizes(group, len(content))
     found = [_tensor(b"", max(sizes)) for _ in sizes] if group.rank() == 0 else []
     options = dist.GatherOptions()
@@ -229,5 +241,5 @@ def _sizes(group: dist.ProcessGroup, size: int) -> list[int]:
 
 
 def _tensor(content: bytes | bytearray, size: int) -> torch.Tensor:
-    """Bytes as uint8 of shape (size,), at least one."""
+    """Bytes as a uint8 tensor of shape (max(size, 1),), zero-padded."""
     return torch.frombuffer(bytearray(content.ljust(max(1, size), b"\0")), dtype=torch.uint8)

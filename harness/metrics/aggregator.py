@@ -119,12 +119,12 @@ class MetricAggregator:
         if self._reducer.is_there:
             self.collect()
 
-    def end_evaluation(self, step: int, agreement: Collectives) -> Mapping[str, float]:
+    def end_evaluation(self, step: int, collectives: Collectives) -> Mapping[str, float]:
         """Reduce and tell the evaluation's sums; what its metric objects give is returned."""
         self._rates_of_window = {}
         self._reducer.start(self._eval, step, self._gauges())
         self.collect()
-        values = compute_over_ranks(agreement, self._objects)
+        values = compute_over_ranks(collectives, self._objects)
         self._objects = {}
         return values
 

@@ -32,13 +32,13 @@ def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
     return single
 
 
-def compute_over_ranks(agreement: Collectives, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
+def compute_over_ranks(collectives: Collectives, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
     """Compute each object from what all ranks have updated it with, and reset it.
 
     Effects: collective; main thread; blocks until all ranks are here; nothing on disk.
 
     Args:
-        agreement: carries the states.
+        collectives: carries the states.
         metrics: name -> object; the same names on every rank.
 
     Returns:
@@ -50,7 +50,7 @@ def compute_over_ranks(agreement: Collectives, metrics: Mapping[str, torchmetric
     if not metrics:
         return {}
     mine = {name: _to_host(metric.metric_state) for name, metric in metrics.items()}
-    by_rank = agreement.gather("torchmetrics states", mine)
+    by_rank = collectives.all_gather("torchmetrics states", mine)
     values: dict[str, float] = {}
     for name, metric in metrics.items():
         merged = metric.clone().cpu()

@@ -193,16 +193,18 @@ class LoopEvents:
             self._resumption.say_that_nothing_is_left(num_taken)
         return num_taken > 0
 
-    def require_batches(self, agreement: Collectives) -> None:
+    def require_batches(self, collectives: Collectives) -> None:
         """Refuse a training whose passes have all been empty. At its end.
 
         Args:
-            agreement: of all ranks: one of them may have batches where others have none.
+            collectives: of all ranks: one of them may have batches where others have none.
 
         Raises:
             DataError: on all ranks, if passes over training data were asked for and no rank got a batch.
         """
-        has_passes, has_batches = agreement.on_any("whether any batch came", [self._has_passes, self._has_batches])
+        has_passes, has_batches = collectives.all_reduce_any(
+            "whether any batch came", [self._has_passes, self._has_batches]
+        )
         if has_passes and not has_batches:
             raise DataError(
                 "epochs were asked for, and the training loader gave no batch in any of them, so nothing was trained; "

@@ -29,7 +29,7 @@ class OwnLoop:
 
     Args:
         accelerator: of the loop.
-        agreement: of all ranks.
+        collectives: of all ranks.
         run: signals, failures of other ranks; the data sets' descriptions.
         place: where training stands.
         batches: where it stands in the data.
@@ -42,7 +42,7 @@ class OwnLoop:
     """
 
     accelerator: Accelerator
-    agreement: Collectives
+    collectives: Collectives
     run: RunSession
     place: TrainingPosition
     batches: ResumableLoader
@@ -69,7 +69,7 @@ class OwnLoop:
                 return
 
     def _say_that_it_is_complete(self) -> None:
-        if self.agreement.rank == 0:
+        if self.collectives.rank == 0:
             early = " (it was stopped early)" if self.place.is_stopped else ""
             self.progress.say(
                 f"the run is complete: epoch {self.place.epoch}, step {self.place.step}{early}; to train on, raise the "
@@ -89,11 +89,11 @@ class OwnLoop:
         if self.saves.owed is not None and self.batches.loaders_done and self.accelerator.sync_gradients:
             # Not at the end of the epoch after all: there is another loader.
             self.saves.save_owed()
-        dataloaders.check_size(loader, self.agreement.world_size, "training")
+        dataloaders.check_size(loader, self.collectives.world_size, "training")
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
-        usual = dataloaders.usual_batch_size(loader, self.agreement.world_size)
+        usual = dataloaders.usual_batch_size(loader, self.collectives.world_size)
         loader, iterator = self.events.begin_iteration(loader)
         serial, is_empty = self.batches.serial, True
         try:
@@ -140,7 +140,7 @@ class OwnLoop:
 
     def over_evaluation(self, loader: Any, limit: int | None) -> Iterator[Any]:
         """See `PeriodicLogger.eval_batches`."""
-        dataloaders.check_size(loader, self.agreement.world_size, "evaluation")
+        dataloaders.check_size(loader, self.collectives.world_size, "evaluation")
         course = self.course
         if not course.is_in_batch:
             course.synchronize()
@@ -171,14 +171,14 @@ class OwnLoop:
             self.windows.training()
             dataloaders.leave(loader, iterator)
         course.evaluation_ends()
-        course.evaluation_done(self.windows.end_evaluation(self.place.step, self.agreement))
+        course.evaluation_done(self.windows.end_evaluation(self.place.step, self.collectives))
 
     def _num_votes(self, loader: Any) -> int | None:
         """Batches that all ranks have; None: they have as many."""
         own = dataloaders.uneven_length(loader)
         if own is None:
             return None
-        return min(length for (length,) in self.agreement.gather_numbers("the evaluation's length", [own]))
+        return min(length for (length,) in self.collectives.all_gather_numbers("the evaluation's length", [own]))
 
 
 def _length(loader: Any, limit: int | None) -> int | None:

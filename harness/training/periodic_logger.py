@@ -193,9 +193,9 @@ class PeriodicLogger:
             self.tracking_config.start_timeout_s,
             longest_wait_s(self._resume_from, self._initial_weights),
         )
-        self._agreement = Collectives(rank, world_size, timeout_s=longest_s + 600)
+        self._collectives = Collectives(rank, world_size, timeout_s=longest_s + 600)
         # A group of its own: its reductions are started when their copies are ready, which may be
-        # before a call of the agreement's on one rank and after it on another.
+        # before a collective call on one rank and after it on another.
         group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._windows = MetricAggregator(
             self.accelerator.device, Reducer(group, step_timer.GAUGES), self._rates.now, self._told, self._values
@@ -208,7 +208,7 @@ class PeriodicLogger:
         self._started = True
         try:
             directory = self._run.open(
-                self._agreement,
+                self._collectives,
                 self.accelerator.device,
                 self._runs_dir,
                 self.run_name,
@@ -236,7 +236,7 @@ class PeriodicLogger:
 
         self._saver = Saver(
             self.accelerator,
-            self._agreement,
+            self._collectives,
             self.checkpoint_config,
             run_path / "checkpoints",
             self.topology.run_facts,
@@ -247,7 +247,7 @@ class PeriodicLogger:
         )
         self._resumption = ResumeManager(
             self.accelerator,
-            self._agreement,
+            self._collectives,
             run_path,
             self._resume_from,
             self._initial_weights,
@@ -288,7 +288,7 @@ class PeriodicLogger:
         )
         self._loop = OwnLoop(
             self.accelerator,
-            self._agreement,
+            self._collectives,
             self._run,
             self._place,
             self._batches,
@@ -324,7 +324,7 @@ class PeriodicLogger:
             self._windows.collect()
             self._windows.flush(self.step, wait=True)
             self._course.read_votes()
-            self.events.require_batches(self._agreement)
+            self.events.require_batches(self._collectives)
             self._saver.close()
         except BaseException as error:
             raise self.fail(error) from error.__cause__

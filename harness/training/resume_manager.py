@@ -40,7 +40,7 @@ class ResumeManager:
 
     Args:
         accelerator: of the loop.
-        agreement: of all ranks.
+        collectives: of all ranks.
         run_path: the run's directory.
         resume_from: ``auto``, ``never``, or where a run begins.
         initial_weights: what a run that begins takes its weights from; None: what they are.
@@ -55,7 +55,7 @@ class ResumeManager:
     def __init__(
         self,
         accelerator: Accelerator,
-        agreement: Collectives,
+        collectives: Collectives,
         run_path: Path,
         resume_from: str,
         initial_weights: str | None,
@@ -64,14 +64,14 @@ class ResumeManager:
         say: Callable[[str], None],
     ) -> None:
         self._accelerator = accelerator
-        self._agreement = agreement
+        self._collectives = collectives
         self._run_path = run_path
         self._resume_from = resume_from
         self._initial_weights = initial_weights
         self._tracking_uri = tracking_uri
         self._resets_scheduler = resets_scheduler
         self._say = say
-        self._relay = RemoteFiles(agreement)
+        self._relay = RemoteFiles(collectives)
         self._found: Found | None = None
         self._resumed: Resumed | None = None
         self._registered: dict[str, Any] = {}
@@ -89,9 +89,9 @@ class ResumeManager:
         Raises:
             HarnessError: on all ranks, if what the user has named is not there.
         """
-        self._found, self.before = self._agreement.from_rank_zero("find the checkpoints", self._find)
+        self._found, self.before = self._collectives.broadcast_from_rank_zero("find the checkpoints", self._find)
         if self._found.is_empty:
-            refuse_others_alone(self._run_path / "checkpoints", self._agreement)
+            refuse_others_alone(self._run_path / "checkpoints", self._collectives)
 
     def _find(self) -> tuple[Found, PreviousRun]:
         found = find_checkpoints(self._run_path / "checkpoints")
@@ -116,7 +116,7 @@ class ResumeManager:
         self._resumed = resume(
             self._found,
             self._accelerator,
-            self._agreement,
+            self._collectives,
             watched,
             self._relay,
             self._say,
@@ -137,7 +137,7 @@ class ResumeManager:
         Effects: not collective; what is damaged is set aside by rank zero, as `put_back` does.
         """
         assert self._found is not None
-        if self._agreement.rank == 0:
+        if self._collectives.rank == 0:
             set_damaged_aside([path for path, _ in self._found.damaged], self._say)
         return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
 
@@ -152,12 +152,12 @@ class ResumeManager:
         where = self._initial_weights
         if where is None:
             return
-        path = self._agreement.from_rank_zero(
+        path = self._collectives.broadcast_from_rank_zero(
             "find the initial weights",
             lambda: locate_weights("initial_weights", where, self._run_path / "downloads", self._tracking_uri),
         )
-        records, files = open_weights(path, self._agreement, self._relay, self._say)
-        restored = restore_weights(self._accelerator, watched, path, self._agreement, records, files)
+        records, files = open_weights(path, self._collectives, self._relay, self._say)
+        restored = restore_weights(self._accelerator, watched, path, self._collectives, records, files)
         self._say(f"begins with the weights of {where}")
         for note in restored.notes:
             self._say(f"harness: warning: {where}: {note}")
@@ -224,7 +224,7 @@ class ResumeManager:
         Raises:
             CheckpointError: on all ranks, if one of them differs, and its thing was not registered as lenient.
         """
-        if self._agreement.world_size == 1 or not self._registered:
+        if self._collectives.world_size == 1 or not self._registered:
             return
 
         def hashes() -> dict[str, int]:
@@ -234,8 +234,8 @@ class ResumeManager:
                 found[name] = kept.hash_with(encode_state(name, state, kept))
             return found
 
-        mine = self._agreement.together("reading what is registered", hashes)
-        of_ranks = self._agreement.gather("what is registered", mine)
+        mine = self._collectives.run_on_all_ranks("reading what is registered", hashes)
+        of_ranks = self._collectives.all_gather("what is registered", mine)
         differing: dict[str, int] = {}
         for rank, theirs in enumerate(of_ranks):
             for name in sorted(of_ranks[0].keys() | theirs.keys()):
@@ -271,7 +271,7 @@ class ResumeManager:
         if resumed is None:
             return None
         say = (lambda line: None) if is_again else self._say
-        state, world_size = resumed.state, self._agreement.world_size
+        state, world_size = resumed.state, self._collectives.world_size
         now = dataloaders.samples_per_batch(loader, world_size)
         if not is_again:
             self._say_if_step_is_another(resumed, now)

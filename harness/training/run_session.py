@@ -78,7 +78,7 @@ class RunSession:
 
     def open(
         self,
-        agreement: Collectives,
+        collectives: Collectives,
         device: torch.device,
         runs_dir: Path,
         run_name: str | None,
@@ -94,7 +94,7 @@ class RunSession:
         Collective; blocks until the MLflow run's id is on disk.
 
         Args:
-            agreement: of all ranks.
+            collectives: of all ranks.
             device: this rank's.
             runs_dir: where runs are.
             run_name: its name; None: made up, see `make_run_directory`.
@@ -129,11 +129,11 @@ class RunSession:
                 self._checkpoints.publish_forgotten(directory.path / "checkpoints")
             return directory
 
-        directory = agreement.from_rank_zero("make the run directory", make)
+        directory = collectives.broadcast_from_rank_zero("make the run directory", make)
         if directory.stopped_by is not None:
             raise Stopped(directory.stopped_by)
         if self._config.enabled and self._config.log_system_metrics:
-            self._sampler = start_sampler(agreement, device, self._log_system_metrics, self._say)
+            self._sampler = start_sampler(collectives, device, self._log_system_metrics, self._say)
         return directory
 
     def _log_system_metrics(self, values: Mapping[str, float]) -> None:

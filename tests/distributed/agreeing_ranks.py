@@ -71,10 +71,10 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
     """Each case names how each rank fails, or an empty text; leaves what was raised on this rank."""
     become_rank(rank, world_size, port)
     Accelerator(cpu=True)
-    agreement = Collectives(rank, world_size, timeout_s=60)
+    collectives = Collectives(rank, world_size, timeout_s=60)
     # Of each flag whether any rank has set it, however many ranks and flags there are.
     flags = [False] * 5 + [True] + [number == rank for number in range(world_size)] * 1000
-    assert agreement.on_any("flags", flags) == [False] * 5 + [True] * (1 + 1000 * world_size)
+    assert collectives.all_reduce_any("flags", flags) == [False] * 5 + [True] * (1 + 1000 * world_size)
     raised = []
     for case in cases:
 
@@ -84,7 +84,7 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
             return rank
 
         try:
-            assert agreement.together("doing it", run) == rank
+            assert collectives.run_on_all_ranks("doing it", run) == rank
             raised.append(["", ""])
         except CheckpointError as error:
             raised.append([type(error).__name__, str(error)])

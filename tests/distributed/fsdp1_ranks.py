@@ -116,17 +116,17 @@ def prepare_as_a_script(rank: int, world_size: int, port: int, directory: Path) 
 
 def go_through(rank: int, world_size: int, port: int, directory: Path, ways: list[str], source: str) -> None:
     """Each way trains and saves; then it reads what the first one, or `source`, has saved, and goes on with that."""
-    accelerator, agreement = started(rank, world_size, port, "fsdp1", "bf16" if ways == [UPCAST] else "fp32")
+    accelerator, collectives = started(rank, world_size, port, "fsdp1", "bf16" if ways == [UPCAST] else "fp32")
     for way in ways:
-        save(accelerator, agreement, directory / way, way)
+        save(accelerator, collectives, directory / way, way)
     for way in ways:
-        read(accelerator, agreement, directory / way, way, Path(source or directory / ways[0]) / "step-3")
+        read(accelerator, collectives, directory / way, way, Path(source or directory / ways[0]) / "step-3")
 
 
-def save(accelerator: Accelerator, agreement: Collectives, directory: Path, way: str) -> None:
+def save(accelerator: Accelerator, collectives: Collectives, directory: Path, way: str) -> None:
     watched = prepared(accelerator, way, 1)
     check_what_is_said_of(watched.model)
-    saver = saver_of(accelerator, agreement, directory)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     for step in range(1, 5):
         train(accelerator, watched, step)
@@ -137,11 +137,11 @@ def save(accelerator: Accelerator, agreement: Collectives, directory: Path, way:
     accelerator.free_memory()
 
 
-def read(accelerator: Accelerator, agreement: Collectives, directory: Path, way: str, checkpoint: Path) -> None:
+def read(accelerator: Accelerator, collectives: Collectives, directory: Path, way: str, checkpoint: Path) -> None:
     watched = prepared(accelerator, way, 99)
     look_at(watched, way)
-    restore_tensors(accelerator, watched, checkpoint, agreement)
-    saver = saver_of(accelerator, agreement, directory)
+    restore_tensors(accelerator, watched, checkpoint, collectives)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     optimizer: Any = watched.optimizer
     assert {tensor.dtype for tensor in optimizer.optimizer.state} == {torch.float32}

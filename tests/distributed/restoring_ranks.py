@@ -151,11 +151,11 @@ def train(accelerator: Accelerator, watched: Watched, step: int) -> None:
     watched.optimizer.zero_grad()
 
 
-def saver_of(accelerator: Accelerator, agreement: Collectives, directory: Path, **config: Any) -> Saver:
-    if agreement.rank == 0:
+def saver_of(accelerator: Accelerator, collectives: Collectives, directory: Path, **config: Any) -> Saver:
+    if collectives.rank == 0:
         directory.mkdir(exist_ok=True)
-    agreement.gather("the directory", None)
-    return Saver(accelerator, agreement, CheckpointConfig(when_busy="wait", **config), directory, {}, {}, ignore)
+    collectives.all_gather("the directory", None)
+    return Saver(accelerator, collectives, CheckpointConfig(when_busy="wait", **config), directory, {}, {}, ignore)
 
 
 def save_under(
@@ -170,9 +170,9 @@ def save_under(
     model_name: str = "uneven",
 ) -> None:
     """Three steps and a save, into `directory`, and another step and save."""
-    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    accelerator, collectives = started(rank, world_size, port, strategy, precision)
     watched = prepared(accelerator, world_size, kind, num_groups, model_name)
-    saver = saver_of(accelerator, agreement, directory)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     for step in range(1, 5):
         train(accelerator, watched, step)
@@ -198,15 +198,15 @@ def restore_under(
     Args:
         names: of what is saved into `directory` -> path of the checkpoint.
     """
-    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    accelerator, collectives = started(rank, world_size, port, strategy, precision)
     watched = prepared(accelerator, 99, kind, num_groups, model_name)
-    saver = saver_of(accelerator, agreement, directory)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     for name, path in names.items():
-        found = restore_tensors(accelerator, watched, Path(path), agreement)
+        found = restore_tensors(accelerator, watched, Path(path), collectives)
         state = read_trainer_state(Path(path), read_manifest(Path(path)))
         restore_optimizer_extras(watched.optimizer, state.parts[0].optimizer)
-        report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
+        report = collectives.all_gather("what was read", [found.wanted_bytes, found.read_bytes, list(found.notes)])
         saver.save(Moment(name, 0, 3, 0, {}))
         train(accelerator, watched, 4)
         saver.save(Moment(f"{name}-next", 0, 4, 0, {}))
@@ -218,7 +218,7 @@ def restore_under(
 
 def save_unevenly(rank: int, world_size: int, port: int, directory: Path, steps: int) -> None:
     """A save of a model of which the last layer has had one gradient less, and the scale none at all."""
-    accelerator, agreement = started(rank, world_size, port, "single", "fp32")
+    accelerator, collectives = started(rank, world_size, port, "single", "fp32")
     watched = prepared(accelerator, world_size, "AdamW", 1)
     assert watched.optimizer is not None
     for step in range(steps):
@@ -226,7 +226,7 @@ def save_unevenly(rank: int, world_size: int, port: int, directory: Path, steps:
         accelerator.backward(loss)
         watched.optimizer.step()
         watched.optimizer.zero_grad()
-    saver = saver_of(accelerator, agreement, directory)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     saver.save(Moment("saved", 0, steps, 0, {}))
     saver.close()
@@ -240,11 +240,11 @@ def restore_weights_under(
     rank: int, world_size: int, port: int, directory: Path, strategy: str, path: str, precision: str
 ) -> None:
     """Weights only, after a step of training; then they are saved, with their masters, and no other state."""
-    accelerator, agreement = started(rank, world_size, port, strategy, precision)
+    accelerator, collectives = started(rank, world_size, port, strategy, precision)
     watched = prepared(accelerator, 99, "SGD", 1)
     train(accelerator, watched, 4)
-    found = restore_tensors(accelerator, Watched(watched.model, None, None), Path(path), agreement, weights_only=True)
-    saver = saver_of(accelerator, agreement, directory)
+    found = restore_tensors(accelerator, Watched(watched.model, None, None), Path(path), collectives, weights_only=True)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     saver.save(Moment("restored", 0, 1, 0, {}))
     saver.close()
@@ -254,10 +254,10 @@ def restore_weights_under(
 
 def begin_with_weights_under(rank: int, world_size: int, port: int, directory: Path, strategy: str, path: str) -> None:
     """A GPT-2 takes its weights from a directory of transformers'; then they are saved, with their masters."""
-    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    accelerator, collectives = started(rank, world_size, port, strategy, "fp32")
     watched = prepared(accelerator, 99, "SGD", 1, "gpt2")
-    restore_weights(accelerator, watched, Path(path), agreement)
-    saver = saver_of(accelerator, agreement, directory)
+    restore_weights(accelerator, watched, Path(path), collectives)
+    saver = saver_of(accelerator, collectives, directory)
     saver.check(watched)
     saver.save(Moment("begun", 0, 1, 0, {}))
     saver.close()
@@ -267,11 +267,11 @@ def fail_to_restore(
     rank: int, world_size: int, port: int, directory: Path, strategy: str, paths: list[str], model_name: str
 ) -> None:
     """What is said on each rank; each reads a path of its own, or all the same."""
-    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    accelerator, collectives = started(rank, world_size, port, strategy, "fp32")
     watched = prepared(accelerator, 99, "AdamW", 1, model_name)
     said = "nothing"
     try:
-        restore_tensors(accelerator, watched, Path(paths[min(rank, len(paths) - 1)]), agreement)
+        restore_tensors(accelerator, watched, Path(paths[min(rank, len(paths) - 1)]), collectives)
     except CheckpointError as error:
         said = str(error)
     # No state is left that a failed attempt has made.

@@ -101,8 +101,8 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
     model = Weights()
     optimizer = Counting(model)
     config = CheckpointConfig(when_busy="wait", timeout_s=6 if trouble == "hung" else 60)
-    agreement = Collectives(rank, world_size)
-    saver = Saver(accelerator, agreement, config, directory / "checkpoints", {}, {}, ignore)
+    collectives = Collectives(rank, world_size)
+    saver = Saver(accelerator, collectives, config, directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 5):
         optimizer.step()
@@ -118,7 +118,7 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
         if rank == 0:
             saver._await_save()
             (directory / f"status-{step}").write_text(saver.status)
-        agreement.gather_numbers("the end of a save", [step])
+        collectives.all_gather_numbers("the end of a save", [step])
         if is_troubled and trouble == "full":
             resource.prlimit(writer, resource.RLIMIT_FSIZE, limits)
         if is_troubled and trouble == "hung":

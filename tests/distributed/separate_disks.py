@@ -19,13 +19,13 @@ def restore_apart(
 ) -> None:
     """Restore ``name`` in this rank's directory, where rank zero has it, and save what was restored."""
     os.chdir(directories[rank])
-    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    accelerator, collectives = started(rank, world_size, port, strategy, "fp32")
     said: list[str] = []
     watched = prepared(accelerator, 99, "AdamW", 2)
-    manifest, files = open_checkpoint(Path(name), agreement, RemoteFiles(agreement), said.append)
-    found = restore_tensors(accelerator, watched, Path(name), agreement, manifest=manifest, files=files)
-    report = agreement.gather("what was read", [found.wanted_bytes, found.read_bytes, said])
-    saver = saver_of(accelerator, agreement, into)
+    manifest, files = open_checkpoint(Path(name), collectives, RemoteFiles(collectives), said.append)
+    found = restore_tensors(accelerator, watched, Path(name), collectives, manifest=manifest, files=files)
+    report = collectives.all_gather("what was read", [found.wanted_bytes, found.read_bytes, said])
+    saver = saver_of(accelerator, collectives, into)
     saver.check(watched)
     saver.save(Moment("restored", 0, 3, 0, {}))
     saver.close()
@@ -38,11 +38,11 @@ def take_weights_apart(
 ) -> None:
     """The weights alone, from a directory as transformers leaves it; and save them."""
     os.chdir(directories[rank])
-    accelerator, agreement = started(rank, world_size, port, strategy, "fp32")
+    accelerator, collectives = started(rank, world_size, port, strategy, "fp32")
     watched = prepared(accelerator, 99, "SGD", 1, "gpt2")
-    records, files = open_weights(Path(name), agreement, RemoteFiles(agreement), lambda line: None)
-    restore_weights(accelerator, watched, Path(name), agreement, records, files)
-    saver = saver_of(accelerator, agreement, into)
+    records, files = open_weights(Path(name), collectives, RemoteFiles(collectives), lambda line: None)
+    restore_weights(accelerator, watched, Path(name), collectives, records, files)
+    saver = saver_of(accelerator, collectives, into)
     saver.check(watched)
     saver.save(Moment("begun", 0, 1, 0, {}))
     saver.close()
@@ -51,16 +51,16 @@ def take_weights_apart(
 def lose_the_sender(rank: int, world_size: int, port: int, directories: list[Path], name: str) -> None:
     """Rank zero dies when the others ask it for bytes; what they say of it is beside their directories."""
     os.chdir(directories[rank])
-    accelerator, agreement = started(rank, world_size, port, "fsdp2", "fp32")
+    accelerator, collectives = started(rank, world_size, port, "fsdp2", "fp32")
     watched = prepared(accelerator, 99, "AdamW", 2)
-    manifest, files = open_checkpoint(Path(name), agreement, RemoteFiles(agreement), lambda line: None)
+    manifest, files = open_checkpoint(Path(name), collectives, RemoteFiles(collectives), lambda line: None)
     said = "nothing"
     try:
         # Not before all have their connections: a rank that is at it would fail otherwise.
-        agreement.gather("who has opened it", None)
+        collectives.all_gather("who has opened it", None)
         if rank == 0:
             os._exit(9)
-        restore_tensors(accelerator, watched, Path(name), agreement, manifest=manifest, files=files)
+        restore_tensors(accelerator, watched, Path(name), collectives, manifest=manifest, files=files)
     except HarnessError as error:
         said = str(error)
     directories[rank].with_name(f"said-{rank}").write_text(said)

@@ -83,8 +83,8 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     fully_shard(model.up)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    agreement = Collectives(rank, world_size)
-    saver = Saver(accelerator, agreement, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
+    collectives = Collectives(rank, world_size)
+    saver = Saver(accelerator, collectives, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
     saver.check(Watched(model, optimizer, None))
 
     def train() -> None:

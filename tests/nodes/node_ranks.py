@@ -63,9 +63,9 @@ def save_all_the_time(
         checkpoints.mkdir(parents=True)
     model = Weights()
     optimizer = Counting(model)
-    agreement = Collectives(rank, world_size, timeout_s=120)
+    collectives = Collectives(rank, world_size, timeout_s=120)
     config = CheckpointConfig(when_busy="wait", timeout_s=timeout_s)
-    saver = Saver(accelerator, agreement, config, checkpoints, {}, {}, ignore)
+    saver = Saver(accelerator, collectives, config, checkpoints, {}, {}, ignore)
     assert saver._runner.facts.transport == "gather"  # `auto` has found that they share no disk
     saver.check(Watched(model, optimizer, None))
     said = "done"

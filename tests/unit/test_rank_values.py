@@ -84,7 +84,7 @@ def framed(value: Any) -> bytes:
         framed({"record": ["subprocess.Popen", [["true"]]]}),
         framed({"record": ["harness.distributed.launch_identity.socket", []]}),
         framed({"record": ["harness.tracking.publisher.launcher.start_publisher", ["/tmp", {}]]}),
-        framed({"record": ["harness.distributed.collectives.Agreement", [0, 1]]}),
+        framed({"record": ["harness.distributed.collectives.Collectives", [0, 1]]}),
         framed({"call": []}),
         framed({"tuple": [], "set": []}),
         framed({"tensor": ["load", [1], 4]}),

@@ -48,13 +48,13 @@ class RemoteFiles:
     Effects: nothing before the first call of `files`, and that only where there are blind ranks.
 
     Args:
-        agreement: of all ranks.
+        collectives: of all ranks.
         timeout_s: limit of the wait for one request, in seconds; one for an answer is twice as long, as other ranks
             may be served before.
     """
 
-    def __init__(self, agreement: Collectives, timeout_s: float = 300.0) -> None:
-        self._agreement = agreement
+    def __init__(self, collectives: Collectives, timeout_s: float = 300.0) -> None:
+        self._collectives = collectives
         self._timeout_s = timeout_s
         self._group: ProcessGroup | None = None
 
@@ -71,7 +71,7 @@ class RemoteFiles:
         """
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        rank, world_size = self._agreement.rank, self._agreement.world_size
+        rank, world_size = self._collectives.rank, self._collectives.world_size
         readers = [other for other in range(world_size) if other not in set(blind)]
         link = _Link(self._group, self._timeout_s)
         if rank in readers:

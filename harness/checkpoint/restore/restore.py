@@ -48,7 +48,7 @@ def restore_tensors(
     accelerator: Accelerator,
     watched: AnyWatched,
     checkpoint: Path,
-    agreement: Collectives,
+    collectives: Collectives,
     *,
     weights_only: bool = False,
     manifest: Manifest | None = None,
@@ -68,7 +68,7 @@ def restore_tensors(
         accelerator: which ranks and which strategy.
         watched: the prepared model and optimizer; without an optimizer, weights only.
         checkpoint: its directory.
-        agreement: of all ranks.
+        collectives: of all ranks.
         weights_only: leave the optimizer's state as it is; ZeRO's masters become what the weights are.
         manifest: the checkpoint's, where it has been read already.
         files: where its files are read from; None: every rank sees them.
@@ -88,15 +88,15 @@ def restore_tensors(
             of_parts = {part.name: part.optimizer for part in read_trainer_state(checkpoint, found, files).parts}
         return CheckpointIndex.of(checkpoint, found, files), of_parts
 
-    stored, of_parts = agreement.together("reading the checkpoint's headers", lambda: files.reading(headers))
-    return _restore(accelerator, watched, stored, files, agreement, None if weights_only else of_parts, strict=True)
+    stored, of_parts = collectives.run_on_all_ranks("reading the checkpoint's headers", lambda: files.reading(headers))
+    return _restore(accelerator, watched, stored, files, collectives, None if weights_only else of_parts, strict=True)
 
 
 def restore_weights(
     accelerator: Accelerator,
     watched: AnyWatched,
     directory: Path,
-    agreement: Collectives,
+    collectives: Collectives,
     records: Sequence[FileRecord] | None = None,
     files: Files | None = None,
 ) -> Restored:
@@ -110,7 +110,7 @@ def restore_weights(
         accelerator: which ranks and which strategy.
         watched: the prepared model and optimizer; ZeRO's masters become what the weights are.
         directory: of the weights.
-        agreement: of all ranks.
+        collectives: of all ranks.
         records: of the files of weights in it, where they have been found already.
         files: where they are read from; None: every rank sees them.
 
@@ -119,10 +119,10 @@ def restore_weights(
     """
     files = files or LocalFiles(directory)
     what = "reading the headers of the weights"
-    stored = agreement.together(
+    stored = collectives.run_on_all_ranks(
         what, lambda: files.reading(lambda: CheckpointIndex.of_weights(directory, records, files))
     )
-    return _restore(accelerator, watched, stored, files, agreement, None, strict=False)
+    return _restore(accelerator, watched, stored, files, collectives, None, strict=False)
 
 
 def _restore(
@@ -130,7 +130,7 @@ def _restore(
     watched: AnyWatched,
     stored: CheckpointIndex,
     files: Files,
-    agreement: Collectives,
+    collectives: Collectives,
     records: Mapping[str, OptimizerRecord] | None,
     *,
     strict: bool,
@@ -141,17 +141,19 @@ def _restore(
     try:
         if records is not None:
             what = "building the optimizer's state"
-            agreement.together(what, lambda: _build_states(built, watched, stored, records))
+            collectives.run_on_all_ranks(what, lambda: _build_states(built, watched, stored, records))
 
         def matched() -> tuple[Targets, Callable[[], None]]:
             held = find_watched(accelerator, watched, weights_only=weights_only, dtype=None, restoring=True)
             return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
 
-        targets, refresh = agreement.together("matching the names in the checkpoint", matched)
+        targets, refresh = collectives.run_on_all_ranks("matching the names in the checkpoint", matched)
         what = "reading the tensors"
-        read_bytes, spans = agreement.together(what, lambda: files.reading(lambda: _fill(targets, stored, files)))
-        read_bytes += _check(stored, spans, files, agreement)
-        agreement.together("loading the state of the optimizer's objects", lambda: _finish(built))
+        read_bytes, spans = collectives.run_on_all_ranks(
+            what, lambda: files.reading(lambda: _fill(targets, stored, files))
+        )
+        read_bytes += _check(stored, spans, files, collectives)
+        collectives.run_on_all_ranks("loading the state of the optimizer's objects", lambda: _finish(built))
         refresh()
     except BaseException:
         for each in built:
@@ -188,13 +190,13 @@ def _fill(targets: Targets, stored: CheckpointIndex, files: Files) -> tuple[int,
 
 
 def _check(
-    stored: CheckpointIndex, spans: dict[str, dict[int, list[Span]]], files: Files, agreement: Collectives
+    stored: CheckpointIndex, spans: dict[str, dict[int, list[Span]]], files: Files, collectives: Collectives
 ) -> int:
     """Put together what the ranks know of the digests; what none knows they divide, and read. How many bytes."""
     # Where as many ranks resume as have written, each range has come by one of them whole and was looked at there: that
     # is one bit of it, where a thousand ranks would tell one another millions of digests.
     flags = [flag for name, record in stored.records.items() for flag in known_whole(record, spans[name])]
-    are_right = iter(agreement.on_any("the ranges that are right", flags))
+    are_right = iter(collectives.all_reduce_any("the ranges that are right", flags))
     unsure = {
         name: [number for number in range(len(record.ranges)) if not next(are_right)]
         for name, record in stored.records.items()
@@ -203,18 +205,18 @@ def _check(
         name: {number: spans[name][number] for number in numbers if number in spans[name]}
         for name, numbers in unsure.items()
     }
-    told = agreement.gather("what they know of the other digests", mine)
+    told = collectives.all_gather("what they know of the other digests", mine)
     known = {
         name: joined(record, unsure[name], [each[name] for each in told]) for name, record in stored.records.items()
     }
     # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
-    readers = range(agreement.world_size) if files.readers is None else files.readers
+    readers = range(collectives.world_size) if files.readers is None else files.readers
 
     def read_mine() -> tuple[int, dict[str, list[tuple[int, int]]]]:
         read_bytes = 0
         found = {}
         for name, (_, lacking) in known.items():
-            own = lacking[readers.index(agreement.rank) :: len(readers)] if agreement.rank in readers else []
+            own = lacking[readers.index(collectives.rank) :: len(readers)] if collectives.rank in readers else []
             if own:
                 more_bytes, digests = digest_leaves(stored.checkpoint / name, stored.records[name], own, files)
                 read_bytes += more_bytes
@@ -222,8 +224,8 @@ def _check(
         return read_bytes, found
 
     what = "reading the rest for its digests"
-    read_bytes, found = agreement.together(what, lambda: files.reading(read_mine))
-    for each in agreement.gather("the rest of the digests", found):
+    read_bytes, found = collectives.run_on_all_ranks(what, lambda: files.reading(read_mine))
+    for each in collectives.all_gather("the rest of the digests", found):
         for name, parts in each.items():
             for number, digest in parts:
                 known[name][0][number] ^= digest

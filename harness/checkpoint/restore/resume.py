@@ -90,7 +90,7 @@ def look_before(checkpoints: Sequence[Path]) -> PreviousRun:
 def resume(
     found: Found,
     accelerator: Accelerator,
-    agreement: Collectives,
+    collectives: Collectives,
     watched: AnyWatched,
     relay: RemoteFiles,
     say: Callable[[str], None],
@@ -106,7 +106,7 @@ def resume(
     Args:
         found: the same on every rank.
         accelerator: which ranks and which strategy.
-        agreement: of all ranks.
+        collectives: of all ranks.
         watched: what is filled.
         relay: for ranks that do not see the checkpoints.
         say: a line for the user.
@@ -126,14 +126,14 @@ def resume(
     damaged = [path for path, _ in found.damaged]
     for path in found.usable:
         try:
-            resumed = _put_back(path, accelerator, agreement, watched, relay, say, resets_scheduler=resets_scheduler)
+            resumed = _put_back(path, accelerator, collectives, watched, relay, say, resets_scheduler=resets_scheduler)
         except DamagedError as error:
             first_error = first_error or error
             damaged.append(path)
             then = "" if path == found.usable[-1] else ", trying the one before"
             say(f"harness: warning: {path.name} cannot be used{then}: {error}")
             continue
-        if agreement.rank == 0:
+        if collectives.rank == 0:
             set_damaged_aside([path for path in damaged if path.parent == found.checkpoints_dir], say)
         return resumed
     raise _none_can_be_used(found, first_error) from first_error
@@ -170,14 +170,14 @@ def set_damaged_aside(damaged: Sequence[Path], say: Callable[[str], None]) -> No
 def _put_back(
     path: Path,
     accelerator: Accelerator,
-    agreement: Collectives,
+    collectives: Collectives,
     watched: AnyWatched,
     relay: RemoteFiles,
     say: Callable[[str], None],
     *,
     resets_scheduler: bool,
 ) -> Resumed:
-    manifest, files = open_checkpoint(path, agreement, relay, say)
+    manifest, files = open_checkpoint(path, collectives, relay, say)
 
     undo: list[Callable[[], None]] = []
 
@@ -202,18 +202,18 @@ def _put_back(
             f"harness: {path.name}: parameter group {number} is not in the checkpoint: it keeps its initial values"
             for number in new
         ]
-        own = of_rank(state.ranks, agreement.rank, agreement.world_size)
+        own = of_rank(state.ranks, collectives.rank, collectives.world_size)
         data = order_of(state.ranks) if own is None else own.data
-        return Resumed(path.name, restored, own, data, _sums(state, own, agreement.rank)), lines
+        return Resumed(path.name, restored, own, data, _sums(state, own, collectives.rank)), lines
 
     try:
         # What takes no time first: that is refused before gigabytes are read.
-        state = agreement.together(f"reading {path / FILE}", lambda: files.reading(read))
+        state = collectives.run_on_all_ranks(f"reading {path / FILE}", lambda: files.reading(read))
         records = {part.name: part.optimizer for part in state.parts}
         tensors = restore_tensors(
-            accelerator, watched, path, agreement, manifest=manifest, files=files, records=records
+            accelerator, watched, path, collectives, manifest=manifest, files=files, records=records
         )
-        resumed, lines = agreement.together(f"putting back {path / FILE}", finish)
+        resumed, lines = collectives.run_on_all_ranks(f"putting back {path / FILE}", finish)
     except BaseException:
         for each in undo:
             each()

@@ -32,7 +32,7 @@ class RankView(NamedTuple):
 
 
 def open_checkpoint(
-    checkpoint: Path, agreement: Collectives, relay: RemoteFiles, say: Callable[[str], None]
+    checkpoint: Path, collectives: Collectives, relay: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Manifest, Files]:
     """The manifest of a checkpoint that rank zero sees, and its files; the same on every rank.
 
@@ -40,7 +40,7 @@ def open_checkpoint(
 
     Args:
         checkpoint: its directory.
-        agreement: of all ranks.
+        collectives: of all ranks.
         relay: for the ranks that do not see it, or see another one there.
         say: a line for the user, where there are such.
 
@@ -56,22 +56,24 @@ def open_checkpoint(
             return read_manifest(checkpoint)
         except DamagedError:
             # Rank zero's counts. A copy that this node alone has is no more than one that is not there.
-            if agreement.rank == 0:
+            if collectives.rank == 0:
                 raise
             return None
 
-    manifest = agreement.together(f"reading {checkpoint / MANIFEST}", look)
+    manifest = collectives.run_on_all_ranks(f"reading {checkpoint / MANIFEST}", look)
     key = None if manifest is None else manifest.key
-    blind = _blind(checkpoint, agreement.gather("who sees the checkpoint", RankView(os.uname().nodename, key)), say)
+    blind = _blind(
+        checkpoint, collectives.all_gather("who sees the checkpoint", RankView(os.uname().nodename, key)), say
+    )
     if not blind:
         assert manifest is not None
         return manifest, LocalFiles(checkpoint)
-    found = agreement.from_rank_zero("tell what is in the checkpoint", lambda: _present(manifest))
+    found = collectives.broadcast_from_rank_zero("tell what is in the checkpoint", lambda: _present(manifest))
     return found, relay.files(checkpoint, [file.name for file in found.files], blind)
 
 
 def open_weights(
-    directory: Path, agreement: Collectives, relay: RemoteFiles, say: Callable[[str], None]
+    directory: Path, collectives: Collectives, relay: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Sequence[FileRecord], Files]:
     """The files of weights in a directory that rank zero sees; the same on every rank.
 
@@ -82,20 +84,20 @@ def open_weights(
         try:
             return weight_records(directory)
         except CheckpointError:
-            if agreement.rank == 0:
+            if collectives.rank == 0:
                 raise
             return None
 
-    records = agreement.together(f"reading what is in {directory}", look)
+    records = collectives.run_on_all_ranks(f"reading what is in {directory}", look)
     key = None if records is None else _key_of(records)
-    blind = _blind(directory, agreement.gather("who sees the weights", RankView(os.uname().nodename, key)), say)
+    blind = _blind(directory, collectives.all_gather("who sees the weights", RankView(os.uname().nodename, key)), say)
     if not blind:
         return _present(records), LocalFiles(directory)
-    found = agreement.from_rank_zero("tell what is in the directory", lambda: _present(records))
+    found = collectives.broadcast_from_rank_zero("tell what is in the directory", lambda: _present(records))
     return found, relay.files(directory, [record.name for record in found], blind)
 
 
-def refuse_others_alone(checkpoints_dir: Path, agreement: Collectives) -> None:
+def refuse_others_alone(checkpoints_dir: Path, collectives: Collectives) -> None:
     """Where rank zero has no checkpoint of the run: nobody else may have one, or the run would begin again.
 
     Nodes that share no disk, and a batch system that has put rank zero on another one.
@@ -106,7 +108,7 @@ def refuse_others_alone(checkpoints_dir: Path, agreement: Collectives) -> None:
         CheckpointError: on all ranks, with the first rank that has one.
     """
     mine = sorted(path.parent.name for path in checkpoints_dir.glob(f"[!.]*/{MANIFEST}"))
-    sights = agreement.gather("who has checkpoints", RankView(os.uname().nodename, mine[-1] if mine else None))
+    sights = collectives.all_gather("who has checkpoints", RankView(os.uname().nodename, mine[-1] if mine else None))
     for rank, sight in enumerate(sights):
         if rank and sight.key is not None:
             raise CheckpointError(

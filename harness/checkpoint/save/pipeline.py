@@ -49,7 +49,7 @@ class SavePipeline:
 
 def plan_saves(
     accelerator: Accelerator,
-    agreement: Collectives,
+    collectives: Collectives,
     config: CheckpointConfig,
     watched: AnyWatched,
     *,
@@ -61,7 +61,7 @@ def plan_saves(
 
     Args:
         accelerator: which ranks and which strategy.
-        agreement: of all ranks.
+        collectives: of all ranks.
         config: what to save of it.
         watched: what there is to save.
         is_rank_zeros: ranks hold all of it, and different values: rank zero's are to be saved.
@@ -92,21 +92,21 @@ def plan_saves(
             return held, hashes
         return held, []
 
-    held, hashes = agreement.together("finding what is to be saved", find)
+    held, hashes = collectives.run_on_all_ranks("finding what is to be saved", find)
     # Where ranks had different numbers of steps, that is known, and rank zero's state is saved.
     if hashes and not is_rank_zeros:
-        _require_alike(agreement, watched, hashes)
+        _require_alike(collectives, watched, hashes)
     plan = plan_of_rank_zero if is_rank_zeros else make_plan
-    return held, plan(held, agreement, config.max_shard_size_bytes)
+    return held, plan(held, collectives, config.max_shard_size_bytes)
 
 
-def _require_alike(agreement: Collectives, watched: AnyWatched, hashes: Sequence[int]) -> None:
+def _require_alike(collectives: Collectives, watched: AnyWatched, hashes: Sequence[int]) -> None:
     """Refuse, on all ranks, optimizer state that belongs to no parameter and is not the same on every rank.
 
     Raises:
         CheckpointError: with the optimizer and the rank.
     """
-    told = agreement.gather_numbers("optimizer state that belongs to no parameter", hashes)
+    told = collectives.all_gather_numbers("optimizer state that belongs to no parameter", hashes)
     for rank, theirs in enumerate(told):
         for part, mine, other in zip(watched.parts, told[0], theirs, strict=True):
             if mine != other:
@@ -119,7 +119,7 @@ def _require_alike(agreement: Collectives, watched: AnyWatched, hashes: Sequence
 
 def make_engine(
     accelerator: Accelerator,
-    agreement: Collectives,
+    collectives: Collectives,
     config: CheckpointConfig,
     watched: AnyWatched,
     *,
@@ -131,7 +131,7 @@ def make_engine(
 
     Args:
         accelerator: which ranks and which strategy.
-        agreement: of all ranks.
+        collectives: of all ranks.
         config: what to save of it.
         watched: what there is to save.
         is_rank_zeros: see `plan_saves`.
@@ -139,16 +139,18 @@ def make_engine(
     Raises:
         CheckpointError: on all ranks, if one of them has not the memory, or does not understand its state.
     """
-    held, plan = plan_saves(accelerator, agreement, config, watched, is_rank_zeros=is_rank_zeros)
+    held, plan = plan_saves(accelerator, collectives, config, watched, is_rank_zeros=is_rank_zeros)
     engine: SavePipeline | None = None
     failure: Exception | None = None
     try:
-        engine = _make(held, plan, accelerator.device, makes_files=agreement.rank == 0)
+        engine = _make(held, plan, accelerator.device, makes_files=collectives.rank == 0)
     except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
         failure = error
     # All or none: a rank without memory must not leave the others waiting at the first save.
     reason = None if failure is None else str(failure) or type(failure).__name__
-    told = agreement.gather("the preparation of checkpoints", (reason, _is_of_memory(failure), plan.staging_bytes))
+    told = collectives.all_gather(
+        "the preparation of checkpoints", (reason, _is_of_memory(failure), plan.staging_bytes)
+    )
     failed = [(rank, *each) for rank, each in enumerate(told) if each[0] is not None]
     if not failed:
         assert engine is not None

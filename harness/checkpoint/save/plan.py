@@ -64,31 +64,31 @@ class Plan:
     all_ranges: AllRanges | None = None
 
 
-def make_plan(held: LocalShards, agreement: Collectives, max_shard_size_bytes: int | None) -> Plan:
+def make_plan(held: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
     """Plan a checkpoint of what all ranks hold.
 
     Effects: collective; main thread; blocks until every rank has planned; nothing on disk.
 
     Args:
         held: what this rank holds.
-        agreement: of all ranks.
+        collectives: of all ranks.
         max_shard_size_bytes: limit of one file of weights, or None.
 
     Raises:
         CheckpointError: on all ranks alike, if they hold different tensors, if bytes are held by none, if
             ranks hold parts that overlap without being the same, or the same part with other values.
     """
-    held.complete(agreement)
+    held.complete(collectives)
     specs = tuple(source.spec for source in held.sources)
     mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
-    holdings = [ShardCatalog.unpacked(part) for part in agreement.gather("what each rank holds", mine.packed())]
-    plan, sharing = _plan(specs, held.aliases, holdings, agreement.rank, max_shard_size_bytes)
-    told = agreement.to_rank_zero("what each rank writes", packed(plan.staging_bytes, plan.ranges))
-    check_replicas(held.sources, sharing, agreement)
+    holdings = [ShardCatalog.unpacked(part) for part in collectives.all_gather("what each rank holds", mine.packed())]
+    plan, sharing = _plan(specs, held.aliases, holdings, collectives.rank, max_shard_size_bytes)
+    told = collectives.gather_to_rank_zero("what each rank writes", packed(plan.staging_bytes, plan.ranges))
+    check_replicas(held.sources, sharing, collectives)
     return plan if told is None else with_all(plan, told)
 
 
-def plan_of_rank_zero(held: LocalShards, agreement: Collectives, max_shard_size_bytes: int | None) -> Plan:
+def plan_of_rank_zero(held: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
     """Plan a checkpoint of what rank zero holds, which is all of it; the others write nothing.
 
     Where ranks that hold the same tensors have other values in them, of which no mixture would be anybody's.
@@ -97,16 +97,18 @@ def plan_of_rank_zero(held: LocalShards, agreement: Collectives, max_shard_size_
 
     Args:
         held: what this rank holds.
-        agreement: of all ranks.
+        collectives: of all ranks.
         max_shard_size_bytes: limit of one file of weights, or None.
     """
-    held.complete(agreement)
+    held.complete(collectives)
     specs = tuple(source.spec for source in held.sources)
-    layout = agreement.from_rank_zero("plan its files", lambda: plan_layout(specs, held.aliases, max_shard_size_bytes))
-    owned = {index: source.runs for index, source in enumerate(held.sources)} if agreement.rank == 0 else {}
+    layout = collectives.broadcast_from_rank_zero(
+        "plan its files", lambda: plan_layout(specs, held.aliases, max_shard_size_bytes)
+    )
+    owned = {index: source.runs for index, source in enumerate(held.sources)} if collectives.rank == 0 else {}
     pieces, ranges, size = _stage(specs, layout, owned)
     plan = Plan(layout, tuple(pieces), size, tuple(ranges))
-    told = agreement.to_rank_zero("what each rank writes", packed(size, ranges))
+    told = collectives.gather_to_rank_zero("what each rank writes", packed(size, ranges))
     return plan if told is None else with_all(plan, told)
 
 

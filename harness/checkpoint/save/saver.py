@@ -44,7 +44,7 @@ from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
 from harness.config.schema import CheckpointConfig
 from harness.data import rng_state
-from harness.distributed.collectives import Collectives
+from harness.distributed.collectives import Collectives, PendingCount
 from harness.distributed.failure_monitor import connect
 from harness.distributed.strategies import strategy_of
 from harness.errors import CheckpointError
@@ -59,7 +59,7 @@ class Saver:
 
     Args:
         accelerator: which ranks and which strategy.
-        agreement: for what the ranks decide alike.
+        collectives: for what the ranks decide alike.
         config: what to save, and what if busy.
         checkpoints_dir: where to; it exists on rank zero.
         topology: for the manifest.
@@ -76,7 +76,7 @@ class Saver:
     def __init__(
         self,
         accelerator: Accelerator,
-        agreement: Collectives,
+        collectives: Collectives,
         config: CheckpointConfig,
         checkpoints_dir: Path,
         topology: Mapping[str, str],
@@ -86,22 +86,22 @@ class Saver:
         committing: Callable[[], None] = lambda: None,
     ) -> None:
         self._accelerator = accelerator
-        self._agreement = agreement
+        self._collectives = collectives
         self._config = config
         self._checkpoints_dir = checkpoints_dir
         self._take_rank_state = take_rank_state or (lambda: RankState(rng_state.take(accelerator.device)))
-        self._rank = agreement.rank
-        transport = choose(config.transport, checkpoints_dir, agreement)
-        self._attempt = agreement.from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
-        store = connect() if agreement.world_size > 1 else None
-        if store is None and agreement.world_size > 1:
+        self._rank = collectives.rank
+        transport = choose(config.transport, checkpoints_dir, collectives)
+        self._attempt = collectives.broadcast_from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
+        store = connect() if collectives.world_size > 1 else None
+        if store is None and collectives.world_size > 1:
             raise CheckpointError(
                 "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot say when their part is written; start "
                 "them with accelerate launch, torchrun or srun with these variables"
             )
-        self._board = CommitStore(self._rank, agreement.world_size, store, self._attempt)
+        self._board = CommitStore(self._rank, collectives.world_size, store, self._attempt)
         self._gatherer: Gatherer | None = None
-        if transport == "gather" and agreement.world_size > 1:
+        if transport == "gather" and collectives.world_size > 1:
             self._gatherer = Gatherer(dist.new_group(backend="gloo"), self._rank, config.timeout_s)
         self._fence = Fence()
         self._overlap = Overlap()
@@ -114,7 +114,7 @@ class Saver:
         self._watched: AnyWatched | None = None
         self._engine: SavePipeline | None = None
         # What the others have said to the last save, until it is read; and what came of it.
-        self._others: Callable[[], list[int]] | None = None
+        self._others: PendingCount | None = None
         self._goes_on = True
         self._must_prepare = self._is_rank_zeros = False
         self._number = 0
@@ -158,7 +158,7 @@ class Saver:
                 check_step(part.optimizer)
         self._watched = watched
         self._drop_engine()
-        plan_saves(self._accelerator, self._agreement, self._config, watched, is_rank_zeros=self._is_rank_zeros)
+        plan_saves(self._accelerator, self._collectives, self._config, watched, is_rank_zeros=self._is_rank_zeros)
         if not self._config.save_weights_only:
             check_scheduler(watched)
 
@@ -173,7 +173,7 @@ class Saver:
         self._drop_engine()
         self._must_prepare = False
         self._engine = make_engine(
-            self._accelerator, self._agreement, self._config, self._watched, is_rank_zeros=self._is_rank_zeros
+            self._accelerator, self._collectives, self._config, self._watched, is_rank_zeros=self._is_rank_zeros
         )
         # That torch calls the hook before one optimizer's steps says nothing of another's.
         self._fence.expect([innermost(part.optimizer) for part in self._watched.parts if part.optimizer is not None])
@@ -235,7 +235,7 @@ class Saver:
         is_fault = self.last_error is not None and not isinstance(self.last_error, TornSnapshotError)
         has_failed = is_fault and self._config.when_failed == "stop"
         mine = [is_busy, is_changed, has_failed]
-        self._others = self._agreement.begin_count("the checkpoint", [*mine, any(mine)])
+        self._others = self._collectives.start_count("the checkpoint", [*mine, any(mine)])
         if not any(mine) and not self._waits_for_all:
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
@@ -246,7 +246,7 @@ class Saver:
                 self.prepare()
             assert self._engine is not None
             self._begin(moment, self._engine, self._take_small(moment, self._engine.held), begun_s)
-        elif not self._waits_for_all and num_hindered < self._agreement.world_size:
+        elif not self._waits_for_all and num_hindered < self._collectives.world_size:
             # Others have begun: they learn on the board, too, that this rank has not.
             assert self._engine is not None
             self._call_off(moment, self._engine, begun_s)
@@ -280,7 +280,7 @@ class Saver:
         """What follows from what the ranks have said to the last save; how many could not begin at once."""
         assert self._others is not None
         others, self._others = self._others, None
-        num_busy, num_changed, num_failed, num_hindered = others()
+        num_busy, num_changed, num_failed, num_hindered = others.wait()
         if num_failed:
             raise CheckpointError(
                 f"{self._checkpoints_dir}: a checkpoint could not be written, and checkpoint.when_failed is stop: "
@@ -288,7 +288,7 @@ class Saver:
             )
         self._must_prepare |= num_changed > 0
         # Where all ranks have seen a change, it is planned for at once; where some have, the others have begun.
-        is_alike = num_changed in (0, self._agreement.world_size) or self._waits_for_all
+        is_alike = num_changed in (0, self._collectives.world_size) or self._waits_for_all
         self._goes_on = not num_busy and is_alike
         if not self._goes_on:
             self.num_skipped += 1
@@ -426,7 +426,7 @@ class Saver:
         try:
             self.settle()
             self._await_save()
-            self._agreement.from_rank_zero("finish the last checkpoint", self._require_success)
+            self._collectives.broadcast_from_rank_zero("finish the last checkpoint", self._require_success)
         finally:
             self._fence.close()
             self._runner.end()

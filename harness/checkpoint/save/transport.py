@@ -46,7 +46,7 @@ class View:
     file_system: str
 
 
-def choose(asked: Asked, directory: Path, agreement: Collectives) -> Transport:
+def choose(asked: Asked, directory: Path, collectives: Collectives) -> Transport:
     """How bytes shall reach the disk; the same answer on every rank.
 
     Effects: collective; main thread; blocks until every rank has looked; leaves nothing.
@@ -54,20 +54,20 @@ def choose(asked: Asked, directory: Path, agreement: Collectives) -> Transport:
     Args:
         asked: the configuration's wish; ``force_direct``: on a file system that is not known to be coherent, too.
         directory: where checkpoints go; rank zero's exists.
-        agreement: of all ranks.
+        collectives: of all ranks.
 
     Raises:
         CheckpointError: on all ranks, if ``direct`` was asked for where it would write wrong files.
     """
-    if asked == "gather" or agreement.world_size == 1:
+    if asked == "gather" or collectives.world_size == 1:
         return "gather" if asked == "gather" else "direct"
     token = uuid.uuid4().hex
-    probe = directory / f".probe-{agreement.from_rank_zero('name a probe file', lambda: token)}"
-    agreement.from_rank_zero("write a probe file", lambda: _write(probe))
+    probe = directory / f".probe-{collectives.broadcast_from_rank_zero('name a probe file', lambda: token)}"
+    collectives.broadcast_from_rank_zero("write a probe file", lambda: _write(probe))
     try:
-        views = agreement.gather("who sees the run directory", look(probe))
+        views = collectives.all_gather("who sees the run directory", look(probe))
     finally:
-        if agreement.rank == 0:
+        if collectives.rank == 0:
             with suppress(OSError):
                 probe.unlink()
     return decide(asked, views, directory)

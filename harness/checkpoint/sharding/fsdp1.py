@@ -254,11 +254,11 @@ def _state(optimizer: Any, name: str, leaf: Leaf, part: Part) -> TensorShard:
 
 
 def _complete(
-    held: LocalShards, parts: Mapping[str, Part], told: Mapping[str, list[TensorSpec]], agreement: Collectives
+    held: LocalShards, parts: Mapping[str, Part], told: Mapping[str, list[TensorSpec]], collectives: Collectives
 ) -> None:
     """Learn what state there is of parameters of which this rank has nothing. Collective."""
     known: dict[str, list[TensorSpec]] = {}
-    for specs_of, forms in agreement.gather("what state there is", (told, held.forms)):
+    for specs_of, forms in collectives.all_gather("what state there is", (told, held.forms)):
         known |= specs_of
         held.forms |= forms
     for name, part in parts.items():

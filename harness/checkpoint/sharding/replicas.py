@@ -23,7 +23,7 @@ _MAX_SAMPLES = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, agreement: Collectives) -> None:
+def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, collectives: Collectives) -> None:
     """Compare what several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
 
     A hash of the sums is exchanged for each group of ranks, and the sums themselves only where that differs.
@@ -34,12 +34,12 @@ def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, agreement: 
     Args:
         sources: what this rank holds.
         sharing: which ranks hold the same of which.
-        agreement: of all ranks.
+        collectives: of all ranks.
 
     Raises:
         CheckpointError: on all ranks, with the first tensor that differs.
     """
-    mine = [tensors for ranks, tensors in sharing.items() if agreement.rank in ranks]
+    mine = [tensors for ranks, tensors in sharing.items() if collectives.rank in ranks]
     sums: list[list[int]] = []
     failure: Exception | None = None
     try:
@@ -49,12 +49,12 @@ def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, agreement: 
     except (RuntimeError, struct.error) as error:
         failure = error
     hashes = [xxhash.xxh3_64_intdigest(repr(each).encode()) for each in sums]
-    told = agreement.gather("what ranks hold in common", (hashes, None if failure is None else str(failure)))
+    told = collectives.all_gather("what ranks hold in common", (hashes, None if failure is None else str(failure)))
     for rank, (_, text) in enumerate(told):
         if text is not None:
             raise CheckpointError(f"rank {rank}: cannot compare its tensors with other ranks': {text}") from failure
     if _differing(sharing, [each for each, _ in told]):
-        _refuse_first(sources, sharing, agreement.gather("sums of what ranks hold in common", sums))
+        _refuse_first(sources, sharing, collectives.all_gather("sums of what ranks hold in common", sums))
 
 
 def _differing(sharing: Sharing, told: Sequence[Sequence[Any]]) -> list[tuple[int, int, int, int]]:

@@ -116,9 +116,9 @@ def _merged(found: Sequence[LocalShards]) -> LocalShards:
         forms=_forms(found),
     )
 
-    def complete(agreement: Collectives) -> None:
+    def complete(collectives: Collectives) -> None:
         for each in found:
-            each.complete(agreement)
+            each.complete(collectives)
         held.sources = _sources(found)
         held.forms = _forms(found)  # FSDP1 gathers those of other ranks
 

@@ -254,13 +254,13 @@ def interval_s(text: str | None) -> float:
     return value
 
 
-def start_sampler(agreement: Collectives, device: torch.device, log: Log, say: Say) -> Sampler | None:
+def start_sampler(collectives: Collectives, device: torch.device, log: Log, say: Say) -> Sampler | None:
     """Start this node's thread, on the node's lowest rank.
 
     Effects: collective, one small exchange; main thread; starts a daemon thread; nothing on disk.
 
     Args:
-        agreement: of all ranks.
+        collectives: of all ranks.
         device: this rank's.
         log: rank zero's thread calls it with metrics by their names in MLflow.
         say: rank zero's thread calls it with a line for the user.
@@ -272,14 +272,14 @@ def start_sampler(agreement: Collectives, device: torch.device, log: Log, say: S
         ConfigError: on all ranks, if the interval is none.
     """
     mine = (find_place(device), uuid.uuid4().hex[:12], os.environ.get(INTERVAL_VARIABLE))
-    told = agreement.gather("where the ranks are", mine)
+    told = collectives.all_gather("where the ranks are", mine)
     _, run, every = told[0]
     every_s = interval_s(every)
     nodes = nodes_of([place for place, _, _ in told])
-    node = next((node for node in nodes if node.ranks[0] == agreement.rank), None)
+    node = next((node for node in nodes if node.ranks[0] == collectives.rank), None)
     if node is None:
         return None
-    collector = Collector(nodes, every_s, log, say) if agreement.rank == 0 else None
+    collector = Collector(nodes, every_s, log, say) if collectives.rank == 0 else None
     sampler = Sampler(node, nodes, run, every_s, collector, connect, lambda: node_sources(node.gpus))
     sampler.start()
     return sampler

@@ -53,8 +53,10 @@ def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
 
 def resumed(watched: Watched, accelerator: Accelerator, directory: Path) -> list[str]:
     lines: list[str] = []
-    agreement = Collectives(0, 1)
-    assert resume(find_checkpoints(directory), accelerator, agreement, watched, RemoteFiles(agreement), lines.append)
+    collectives = Collectives(0, 1)
+    assert resume(
+        find_checkpoints(directory), accelerator, collectives, watched, RemoteFiles(collectives), lines.append
+    )
     return lines
 
 

@@ -179,7 +179,7 @@ def test_error_names_the_parameter_when_two_optimizers_train_it(accelerator: Acc
 
 def test_forms_are_merged_again_when_a_part_learns_those_of_other_ranks() -> None:
     parts = [LocalShards(forms={"a": {"dict": [["step", "int"]]}}), LocalShards()]
-    parts[1].complete = lambda agreement: parts[1].forms.update(b={"dict": [["step", "float"]]})
+    parts[1].complete = lambda collectives: parts[1].forms.update(b={"dict": [["step", "float"]]})
     merged = _merged(parts)
     merged.complete(Collectives(0, 1))
     assert merged.forms == {"a": {"dict": [["step", "int"]]}, "b": {"dict": [["step", "float"]]}}
