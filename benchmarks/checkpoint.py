@@ -371,7 +371,7 @@ def worker(arguments: argparse.Namespace) -> None:
         record = {
             "share_bytes": share_bytes,
             "mode": mode,
-            "transport": logger._saver._runner.facts.transport,
+            "transport": logger._saver._runner.context.transport,
             "logical_bytes": engine.plan.layout.size_bytes,
             "written_bytes": _written_bytes(engine.plan, accelerator.num_processes),
             "ranks": gathered,

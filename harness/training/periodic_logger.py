@@ -30,6 +30,7 @@ from harness.checkpoint.format.commit import Manifest
 from harness.checkpoint.format.json_values import decode
 from harness.checkpoint.restore.locate import longest_wait_s, remove_downloads
 from harness.checkpoint.restore.resume import GlobalBatch
+from harness.checkpoint.save.hooks import CheckpointHooks, RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import AnyWatched, Watched
@@ -226,24 +227,13 @@ class PeriodicLogger:
 
     def _build(self, run_path: Path, votes: Consensus) -> None:
         """All that a run's directory is needed for, each part from those before it."""
-        retention = Retention(run_path / "checkpoints", self.checkpoint_config, self._run.retire, self.progress.say)
-
-        def committed(name: str, manifest: Manifest) -> None:
-            self._run.publish(name, manifest)
-            remove_downloads(run_path / "downloads")
-            # Behind its publication: in MLflow too nothing goes before what takes its place is there.
-            retention.apply(name)
-
         self._saver = Saver(
             self.accelerator,
             self._collectives,
             self.checkpoint_config,
             run_path / "checkpoints",
-            self.topology.run_facts,
-            provenance.versions(),
-            committed,
-            self._take_rank_state,
-            self._run.sync,
+            RunFacts(self.topology.run_facts, provenance.versions()),
+            _SaveHooks(self, self._run, run_path),
         )
         self._resumption = ResumeManager(
             self.accelerator,
@@ -683,7 +673,7 @@ class PeriodicLogger:
 
     # ------------------------------------------------------------------- checkpoints
 
-    def _take_rank_state(self) -> RankState:
+    def _rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
         now = self._course.random_to_keep or rng_state.take(self.accelerator.device)
@@ -724,3 +714,28 @@ def _optimizers(watched: AnyWatched) -> dict[str, torch.optim.Optimizer]:
 
 def _counted(epoch: int, step: int) -> str:
     return f"{epoch} epoch{'' if epoch == 1 else 's'} and {step} step{'' if step == 1 else 's'} are done"
+
+
+class _SaveHooks(CheckpointHooks):
+    """Connects the saver with the run: rank states for it, and from it entries of the journal and retention."""
+
+    def __init__(self, logger: PeriodicLogger, run: RunSession, run_path: Path) -> None:
+        self._logger = logger
+        self._run = run
+        self._downloads_dir = run_path / "downloads"
+        self._retention = Retention(run_path / "checkpoints", logger.checkpoint_config, self, logger.progress.say)
+
+    def capture_rank_state(self) -> RankState:
+        return self._logger._rank_state()
+
+    def on_checkpoint_committing(self) -> None:
+        self._run.sync()
+
+    def on_checkpoint_committed(self, name: str, manifest: Manifest) -> None:
+        self._run.publish(name, manifest)
+        remove_downloads(self._downloads_dir)
+        # After its publication: in MLflow too nothing is removed before its replacement is there.
+        self._retention.apply(name)
+
+    def on_checkpoint_retired(self, name: str, key: str) -> None:
+        self._run.retire(name, key)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from harness.checkpoint.format.commit import read_manifest
 from harness.checkpoint.restore.restore import restore_tensors, restore_weights
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import innermost
 from harness.checkpoint.state.optimizer_record import restore_optimizer_extras
@@ -24,8 +25,9 @@ from harness.data.memory_layout import put_in_order
 from harness.distributed.collectives import Collectives
 from harness.distributed.strategies import start, strategy_of
 from harness.errors import CheckpointError
+from tests.checkpoint_hooks import NoHooks
 from tests.distributed.saved_models import MODELS, groups_of
-from tests.distributed.saving_ranks import become_rank, ignore
+from tests.distributed.saving_ranks import become_rank
 
 # What `accelerate launch` makes of configs/accelerate/*.yaml.
 _FSDP2 = {
@@ -154,8 +156,10 @@ def train(accelerator: Accelerator, watched: Watched, step: int) -> None:
 def saver_of(accelerator: Accelerator, collectives: Collectives, directory: Path, **config: Any) -> Saver:
     if collectives.rank == 0:
         directory.mkdir(exist_ok=True)
-    collectives.all_gather("the directory", None)
-    return Saver(accelerator, collectives, CheckpointConfig(when_busy="wait", **config), directory, {}, {}, ignore)
+    collectives.gather("the directory", None)
+    return Saver(
+        accelerator, collectives, CheckpointConfig(when_busy="wait", **config), directory, RunFacts(), NoHooks()
+    )
 
 
 def save_under(

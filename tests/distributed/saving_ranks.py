@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from harness.checkpoint.format.commit import Manifest
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
+from tests.checkpoint_hooks import NoHooks
 
 NUM_WEIGHTS = 3_000_001
 
@@ -82,7 +83,7 @@ def save_for_ever(rank: int, world_size: int, port: int, directory: Path, transp
     optimizer = Counting(model)
     # Not prepared: DDP would want gradients. Every rank does the same, as DDP's ranks do.
     config = CheckpointConfig(when_busy="wait", transport=transport, timeout_s=20)  # type: ignore[arg-type]
-    saver = Saver(accelerator, Collectives(rank, world_size), config, checkpoints, {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(rank, world_size), config, checkpoints, RunFacts(), NoHooks())
     saver.check(Watched(model, optimizer, None))
     for step in range(1, num_saves + 1):
         optimizer.step()
@@ -102,7 +103,7 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
     optimizer = Counting(model)
     config = CheckpointConfig(when_busy="wait", timeout_s=6 if trouble == "hung" else 60)
     collectives = Collectives(rank, world_size)
-    saver = Saver(accelerator, collectives, config, directory / "checkpoints", {}, {}, ignore)
+    saver = Saver(accelerator, collectives, config, directory / "checkpoints", RunFacts(), NoHooks())
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 5):
         optimizer.step()
@@ -135,7 +136,7 @@ def save_what_differs(rank: int, world_size: int, port: int, directory: Path, wh
     model = Weights()
     optimizer = Counting(model)
     saver = Saver(
-        accelerator, Collectives(rank, world_size), CheckpointConfig(), directory / "checkpoints", {}, {}, ignore
+        accelerator, Collectives(rank, world_size), CheckpointConfig(), directory / "checkpoints", RunFacts(), NoHooks()
     )
     saver.check(Watched(model, optimizer, None))
     optimizer.step()
@@ -156,7 +157,3 @@ def writer_of(saver: Saver) -> int:
     engine = saver._engine
     assert engine is not None and engine.writer._process is not None
     return engine.writer._process.pid
-
-
-def ignore(name: str, manifest: Manifest) -> None:
-    """Nothing is published."""

@@ -16,11 +16,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
-from tests.distributed.saving_ranks import become_rank, ignore, writer_of
+from tests.checkpoint_hooks import NoHooks
+from tests.distributed.saving_ranks import become_rank, writer_of
 
 
 class Mlp(nn.Module):
@@ -46,7 +48,7 @@ def save_two_dimensional(rank: int, world_size: int, port: int, directory: Path)
     fully_shard(model, mesh=mesh["dp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     config = CheckpointConfig(when_busy="wait")
-    saver = Saver(accelerator, Collectives(rank, world_size), config, directory / "checkpoints", {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(rank, world_size), config, directory / "checkpoints", RunFacts(), NoHooks())
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 4):
         model(torch.randn(4, 6)).square().mean().backward()
@@ -84,7 +86,7 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     collectives = Collectives(rank, world_size)
-    saver = Saver(accelerator, collectives, CheckpointConfig(), directory / "checkpoints", {}, {}, ignore)
+    saver = Saver(accelerator, collectives, CheckpointConfig(), directory / "checkpoints", RunFacts(), NoHooks())
     saver.check(Watched(model, optimizer, None))
 
     def train() -> None:

@@ -11,11 +11,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from harness.checkpoint.format.verify import require_whole
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
-from tests.distributed.saving_ranks import Counting, Weights, ignore
+from tests.checkpoint_hooks import NoHooks
+from tests.distributed.saving_ranks import Counting, Weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 _CYCLES = 200_000_000  # about a tenth of a second
@@ -26,7 +28,7 @@ def test_checkpoint_is_of_its_step_when_the_compute_stream_is_late(tmp_path: Pat
     accelerator = Accelerator()
     model = Weights().to(accelerator.device)
     optimizer = Counting(model)
-    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(when_busy="wait"), tmp_path, {}, {}, ignore)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(when_busy="wait"), tmp_path, RunFacts(), NoHooks())
     saver.check(Watched(model, optimizer, None))
     for step in range(1, 8):
         if late != "after the save":

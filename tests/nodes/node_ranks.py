@@ -7,14 +7,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import HarnessError
 from harness.training.app import train
+from tests.checkpoint_hooks import NoHooks
 from tests.distributed.restoring_ranks import become_rank_of
-from tests.distributed.saving_ranks import Counting, Weights, become_rank, ignore
+from tests.distributed.saving_ranks import Counting, Weights, become_rank
 from tests.nodes.network import Node
 
 
@@ -65,8 +67,8 @@ def save_all_the_time(
     optimizer = Counting(model)
     collectives = Collectives(rank, world_size, timeout_s=120)
     config = CheckpointConfig(when_busy="wait", timeout_s=timeout_s)
-    saver = Saver(accelerator, collectives, config, checkpoints, {}, {}, ignore)
-    assert saver._runner.facts.transport == "gather"  # `auto` has found that they share no disk
+    saver = Saver(accelerator, collectives, config, checkpoints, RunFacts(), NoHooks())
+    assert saver._runner.context.transport == "gather"  # `auto` has found that they share no disk
     saver.check(Watched(model, optimizer, None))
     said = "done"
     try:

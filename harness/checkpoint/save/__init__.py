@@ -2,6 +2,7 @@
 
 In reading order:
 
+    hooks         what a save asks of its owner, and reports to it
     plan          which rank writes which bytes
     source_guard  detect tensors that change while they are copied
     fence         hold the next optimizer step back

@@ -30,6 +30,7 @@ from harness.checkpoint.format.commit import FileRecord, Manifest
 from harness.checkpoint.save.commit_store import CommitStore
 from harness.checkpoint.save.fence import Fence
 from harness.checkpoint.save.gather import Gatherer
+from harness.checkpoint.save.hooks import CheckpointHooks, RunFacts
 from harness.checkpoint.save.pipeline import SavePipeline
 from harness.checkpoint.save.snapshot import CopyRest
 from harness.checkpoint.save.source_guard import SourceGuard
@@ -117,12 +118,24 @@ class Save:
 
 
 @dataclass(frozen=True)
-class SaveFacts:
-    """What is the same in each manifest of an attempt."""
+class SaveContext:
+    """What all saves of an attempt share.
 
+    Args:
+        config: limits, and the metric that ranks checkpoints.
+        commit_store: the ranks publish there that their part is written.
+        transport: how bytes reach the disk.
+        gatherer: sends the tensors to rank 0 where it alone writes; None: each rank writes.
+        facts: of the run, for the manifest.
+        hooks: of the owner.
+    """
+
+    config: CheckpointConfig
+    commit_store: CommitStore
     transport: Transport
-    topology: Mapping[str, str]
-    versions: Mapping[str, str]
+    gatherer: Gatherer | None
+    facts: RunFacts
+    hooks: CheckpointHooks
 
 
 class SaveRunner:
@@ -132,14 +145,9 @@ class SaveRunner:
     runs. Leaves ``<checkpoints_dir>/<name>/`` of each save that succeeds.
 
     Args:
-        config: limits, and what the best is told by.
-        board: where the ranks tell how far they are.
-        gatherer: what sends the tensors to rank zero where it alone writes; None: each rank writes.
-        fence: lowered once all that may change is copied.
+        context: shared by all saves of the attempt.
+        fence: opened once all that may change is copied.
         device: of this rank.
-        facts: of the topology, the versions and the transport, for the manifest.
-        committing: called on rank zero before each commit: what must be on disk no later than the checkpoint.
-        committed: called on rank zero with each committed checkpoint.
 
     Attributes:
         status: how the last save ended, for a person.
@@ -151,25 +159,13 @@ class SaveRunner:
         written: name of a tensor that was written while any rank copied it; None: none was.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        board: CommitStore,
-        gatherer: Gatherer | None,
-        fence: Fence,
-        device: torch.device,
-        facts: SaveFacts,
-        committing: Callable[[], None],
-        committed: Callable[[str, Manifest], None],
-    ) -> None:
-        self._config = config
-        self._board = board
-        self._rank = board.rank
-        self._gatherer = gatherer
+    def __init__(self, context: SaveContext, fence: Fence, device: torch.device) -> None:
+        self.context = context
+        self._config = context.config
+        self._board = context.commit_store
+        self._rank = context.commit_store.rank
+        self._gatherer = context.gatherer
         self._fence = fence
-        self.facts = facts
-        self._committing = committing
-        self._committed = committed
         # accelerate's device of a single process has no index.
         self._cuda_index = None
         if device.type == "cuda":
@@ -328,14 +324,14 @@ class SaveRunner:
                 if "error" in record:
                     raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
             manifest = self._manifest(save, told)
-            self._committing()
+            self.context.hooks.on_checkpoint_committing()
             commit.commit(save.temporary, save.final, manifest)
         except BaseException:
             commit.discard(save.temporary)
             raise
         self.status = f"{save.moment.name} written in {time.perf_counter() - save.begun_s:.1f} s"
         try:
-            self._committed(save.moment.name, manifest)
+            self.context.hooks.on_checkpoint_committed(save.moment.name, manifest)
         except Exception as error:
             # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
             self.status = f"{save.moment.name} written, but not published: {error}"
@@ -362,9 +358,9 @@ class SaveRunner:
             time_ms=time.time_ns() // 1_000_000,
             metrics=save.moment.metrics,
             files=tuple(files),
-            topology=self.facts.topology,
-            versions=self.facts.versions,
-            save={"transport": self.facts.transport, **save.seconds, **_ranking(self._config)},
+            topology=self.context.facts.topology,
+            versions=self.context.facts.versions,
+            save={"transport": self.context.transport, **save.seconds, **_ranking(self._config)},
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
@@ -23,12 +23,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from harness.checkpoint.format import commit
-from harness.checkpoint.format.commit import Manifest
 from harness.checkpoint.save.commit_store import CommitStore
 from harness.checkpoint.save.fence import Fence, Overlap
 from harness.checkpoint.save.gather import Gatherer
+from harness.checkpoint.save.hooks import CheckpointHooks, RunFacts
 from harness.checkpoint.save.pipeline import SavePipeline, make_engine, plan_saves
-from harness.checkpoint.save.save_runner import CalledOff, Save, SaveFacts, SaveRunner, SmallState, TornSnapshotError
+from harness.checkpoint.save.save_runner import (
+    CalledOff,
+    Save,
+    SaveContext,
+    SaveRunner,
+    SmallState,
+    TornSnapshotError,
+)
 from harness.checkpoint.save.snapshot import copied, copy_nothing
 from harness.checkpoint.save.transport import choose
 from harness.checkpoint.sharding.local_shards import LocalShards, innermost
@@ -40,10 +47,8 @@ from harness.checkpoint.state.optimizer_record import (
     has_own_state_dict,
     record_of,
 )
-from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
 from harness.config.schema import CheckpointConfig
-from harness.data import rng_state
 from harness.distributed.collectives import Collectives, PendingCount
 from harness.distributed.failure_monitor import connect
 from harness.distributed.strategies import strategy_of
@@ -62,11 +67,8 @@ class Saver:
         collectives: for what the ranks decide alike.
         config: what to save, and what if busy.
         checkpoints_dir: where to; it exists on rank zero.
-        topology: for the manifest.
-        versions: for the manifest.
-        committed: called in the background thread, on rank zero, with each committed checkpoint.
-        take_rank_state: called in the main thread at each save; None: only random numbers are taken.
-        committing: called in the background thread, on rank zero, before each commit.
+        facts: of the run, for the manifest.
+        hooks: of the owner.
 
     Attributes:
         num_skipped: saves that were skipped.
@@ -79,17 +81,14 @@ class Saver:
         collectives: Collectives,
         config: CheckpointConfig,
         checkpoints_dir: Path,
-        topology: Mapping[str, str],
-        versions: Mapping[str, str],
-        committed: Callable[[str, Manifest], None],
-        take_rank_state: Callable[[], RankState] | None = None,
-        committing: Callable[[], None] = lambda: None,
+        facts: RunFacts,
+        hooks: CheckpointHooks,
     ) -> None:
         self._accelerator = accelerator
         self._collectives = collectives
         self._config = config
         self._checkpoints_dir = checkpoints_dir
-        self._take_rank_state = take_rank_state or (lambda: RankState(rng_state.take(accelerator.device)))
+        self._hooks = hooks
         self._rank = collectives.rank
         transport = choose(config.transport, checkpoints_dir, collectives)
         self._attempt = collectives.broadcast_from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
@@ -106,10 +105,8 @@ class Saver:
         self._fence = Fence()
         self._overlap = Overlap()
         self._notes: list[str] = []
-        facts = SaveFacts(transport, topology, versions)
-        self._runner = SaveRunner(
-            config, self._board, self._gatherer, self._fence, accelerator.device, facts, committing, committed
-        )
+        shared = SaveContext(config, self._board, transport, self._gatherer, facts, hooks)
+        self._runner = SaveRunner(shared, self._fence, accelerator.device)
         self._saving: Future[None] | None = None
         self._watched: AnyWatched | None = None
         self._engine: SavePipeline | None = None
@@ -351,7 +348,7 @@ class Saver:
                 ]
                 scaler = self._accelerator.scaler
                 state = take_trainer_state(moment, self._watched, groups, optimizers, scaler, kept)
-            return SmallState(state, self._take_rank_state(), tensors=kept.tensors)
+            return SmallState(state, self._hooks.capture_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.
             return SmallState(None, None, error)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.checkpoint.format.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints, temporary_of
+from harness.checkpoint.save.hooks import CheckpointHooks
 from harness.config.schema import CheckpointConfig, Mode
 from harness.errors import CheckpointError, HarnessError
 from harness.io.durable_files import sync_directory
@@ -92,7 +93,7 @@ class Retention:
     Args:
         checkpoints_dir: of the run; the checkpoints of its earlier attempts count too.
         config: what to keep.
-        retired: told name and key of each before it is removed; if it raises, nothing is removed.
+        hooks: `on_checkpoint_retired` is called before each removal.
         say: where a line for the user goes.
     """
 
@@ -100,12 +101,12 @@ class Retention:
         self,
         checkpoints_dir: Path,
         config: CheckpointConfig,
-        retired: Callable[[str, str], None],
+        hooks: CheckpointHooks,
         say: Callable[[str], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
         self._config = config
-        self._retired = retired
+        self._hooks = hooks
         self._say = say
         self._known: dict[Path, tuple[tuple[int, int, int], Manifest]] = {}
         self._told_keys: set[str] = set()
@@ -141,7 +142,7 @@ class Retention:
         for name in to_remove(found, self._config):
             key = manifests[name].key
             if key not in self._told_keys:
-                self._retired(name, key)
+                self._hooks.on_checkpoint_retired(name, key)
                 self._told_keys.add(key)
             try:
                 remove(self._checkpoints_dir / name)

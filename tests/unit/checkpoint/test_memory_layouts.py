@@ -14,6 +14,7 @@ from harness.checkpoint.format.commit import read_manifest
 from harness.checkpoint.format.files import LocalFiles
 from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.restore.restore import restore_tensors, restore_weights
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.state.materialize import BuiltState, build_state
@@ -21,6 +22,7 @@ from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
+from tests.checkpoint_hooks import NoHooks
 from tests.unit.test_memory_layout import LAYOUTS
 
 # An optimizer can write only to what has its memory for itself.
@@ -86,7 +88,7 @@ def tensors_of(watched: Watched) -> dict[str, Tensor]:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
-    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, RunFacts(), NoHooks())
     saver.check(watched)
     saver.save(Moment("step-1", 0, 1, 0, {}))
     saver.close()

@@ -16,6 +16,7 @@ from harness.checkpoint.format.verify import verify
 from harness.checkpoint.restore.locate import find_checkpoints
 from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.resume import resume
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.save.write import write_json
 from harness.checkpoint.state.kept_tensors import KeptTensors
@@ -26,6 +27,7 @@ from harness.checkpoint.tools.inspect import contents
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
+from tests.checkpoint_hooks import NoHooks
 from tests.unit.checkpoint.optimizers import Norm, OfShared
 
 
@@ -44,7 +46,7 @@ def train(watched: Watched, steps: int) -> None:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path) -> Path:
-    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(), directory, RunFacts(), NoHooks())
     saver.check(watched)
     saver.save(Moment("step-3", 0, 3, 0, {}))
     saver.close()

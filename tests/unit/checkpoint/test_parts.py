@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from harness.checkpoint.restore.restore import Restored, restore_tensors
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.checkpoint.state.parts import _merged
@@ -20,6 +21,7 @@ from harness.checkpoint.state.trainer_state import Moment, Several, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
+from tests.checkpoint_hooks import NoHooks
 
 
 def several(**models: tuple[nn.Module, torch.optim.Optimizer | None]) -> Several:
@@ -44,9 +46,7 @@ def train(watched: Several, steps: int = 1) -> None:
 
 def saver_of(watched: Several, accelerator: Accelerator, directory: Path, **config: Any) -> Saver:
     directory.mkdir(exist_ok=True)
-    saver = Saver(
-        accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda name, manifest: None
-    )
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, RunFacts(), NoHooks())
     try:
         saver.check(watched)
     except CheckpointError:

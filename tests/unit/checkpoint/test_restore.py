@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from harness.checkpoint.restore.restore import Restored, restore_tensors
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.state.materialize import zero_step
@@ -19,6 +20,7 @@ from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
+from tests.checkpoint_hooks import NoHooks
 from tests.unit.checkpoint.optimizers import AllMadeEarly, MadeEarly, Numbered, OfObjects, OfTrees, Projector
 
 
@@ -72,7 +74,7 @@ def train(watched: Watched, steps: int) -> list[float]:
 
 
 def saved(watched: Watched, accelerator: Accelerator, directory: Path, *, step: int = 1, **config: Any) -> Path:
-    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, {}, {}, lambda *_: None)
+    saver = Saver(accelerator, Collectives(0, 1), CheckpointConfig(**config), directory, RunFacts(), NoHooks())
     saver.check(watched)
     saver.save(Moment("step-1", 0, step, 0, {}))
     saver.close()

@@ -22,6 +22,7 @@ from harness.checkpoint.format.commit import (
 from harness.checkpoint.tools.retention import Retention, best_of, remove, to_remove
 from harness.config.schema import CheckpointConfig
 from harness.errors import TrackingError
+from tests.checkpoint_hooks import NoHooks
 
 FULL = (FileRecord(TRAINER_STATE, 0, ()),)
 
@@ -128,7 +129,7 @@ def save(directory: Path, name: str, step: int, **metrics: float) -> None:
     commit(temporary, directory / name, manifest(step, files=(), **metrics))
 
 
-class Told:
+class Told(NoHooks):
     """What a `Retention` has told."""
 
     def __init__(self, directory: Path, chosen: CheckpointConfig, failure: Exception | None = None) -> None:
@@ -136,9 +137,9 @@ class Told:
         self.retired: list[str] = []
         self.said: list[str] = []
         self.failure = failure
-        self.retention = Retention(directory, chosen, self._retire, self.said.append)
+        self.retention = Retention(directory, chosen, self, self.said.append)
 
-    def _retire(self, name: str, key: str) -> None:
+    def on_checkpoint_retired(self, name: str, key: str) -> None:
         # It is told while it is whole.
         assert name in dict(list_checkpoints(self.directory))
         assert key == dict(list_checkpoints(self.directory))[name].key

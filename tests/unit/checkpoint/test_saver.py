@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from harness.checkpoint.format.commit import Manifest, list_checkpoints, read_manifest
 from harness.checkpoint.format.json_values import decode
 from harness.checkpoint.format.verify import require_whole, verify
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
+from tests.checkpoint_hooks import NoHooks
 from tests.unit.checkpoint.optimizers import OfObjects
 
 Make = Callable[..., Saver]
@@ -119,6 +121,16 @@ def checkpoints(tmp_path: Path) -> Path:
     return path
 
 
+class Committed(NoHooks):
+    """Calls a function with each committed checkpoint."""
+
+    def __init__(self, function: Callable[[str, Manifest], None]) -> None:
+        self._function = function
+
+    def on_checkpoint_committed(self, name: str, manifest: Manifest) -> None:
+        self._function(name, manifest)
+
+
 @pytest.fixture
 def make(accelerator: Accelerator, checkpoints: Path) -> Iterator[Make]:
     made: list[Saver] = []
@@ -129,9 +141,8 @@ def make(accelerator: Accelerator, checkpoints: Path) -> Iterator[Make]:
         **values: Any,
     ) -> Saver:
         config = CheckpointConfig(**values)
-        saver = Saver(
-            accelerator, Collectives(0, 1), config, checkpoints, {"strategy": "single"}, {"torch": "2"}, committed
-        )
+        facts = RunFacts({"strategy": "single"}, {"torch": "2"})
+        saver = Saver(accelerator, Collectives(0, 1), config, checkpoints, facts, Committed(committed))
         made.append(saver)
         if watched is not None:
             saver.check(watched)

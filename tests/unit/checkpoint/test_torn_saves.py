@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from harness.checkpoint.format.commit import read_manifest
+from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
+from tests.checkpoint_hooks import NoHooks
 
 Write = Callable[[nn.Module, torch.optim.Optimizer], object]
 
@@ -66,7 +68,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.checkpoints = checkpoints
         config = CheckpointConfig(when_busy="wait", **values)
-        self.saver = Saver(accelerator, Collectives(0, 1), config, checkpoints, {}, {}, lambda *_: None)
+        self.saver = Saver(accelerator, Collectives(0, 1), config, checkpoints, RunFacts(), NoHooks())
         self.saver.check(Watched(self.model, self.optimizer, None))
         self.train()
         self.saver.prepare()
