@@ -108,7 +108,7 @@ def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T
 
 def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds: int) -> None:
     """One process: some ranks, which say at once that they have written."""
-    state = RankState(rng_state.take(torch.device("cpu"))).encoded()
+    state = RankState(rng_state.capture(torch.device("cpu"))).encoded()
     records = {rank: RankOutcome({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
     stores = [TCPStore("127.0.0.1", port, is_master=False) for _ in range(NUM_CONNECTIONS)]
     boards = {
@@ -134,7 +134,7 @@ def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: in
         which = [(rank, nums[rank]) for rank in range(1 + number, world_size, NUM_PROCESSES)]
         processes.append(context.Process(target=acknowledge, args=(store.port, world_size, which, rounds)))
         processes[-1].start()
-    state = RankState(rng_state.take(torch.device("cpu"))).encoded()
+    state = RankState(rng_state.capture(torch.device("cpu"))).encoded()
     own = RankOutcome({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
 
     def collect() -> list[RankOutcome]:

@@ -14,7 +14,7 @@ class NoHooks(CheckpointHooks):
     """Captures the random numbers of the CPU, and publishes nothing."""
 
     def capture_rank_state(self) -> RankState:
-        return RankState(rng_state.take(torch.device("cpu")))
+        return RankState(rng_state.capture(torch.device("cpu")))
 
     def on_checkpoint_committing(self) -> None:
         pass

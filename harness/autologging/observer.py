@@ -229,7 +229,7 @@ class Epochs:
                 self._events.restart_step_timer()
 
     def _usual_size(self, loader: Any) -> int | None:
-        return dataloaders.usual_batch_size(loader, self._prepared.num_processes)
+        return dataloaders.local_batch_size(loader, self._prepared.num_processes)
 
     def _describe(self, this: Iteration, batch: Any) -> None:
         """The first batch of a pass, before the script has it: by the time the pass trains, it may have changed."""

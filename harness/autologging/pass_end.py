@@ -35,7 +35,7 @@ class PassEnd:
         self._loader = loader
         self._iteration = iteration
         self._device = device
-        self._random = rng_state.take(device)
+        self._random = rng_state.capture(device)
         self._scheduler = None if choice.scheduler is None else copy.deepcopy(choice.scheduler.state_dict())
         self._groups = [_without_parameters(group) for group in raw(choice.optimizer).param_groups]
         self._versions = [tensor._version for tensor in self._tensors()]
@@ -61,7 +61,7 @@ class PassEnd:
             group.update(before)
         if self._iteration is not None:
             self._loader.iteration = self._iteration
-        rng_state.put_back(self._random, self._device)
+        rng_state.restore(self._random, self._device)
         return True
 
     def _tensors(self) -> Iterator[Tensor]:

@@ -78,7 +78,7 @@ class Replay:
                     yield batch
                 break
         finally:
-            dataloaders.leave(loader, iterator)
+            dataloaders.close_iteration(loader, iterator)
 
     @contextmanager
     def _no_backward_follows(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ def open_run(
     """
     accelerator = prepared.accelerator
     assert accelerator is not None
-    sizes = [dataloaders.samples_per_batch(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
+    sizes = [dataloaders.global_batch_size(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
     training = {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "mixed_precision": accelerator.mixed_precision,

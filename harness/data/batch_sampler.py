@@ -102,14 +102,14 @@ class WrappedSampler(BatchSampler):
         to_restore = list(resumed)
         while True:
             if to_restore:
-                rng_state.put_back(to_restore.pop(0), self._device)
+                rng_state.restore(to_restore.pop(0), self._device)
             # Before the indices are drawn: a sampler may draw each of them from this process's random numbers.
             if before_fetch is not None and self._told is this:
                 before_fetch()
             indices = next(iterator, None)
             if indices is None:
                 if to_restore:
-                    rng_state.put_back(to_restore[-1], self._device)
+                    rng_state.restore(to_restore[-1], self._device)
                 return
             yield _seeded(indices, seed, position) if self._seeds else indices
             position += 1

@@ -81,7 +81,7 @@ def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
     )
 
 
-def samples_per_batch(loader: Any, world_size: int) -> int | None:
+def global_batch_size(loader: Any, world_size: int) -> int | None:
     """Samples in a batch of all ranks together, of a prepared loader; None: it has no size that is known.
 
     Not accelerate's `total_batch_size`, which is one rank's where each rank reads an iterable data set itself, and
@@ -109,7 +109,7 @@ def may_be_uneven(loader: Any, world_size: int) -> bool:
     return shard is not None and not shard.even_batches
 
 
-def uneven_length(loader: Any) -> int | None:
+def guaranteed_num_batches(loader: Any) -> int | None:
     """Batches that this rank has for sure, where accelerate lets the ranks have different numbers of them.
 
     None: they have as many.
@@ -134,7 +134,7 @@ def _shard_of(loader: Any) -> Any:
     return None if sampler is None or sampler.num_processes == 1 else sampler
 
 
-def draws_order(loader: Any) -> bool:
+def has_random_order(loader: Any) -> bool:
     """Whether the order of a loader is drawn anew each time, and does not follow from its epoch."""
     sampler = sampler_of(loader)
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
@@ -162,13 +162,13 @@ def sampler_of(loader: Any) -> Any:
     return getattr(sampler, "sampler", sampler)
 
 
-def usual_batch_size(loader: Any, world_size: int) -> int | None:
+def local_batch_size(loader: Any, world_size: int) -> int | None:
     """Samples in a whole batch of a loader on one rank; None: it has no size that is known."""
-    size = samples_per_batch(loader, world_size)
+    size = global_batch_size(loader, world_size)
     return None if size is None else size // world_size
 
 
-def leave(loader: Any, iterator: Any) -> None:
+def close_iteration(loader: Any, iterator: Any) -> None:
     """End an iteration early in good order: accelerate clears its state only at the natural end.
 
     Args:
@@ -182,7 +182,7 @@ def leave(loader: Any, iterator: Any) -> None:
         loader.end()
 
 
-def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
+def without_duplicates(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
     """The batches of a prepared evaluation loader, each sample of the data set on exactly one rank.
 
     To keep the ranks in step accelerate fills the last round up with samples from the start. Those are
@@ -214,7 +214,7 @@ def without_repeats(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any
         elif num_real == 0:
             yield batch, False
         else:
-            yield _cut(batch, num_real, usual_batch_size(loader, accelerator.num_processes)), True
+            yield _cut(batch, num_real, local_batch_size(loader, accelerator.num_processes)), True
 
 
 def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:

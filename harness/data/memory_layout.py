@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def in_order(tensor: Tensor) -> Tensor | None:
+def flat_view(tensor: Tensor) -> Tensor | None:
     """The tensor's memory with shape (numel,) and stride 1; None if its elements do not lie in C order.
 
     Not by `view`, which keeps the stride of a dimension of one element. That stride may be anything, and such a view
@@ -21,13 +21,13 @@ def in_order(tensor: Tensor) -> Tensor | None:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def copied_in_order(tensor: Tensor) -> Tensor:
+def contiguous_copy(tensor: Tensor) -> Tensor:
     """A copy with shape (numel,) and stride 1."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return tensor.clone(memory_format=torch.contiguous_format).view(-1)
 
 
-def write(tensor: Tensor, ordered: Tensor) -> None:
+def copy_into(tensor: Tensor, ordered: Tensor) -> None:
     """Write values into a tensor of any layout.
 
     Args:
@@ -44,14 +44,14 @@ def write(tensor: Tensor, ordered: Tensor) -> None:
             part, values = part.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     part.copy_(values)
     # As bytes, so that a NaN equals itself.
-    if may_overlap(tensor) and not torch.equal(copied_in_order(tensor).view(torch.uint8), ordered.view(torch.uint8)):
+    if may_overlap(tensor) and not torch.equal(contiguous_copy(tensor).view(torch.uint8), ordered.view(torch.uint8)):
         raise ValueError(
             f"elements of it that share memory (shape {list(tensor.shape)}, strides {list(tensor.stride())}) have "
             "different values"
         )
 
 
-def put_in_order(model: nn.Module) -> None:
+def make_contiguous(model: nn.Module) -> None:
     """Have parameters lie in C order, for DeepSpeed, which takes their memory as bytes when it starts.
 
     Effects: not collective; main thread, before an optimizer is made.
@@ -62,8 +62,8 @@ def put_in_order(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.layout != torch.strided:
             continue
-        flat = in_order(parameter)
-        ordered = copied_in_order(parameter) if flat is None else flat
+        flat = flat_view(parameter)
+        ordered = contiguous_copy(parameter) if flat is None else flat
         parameter.data = ordered.view(parameter.shape)
 
 

@@ -40,7 +40,7 @@ class PendingIteration:
         self.is_accumulating = is_accumulating
         self._device = device
         self._own = dataloaders.generators_of(loader)
-        self.random = rng_state.take(device)
+        self.random = rng_state.capture(device)
         self.generators: dict[int, Tensor] = {id(each): each.get_state() for each in self._own}
         self.data = DataState(self.random, [list(self.generators.values())], None)
         self._buffers: list[tuple[Tensor, Tensor]] = []
@@ -52,10 +52,10 @@ class PendingIteration:
                 self.sampler.before_fetch = self._keep
 
     def _start(self) -> None:
-        self.data = DataState(rng_state.take(self._device), [[each.get_state() for each in self._own]], None)
+        self.data = DataState(rng_state.capture(self._device), [[each.get_state() for each in self._own]], None)
 
     def _keep(self) -> None:
-        self.data.fetch = rng_state.take(self._device)
+        self.data.fetch = rng_state.capture(self._device)
 
     def keep_buffers(self, model: nn.Module) -> None:
         """A forward is about to move the model's buffers."""

@@ -49,11 +49,11 @@ class DataState:
     def encoded(self) -> dict[str, Any]:
         """As JSON values; from any thread."""
         return {
-            "start": rng_state.encoded(self.start),
+            "start": rng_state.encode(self.start),
             "generators": [
                 [base64.b64encode(state.numpy().tobytes()).decode() for state in each] for each in self.generators
             ],
-            "fetch": None if self.fetch is None else rng_state.encoded(self.fetch),
+            "fetch": None if self.fetch is None else rng_state.encode(self.fetch),
         }
 
     @classmethod
@@ -61,12 +61,12 @@ class DataState:
         """What `encoded` was called on."""
         fetch = record["fetch"]
         return cls(
-            rng_state.decoded(record["start"]),
+            rng_state.decode(record["start"]),
             [
                 [torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8) for state in each]
                 for each in record["generators"]
             ],
-            None if fetch is None else rng_state.decoded(fetch),
+            None if fetch is None else rng_state.decode(fetch),
         )
 
 
@@ -77,7 +77,7 @@ class Continuation:
     Args:
         num_taken: batches of it that are done.
         data: as it was then.
-        random: the random numbers after the last step, as `random_state.take` gives them; None: they are not
+        random: the random numbers after the last step, as `rng_state.capture` returns them; None: they are not
             those of that run (another number of ranks).
     """
 
@@ -246,12 +246,12 @@ class ResumableLoader:
             torch.set_rng_state(self._unseeded)
         if before is not None:
             if before.start:
-                rng_state.put_back(before.start, device)
+                rng_state.restore(before.start, device)
             self._put_generators_back()
         self._resumed = None
         generators = self._generators[self._number]
         self._put_back |= {id(generator) for each in self._generators[: self._number + 1] for generator in each}
-        self._running = DataState(rng_state.take(device), [[each.get_state() for each in generators]], None)
+        self._running = DataState(rng_state.capture(device), [[each.get_state() for each in generators]], None)
 
     def _iterate(self, loader: Any, continuation: Continuation | None, *, is_ahead: bool) -> Iterator[Any]:
         """The batches of a loader whose sampler skips."""
@@ -259,7 +259,7 @@ class ResumableLoader:
         if continuation is not None and continuation.num_taken and continuation.random:
             # Workers load the batches. This process draws for nothing but the indices, which it asks for ahead.
             first = next(iterator, None) if is_ahead else None
-            rng_state.put_back(continuation.random, self._device)
+            rng_state.restore(continuation.random, self._device)
             if is_ahead:
                 if first is None:
                     return
@@ -278,10 +278,10 @@ class ResumableLoader:
             is_last = number + 1 == continuation.num_taken
             if is_ahead and is_last and number and continuation.random and continuation.data.fetch:
                 # With the last of them the loader fetches the next batch.
-                rng_state.put_back(continuation.data.fetch, self._device)
+                rng_state.restore(continuation.data.fetch, self._device)
             next(iterator, None)
         if continuation is not None and continuation.random:
-            rng_state.put_back(continuation.random, self._device)
+            rng_state.restore(continuation.random, self._device)
         while True:
             if is_ahead and fetches_here and self.serial == serial:
                 self._keep()
@@ -293,7 +293,7 @@ class ResumableLoader:
 
     def _keep(self) -> None:
         assert self._running is not None
-        self._running.fetch = rng_state.take(self._device)
+        self._running.fetch = rng_state.capture(self._device)
 
     def end(self) -> None:
         """The loader is done: a checkpoint goes on behind it, and needs only where its generators stand."""
@@ -342,5 +342,5 @@ def _seeds_workers_once(loader: Any) -> bool:
 def _give_generator(loader: Any) -> None:
     """Have the order come from a generator, as it did: accelerate gives a shuffling sampler one on several ranks."""
     sampler = dataloaders.sampler_of(loader)
-    if dataloaders.draws_order(loader) and sampler.generator is None:
+    if dataloaders.has_random_order(loader) and sampler.generator is None:
         sampler.generator = torch.Generator()

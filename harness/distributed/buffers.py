@@ -62,8 +62,8 @@ def broadcast(name: str, tensor: Tensor) -> None:
     """
     with torch.no_grad():
         try:
-            flat = memory_layout.in_order(tensor)
-            ordered = memory_layout.copied_in_order(tensor) if flat is None else flat
+            flat = memory_layout.flat_view(tensor)
+            ordered = memory_layout.contiguous_copy(tensor) if flat is None else flat
             content = ordered.view(torch.uint8)
         except RuntimeError as error:
             raise HarnessError(
@@ -73,7 +73,7 @@ def broadcast(name: str, tensor: Tensor) -> None:
         if content.numel():
             dist.broadcast(content, src=0)
         if flat is None:
-            memory_layout.write(tensor, ordered)
+            memory_layout.copy_into(tensor, ordered)
 
 
 def refuse_what_ddp_cannot_send(accelerator: Accelerator, model: nn.Module) -> None:

@@ -104,7 +104,7 @@ class HarnessCallback(Callback):
             return
         self._is_whole = self._is_epoch_over = self._is_described = False
         # Lightning's sampler is this rank's own.
-        self._usual_size = dataloaders.usual_batch_size(trainer.train_dataloader, 1)
+        self._usual_size = dataloaders.local_batch_size(trainer.train_dataloader, 1)
         schedulers = trainer.lr_scheduler_configs
         with _environment(trainer):
             accelerator = Accelerator(cpu=trainer.strategy.root_device.type == "cpu")

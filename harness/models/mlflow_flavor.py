@@ -69,12 +69,12 @@ def load_model(
     """
     directory = _directory(str(where))
     if model is None:
-        before = rng_state.take(torch.device("cpu"))
+        before = rng_state.capture(torch.device("cpu"))
         try:
             recipe, came_with = _recipe(str(where), directory)
             model = _build(str(where), came_with, recipe, trusted)
         finally:
-            rng_state.put_back(before, torch.device("cpu"))
+            rng_state.restore(before, torch.device("cpu"))
     _fill(model, directory)
     return model.to(device).eval()
 

@@ -102,7 +102,7 @@ def infer_signature(
         raise ValueError("the model has parameters that take their shape at its first batch")
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     modes = [(each, each.training) for each in module.modules()]
-    before = rng_state.take(device)
+    before = rng_state.capture(device)
     try:
         example = example() if callable(example) else example
         if example is None:
@@ -118,7 +118,7 @@ def infer_signature(
                 other = smaller[name]
                 free_outputs[name] |= {axis for axis in range(one.ndim) if one.shape[axis] != other.shape[axis]}
     finally:
-        rng_state.put_back(before, device)
+        rng_state.restore(before, device)
         for each, mode in modes:
             each.training = mode
     signature = {"inputs": _specs(inputs, free), "outputs": _specs(outputs, free_outputs)}

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import nn
 
-from harness.data.memory_layout import copied_in_order
+from harness.data.memory_layout import contiguous_copy
 from harness.distributed import slurm_env
 from harness.io.redact import is_secret_name, redact, redact_words
 from harness.metrics.values import as_text
@@ -226,7 +226,7 @@ class _Digest:
         if tensor.ndim and size_bytes > self._bytes_left:
             # Rows first: only what is digested is copied from the device.
             tensor = tensor[: max(1, self._bytes_left * tensor.shape[0] // size_bytes)]
-        data = copied_in_order(tensor.cpu()).view(torch.uint8).numpy()
+        data = contiguous_copy(tensor.cpu()).view(torch.uint8).numpy()
         self._add_bytes(data[: self._bytes_left].tobytes())
 
     def _add_bytes(self, data: bytes) -> None:

@@ -89,7 +89,7 @@ def prepare(
     if strategies.strategy_of(accelerator) == "ddp":
         buffers.refuse_what_ddp_cannot_send(accelerator, model)
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-        memory_layout.put_in_order(model)
+        memory_layout.make_contiguous(model)
     axes = task.dynamic_axes() if hasattr(task, "dynamic_axes") else None
     logger.describe(config.task, model, getattr(task, "input_example", None), axes)
     optimizer = instantiate.build_optimizer(config.optimizer, model)

@@ -111,7 +111,7 @@ class LoopEvents:
     def restore_rng_state(self) -> None:
         """Random numbers are those of the checkpoint that the run goes on from, once."""
         if self.rng_state_to_restore is not None:
-            rng_state.put_back(self.rng_state_to_restore, self._accelerator.device)
+            rng_state.restore(self.rng_state_to_restore, self._accelerator.device)
             self.rng_state_to_restore = None
 
     def end_epoch(
@@ -165,7 +165,7 @@ class LoopEvents:
         self._batches.adopt(heard.loader, heard.sampler, heard.data)
 
     def _begin_pass(self, loader: Any) -> None:
-        self.state.samples_per_batch = dataloaders.samples_per_batch(loader, self._accelerator.num_processes)
+        self.state.samples_per_batch = dataloaders.global_batch_size(loader, self._accelerator.num_processes)
         self._course.begin_inputs(loader)
         self._course.restart_step_timer()
 
@@ -225,4 +225,4 @@ class LoopEvents:
     def close_iteration(self, loader: Any, iterator: Iterator[Any]) -> None:
         """The iteration of `begin_iteration` is over, or is left early."""
         self._batches.leave()
-        dataloaders.leave(loader, iterator)
+        dataloaders.close_iteration(loader, iterator)

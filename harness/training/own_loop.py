@@ -93,7 +93,7 @@ class OwnLoop:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(self.place.epoch)
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
-        usual = dataloaders.usual_batch_size(loader, self.collectives.world_size)
+        usual = dataloaders.local_batch_size(loader, self.collectives.world_size)
         loader, iterator = self.events.begin_iteration(loader)
         serial, is_empty = self.batches.serial, True
         try:
@@ -146,11 +146,11 @@ class OwnLoop:
             course.synchronize()
         self.windows.collect()
         if course.random_to_keep is None:
-            course.random_to_keep = rng_state.take(self.accelerator.device)
+            course.random_to_keep = rng_state.capture(self.accelerator.device)
         # Where accelerate does not fill batches up, a rank may have one more than another: they vote at those of all.
         num_votes = self._num_votes(loader)
         is_in_batch = course.is_in_batch
-        iterator = dataloaders.without_repeats(self.accelerator, loader)
+        iterator = dataloaders.without_duplicates(self.accelerator, loader)
         try:
             for position, (batch, counts) in enumerate(iterator, start=1):
                 if position == 1:
@@ -169,13 +169,13 @@ class OwnLoop:
                     break
         finally:
             self.windows.training()
-            dataloaders.leave(loader, iterator)
+            dataloaders.close_iteration(loader, iterator)
         course.evaluation_ends()
         course.evaluation_done(self.windows.end_evaluation(self.place.step, self.collectives))
 
     def _num_votes(self, loader: Any) -> int | None:
         """Batches that all ranks have; None: they have as many."""
-        own = dataloaders.uneven_length(loader)
+        own = dataloaders.guaranteed_num_batches(loader)
         if own is None:
             return None
         return min(length for (length,) in self.collectives.all_gather_numbers("the evaluation's length", [own]))

@@ -676,7 +676,7 @@ class PeriodicLogger:
     def _rank_state(self) -> RankState:
         """This rank's own part of a checkpoint of now."""
         # Within an evaluation nothing of it is kept: it begins anew, with the same random numbers.
-        now = self._course.random_to_keep or rng_state.take(self.accelerator.device)
+        now = self._course.random_to_keep or rng_state.capture(self.accelerator.device)
         return RankState(now, self._batches.state, self._windows.partial())
 
     def _go_on_at(self, epoch: int, step: int) -> None:

@@ -272,7 +272,7 @@ class ResumeManager:
             return None
         say = (lambda line: None) if is_again else self._say
         state, world_size = resumed.state, self._collectives.world_size
-        now = dataloaders.samples_per_batch(loader, world_size)
+        now = dataloaders.global_batch_size(loader, world_size)
         if not is_again:
             self._say_if_step_is_another(resumed, now)
         num_taken, before = state.batches_in_epoch, state.samples_per_batch
@@ -284,7 +284,7 @@ class ResumeManager:
             again = f"; {left} samples come again" if left else ""
             say(f"harness: the epoch goes on at batch {num_taken}{again}")
         had_generators = any(resumed.data.generators[state.loaders_done : state.loaders_done + 1])
-        if num_taken and resumed.rank_state is None and dataloaders.draws_order(loader) and not had_generators:
+        if num_taken and resumed.rank_state is None and dataloaders.has_random_order(loader) and not had_generators:
             say(
                 "harness: warning: the order of the data comes from the random numbers of each process, and is a new "
                 "one on another number of ranks: samples of this epoch may come again, or not at all; "

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.config.schema import TrainerConfig
-from harness.data.memory_layout import put_in_order
+from harness.data.memory_layout import make_contiguous
 from harness.distributed.strategies import start, strategy_of
 from tests.distributed.gathered import gather_state
 from tests.distributed.restoring_ranks import become_rank_of
@@ -58,7 +58,7 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
     set_seed(1)
     model = MODELS[name]()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        put_in_order(model)  # as `harness train` does
+        make_contiguous(model)  # as `harness train` does
     optimizer = torch.optim.AdamW(groups_of(model, num_groups), lr=0.05)
     loader = DataLoader(torch.randint(0, 13, (128, 8)), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

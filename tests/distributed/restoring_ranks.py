@@ -21,7 +21,7 @@ from harness.checkpoint.sharding.local_shards import innermost
 from harness.checkpoint.state.optimizer_record import restore_optimizer_extras
 from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
 from harness.config.schema import CheckpointConfig, TrainerConfig
-from harness.data.memory_layout import put_in_order
+from harness.data.memory_layout import make_contiguous
 from harness.distributed.collectives import Collectives
 from harness.distributed.strategies import start, strategy_of
 from harness.errors import CheckpointError
@@ -137,7 +137,7 @@ def prepared(accelerator: Accelerator, seed: int, kind: str, num_groups: int, mo
     torch.manual_seed(seed)
     model = MODELS[model_name]()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        put_in_order(model)  # as `harness train` does
+        make_contiguous(model)  # as `harness train` does
     optimizer = OPTIMIZERS[kind](groups_of(model, num_groups))
     return Watched(*accelerator.prepare(model, optimizer), None)
 

@@ -244,7 +244,7 @@ class _Numbers:
 def _wants(source: TensorShard, tensor: StoredTensor, after: list[Callable[[], None]]) -> Iterator[Want]:
     item = DTYPES[tensor.dtype].itemsize
     live = source.live()
-    flat = memory_layout.in_order(live)
+    flat = memory_layout.flat_view(live)
     if flat is None:
         flat = torch.empty(live.numel(), dtype=live.dtype, device=live.device)
         after.append(partial(_put, source.spec.name, live, flat))
@@ -254,7 +254,7 @@ def _wants(source: TensorShard, tensor: StoredTensor, after: list[Callable[[], N
 
 def _put(name: str, live: Tensor, ordered: Tensor) -> None:
     try:
-        memory_layout.write(live, ordered)
+        memory_layout.copy_into(live, ordered)
     except ValueError as error:
         raise CheckpointError(
             f"{name}: cannot be restored: {error} in the checkpoint; give it memory of its own with .clone(), as it "

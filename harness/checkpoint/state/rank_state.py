@@ -16,7 +16,7 @@ class RankState:
     """Of one rank.
 
     Args:
-        random: random numbers after the step, as `random_state.take` gives them.
+        random: random numbers after the step, as `rng_state.capture` returns them.
         data: what else is needed to go on where the data was.
         sums: name -> (sum, weight) of what was logged since metrics were reduced last.
     """
@@ -28,7 +28,7 @@ class RankState:
     def encoded(self) -> dict[str, Any]:
         """As JSON values; from any thread."""
         return {
-            "random": rng_state.encoded(self.random),
+            "random": rng_state.encode(self.random),
             "data": self.data.encoded(),
             "sums": {name: encode(list(pair)) for name, pair in self.sums.items()},
         }
@@ -45,7 +45,7 @@ def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) ->
     if len(records) != world_size:
         return None
     record = records[rank]
-    return RankState(rng_state.decoded(record["random"]), DataState.decoded(record["data"]), sums_of([record]))
+    return RankState(rng_state.decode(record["random"]), DataState.decoded(record["data"]), sums_of([record]))
 
 
 def order_of(records: Sequence[Mapping[str, Any]]) -> DataState:

@@ -139,7 +139,7 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
     state = take_trainer_state(
         moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None, KeptTensors()
     )
-    state["ranks"] = [RankState(rng_state.take(accelerator.device)).encoded()]
+    state["ranks"] = [RankState(rng_state.capture(accelerator.device)).encoded()]
     final = tmp_path / "trained"
     temporary = temporary_of(final, "test")
     temporary.mkdir()

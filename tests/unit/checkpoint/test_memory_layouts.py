@@ -23,7 +23,7 @@ from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 from tests.checkpoint_hooks import NoHooks
-from tests.unit.test_memory_layout import LAYOUTS
+from tests.unit.data.test_memory_layout import LAYOUTS
 
 # An optimizer can write only to what has its memory for itself.
 OF_PARAMETERS = [name for name in LAYOUTS if name not in ("expanded", "expanded_whole", "windows")]

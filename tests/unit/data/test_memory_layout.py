@@ -33,14 +33,14 @@ TYPES = [torch.float32, torch.complex64, torch.bool, torch.uint16, torch.float8_
 def test_values_are_the_same_when_read_in_order_and_written(layout: str, dtype: torch.dtype) -> None:
     view = LAYOUTS[layout]
     source, target = view(torch.arange(12).to(dtype)), view(torch.zeros(12).to(dtype))
-    ordered = memory_layout.copied_in_order(source)
+    ordered = memory_layout.contiguous_copy(source)
     assert ordered.shape == (source.numel(),)
     ordered.view(torch.uint8)
     assert ordered.tolist() == source.flatten().tolist()
-    flat = memory_layout.in_order(target)
+    flat = memory_layout.flat_view(target)
     assert (flat is None) == (not target.is_contiguous())
     if flat is None:
-        memory_layout.write(target, ordered)
+        memory_layout.copy_into(target, ordered)
     else:
         flat.view(torch.uint8).copy_(ordered.view(torch.uint8))
     assert torch.equal(target, source)
@@ -50,19 +50,19 @@ def test_values_are_the_same_when_read_in_order_and_written(layout: str, dtype: 
 def test_error_when_elements_that_share_memory_have_different_values(layout: str) -> None:
     target = LAYOUTS[layout](torch.zeros(12))
     with pytest.raises(ValueError, match=r"elements of it that share memory \(shape .*, strides .*\) have different"):
-        memory_layout.write(target, torch.arange(target.numel()).float())
+        memory_layout.copy_into(target, torch.arange(target.numel()).float())
 
 
 def test_nan_is_written_when_elements_share_memory() -> None:
     target = torch.zeros(1).expand(3)
-    memory_layout.write(target, torch.full((3,), torch.nan))
+    memory_layout.copy_into(target, torch.full((3,), torch.nan))
     assert target.isnan().all()
 
 
 def test_conjugated_values_are_written_as_they_are() -> None:
     target = torch.zeros(2, dtype=torch.complex64).conj()
-    assert memory_layout.in_order(target) is None
-    memory_layout.write(target, torch.tensor([1 + 2j, 3 - 1j]))
+    assert memory_layout.flat_view(target) is None
+    memory_layout.copy_into(target, torch.tensor([1 + 2j, 3 - 1j]))
     assert target.tolist() == [1 + 2j, 3 - 1j]
 
 
@@ -77,7 +77,7 @@ def test_parameters_are_bytes_in_order_when_they_were_put_so() -> None:
     names = [name for name in LAYOUTS if "expanded" not in name and name != "windows"]
     for name in names:
         model.register_parameter(name, nn.Parameter(LAYOUTS[name](torch.arange(12.0))))
-    memory_layout.put_in_order(model)
+    memory_layout.make_contiguous(model)
     for name in names:
         parameter = model.get_parameter(name)
         assert torch.equal(parameter, LAYOUTS[name](torch.arange(12.0)))

@@ -19,7 +19,7 @@ from torch import nn
 import harness
 from harness.errors import ConfigError
 from harness.models.mlflow_flavor import TRUSTED_VARIABLE, _load_pyfunc
-from tests.unit import trusted_models
+from tests.unit.models import trusted_models
 
 NET = f"{trusted_models.__name__}.Net"
 OUTSIDE = "telltale_outside"
@@ -281,7 +281,7 @@ def test_class_beside_the_model_is_found_when_it_is_in_the_working_directory(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
     (tmp_path / "beside_the_model.py").write_text(
-        "from tests.unit.trusted_models import Net as Base\nclass Net(Base): ..."
+        "from tests.unit.models.trusted_models import Net as Base\nclass Net(Base): ..."
     )
     assert type(harness.load_model(write("beside_the_model.Net"))).__module__ == "beside_the_model"
 

@@ -51,7 +51,7 @@ def test_each_sample_is_on_one_rank_when_accelerate_fills_up_the_last_round(
         # The order must be the same on all ranks, as accelerate's seedable sampler makes it.
         own = DataLoader(dataset(num_samples), batch_size, shuffle=shuffle, generator=torch.Generator().manual_seed(3))
         loader = prepare_data_loader(own, num_processes=num_ranks, process_index=rank, put_on_device=False)
-        taken = list(dataloaders.without_repeats(rank_of(num_ranks, rank), loader))
+        taken = list(dataloaders.without_duplicates(rank_of(num_ranks, rank), loader))
         rounds.add(len(taken))
         for (values,), counts in taken:
             assert len(values) > 0  # a batch that does not count still goes through forward
@@ -86,7 +86,7 @@ def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
     for rank in range(2):
         own = DataLoader(dataset(11), 2, drop_last=True)
         loader = prepare_data_loader(own, num_processes=2, process_index=rank, put_on_device=False)
-        for (values,), counts in dataloaders.without_repeats(rank_of(2, rank), loader):
+        for (values,), counts in dataloaders.without_duplicates(rank_of(2, rank), loader):
             assert counts
             seen += values.tolist()
     assert sorted(seen) == list(range(8))
@@ -94,7 +94,7 @@ def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
 
 def test_second_pass_is_the_same_when_the_loader_is_iterated_again() -> None:
     loader = prepare_data_loader(DataLoader(dataset(5), 2), num_processes=2, process_index=1, put_on_device=False)
-    passes = [[(b[0].tolist(), c) for b, c in dataloaders.without_repeats(rank_of(2, 1), loader)] for _ in range(2)]
+    passes = [[(b[0].tolist(), c) for b, c in dataloaders.without_duplicates(rank_of(2, 1), loader)] for _ in range(2)]
     assert passes[0] == passes[1]
     assert [counts for _, counts in passes[0]] == [True, False]
 
@@ -112,7 +112,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
 
     own = DataLoader(dataset(5), 4, collate_fn=collate)
     loader = prepare_data_loader(own, num_processes=2, process_index=1, put_on_device=False)
-    ((batch, counts),) = dataloaders.without_repeats(rank_of(2, 1), loader)
+    ((batch, counts),) = dataloaders.without_duplicates(rank_of(2, 1), loader)
     assert counts
     assert batch["x"].tolist() == [4]
     assert [image.shape for image in batch["images"]] == [(3, 5)]
@@ -156,7 +156,7 @@ def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
         dispatch_batches=True,
     )
     with pytest.raises(DataError, match="iterable data set"):
-        next(dataloaders.without_repeats(rank_of(2, 0), loader))
+        next(dataloaders.without_duplicates(rank_of(2, 0), loader))
 
 
 # ------------------------------------------------------------------------- sizes
@@ -340,7 +340,7 @@ def test_number_of_batches_is_one_that_the_rank_has_when_they_may_be_uneven(
         if 0 < num_skipped < len(loader):
             loader = skip_first_batches(loader, num_skipped)
         assert dataloaders.may_be_uneven(loader, num_ranks) == (num_ranks > 1)
-        lengths.append((dataloaders.uneven_length(loader), len(list(loader))))
+        lengths.append((dataloaders.guaranteed_num_batches(loader), len(list(loader))))
     assert all(found is None if num_ranks == 1 else 0 <= found <= real <= found + 1 for found, real in lengths)
 
 

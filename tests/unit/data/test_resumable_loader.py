@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Su
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.data import rng_state
-from harness.data.dataloaders import leave
+from harness.data.dataloaders import close_iteration
 from harness.data.resumable_loader import Continuation, DataState, ResumableLoader
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
@@ -434,10 +434,13 @@ def two_passes(batches: ResumableLoader, loader: Any, first: Continuation | None
             drawn = (inputs.tolist(), random.random(), float(np.random.randn()), torch.rand(()).item())
             batches.num_taken += 1
             state = DataState.decoded(json.loads(json.dumps(batches.state.encoded())))
-            yield drawn, Continuation(batches.num_taken, state, rng_state.decoded(rng_state.capture(device)))
+            yield (
+                drawn,
+                Continuation(batches.num_taken, state, rng_state.decode(rng_state.encode(rng_state.capture(device)))),
+            )
         batches.end()
         batches.leave()
-        leave(over, iterator)
+        close_iteration(over, iterator)
         batches.end_epoch()
     # Workers end now, and not at a garbage collection.
     getattr(loader, "base_dataloader", loader)._iterator = None

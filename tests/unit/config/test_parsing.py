@@ -310,7 +310,7 @@ def test_help_names_every_field_when_asked(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("name", ["digits.yaml", "byte_lm.yaml"])
 def test_shipped_configuration_is_valid_when_parsed(name: str) -> None:
-    path = Path(__file__).resolve().parents[2] / "configs" / name
+    path = Path(__file__).resolve().parents[3] / "configs" / name
     assert parse_run_config(["--config", str(path)]).task.class_path.startswith("harness.tasks.")
 
 
