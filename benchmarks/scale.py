@@ -42,7 +42,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.checkpoint.format.all_ranges import packed  # noqa: E402
+from harness.checkpoint.format.all_ranges import pack_ranges  # noqa: E402
 from harness.checkpoint.format.commit import Manifest, commit, read_manifest  # noqa: E402
 from harness.checkpoint.format.layout import TensorSpec, plan_layout  # noqa: E402
 from harness.checkpoint.format.tensor_shard import ElementRange  # noqa: E402
@@ -185,7 +185,7 @@ def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
             "plan",
             lambda: plan_of(specs, {}, [ShardCatalog.unpacked(part) for part in described], 0, None),
         )
-        assert packed(plan.staging_bytes, plan.ranges) == told[0]
+        assert pack_ranges(plan.staging_bytes, plan.ranges) == told[0]
         plan = timed(seconds, "table", lambda: with_all(plan, told))  # noqa: B023
     answers = acknowledgements(seconds, plan, world_size, rounds)
     for number in range(rounds):
@@ -224,7 +224,7 @@ def told_by_all(specs: list[TensorSpec], described: list[bytes]) -> list[bytes]:
     told = []
     for rank, mine in enumerate(holdings):
         _, ranges, size_bytes = _stage(specs, layout, assign(specs, mine, kinds, sharing, rank))
-        told.append(packed(size_bytes, ranges))
+        told.append(pack_ranges(size_bytes, ranges))
     return told
 
 

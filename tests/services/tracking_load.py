@@ -23,8 +23,9 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, list_checkpoints, temporary_of
+from harness.checkpoint.format.commit import FileRecord, Manifest, commit, list_checkpoints, temporary_of
 from harness.checkpoint.format.digest import digest_of
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.config.schema import TrackingConfig
 from harness.errors import TrackingError
 from harness.run.directory import make_run_directory
@@ -74,7 +75,7 @@ def write_checkpoint(run_dir: Path, step: int, size_bytes: int, metrics: dict[st
 
 def _record(path: Path) -> FileRecord:
     content = path.read_bytes()
-    return FileRecord(path.name, len(content), (Range(0, len(content), 0, digest_of(content)),))
+    return FileRecord(path.name, len(content), Ranges.of([Range(0, len(content), 0, digest_of(content))]))
 
 
 def _now_ms() -> int:

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from torch import Tensor
 
-from harness.checkpoint.format.all_ranges import AllRanges, packed
+from harness.checkpoint.format.all_ranges import AllRanges, pack_ranges
 from harness.checkpoint.format.commit import Manifest, commit, temporary_of
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, whole
@@ -68,8 +68,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             files = output_files(plan.layout, with_headers=rank == 0)
             writer = RangeWriter(memoryview(memory), files, plan.ranges)
             digests.append(bytes.fromhex(writer.write(temporary, iter([len(memory)]))["digests"]))
-            told.append(packed(plan.staging_bytes, plan.ranges))
-        records = AllRanges.of(plan.layout, told).records(digests)
+            told.append(pack_ranges(plan.staging_bytes, plan.ranges))
+        records = AllRanges(plan.layout, told).records(digests)
         if plan.layout.index is not None:
             records.append(write_json(temporary / "model.safetensors.index.json", plan.layout.index))
         topology = {"strategy": "ddp", "world_size": num_ranks}

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, set_aside, temporary_of
+from harness.checkpoint.format.commit import FileRecord, Manifest, commit, set_aside, temporary_of
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.diagnostics.report import checkpoint_records, checkpoint_table, how_to_open
 from harness.tracking.journal.delivery_state import Delivered, write_delivered
 
 
 def save(run_dir: Path, name: str, step: int, metrics: dict[str, float], ranking: dict[str, str] | None = None) -> None:
     final = run_dir / "checkpoints" / name
-    files = (FileRecord("model.safetensors", 1_234_567, (Range(0, 1_234_567, 0, "ab"),)),)
+    files = (FileRecord("model.safetensors", 1_234_567, Ranges.of([Range(0, 1_234_567, 0, "ab" * 16)])),)
     temporary = temporary_of(final, "test")
     temporary.mkdir(parents=True)
     commit(temporary, final, Manifest(f"key-{step}", step // 10, step, step, metrics, files, {}, {}, ranking or {}))

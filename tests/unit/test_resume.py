@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
-from harness.checkpoint.format.commit import VERSION, list_checkpoints
-from harness.checkpoint.format.strict_json import checksum
+from harness.checkpoint.format.commit import VERSION, list_checkpoints, sealed
 from harness.checkpoint.format.verify import verify
 from harness.errors import CheckpointError, DamagedError, Stopped
 from harness.tracking.journal.entries import read_entries
@@ -382,8 +381,8 @@ def test_run_does_not_pass_by_a_checkpoint_of_a_newer_format(tmp_path: Path) -> 
     newest = tmp_path / "run" / "checkpoints" / "epoch-0001"
     record = json.loads((newest / "manifest.json").read_text())
     record = {key: value for key, value in record.items() if key != "checksum"} | {"version": VERSION + 1}
-    (newest / "manifest.json").write_text(json.dumps(record | {"checksum": checksum(record)}))
-    said = rf"epoch-0001/manifest\.json: has version {VERSION + 1}, this harness reads {VERSION}; update"
+    (newest / "manifest.json").write_text(sealed(record))
+    said = rf"epoch-0001/manifest\.json: has format version {VERSION + 1}, this harness reads 2 to {VERSION}; update"
     with pytest.raises(CheckpointError, match=said):
         train(tmp_path, Setting(), set())
     assert newest.exists()

@@ -1,7 +1,10 @@
-"""The commit: a directory with a manifest is a checkpoint, one without is none.
+"""The commit of a checkpoint: a directory is a checkpoint if, and only if, it has a manifest.
 
-Everything is written into a temporary directory beside the final one; the manifest comes last, then
-one rename makes it visible. Importing this never imports torch: `harness checkpoints` reads with it.
+All files are written to a temporary directory beside the final one, the manifest last. One rename makes the
+checkpoint visible. Importing this module never imports torch: `harness checkpoints` reads manifests with it.
+
+The last field of a manifest is the XXH3-128 of all bytes before it, so a reader verifies the bytes before it parses
+them. The digests in the manifest cover every other file.
 """
 
 from __future__ import annotations
@@ -11,15 +14,16 @@ import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.checkpoint.format import strict_json
-from harness.checkpoint.format.ranges import Range as Range
+import xxhash
+
+from harness.checkpoint.format.files import read_error, read_file
 from harness.checkpoint.format.ranges import Ranges
-from harness.checkpoint.format.strict_json import is_count, is_number, is_texts
 from harness.errors import CheckpointError, DamagedError
 from harness.io.durable_files import replace_file, sync_directory
 
@@ -27,13 +31,24 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 STATES = "states.safetensors"
 FORMAT = "harness-checkpoint"
-# 1 had the XXH3-128 of each range as a whole.
-VERSION = 2
+# 1: a range's digest is its XXH3-128. 2: see `digest`; the manifest's checksum is that of its canonical JSON.
+VERSION = 3
+_READABLE = (2, VERSION)
 _NUM_REMOVALS = 10
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
-# A thousand ranks with a thousand tensors each write a twentieth of that.
-_LIMIT_BYTES = 1 << 30
+_FIELD_TYPES = {
+    "key": str,
+    "epoch": int,
+    "step": int,
+    "time_ms": int,
+    "metrics": dict,
+    "topology": dict,
+    "versions": dict,
+    "save": dict,
+}
+# What parsing raises where bytes are not a manifest.
+_PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -48,23 +63,23 @@ class FileRecord:
 
     name: str
     size_bytes: int
-    ranges: Sequence[Range]
+    ranges: Ranges
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is, as ``manifest.json`` says it.
+    """The content of ``manifest.json``.
 
     Args:
-        key: unique name of this checkpoint anywhere; MLflow's model carries it as a tag.
-        epoch: epochs that were complete.
-        step: optimizer steps that were complete.
-        time_ms: when it was committed, in milliseconds since the epoch.
-        metrics: the reduced metrics of that moment.
-        files: what is in it.
-        topology: strategy, world size and the like of the ranks that wrote it.
+        key: globally unique name of the checkpoint, and a tag of its MLflow model.
+        epoch: completed epochs.
+        step: completed optimizer steps.
+        time_ms: time of the commit, in milliseconds since 1970.
+        metrics: the latest reduced metrics.
+        files: all other files of the checkpoint.
+        topology: strategy, world size and devices of the ranks that wrote it.
         versions: package -> version.
-        save: how it was saved: seconds of each stage, snapshot mode, transport.
+        save: transport, snapshot mode and seconds of each stage of the save.
     """
 
     key: str
@@ -84,19 +99,19 @@ class Manifest:
 
     @property
     def weight_files(self) -> tuple[str, ...]:
-        """Names of the files that hold the weights, with their index where there is one."""
+        """Names of the files of weights, and of their index if there is one."""
         return tuple(file.name for file in self.files if file.name.startswith("model"))
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether training can go on from it: not from weights alone."""
+        """Whether training can be resumed from it: a checkpoint of weights only cannot."""
         return any(file.name == TRAINER_STATE for file in self.files)
 
 
 def temporary_of(final: Path, attempt: str) -> Path:
-    """The directory in which the checkpoint `final` is written; `attempt` makes it nobody else's.
+    """The directory in which one attempt of a job writes the checkpoint `final`.
 
-    A writer that an earlier job has left behind writes into that job's directory, not into this one.
+    A writer process of an earlier attempt may still run; it writes to the directory of that attempt.
     """
     return final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{attempt}")
 
@@ -104,13 +119,13 @@ def temporary_of(final: Path, attempt: str) -> Path:
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest and make the checkpoint visible under its final name.
 
-    Effects: not collective; any thread; blocks until the disk has it; leaves `final`, complete.
+    Effects: not collective; any thread; blocks on fsync; leaves `final`, complete.
 
     Raises:
-        CheckpointError: if there is a checkpoint of that name already, or the manifest would not be JSON.
+        CheckpointError: if `final` exists, or the manifest cannot be written as JSON.
     """
     if final.exists():
-        raise CheckpointError(f"{final}: there is a checkpoint of that name already")
+        raise CheckpointError(f"{final}: a checkpoint of this name already exists; remove it, or choose another name")
     try:
         text = manifest_text(manifest)
     except (TypeError, ValueError) as error:
@@ -121,32 +136,32 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def discard(temporary: Path) -> None:
-    """Remove what an unfinished save has left, as far as that is possible."""
+    """Remove the directory of an unfinished save; errors of the disk are ignored."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints_dir: Path) -> None:
-    """Remove what saves that were cut off have left.
+    """Remove the directories of interrupted saves.
 
-    Effects: not collective; any thread; blocks at most a second for the writer of a rank that was killed, which
-    ends after what it is at, and makes anew meanwhile what is removed.
+    Effects: not collective; any thread; blocks for at most a second: the writer process of a rank that was killed
+    finishes its request first, and may create files again that were removed.
     """
     for _ in range(_NUM_REMOVALS):
-        left = list(checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"))
-        for path in left:
-            discard(path)
-        if not left:
+        leftovers = list(checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"))
+        if not leftovers:
             return
+        for path in leftovers:
+            discard(path)
         time.sleep(0.1)
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Take its name from a checkpoint that was found damaged, so that another can have it; its new path.
+    """Rename a damaged checkpoint so that its name is free, and return its new path.
 
-    Effects: not collective; any thread; blocks until the disk has it; removes nothing. No list has it any more.
+    Effects: not collective; any thread; blocks on fsync; removes nothing. `scan_checkpoints` skips it from now on.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if the disk fails.
     """
     aside = checkpoint.with_name(f"{DAMAGED_PREFIX}{checkpoint.name}-{uuid.uuid4().hex[:8]}")
     os.rename(checkpoint, aside)
@@ -155,23 +170,36 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def names_set_aside(checkpoints_dir: Path) -> list[str]:
-    """Names of what `set_aside` has left."""
+    """Names of the directories that `set_aside` has renamed."""
     return sorted(path.name for path in checkpoints_dir.glob(f"{DAMAGED_PREFIX}*"))
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What ``manifest.json`` holds: strict JSON, with a checksum of all the rest of it.
-
-    The digests in the manifest cover every other file; this covers the digests.
+    """The content of ``manifest.json``.
 
     Raises:
-        TypeError: if something in it is no JSON.
-        ValueError: if a number in it is not finite.
+        TypeError: if a value is not JSON.
+        ValueError: if a number is not finite.
     """
-    files = [_file_values(file) for file in manifest.files]
-    rest = {field.name: getattr(manifest, field.name) for field in fields(manifest) if field.name != "files"}
-    record = {"format": FORMAT, "version": VERSION, **rest, "files": files}
-    return json.dumps({**record, "checksum": strict_json.checksum(record)}, indent=1)
+    values = {name: getattr(manifest, name) for name in _FIELD_TYPES}
+    files = [
+        {"name": file.name, "size_bytes": file.size_bytes, "ranges": file.ranges.to_json()} for file in manifest.files
+    ]
+    return sealed({"format": FORMAT, "version": VERSION, **values, "files": files})
+
+
+def sealed(record: Mapping[str, Any]) -> str:
+    """A JSON object, one line for each key, and a checksum of these bytes in its last line."""
+    lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items())
+    content = "{\n" + ",\n".join(lines)
+    return content + _seal(content.encode()).decode()
+
+
+def _seal(content: bytes) -> bytes:
+    return b',\n "checksum": "%s"\n}\n' % xxhash.xxh3_128_hexdigest(content).encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -180,58 +208,64 @@ def read_manifest(checkpoint: Path) -> Manifest:
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
 
     Raises:
-        DamagedError: if there is none, or it is not what was written.
-        CheckpointError: if it is of another version of the format, or the disk does not give it.
+        DamagedError: if there is no manifest, or its bytes are not what was written.
+        CheckpointError: if another version of harness wrote it, or the disk fails.
     """
     path = checkpoint / MANIFEST
     try:
-        record = strict_json.read(path, _LIMIT_BYTES)
+        record = _verified(read_file(path))
+        if record["format"] != FORMAT:
+            raise ValueError(f"it is not the manifest of a {FORMAT}")
+        version = record["version"]
+        if type(version) is not int:
+            raise ValueError(f"version is {version!r}")
+        if version in _READABLE:
+            return _parsed(record)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _NoManifest(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from error
     except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DamagedError(f"{path}: is not the manifest of a {FORMAT}")
-    try:
-        if record.get("version") != VERSION or not is_count(record["version"]):
-            told = f"{path}: has version {record.get('version')}, this harness reads {VERSION}"
-            if _is_as_written(record):
-                # No damage: to pass it by would be to train again what another harness has trained.
-                is_older = is_count(record.get("version")) and record["version"] < VERSION
-                remedy = "use the harness that has written it" if is_older else "update it"
-                raise CheckpointError(f"{told}; {remedy}, or give another run_name")
-            raise DamagedError(f"{told}, and is damaged; use another checkpoint")
-        manifest = _manifest(record)
-        _require(_is_as_written(record), "its checksum is not that of what it holds")
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
-    return manifest
+        raise read_error(path, error) from error
+    except _PARSE_ERRORS as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedError(f"{path}: is damaged: {reason}; use another checkpoint") from error
+    # Not damage: skipping it would train again what another version of harness has trained.
+    remedy = "update harness" if version > VERSION else "use the harness that wrote it"
+    raise CheckpointError(
+        f"{path}: has format version {version}, this harness reads {_READABLE[0]} to {VERSION}; {remedy}, or choose "
+        "another run_name"
+    )
 
 
-def _is_as_written(record: Mapping[str, Any]) -> bool:
+def _verified(data: bytes) -> dict[str, Any]:
+    """Parse a manifest whose checksum is right.
+
+    Raises:
+        One of `_PARSE_ERRORS`: if it is not.
+    """
+    content = data[:-_SEAL_BYTES]
+    record: dict[str, Any]
+    if data == content + _seal(content):
+        record = json.loads(data)
+        return record
+    record = json.loads(data)
     rest = {key: value for key, value in record.items() if key != "checksum"}
-    return record.get("checksum") == strict_json.checksum(rest)
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file of a checkpoint: one that is not there is damage, a disk in trouble is none."""
-    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
-        return DamagedError(f"{path}: {error.strerror}; use another checkpoint")
-    return CheckpointError(f"{path}: cannot be read: {error.strerror}; see to the disk and start again")
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    checksum = xxhash.xxh3_128_hexdigest(text.encode())
+    if record["checksum"] != checksum or record["version"] not in (1, 2):
+        raise ValueError("its checksum does not match its content")
+    return record
 
 
 class _NoManifest(DamagedError):
-    """What is no checkpoint at all, as against a damaged one."""
+    """A directory without a manifest: not a checkpoint, rather than a damaged one."""
 
 
 class Scan(NamedTuple):
-    """What is in a directory of checkpoints.
+    """The checkpoints in a directory.
 
     Args:
         good: name and manifest of each committed checkpoint, oldest first.
-        bad: name of each that has a manifest which cannot be taken, with the reason; by name.
+        bad: name of each checkpoint whose manifest cannot be used, and the reason, ordered by name.
     """
 
     good: Sequence[tuple[str, Manifest]]
@@ -239,13 +273,13 @@ class Scan(NamedTuple):
 
 
 def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = read_manifest) -> Scan:
-    """Find the committed checkpoints; one that is damaged does not hide the others, one set aside is left out.
+    """Find the committed checkpoints of a run. Temporary directories and those that were set aside are skipped.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
 
     Args:
-        checkpoints_dir: of a run; missing: there are none.
-        read: how a manifest is read.
+        checkpoints_dir: of a run; it may be missing.
+        read: reads one manifest.
 
     Raises:
         CheckpointError: if the directory itself cannot be read.
@@ -271,78 +305,28 @@ def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = r
 
 
 def list_checkpoints(checkpoints_dir: Path) -> Sequence[tuple[str, Manifest]]:
-    """Name and manifest of each good checkpoint, oldest first; `scan_checkpoints` tells of the others too."""
+    """Name and manifest of each good checkpoint, oldest first."""
     return scan_checkpoints(checkpoints_dir).good
 
 
-def _manifest(record: dict[str, Any]) -> Manifest:
-    """The record as what it is, each value looked at.
+def _parsed(record: dict[str, Any]) -> Manifest:
+    """The manifest in a verified object.
 
     Raises:
-        ValueError: if something is missing, of another type, or cannot be.
+        One of `_PARSE_ERRORS`: if the writer did not follow the format.
     """
-    missing = {"checksum", *(key for key in Manifest.__dataclass_fields__)} - record.keys()
-    _require(not missing, f"it has no {', '.join(sorted(missing))}")
-    _require(isinstance(record["key"], str), "key is no text")
-    for name in ("epoch", "step", "time_ms"):
-        _require(is_count(record[name]), f"{name} is no whole number from 0 on")
-    for name in ("metrics", "topology", "versions", "save"):
-        _require(isinstance(record[name], dict), f"{name} is no object")
-    _require(all(is_number(value) for value in record["metrics"].values()), "metrics hold what is no number")
-    _require(is_texts(record["versions"]), "versions hold what is no text")
-    _require(isinstance(record["files"], list), "files is no list")
-    files = tuple(_file(file) for file in record["files"])
-    _require(len({file.name for file in files}) == len(files), "it names a file twice")
-    return Manifest(
-        key=record["key"],
-        epoch=record["epoch"],
-        step=record["step"],
-        time_ms=record["time_ms"],
-        metrics=record["metrics"],
-        files=files,
-        topology=record["topology"],
-        versions=record["versions"],
-        save=record["save"],
-    )
-
-
-def _file(record: Any) -> FileRecord:
-    is_file = isinstance(record, dict) and {"name", "size_bytes", "ranges"} <= record.keys()
-    _require(is_file, "a file has no name, size_bytes or ranges")
-    name, size_bytes, ranges = record["name"], record["size_bytes"], record["ranges"]
-    # It is joined to the directory's path: it must not lead out of it.
-    is_name = isinstance(name, str) and name not in ("", ".", "..", MANIFEST) and not set(name) & set("/\\\0")
-    _require(is_name, f"{name!r} is no name of a file in it")
-    _require(is_count(size_bytes), f"{name}: size_bytes is no whole number from 0 on")
-    if isinstance(ranges, dict):
-        return FileRecord(name, size_bytes, _unpacked(name, ranges, size_bytes))
-    _require(isinstance(ranges, list), f"{name}: ranges is no list")
-    covered = 0
-    parts = []
-    for part in ranges:
-        if not isinstance(part, list) or [type(value) for value in part] != [int, int, int, str] or part[2] < 0:
-            raise ValueError(f"{name}: {part!r} is not the start, end, rank and digest of a range")
-        start, end, rank, digest = part
-        if start != covered or end < start:
-            raise ValueError(f"{name}: a range from {start} to {end} follows one that ends at {covered}")
-        covered = end
-        parts.append(Range(start, end, rank, digest))
-    _require(covered == size_bytes, f"{name}: its ranges end at {covered}, the file at {size_bytes}")
-    return FileRecord(name, size_bytes, tuple(parts))
-
-
-def _unpacked(name: str, ranges: dict[str, Any], size_bytes: int) -> Ranges:
-    try:
-        return Ranges.unpacked(ranges, size_bytes)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _file_values(file: FileRecord) -> dict[str, Any]:
-    ranges = file.ranges.packed() if isinstance(file.ranges, Ranges) else [list(part) for part in file.ranges]
-    return {"name": file.name, "size_bytes": file.size_bytes, "ranges": ranges}
-
-
-def _require(is_so: bool, otherwise: str) -> None:
-    if not is_so:
-        raise ValueError(otherwise)
+    read_ranges = Ranges.from_version_2 if record["version"] == 2 else Ranges.from_json
+    values = {name: record[name] for name in _FIELD_TYPES}
+    for name, kind in _FIELD_TYPES.items():
+        if type(values[name]) is not kind or (kind is int and values[name] < 0):
+            raise ValueError(f"{name} is {values[name]!r}")
+    files = tuple(FileRecord(file["name"], file["size_bytes"], read_ranges(file["ranges"])) for file in record["files"])
+    for file in files:
+        # The name is joined to the directory's path: it must not lead out of it.
+        if file.name in ("", ".", "..", MANIFEST) or set(file.name) & set("/\\\0"):
+            raise ValueError(f"{file.name!r} is not the name of a file in the directory")
+        if type(file.size_bytes) is not int or file.ranges.size_bytes != file.size_bytes:
+            raise ValueError(f"{file.name}: its ranges end at byte {file.ranges.size_bytes}, not {file.size_bytes}")
+    if len({file.name for file in files}) != len(files):
+        raise ValueError("a file is listed twice")
+    return Manifest(**values, files=files)

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from harness.checkpoint.format import strict_json
 from harness.checkpoint.format.commit import FileRecord
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.files import Files, LocalFiles
@@ -165,14 +164,11 @@ def read_header(
             file.fill(memoryview(text), _PREFIX_BYTES, begin)
         if record is not None:
             _check_digest(bytes(prefix + text), record, size_bytes)
-        entries = strict_json.parse(bytes(text))
-        if not isinstance(entries, dict):
-            raise ValueError("its header is no object")
+        entries = json.loads(text.decode(), object_pairs_hook=_object)
         metadata: dict[str, str] = entries.pop("__metadata__", {})
-        if not strict_json.is_texts(metadata):
-            raise ValueError("its metadata hold what is no text")
+        "".join((*metadata, *metadata.values(), *entries)).encode()  # all are text, without half a surrogate pair
         tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: is not a whole safetensors file: {error}") from error
     found = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
     end = begin
@@ -210,9 +206,9 @@ def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{name} has the type {dtype!r}, which is none of safetensors'")
-    if not isinstance(shape, list) or not all(strict_json.is_count(length) and length < 1 << 63 for length in shape):
+    if not isinstance(shape, list) or not all(_is_count(length) and length < 1 << 63 for length in shape):
         raise ValueError(f"{name} has a shape that is not of whole numbers from 0 on, of 64 bits")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(strict_json.is_count, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ValueError(f"{name} has data_offsets that are not two whole numbers from 0 on")
     first, last = offsets
     num_items = 0 if 0 in shape else 1
@@ -224,6 +220,17 @@ def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
     if last - first != num_items * ITEM_BYTES[dtype]:
         raise ValueError(f"{name} has bytes {first} to {last}, which are not those of {dtype} of shape {shape[:8]}")
     return StoredTensor(dtype, tuple(shape), begin + first, begin + last)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("it has a key twice")
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def plan_layout(

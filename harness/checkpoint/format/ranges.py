@@ -1,27 +1,24 @@
-"""Ranges of a file, and very many of them by columns: a thousand ranks write two million.
+"""The ranges of a file: who wrote which bytes, with which digest.
 
-Importing this never imports torch, and numpy only where there are so many.
+A thousand ranks write two million ranges, so they are kept by columns, in memory and in the manifest. Importing this
+module never imports torch or numpy.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, overload
 
 DIGEST_BYTES = 16
-_SIZES, _SIZE_BYTES = "<i8", 8
-_RANKS, _RANK_BYTES = "<i4", 4
 
 
 class Range(NamedTuple):
-    """Bytes `start` to `end` of a file: the rank that wrote them, and their `digest_of`, in hex."""
+    """Bytes `start` to `end` of a file, the rank that wrote them, and their `digest_of` in hex."""
 
     start: int
     end: int
@@ -30,116 +27,97 @@ class Range(NamedTuple):
 
 
 class Ranges(Sequence[Range]):
-    """Ranges of one file, in order and without gaps.
+    """All ranges of one file, in order and without gaps.
 
     Args:
-        bounds: shape (n + 1,), int64: the first byte of each, and the end of the last.
-        ranks: shape (n,), int32.
-        digests: shape (n, 16), uint8.
+        sizes: bytes of each range.
+        ranks: the rank that wrote each range.
+        digests: `DIGEST_BYTES` for each range.
+
+    Raises:
+        ValueError: if the columns differ in length, or a size or a rank is negative.
     """
 
-    def __init__(self, bounds: NDArray[np.int64], ranks: NDArray[np.int32], digests: NDArray[np.uint8]) -> None:
-        self.bounds = bounds
-        self._ranks = ranks
+    def __init__(self, sizes: Sequence[int] = (), ranks: Sequence[int] = (), digests: bytes = b"") -> None:
+        if not len(sizes) == len(ranks) == len(digests) / DIGEST_BYTES:
+            raise ValueError(f"{len(sizes)} sizes, {len(ranks)} ranks and {len(digests)} bytes of digests do not match")
+        if min(sizes, default=0) < 0 or min(ranks, default=0) < 0:
+            raise ValueError("a size or a rank is negative")
+        # The first byte of each range, and the end of the last one.
+        self._bounds = array("q", accumulate(sizes, initial=0))
+        self._ranks = array("i", ranks)
         self._digests = digests
+
+    @classmethod
+    def of(cls, ranges: Iterable[Range]) -> Ranges:
+        """The columns of these ranges."""
+        listed = list(ranges)
+        digests = bytes.fromhex("".join(part.digest for part in listed))
+        return cls([part.end - part.start for part in listed], [part.rank for part in listed], digests)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all ranges together."""
+        return self._bounds[-1]
+
+    def index_at(self, byte: int) -> int:
+        """Index of the last range that begins at or before `byte`; 0 if there is none."""
+        return max(0, bisect_right(self._bounds, byte, hi=len(self)) - 1)
 
     def __len__(self) -> int:
         return len(self._ranks)
 
     @overload
-    def __getitem__(self, number: int) -> Range: ...
+    def __getitem__(self, index: int) -> Range: ...
 
     @overload
-    def __getitem__(self, number: slice) -> tuple[Range, ...]: ...
+    def __getitem__(self, index: slice) -> tuple[Range, ...]: ...
 
-    def __getitem__(self, number: int | slice) -> Range | tuple[Range, ...]:
-        if isinstance(number, slice):
-            return tuple(self[each] for each in range(*number.indices(len(self))))
-        if not -len(self) <= number < len(self):
-            raise IndexError(number)
-        number %= len(self)
-        start, end = self.bounds[number : number + 2].tolist()
-        return Range(start, end, int(self._ranks[number]), self._digests[number].tobytes().hex())
+    def __getitem__(self, index: int | slice) -> Range | tuple[Range, ...]:
+        if isinstance(index, slice):
+            return tuple(self[each] for each in range(*index.indices(len(self))))
+        rank = self._ranks[index]
+        index %= len(self)
+        digest = self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        return Range(self._bounds[index], self._bounds[index + 1], rank, digest.hex())
 
     def __iter__(self) -> Iterator[Range]:
-        bounds, ranks, text = self.bounds.tolist(), self._ranks.tolist(), self._digests.tobytes().hex()
-        width = 2 * DIGEST_BYTES
-        for number, rank in enumerate(ranks):
-            digest = text[number * width : (number + 1) * width]
-            yield Range(bounds[number], bounds[number + 1], rank, digest)
+        return map(self.__getitem__, range(len(self)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Range.__eq__, self, other))
+        return isinstance(other, Ranges) and self._columns == other._columns
 
     def __hash__(self) -> int:
-        return hash(self._digests.tobytes())
+        return hash(self._digests)
 
-    def packed(self) -> dict[str, Any]:
-        """As JSON values: little-endian columns, those that compress well by zlib, in base64."""
-        import numpy as np
+    @property
+    def _columns(self) -> tuple[array[int], array[int], bytes]:
+        return self._bounds, self._ranks, self._digests
 
-        return {
-            "num": len(self),
-            "sizes": _text(zlib.compress(np.diff(self.bounds).astype(_SIZES).tobytes(), 1)),
-            "ranks": _text(zlib.compress(self._ranks.astype(_RANKS).tobytes(), 1)),
-            "digests": _text(self._digests.tobytes()),
-        }
+    def to_json(self) -> dict[str, Any]:
+        """The columns as JSON values: ``sizes`` and ``ranks`` are lists, ``digests`` is one hex string."""
+        bounds = self._bounds.tolist()
+        sizes = [end - start for start, end in pairwise(bounds)]
+        return {"sizes": sizes, "ranks": self._ranks.tolist(), "digests": self._digests.hex()}
 
     @classmethod
-    def unpacked(cls, record: Any, size_bytes: int) -> Ranges:
-        """What `packed` made, for a file of so many bytes.
+    def from_json(cls, record: dict[str, Any]) -> Ranges:
+        """Read what `to_json` returned.
 
         Raises:
-            ValueError: if it is anything else.
+            KeyError, TypeError, ValueError, OverflowError: if it is something else.
         """
-        import numpy as np
+        return cls(record["sizes"], record["ranks"], bytes.fromhex(record["digests"]))
 
-        if not isinstance(record, dict) or record.keys() != {"num", "sizes", "ranks", "digests"}:
-            raise ValueError("ranges is no list, and not num, sizes, ranks and digests")
-        num = record["num"]
-        if type(num) is not int or num < 0:
-            raise ValueError("the number of its ranges is no whole number from 0 on")
-        digests = np.frombuffer(_data(record, "digests"), dtype=np.uint8)
-        if len(digests) != num * DIGEST_BYTES:
-            raise ValueError(f"it has {len(digests)} bytes of digests for {num} ranges")
-        sizes = np.frombuffer(_inflated(record, "sizes", num * _SIZE_BYTES), dtype=_SIZES)
-        ranks = np.frombuffer(_inflated(record, "ranks", num * _RANK_BYTES), dtype=_RANKS)
-        bounds = np.zeros(num + 1, dtype=np.int64)
-        np.cumsum(sizes, out=bounds[1:])
-        # Each at most the file, and rising: so the sum has not come round.
-        if num and (sizes.min() < 0 or sizes.max() > size_bytes or np.diff(bounds).min() < 0 or ranks.min() < 0):
-            raise ValueError("a range or its rank is negative, or a range longer than the file")
-        if bounds[-1] != size_bytes:
-            raise ValueError(f"its ranges end at {bounds[-1]}, the file at {size_bytes}")
-        return cls(bounds, ranks.astype(np.int32), digests.reshape(num, DIGEST_BYTES))
+    @classmethod
+    def from_version_2(cls, record: Any) -> Ranges:
+        """Read ranges of format version 2: a list of ranges, or little-endian columns if there are many.
 
-
-def number_at(ranges: Sequence[Range], byte: int) -> int:
-    """Number of the last range that begins at or before a byte; 0 where none does."""
-    if isinstance(ranges, Ranges):
-        found = int(ranges.bounds[:-1].searchsorted(byte, side="right"))
-    else:
-        found = bisect_right(ranges, byte, key=lambda part: part.start)
-    return max(0, found - 1)
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _data(record: dict[str, Any], name: str) -> bytes:
-    if not isinstance(record[name], str):
-        raise ValueError(f"the {name} of its ranges are no text")
-    return base64.b64decode(record[name], validate=True)
-
-
-def _inflated(record: dict[str, Any], name: str, size_bytes: int) -> bytes:
-    """No more of it than it should have, whatever it says."""
-    inflater = zlib.decompressobj()
-    try:
-        data = inflater.decompress(_data(record, name), size_bytes + 1)
-    except zlib.error as error:
-        raise ValueError(f"the {name} of its ranges cannot be unpacked: {error}") from error
-    if len(data) != size_bytes or not inflater.eof:
-        raise ValueError(f"the {name} of its ranges are not {size_bytes} bytes")
-    return data
+        Raises:
+            KeyError, TypeError, ValueError, zlib.error: if it is something else.
+        """
+        if isinstance(record, list):
+            return cls.of(Range(*part) for part in record)
+        sizes = array("q", zlib.decompress(base64.b64decode(record["sizes"])))
+        ranks = array("i", zlib.decompress(base64.b64decode(record["ranks"])))
+        return cls(sizes, ranks, base64.b64decode(record["digests"]))

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoint.format.commit import FileRecord, Range, read_manifest
+from harness.checkpoint.format.commit import FileRecord, read_manifest
 from harness.checkpoint.format.digest import LEAF_BYTES, in_hex, leaves_of
+from harness.checkpoint.format.ranges import Range
 from harness.errors import CheckpointError, RunDirError
 
 # Of whole leaves.

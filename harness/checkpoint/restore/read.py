@@ -2,7 +2,7 @@
 
 A digest covers a range of a file, of which a rank on another topology may want a part only. A range of which all
 is wanted is checked here, at no cost but the hashing; of the others the ranks put together what each knows
-(`check.joined`), and read once more what none knows: the leaves that lie across a border.
+(`partial_digests.combine`), and read once more what none knows: the leaves that lie across a border.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.checkpoint.format.check import Digests, Leaves, Span
 from harness.checkpoint.format.commit import FileRecord
 from harness.checkpoint.format.digest import LEAF_BYTES, leaves_of
 from harness.checkpoint.format.files import Files, LocalFiles
+from harness.checkpoint.format.partial_digests import LeafRange, PartialDigests, Span
 from harness.checkpoint.format.tensor_shard import DTYPES
 
 # What is hashed is still in the core's cache; the kernel reads on meanwhile.
@@ -86,7 +86,7 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | N
         DamagedError: if a range is not what was written, or the file is cut off or not there.
         CheckpointError: if the disk does not give it.
     """
-    digests = Digests(path, record.ranges)
+    digests = PartialDigests(path, record.ranges)
     scratch = bytearray(CHUNK_BYTES)
     found = Reading()
     pieces = list(_once(wants))
@@ -152,7 +152,7 @@ def _cut(overlapping: Sequence[Want]) -> Iterator[list[Want]]:
 
 
 def digest_leaves(
-    path: Path, record: FileRecord, leaves: Iterable[Leaves], files: Files | None = None
+    path: Path, record: FileRecord, leaves: Iterable[LeafRange], files: Files | None = None
 ) -> tuple[int, list[int]]:
     """Read some leaves for their digests alone: the number of bytes, and what each of the given has in its range's.
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from harness.checkpoint.format.check import Span, joined, known_whole, require_digest
 from harness.checkpoint.format.commit import FileRecord, Manifest, read_manifest
 from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.index import CheckpointIndex
+from harness.checkpoint.format.partial_digests import Span, are_complete, combine, require_digest
 from harness.checkpoint.restore.read import digest_leaves, read
 from harness.checkpoint.restore.read_plan import Targets, match
 from harness.checkpoint.sharding.local_shards import innermost
@@ -195,7 +195,7 @@ def _check(
     """Put together what the ranks know of the digests; what none knows they divide, and read. How many bytes."""
     # Where as many ranks resume as have written, each range has come by one of them whole and was looked at there: that
     # is one bit of it, where a thousand ranks would tell one another millions of digests.
-    flags = [flag for name, record in stored.records.items() for flag in known_whole(record, spans[name])]
+    flags = [flag for name, record in stored.records.items() for flag in are_complete(record, spans[name])]
     are_right = iter(collectives.all_reduce_any("the ranges that are right", flags))
     unsure = {
         name: [number for number in range(len(record.ranges)) if not next(are_right)]
@@ -207,7 +207,7 @@ def _check(
     }
     told = collectives.all_gather("what they know of the other digests", mine)
     known = {
-        name: joined(record, unsure[name], [each[name] for each in told]) for name, record in stored.records.items()
+        name: combine(record, unsure[name], [each[name] for each in told]) for name, record in stored.records.items()
     }
     # Divided among those that have a disk: a digest is not worth sending what nobody else wants.
     readers = range(collectives.world_size) if files.readers is None else files.readers
@@ -220,7 +220,7 @@ def _check(
             if own:
                 more_bytes, digests = digest_leaves(stored.checkpoint / name, stored.records[name], own, files)
                 read_bytes += more_bytes
-                found[name] = [(leaves.number, digest) for leaves, digest in zip(own, digests, strict=True)]
+                found[name] = [(leaves.range, digest) for leaves, digest in zip(own, digests, strict=True)]
         return read_bytes, found
 
     what = "reading the rest for its digests"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from harness.checkpoint.format.all_ranges import AllRanges, FileRange, packed
+from harness.checkpoint.format.all_ranges import AllRanges, FileRange, pack_ranges
 from harness.checkpoint.format.layout import Layout, TensorSpec, plan_layout
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
@@ -83,7 +83,7 @@ def make_plan(held: LocalShards, collectives: Collectives, max_shard_size_bytes:
     mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
     holdings = [ShardCatalog.unpacked(part) for part in collectives.all_gather("what each rank holds", mine.packed())]
     plan, sharing = _plan(specs, held.aliases, holdings, collectives.rank, max_shard_size_bytes)
-    told = collectives.gather_to_rank_zero("what each rank writes", packed(plan.staging_bytes, plan.ranges))
+    told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(plan.staging_bytes, plan.ranges))
     check_replicas(held.sources, sharing, collectives)
     return plan if told is None else with_all(plan, told)
 
@@ -108,7 +108,7 @@ def plan_of_rank_zero(held: LocalShards, collectives: Collectives, max_shard_siz
     owned = {index: source.runs for index, source in enumerate(held.sources)} if collectives.rank == 0 else {}
     pieces, ranges, size = _stage(specs, layout, owned)
     plan = Plan(layout, tuple(pieces), size, tuple(ranges))
-    told = collectives.gather_to_rank_zero("what each rank writes", packed(size, ranges))
+    told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(size, ranges))
     return plan if told is None else with_all(plan, told)
 
 
@@ -125,7 +125,7 @@ def plan_of(
 
 def with_all(plan: Plan, told: Sequence[bytes]) -> Plan:
     """Rank zero's plan, with what every rank has told of its own."""
-    return Plan(plan.layout, plan.pieces, plan.staging_bytes, plan.ranges, AllRanges.of(plan.layout, told))
+    return Plan(plan.layout, plan.pieces, plan.staging_bytes, plan.ranges, AllRanges(plan.layout, told))
 
 
 def _plan(

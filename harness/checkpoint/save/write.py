@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.format.all_ranges import FileRange
-from harness.checkpoint.format.commit import FileRecord, Range
+from harness.checkpoint.format.commit import FileRecord
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.layout import Layout
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.checkpoint.save.staging import StagingMemory
 from harness.checkpoint.save.writer import OutputFile
 from harness.errors import CheckpointError
@@ -185,4 +186,4 @@ def write_json(path: Path, values: Any) -> FileRecord:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    return FileRecord(path.name, len(data), (Range(0, len(data), 0, digest_of(data)),))
+    return FileRecord(path.name, len(data), Ranges.of([Range(0, len(data), 0, digest_of(data))]))

@@ -22,10 +22,11 @@ import xxhash
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from harness.checkpoint.format.commit import STATES, FileRecord, Manifest, Range
+from harness.checkpoint.format.commit import STATES, FileRecord, Manifest
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.json_values import Get, UnsavableTensor
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.checkpoint.format.tensor_shard import DTYPE_NAMES
 
 _PREFIX_BYTES = 8
@@ -107,7 +108,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     # As in the other files of tensors, the header is a range of its own.
     begin = _PREFIX_BYTES + int.from_bytes(data[:_PREFIX_BYTES], "little")
     borders = [0, begin, len(data)] if begin < len(data) else [0, begin]
-    ranges = tuple(Range(start, end, 0, digest_of(memoryview(data)[start:end])) for start, end in pairwise(borders))
+    ranges = Ranges.of(Range(start, end, 0, digest_of(memoryview(data)[start:end])) for start, end in pairwise(borders))
     return FileRecord(path.name, len(data), ranges)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.checkpoint.format import strict_json
 from harness.checkpoint.format.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.json_values import Get, decode, encode
-from harness.checkpoint.format.strict_json import is_count, is_number
 from harness.checkpoint.state.kept_tensors import KeptTensors, content_of, getting, require_savable
 from harness.checkpoint.state.kept_tensors import read as read_kept
 from harness.checkpoint.state.optimizer_record import OptimizerRecord
@@ -293,65 +292,48 @@ def read_trainer_state(
         )
     try:
         data = content_of(files or LocalFiles(checkpoint), record)
-        return _state(strict_json.parse(data), getting(read_kept(checkpoint, manifest, files), device))
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path}: is damaged: {error}; use another checkpoint") from error
+        return _parsed(json.loads(data), getting(read_kept(checkpoint, manifest, files), device))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DamagedError(f"{path}: is damaged: {reason}; use another checkpoint") from error
 
 
-def _state(record: Any, get: Get) -> TrainerState:
-    """The record as what it is, each value looked at.
+def _parsed(record: Any, get: Get) -> TrainerState:
+    """The state in a verified file.
 
     Raises:
-        ValueError: if something is missing or of another type.
+        ValueError, KeyError, TypeError, AttributeError, IndexError: if the writer did not follow the format.
     """
-    try:
-        position, groups = record["position"], record["optimizer"]["param_groups"]
-        parts, forms = record.get("parts", [{**record, "name": ""}]), record["optimizer"].get("forms", [])
-        found = TrainerState(
-            epoch=record["epoch"],
-            step=record["step"],
-            loaders_done=position["loaders_done"],
-            batches_in_epoch=position["batches"],
-            param_groups=decode(groups, get),
-            frozen=_names(record["optimizer"].get("frozen")),
-            parts=[PartState.read(part, forms, get) for part in parts],
-            scaler=decode(record["scaler"]),
-            samples_per_batch=position["samples_per_batch"],
-            accumulation=position["accumulation"],
-            metrics=record["metrics"],
-            states=record["states"],
-            registered=decode(record["states"], get),
-            is_stopped=record["is_stopped"],
-            ranks=record["ranks"],
-        )
-    except KeyError as error:
-        raise ValueError(f"it has no {error}") from error
-    except (TypeError, IndexError) as error:
-        raise ValueError("it is of another structure") from error
-    if not all(map(is_count, (found.epoch, found.step, found.loaders_done, found.batches_in_epoch))):
-        raise ValueError("epochs, steps or batches are no whole numbers from 0 on")
-    if not is_count(found.accumulation) or not (found.samples_per_batch is None or is_count(found.samples_per_batch)):
-        raise ValueError("samples and accumulated batches are no whole numbers from 0 on")
-    if not isinstance(found.is_stopped, bool):
-        raise ValueError("is_stopped is neither true nor false")
-    if not isinstance(found.states, dict) or not isinstance(found.metrics, dict):
-        raise ValueError("states and metrics are no objects")
-    if not all(map(is_number, found.metrics.values())):
-        raise ValueError("metrics hold what is no number")
-    for name, items in (("param_groups", found.param_groups), ("ranks", found.ranks)):
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ValueError(f"{name} is no list of objects")
-    if not all(isinstance(part.name, str) for part in found.parts):
-        raise ValueError("a name of a part is no text")
-    for scale in (part.loss_scale for part in found.parts if part.loss_scale is not None):
-        if not (isinstance(scale, dict) and all(isinstance(number, (int, float)) for number in scale.values())):
-            raise ValueError("loss_scale holds what is no number")
+    position, optimizer = record["position"], record["optimizer"]
+    parts = record.get("parts", [{**record, "name": ""}])
+    found = TrainerState(
+        epoch=record["epoch"],
+        step=record["step"],
+        loaders_done=position["loaders_done"],
+        batches_in_epoch=position["batches"],
+        param_groups=[dict(group) for group in decode(optimizer["param_groups"], get)],
+        frozen=None if optimizer.get("frozen") is None else frozenset(optimizer["frozen"]),
+        parts=[PartState.read(part, optimizer.get("forms", []), get) for part in parts],
+        scaler=decode(record["scaler"]),
+        samples_per_batch=position["samples_per_batch"],
+        accumulation=position["accumulation"],
+        metrics=dict(record["metrics"]),
+        states=dict(record["states"]),
+        registered=decode(record["states"], get),
+        is_stopped=record["is_stopped"],
+        ranks=[dict(rank) for rank in record["ranks"]],
+    )
+    counts = {
+        "epoch": found.epoch,
+        "step": found.step,
+        "accumulation": found.accumulation,
+        "loaders_done": found.loaders_done,
+        "batches": found.batches_in_epoch,
+        "samples_per_batch": found.samples_per_batch or 0,
+    }
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r}, not a number of at least 0")
+    if type(found.is_stopped) is not bool:
+        raise ValueError(f"is_stopped is {found.is_stopped!r}, neither true nor false")
     return found
-
-
-def _names(names: Any) -> frozenset[str] | None:
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("the frozen parameters are no names")
-    return frozenset(names)

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.checkpoint.format.commit import Manifest, read_manifest
 from harness.checkpoint.format.layout import read_header
-from harness.checkpoint.format.ranges import Range, number_at
+from harness.checkpoint.format.ranges import Ranges
 
 
 def contents(checkpoint: Path) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def _owners(ranges: Sequence[Range], start: int, end: int) -> list[int]:
+def _owners(ranges: Ranges, start: int, end: int) -> list[int]:
     """The ranks that wrote any of these bytes."""
     found = set()
-    for number in range(number_at(ranges, start), len(ranges)):
+    for number in range(ranges.index_at(start), len(ranges)):
         part = ranges[number]
         if part.start >= end:
             break

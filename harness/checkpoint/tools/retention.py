@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.checkpoint.format.commit import MANIFEST, Manifest, read_manifest, scan_checkpoints, temporary_of
+from harness.checkpoint.format.ranges import Ranges
 from harness.checkpoint.save.hooks import CheckpointHooks
 from harness.config.schema import CheckpointConfig, Mode
 from harness.errors import CheckpointError, HarnessError
@@ -160,7 +161,7 @@ class Retention:
         if known is None or known[0] != is_as:
             manifest = read_manifest(checkpoint)
             # Digests of millions of ranges are not needed here.
-            files = tuple(replace(file, ranges=()) for file in manifest.files)
+            files = tuple(replace(file, ranges=Ranges()) for file in manifest.files)
             known = self._known[checkpoint] = (is_as, replace(manifest, files=files))
         return known[1]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harness.checkpoint.format.all_ranges import packed
+from harness.checkpoint.format.all_ranges import pack_ranges
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.save.gather import CHUNK_BYTES, Gatherer
@@ -44,7 +44,7 @@ def plans_for(sizes: list[int]) -> tuple[Plan, Plan]:
         for rank in range(2)
     ]
     first, second = (plan_of(specs, {}, holdings, rank, None) for rank in range(2))
-    return with_all(first, [packed(plan.staging_bytes, plan.ranges) for plan in (first, second)]), second
+    return with_all(first, [pack_ranges(plan.staging_bytes, plan.ranges) for plan in (first, second)]), second
 
 
 def memory_for(plan: Plan) -> Tensor:

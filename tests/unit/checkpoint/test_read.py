@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint.format.check import Leaves, Span, joined, known_whole, require_digest
-from harness.checkpoint.format.commit import FileRecord, Range
+from harness.checkpoint.format.commit import FileRecord
 from harness.checkpoint.format.digest import LEAF_BYTES, digest_of
+from harness.checkpoint.format.partial_digests import LeafRange, Span, are_complete, combine, require_digest
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.checkpoint.format.tensor_shard import DTYPES
 from harness.checkpoint.restore.read import CHUNK_BYTES, Reading, Want, digest_leaves, read, unique_bytes
 from harness.errors import CheckpointError, DamagedError
@@ -23,7 +24,7 @@ def record_of(name: str, content: bytes, cuts: list[int]) -> FileRecord:
     ranges = [
         Range(start, end, number, digest_of(content[start:end])) for number, (start, end) in enumerate(pairwise(bounds))
     ]
-    return FileRecord(name, len(content), tuple(ranges))
+    return FileRecord(name, len(content), Ranges.of(ranges))
 
 
 @settings(deadline=None)
@@ -67,13 +68,13 @@ def test_targets_are_what_is_stored_when_read(data: st.DataObject) -> None:
 def finish(path: Path, record: FileRecord, known: list[dict[int, list[Span]]]) -> int:
     """Check all digests, with what several ranks have read; the number of bytes that it takes more."""
     # What a rank has read whole it has checked by itself.
-    each_whole = [known_whole(record, spans) for spans in known]
+    each_whole = [are_complete(record, spans) for spans in known]
     unsure = [number for number in range(len(record.ranges)) if not any(whole[number] for whole in each_whole)]
-    digests, lacking = joined(record, unsure, known)
+    digests, lacking = combine(record, unsure, known)
     assert digests.keys() == set(unsure)
     read_bytes, rest = digest_leaves(path, record, lacking)
     for leaves, digest in zip(lacking, rest, strict=True):
-        digests[leaves.number] ^= digest
+        digests[leaves.range] ^= digest
     for number, digest in digests.items():
         require_digest(path, record.ranges[number], digest)
     return read_bytes
@@ -134,9 +135,9 @@ def test_only_leaves_at_borders_are_read_again_when_three_ranks_read_what_two_ha
         found = read(tmp_path / "file", record, [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8))])
         assert found.read_bytes == last - first
         known.append(found.spans)
-    _, lacking = joined(record, range(2), known)
+    _, lacking = combine(record, range(2), known)
     first_leaf = size // 3 // LEAF_BYTES
-    assert lacking[0] == Leaves(0, first_leaf, first_leaf + 1)
+    assert lacking[0] == LeafRange(0, first_leaf, first_leaf + 1)
     assert [leaves.end - leaves.first for leaves in lacking] == [1, 1]
     assert finish(tmp_path / "file", record, known) <= 2 * LEAF_BYTES
 
@@ -149,7 +150,7 @@ def test_all_digests_are_checked_when_everything_is_wanted_in_parts(tmp_path: Pa
     wants = [Want(start, "U8", torch.empty(end - start, dtype=torch.uint8)) for start, end in pairwise(bounds)]
     found = read(tmp_path / "file", record, wants[::-1])
     assert found.read_bytes == len(content)
-    assert all(known_whole(record, found.spans))
+    assert all(are_complete(record, found.spans))
 
 
 @pytest.mark.parametrize("byte", [0, 500, 999])
@@ -178,7 +179,7 @@ def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Pat
     found = read(tmp_path / "file", record, [Want(0, "F32", target)])
     assert torch.equal(target, values.double())
     assert found.read_bytes == len(content)
-    assert all(known_whole(record, found.spans))
+    assert all(are_complete(record, found.spans))
 
 
 def test_error_has_the_byte_when_the_file_is_cut_off(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from harness.checkpoint.format.commit import (
     remove_leftovers,
     temporary_of,
 )
+from harness.checkpoint.format.ranges import Ranges
 from harness.checkpoint.tools.retention import Retention, best_of, remove, to_remove
 from harness.config.schema import CheckpointConfig
 from harness.errors import TrackingError
 from tests.checkpoint_hooks import NoHooks
 
-FULL = (FileRecord(TRAINER_STATE, 0, ()),)
+FULL = (FileRecord(TRAINER_STATE, 0, Ranges()),)
 
 
 def manifest(step: int, *, time_ms: int | None = None, files: Any = FULL, **metrics: float) -> Manifest:

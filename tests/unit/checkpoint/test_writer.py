@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.checkpoint.format.all_ranges import AllRanges, packed
+from harness.checkpoint.format.all_ranges import AllRanges, pack_ranges
 from harness.checkpoint.format.commit import Manifest, commit
 from harness.checkpoint.format.digest import digest_of
 from harness.checkpoint.format.layout import TensorSpec
@@ -116,7 +116,7 @@ def test_records_stand_up_to_verification_when_made_of_the_answers(tmp_path: Pat
     plan = plan_for({"a": 1000, "b": 7}, limit=500)
     writer, _ = start(plan)
     writer.ask(tmp_path)
-    written = AllRanges.of(plan.layout, [packed(plan.staging_bytes, plan.ranges)])
+    written = AllRanges(plan.layout, [pack_ranges(plan.staging_bytes, plan.ranges)])
     records = [*written.records([writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
     commit(tmp_path, tmp_path.with_name("final"), Manifest("", 0, 0, 0, {}, tuple(records), {}, {}))
     assert verify(tmp_path.with_name("final")).problems == ()

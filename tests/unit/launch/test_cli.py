@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from harness import __version__
-from harness.checkpoint.format.commit import FileRecord, Manifest, Range, commit, temporary_of
+from harness.checkpoint.format.commit import FileRecord, Manifest, commit, temporary_of
+from harness.checkpoint.format.ranges import Range, Ranges
 from launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,7 +35,7 @@ def harness(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     final = tmp_path / "runs" / "mine" / "checkpoints" / "epoch-0001"
-    files = (FileRecord("model.safetensors", 5, (Range(0, 5, 0, "ab"),)),)
+    files = (FileRecord("model.safetensors", 5, Ranges.of([Range(0, 5, 0, "ab" * 16)])),)
     temporary = temporary_of(final, "test")
     temporary.mkdir(parents=True)
     commit(temporary, final, Manifest("key", 1, 10, 1, {"eval/loss": 0.5}, files, {}, {}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from harness.checkpoint.format.commit import (
     FORMAT,
@@ -16,7 +17,6 @@ from harness.checkpoint.format.commit import (
     VERSION,
     FileRecord,
     Manifest,
-    Range,
     commit,
     discard,
     list_checkpoints,
@@ -24,9 +24,10 @@ from harness.checkpoint.format.commit import (
     read_manifest,
     remove_leftovers,
     scan_checkpoints,
+    sealed,
     temporary_of,
 )
-from harness.checkpoint.format.strict_json import checksum
+from harness.checkpoint.format.ranges import Range, Ranges
 from harness.errors import CheckpointError
 
 
@@ -38,9 +39,13 @@ def manifest(step: int = 1, time_ms: int = 1) -> Manifest:
         time_ms=time_ms,
         metrics={"eval/loss": 0.25},
         files=(
-            FileRecord("model-00001-of-00002.safetensors", 10, (Range(0, 4, 0, "aa"), Range(4, 10, 1, "bb"))),
-            FileRecord("model.safetensors.index.json", 5, (Range(0, 5, 0, "cc"),)),
-            FileRecord("optimizer.safetensors", 7, (Range(0, 7, 0, "dd"),)),
+            FileRecord(
+                "model-00001-of-00002.safetensors",
+                10,
+                Ranges.of([Range(0, 4, 0, "aa" * 16), Range(4, 10, 1, "bb" * 16)]),
+            ),
+            FileRecord("model.safetensors.index.json", 5, Ranges.of([Range(0, 5, 0, "cc" * 16)])),
+            FileRecord("optimizer.safetensors", 7, Ranges.of([Range(0, 7, 0, "dd" * 16)])),
         ),
         topology={"strategy": "single"},
         versions={"torch": "2"},
@@ -95,7 +100,7 @@ def test_earlier_checkpoint_stays_when_the_name_is_taken(tmp_path: Path) -> None
     save(final, manifest(step=1))
     temporary = temporary_of(final, "attempt-2")
     temporary.mkdir()
-    with pytest.raises(CheckpointError, match=f"{final}: there is a checkpoint of that name already"):
+    with pytest.raises(CheckpointError, match=f"{final}: a checkpoint of this name already exists"):
         commit(temporary, final, manifest(step=2))
     assert read_manifest(final).step == 1
 
@@ -132,18 +137,13 @@ def record_of(record: Manifest) -> dict[str, Any]:
     return dict(json.loads(manifest_text(record)))
 
 
-def sealed(record: dict[str, Any]) -> str:
-    """As another writer would have it: with the checksum of what it holds."""
-    rest = {key: value for key, value in record.items() if key != "checksum"}
-    return json.dumps({**rest, "checksum": checksum(rest)})
-
-
 WHOLE = record_of(manifest())
+del WHOLE["checksum"]
 LAST = len(WHOLE["files"]) - 1
 
 
 def changed(*path: Any, to: Any) -> str:
-    """The manifest with one value in it changed, and the checksum of that."""
+    """The manifest that another writer would write: with one value changed, and the right checksum."""
     record = copy.deepcopy(WHOLE)
     place = record
     for key in path[:-1]:
@@ -161,60 +161,71 @@ def without(*path: Any) -> str:
     return sealed(record)
 
 
+def canonical(version: int, **more: Any) -> str:
+    """A manifest as versions 1 and 2 wrote it: the checksum is that of its canonical JSON."""
+    files = [{**file, "ranges": [[0, file["size_bytes"], 0, "aa" * 16]]} for file in WHOLE["files"]]
+    record = {**WHOLE, "files": files, "version": version, **more}
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**record, "checksum": xxhash.xxh3_128_hexdigest(text.encode())}, indent=1)
+
+
+TEXT = sealed(WHOLE)
+MISMATCH = "is damaged: its checksum does not match its content"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("", "is damaged: Expecting value"),
-        (json.dumps(WHOLE)[:-20], "is damaged"),
-        ("\ud800", "is damaged: 'utf-8' codec"),
-        ("[" * 100_000, "is damaged: is nested too deeply"),
-        (sealed(WHOLE)[:-1] + ', "step": 1}', "has the key 'step' twice"),
-        (sealed(WHOLE).replace("0.25", "NaN"), "has NaN, which is no number in JSON"),
-        (sealed(WHOLE).replace("0.25", "1e999"), "has 1e999, which no number of 64 bits is"),
-        (sealed(WHOLE).replace("single", "\\ud800"), "surrogates not allowed"),
-        (sealed(WHOLE).replace("0.25", "1" * 5000), "is damaged"),
-        ("[]", f"is not the manifest of a {FORMAT}"),
-        ("{}", f"is not the manifest of a {FORMAT}"),
-        (changed("format", to="other"), f"is not the manifest of a {FORMAT}"),
-        (changed("version", to=VERSION + 1), f"has version {VERSION + 1}, this harness reads {VERSION}; update it"),
-        (changed("version", to=1), f"has version 1, this harness reads {VERSION}; use the harness that has written it"),
-        (changed("version", to=True), "has version True"),
-        (without("version"), "has version None"),
-        (without("step"), "it has no step"),
-        (json.dumps({key: value for key, value in WHOLE.items() if key != "checksum"}), "it has no checksum"),
-        (json.dumps({**WHOLE, "step": 2}), "its checksum is not that of what it holds"),
-        (json.dumps({**WHOLE, "checksum": None}), "its checksum is not that of what it holds"),
-        (changed("key", to=3), "key is no text"),
-        (changed("step", to=-1), "step is no whole number"),
-        (changed("epoch", to=1.0), "epoch is no whole number"),
-        (changed("time_ms", to=False), "time_ms is no whole number"),
-        (changed("metrics", to=[]), "metrics is no object"),
-        (changed("metrics", "eval/loss", to="0.5"), "metrics hold what is no number"),
-        (changed("metrics", "eval/loss", to=True), "metrics hold what is no number"),
-        (changed("versions", "torch", to=2), "versions hold what is no text"),
-        (changed("files", to=3), "files is no list"),
-        (changed("files", 0, to=3), "a file has no name, size_bytes or ranges"),
-        (without("files", 0, "ranges"), "a file has no name, size_bytes or ranges"),
+        (TEXT[:-20], "is damaged"),
+        (TEXT + " ", MISMATCH),
+        (" " + TEXT, MISMATCH),
+        (TEXT.replace("0.25", "0.26"), MISMATCH),
+        (TEXT.replace(", ", ",  ", 1), MISMATCH),
+        (TEXT.replace("checksum", "checksun"), "is damaged: it has no 'checksum'"),
+        (TEXT.replace('"checksum": "', '"checksum": "0'), MISMATCH),
+        ("\ud800", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ("1" * 5000, "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "is damaged: it has no 'checksum'"),
+        (canonical(2).replace("0.25", "NaN"), "is damaged: Out of range float values"),
+        (canonical(2).replace("0.25", "0.26"), MISMATCH),
+        (canonical(VERSION), MISMATCH),
+        (canonical(2, format="other"), f"is damaged: it is not the manifest of a {FORMAT}"),
+        (changed("format", to="other"), f"is damaged: it is not the manifest of a {FORMAT}"),
+        (changed("version", to=VERSION + 1), f"has format version {VERSION + 1}, this harness reads 2 to {VERSION}; u"),
+        (canonical(1), f"has format version 1, this harness reads 2 to {VERSION}; use the harness that wrote it"),
+        (changed("version", to=True), "is damaged: version is True"),
+        (without("version"), "is damaged: it has no 'version'"),
+        (without("step"), "is damaged: it has no 'step'"),
+        (changed("key", to=3), "is damaged: key is 3"),
+        (changed("step", to=-1), "is damaged: step is -1"),
+        (changed("epoch", to=1.0), "is damaged: epoch is 1.0"),
+        (changed("time_ms", to=False), "is damaged: time_ms is False"),
+        (changed("metrics", to=[]), "is damaged: metrics is []"),
+        (changed("files", to=3), "is damaged"),
+        (changed("files", 0, to=3), "is damaged"),
+        (without("files", 0, "ranges"), "is damaged: it has no 'ranges'"),
         *(
-            (changed("files", 0, "name", to=name), "is no name of a file in it")
-            for name in ("", ".", "..", "../a", "a/b")
+            (changed("files", 0, "name", to=name), "is not the name of a file in the directory")
+            for name in ("", ".", "..", "../a", "a/b", "/a", "a\\b", "a\0", MANIFEST)
         ),
-        *(
-            (changed("files", 0, "name", to=name), "is no name of a file in it")
-            for name in ("/a", "a\\b", "a\0", MANIFEST, 1)
-        ),
-        (changed("files", 0, "name", to="optimizer.safetensors"), "it names a file twice"),
-        (changed("files", LAST, "size_bytes", to=8), "optimizer.safetensors: its ranges end at 7, the file at 8"),
-        (changed("files", LAST, "size_bytes", to=-7), "size_bytes is no whole number"),
-        (changed("files", LAST, "ranges", to={}), "ranges is no list"),
-        (changed("files", LAST, "ranges", to=[]), "its ranges end at 0, the file at 7"),
-        (changed("files", 0, "ranges", 1, to=[4, 10, 1]), "is not the start, end, rank and digest of a range"),
-        (changed("files", 0, "ranges", 1, 2, to=-1), "is not the start, end, rank and digest of a range"),
-        (changed("files", 0, "ranges", 1, 0, to="4"), "is not the start, end, rank and digest of a range"),
-        (changed("files", 0, "ranges", 1, 0, to=3), "a range from 3 to 10 follows one that ends at 4"),
-        (changed("files", 0, "ranges", 1, 0, to=5), "a range from 5 to 10 follows one that ends at 4"),
-        (changed("files", 0, "ranges", 1, 1, to=3), "a range from 4 to 3 follows one that ends at 4"),
-        (changed("files", 0, "ranges", 0, 0, to=-1), "a range from -1 to 4 follows one that ends at 0"),
+        (changed("files", 0, "name", to=1), "is damaged"),
+        (changed("files", 0, "name", to="optimizer.safetensors"), "a file is listed twice"),
+        (changed("files", LAST, "size_bytes", to=8), "optimizer.safetensors: its ranges end at byte 7, not 8"),
+        (changed("files", LAST, "size_bytes", to=-7), "its ranges end at byte 7, not -7"),
+        (changed("files", LAST, "size_bytes", to=7.0), "its ranges end at byte 7, not 7.0"),
+        (changed("files", LAST, "ranges", to={}), "is damaged: it has no 'sizes'"),
+        (changed("files", LAST, "ranges", to=[]), "is damaged"),
+        (changed("files", 0, "ranges", "sizes", to=[4]), "1 sizes, 2 ranks and 32 bytes of digests do not match"),
+        (changed("files", 0, "ranges", "ranks", to=[0, 1, 2]), "2 sizes, 3 ranks and 32 bytes of digests do not match"),
+        (changed("files", 0, "ranges", "digests", to="aa"), "2 sizes, 2 ranks and 1 bytes of digests do not match"),
+        (changed("files", 0, "ranges", "digests", to="x"), "non-hexadecimal"),
+        (changed("files", 0, "ranges", "ranks", 1, to=-1), "a size or a rank is negative"),
+        (changed("files", 0, "ranges", "sizes", to=[-1, 11]), "a size or a rank is negative"),
+        (changed("files", 0, "ranges", "sizes", to=["4", 6]), "is damaged"),
+        (changed("files", 0, "ranges", "sizes", to=[1 << 63, 0]), "is damaged"),
     ],
 )
 def test_error_has_the_path_when_the_manifest_is_damaged_or_newer(tmp_path: Path, content: str, expected: str) -> None:
@@ -227,9 +238,20 @@ def test_error_has_the_path_when_the_manifest_is_damaged_or_newer(tmp_path: Path
     assert expected in str(caught.value)
 
 
-def test_manifest_is_read_when_it_is_indented_and_ordered_otherwise(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text(json.dumps(dict(reversed(WHOLE.items())), indent=4))
-    assert read_manifest(tmp_path) == manifest()
+def test_manifest_is_read_when_version_2_wrote_it_in_another_order(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(dict(reversed(json.loads(canonical(2)).items())), indent=4))
+    found = read_manifest(tmp_path)
+    ranges = [Ranges.of([Range(0, file.size_bytes, 0, "aa" * 16)]) for file in manifest().files]
+    assert [file.ranges for file in found.files] == ranges
+    assert dataclasses.replace(found, files=manifest().files) == manifest()
+
+
+def test_manifest_is_json_of_one_line_a_key_when_written() -> None:
+    text = manifest_text(manifest())
+    record = json.loads(text)
+    assert len(text.splitlines()) == len(record) + 2
+    assert list(record)[:2] == ["format", "version"] and list(record)[-2:] == ["files", "checksum"]
+    assert record["files"][0]["ranges"] == {"sizes": [4, 6], "ranks": [0, 1], "digests": "aa" * 16 + "bb" * 16}
 
 
 def test_error_has_the_path_when_the_manifest_is_no_file(tmp_path: Path) -> None:
@@ -252,7 +274,7 @@ def test_nothing_is_committed_when_a_metric_is_no_number_of_json(tmp_path: Path)
 def test_good_ones_are_found_and_the_bad_ones_told_when_some_are_damaged(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path / f"epoch-{step:04d}", manifest(step))
-    (tmp_path / "epoch-0002" / MANIFEST).write_text(sealed(WHOLE)[:100])
+    (tmp_path / "epoch-0002" / MANIFEST).write_text(TEXT[:100])
     (tmp_path / "epoch-0003" / MANIFEST).write_text(changed("version", to=VERSION + 1))
     (tmp_path / "epoch-0000").mkdir()  # without a manifest it is no checkpoint, and no bad one
     found = scan_checkpoints(tmp_path)
@@ -261,7 +283,7 @@ def test_good_ones_are_found_and_the_bad_ones_told_when_some_are_damaged(tmp_pat
     (truncated, first), (newer, second) = found.bad
     assert (truncated, newer) == ("epoch-0002", "epoch-0003")
     assert str(tmp_path / "epoch-0002" / MANIFEST) in first
-    assert f"has version {VERSION + 1}" in second
+    assert f"has format version {VERSION + 1}" in second
 
 
 def test_error_has_the_path_when_the_directory_cannot_be_listed(tmp_path: Path) -> None:
