@@ -1,4 +1,4 @@
-"""``accelerate launch -m harness --config configs/digits.yaml``: what each rank runs."""
+"""``accelerate launch -m harness --config configs/digits.yaml``: the program of each rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RANK_ZERO_FIRST_S = 3.0
 
 
 def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
-    """Train; returns the exit code. Errors are told in one line, by one rank.
+    """Train and return the exit code. One rank prints an error, in one line.
 
     Raises:
         SystemExit: after ``--help`` and ``--print_config``.
@@ -28,16 +28,16 @@ def main(argv: Sequence[str], *, prog: str = "python -m harness") -> int:
         config = parse_run_config(argv, prog=prog)
         return run(config)
     except (HarnessError, KeyboardInterrupt) as error:
-        return tell(error)
+        return report_error(error)
     except Exception as error:
-        # An error of the task's: the traceback is from the rank that has it.
+        # An error of the task: the rank that raised it prints the traceback.
         write_error(redact_message(traceback.format_exc()))
-        return tell(error)
+        return report_error(error)
 
 
 def run(config: RunConfig) -> int:
-    """Train with a configuration that is parsed already, and say what came out."""
-    # Imported late: parsing, and its errors, take no torch.
+    """Train with a parsed configuration, and print the checkpoints."""
+    # Imported late: parsing and its errors need no torch.
     from harness.training.app import train
 
     logger = train(config)
@@ -50,31 +50,31 @@ def run(config: RunConfig) -> int:
     return EXIT_DONE
 
 
-def tell(error: BaseException) -> int:
-    """One line on standard error, from one rank; returns the exit code.
+def report_error(error: BaseException) -> int:
+    """Print one line on standard error, from one rank; returns the exit code.
 
-    Rank zero speaks for all: it knows the other ranks' reasons. Another rank does only where nobody
-    could say whose fault it was, since that may be rank zero's.
+    Rank 0 prints it, because it knows the other ranks' reasons. Another rank prints it only if the failed rank could
+    not be identified, since that may be rank 0.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    nobody_knows = isinstance(error, PeerFailure) and error.rank is None
-    if rank > 0 and not isinstance(error, PeerFailure) and not getattr(error, "is_told_to_peers", False):
-        # From before the ranks could tell each other. Where rank zero has the same error, it says so and
-        # ends, and the launcher ends this rank within the pause.
+    is_unattributed = isinstance(error, PeerFailure) and error.rank is None
+    if rank > 0 and not isinstance(error, PeerFailure) and not getattr(error, "is_reported_to_ranks", False):
+        # Raised before the ranks could report to one another. If rank 0 has the same error, it prints it and ends,
+        # and the launcher ends this rank within the pause.
         time.sleep(_RANK_ZERO_FIRST_S)
-        nobody_knows = True
-    if rank == 0 or nobody_knows:
+        is_unattributed = True
+    if rank == 0 or is_unattributed:
         where = f" (seen by rank {rank} of {world_size})" if world_size > 1 else ""
-        what = "" if isinstance(error, Stopped) else f"error{where}: "
-        write_error(f"harness: {what}{redact_message(reason_of(error))}\n")
+        kind = "" if isinstance(error, Stopped) else f"error{where}: "
+        write_error(f"harness: {kind}{redact_message(reason_of(error))}\n")
         flush()
     return error.exit_code if isinstance(error, HarnessError) else EXIT_FAILED
 
 
-def leave(code: int) -> NoReturn:
-    """End the process; after a failure without the interpreter's own end.
+def exit_process(code: int) -> NoReturn:
+    """End the process; after a failure with several ranks, without the interpreter's shutdown.
 
-    That end would run destructors of process groups whose other side is gone, and can wait for them.
+    That shutdown destroys process groups whose peers are gone, and may wait for them.
     """
     flush()
     if code != EXIT_DONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -84,4 +84,4 @@ def leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     occupy_descriptors()
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

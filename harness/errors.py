@@ -1,19 +1,19 @@
-"""The errors of harness, in one tree.
+"""The exceptions of harness and their exit codes.
 
-    HarnessError                 anything a user should read as one line
-    ├── ConfigError              a key, value or class in the configuration            exit 2
-    ├── LaunchError              what runs is not what was asked of the launcher       exit 2
-    ├── DataError                the data cannot be trained on                         exit 2
-    ├── RunDirError              the run directory cannot be used                      exit 2
-    ├── MetricError              a metric was logged in a way that cannot be right     exit 1
-    ├── NonFiniteLossError       the loss became NaN or infinite                       exit 1
-    ├── CheckpointError          a checkpoint could not be written or read             exit 1
-    │   └── DamagedError         what is on disk is not what was written: another may hold
-    ├── TrackingError            the tracking server or the outbox                     exit 1
-    ├── PeerFailure              another rank failed; this one stops with it           exit 1
-    └── Stopped                  a signal, or `harness stop`, asked the run to stop    exit 75
+    HarnessError                 base class; shown to the user as one line                 exit 1
+    ├── ConfigError              a key, value or class in the configuration is invalid     exit 2
+    ├── LaunchError              the processes that run are not those that were requested  exit 2
+    ├── DataError                the data cannot be used for training                      exit 2
+    ├── RunDirError              the run directory cannot be used                          exit 2
+    ├── MetricError              a metric was logged incorrectly                           exit 1
+    ├── NonFiniteLossError       the loss became NaN or infinite                           exit 1
+    ├── CheckpointError          a checkpoint could not be written or read                 exit 1
+    │   └── DamagedError         the files differ from what was written                    exit 1
+    ├── TrackingError            the tracking server or the outbox failed                  exit 1
+    ├── PeerFailure              another rank failed, and this rank stops with it          exit 1
+    └── Stopped                  a signal or `harness stop` stopped the run                exit 75
 
-A message has the place, the rule, what was given, and the remedy.
+A message contains the place, the rule, the given value and the remedy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXIT_REQUEUE = 75
 
 
 class HarnessError(Exception):
-    """Base of all errors that are told to the user as one line, without a traceback."""
+    """Base class of the errors that the user sees as one line, without a traceback."""
 
     exit_code = EXIT_FAILED
 
@@ -47,32 +47,32 @@ class ConfigError(HarnessError, ValueError):
 
 
 class LaunchError(HarnessError):
-    """Fewer processes, another strategy or another device run than were asked for."""
+    """Fewer processes, another strategy or another device run than were requested."""
 
     exit_code = EXIT_USAGE
 
 
 class DataError(HarnessError):
-    """The data set cannot be used as it is."""
+    """The data set cannot be used."""
 
     exit_code = EXIT_USAGE
 
 
 class RunDirError(HarnessError):
-    """The run directory cannot be made, written or used."""
+    """The run directory cannot be created, written or used."""
 
     exit_code = EXIT_USAGE
 
 
 class MetricError(HarnessError):
-    """A metric was logged in a way that would give a wrong number."""
+    """A metric was logged in a way that would produce a wrong value."""
 
 
 class NonFiniteLossError(HarnessError):
     """The training loss became NaN or infinite.
 
     Attributes:
-        step: the last optimizer step of the window in which it was seen.
+        step: last optimizer step of the window with the value.
     """
 
     def __init__(self, key: str, value: float, step: int) -> None:
@@ -84,27 +84,27 @@ class NonFiniteLossError(HarnessError):
 
 
 class CheckpointError(HarnessError):
-    """A checkpoint could not be written, or what is on disk is not one."""
+    """A checkpoint could not be written or read."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was written, or not what this version reads: another one may hold.
+    """The files of a checkpoint are damaged, or of a version that cannot be read; another checkpoint may be valid.
 
-    A disk that does not answer, too little memory or another model are none of it: they would be the same
-    with another checkpoint, or pass.
+    A failing disk, a lack of memory or another model raise `CheckpointError`: another checkpoint would not help.
     """
 
 
 class TrackingError(HarnessError):
-    """The tracking store refused, or the outbox could not be written."""
+    """The tracking server refused a request, or the outbox could not be written."""
 
 
 class PeerFailure(HarnessError):
-    """Another rank failed first; its reason is the message.
+    """Another rank failed first; the message contains its reason.
 
     Attributes:
-        rank: the rank that failed, or None where it could not say so.
-        signal_name: the signal that stopped it, where it was one.
+        rank: the rank that failed; None if unknown.
+        reason: the message of its error.
+        signal_name: the signal that stopped it; None if it failed otherwise.
     """
 
     def __init__(self, rank: int | None, reason: str, signal_name: str | None = None) -> None:
@@ -116,9 +116,9 @@ class PeerFailure(HarnessError):
 
 
 class Stopped(HarnessError, SystemExit):
-    """A signal, or `harness stop`, asked the run to stop.
+    """A signal or `harness stop` stopped the run after a checkpoint.
 
-    Not caught, it ends the process with exit code 75 and no traceback.
+    Uncaught, it ends the process with exit code 75 and no traceback.
 
     Attributes:
         signal_name: such as ``SIGTERM``, or ``harness stop``.
@@ -133,5 +133,5 @@ class Stopped(HarnessError, SystemExit):
 
 
 def reason_of(error: BaseException) -> str:
-    """What a user reads of it: ours say all, of others the name tells the most, and may be all there is."""
+    """Return the message for the user, preceded by the class name if the error is not a `HarnessError`."""
     return str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -118,10 +118,10 @@ def _told(command: Callable[[], int]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    from harness.__main__ import leave
+    from harness.__main__ import exit_process
     from harness.__main__ import main as train
 
-    leave(train(words, prog="harness train"))
+    exit_process(train(words, prog="harness train"))
 
 
 def _launch(words: Sequence[str]) -> int:

@@ -39,7 +39,7 @@ def debug(words: Sequence[str]) -> int:
     try:
         options = [*ordered[:num_file_words], "--run_dir", temporary, *DEBUG_OPTIONS, *ordered[num_file_words:]]
         config = parse_run_config(options, prog="harness debug")
-        from harness.__main__ import tell
+        from harness.__main__ import report_error
         from harness.config.instantiate import build_task
 
         try:
@@ -53,7 +53,7 @@ def debug(words: Sequence[str]) -> int:
                 import traceback
 
                 traceback.print_exc()
-            return tell(error)
+            return report_error(error)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return EXIT_DONE

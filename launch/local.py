@@ -22,7 +22,7 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """What is to be started.
 
     Args:
@@ -75,7 +75,7 @@ def check_classes(config: RunConfig) -> None:
     check_optimization(config)
 
 
-def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
+def _parse(words: Sequence[str]) -> tuple[LaunchPlan, bool]:
     parser = CommandParser(
         prog="harness launch",
         allow_abbrev=False,
@@ -90,10 +90,10 @@ def _parse(words: Sequence[str]) -> tuple[Plan, bool]:
     count = own.num_processes
     if count is None:
         count = 1 if own.strategy == "single" else _default_num_processes()
-    return Plan(own.strategy, count, own.main_process_port, tuple(rest), own.max_restarts), own.dry_run
+    return LaunchPlan(own.strategy, count, own.main_process_port, tuple(rest), own.max_restarts), own.dry_run
 
 
-def accelerate_command(plan: Plan) -> list[str]:
+def accelerate_command(plan: LaunchPlan) -> list[str]:
     """The `accelerate launch` command line of a plan.
 
     Raises:

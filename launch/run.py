@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 import harness
 from harness.autologging.settings import first_run_of, script_name
 from harness.config.schema import NUM_PROCESSES_VARIABLE
-from harness.distributed.meeting import is_first_of_launch
+from harness.distributed.launch_identity import is_launcher_rank_zero
 from harness.errors import EXIT_DONE, ConfigError, HarnessError
 from harness.io.redact import redact_words
 from harness.io.standard_streams import write_error, write_output
 from launch.command_parser import CommandParser
-from launch.local import STRATEGIES, Plan, accelerate_command, require_free
+from launch.local import STRATEGIES, LaunchPlan, accelerate_command, require_free
 from launch.script import MODULE, find_script, run_script
 
 _DESCRIPTION = """\
@@ -157,7 +157,7 @@ def _check_resume(own: argparse.Namespace) -> None:
             f"there is no {own.resume}; give auto, never, a run's directory (such as {own.run_dir}/<run_name>), a "
             "checkpoint's, or an address in MLflow (models:/..., runs:/...)",
         )
-    if own.resume == "auto" and own.run_name is None and not own.silent and is_first_of_launch():
+    if own.resume == "auto" and own.run_name is None and not own.silent and is_launcher_rank_zero():
         name = script_name()
         made = Path(own.run_dir).glob(f"{name}-*/run.json")
         unnamed = sorted(
@@ -202,7 +202,7 @@ def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Seq
     kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)
-    plan = Plan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, command="run")
+    plan = LaunchPlan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, command="run")
     command = accelerate_command(plan)
     write_output(f"{shlex.join(redact_words(command))}\n")
     if own.dry_run:
@@ -231,14 +231,14 @@ def _without_launcher(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> NoReturn:
     """Run the command, and end the process with its exit code."""
-    from harness.__main__ import leave, tell
+    from harness.__main__ import exit_process, report_error
 
     try:
         code: Any = run(words)
     except HarnessError as error:
-        code = tell(error)
+        code = report_error(error)
     except SystemExit as exit:
         if not isinstance(exit.code, (int, type(None))):
             raise
         code = exit.code or EXIT_DONE
-    leave(code)
+    exit_process(code)

@@ -19,7 +19,7 @@ from harness.io.durable_files import open_private
 from harness.io.standard_streams import write_output
 from launch.command_parser import CommandParser
 from launch.job_script import Submission, num_nodes, render
-from launch.local import STRATEGIES, Plan, accelerate_command, check_classes
+from launch.local import STRATEGIES, LaunchPlan, accelerate_command, check_classes
 from launch.sweep import check_sweep
 
 _LEAD_S = 300
@@ -127,7 +127,7 @@ def _parse(words: Sequence[str]) -> tuple[Submission, RunConfig, bool]:
         ranks = count * tasks_per_node
         try:
             # One rank has nothing to divide: `harness rank` takes it for single.
-            accelerate_command(Plan(own.strategy if ranks > 1 else "single", ranks, 0, ()))
+            accelerate_command(LaunchPlan(own.strategy if ranks > 1 else "single", ranks, 0, ()))
         except LaunchError as error:
             reason = str(error).removeprefix("--num_processes: ")
             raise ConfigError("--nodes, --tasks_per_node", f"{ranks} ranks: {reason}") from error

@@ -26,7 +26,7 @@ from harness.autologging.settings import AutologSettings
 from harness.autologging.training_registry import TrainingRegistry
 from harness.distributed import cpu_strategies, strategies
 from harness.distributed.fsdp2_layers import separate_embeddings
-from harness.distributed.meeting import is_first_of_launch
+from harness.distributed.launch_identity import is_launcher_rank_zero
 from harness.io.redact import redact_named
 from harness.tracking.mlflow.given_run import GivenRun, active_run_id, given_run
 
@@ -192,7 +192,7 @@ class Patcher:
             return
         self._is_known = True
         has_callback = any(name.startswith("harness.integrations.") for name in sys.modules)
-        if not has_callback and is_first_of_launch():
+        if not has_callback and is_launcher_rank_zero():
             self.session.notes.say_once(
                 "an optimizer steps, and accelerator.backward was not called: this training is not seen, so nothing of "
                 "it is logged or saved"

@@ -1,23 +1,21 @@
-"""The ranks: how they start, meet, agree and fail.
+"""Ranks: how they start, find one another, exchange values and fail.
 
 In reading order:
 
-    strategies       the Accelerator, and the facts about this rank
+    strategies       create the Accelerator, and describe where this rank runs
     cpu_strategies   every strategy on a CPU
     fsdp2_layers     transformers models under FSDP2
     precision        mixed precision, by strategy
-    buffers          buffers that differ between ranks
+    buffers          broadcast buffers that differ between ranks
     elastic          the same global batch on another number of ranks
-    slurm_env        the variables of SLURM
-    meeting          how the ranks of this process met
-    launch_identity  the launch that this process belongs to
-    handshake        two processes prove that they know a secret
-    job_secret       the secret of a job
-    job_rendezvous   ranks without a given port find each other
-    rendezvous       ranks started by torch's elastic agent, for the first time or again
-    rank_values      values between ranks, as JSON and tensors
-    collectives      decisions that all ranks take alike
-    consensus        what one rank asks for, known to all at the same step
+    slurm_env        SLURM's environment variables
+    launch_identity  the launch that this process belongs to, and its last rendezvous
+    rendezvous       ranks that torch's elastic agent starts or restarts
+    job_rendezvous   ranks of a SLURM job, without a configured port
+    job_secret       the secret of a job, and the handshake that proves it is known
+    rank_values      encode values for other ranks as JSON and tensors
+    collectives      collective calls that carry small values
+    consensus        requests of any rank, known to all at the same step
     uneven_inputs    ranks with different numbers of batches
-    failure_monitor  one rank fails, all stop
+    failure_monitor  stop all ranks when one fails
 """

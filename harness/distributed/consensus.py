@@ -1,10 +1,10 @@
-"""What any one rank asks for, known to all ranks at the same step, and nobody waits for it.
+"""Votes by which all ranks learn at the same step what any rank requests, without a wait.
 
-    step s       each rank casts its vote: one small reduction, begun and left to gloo's threads
+    step s       each rank casts its vote: a small reduction that gloo's threads run in the background
     step s + 1   each rank reads the result, which has had a whole step to arrive
 
-So a signal at one rank stops all of them after the same step. Where steps are short the votes are cast
-at every so many of them, which all ranks count alike.
+A signal at one rank therefore stops all ranks after the same step. Where steps are short, ranks vote every few steps;
+the number is the same on every rank.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from harness.errors import PeerFailure
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-# A vote costs about 0.2 ms of the host's time: a five-hundredth of this.
+# A vote costs about 0.2 ms of host time, 0.2 % of this interval.
 _INTERVAL_S = 0.1
 _MAX_STEPS = 1000
 
 
 class Consensus:
-    """One vote at a time: cast at one step, read at the next.
+    """One vote at a time, cast at one step and read at the next.
 
-    Effects: collective on its own group (every rank casts and reads at the same steps); main thread; `cast`
-    does not block, `read` blocks until the other ranks have cast, at most `timeout_s`; nothing on disk.
+    Effects: collective on its own group (every rank casts and reads at the same steps); main thread; `cast` does not
+    block, `read` blocks until the other ranks have cast, at most `timeout_s`; nothing on disk.
 
     Args:
-        group: a gloo group for this alone, or None for a single process.
-        timeout_s: limit of a wait, in seconds.
+        group: a gloo group used for nothing else; None for a single process.
+        timeout_s: limit of `read`, in seconds.
 
     Attributes:
-        every_n_steps: how often a vote is due; the same on every rank. In one process none is due by number: whoever
-            asks is heard at once.
-        steps_since: how many steps were done since the last vote was cast; counted by whoever steps, since at most of
-            them nothing else is to be done here.
+        every_n_steps: the interval between votes, the same on every rank. A single process may vote at any step.
+        num_steps_since_vote: steps since the last vote was cast. The training loop increments it, because most steps
+            need no call into this class.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float = 600.0) -> None:
@@ -48,28 +47,28 @@ class Consensus:
         self._timeout_s = timeout_s
         self._work: dist.Work | None = None
         self._numbers: torch.Tensor | list[int] | None = None
-        self.steps_since = 0
+        self.num_steps_since_vote = 0
         self.every_n_steps = 1 if group is not None else sys.maxsize
 
-    def pace(self, step_time_s: float) -> None:
-        """Adapt to how long a step takes: the same number on every rank, such as a reduced metric."""
+    def adapt_interval(self, step_time_s: float) -> None:
+        """Adapt the interval to the duration of a step, which must be the same number on every rank."""
         if self._group is not None and step_time_s > 0:
             self.every_n_steps = max(1, min(_MAX_STEPS, int(_INTERVAL_S / step_time_s)))
 
     @property
     def is_due(self) -> bool:
-        """Whether a vote is to be cast at this step."""
-        return self._group is None or self.steps_since >= self.every_n_steps
+        """Whether this step casts a vote."""
+        return self._group is None or self.num_steps_since_vote >= self.every_n_steps
 
     @property
-    def is_cast(self) -> bool:
-        """Whether there is a vote to be read."""
+    def is_pending(self) -> bool:
+        """Whether a vote was cast and not yet read."""
         return self._numbers is not None
 
     def cast(self, numbers: Sequence[int]) -> None:
-        """Say what this rank asks for; of each number the largest counts."""
-        assert self._numbers is None, "a vote was cast before the one before it was read"
-        self.steps_since = 0
+        """Cast this rank's requests; the result is the elementwise maximum over ranks."""
+        assert self._numbers is None, "a vote was cast before the previous one was read"
+        self.num_steps_since_vote = 0
         if self._group is None:
             self._numbers = list(numbers) if any(numbers) else None
             return
@@ -81,10 +80,10 @@ class Consensus:
         self._work = self._group.allreduce([self._numbers], options)
 
     def read(self) -> list[int] | None:
-        """What all ranks together ask for, or None where no vote was cast since the last time.
+        """Return the result of the pending vote, or None if there is none.
 
         Raises:
-            PeerFailure: if a rank did not vote in time, or is gone.
+            PeerFailure: if a rank is gone or does not vote in time.
         """
         if self._numbers is None:
             return None

@@ -1,8 +1,8 @@
-"""One rank fails, all ranks stop: the reason travels through the rendezvous store, not a collective.
+"""Stop all ranks when one fails: the reason travels through the rendezvous store, not through a collective.
 
-A rank that raises writes its reason under one key. Each rank's watcher thread looks at that key; the
-main thread sees it at its next step. A main thread that is stuck in a collective with the dead rank
-is given a few seconds, then the watcher ends the process: nobody waits for a time-out.
+A rank that raises writes its reason under a key. A watcher thread on each rank polls that key; the main thread raises
+at its next step. A main thread that is blocked in a collective with the dead rank has a few seconds to return, then
+the watcher ends the process, so no rank waits for a collective's time limit.
 """
 
 from __future__ import annotations
@@ -11,57 +11,63 @@ import itertools
 import json
 import os
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch.distributed import DistError, FileStore, TCPStore  # type: ignore[attr-defined]
 
-from harness.distributed.meeting import latest_meeting
+from harness.distributed.launch_identity import latest_rendezvous
 from harness.errors import PeerFailure, Stopped, reason_of
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _POLL_S = 0.5
-# How long a main thread has to come out of its collective by itself (gloo notices a dead peer at once).
+# How long a main thread has to return from its collective (gloo notices a dead peer at once).
 _GRACE_S = 5.0
-# Runs of this process: every rank begins each of them.
+# Number of runs in this process; every rank starts each of them.
 _num_runs = itertools.count()
 
 
-class FailureMonitor:
-    """Tells the other ranks that this one failed, and learns that another did.
+class AbortHandler(Protocol):
+    """Handles the end of a process whose main thread is blocked."""
 
-    Effects: not collective; `report` and `check` from the main thread; a daemon thread with its own
-    connection to the store; nothing on disk.
+    def before_abort(self, failure: PeerFailure) -> None:
+        """Record the failure, just before the watcher thread ends the process."""
+
+
+class FailureMonitor:
+    """Reports this rank's failure to the other ranks, and detects theirs.
+
+    Effects: not collective; `report` and `check` from the main thread; a daemon thread with its own connection to the
+    store, which may end the process; nothing on disk.
 
     Args:
         rank: this rank.
         world_size: number of ranks; with 1 there is nothing to watch.
-        last_words: called by the watcher just before it ends a process that is stuck.
+        handler: notified by the watcher thread just before it ends the process; None: nothing is.
 
     Attributes:
-        failure: another rank's; None: none is known.
+        failure: another rank's failure; None if none is known.
     """
 
-    def __init__(self, rank: int, world_size: int, last_words: Callable[[PeerFailure], None]) -> None:
+    def __init__(self, rank: int, world_size: int, handler: AbortHandler | None = None) -> None:
         self._rank = rank
-        self._last_words = last_words
+        self._handler = handler
         self._closing = threading.Event()
         self.failure: PeerFailure | None = None
-        # Of this start of the ranks, and of this run in it: what an earlier one has left at the same store is not told
-        # again. A notebook, or a script that tries once more with less, trains on in processes where a run has failed.
-        meeting = latest_meeting()
-        which = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if meeting is None else meeting.name
-        self._key = f"harness/failed/{which}/{next(_num_runs)}"
-        self._store = connect() if world_size > 1 else None
+        # The key is of this start of the ranks and this run of the process: a report of an earlier start in the same
+        # store, or of an earlier run in a notebook, does not count.
+        rendezvous = latest_rendezvous()
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if rendezvous is None else rendezvous.name
+        self._key = f"harness/failed/{start}/{next(_num_runs)}"
+        self._store = connect_to_store() if world_size > 1 else None
         if self._store is not None:
-            threading.Thread(target=self._watch, name="harness-peers", daemon=True).start()
+            threading.Thread(target=self._watch, name="harness-failure-monitor", daemon=True).start()
 
     def check(self) -> None:
-        """Raise if another rank has failed. Costs one attribute.
+        """Raise if another rank has failed. Costs one attribute access.
 
         Raises:
             PeerFailure: with that rank's reason.
@@ -70,27 +76,27 @@ class FailureMonitor:
             raise self.failure
 
     def report(self, error: BaseException) -> None:
-        """Tell the others why this rank stops, unless it stops because of one of them."""
+        """Report to the other ranks why this rank stops, unless another rank is the cause."""
         self._closing.set()
         if self._store is None or isinstance(error, PeerFailure):
             return
         reason = reason_of(error)
         signal_name = error.signal_name if isinstance(error, Stopped) else None
         record = json.dumps({"rank": self._rank, "reason": reason, "signal": signal_name})
-        # A store that is gone went with the rank that kept it, and that rank is noticed missing.
+        # If the store is gone, so is the rank that kept it, which the others notice themselves.
         with suppress(RuntimeError):
-            # The first reason is the cause; what follows is its consequence.
+            # The first reason is the cause; later ones are consequences.
             self._store.compare_set(self._key, "", record)
 
-    def cause(self, error: BaseException) -> BaseException:
-        """What really ended this rank: a peer's failure, where one was reported, rather than its echo."""
+    def root_cause(self, error: BaseException) -> BaseException:
+        """Return the failure of another rank if `error` is only its consequence, else `error`."""
         if self._store is None or isinstance(error, Stopped):
             return error
         try:
             found = self._read()
         except RuntimeError:
             found = None
-        # What fails on all ranks alike is nobody's echo.
+        # An error that all ranks raise alike is not a consequence.
         if found is not None and found.rank != self._rank and found.reason != reason_of(error):
             return found
         if _is_broken_collective(error):
@@ -102,7 +108,7 @@ class FailureMonitor:
         return error
 
     def close(self) -> None:
-        """Stop watching: from here on the ranks part in good order."""
+        """Stop watching; from here on, other ranks end normally."""
         self._closing.set()
 
     def _watch(self) -> None:
@@ -115,7 +121,8 @@ class FailureMonitor:
                 continue
             self.failure = found
             if not self._closing.wait(_GRACE_S):
-                self._last_words(found)
+                if self._handler is not None:
+                    self._handler.before_abort(found)
                 os._exit(1)
             return
 
@@ -128,7 +135,7 @@ class FailureMonitor:
 
 
 def _is_broken_collective(error: BaseException) -> bool:
-    """Whether this is how gloo or NCCL say that the other side is gone."""
+    """Whether gloo or NCCL raised this error because a peer is gone."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
@@ -136,11 +143,11 @@ def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].partition(". This is typically")[0]
 
 
-def connect() -> Store | None:
-    """A connection of our own to the store that the ranks met at, or None where it cannot be named."""
+def connect_to_store() -> Store | None:
+    """Open a new connection to the store of the rendezvous; None if the environment does not name it."""
     if (path := os.environ.get("ACCELERATE_DEBUG_RDV_FILE")) is not None:
-        # accelerate's debug_launcher names an address too, at which nobody is. Without a number of ranks: the file is
-        # not this connection's to remove.
+        # accelerate's debug_launcher also names an address, at which there is no server. Without a number of ranks,
+        # this connection does not remove the file when it closes.
         return FileStore(path)
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:

@@ -1,12 +1,12 @@
-"""Rendezvous of ranks without a given port: rank zero takes a free one, and tells the others which.
+"""Rendezvous of a job's ranks without a configured port: rank 0 publishes the port of its store.
 
-    rank zero      keeps the store at a free port; says its number at the first free one of a list of ports
-    other ranks    ask at each port of the list, on rank zero's node, until one answers in the name of their job
+    rank 0        keeps a TCPStore at a free port; a port server at the first free port of a list publishes its number
+    other ranks   try each port of the list on rank 0's host until a port server of their job answers
 
-The list follows from the job's name: no port is chosen on one node for another, two jobs on a node do not meet, and a
-port that somebody else has is passed by. The list is no secret, so who answers there, and who asks, must prove that it
-knows the job's (`job_secret`, `handshake`) before anything else that it sends is looked at. `harness rank` sets what
-this reads: the host, and the job's name.
+The list follows from the job's name: no node chooses a port for another, two jobs on a host use different lists, and a
+port that another program uses is skipped. The list is not secret, so server and client prove that they know the job's
+secret before either uses what the other sends (`harness.distributed.job_secret`). `harness rank` sets the variables
+that this module reads.
 """
 
 from __future__ import annotations
@@ -17,30 +17,28 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler
 
-from harness.distributed import job_secret
-from harness.distributed.handshake import AuthenticationError, Handshake
-from harness.distributed.meeting import JOB_VARIABLE
+from harness.distributed.job_secret import JOB_VARIABLE, AuthenticationError, Handshake, JobSecret
 from harness.errors import LaunchError
 
 SCHEME = "harness-job"
 
 _NUM_PORTS = 32
-# Below those that systems give to clients (32768 and up on Linux).
+# Below the ephemeral ports of clients (32768 and up on Linux).
 _PORTS = range(20_000, 32_000)
-_ANSWER_S = 2.0
-_NUM_AT_ONCE = 32
-_PAUSE_S = 0.2
+_HANDSHAKE_S = 2.0
+_MAX_CONNECTIONS = 32
+_RETRY_S = 0.2
 
 
 def ports_of(job: str) -> list[int]:
-    """The ports that are asked at, in order; the same on every node.
+    """Return the ports to try, in order; the same on every node.
 
     Args:
         job: a name that no other job has at that time.
@@ -48,27 +46,24 @@ def ports_of(job: str) -> list[int]:
     return random.Random(job).sample(_PORTS, _NUM_PORTS)
 
 
-def serve(job: str, secret: bytes, world_size: int, all_met: Callable[[], None] = lambda: None) -> tuple[Store, int]:
-    """Keep the store that the ranks meet at, and tell the job's ranks its port. For rank zero.
+def serve(job: str, secret: JobSecret, world_size: int) -> tuple[Store, int]:
+    """Create the store of the job's ranks and publish its port to them. Rank 0 calls this.
 
-    Effects: daemon threads, which answer as long as the process lives; nothing on disk.
-
-    Args:
-        job: name of the job.
-        secret: of the job.
-        world_size: number of ranks.
-        all_met: called once each of the other ranks has been answered.
+    Effects: daemon threads that answer until the process ends; the file of the secret, which is removed once every
+    other rank has its answer.
 
     Returns:
-        The store, and its port.
+        The store and its port.
 
     Raises:
-        LaunchError: if none of the job's ports is free.
+        LaunchError: if none of the job's ports is free, or the secret cannot be written.
     """
+    value = secret.create()
     listener = _listen(job)
     store = TCPStore("0.0.0.0", 0, world_size, is_master=True, wait_for_workers=False)
-    door = _Door(Handshake(secret, job, _ANSWER_S), json.dumps({"port": store.port}).encode(), world_size, all_met)
-    threading.Thread(target=door.open, args=(listener,), name="harness-rendezvous", daemon=True).start()
+    message = json.dumps({"port": store.port}).encode()
+    server = _PortServer(listener, Handshake(value, job, _HANDSHAKE_S), message, world_size, secret)
+    threading.Thread(target=server.run, name="harness-rendezvous", daemon=True).start()
     return store, store.port
 
 
@@ -79,95 +74,100 @@ def _listen(job: str) -> socket.socket:
             listener.bind(("0.0.0.0", port))
             listener.listen(128)
             return listener
-        except OSError:  # taken
+        except OSError:  # in use
             listener.close()
     raise LaunchError(f"none of {_NUM_PORTS} ports is free on {socket.gethostname()}: {ports_of(job)}")
 
 
-class _Door:
-    """Answers whoever knows the secret, several at a time: one that is silent must not keep the others waiting."""
+class _PortServer:
+    """Sends a message to each client that knows the secret.
 
-    def __init__(self, handshake: Handshake, message: bytes, world_size: int, all_met: Callable[[], None]) -> None:
+    Clients are served concurrently, so that a silent one does not delay the others.
+    """
+
+    def __init__(
+        self, listener: socket.socket, handshake: Handshake, message: bytes, world_size: int, secret: JobSecret
+    ) -> None:
+        self._listener = listener
         self._handshake = handshake
         self._message = message
-        self._all_met = all_met
-        self._places = threading.Semaphore(_NUM_AT_ONCE)
-        # By rank, not by number: one that had no time left to read its answer asks again.
+        self._secret = secret
+        self._connections = threading.Semaphore(_MAX_CONNECTIONS)
+        # A set of ranks, not a count: a rank whose time limit ends before it reads its answer connects again.
         self._missing = set(range(1, world_size))
         self._lock = threading.Lock()
 
-    def open(self, listener: socket.socket) -> None:
+    def run(self) -> None:
         while True:
-            self._places.acquire()
+            self._connections.acquire()
             try:
-                connection, _ = listener.accept()
-                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
             except (OSError, RuntimeError):  # no descriptor or thread is free
-                self._places.release()
-                time.sleep(_PAUSE_S)
+                self._connections.release()
+                time.sleep(_RETRY_S)
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket) -> None:
         try:
             with connection:
-                rank = self._handshake.answer(connection, self._message)
+                rank = self._handshake.send(connection, self._message)
         except OSError:
             return
         finally:
-            self._places.release()
+            self._connections.release()
         with self._lock:
             is_last = self._missing == {rank}
             self._missing.discard(rank)
         if is_last:
-            self._all_met()
+            self._secret.discard()
 
 
-def find(job: str, rank: int, host: str, read: Callable[[], bytes | None], timeout: timedelta) -> tuple[Store, int]:
-    """A connection to the store that rank zero keeps, and its port.
+def find(job: str, rank: int, host: str, secret: JobSecret, timeout: timedelta) -> tuple[Store, int]:
+    """Connect to the store of rank 0 and return it with its port.
 
-    Effects: blocks until rank zero has started, at most `timeout`.
+    Effects: blocks until rank 0 has started, at most `timeout`.
 
     Args:
         job: name of the job.
         rank: of this process.
-        host: rank zero's.
-        read: gives the job's secret; None: it is not known yet.
-        timeout: limit of the wait.
+        host: of rank 0.
+        secret: of the job.
+        timeout: limit of the search.
 
     Raises:
-        TimeoutError: with the host and what was found there.
-        LaunchError: from `read`.
+        TimeoutError: with the host and the reason.
+        LaunchError: if the secret cannot be read.
     """
     deadline_s = time.monotonic() + timeout.total_seconds()
-    secret: bytes | None = None
+    value: bytes | None = None
     while True:
-        # Again each time: a file of an earlier start may be replaced, and is removed when all have met.
-        secret = read() or secret
-        if secret is None:
+        # Read again each time: rank 0 may replace the file of an earlier start, and removes it when all have joined.
+        value = secret.read() or value
+        if value is None:
             reason = "it has not written the job's secret where this rank looks for it"
         else:
-            port, reason = _find_port(Handshake(secret, job, _ANSWER_S), rank, host)
+            port, reason = _find_port(Handshake(value, job, _HANDSHAKE_S), rank, host)
             if port is not None:
                 return TCPStore(host, port, is_master=False, timeout=timeout), port
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"rank 0 was not found on {host} in time: {reason}")
-        time.sleep(_PAUSE_S)
+        time.sleep(_RETRY_S)
 
 
 def _find_port(handshake: Handshake, rank: int, host: str) -> tuple[int | None, str]:
-    """The store's port, or None with the reason."""
+    """The store's port, or None and the reason."""
     reason = "no port answers"
-    for port in ports_of(handshake.name):
+    for port in ports_of(handshake.job):
         try:
-            # By a socket of our own: torch's store, with somebody else at the other end, waits without a limit
-            # (torch 2.13).
-            with socket.create_connection((host, port), timeout=_ANSWER_S) as asking:
-                message = handshake.ask(asking, rank)
+            # Not with torch's store: connected to another program, it blocks without a limit (torch 2.13).
+            with socket.create_connection((host, port), timeout=_HANDSHAKE_S) as connection:
+                message = handshake.receive(connection, rank)
         except socket.gaierror as error:
             return None, f"its name is not known on {socket.gethostname()}: {error.strerror}"
         except TimeoutError:
             reason = f"port {port} does not answer in time"
         except AuthenticationError:
-            reason = f"who answers at port {port} does not know the job's secret"
+            reason = f"the server at port {port} does not know the job's secret"
         except OSError:
             continue
         else:
@@ -177,11 +177,12 @@ def _find_port(handshake: Handshake, rank: int, host: str) -> tuple[int | None, 
 
 def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Store, int, int]]:
     job, rank, world_size = os.environ[JOB_VARIABLE], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    secret = JobSecret.from_environment()
     if rank == 0:
-        store, port = serve(job, job_secret.make_secret(), world_size, job_secret.discard)
+        store, port = serve(job, secret, world_size)
     else:
-        store, port = find(job, rank, os.environ["MASTER_ADDR"], job_secret.read_secret, timeout)
-    # For whatever else connects to it (`harness.distributed.failure_monitor`).
+        store, port = find(job, rank, os.environ["MASTER_ADDR"], secret, timeout)
+    # For other connections to the store (`harness.distributed.failure_monitor`).
     os.environ["MASTER_PORT"] = str(port)
     yield store, rank, world_size
 

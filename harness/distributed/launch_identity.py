@@ -1,29 +1,64 @@
-"""Which launch this process belongs to, so that a launcher's restart finds the run that it had made."""
+"""The launch that this process belongs to, so that a restart finds the run of the first start.
+
+Importing this never imports torch: the publisher and the command line use it too.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.distributed import slurm_env
-from harness.distributed.meeting import latest_meeting
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """One rendezvous of this process's ranks (`harness.distributed.rendezvous`).
+
+    Args:
+        name: unique to this start of the ranks.
+        is_restart: whether ranks of the same launch had a rendezvous before.
+    """
+
+    name: str
+    is_restart: bool
+
+
+_latest: Rendezvous | None = None
+
+
+def record_rendezvous(rendezvous: Rendezvous) -> None:
+    """Record the rendezvous of this process's ranks."""
+    global _latest
+    _latest = rendezvous
+
+
+def latest_rendezvous() -> Rendezvous | None:
+    """Return the last rendezvous of this process's ranks; None if torch handled it."""
+    return _latest
+
+
+def is_launcher_rank_zero() -> bool:
+    """Whether the launcher started this process as rank 0; true without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Launcher -> what is the same for all restarts of one launch, and for no other launch at that time.
+    """Return launcher -> an identity that all restarts of one launch share, and no other concurrent launch.
 
-    Torch's elastic agent (below `accelerate launch` and `torchrun`) keeps address, port and run id over its
-    restarts (torch 2.13, static and c10d rendezvous, seen). They may well be those of an earlier launch too,
-    ``127.0.0.1:29500:none``; on one node the agent's process tells them apart.
+    Torch's elastic agent (used by `accelerate launch` and `torchrun`) keeps address, port and run id over its restarts
+    (torch 2.13, static and c10d rendezvous, seen). An earlier launch may have had the same, ``127.0.0.1:29500:none``;
+    on a single node the agent's process distinguishes them.
     """
     found = {}
     if "TORCHELASTIC_RESTART_COUNT" in environment:
         names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
         parts = [environment.get(name, "") for name in names]
         if environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"):
-            parts.append(_agent())
+            parts.append(_agent_process())
         found["torchelastic"] = ":".join(parts)
     if (job := slurm_env.read_job(environment)) is not None:
         found["slurm"] = job.identity
@@ -31,10 +66,10 @@ def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, st
 
 
 def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
-    """Launcher and identity, where this process is a launcher's restart; else None."""
+    """Return launcher and identity if this process is a launcher's restart, else None."""
     identity = launch_identity(environment)
-    # A node on which no rank has failed counts no restart.
-    if "torchelastic" in identity and (meeting := latest_meeting()) is not None and meeting.is_restart:
+    # A node on which no rank has failed does not count a restart.
+    if "torchelastic" in identity and (latest := latest_rendezvous()) is not None and latest.is_restart:
         return "torchelastic", identity["torchelastic"]
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     if "torchelastic" in identity and count.isdigit() and int(count) > 0:
@@ -43,13 +78,13 @@ def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str
     return ("slurm", job.identity) if job is not None and job.restart_count else None
 
 
-def _agent() -> str:
-    """The nearest process above that the agent did not start: host, id and time of start. Linux only, else empty."""
+def _agent_process() -> str:
+    """Host, id and start time of the nearest ancestor that the agent did not start. Linux only, else empty."""
     pid = os.getppid()
     try:
         while pid > 1:
             directory = Path(f"/proc/{pid}")
-            # The name in its second field may hold spaces and brackets.
+            # The second field may contain spaces and brackets.
             fields = (directory / "stat").read_text().rpartition(")")[2].split()
             if b"TORCHELASTIC_RESTART_COUNT=" not in (directory / "environ").read_bytes():
                 return f"{socket.gethostname()}:{pid}:{fields[19]}"

@@ -1,14 +1,14 @@
-"""Where the ranks meet that torch's elastic agent has started, for the first time or again.
+"""Rendezvous of ranks that torch's elastic agent starts, for the first time or again after a failure.
 
-The agents keep their store from one start of the ranks to the next (static rendezvous, which `accelerate launch`
-uses, and c10d), and with it the addresses that the ranks of the start before have left there. Gloo takes such
-an address for the other rank's, and fails to connect (seen with torch 2.13). So each start meets under a name of
-its own. The count of restarts is none: it differs between nodes, as only the node whose rank has failed counts.
+The agents keep their store over restarts of the ranks (static rendezvous, which `accelerate launch` uses, and c10d),
+including the addresses that the previous ranks left there. Gloo reads such an address as the peer's and fails to
+connect (seen with torch 2.13). Each start therefore uses a prefix of its own in the store. The restart count cannot be
+the prefix: it differs between nodes, since only the node whose rank failed counts.
 
-    rank zero      makes a name, and says it        waits for every rank's greeting   answers with all greetings
-    other ranks    greet under the name they read   wait for an answer to their own   read the name again if it changed
+    rank 0        publishes a new name       waits for a token of every rank    publishes the list of tokens
+    other ranks   write a token under it     wait for a list with their token   start over if the name changes
 
-A greeting is new in each process, so an answer of an earlier start is told from one of this.
+A token is new in each process, so a list of an earlier start is not mistaken for one of this start.
 """
 
 from __future__ import annotations
@@ -25,92 +25,93 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from harness.distributed import job_rendezvous
-from harness.distributed.meeting import JOB_VARIABLE, Meeting, have_met
+from harness.distributed.job_secret import JOB_VARIABLE
+from harness.distributed.launch_identity import Rendezvous, record_rendezvous
 
 _SCHEME = "harness"
-_NAME = "harness/meeting"
-_NUMBER = "harness/num_meetings"
+_NAME = "harness/rendezvous"
+_COUNT = "harness/num_rendezvous"
 _POLL_S = 0.02
 
 
 def init_method() -> str | None:
-    """What `torch.distributed.init_process_group` is to be given; None: what it does by itself is right."""
+    """Return the `init_method` for `torch.distributed.init_process_group`; None: torch's default is correct."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{_SCHEME}://"
     return f"{job_rendezvous.SCHEME}://" if JOB_VARIABLE in os.environ else None
 
 
-def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Meeting:
-    """Find the name that all ranks of this start meet under.
+def join(store: Store, rank: int, world_size: int, timeout: timedelta) -> Rendezvous:
+    """Agree on the name of this start with all other ranks.
 
     Effects: every rank calls it, before there are collectives; blocks until all have, at most `timeout`.
 
     Args:
-        store: that the launch keeps.
+        store: of the elastic agent.
         rank: this rank.
         world_size: number of ranks.
         timeout: limit of the wait.
 
     Raises:
-        TimeoutError: with the ranks that have not come.
+        TimeoutError: with the ranks that are missing.
     """
     deadline_s = time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        return _receive(store, world_size, deadline_s)
-    return _join(store, rank, deadline_s)
+        return _lead(store, world_size, deadline_s)
+    return _follow(store, rank, deadline_s)
 
 
-def _receive(store: Store, world_size: int, deadline_s: float) -> Meeting:
+def _lead(store: Store, world_size: int, deadline_s: float) -> Rendezvous:
     name = uuid.uuid4().hex
-    meeting = Meeting(name, store.add(_NUMBER, 1) > 1)
-    store.set(_NAME, json.dumps([name, meeting.is_restart]))
+    rendezvous = Rendezvous(name, store.add(_COUNT, 1) > 1)
+    store.set(_NAME, json.dumps([name, rendezvous.is_restart]))
     missing = set(range(1, world_size))
-    greetings: dict[int, str] = {}
+    tokens: dict[int, str] = {}
     while missing:
         for rank in sorted(missing):
-            if store.check([_greeting(name, rank)]):
-                greetings[rank] = store.get(_greeting(name, rank)).decode()
-        missing -= greetings.keys()
+            if store.check([_token(name, rank)]):
+                tokens[rank] = store.get(_token(name, rank)).decode()
+        missing -= tokens.keys()
         if missing:
             _wait(deadline_s, f"ranks {sorted(missing)} to start")
-    store.set(_answer(name), json.dumps(sorted(greetings.values())))
-    return meeting
+    store.set(_token_list(name), json.dumps(sorted(tokens.values())))
+    return rendezvous
 
 
-def _join(store: Store, rank: int, deadline_s: float) -> Meeting:
-    own, name = uuid.uuid4().hex, ""
+def _follow(store: Store, rank: int, deadline_s: float) -> Rendezvous:
+    token, name = uuid.uuid4().hex, ""
     while True:
         if store.check([_NAME]):
-            said, is_restart = json.loads(store.get(_NAME))
-            if said != name:
-                name = said
-                store.set(_greeting(name, rank), own)
-            if store.check([_answer(name)]) and own in json.loads(store.get(_answer(name))):
-                return Meeting(name, is_restart)
+            latest, is_restart = json.loads(store.get(_NAME))
+            if latest != name:
+                name = latest
+                store.set(_token(name, rank), token)
+            if store.check([_token_list(name)]) and token in json.loads(store.get(_token_list(name))):
+                return Rendezvous(name, is_restart)
         _wait(deadline_s, "rank 0, or all other ranks, to start")
 
 
 def _wait(deadline_s: float, what: str) -> None:
     if time.monotonic() > deadline_s:
-        raise TimeoutError(f"the ranks have not met in time: waited for {what}")
+        raise TimeoutError(f"the rendezvous exceeded its time limit: waited for {what}")
     time.sleep(_POLL_S)
 
 
-def _greeting(name: str, rank: int) -> str:
-    return f"harness/{name}/greeting/{rank}"
+def _token(name: str, rank: int) -> str:
+    return f"harness/{name}/token/{rank}"
 
 
-def _answer(name: str) -> str:
-    return f"harness/{name}/answer"
+def _token_list(name: str) -> str:
+    return f"harness/{name}/tokens"
 
 
 def _rendezvous(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Iterator[tuple[Store, int, int]]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-    meeting = meet(store, rank, world_size, timeout)
-    have_met(meeting)
-    yield PrefixStore(f"harness/{meeting.name}", store), rank, world_size
+    rendezvous = join(store, rank, world_size, timeout)
+    record_rendezvous(rendezvous)
+    yield PrefixStore(f"harness/{rendezvous.name}", store), rank, world_size
 
 
 register_rendezvous_handler(_SCHEME, _rendezvous)  # type: ignore[no-untyped-call]

@@ -1,12 +1,13 @@
-"""Which optimizer steps all ranks have, in a pass of which one rank may have fewer batches than another.
+"""Ranks with different numbers of batches: at which steps every rank is present.
 
-    a step at which something collective is due    the ranks say that they are there, and wait for each other
-    a rank has no further batch                    it says so, once, and waits for nobody
-    the next time that another asks                ... it knows, and does nothing collective until they meet
-    the pass is over on all of them                they meet, before whatever comes next
+    a step at which something collective is due   every rank calls `check_step` and waits for the others
+    a rank has no further batch                   it calls `mark_exhausted` once and does not wait
+    the next `check_step` of another rank         reports the divergence; that rank does nothing collective either
+    the iteration is over on all ranks            they call `synchronize` before the next collective work
 
-Nobody is waited for who may be waiting elsewhere: a rank that is done says so before it gets to where the others'
-gradients are (`torch.distributed.algorithms.join`). How many batches there are, nobody needs to know.
+An exhausted rank reports itself before it joins the other ranks' gradient reductions
+(`torch.distributed.algorithms.join`), so no rank waits for one that waits elsewhere. The numbers of batches need not be
+known in advance.
 """
 
 from __future__ import annotations
@@ -20,97 +21,98 @@ from harness.distributed.consensus import Consensus
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What the ranks have said at a step.
+    """What all ranks report at a step.
 
     Args:
-        asked: of each number that a rank has given, the largest.
-        are_here: every rank is at this step, and none alone is at its last batch.
-        is_last: all of them are at their last batch.
+        requests: elementwise maximum of the ranks' requests.
+        all_present: whether every rank is at this step, and either all or none are at their last batch.
+        is_last: whether all ranks are at their last batch.
     """
 
-    asked: Sequence[int]
-    are_here: bool
+    requests: Sequence[int]
+    all_present: bool
     is_last: bool
 
 
 @dataclass(frozen=True)
-class MeetingResult:
-    """What the ranks have said behind a pass.
+class SyncResult:
+    """What all ranks report after an iteration.
 
     Args:
-        asked: of each number that a rank has given, the largest.
-        most: of the numbers of steps.
-        fewest: likewise.
-        is_cut_short: whether any rank has left the pass before its end.
+        requests: elementwise maximum of the ranks' requests.
+        max_steps: largest number of completed optimizer steps.
+        min_steps: smallest number of completed optimizer steps.
+        is_cut_short: whether any rank left the iteration before its end.
     """
 
-    asked: Sequence[int]
-    most: int
-    fewest: int
+    requests: Sequence[int]
+    max_steps: int
+    min_steps: int
     is_cut_short: bool
 
 
 class UnevenInputs:
-    """Finds out, at the steps that need it, whether every rank is there.
+    """Detects ranks that run out of batches, at the steps that need every rank.
 
-    Effects: `ask` and `meet` are collective, and block until every rank has called one of them or `end`; `end` blocks
-    for nobody; main thread; nothing on disk.
+    Effects: `check_step` and `synchronize` are collective and block until every rank has called one of them or
+    `mark_exhausted`, which does not block; main thread; nothing on disk.
 
     Args:
-        votes: by which they say it; no other vote is on its way while `may_differ`.
-        num_asked: how many numbers `ask` and `meet` are given.
+        votes: carries the reports; no other vote may be pending while `may_be_uneven`.
+        num_requests: length of the requests given to `check_step` and `synchronize`.
 
     Attributes:
-        may_differ: a pass runs, or is over and the ranks have not met since, of which some may have fewer batches.
-        is_apart: nothing collective is to be done until the ranks have met.
+        may_be_uneven: whether ranks may have different numbers of batches in the current iteration, or in one whose
+            ranks have not synchronized since.
+        has_diverged: whether nothing collective may run until the ranks have synchronized.
     """
 
-    def __init__(self, votes: Consensus, num_asked: int) -> None:
+    def __init__(self, votes: Consensus, num_requests: int) -> None:
         self._votes = votes
-        self._num_asked = num_asked
-        self.may_differ = self.is_apart = False
+        self._num_requests = num_requests
+        self.may_be_uneven = self.has_diverged = False
 
-    def begin(self, *, may_differ: bool) -> None:
-        """A pass begins, or the one that has begun is none."""
-        self.may_differ, self.is_apart = may_differ, False
+    def begin_iteration(self, *, may_be_uneven: bool) -> None:
+        """Begin an iteration, or discard the current one if it turned out not to train."""
+        self.may_be_uneven, self.has_diverged = may_be_uneven, False
 
-    def ask(self, asked: Sequence[int], *, is_last: bool) -> StepStatus:
-        """This rank is at a step at which something is due on every rank that gets there.
+    def check_step(self, requests: Sequence[int], *, is_last: bool) -> StepStatus:
+        """Exchange requests at a step at which collective work is due on every rank that reaches it.
 
         Args:
-            asked: what this rank is asked for.
-            is_last: it has no further batch.
+            requests: of this rank.
+            is_last: whether this rank has no further batch.
         """
-        has_ended, any_is_last, any_is_not, *largest = self._exchange([False, is_last, not is_last, *asked])
-        # Of two ranks' last batches one may be a step, and the other none: what is due waits until they meet.
-        are_here = not has_ended and not (any_is_last and any_is_not)
-        self.is_apart = not are_here or bool(any_is_last)
-        return StepStatus(largest, are_here, not any_is_not)
+        is_exhausted, any_is_last, any_is_not, *largest = self._exchange([False, is_last, not is_last, *requests])
+        # Of two last batches one may be a step and the other not: collective work waits for `synchronize`.
+        all_present = not is_exhausted and not (any_is_last and any_is_not)
+        self.has_diverged = not all_present or bool(any_is_last)
+        return StepStatus(largest, all_present, not any_is_not)
 
-    def end(self) -> None:
-        """This rank has no further batch; the others learn it when they ask."""
-        if self.may_differ and not self.is_apart:
-            self.is_apart = True
-            # Where a rank is gone, that is told where somebody waits for it.
+    def mark_exhausted(self) -> None:
+        """Report that this rank has no further batch; the others learn it at their next `check_step`."""
+        if self.may_be_uneven and not self.has_diverged:
+            self.has_diverged = True
+            # A rank that is gone is reported by the next call that waits for it.
             with suppress(RuntimeError):
-                self._votes.cast([True, False, False, *[0] * self._num_asked])
+                self._votes.cast([True, False, False, *[0] * self._num_requests])
 
-    def meet(self, step: int, asked: Sequence[int], *, is_cut_short: bool) -> MeetingResult:
-        """Wait for the other ranks' ends of the pass.
+    def synchronize(self, step: int, requests: Sequence[int], *, is_cut_short: bool) -> SyncResult:
+        """Wait until the iteration is over on every rank.
 
         Args:
-            step: optimizer steps that are complete on this rank.
-            asked: what this rank is asked for.
-            is_cut_short: this rank has left the pass before its end.
+            step: completed optimizer steps of this rank.
+            requests: of this rank.
+            is_cut_short: whether this rank left the iteration before its end.
         """
-        self.end()
+        self.mark_exhausted()
         self._votes.read()
-        most, minus_fewest, any_is_cut_short, *largest = self._exchange([step, -step, is_cut_short, *asked])
-        self.may_differ = self.is_apart = False
-        return MeetingResult(largest, most, -minus_fewest, bool(any_is_cut_short))
+        max_steps, minus_min, any_is_cut_short, *largest = self._exchange([step, -step, is_cut_short, *requests])
+        self.may_be_uneven = self.has_diverged = False
+        return SyncResult(largest, max_steps, -minus_min, bool(any_is_cut_short))
 
     def _exchange(self, numbers: Sequence[int]) -> list[int]:
         self._votes.cast(numbers)
         found = self._votes.read()
-        assert found is not None, "a vote that was cast is there to be read"
+        assert found is not None, "a cast vote has a result"
         return found

@@ -23,7 +23,7 @@ from torch import nn
 from harness.autologging import patcher
 from harness.checkpoint.format.names import some
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
-from harness.distributed.meeting import is_first_of_launch
+from harness.distributed.launch_identity import is_launcher_rank_zero
 from harness.errors import HarnessError, Stopped
 from harness.integrations.ended_run import EndedRun
 from harness.io.standard_streams import write_error
@@ -275,4 +275,4 @@ class CallbackBase:
 def _is_rank_zero() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return is_first_of_launch()
+    return is_launcher_rank_zero()

@@ -92,7 +92,7 @@ class TrainingController:
         self._history = history
         self._saves = saves
         self._votes = votes
-        self._in_step = UnevenInputs(votes, num_asked=2)
+        self._uneven = UnevenInputs(votes, num_requests=2)
         # All that was due by steps is done up to here.
         self._step_attended = 0
         self._progress = progress
@@ -240,8 +240,10 @@ class TrainingController:
         place.step = step
         now_s = self._windows.timer.step(self._samples_in_step)
         self._samples_in_step = 0
-        votes.steps_since += 1
-        is_quiet = step < self._due_at_step and votes.steps_since < votes.every_n_steps and now_s < self._look_at_s
+        votes.num_steps_since_vote += 1
+        is_quiet = (
+            step < self._due_at_step and votes.num_steps_since_vote < votes.every_n_steps and now_s < self._look_at_s
+        )
         if is_quiet and not is_asked:
             return
         self._attend(before, num_taken, is_loaders_last)
@@ -251,7 +253,7 @@ class TrainingController:
     def _next_due(self) -> int:
         """The next step at which more is to be done than to count it: on every rank what is to be done on all."""
         step = self._place.step
-        if self._save_is_asked or self._saves.is_waiting or self._windows.is_waiting or self._votes.is_cast:
+        if self._save_is_asked or self._saves.is_waiting or self._windows.is_waiting or self._votes.is_pending:
             return step + 1
         cadences = (self._tracking.log_every_n_steps, self._cadence.every_n_steps)
         due = [step - step % each + each for each in cadences if each is not None]
@@ -269,15 +271,15 @@ class TrainingController:
             self._progress.step_done(num_taken, self._saves.status)
         if self.max_steps is not None and self._place.step >= self.max_steps:
             self.ends = True
-        may_differ = self._in_step.may_differ
+        may_differ = self._uneven.may_be_uneven
         if may_differ:
-            if self._in_step.is_apart or not self._is_due(before):
+            if self._uneven.has_diverged or not self._is_due(before):
                 return
             # Of an evaluation within the pass, that was left before its end.
             self.read_votes()
-            answer = self._in_step.ask(self._asked_or_known(), is_last=is_loaders_last)
-            self._take_asked(answer.asked)
-            if not answer.are_here:
+            answer = self._uneven.check_step(self._asked_or_known(), is_last=is_loaders_last)
+            self._take_asked(answer.requests)
+            if not answer.all_present:
                 return
             is_loaders_last = answer.is_last
         self._saves.settle()
@@ -340,7 +342,7 @@ class TrainingController:
 
     def evaluation_ends(self) -> None:
         """An evaluation is about to be reduced."""
-        if self._in_step.may_differ:
+        if self._uneven.may_be_uneven:
             self.read_votes()
         self._history.withholds = self._is_in_epoch
 
@@ -358,41 +360,41 @@ class TrainingController:
         self.synchronize()
         if may_differ := dataloaders.may_be_uneven(loader, self._accelerator.num_processes):
             self.read_votes()
-        self._in_step.begin(may_differ=may_differ)
+        self._uneven.begin_iteration(may_be_uneven=may_differ)
         self._step_attended = self._place.step
 
     @property
     def has_uneven_inputs(self) -> bool:
         """Whether a rank may have fewer batches than another of the pass that runs."""
-        return self._in_step.may_differ
+        return self._uneven.may_be_uneven
 
     def end_inputs(self) -> None:
         """This rank has no further batch of it. Not collective, and waits for nobody."""
-        self._in_step.end()
+        self._uneven.mark_exhausted()
 
     def discard_inputs(self) -> None:
         """The pass that has begun is no training's: no step came of it, on any rank."""
-        self._in_step.begin(may_differ=False)
+        self._uneven.begin_iteration(may_be_uneven=False)
 
     def synchronize(self) -> None:
         """Before what is collective behind a pass: wait for the longest; from here on its steps are all ranks'."""
-        if not self._in_step.may_differ:
+        if not self._uneven.may_be_uneven:
             return
-        met = self._in_step.meet(self._place.step, self._asked_or_known(), is_cut_short=self.is_cut_short)
-        self._take_asked(met.asked)
+        met = self._uneven.synchronize(self._place.step, self._asked_or_known(), is_cut_short=self.is_cut_short)
+        self._take_asked(met.requests)
         self.is_cut_short, self._has_met = met.is_cut_short, True
         self._due_at_step = 0
-        if met.fewest < met.most:
-            self._saves.ranks_differ(met.most, met.most - met.fewest)
-        self._place.step = met.most
-        if self.max_steps is not None and met.most >= self.max_steps:
+        if met.min_steps < met.max_steps:
+            self._saves.ranks_differ(met.max_steps, met.max_steps - met.min_steps)
+        self._place.step = met.max_steps
+        if self.max_steps is not None and met.max_steps >= self.max_steps:
             self.ends = True
-        if met.most and self._saves.prepare():
+        if met.max_steps and self._saves.prepare():
             self._windows.timer.resume()
-        if self._save_is_asked or self._cadence.is_due_after_step(met.most, self._step_attended):
+        if self._save_is_asked or self._cadence.is_due_after_step(met.max_steps, self._step_attended):
             # At the epoch's end, with all that belongs to it.
             self._saves.owed = self._saves.owed or self._place.step_name
-        self._save_is_asked, self._step_attended = False, met.most
+        self._save_is_asked, self._step_attended = False, met.max_steps
 
     def max_over_ranks(self, number: int) -> int:
         """Of a number of each rank's. Collective, behind `synchronize`; blocks until every rank has called it."""
@@ -418,7 +420,7 @@ class TrainingController:
 
     def pace(self, step_time_s: float) -> None:
         """Adapt how often it is voted to how long a step takes: the same number on every rank."""
-        self._votes.pace(step_time_s)
+        self._votes.adapt_interval(step_time_s)
 
     def vote(self) -> None:
         """Say what this rank is asked for, where a vote is due."""
@@ -428,7 +430,7 @@ class TrainingController:
 
     def vote_at_evaluation(self) -> None:
         """The same at a batch of an evaluation, which counts as a step does."""
-        self._votes.steps_since += 1
+        self._votes.num_steps_since_vote += 1
         self.vote()
 
     def read_votes(self) -> int:

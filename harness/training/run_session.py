@@ -74,7 +74,7 @@ class RunSession:
         self._requests: StopRequests | None = None
         self._is_request_told = False
         self._lead = StopLead()
-        self._peers = FailureMonitor(topology.rank, topology.world_size, self._last_words)
+        self._peers = FailureMonitor(topology.rank, topology.world_size, self)
 
     def open(
         self,
@@ -347,9 +347,9 @@ class RunSession:
         Returns:
             What really ended the run: another rank's failure, where this error is only its echo.
         """
-        cause = self._peers.cause(error)
+        cause = self._peers.root_cause(error)
         self._peers.report(cause)
-        cause.is_told_to_peers = True  # type: ignore[attr-defined]
+        cause.is_reported_to_ranks = True  # type: ignore[attr-defined]
         before_end()
         self._stop_sampler()
         if self._tracker is not None:
@@ -382,7 +382,7 @@ class RunSession:
         if self._lock is not None:
             self._lock.release()
 
-    def _last_words(self, failure: PeerFailure) -> None:
+    def before_abort(self, failure: PeerFailure) -> None:
         """The watcher's thread, just before it ends a process that is stuck."""
         if self._topology.rank == 0:
             self._progress.say(redact_message(f"harness: error: {failure}"))

@@ -9,7 +9,7 @@ from tests.distributed.saving_ranks import free_port
 from tests.launching import BIN, started
 
 
-def test_ranks_meet_again_when_the_nodes_count_restarts_differently(tmp_path: Path) -> None:
+def test_ranks_restart_when_nodes_count_restarts_differently(tmp_path: Path) -> None:
     words = [
         BIN / "torchrun",
         "--nnodes",
@@ -21,7 +21,7 @@ def test_ranks_meet_again_when_the_nodes_count_restarts_differently(tmp_path: Pa
         "--max_restarts",
         "2",
     ]
-    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", "-m", "tests.distributed.meeting_again", tmp_path]
+    words += ["--rdzv_endpoint", f"127.0.0.1:{free_port()}", "-m", "tests.distributed.restarting_ranks", tmp_path]
     nodes = [tmp_path / "stays", tmp_path / "dies"]
     for node in nodes:
         node.mkdir()

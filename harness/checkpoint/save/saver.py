@@ -50,7 +50,7 @@ from harness.checkpoint.state.optimizer_record import (
 from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives, PendingCount
-from harness.distributed.failure_monitor import connect
+from harness.distributed.failure_monitor import connect_to_store
 from harness.distributed.strategies import strategy_of
 from harness.errors import CheckpointError
 
@@ -92,7 +92,7 @@ class Saver:
         self._rank = collectives.rank
         transport = choose(config.transport, checkpoints_dir, collectives)
         self._attempt = collectives.broadcast_from_rank_zero("name this attempt", lambda: uuid.uuid4().hex[:12])
-        store = connect() if collectives.world_size > 1 else None
+        store = connect_to_store() if collectives.world_size > 1 else None
         if store is None and collectives.world_size > 1:
             raise CheckpointError(
                 "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot say when their part is written; start "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.distributed.collectives import Collectives
-from harness.distributed.failure_monitor import connect
+from harness.distributed.failure_monitor import connect_to_store
 from harness.errors import ConfigError
 from harness.metrics.system.nodes import Node, find_place, nodes_of
 from harness.metrics.system.reading import FigureSource, Reader, node_sources
@@ -280,6 +280,6 @@ def start_sampler(collectives: Collectives, device: torch.device, log: Log, say:
     if node is None:
         return None
     collector = Collector(nodes, every_s, log, say) if collectives.rank == 0 else None
-    sampler = Sampler(node, nodes, run, every_s, collector, connect, lambda: node_sources(node.gpus))
+    sampler = Sampler(node, nodes, run, every_s, collector, connect_to_store, lambda: node_sources(node.gpus))
     sampler.start()
     return sampler

@@ -12,13 +12,20 @@ import pytest
 import yaml
 
 from harness.errors import ConfigError, LaunchError
-from launch.local import STRATEGIES, Plan, accelerate_command, data_dir, launch
+from launch.local import STRATEGIES, LaunchPlan, accelerate_command, data_dir, launch
 from launch.run import run
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 WORDS = ("--config", "configs/digits.yaml", "--seed", "3")
-STARTS_RANK = ["--no_python", sys.executable, "-u", str(ROOT / "harness" / "child.py"), "launch.cli", "train"]
+STARTS_RANK = [
+    "--no_python",
+    sys.executable,
+    "-u",
+    str(ROOT / "harness" / "io" / "child_process.py"),
+    "launch.cli",
+    "train",
+]
 
 # What accelerate is told of each strategy, in its own file.
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -32,8 +39,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(strategy: str, count: int, port: int = 0) -> Plan:
-    return Plan(strategy, count, port, WORDS)
+def plan(strategy: str, count: int, port: int = 0) -> LaunchPlan:
+    return LaunchPlan(strategy, count, port, WORDS)
 
 
 def option(command: list[str], name: str) -> str:

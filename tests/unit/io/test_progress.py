@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 CODE = """
-from harness.progress import Progress
-from harness.tracking.drain import Left
+from harness.io.progress import Progress
+from harness.tracking.publisher.drain import Left
 progress = Progress(enabled=True)
 for left in (Left(2, 3_000_000, 0.0), Left(1, 1_500_000, 0.5)):
     progress.delivering(left.share, str(left))

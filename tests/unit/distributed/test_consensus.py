@@ -15,16 +15,16 @@ def test_own_vote_is_read_when_there_is_one_process() -> None:
 
 def test_vote_can_be_cast_at_any_time_when_there_is_one_process() -> None:
     votes = Consensus(None)
-    votes.pace(0.001)
+    votes.adapt_interval(0.001)
     assert votes.is_due
     votes.cast([0, 0])
-    assert not votes.is_cast  # nobody has asked for anything
+    assert not votes.is_pending  # no request
     votes.cast([0, 1])
-    assert votes.is_cast
+    assert votes.is_pending
 
 
-def test_vote_is_refused_when_the_one_before_is_not_read() -> None:
+def test_vote_is_refused_when_the_previous_one_is_pending() -> None:
     votes = Consensus(None)
     votes.cast([0, 1])
-    with pytest.raises(AssertionError, match="before it was read"):
+    with pytest.raises(AssertionError, match="before the previous one was read"):
         votes.cast([0, 0])

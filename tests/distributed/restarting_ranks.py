@@ -1,6 +1,6 @@
-"""A rank that dies on one node, so that the agent of another starts its own ranks again without counting it.
+"""Ranks of two nodes; one dies, so that the other node's agent restarts its ranks without counting a restart.
 
-torchrun ... -m tests.distributed.meeting_again DIRECTORY
+torchrun ... -m tests.distributed.restarting_ranks DIRECTORY
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from harness.config.schema import TrainerConfig
 from harness.distributed.failure_monitor import FailureMonitor
-from harness.distributed.meeting import latest_meeting
+from harness.distributed.launch_identity import latest_rendezvous
 from harness.distributed.strategies import start
 
 
@@ -25,23 +25,23 @@ def main() -> None:
     directory = Path(sys.argv[1])
     start(TrainerConfig(), seed=0)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    peers = FailureMonitor(rank, world_size, lambda failure: None)
+    monitor = FailureMonitor(rank, world_size)
     total = torch.ones(())
     dist.all_reduce(total)
     dist.all_reduce(torch.ones(()), group=dist.new_group(backend="gloo"))
-    meeting = latest_meeting()
-    assert meeting is not None
-    if not meeting.is_restart:
+    rendezvous = latest_rendezvous()
+    assert rendezvous is not None
+    if not rendezvous.is_restart:
         if os.environ["DIES"] == "yes":
-            # What is left at the store must not end the ranks of the next start.
-            peers.report(RuntimeError("as it was told"))
+            # This report stays in the store and must not end the ranks of the next start.
+            monitor.report(RuntimeError("as configured"))
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(120)
     for _ in range(30):
-        peers.check()
+        monitor.check()
         time.sleep(0.05)
-    peers.close()
-    record = {"total": total.item(), "count": os.environ["TORCHELASTIC_RESTART_COUNT"], "name": meeting.name}
+    monitor.close()
+    record = {"total": total.item(), "count": os.environ["TORCHELASTIC_RESTART_COUNT"], "name": rendezvous.name}
     (directory / f"rank-{rank}.json").write_text(json.dumps(record))
 
 
