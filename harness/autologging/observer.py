@@ -224,7 +224,7 @@ class Epochs:
             if this is self._pass:
                 self._leave(this, inner, iterator)
             elif this.heard is not None:
-                this.heard.leave()
+                this.heard.discard()
             if running is not None and running is self._pass:
                 self._events.restart_step_timer()
 
@@ -256,7 +256,7 @@ class Epochs:
         if this.is_likely:
             self._events.close_iteration(inner, iterator)
         elif this.heard is not None:
-            this.heard.leave()
+            this.heard.discard()
         if this.is_training and self._left is None:
             self._events.end_iteration()
             self._keep_pass_end(this)
@@ -324,7 +324,7 @@ class Epochs:
         if self._trained.makes_likely_now(this.start, is_in_train_mode=self._is_in_train_mode):
             self._becomes_likely(this)
         elif this.heard is not None:
-            this.heard.keep_buffers(self._model)
+            this.heard.save_buffers(self._model)
 
     def _becomes_likely(self, this: Iteration) -> None:
         """A pass that did not begin as training is, before anything has come of it but batches, or a forward."""

@@ -1,7 +1,8 @@
-"""The batch sampler that is put around a loader's own while training iterates over it.
+"""A wrapper around a loader's batch sampler, by which an iteration can start at any batch.
 
-wrap    by it a loader begins at any batch, with the random numbers as they were, and says when one is fetched
-unwrap  the loader is as it was
+`wrap` installs it and `unwrap` removes it. While it is installed, an iteration over the loader follows an
+`IterationPlan`: it skips batches, restores random states, and reports its start and each fetch. Batches that workers
+load get a seed each, so that a worker draws the same random numbers for a batch from whichever batch it starts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,62 +23,76 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_work
 from harness.data import rng_state
 
 
-class _Batch(list[int]):
-    """Indices of a batch, with the seed of the random numbers that its worker draws."""
+class IterationListener(Protocol):
+    """Is notified of an iteration over a wrapped sampler, on the thread that iterates."""
+
+    def on_iteration_start(self) -> None:
+        """Called before the sampler draws anything."""
+
+    def on_fetch(self) -> None:
+        """Called before a batch is drawn and loaded, if the plan asks for it."""
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """What the next iteration over a sampler does.
+
+    Args:
+        num_skipped: leading batches that are left out.
+        listener: is notified of the iteration.
+        reports_fetches: whether the listener is notified of fetches too.
+        rng_states: random states to restore, one before each of the first fetches; the last one is the state after the
+            last step before the interruption.
+    """
+
+    num_skipped: int = 0
+    listener: IterationListener | None = None
+    reports_fetches: bool = False
+    rng_states: Sequence[dict[str, Any]] = ()
+
+
+class _SeededBatch(list[int]):
+    """Indices of a batch, with the seed for the worker that loads it."""
 
     seed: int = 0
 
 
-# Attributes of the sampler below that are not those of the one within.
-_OWN = frozenset(
-    ("_inner", "_device", "_seeds", "_told", "fetches_here", "num_skipped", "at_start", "before_fetch", "resumed")
-)
+# The wrapper's own attributes; any other attribute is read from and set on the wrapped sampler.
+_OWN = frozenset(("_inner", "_device", "_seeds_workers", "_reporting", "loads_in_process", "plan"))
 
 
 class WrappedSampler(BatchSampler):
-    """Another batch sampler, which can begin later, and says when a batch is about to be fetched.
+    """Another batch sampler, whose iterations follow a plan.
 
     Attributes:
-        fetches_here: whether this process loads the batches, and no worker.
-        num_skipped: batches that the next pass leaves out.
-        at_start: called as the next pass begins.
-        before_fetch: called before each batch of the next pass is drawn and loaded.
-        resumed: random states to restore in the next pass, one before each of its first batches is drawn and loaded;
-            the last one is that after the last step.
+        loads_in_process: whether this process loads the batches, and not workers.
+        plan: of the next iteration only.
     """
 
-    def __init__(self, inner: Any, device: torch.device, *, fetches_here: bool, seeds: bool) -> None:
+    def __init__(self, inner: Any, device: torch.device, *, loads_in_process: bool, seeds_workers: bool) -> None:
         self._inner = inner
         self._device = device
-        self._seeds = seeds
-        # The pass that tells of its fetches.
-        self._told: object | None = None
-        self.fetches_here = fetches_here
-        self.num_skipped = 0
-        self.at_start: Callable[[], None] | None = None
-        self.before_fetch: Callable[[], None] | None = None
-        self.resumed: Sequence[dict[str, Any]] = ()
+        self._seeds_workers = seeds_workers
+        # Identity of the iteration that reports its fetches.
+        self._reporting: object | None = None
+        self.loads_in_process = loads_in_process
+        self.plan = IterationPlan()
 
     def reset(self) -> None:
-        """Whoever iterates next gets all batches, nothing is put back, and no pass that runs tells of its fetches."""
-        self._told = None
-        self._take()
-
-    def _take(self) -> Any:
-        taken = self.num_skipped, self.at_start, self.before_fetch, self.resumed
-        self.num_skipped, self.at_start, self.before_fetch, self.resumed = 0, None, None, ()
-        return taken
+        """Cancel the plan, and the reports of an iteration that runs."""
+        self._reporting = None
+        self.plan = IterationPlan()
 
     def __reduce__(self) -> Any:
-        # A copy of a loader is nobody's, and what is called here would bring the whole training along.
+        # A copy of the loader gets the wrapped sampler: a listener would bring the training objects along.
         return copy.copy, (self._inner,)
 
     def __getattr__(self, name: str) -> Any:
-        # accelerate asks the sampler for its size, its own sampler, its epoch.
+        # accelerate reads the sampler's size, its inner sampler and its epoch.
         return getattr(self.__dict__["_inner"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # And sets what it finds there, for a while: `join_uneven_inputs` whether batches are even.
+        # accelerate's `join_uneven_inputs` sets `even_batches`.
         inner = self.__dict__.get("_inner")
         holder = inner if name not in _OWN and hasattr(inner, name) else super()
         holder.__setattr__(name, value)
@@ -85,85 +101,96 @@ class WrappedSampler(BatchSampler):
         return len(self._inner)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # For this pass: another over the same loader, within it, is none of ours.
-        num_skipped, at_start, before_fetch, resumed = self._take()
+        # The plan is for this iteration: a nested one over the same loader is the script's own.
+        plan, self.plan = self.plan, IterationPlan()
         this = object()
-        if before_fetch is not None:
-            self._told = this
-        # Here and not before the loader's iteration: what that draws differs between workers that are new and old.
-        if at_start is not None:
-            at_start()
-        # One number of the epoch's, from which each batch's follow: on any rank, in any worker.
-        seed = int(torch.empty((), dtype=torch.int64).random_().item()) if self._seeds else 0
+        if plan.reports_fetches:
+            self._reporting = this
+        # Reported here and not before the loader's iteration, in which old and new workers draw differently.
+        if plan.listener is not None:
+            plan.listener.on_iteration_start()
+        # One random number for each epoch; the batches' seeds follow from it, on any rank and in any worker.
+        epoch_seed = int(torch.empty((), dtype=torch.int64).random_().item()) if self._seeds_workers else 0
         iterator = iter(self._inner)
         position = 0
-        while position < num_skipped and next(iterator, None) is not None:
+        while position < plan.num_skipped and next(iterator, None) is not None:
             position += 1
-        to_restore = list(resumed)
+        rng_states = list(plan.rng_states)
         while True:
-            if to_restore:
-                rng_state.restore(to_restore.pop(0), self._device)
-            # Before the indices are drawn: a sampler may draw each of them from this process's random numbers.
-            if before_fetch is not None and self._told is this:
-                before_fetch()
+            if rng_states:
+                rng_state.restore(rng_states.pop(0), self._device)
+            # Before the indices are drawn: a sampler may draw each of them from this process's generators.
+            if plan.listener is not None and self._reporting is this:
+                plan.listener.on_fetch()
             indices = next(iterator, None)
             if indices is None:
-                if to_restore:
-                    rng_state.restore(to_restore[-1], self._device)
+                if rng_states:
+                    rng_state.restore(rng_states[-1], self._device)
                 return
-            yield _seeded(indices, seed, position) if self._seeds else indices
+            yield _seeded(indices, epoch_seed, position) if self._seeds_workers else indices
             position += 1
 
 
-def _seeded(indices: list[int], seed: int, position: int) -> _Batch:
-    batch = _Batch(indices)
-    # Far apart for neighbours: generators are seeded with it as it is.
-    batch.seed = int(np.random.SeedSequence([seed & (2**63 - 1), position]).generate_state(1, np.uint32)[0])
+def _seeded(indices: list[int], epoch_seed: int, position: int) -> _SeededBatch:
+    batch = _SeededBatch(indices)
+    # Generators are seeded with this value as it is, so it must differ widely between neighbouring batches.
+    batch.seed = int(np.random.SeedSequence([epoch_seed & (2**63 - 1), position]).generate_state(1, np.uint32)[0])
     return batch
 
 
 def wrap(loader: Any, base: Any, device: torch.device, *, seeds_workers: bool) -> WrappedSampler | None:
-    """The sampler of a loader, wrapped; None where its batches do not come from one that is understood."""
+    """Wrap a loader's batch sampler.
+
+    Args:
+        loader: as training iterates over it.
+        base: the torch loader inside it.
+        device: this rank's.
+        seeds_workers: whether batches that workers load get a seed each.
+
+    Returns:
+        The wrapper, which may be there already; None if the loader's kind is not supported.
+    """
     if isinstance(loader, DataLoaderDispatcher):
-        return None  # it takes several batches of this at once, on rank zero alone
+        return None  # rank zero reads several of its batches at once, for all ranks
     if type(base) is not DataLoader or isinstance(base.dataset, IterableDataset) or base.batch_sampler is None:
         return None
     if isinstance(base.batch_sampler, WrappedSampler):
         return base.batch_sampler
-    fetches_here = base.num_workers == 0
-    seeds = seeds_workers and not fetches_here
-    sampler = WrappedSampler(base.batch_sampler, device, fetches_here=fetches_here, seeds=seeds)
-    # Persistent workers' passes to come ask what their first one has asked.
-    iterator: Any = getattr(base, "_iterator", None)
-    if getattr(iterator, "_index_sampler", None) is base.batch_sampler:
-        iterator._index_sampler = sampler
-    # Not by assignment, which a loader refuses once it is made.
-    base.__dict__["batch_sampler"] = sampler
-    if seeds:
-        base.worker_init_fn = functools.partial(_begin_worker, base.worker_init_fn)
+    loads_in_process = base.num_workers == 0
+    seeds_workers = seeds_workers and not loads_in_process
+    sampler = WrappedSampler(base.batch_sampler, device, loads_in_process=loads_in_process, seeds_workers=seeds_workers)
+    _set_sampler(base, base.batch_sampler, sampler)
+    if seeds_workers:
+        base.worker_init_fn = functools.partial(_init_worker, base.worker_init_fn)
     return sampler
 
 
 def unwrap(base: DataLoader[Any]) -> None:
-    """Put back what `wrap` has replaced; an iteration that runs goes on."""
-    sampler, begins, iterator = base.batch_sampler, base.worker_init_fn, getattr(base, "_iterator", None)
+    """Undo `wrap`; an iteration that runs continues."""
+    sampler, init = base.batch_sampler, base.worker_init_fn
     if isinstance(sampler, WrappedSampler):
-        base.__dict__["batch_sampler"] = sampler._inner
-        # Persistent workers' passes to come ask what their first one has asked.
-        if getattr(iterator, "_index_sampler", None) is sampler:
-            iterator._index_sampler = sampler._inner  # type: ignore[union-attr]
-    if isinstance(begins, functools.partial) and begins.func is _begin_worker:
-        base.worker_init_fn = begins.args[0]
+        _set_sampler(base, sampler, sampler._inner)
+    if isinstance(init, functools.partial) and init.func is _init_worker:
+        base.worker_init_fn = init.args[0]
 
 
-def _begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker: have the random numbers of each batch begin with its seed."""
-    if then is not None:
-        then(worker)
+def _set_sampler(base: DataLoader[Any], old: Any, new: Any) -> None:
+    # A loader refuses the assignment of this attribute after its construction.
+    base.__dict__["batch_sampler"] = new
+    # Persistent workers' iterator is reused for later epochs and has a reference of its own.
+    iterator: Any = getattr(base, "_iterator", None)
+    if getattr(iterator, "_index_sampler", None) is old:
+        iterator._index_sampler = new
+
+
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """In a worker: seed its generators for each batch."""
+    if init is not None:
+        init(worker)
     info = get_worker_info()
     assert info is not None
     dataset: Any = info.dataset
-    of_many = getattr(dataset, "__getitems__", None)
+    get_items = getattr(dataset, "__getitems__", None)
 
     def fetch(indices: list[int]) -> Any:
         seed = getattr(indices, "seed", None)
@@ -171,8 +198,8 @@ def _begin_worker(then: Callable[[int], None] | None, worker: int) -> None:
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-        return of_many(indices) if of_many is not None else [dataset[index] for index in indices]
+        return get_items(indices) if get_items is not None else [dataset[index] for index in indices]
 
-    # One with slots goes on as torch has seeded its workers.
+    # A data set with slots refuses the attribute: its workers keep torch's seeds.
     with suppress(AttributeError):
         dataset.__getitems__ = fetch

@@ -1,4 +1,8 @@
-"""A pass over a loader that may turn out to train: what training's needs of its beginning, kept until that is known."""
+"""An iteration over a loader that may turn out to be training.
+
+Autologging knows only at the first `backward` whether a loop trains. Until then this records what a checkpoint of the
+previous epoch, or a resume within this one, needs from before the iteration.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from harness.data import dataloaders, rng_state
-from harness.data.batch_sampler import WrappedSampler
+from harness.data.batch_sampler import IterationPlan, WrappedSampler
 from harness.data.resumable_loader import DataState
 
 
 class PendingIteration:
-    """Listens to a pass that begins, without a hand in it.
+    """Records the start and the fetches of an iteration, without changing it.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
-        loader: a loader that went through `accelerator.prepare`, before it is iterated over.
-        sampler: what gives its batches, wrapped; None: that is not understood.
+        loader: a loader from `accelerator.prepare`, before it is iterated over.
+        sampler: its wrapped batch sampler; None if the loader's kind is not supported.
         device: this rank's.
-        is_accumulating: whether gradients were being accumulated as the pass began.
+        is_accumulating: whether a gradient accumulation is open.
 
     Attributes:
-        loader: the loader.
-        sampler: the sampler.
-        random: random numbers before anything of the pass: those of the epoch before, where it trains.
-        generators: of the loader's own generators, by `id`, the state then.
-        data: random numbers as the sampler began, and before the latest fetch.
+        rng_states: random states before the iteration, which are those of the epoch before.
+        generator_states: states of the loader's generators then, by `id`.
+        data: random states as the sampler started, and before the latest fetch.
     """
 
     def __init__(
@@ -39,31 +41,32 @@ class PendingIteration:
         self.loader = loader
         self.is_accumulating = is_accumulating
         self._device = device
-        self._own = dataloaders.generators_of(loader)
-        self.random = rng_state.capture(device)
-        self.generators: dict[int, Tensor] = {id(each): each.get_state() for each in self._own}
-        self.data = DataState(self.random, [list(self.generators.values())], None)
+        self._generators = dataloaders.generators_of(loader)
+        self.rng_states = rng_state.capture(device)
+        self.generator_states: dict[int, Tensor] = {id(each): each.get_state() for each in self._generators}
+        self.data = DataState(self.rng_states, [list(self.generator_states.values())], None)
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self.sampler = sampler
-        if self.sampler is not None:
-            self.sampler.reset()
-            self.sampler.at_start = self._start
-            if self.sampler.fetches_here:
-                self.sampler.before_fetch = self._keep
+        if sampler is not None:
+            sampler.reset()
+            sampler.plan = IterationPlan(listener=self, reports_fetches=sampler.loads_in_process)
 
-    def _start(self) -> None:
-        self.data = DataState(rng_state.capture(self._device), [[each.get_state() for each in self._own]], None)
+    def on_iteration_start(self) -> None:
+        """Record the random states as the sampler starts."""
+        states = [each.get_state() for each in self._generators]
+        self.data = DataState(rng_state.capture(self._device), [states], None)
 
-    def _keep(self) -> None:
+    def on_fetch(self) -> None:
+        """Record the random states before a fetch."""
         self.data.fetch = rng_state.capture(self._device)
 
-    def keep_buffers(self, model: nn.Module) -> None:
-        """A forward is about to move the model's buffers."""
+    def save_buffers(self, model: nn.Module) -> None:
+        """Copy the model's buffers, before a forward changes them."""
         self._buffers = [(each, each.detach().clone()) for each in model.buffers()]
 
     @contextmanager
-    def before_forward(self) -> Iterator[None]:
-        """Within it the model's buffers are as they were when `keep_buffers` was called, if it was."""
+    def saved_buffers(self) -> Iterator[None]:
+        """Set the model's buffers to the values of `save_buffers`, if it was called, within the context."""
         self._swap_buffers()
         try:
             yield
@@ -72,12 +75,12 @@ class PendingIteration:
 
     def _swap_buffers(self) -> None:
         for buffer, other in self._buffers:
-            # By their data: a backward that is still to come may not be told.
+            # Through `data`, which keeps the version counter: a backward may still need the buffer.
             now = buffer.data.clone()
             buffer.data.copy_(other)
             other.copy_(now)
 
-    def leave(self) -> None:
-        """The pass is over, and has not trained."""
+    def discard(self) -> None:
+        """Stop recording: the iteration is over, and was no training."""
         if self.sampler is not None:
             self.sampler.reset()

@@ -1,20 +1,19 @@
-"""One epoch's batches of prepared loaders, from any position on, with the random numbers as they were.
+"""An epoch's batches from prepared loaders, from any position, with the random states of that position.
 
-    epoch begins   the random numbers, and those of the loader's generator        are kept
-    a fetch        in this process: the random numbers before it                  are kept
-                   in a worker: they are seeded by epoch and batch, whoever loads it
-    a checkpoint   has what is kept, and the random numbers after its step
-    resumed        as the epoch began -> the sampler skips -> as before that fetch -> as after that step
+    epoch starts   the states of this process's generators and the loader's are captured
+    fetch          in this process: the states before it are captured
+                   in a worker: the generators are seeded by epoch and batch, whichever worker loads it
+    checkpoint     stores the captured states, and the states after its step
+    resume         states of the epoch's start -> the sampler skips -> states before the fetch -> states after the step
 
-A loader that accelerate has prepared fetches one batch ahead. The batch after a checkpoint was therefore fetched before
-the checkpoint's step, from other random numbers than those after it. A loader that was not prepared fetches each batch
-when it is asked for, from the random numbers after the step before.
+A loader from `accelerator.prepare` fetches one batch ahead. The batch that follows a checkpoint was therefore fetched
+before the checkpoint's step, with other random states than those after it. A loader that was not prepared fetches each
+batch on demand, with the states after the previous step.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,27 +26,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from harness.data import dataloaders, rng_state
-from harness.data.batch_sampler import WrappedSampler, unwrap, wrap
+from harness.data.batch_sampler import IterationPlan, WrappedSampler, unwrap, wrap
 
 
 @dataclass
 class DataState:
-    """What of the random numbers is needed to go on within an epoch; of one rank.
+    """The random states of one rank that a resume within an epoch needs.
 
     Args:
-        start: of this process, before the loader that is running began; empty: none is.
-        generators: by loader of the epoch, the states of its own generators: of the one that is running, before
-            it began; of the others, now.
-        fetch: before the latest batch was fetched in this process; None: workers fetch, or it is fetched when it is
-            asked for.
+        start: of this process, before the current loader started; empty if no loader is current.
+        generators: for each loader of the epoch the states of its generators: for the current one before it started,
+            for the others now.
+        fetch: before the latest fetch in this process; None if workers fetch, or batches are fetched on demand.
     """
 
     start: dict[str, Any] = field(default_factory=dict)
     generators: Sequence[Sequence[Tensor]] = ()
     fetch: dict[str, Any] | None = None
 
-    def encoded(self) -> dict[str, Any]:
-        """As JSON values; from any thread."""
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values; from any thread."""
         return {
             "start": rng_state.encode(self.start),
             "generators": [
@@ -57,8 +55,8 @@ class DataState:
         }
 
     @classmethod
-    def decoded(cls, record: dict[str, Any]) -> DataState:
-        """What `encoded` was called on."""
+    def from_json(cls, record: dict[str, Any]) -> DataState:
+        """Read the result of `to_json`."""
         fetch = record["fetch"]
         return cls(
             rng_state.decode(record["start"]),
@@ -71,36 +69,35 @@ class DataState:
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """Where to go on in a loader, of one rank.
+class ResumePoint:
+    """A position in a loader, of one rank.
 
     Args:
-        num_taken: batches of it that are done.
-        data: as it was then.
-        random: the random numbers after the last step, as `rng_state.capture` returns them; None: they are not
-            those of that run (another number of ranks).
+        batches_done: number of its batches that were trained on.
+        data: the random states of the data then.
+        rng_states: the states after the last step, as `rng_state.capture` returns them; None if the number of ranks
+            has changed.
     """
 
-    num_taken: int
+    batches_done: int
     data: DataState
-    random: dict[str, Any] | None
+    rng_states: dict[str, Any] | None
 
 
 class ResumableLoader:
-    """Iterates over an epoch's training loaders, and knows what a checkpoint must have to go on in the middle.
+    """Iterates over an epoch's training loaders, and provides what a checkpoint needs to resume within the epoch.
 
-    Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped, until `close`.
+    Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped until `close`.
 
     Args:
-        accelerator: that prepared the loaders.
-        seeds_workers: have each batch's random numbers in a worker begin with a seed of its own, so that they are the
-            same from any position on; False: what workers draw stays as it is without this, and so is new after a
-            resume within an epoch.
+        accelerator: which prepared the loaders.
+        seeds_workers: seed workers for each batch, so that they draw the same numbers after a resume; False: workers
+            draw as without this class, and draw new numbers after a resume within an epoch.
 
     Attributes:
         loaders_done: training loaders of the epoch that are done.
-        num_taken: batches of the next one that are done.
-        serial: which iteration is the one that runs, of all that there were; 0: none.
+        batches_done: batches of the next loader that are done.
+        iteration_id: number of the current iteration, from 1; 0 if none is current.
     """
 
     def __init__(self, accelerator: Accelerator, *, seeds_workers: bool = True) -> None:
@@ -108,239 +105,242 @@ class ResumableLoader:
         self._device = accelerator.device
         self._seeds_workers = seeds_workers
         self.loaders_done = 0
-        self.num_taken = 0
-        self.serial = 0
-        self._num_begun = 0
-        # By loader of the epoch, in their order; and which of them is the latest, with those that were passed over.
+        self.batches_done = 0
+        self.iteration_id = 0
+        self._num_iterations = 0
+        # The generators of each loader of the epoch, and the index of the latest loader, skipped ones included.
         self._generators: list[list[torch.Generator]] = []
-        self._number = -1
-        self._running: DataState | None = None
+        self._index = -1
+        self._current: DataState | None = None
         self._sampler: WrappedSampler | None = None
         self._wrapped: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
-        self._before: Sequence[Sequence[Tensor]] = ()
-        # As this process's numbers were before workers were seeded that are seeded once.
-        self._unseeded: Tensor | None = None
-        # Of generators that the next epoch has drawn from already, their states before that; by id.
-        self._before_next: Mapping[int, Tensor] = {}
-        # What the run goes on with, until a loader has begun.
+        # The position from which the current iteration starts; None: from the first batch.
+        self._resume_point: ResumePoint | None = None
+        # The state that a resume restores, until a loader has started; and its generator states.
         self._resumed: DataState | None = None
-        self._put_back: set[int] = set()
+        self._saved_generators: Sequence[Sequence[Tensor]] = ()
+        self._restored_ids: set[int] = set()
+        # torch's state before the only seed that persistent workers draw.
+        self._state_before_seed: Tensor | None = None
+        # By id: earlier states of generators from which the next epoch has already drawn.
+        self._states_before_next_epoch: Mapping[int, Tensor] = {}
 
     @property
     def state(self) -> DataState:
-        """What a checkpoint of now needs beside its random numbers."""
+        """What a checkpoint stores now beside the process's random states."""
         if self._resumed is not None:
             return self._resumed
         now = [[self._state_of(generator) for generator in each] for each in self._generators]
-        if self._running is None:
+        if self._current is None:
             return DataState({}, now, None)
         # A copy: it is encoded while the next batches are fetched.
-        now[self._number] = list(self._running.generators[0])
-        return replace(self._running, generators=now)
+        now[self._index] = list(self._current.generators[0])
+        return replace(self._current, generators=now)
 
     def _state_of(self, generator: torch.Generator) -> Tensor:
-        before = self._before_next.get(id(generator))
-        return generator.get_state() if before is None else before
+        earlier = self._states_before_next_epoch.get(id(generator))
+        return generator.get_state() if earlier is None else earlier
 
     @contextmanager
-    def next_has_begun(self, generators: Mapping[int, Tensor]) -> Iterator[None]:
-        """Within it `state` is as before a pass that belongs to the next epoch, and had these states then, by `id`."""
-        self._before_next = generators
+    def before_next_epoch(self, generator_states: Mapping[int, Tensor]) -> Iterator[None]:
+        """Within the context `state` excludes the next epoch's iteration, which has started already.
+
+        Args:
+            generator_states: by `id`, states of generators before that iteration.
+        """
+        self._states_before_next_epoch = generator_states
         try:
             yield
         finally:
-            self._before_next = {}
+            self._states_before_next_epoch = {}
 
-    def restore(self, before: DataState, loaders_done: int, num_taken: int) -> None:
-        """The run goes on: as its loaders come by, their generators stand where they stood."""
-        self._resumed, self._before = before, before.generators
-        self.loaders_done, self.num_taken = loaders_done, num_taken
+    def restore(self, data: DataState, loaders_done: int, batches_done: int) -> None:
+        """Resume at a position: generators are restored as their loaders start or are skipped."""
+        self._resumed, self._saved_generators = data, data.generators
+        self.loaders_done, self.batches_done = loaders_done, batches_done
 
-    def skip(self, loader: Any) -> None:
-        """A loader of the epoch was done before the run was cut off."""
-        self._meet(loader)
-        self._put_generators_back()
+    def skip_loader(self, loader: Any) -> None:
+        """Pass over a loader of the epoch that was done before the interruption."""
+        self._register(loader)
+        self._restore_generators()
 
-    def begin(self, loader: Any, continuation: Continuation | None) -> tuple[Any, Iterator[Any]]:
-        """Begin the epoch's next loader, or go on in it.
+    def begin(self, loader: Any, resume_point: ResumePoint | None) -> tuple[Any, Iterator[Any]]:
+        """Start the epoch's next loader.
 
         Args:
             loader: a loader that went through `accelerator.prepare`.
-            continuation: from where; None: from its start.
+            resume_point: the position to start from; None: the first batch.
 
         Returns:
-            The loader that is really iterated over, and its batches.
+            The loader that is iterated over, and its batches.
         """
-        self._meet(loader)
-        self._num_begun += 1
-        self.serial = self._num_begun
-        self.num_taken = 0 if continuation is None else continuation.num_taken
-        # Where nothing was cut off, what is drawn without this is drawn with it.
-        is_put_back = self._seeds_workers or self._resumed is not None
-        self._unseeded = torch.get_rng_state() if is_put_back and _seeds_workers_once(loader) else None
-        goes_on = continuation is not None and continuation.num_taken > 0
-        if not goes_on:
-            # Before anything is drawn from them: workers' seeds come first.
-            self._put_generators_back()
-        start = functools.partial(self._start, continuation.data if continuation is not None and goes_on else None)
-        sampler = self._sampler = self.wrapped(loader)
-        # A loader that accelerate has not prepared does not fetch ahead.
-        is_ahead = hasattr(loader, "base_dataloader")
+        point = resume_point if resume_point is not None and resume_point.batches_done else None
+        self._begin_iteration(loader, 0 if point is None else point.batches_done)
+        # Without worker seeds an uninterrupted run must draw exactly as without this class.
+        sets_states = self._seeds_workers or self._resumed is not None
+        self._state_before_seed = torch.get_rng_state() if sets_states and _draws_seed_once(loader) else None
+        if point is None:
+            # Before the iteration, which draws the workers' seeds first.
+            self._restore_generators()
+        self._resume_point = point
+        sampler = self._sampler = self.wrap_sampler(loader)
+        prefetches = hasattr(loader, "base_dataloader")  # accelerate's loaders do
         if sampler is None:
-            start()
-            return loader, self._replayed(loader, continuation if goes_on else None, is_ahead=is_ahead)
-        sampler.at_start = start
-        sampler.num_skipped = 0 if continuation is None else continuation.num_taken
-        sampler.before_fetch = self._keep if sampler.fetches_here and is_ahead else None
-        if sampler.fetches_here and continuation is not None and goes_on and continuation.random:
-            after = continuation.random
-            sampler.resumed = (continuation.data.fetch or after, after) if is_ahead else (after,)
-            continuation = None
-        if continuation is None and is_ahead:
-            # accelerate's own iteration draws nothing before its first batch is asked for.
+            self.on_iteration_start()
+            return loader, self._replay(loader, point, prefetches=prefetches)
+        rng_states: Sequence[dict[str, Any]] = ()
+        if sampler.loads_in_process and point is not None and point.rng_states:
+            after = point.rng_states
+            rng_states = (point.data.fetch or after, after) if prefetches else (after,)
+        reports_fetches = sampler.loads_in_process and prefetches
+        sampler.plan = IterationPlan(self.batches_done, self, reports_fetches, rng_states)
+        if prefetches and (point is None or rng_states):
+            # accelerate's own iteration draws nothing before its first batch is requested.
             return loader, iter(loader)
-        return loader, self._iterate(loader, continuation, is_ahead=is_ahead)
+        return loader, self._iterate(loader, None if rng_states else point, prefetches=prefetches)
 
-    def wrapped(self, loader: Any) -> WrappedSampler | None:
-        """A loader's sampler, wrapped until `close`; None: it is not understood."""
+    def wrap_sampler(self, loader: Any) -> WrappedSampler | None:
+        """Wrap a loader's batch sampler until `close`; None if the loader's kind is not supported."""
         base = getattr(loader, "base_dataloader", loader)
         sampler = wrap(loader, base, self._device, seeds_workers=self._seeds_workers)
         if sampler is not None:
             self._wrapped.add(base)
         return sampler
 
-    def adopt(self, loader: Any, sampler: WrappedSampler | None, begun: DataState) -> None:
-        """A pass that runs is over the epoch's next loader, which was not known when it began.
+    def adopt(self, loader: Any, sampler: WrappedSampler | None, data: DataState) -> None:
+        """Make an iteration that has started already the current one.
 
         Args:
-            loader: the loader.
-            sampler: what gives its batches, as `wrapped` gave it.
-            begun: as it began, and before its latest fetch.
+            loader: that it is over.
+            sampler: its wrapped sampler, as `wrap_sampler` returned it.
+            data: its random states; the iteration's listener continues to update them.
         """
-        self._meet(loader)
-        self._num_begun += 1
-        self.serial = self._num_begun
-        self.num_taken = 0
-        # Its listener goes on to keep in `begun` what comes before a fetch.
-        self._resumed, self._running, self._sampler = None, begun, sampler
+        self._begin_iteration(loader, 0)
+        self._resumed, self._current, self._sampler = None, data, sampler
 
-    def _meet(self, loader: Any) -> None:
-        self._number += 1
-        if self._number == len(self._generators):
+    def _begin_iteration(self, loader: Any, batches_done: int) -> None:
+        self._register(loader)
+        self._num_iterations += 1
+        self.iteration_id, self.batches_done = self._num_iterations, batches_done
+
+    def _register(self, loader: Any) -> None:
+        self._index += 1
+        if self._index == len(self._generators):
             self._generators.append([])
-        if self._number < len(self._before) and self._before[self._number]:
-            _give_generator(loader)
-        self._generators[self._number] = dataloaders.generators_of(loader)
+        if self._index < len(self._saved_generators) and self._saved_generators[self._index]:
+            _ensure_generator(loader)
+        self._generators[self._index] = dataloaders.generators_of(loader)
 
-    def _put_generators_back(self) -> None:
-        """Once each: a loader that comes twice in an epoch has drawn by the second time."""
-        before = self._before[self._number] if self._number < len(self._before) else ()
-        for generator, state in zip(self._generators[self._number], before, strict=False):
-            if id(generator) not in self._put_back:
+    def _restore_generators(self) -> None:
+        """Restore each generator once: a loader's second iteration in an epoch continues from its first."""
+        saved = self._saved_generators[self._index] if self._index < len(self._saved_generators) else ()
+        for generator, state in zip(self._generators[self._index], saved, strict=False):
+            if id(generator) not in self._restored_ids:
                 generator.set_state(state)
 
-    def _start(self, before: DataState | None) -> None:
-        """The sampler begins: as it began before, if this loader goes on."""
-        device = self._device
-        if self._unseeded is not None:
-            torch.set_rng_state(self._unseeded)
-        if before is not None:
-            if before.start:
-                rng_state.restore(before.start, device)
-            self._put_generators_back()
+    def on_iteration_start(self) -> None:
+        """Restore the states of the iteration's start where it resumes, then capture them. The sampler calls this."""
+        if self._state_before_seed is not None:
+            torch.set_rng_state(self._state_before_seed)
+        if self._resume_point is not None:
+            if self._resume_point.data.start:
+                rng_state.restore(self._resume_point.data.start, self._device)
+            self._restore_generators()
         self._resumed = None
-        generators = self._generators[self._number]
-        self._put_back |= {id(generator) for each in self._generators[: self._number + 1] for generator in each}
-        self._running = DataState(rng_state.capture(device), [[each.get_state() for each in generators]], None)
+        self._restored_ids |= {id(generator) for each in self._generators[: self._index + 1] for generator in each}
+        generators = [each.get_state() for each in self._generators[self._index]]
+        self._current = DataState(rng_state.capture(self._device), [generators], None)
 
-    def _iterate(self, loader: Any, continuation: Continuation | None, *, is_ahead: bool) -> Iterator[Any]:
-        """The batches of a loader whose sampler skips."""
+    def on_fetch(self) -> None:
+        """Capture the random states before a fetch in this process. The sampler calls this."""
+        assert self._current is not None
+        self._current.fetch = rng_state.capture(self._device)
+
+    def _iterate(self, loader: Any, point: ResumePoint | None, *, prefetches: bool) -> Iterator[Any]:
+        """Yield the batches of a loader whose sampler skips."""
         iterator = iter(loader)
-        if continuation is not None and continuation.num_taken and continuation.random:
-            # Workers load the batches. This process draws for nothing but the indices, which it asks for ahead.
-            first = next(iterator, None) if is_ahead else None
-            rng_state.restore(continuation.random, self._device)
-            if is_ahead:
+        if point is not None and point.rng_states:
+            # Workers load the batches. This process draws only indices, which a prefetching loader requests early.
+            first = next(iterator, None) if prefetches else None
+            rng_state.restore(point.rng_states, self._device)
+            if prefetches:
                 if first is None:
                     return
                 yield first
         yield from iterator
 
-    def _replayed(self, loader: Any, continuation: Continuation | None, *, is_ahead: bool) -> Iterator[Any]:
-        """The batches of a loader that cannot skip: those that are done are loaded again, and dropped.
+    def _replay(self, loader: Any, point: ResumePoint | None, *, prefetches: bool) -> Iterator[Any]:
+        """Yield the batches of a loader that cannot skip: it loads the batches that are done again, and drops them.
 
-        Each batch is asked for as it was before the checkpoint, and from the same random numbers where they were kept.
+        Each batch is requested in the same order as before the checkpoint, with the same random states where they were
+        captured.
         """
-        iterator, serial = iter(loader), self.serial
-        fetches_here = getattr(getattr(loader, "base_dataloader", loader), "num_workers", 0) == 0
-        for number in range(0 if continuation is None else continuation.num_taken):
-            assert continuation is not None
-            is_last = number + 1 == continuation.num_taken
-            if is_ahead and is_last and number and continuation.random and continuation.data.fetch:
-                # With the last of them the loader fetches the next batch.
-                rng_state.restore(continuation.data.fetch, self._device)
-            next(iterator, None)
-        if continuation is not None and continuation.random:
-            rng_state.restore(continuation.random, self._device)
+        iterator, iteration_id = iter(loader), self.iteration_id
+        loads_in_process = getattr(getattr(loader, "base_dataloader", loader), "num_workers", 0) == 0
+        if point is not None:
+            for number in range(1, point.batches_done + 1):
+                is_last = number == point.batches_done
+                if prefetches and is_last and number > 1 and point.rng_states and point.data.fetch:
+                    # With the last of these batches the loader fetches the next one.
+                    rng_state.restore(point.data.fetch, self._device)
+                next(iterator, None)
+            if point.rng_states:
+                rng_state.restore(point.rng_states, self._device)
         while True:
-            if is_ahead and fetches_here and self.serial == serial:
-                self._keep()
+            if prefetches and loads_in_process and self.iteration_id == iteration_id:
+                self.on_fetch()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
             yield batch
 
-    def _keep(self) -> None:
-        assert self._running is not None
-        self._running.fetch = rng_state.capture(self._device)
+    def end_loader(self) -> None:
+        """Mark the loader as done: a later checkpoint stores only its generators' states."""
+        self._current = None
+        self.iteration_id, self.loaders_done, self.batches_done = 0, self._index + 1, 0
 
-    def end(self) -> None:
-        """The loader is done: a checkpoint goes on behind it, and needs only where its generators stand."""
-        self._running = None
-        self.serial, self.loaders_done, self.num_taken = 0, self._number + 1, 0
+    def cancel(self) -> None:
+        """Undo `begin`, for an iteration that was no training and took no batch."""
+        self.release()
+        self._current = None
+        self._index -= 1
+        self.iteration_id = self.batches_done = 0
 
-    def forget(self) -> None:
-        """The iteration that began last was no training's, and has taken nothing."""
-        self.leave()
-        self._running = None
-        self._number -= 1
-        self.serial = self.num_taken = 0
-
-    def leave(self) -> None:
-        """Nothing is iterated over any more: whoever else uses the loader gets it as it is."""
+    def release(self) -> None:
+        """End the observation of the loader: its next iteration is the script's own, over all batches."""
         if self._sampler is not None:
             self._sampler.reset()
             self._sampler = None
 
     def close(self) -> None:
-        """Nothing of this is in a loader any more; an iteration that runs goes on."""
-        self.leave()
+        """Unwrap every loader's sampler; an iteration that runs continues."""
+        self.release()
         while self._wrapped:
             unwrap(self._wrapped.pop())
 
     def end_epoch(self) -> None:
-        """The next loader is the first one of an epoch again."""
-        self._number, self.loaders_done, self.num_taken = -1, 0, 0
+        """Make the next loader the first one of an epoch."""
+        self._index, self.loaders_done, self.batches_done = -1, 0, 0
 
     @property
-    def next_loader(self) -> int:
-        """Number of the epoch's loader that comes next, from 0, with those that were passed over."""
-        return self._number + 1
+    def next_loader_index(self) -> int:
+        """Index of the epoch's next loader, skipped ones included."""
+        return self._index + 1
 
 
-def _seeds_workers_once(loader: Any) -> bool:
-    """Whether the iteration that begins draws a seed that those after it do not draw, as persistent workers have it.
+def _draws_seed_once(loader: Any) -> bool:
+    """Whether this iteration draws a seed that later ones do not: the first one of persistent workers.
 
-    Which iteration is a process's first differs between a run that goes on and one that was not cut off.
+    An iteration may be a process's first one in a resumed run and not in an uninterrupted one.
     """
     base = getattr(loader, "base_dataloader", loader)
     is_first = getattr(base, "_iterator", None) is None
     return getattr(base, "persistent_workers", False) and is_first and base.generator is None
 
 
-def _give_generator(loader: Any) -> None:
-    """Have the order come from a generator, as it did: accelerate gives a shuffling sampler one on several ranks."""
+def _ensure_generator(loader: Any) -> None:
+    """Give a shuffling sampler a generator, where the saved run had one: accelerate adds it on several ranks."""
     sampler = dataloaders.sampler_of(loader)
     if dataloaders.has_random_order(loader) and sampler.generator is None:
         sampler.generator = torch.Generator()

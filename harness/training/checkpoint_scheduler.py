@@ -122,7 +122,7 @@ class CheckpointScheduler:
         self._saved_at = self._position()
 
     def _position(self) -> tuple[int, ...]:
-        return (self._place.step, self._place.epoch, self._batches.loaders_done, self._batches.num_taken)
+        return (self._place.step, self._place.epoch, self._batches.loaders_done, self._batches.batches_done)
 
     def save(self, name: str, *, must: bool = False) -> bool:
         """Begin to save this moment; whether there was something to save that is in no checkpoint.
@@ -145,7 +145,7 @@ class CheckpointScheduler:
             name,
             self._place.epoch,
             self._place.step,
-            self._batches.num_taken,
+            self._batches.batches_done,
             metrics,
             self._place.samples_per_batch,
             self._accelerator.gradient_accumulation_steps,

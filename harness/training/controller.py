@@ -219,11 +219,11 @@ class TrainingController:
                 failed and ``checkpoint.when_failed`` is stop. Whatever `on_reduced`'s callbacks raise comes too.
         """
         batches, place, run, votes = self._batches, self._place, self._run, self._votes
-        batches.num_taken += 1
-        num_taken = batches.num_taken
+        batches.batches_done += 1
+        num_taken = batches.batches_done
         self.random_to_keep = None
         if is_loaders_last:
-            batches.end()
+            batches.end_loader()
         self._samples_in_step += num_samples
         is_asked = run.is_asked
         if is_asked:

@@ -136,8 +136,10 @@ class LoopEvents:
         if next_iteration is None:
             self._course.end_epoch(max_epochs)
             return
-        with self._batches.next_has_begun(next_iteration.generators), next_iteration.before_forward():
-            self._course.end_epoch(max_epochs, next_iteration.random, is_accumulating=next_iteration.is_accumulating)
+        with self._batches.before_next_epoch(next_iteration.generator_states), next_iteration.saved_buffers():
+            self._course.end_epoch(
+                max_epochs, next_iteration.rng_states, is_accumulating=next_iteration.is_accumulating
+            )
 
     # ------------------------------------------------------------------------- the data
 
@@ -155,9 +157,9 @@ class LoopEvents:
         return self._batches.begin(loader, self._resumption.take(loader))
 
     def observe_iteration(self, loader: Any) -> PendingIteration:
-        """Observe a pass that may turn out to train: then `adopt_iteration`, else `PendingIteration.leave`."""
+        """Observe a pass that may turn out to train: then `adopt_iteration`, else `PendingIteration.discard`."""
         is_accumulating = not self._accelerator.sync_gradients
-        return PendingIteration(loader, self._batches.wrapped(loader), self._accelerator.device, is_accumulating)
+        return PendingIteration(loader, self._batches.wrap_sampler(loader), self._accelerator.device, is_accumulating)
 
     def adopt_iteration(self, heard: PendingIteration) -> None:
         """A pass that runs is over the epoch's next training loader: as if `begin_iteration` had begun it."""
@@ -171,11 +173,11 @@ class LoopEvents:
 
     def skip_loader(self, loader: Any) -> None:
         """A training loader of the epoch was done before the run was cut off."""
-        self._batches.skip(loader)
+        self._batches.skip_loader(loader)
 
     def count_batches(self, num_batches: int) -> None:
         """So many batches of `begin_iteration` were done before it was known that they are training's."""
-        self._batches.num_taken += num_batches
+        self._batches.batches_done += num_batches
 
     def record_iteration(self, *, has_batches: bool) -> None:
         """A pass over training data has given its first batch, or has ended without one."""
@@ -189,7 +191,7 @@ class LoopEvents:
             Whether it was the rest of an epoch that was cut off, of which nothing is left.
         """
         self.record_iteration(has_batches=False)
-        if num_taken := self._batches.num_taken:
+        if num_taken := self._batches.batches_done:
             self._resumption.say_that_nothing_is_left(num_taken)
         return num_taken > 0
 
@@ -213,16 +215,16 @@ class LoopEvents:
 
     def end_iteration(self) -> None:
         """No other batch of `begin_iteration` is taken."""
-        self._batches.end()
+        self._batches.end_loader()
 
     def discard_iteration(self) -> None:
         """What `begin_iteration` has begun was no training: where the run goes on in it, the next one does."""
         self._course.discard_inputs()
-        self._batches.forget()
+        self._batches.cancel()
         if (resumed := self._resumption.give_back()) is not None:
             self._batches.restore(resumed.data, resumed.state.loaders_done, resumed.state.batches_in_epoch)
 
     def close_iteration(self, loader: Any, iterator: Iterator[Any]) -> None:
         """The iteration of `begin_iteration` is over, or is left early."""
-        self._batches.leave()
+        self._batches.release()
         dataloaders.close_iteration(loader, iterator)

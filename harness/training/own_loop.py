@@ -82,7 +82,7 @@ class OwnLoop:
         if self.course.ends:
             course.is_cut_short = True
             return
-        if self.resumption.is_done(self.batches.next_loader):
+        if self.resumption.is_done(self.batches.next_loader_index):
             self.events.skip_loader(loader)
             return
         course.synchronize()
@@ -95,9 +95,9 @@ class OwnLoop:
         self.progress.epoch_begins(self.place.epoch, _length(loader, limit))
         usual = dataloaders.local_batch_size(loader, self.collectives.world_size)
         loader, iterator = self.events.begin_iteration(loader)
-        serial, is_empty = self.batches.serial, True
+        serial, is_empty = self.batches.iteration_id, True
         try:
-            if limit is not None and self.batches.num_taken >= limit:
+            if limit is not None and self.batches.batches_done >= limit:
                 self.events.end_empty_iteration()
                 self.events.end_iteration()  # as many as that were taken, by this loader's size
                 return
@@ -106,14 +106,14 @@ class OwnLoop:
                     is_empty = False
                     self.events.record_iteration(has_batches=True)
                     self.run.describe_dataset(loader, "train", batch)
-                is_limit = self.batches.num_taken + 1 == limit
+                is_limit = self.batches.batches_done + 1 == limit
                 if is_limit:
                     # The last one that will be taken: an accumulation that is open must end with it.
                     loader.end_of_dataloader = True
                 course.is_in_batch = True
                 yield batch
                 course.is_in_batch = False
-                if self.batches.serial != serial:
+                if self.batches.iteration_id != serial:
                     raise HarnessError(
                         "batches(): two training loaders are iterated over at the same time, so where the run would go "
                         "on cannot be told; iterate over one with batches(), and over the other as it is"
@@ -130,7 +130,7 @@ class OwnLoop:
             self.events.end_iteration()
         except GeneratorExit:
             # The loop was left: what it has not taken of this epoch is not taken.
-            if self.batches.serial == serial:
+            if self.batches.iteration_id == serial:
                 self.events.end_iteration()
             raise
         finally:

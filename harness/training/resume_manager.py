@@ -27,7 +27,7 @@ from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import AnyWatched, TrainerState, encode_state
 from harness.data import dataloaders
-from harness.data.resumable_loader import Continuation
+from harness.data.resumable_loader import ResumePoint
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
@@ -264,7 +264,7 @@ class ResumeManager:
             self._say_what_is_one_sided(resumed)
         return resumed
 
-    def take(self, loader: Any) -> Continuation | None:
+    def take(self, loader: Any) -> ResumePoint | None:
         """Where the loader that begins goes on, once after a resume: at its batch by this loader's size."""
         is_again = self._taken is not None
         resumed = self._taken = self._begin_training()
@@ -291,7 +291,7 @@ class ResumeManager:
                 "DataLoaderConfiguration(use_seedable_sampler=True) keeps it"
             )
         own = resumed.rank_state
-        return Continuation(num_taken, resumed.data, None if own is None else own.random)
+        return ResumePoint(num_taken, resumed.data, None if own is None else own.random)
 
     def give_back(self) -> Resumed | None:
         """What `take` has given last was not trained on: the next loader goes on with it. None: it gave nothing."""

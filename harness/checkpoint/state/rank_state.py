@@ -29,7 +29,7 @@ class RankState:
         """As JSON values; from any thread."""
         return {
             "random": rng_state.encode(self.random),
-            "data": self.data.encoded(),
+            "data": self.data.to_json(),
             "sums": {name: encode(list(pair)) for name, pair in self.sums.items()},
         }
 
@@ -45,12 +45,12 @@ def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) ->
     if len(records) != world_size:
         return None
     record = records[rank]
-    return RankState(rng_state.decode(record["random"]), DataState.decoded(record["data"]), sums_of([record]))
+    return RankState(rng_state.decode(record["random"]), DataState.from_json(record["data"]), sums_of([record]))
 
 
 def order_of(records: Sequence[Mapping[str, Any]]) -> DataState:
     """What other ranks than those that saved can go on with: the generators of the order, which all ranks share."""
-    return DataState(generators=DataState.decoded(records[0]["data"]).generators) if records else DataState()
+    return DataState(generators=DataState.from_json(records[0]["data"]).generators) if records else DataState()
 
 
 def sums_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:

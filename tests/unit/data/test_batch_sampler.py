@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
+from harness.data.batch_sampler import IterationPlan
 from harness.data.resumable_loader import ResumableLoader
 
 
@@ -69,9 +70,9 @@ def test_pass_begins_where_it_is_to_when_workers_are_there_from_before() -> None
     accelerator, loader = prepared(num_workers=1, persistent_workers=True)
     assert numbers(loader) == ALL
     batches = ResumableLoader(accelerator)
-    sampler = batches.wrapped(loader)
+    sampler = batches.wrap_sampler(loader)
     assert sampler is not None
-    sampler.num_skipped = 3
+    sampler.plan = IterationPlan(num_skipped=3)
     assert numbers(loader) == ALL[3:]
     assert numbers(loader) == ALL
     batches.close()

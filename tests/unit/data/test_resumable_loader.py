@@ -25,7 +25,7 @@ from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.checkpoint.format.commit import list_checkpoints
 from harness.data import rng_state
 from harness.data.dataloaders import close_iteration
-from harness.data.resumable_loader import Continuation, DataState, ResumableLoader
+from harness.data.resumable_loader import DataState, ResumableLoader, ResumePoint
 from harness.errors import CheckpointError, HarnessError
 from tests.unit.test_resume import Crash, Noisy, Stream, points
 
@@ -389,8 +389,8 @@ def test_loader_is_made_uneven_for_a_while_when_accelerate_sets_so_on_what_is_wr
         loader.batch_sampler.even_batches = even_batches
         _, iterator = batches.begin(loader, None)
         assert len(list(iterator)) == num_batches
-        batches.end()
-        batches.leave()
+        batches.end_loader()
+        batches.release()
 
 
 class NoisyStream(IterableDataset[Any]):
@@ -422,7 +422,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def two_passes(batches: ResumableLoader, loader: Any, first: Continuation | None) -> Iterator[Any]:
+def two_passes(batches: ResumableLoader, loader: Any, first: ResumePoint | None) -> Iterator[Any]:
     """Passes over a loader with steps that draw; of each step what is drawn, and how to go on after it."""
     device = torch.device("cpu")
     for epoch in range(2):
@@ -432,14 +432,14 @@ def two_passes(batches: ResumableLoader, loader: Any, first: Continuation | None
         first = None
         for _, inputs, _ in iterator:
             drawn = (inputs.tolist(), random.random(), float(np.random.randn()), torch.rand(()).item())
-            batches.num_taken += 1
-            state = DataState.decoded(json.loads(json.dumps(batches.state.encoded())))
+            batches.batches_done += 1
+            state = DataState.from_json(json.loads(json.dumps(batches.state.to_json())))
             yield (
                 drawn,
-                Continuation(batches.num_taken, state, rng_state.decode(rng_state.encode(rng_state.capture(device)))),
+                ResumePoint(batches.batches_done, state, rng_state.decode(rng_state.encode(rng_state.capture(device)))),
             )
-        batches.end()
-        batches.leave()
+        batches.end_loader()
+        batches.release()
         close_iteration(over, iterator)
         batches.end_epoch()
     # Workers end now, and not at a garbage collection.
@@ -463,7 +463,7 @@ def test_numbers_of_steps_and_data_are_the_same_when_resumed_within_a_pass(
         set_seed(2)
         going_on = whole[num_done - 1][1]
         batches = ResumableLoader(accelerator)
-        batches.restore(going_on.data, 0, going_on.num_taken)
+        batches.restore(going_on.data, 0, going_on.batches_done)
         resumed = list(two_passes(batches, loader(), going_on))
         assert [drawn for drawn, _ in resumed] == [drawn for drawn, _ in whole[num_done:]], num_done
 
