@@ -428,7 +428,7 @@ def _make_peers(
     assert engine is not None
     share: list[Tensor] = []
     for piece in engine.plan.pieces:
-        value = engine.held.sources[piece.source].live()
+        value = engine.held.tensors[piece.source].live()
         if isinstance(value, Tensor):
             share.append(value.detach().reshape(-1)[piece.local : piece.local + piece.num_items])
     for name in arguments.peers:

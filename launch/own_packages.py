@@ -23,9 +23,6 @@ LATE_IMPORTS = (
     "harness.__main__",
     "harness.autologging.exit_codes",
     "harness.autologging.patcher",
-    "harness.checkpoint.sharding.fsdp1",
-    "harness.checkpoint.sharding.plain",
-    "harness.checkpoint.sharding.zero",
 )
 # Ranks send each other objects of classes in these, by the modules' names.
 _SENT = ("harness.checkpoint.", "harness.training.resume_manager", "harness.metrics.system.")

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint.sharding.local_shards import innermost, is_engine
+from harness.checkpoint.sharding.find_shards import is_deepspeed_engine
+from harness.checkpoint.sharding.local_shards import innermost
 from harness.checkpoint.state.trainer_state import Watched
 
 
@@ -23,7 +24,7 @@ class StepCounter:
 
     def __init__(self, part: Watched) -> None:
         # DeepSpeed steps its optimizer once for each flat group, and counts whole steps in the engine.
-        self._engine: Any = part.model if is_engine(part.model) else None
+        self._engine: Any = part.model if is_deepspeed_engine(part.model) else None
         self._num_seen = 0
         # Not traced into a compiled optimizer: it must run, each time.
         after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]

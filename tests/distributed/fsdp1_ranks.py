@@ -17,7 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 import harness
 from harness.checkpoint.format.names import unwrapped
 from harness.checkpoint.restore.restore import restore_tensors
-from harness.checkpoint.sharding.local_shards import find_held
+from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
@@ -84,7 +84,7 @@ def say_what_is_refused(rank: int, world_size: int, port: int, directory: Path) 
 
     def said(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
         with pytest.raises(CheckpointError) as refused:
-            find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+            find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
         return str(refused.value)
 
     early = torch.optim.SGD(Uneven().parameters(), lr=0.1)

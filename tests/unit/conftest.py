@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.checkpoint.format.all_ranges import AllRanges, pack_ranges
 from harness.checkpoint.format.commit import Manifest, commit, temporary_of
 from harness.checkpoint.format.layout import TensorSpec
-from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, whole
+from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, full_range
 from harness.checkpoint.save.plan import hash_of, plan_of
 from harness.checkpoint.save.write import output_files, write_json
 from harness.checkpoint.save.writer import RangeWriter
@@ -52,7 +52,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         specs += [
             TensorSpec("optimizer", key, DTYPE_NAMES[t.dtype], tuple(t.shape)) for key, t in (optimizer or {}).items()
         ]
-        holdings = [ShardCatalog.of(hash_of(specs, aliases or {}), [whole(t) for t in tensors])] * num_ranks
+        holdings = [ShardCatalog.of(hash_of(specs, aliases or {}), [full_range(t) for t in tensors])] * num_ranks
         final = tmp_path / "checkpoints" / name
         temporary = temporary_of(final, "test")
         temporary.mkdir(parents=True)

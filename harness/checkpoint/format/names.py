@@ -1,8 +1,8 @@
-"""What a tensor is called in a checkpoint: its path in the user's own model, without any wrapper.
+"""The name of a tensor in a checkpoint: its path in the user's own model, without wrappers.
 
-A wrapper is recognised by its class, not by the name of its attribute: a user's own submodule that is
-called ``module`` keeps its name. A model that PEFT has wrapped keeps the names that it had before, and
-an adapter's tensors stand beside the weight that they adapt: ``fc.weight``, ``fc.lora_A.default.weight``.
+A wrapper is recognised by its class, not by an attribute's name: a user's submodule called ``module`` keeps its name.
+A model that PEFT has wrapped keeps its former names, and an adapter's tensors are named beside the weight that they
+adapt: ``fc.weight``, ``fc.lora_A.default.weight``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.errors import CheckpointError
 
-# Class name -> the attribute under which it holds what it wraps. By name, so that none is imported.
+# Class name -> the attribute with the wrapped module. By name, so that no framework is imported.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -25,24 +25,24 @@ _WRAPPERS = {
     "OffloadWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
-# These hold, beside what they wrap, tensors of their own, which stand under the same path.
+# Wrappers with tensors of their own, which are named under the same path.
 _ADAPTERS = {
     "PeftModel": "base_model",
     "BaseTuner": "model",
     "BaseTunerLayer": "base_layer",
     "AuxiliaryTrainingWrapper": "original_module",
 }
-# A module, a name in it, and what stands for the parameter that would be there, were it not a part of a flat one.
-Stand = tuple[nn.Module, str, nn.Parameter]
+# A module, a name in it, and a placeholder for the parameter of that name, which FSDP1 has moved into a flat parameter.
+Placeholder = tuple[nn.Module, str, nn.Parameter]
 
 
 def _attribute_of(module: nn.Module, table: Mapping[str, str]) -> str | None:
-    # FSDP2 makes a subclass on the fly, so look at the bases too.
+    # FSDP2 derives a subclass at run time, so the bases count too.
     return next((table[base.__name__] for base in type(module).__mro__ if base.__name__ in table), None)
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether FSDP1 has wrapped it: what is below has slices for parameters, or none."""
+    """Whether FSDP1 has wrapped it: the modules inside have slices as parameters, or none."""
     return _attribute_of(module, {"FullyShardedDataParallel": ""}) is not None
 
 
@@ -54,14 +54,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def modules_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the user's, without wrappers, and the prefix of the names in it.
+    """The user's modules, without wrappers, each with the prefix of the names in it.
 
     Effects: not collective; any thread; reads only.
     """
     module = unwrapped(module)
     yield prefix, module
     adapted = _attribute_of(module, _ADAPTERS)
-    # Not named_children(), which leaves out a module that stands a second time: it has aliases.
+    # Not named_children(), which skips the second occurrence of a module; its tensors have aliases there.
     for name, child in module._modules.items():
         if child is not None:
             yield from modules_of(child, prefix if name == adapted else f"{prefix}{name}.")
@@ -74,10 +74,10 @@ class NamedState:
     Args:
         parameters: name -> parameter, in the order of the model.
         buffers: name -> persistent buffer.
-        aliases: further name -> the name under which the same tensor stands above (tied weights).
-        holders: name -> the module's dictionary that the tensor is in, and its key there.
-        sizes: dictionaries of the modules, with their lengths: if one changes, so has the model.
-        members: (dictionary, key, value) of submodules, and of places that are empty: likewise.
+        aliases: further name of a tied tensor -> its name above.
+        holders: name -> the module's dictionary with the tensor, and its key there.
+        sizes: dictionaries of the modules, with their lengths, which change with the structure of the model.
+        members: (dictionary, key, value) of submodules and of empty places, which change likewise.
         others: identity -> name of parameters of other models in the same checkpoint, which an optimizer may train too.
     """
 
@@ -91,7 +91,10 @@ class NamedState:
 
 
 def named_state(
-    model: nn.Module, stands: Sequence[Stand] = (), prefix: str = "", named_before: dict[int, str] | None = None
+    model: nn.Module,
+    placeholders: Sequence[Placeholder] = (),
+    prefix: str = "",
+    named_before: dict[int, str] | None = None,
 ) -> NamedState:
     """Name every parameter and persistent buffer of a model, wrapped or not.
 
@@ -99,10 +102,10 @@ def named_state(
 
     Args:
         model: wrapped or not.
-        stands: for what is in FSDP1's flat parameters, which have no name of their own, and hold its values.
+        placeholders: of the parameters in FSDP1's flat parameters, which have no name themselves.
         prefix: of each name.
-        named_before: identity -> name of the tensors of other models of the checkpoint, in which a tensor of this
-            model becomes an alias; this model's tensors are added.
+        named_before: identity -> name of the tensors of other models in the checkpoint. A tensor of this model that is
+            among them becomes an alias; this model's tensors are added.
 
     Raises:
         CheckpointError: if two tensors would have the same name.
@@ -114,33 +117,33 @@ def named_state(
     sizes: list[tuple[Any, int]] = []
     members: list[tuple[Any, Any, Any]] = []
     first_name = {} if named_before is None else named_before
-    standing: dict[int, dict[str, Any]] = {}
-    for module, key, stand in stands:
-        standing.setdefault(id(module), {})[key] = stand
+    placeholders_of: dict[int, dict[str, Any]] = {}
+    for module, key, placeholder in placeholders:
+        placeholders_of.setdefault(id(module), {})[key] = placeholder
     for path, module in modules_of(model, prefix):
         sizes.append((module._modules, len(module._modules)))
         members += [(module._modules, key, child) for key, child in module._modules.items()]
-        sizes += [(held, len(held)) for held in (module._parameters, module._buffers)]
+        sizes += [(holder, len(holder)) for holder in (module._parameters, module._buffers)]
         tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
             (module._parameters, parameters),
             (module._buffers, buffers),
-            (standing.get(id(module), {}), parameters),
+            (placeholders_of.get(id(module), {}), parameters),
         )
-        for held, into in tables:
-            for key, tensor in held.items():
+        for holder, into in tables:
+            for key, tensor in holder.items():
                 if tensor is None:
-                    members.append((held, key, None))
+                    members.append((holder, key, None))
                 if tensor is None or (into is buffers and key in module._non_persistent_buffers_set):
                     continue
                 if getattr(tensor, "_is_flat_param", False):
-                    continue  # FSDP1's: what it is made of stands in `stands`
+                    continue  # FSDP1's: its parts are in `placeholders`
                 name = path + key
                 if (first := first_name.setdefault(id(tensor), name)) != name:
                     aliases[name] = first
-                elif name in holders and holders[name][0] is not held:
+                elif name in holders and holders[name][0] is not holder:
                     raise CheckpointError(f"{name}: two tensors of the model would have this name; rename one of them")
                 else:
-                    into[name], holders[name] = tensor, (held, key)
+                    into[name], holders[name] = tensor, (holder, key)
     for alias in aliases:
         if alias in holders:
             raise CheckpointError(f"{alias}: two tensors of the model would have this name; rename one of them")
@@ -148,6 +151,6 @@ def named_state(
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first names, for a message, and how many more there are."""
+    """The first names, and the number of the others, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{more}"

@@ -1,4 +1,4 @@
-"""What a rank holds of each logical tensor, and where its memory is looked up at each save."""
+"""The shard of a logical tensor that one rank holds, and the place from which each save reads it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class ElementRange(NamedTuple):
-    """Consecutive elements: `num_items` of them, from `logical` in the logical tensor and `local` in this rank's."""
+    """`num_items` consecutive elements, from `logical` on in the logical tensor and `local` on in this rank's."""
 
     logical: int
     local: int
@@ -50,96 +50,103 @@ class TensorShard:
     """One logical tensor as this rank holds it.
 
     Args:
-        spec: what is in the file.
-        holder: where the live tensor is looked up each time, by `key`: a module's parameters, an
-            optimizer's state. A tensor that was replaced since the plan is thus noticed.
+        spec: of the tensor in the file.
+        holder: a module's parameters or an optimizer's state, in which each save looks up the live tensor, so that a
+            tensor that was replaced since the plan is noticed.
         key: in `holder`.
-        runs: what this rank holds, in the order of the logical tensor; other ranks may hold it too.
-        at_once: it may change before the next optimizer step (a buffer, a frozen parameter, a plain
-            number), so it is copied before `save` returns.
+        ranges: held by this rank, in the order of the logical tensor; other ranks may hold them too.
+        is_volatile: it may change before the next optimizer step (a buffer, a frozen parameter, a plain number), so it
+            is copied before `save` returns.
         dtype: of the live tensor; None: a plain number.
-        shape: of the live tensor or DTensor as the holder has it.
+        shape: of the live tensor or DTensor in the holder.
     """
 
     spec: TensorSpec
     holder: Any
     key: Any
-    runs: tuple[ElementRange, ...]
-    at_once: bool = False
+    ranges: tuple[ElementRange, ...]
+    is_volatile: bool = False
     dtype: torch.dtype | None = None
     shape: torch.Size | None = None
 
     def is_as_planned(self) -> bool:
-        """Whether the holder still has the kind of thing there that the plan was made for."""
+        """Whether the holder still has a value of the planned type and shape."""
         value = self.holder[self.key]
         if isinstance(value, Tensor):
             return self.dtype == value.dtype and self.shape == value.shape
         return self.dtype is None and isinstance(value, _NUMBERS.get(self.spec.dtype, ()))
 
     def live(self) -> Any:
-        """The tensor (a DTensor's local part), or the plain number, as it is now."""
+        """The current tensor (the local part of a DTensor) or plain number."""
         value = self.holder[self.key]
         return value._local_tensor if isinstance(value, DTensor) else value
 
 
-# Of a plain number, by the type that it is written as.
+# Types of a plain number, by the type in which it is written.
 _NUMBERS: dict[str, tuple[type, ...]] = {"F64": (float,), "I64": (int,)}
 
 
-def source_of(
-    spec: TensorSpec, place: tuple[Any, Any], runs: tuple[ElementRange, ...], *, at_once: bool = False
+def shard_of(
+    spec: TensorSpec, place: tuple[Any, Any], ranges: tuple[ElementRange, ...], *, is_volatile: bool = False
 ) -> TensorShard:
-    """A source, with the kind of thing that is there now."""
+    """A shard of the value that is at `place`, a holder and a key, now."""
     value = place[0][place[1]]
     dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else (None, None)
-    return TensorShard(spec, place[0], place[1], runs, at_once, dtype, shape)
+    return TensorShard(spec, place[0], place[1], ranges, is_volatile, dtype, shape)
 
 
 def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> TensorSpec:
-    """The specification of a tensor that is written as `dtype` (None, or not floating point: as it is).
+    """The specification of a tensor in the file.
+
+    Args:
+        section: weights or optimizer.
+        name: in the file.
+        value: the live tensor.
+        shape: logical.
+        dtype: in which a floating-point tensor is written; None: its own.
 
     Raises:
-        CheckpointError: if safetensors has no such type, it is sparse, or it is made of several tensors.
+        CheckpointError: if safetensors has no such type, or the tensor is sparse or made of several tensors.
     """
     local = value._local_tensor if isinstance(value, DTensor) else value
     if is_traceable_wrapper_subclass(local):
         raise CheckpointError(
             f"{name}: is a {type(local).__name__}, a tensor made of others, which cannot be saved; convert it to a "
-            "plain tensor, or leave it out"
+            "plain tensor, or remove it"
         )
     if local.layout is not torch.strided:
-        remedy = "keep it as a dense one"
+        remedy = "make it dense"
         if section == "optimizer":
             remedy = "use checkpoint.save_weights_only, or an optimizer with a dense state, such as SparseAdam"
         raise CheckpointError(f"{name}: is a sparse tensor ({local.layout}), which cannot be saved; {remedy}")
-    kept: torch.dtype = value.dtype
-    if dtype is not None and kept.is_floating_point:
-        kept = dtype
-    if kept not in DTYPE_NAMES:
+    written: torch.dtype = value.dtype
+    if dtype is not None and written.is_floating_point:
+        written = dtype
+    if written not in DTYPE_NAMES:
         raise CheckpointError(
-            f"{name}: safetensors has no type for {kept}; convert it, or register it with persistent=False if it is a "
-            "buffer"
+            f"{name}: safetensors has no type for {written}; convert it, or register it with persistent=False if it is "
+            "a buffer"
         )
-    return TensorSpec(section, name, DTYPE_NAMES[kept], shape)
+    return TensorSpec(section, name, DTYPE_NAMES[written], shape)
 
 
 def number_spec(section: Section, name: str, value: float) -> TensorSpec:
-    """The specification of a plain number: 64 bits, so that nothing is rounded."""
+    """The specification of a plain number, in 64 bits, so that it is not rounded."""
     return TensorSpec(section, name, "F64" if isinstance(value, float) else "I64", ())
 
 
-def whole(value: Tensor) -> tuple[ElementRange, ...]:
-    """The run of a tensor that this rank holds all of."""
+def full_range(value: Tensor) -> tuple[ElementRange, ...]:
+    """The range of a tensor that this rank holds completely."""
     count = value.numel()
     return (ElementRange(0, 0, count),) if count else ()
 
 
-def whole_number() -> tuple[ElementRange, ...]:
-    """The run of a plain number."""
+def scalar_range() -> tuple[ElementRange, ...]:
+    """The range of a plain number."""
     return (ElementRange(0, 0, 1),)
 
 
-def overlap(logical_start: int, local_start: int, count: int, limit: int) -> tuple[ElementRange, ...]:
-    """A run cut off at the logical tensor's end: what lies behind it is padding."""
+def clipped_range(logical_start: int, local_start: int, count: int, limit: int) -> tuple[ElementRange, ...]:
+    """A range without the elements behind the logical tensor's end, which are padding."""
     count = min(count, limit - logical_start)
     return (ElementRange(logical_start, local_start, count),) if count > 0 else ()

@@ -90,7 +90,7 @@ def match(held: LocalShards, stored: CheckpointIndex, *, weights_only: bool, str
     names = _names(held)
     numbers: dict[int, _Numbers] = {}
     for source, place in pairs:
-        if not source.runs:
+        if not source.ranges:
             continue
         wants = targets.wants.setdefault(place.file, [])
         if _is_number(source):
@@ -104,7 +104,7 @@ def match(held: LocalShards, stored: CheckpointIndex, *, weights_only: bool, str
 
 
 def _names(held: LocalShards) -> set[str]:
-    return {source.spec.name for source in held.sources if source.spec.section == "model"}
+    return {source.spec.name for source in held.tensors if source.spec.section == "model"}
 
 
 def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[TensorShard, StoredPlace]], list[str]]:
@@ -112,7 +112,7 @@ def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[Tensor
     names = _names(held)
     pairs: list[tuple[TensorShard, StoredPlace]] = []
     missing: list[str] = []
-    for source in held.sources:
+    for source in held.tensors:
         place: StoredPlace | None
         if source.spec.section == "model":
             place = stored.weight(source.spec.name, source.dtype)
@@ -248,7 +248,7 @@ def _wants(source: TensorShard, tensor: StoredTensor, after: list[Callable[[], N
     if flat is None:
         flat = torch.empty(live.numel(), dtype=live.dtype, device=live.device)
         after.append(partial(_put, source.spec.name, live, flat))
-    for run in source.runs:
+    for run in source.ranges:
         yield Want(tensor.start + run.logical * item, tensor.dtype, flat[run.local : run.local + run.num_items])
 
 

@@ -8,7 +8,7 @@ After each part the ranks tell one another what went wrong, so that all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.format.partial_digests import Span, are_complete, combine, require_digest
 from harness.checkpoint.restore.read import digest_leaves, read
 from harness.checkpoint.restore.read_plan import Targets, match
-from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.materialize import BuiltState, build_state
 from harness.checkpoint.state.optimizer_record import OptimizerRecord
-from harness.checkpoint.state.parts import find_watched, find_watched_stepped
+from harness.checkpoint.state.parts import find_watched, find_watched_optimized
 from harness.checkpoint.state.trainer_state import AnyWatched, read_trainer_state
 from harness.distributed.collectives import Collectives
 
@@ -143,18 +143,18 @@ def _restore(
             what = "building the optimizer's state"
             collectives.run_on_all_ranks(what, lambda: _build_states(built, watched, stored, records))
 
-        def matched() -> tuple[Targets, Callable[[], None]]:
+        def matched() -> tuple[Targets, LocalShards]:
             held = find_watched(accelerator, watched, weights_only=weights_only, dtype=None, restoring=True)
-            return match(held, stored, weights_only=weights_only, strict=strict), held.refresh
+            return match(held, stored, weights_only=weights_only, strict=strict), held
 
-        targets, refresh = collectives.run_on_all_ranks("matching the names in the checkpoint", matched)
+        targets, held = collectives.run_on_all_ranks("matching the names in the checkpoint", matched)
         what = "reading the tensors"
         read_bytes, spans = collectives.run_on_all_ranks(
             what, lambda: files.reading(lambda: _fill(targets, stored, files))
         )
         read_bytes += _check(stored, spans, files, collectives)
         collectives.run_on_all_ranks("loading the state of the optimizer's objects", lambda: _finish(built))
-        refresh()
+        held.refresh()
     except BaseException:
         for each in built:
             each.undo()
@@ -165,7 +165,7 @@ def _restore(
 def _build_states(
     built: list[BuiltState], watched: AnyWatched, stored: CheckpointIndex, records: Mapping[str, OptimizerRecord]
 ) -> None:
-    for part, stepped in find_watched_stepped(watched):
+    for part, stepped in find_watched_optimized(watched):
         built.append(BuiltState(innermost(part.optimizer)))
         build_state(built[-1], stepped, stored, records.get(part.name, OptimizerRecord()))
 

@@ -23,7 +23,7 @@ from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.materialize import check_objects
 from harness.checkpoint.state.optimizer_record import added_state, groups_record, record_of
-from harness.checkpoint.state.parts import find_watched, find_watched_stepped
+from harness.checkpoint.state.parts import find_watched, find_watched_optimized
 from harness.checkpoint.state.trainer_state import AnyWatched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
@@ -87,7 +87,7 @@ def plan_saves(
             for part, each in zip(watched.parts, added, strict=True):
                 kept = KeptTensors()
                 hashes.append(kept.hash_with(record_of(part.optimizer, each, kept)))
-            for part, stepped in find_watched_stepped(watched) if held.trees else ():
+            for part, stepped in find_watched_optimized(watched) if held.trees else ():
                 check_objects(innermost(part.optimizer), stepped, held.forms)
             return held, hashes
         return held, []

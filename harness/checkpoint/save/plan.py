@@ -36,7 +36,7 @@ _ELEMENT_ALIGNMENT_BYTES = 16
 class Piece(NamedTuple):
     """What a rank copies: elements of one tensor, to a place in its staging memory.
 
-    `source` counts `LocalShards.sources`; `local` and `num_items` are in elements, `staging` in bytes.
+    `source` counts `LocalShards.tensors`; `local` and `num_items` are in elements, `staging` in bytes.
     """
 
     source: int
@@ -79,12 +79,12 @@ def make_plan(held: LocalShards, collectives: Collectives, max_shard_size_bytes:
             ranks hold parts that overlap without being the same, or the same part with other values.
     """
     held.complete(collectives)
-    specs = tuple(source.spec for source in held.sources)
-    mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.runs for source in held.sources])
+    specs = tuple(source.spec for source in held.tensors)
+    mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.ranges for source in held.tensors])
     holdings = [ShardCatalog.unpacked(part) for part in collectives.all_gather("what each rank holds", mine.packed())]
     plan, sharing = _plan(specs, held.aliases, holdings, collectives.rank, max_shard_size_bytes)
     told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(plan.staging_bytes, plan.ranges))
-    check_replicas(held.sources, sharing, collectives)
+    check_replicas(held.tensors, sharing, collectives)
     return plan if told is None else with_all(plan, told)
 
 
@@ -101,11 +101,11 @@ def plan_of_rank_zero(held: LocalShards, collectives: Collectives, max_shard_siz
         max_shard_size_bytes: limit of one file of weights, or None.
     """
     held.complete(collectives)
-    specs = tuple(source.spec for source in held.sources)
+    specs = tuple(source.spec for source in held.tensors)
     layout = collectives.broadcast_from_rank_zero(
         "plan its files", lambda: plan_layout(specs, held.aliases, max_shard_size_bytes)
     )
-    owned = {index: source.runs for index, source in enumerate(held.sources)} if collectives.rank == 0 else {}
+    owned = {index: source.ranges for index, source in enumerate(held.tensors)} if collectives.rank == 0 else {}
     pieces, ranges, size = _stage(specs, layout, owned)
     plan = Plan(layout, tuple(pieces), size, tuple(ranges))
     told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(size, ranges))
@@ -179,11 +179,11 @@ def assign(
     owned: dict[int, tuple[ElementRange, ...]] = {}
     for kind in kinds:
         if any(ranks == (rank,) for ranks in kind.parts.values()):
-            owned |= {index: mine.runs(index) for index in kind.tensors}
+            owned |= {index: mine.ranges_of(index) for index in kind.tensors}
     for sharers, tensors in sharing.items():
         if rank not in sharers:
             continue
-        counts = [sum(run.num_items for run in mine.runs(index)) for index in tensors]
+        counts = [sum(run.num_items for run in mine.ranges_of(index)) for index in tensors]
         total_bytes = sum(count * specs[index].item_bytes for index, count in zip(tensors, counts, strict=True))
         position = sharers.index(rank)
         begin, end = (total_bytes * share // len(sharers) for share in (position, position + 1))
@@ -192,7 +192,7 @@ def assign(
             item = specs[index].item_bytes
             first, last = (_clamp((bound - offset) // item, count) for bound in (begin, end))
             if first < last:
-                owned[index] = _cut(mine.runs(index), first, last)
+                owned[index] = _cut(mine.ranges_of(index), first, last)
             offset += count * item
     return owned
 

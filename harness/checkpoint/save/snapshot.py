@@ -63,8 +63,8 @@ class Snapshot:
         for piece in plan.pieces:
             by_source.setdefault(piece.source, []).append(piece)
         # Nobody copies anything of these, and each rank sees by itself when they come to hold something.
-        self._empty = [source for source in held.sources if source.spec.num_items == 0]
-        self._copies = [_Copies(held.sources[index], pieces, staging) for index, pieces in by_source.items()]
+        self._empty = [source for source in held.tensors if source.spec.num_items == 0]
+        self._copies = [_Copies(held.tensors[index], pieces, staging) for index, pieces in by_source.items()]
         self._sort()
 
     def look_up(self) -> bool:
@@ -113,8 +113,8 @@ class Snapshot:
         batches, stream = self._batches, self._stream
         if stream is None:
             return functools.partial(_copy, batches)
-        at_once = torch.cuda.current_stream(self._device).record_event()
-        return functools.partial(_copy_on, stream, at_once, batches)
+        is_volatile = torch.cuda.current_stream(self._device).record_event()
+        return functools.partial(_copy_on, stream, is_volatile, batches)
 
 
 class _Copies:
@@ -138,7 +138,7 @@ class _Copies:
         self.values: list[Tensor] = []
         self.value: Any = None
         self.local: Tensor | None = None
-        self.is_at_once = source.at_once
+        self.is_at_once = source.is_volatile
         self._local_shape: torch.Size | None = None
         self.look_up()
 
@@ -175,7 +175,7 @@ class _Copies:
         is_plain = live.is_contiguous()
         # Parts of what does not lie in order are first put in order, at each save and at once.
         self.local = live if is_plain else None
-        self.is_at_once = self.source.at_once or not is_plain
+        self.is_at_once = self.source.is_volatile or not is_plain
         flat = live.detach().reshape(-1)
         self.values = [flat[piece.local : piece.local + piece.num_items] for piece in self._pieces]
         return True
@@ -256,17 +256,17 @@ def _copy(batches: Sequence[_Batch], lower: Lower, ready: Ready) -> None:
 
 
 def _copy_on(
-    stream: torch.cuda.Stream, at_once: torch.cuda.Event, batches: Sequence[_Batch], lower: Lower, ready: Ready
+    stream: torch.cuda.Stream, is_volatile: torch.cuda.Event, batches: Sequence[_Batch], lower: Lower, ready: Ready
 ) -> None:
     """The same on a stream; the next step may be enqueued as soon as the copies are."""
-    events = [at_once]
+    events = [is_volatile]
     with torch.cuda.stream(stream), torch.no_grad():
-        stream.wait_event(at_once)
+        stream.wait_event(is_volatile)
         for batch in batches:
             torch._foreach_copy_(batch.targets, batch.values, non_blocking=True)
             events.append(stream.record_event())
     lower(events[-1])
-    at_once.synchronize()
+    is_volatile.synchronize()
     for batch, event in zip(batches, events[1:], strict=True):
         event.synchronize()
         ready(batch.ready_bytes)

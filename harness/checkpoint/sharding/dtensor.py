@@ -1,4 +1,4 @@
-"""FSDP2, HSDP, FSDP2 with tensor parallelism: a `DTensor`'s placements as runs of the logical tensor."""
+"""FSDP2, HSDP, FSDP2 with tensor parallelism: a `DTensor`'s placements as ranges of the logical tensor."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.errors import CheckpointError
 
 
-def runs_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
-    """What this rank holds of a DTensor.
+def ranges_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
+    """The ranges of a DTensor that this rank holds.
 
     Effects: not collective; main thread; reads metadata only.
 
     Raises:
-        CheckpointError: if it holds sums that are not reduced yet, or a placement that is not understood.
+        CheckpointError: if it holds partial sums, or has an unknown placement.
     """
     mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
     if mesh.get_coordinate() is None:
-        return ()  # this rank is not in the mesh
+        return ()  # this rank is outside the mesh
     for placement in placements:
         if placement.is_partial():
-            raise CheckpointError(f"{name}: is a partial sum ({placements}); reduce it before it is saved")
+            raise CheckpointError(f"{name}: is a partial sum ({placements}); reduce it before saving")
     local_shape = tuple(tensor._local_tensor.shape)
     if 0 in local_shape or 0 in shape:
         return ()
-    # A dimension's indices do not depend on the other dimensions.
+    # The indices of a dimension do not depend on other dimensions.
     indices = [_indices(dim, tensor) for dim in range(len(shape))]
     if tuple(len(part) for part in indices) != local_shape:
         raise CheckpointError(
             f"{name}: its placements {placements} give a local shape of {[len(part) for part in indices]}, "
-            f"but it has {list(local_shape)}; this way of sharding is not understood"
+            f"but it has {list(local_shape)}; this way of sharding is not supported"
         )
-    return _runs(indices, shape)
+    return _ranges(indices, shape)
 
 
 def _indices(dim: int, tensor: DTensor) -> list[int] | range:
-    """Which indices of a dimension this rank holds, ascending or not, as torch itself divides it."""
+    """The indices of a dimension that this rank holds, in any order, as torch divides it."""
     size = tensor.shape[dim]
     placements = tensor.placements
     if not any(_is_of(placement, dim) for placement in placements):
@@ -53,16 +53,16 @@ def _indices(dim: int, tensor: DTensor) -> list[int] | range:
 
 @lru_cache(maxsize=1024)
 def _divided(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[int] | range:
-    """Which of the numbers below `size` this rank gets.
+    """The numbers below `size` that this rank gets.
 
-    Whatever the kind of sharding (uneven, strided), torch's own arithmetic decides.
+    Torch itself divides them, so every kind of sharding (uneven, strided) is right.
     """
     numbers = torch.arange(size, device=mesh.device_type)
     mine = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().tolist()
     if not mine:
         return range(0)
-    run = range(mine[0], mine[-1] + 1)
-    return run if mine == list(run) else mine
+    consecutive = range(mine[0], mine[-1] + 1)
+    return consecutive if mine == list(consecutive) else mine
 
 
 def _is_of(placement: Placement, dim: int) -> bool:
@@ -75,9 +75,9 @@ def _along_first(placement: Placement) -> Placement:
     return Shard(0)
 
 
-def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[ElementRange, ...]:
-    """Consecutive elements in C order, of the outer product of the dimensions' indices."""
-    # Dimensions at the end that are there as a whole make every run longer.
+def _ranges(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[ElementRange, ...]:
+    """Consecutive elements, in C order, in the outer product of the dimensions' indices."""
+    # Complete dimensions at the end make every range longer.
     last = len(shape)
     while last > 0 and indices[last - 1] == range(shape[last - 1]):
         last -= 1
@@ -91,10 +91,10 @@ def _runs(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[Ele
     starts = reduce(
         lambda bases, dim: [base + index * strides[dim] for base in bases for index in indices[dim]], range(last), [0]
     )
-    runs: list[ElementRange] = []
+    ranges: list[ElementRange] = []
     for position, start in enumerate(starts):
-        if runs and runs[-1].logical + runs[-1].num_items == start * inner:
-            runs[-1] = runs[-1]._replace(num_items=runs[-1].num_items + inner)
+        if ranges and ranges[-1].logical + ranges[-1].num_items == start * inner:
+            ranges[-1] = ranges[-1]._replace(num_items=ranges[-1].num_items + inner)
         else:
-            runs.append(ElementRange(start * inner, position * inner, inner))
-    return tuple(runs)
+            ranges.append(ElementRange(start * inner, position * inner, inner))
+    return tuple(ranges)

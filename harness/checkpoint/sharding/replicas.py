@@ -1,6 +1,6 @@
-"""Whether ranks that hold the same part of a tensor hold the same values.
+"""Check that ranks that hold the same part of a tensor hold the same values.
 
-They divide the writing of it, so where they differ a checkpoint would be of no rank's state.
+They divide the writing of that part, so if they differ, the checkpoint would match no rank's state.
 """
 
 from __future__ import annotations
@@ -23,90 +23,92 @@ _MAX_SAMPLES = 1 << 16
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(sources: Sequence[TensorShard], sharing: Sharing, collectives: Collectives) -> None:
-    """Compare what several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
+def check_replicas(shards: Sequence[TensorShard], sharing: Sharing, collectives: Collectives) -> None:
+    """Compare the parts that several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
 
-    A hash of the sums is exchanged for each group of ranks, and the sums themselves only where that differs.
+    Each group of ranks exchanges a hash of its sums; only if the hashes differ, the sums are exchanged too.
 
-    Effects: collective; main thread; blocks for a read of the samples, on CUDA until the device is done;
+    Effects: collective; main thread; blocks for a read of the samples, on CUDA until the device is idle;
     nothing on disk.
 
     Args:
-        sources: what this rank holds.
-        sharing: which ranks hold the same of which.
+        shards: this rank's.
+        sharing: groups of ranks that hold the same parts.
         collectives: of all ranks.
 
     Raises:
         CheckpointError: on all ranks, with the first tensor that differs.
     """
-    mine = [tensors for ranks, tensors in sharing.items() if collectives.rank in ranks]
+    mine = [indices for ranks, indices in sharing.items() if collectives.rank in ranks]
     sums: list[list[int]] = []
     failure: Exception | None = None
     try:
         with torch.no_grad():
-            flat = iter(_numbers([_sum(sources[index]) for tensors in mine for index in tensors]))
-            sums = [list(islice(flat, len(tensors))) for tensors in mine]
+            flat = iter(_read_numbers([_sum(shards[index]) for indices in mine for index in indices]))
+            sums = [list(islice(flat, len(indices))) for indices in mine]
     except (RuntimeError, struct.error) as error:
         failure = error
     hashes = [xxhash.xxh3_64_intdigest(repr(each).encode()) for each in sums]
-    told = collectives.all_gather("what ranks hold in common", (hashes, None if failure is None else str(failure)))
-    for rank, (_, text) in enumerate(told):
+    reports = collectives.all_gather("hashes of replicas", (hashes, None if failure is None else str(failure)))
+    for rank, (_, text) in enumerate(reports):
         if text is not None:
             raise CheckpointError(f"rank {rank}: cannot compare its tensors with other ranks': {text}") from failure
-    if _differing(sharing, [each for each, _ in told]):
-        _refuse_first(sources, sharing, collectives.all_gather("sums of what ranks hold in common", sums))
+    if _differing(sharing, [each for each, _ in reports]):
+        _raise_first_difference(shards, sharing, collectives.all_gather("sums of replicas", sums))
 
 
-def _differing(sharing: Sharing, told: Sequence[Sequence[Any]]) -> list[tuple[int, int, int, int]]:
-    """Where a rank has told another thing than the first of its group.
+def _differing(sharing: Sharing, reports: Sequence[Sequence[Any]]) -> list[tuple[int, int, int, int]]:
+    """Find the groups in which a rank's report differs from that of the group's first rank.
 
     Returns:
-        Number of the group; which of the first rank's groups it is, and which of the other's; the other rank.
+        Index of the group; its index in the first rank's report, and in the other rank's; the other rank.
     """
-    position = [0] * len(told)
+    position = [0] * len(reports)
     found = []
     for number, ranks in enumerate(sharing):
         at = {rank: position[rank] for rank in ranks}
         for rank in ranks:
             position[rank] += 1
-            if told[rank][at[rank]] != told[ranks[0]][at[ranks[0]]]:
+            if reports[rank][at[rank]] != reports[ranks[0]][at[ranks[0]]]:
                 found.append((number, at[ranks[0]], at[rank], rank))
     return found
 
 
-def _refuse_first(sources: Sequence[TensorShard], sharing: Sharing, sums: Sequence[Sequence[Sequence[int]]]) -> None:
+def _raise_first_difference(
+    shards: Sequence[TensorShard], sharing: Sharing, sums: Sequence[Sequence[Sequence[int]]]
+) -> None:
     groups = list(sharing.items())
     first = None
     for number, of_first, of_rank, rank in _differing(sharing, sums):
-        ranks, tensors = groups[number]
-        pairs = zip(tensors, sums[ranks[0]][of_first], sums[rank][of_rank], strict=True)
+        ranks, indices = groups[number]
+        pairs = zip(indices, sums[ranks[0]][of_first], sums[rank][of_rank], strict=True)
         index = next(index for index, one, other in pairs if one != other)
         first = min(first or (index, rank, ranks[0]), (index, rank, ranks[0]))
     assert first is not None
     index, rank, one = first
     raise CheckpointError(
-        f"{sources[index].spec.name}: rank {rank} holds other values than rank {one}, though the "
-        "same part of it, so a checkpoint would be of no rank's state; make the model alike on all ranks "
+        f"{shards[index].spec.name}: rank {rank} holds other values than rank {one}, though the "
+        "same part of it, so a checkpoint would match no rank's state; make the model alike on all ranks "
         "(one seed, one file) and change it only in ways that are the same on all of them (stochastic "
         "rounding is not)"
     )
 
 
-def _sum(source: TensorShard) -> Tensor | int:
-    value: Any = source.live()
+def _sum(shard: TensorShard) -> Tensor | int:
+    value: Any = shard.live()
     if not isinstance(value, Tensor):
         number: int = struct.unpack("q", struct.pack("d" if isinstance(value, float) else "q", value))[0]
         return number
     flat = value.detach().reshape(-1)
-    stride = max(1, sum(run.num_items for run in source.runs) // _MAX_SAMPLES)
-    parts = [flat[run.local : run.local + run.num_items : stride] for run in source.runs]
-    # As integers: an order of summation does not matter, and a NaN is a number like others.
+    stride = max(1, sum(part.num_items for part in shard.ranges) // _MAX_SAMPLES)
+    parts = [flat[part.local : part.local + part.num_items : stride] for part in shard.ranges]
+    # As integers, so that the order of summation does not matter and a NaN compares like other numbers.
     samples = torch.cat(parts).view(_INTEGERS[value.element_size()])
     return samples.sum(dtype=torch.int64)
 
 
-def _numbers(sums: Sequence[Tensor | int]) -> list[int]:
-    """All of them with one wait for each device."""
+def _read_numbers(sums: Sequence[Tensor | int]) -> list[int]:
+    """The values of all sums, with one synchronisation for each device."""
     values: dict[int, int] = {}
     tensors = [each for each in sums if isinstance(each, Tensor)]
     for device in {each.device for each in tensors}:

@@ -1,7 +1,7 @@
-"""What the ranks hold, by kinds of tensors: all that every rank holds in the same way is looked at once.
+"""The shards of all ranks, by kinds of tensors: tensors that all ranks hold alike are examined once.
 
-A transformer has thousands of tensors and a dozen shapes. FSDP2 divides tensors of one shape alike, so a rank
-tells a dozen patterns, and of each tensor the number of its pattern.
+A transformer has thousands of tensors and a dozen shapes. FSDP2 divides tensors of one shape alike, so a rank reports a
+dozen patterns, and for each tensor the number of its pattern.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.errors import CheckpointError
 
-# First logical element and number of elements of each run: what a part is, wherever a rank has it in its memory.
+# First logical element and number of elements of each range, wherever it is in the rank's memory.
 Part = tuple[tuple[int, int], ...]
-# Ranks that hold the same part of the same tensors -> indices of these, rising.
+# Ranks that hold the same part of the same tensors -> indices of these tensors, ascending.
 Sharing = Mapping[tuple[int, ...], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardCatalog:
-    """What one rank holds.
+    """The shards of one rank.
 
     Args:
         structure: `plan.hash_of` its tensors.
-        patterns: each once.
+        patterns: the distinct ranges.
         which: shape (tensors,), int32: the number of each tensor's pattern.
     """
 
@@ -39,29 +39,29 @@ class ShardCatalog:
     which: NDArray[np.int32]
 
     @classmethod
-    def of(cls, structure: int, runs: Iterable[tuple[ElementRange, ...]]) -> ShardCatalog:
-        """Given the runs of each tensor."""
+    def of(cls, structure: int, ranges: Iterable[tuple[ElementRange, ...]]) -> ShardCatalog:
+        """The catalog of a rank, from its ranges of each tensor."""
         numbers: dict[tuple[ElementRange, ...], int] = {}
-        which = [numbers.setdefault(tuple(each), len(numbers)) for each in runs]
+        which = [numbers.setdefault(tuple(each), len(numbers)) for each in ranges]
         return cls(structure, tuple(numbers), np.array(which, dtype=np.int32))
 
-    def runs(self, index: int) -> tuple[ElementRange, ...]:
-        """What it holds of one tensor."""
+    def ranges_of(self, index: int) -> tuple[ElementRange, ...]:
+        """The ranges of one tensor."""
         return self.patterns[self.which[index]]
 
     def packed(self) -> bytes:
-        """As bytes, for the exchange."""
+        """The catalog as bytes, for the exchange between ranks."""
         numbers = array("q", [self.structure, len(self.patterns)])
-        for runs in self.patterns:
-            numbers.append(len(runs))
-            for run in runs:
-                numbers.extend(run)
+        for ranges in self.patterns:
+            numbers.append(len(ranges))
+            for each in ranges:
+                numbers.extend(each)
         numbers.insert(0, len(numbers) + 1)
         return zlib.compress(numbers.tobytes() + self.which.tobytes(), 1)
 
     @classmethod
     def unpacked(cls, content: bytes) -> ShardCatalog:
-        """What `packed` made."""
+        """Read what `packed` returned."""
         data = zlib.decompress(content)
         numbers = array("q")
         numbers.frombytes(data[: 8 * int.from_bytes(data[:8], "little")])
@@ -77,30 +77,30 @@ class ShardCatalog:
 
 @dataclass(frozen=True)
 class ShardKind:
-    """Tensors of which each rank holds the same.
+    """Tensors that are divided alike among the ranks.
 
     Args:
-        tensors: indices, rising.
-        parts: part -> the ranks that hold it, rising.
+        tensors: indices, ascending.
+        parts: part -> the ranks that hold it, ascending.
     """
 
     tensors: Sequence[int]
     parts: Mapping[Part, tuple[int, ...]]
 
 
-def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[ShardCatalog]) -> list[ShardKind]:
-    """All tensors by kinds.
+def kinds_of(specs: Sequence[TensorSpec], catalogs: Sequence[ShardCatalog]) -> list[ShardKind]:
+    """Group all tensors by kinds.
 
     Args:
         specs: of the tensors.
-        holdings: of each rank.
+        catalogs: of each rank.
 
     Raises:
         CheckpointError: if the ranks' parts of a tensor leave a gap, or overlap without being the same.
     """
-    # Ranks with the same numbers for all tensors; the patterns behind the numbers may be others.
+    # Ranks with the same numbers for all tensors; the patterns behind the numbers may differ.
     rows: dict[bytes, list[int]] = {}
-    for rank, each in enumerate(holdings):
+    for rank, each in enumerate(catalogs):
         rows.setdefault(each.which.tobytes(), []).append(rank)
     columns = np.ascontiguousarray(np.stack([np.frombuffer(row, dtype=np.int32) for row in rows], axis=1))
     tensors_of: dict[tuple[bytes, int], list[int]] = {}
@@ -112,7 +112,7 @@ def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[ShardCatalog]) -> l
     for position, ranks in enumerate(rows.values()):
         numbers = columns[first_of, position]
         for rank in ranks:
-            parts = [tuple((run.logical, run.num_items) for run in runs) for runs in holdings[rank].patterns]
+            parts = [tuple((part.logical, part.num_items) for part in ranges) for ranges in catalogs[rank].patterns]
             is_some = np.array([bool(part) for part in parts], dtype=bool)
             for kind in np.flatnonzero(is_some[numbers]).tolist():
                 holders[kind].setdefault(parts[numbers[kind]], []).append(rank)
@@ -125,7 +125,7 @@ def kinds_of(specs: Sequence[TensorSpec], holdings: Sequence[ShardCatalog]) -> l
 
 
 def sharing_of(kinds: Sequence[ShardKind]) -> Sharing:
-    """Which ranks hold the same."""
+    """The groups of ranks that hold the same parts."""
     found: dict[tuple[int, ...], list[int]] = {}
     for kind in kinds:
         for ranks in kind.parts.values():
@@ -142,11 +142,11 @@ def _check_cover(spec: TensorSpec, parts: Iterable[Part]) -> None:
             what = "twice" if start < position else "by no rank"
             raise CheckpointError(
                 f"{spec.name}: its elements from {min(start, position)} to {max(start, position)} are held {what}; "
-                "this way of sharding is not understood"
+                "this way of sharding is not supported"
             )
         position = end
     if position != spec.num_items:
         raise CheckpointError(
             f"{spec.name}: the ranks hold {position} of its {spec.num_items} elements; "
-            "this way of sharding is not understood"
+            "this way of sharding is not supported"
         )

@@ -1,11 +1,12 @@
-"""DeepSpeed ZeRO-1, 2, 3: flat partitions of parameter groups as runs of the logical tensors.
+"""DeepSpeed ZeRO-1, 2, 3: flat partitions of parameter groups, as ranges of the logical tensors.
 
-Nothing here is collective, and deepspeed is not imported: what is read are the fields of its engine.
-Read with deepspeed 0.19.8; each is checked for what is expected of it, and an error names what is not.
+This module does not import deepspeed; it reads fields of its engine (written for deepspeed 0.19.8). Each field is
+checked, and an error names what is unexpected. Only `ZeroShards.refresh` is collective.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,12 @@ from harness.checkpoint.format.layout import Section
 from harness.checkpoint.format.names import NamedState
 from harness.checkpoint.format.tensor_shard import (
     ElementRange,
+    clipped_range,
+    full_range,
     number_spec,
-    overlap,
-    source_of,
+    scalar_range,
+    shard_of,
     spec_of,
-    whole,
-    whole_number,
 )
 from harness.checkpoint.sharding.local_shards import (
     LocalShards,
@@ -29,56 +30,62 @@ from harness.checkpoint.sharding.local_shards import (
     Selection,
     name_of,
     names_by_id,
-    refuse_state,
-    state_leaves,
+    state_error,
 )
 from harness.checkpoint.sharding.plain import add_buffers
 from harness.checkpoint.sharding.state_form import Leaf
 from harness.errors import CheckpointError
 
 
+@dataclass
+class ZeroShards(LocalShards):
+    """Shards of ZeRO; `stage` is that of the engine if they are found for a restore."""
+
+    stage: _Stage12 | _Stage3 | None = None
+
+    def refresh(self) -> None:
+        """See `LocalShards.refresh`. Collective in ZeRO-3."""
+        if self.stage is not None:
+            self.stage.refresh()
+
+
 def find(
-    held: LocalShards,
-    state: NamedState,
-    model: nn.Module,
-    optimizer: Any,
-    selection: Selection,
-) -> None:
-    """Fill `held` from a DeepSpeed engine and its ZeRO optimizer."""
+    state: NamedState, model: nn.Module, optimizer: Any, selection: Selection, sharded_modules: tuple[Any, ...]
+) -> LocalShards:
+    """Find the shards of a DeepSpeed engine and its ZeRO optimizer."""
     engine: Any = model
     zero = engine.optimizer
     stage = _stage(zero)
+    shards = ZeroShards.of_model(state, sharded_modules, stage=stage if selection.restoring else None)
     trained = {id(parameter) for flat in stage.flats for parameter, *_ in flat.members}
     for name, parameter in state.parameters.items():
-        shape = stage.shape(parameter)
-        holder, key, runs = stage.weight(parameter, state.holders[name])
-        spec = spec_of("model", name, parameter, shape, selection.dtype)
-        held.sources.append(source_of(spec, (holder, key), runs, at_once=id(parameter) not in trained))
-    add_buffers(held, state, selection)
+        holder, key, ranges = stage.weight(parameter, state.holders[name])
+        spec = spec_of("model", name, parameter, stage.shape(parameter), selection.dtype)
+        shards.tensors.append(shard_of(spec, (holder, key), ranges, is_volatile=id(parameter) not in trained))
+    add_buffers(shards, state, selection)
     names = names_by_id(state)
-    _add_groups(held, stage, names)
-    if selection.restoring:
-        held.refresh = stage.refresh
-    elif optimizer is None or selection.weights_only:
-        return
+    _add_groups(shards, stage, names)
+    if not selection.restoring and (optimizer is None or selection.weights_only):
+        return shards
     inner = zero.optimizer
-    held.members.append((inner.__dict__, "state", inner.state))
+    shards.members.append((inner.__dict__, "state", inner.state))
     for flat in stage.flats:
         values = inner.state.get(flat.tensor, {})
-        held.members.append((inner.state, flat.tensor, values if flat.tensor in inner.state else None))
+        shards.members.append((inner.state, flat.tensor, values if flat.tensor in inner.state else None))
         in_flat = [name_of(parameter, names, flat.group_index) for parameter, _ in flat.members]
         leaves: list[Leaf] = []
         if not selection.weights_only:
-            leaves = state_leaves(held, inner, in_flat, values, flat.tensor)
-        for (parameter, runs), name in zip(flat.members, in_flat, strict=True):
+            leaves = shards.add_state(inner, in_flat, values, flat.tensor)
+        for (parameter, ranges), name in zip(flat.members, in_flat, strict=True):
             shape = stage.shape(parameter)
             if parameter.dtype != torch.float32 or selection.restoring:
-                _add(held, "optimizer", f"master.{name}", flat.tensor, shape, flat.place, runs)
+                _add(shards, "optimizer", f"master.{name}", flat.tensor, shape, flat.place, ranges)
             for leaf in leaves:
-                _add_state(held, inner, name, leaf, flat.tensor, shape, runs)
+                _add_state(shards, inner, name, leaf, flat.tensor, shape, ranges)
+    return shards
 
 
-def find_stepped(model: nn.Module, names: dict[int, str]) -> list[OptimizedTensor]:
+def find_optimized(model: nn.Module, names: dict[int, str]) -> list[OptimizedTensor]:
     """This rank's flat partitions."""
     engine: Any = model
     stage = _stage(engine.optimizer)
@@ -97,48 +104,55 @@ def _stage(zero: Any) -> _Stage12 | _Stage3:
         return _Stage12(zero)
     if type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         return _Stage3(zero)
-    raise CheckpointError(
-        f"DeepSpeed runs {type(zero).__name__}, of which the shards are not known; use ZeRO stage 1, 2 or 3"
-    )
+    raise CheckpointError(f"DeepSpeed uses {type(zero).__name__}, whose shards are unknown; use ZeRO stage 1, 2 or 3")
 
 
 def _add_state(
-    held: LocalShards,
+    shards: LocalShards,
     optimizer: Any,
     name: str,
     leaf: Leaf,
     flat: Tensor,
     shape: tuple[int, ...],
-    runs: tuple[ElementRange, ...],
+    ranges: tuple[ElementRange, ...],
 ) -> None:
     full_name, value, place = f"{leaf.name}.{name}", leaf.value, (leaf.holder, leaf.key)
     if not isinstance(value, Tensor):
         spec = number_spec("optimizer", full_name, value)
-        held.sources.append(source_of(spec, place, whole_number(), at_once=True))
+        shards.tensors.append(shard_of(spec, place, scalar_range(), is_volatile=True))
     elif value.shape == flat.shape:
-        _add(held, "optimizer", full_name, value, shape, place, runs, at_once=leaf.is_made)
+        _add(shards, "optimizer", full_name, value, shape, place, ranges, is_volatile=leaf.is_made)
     elif value.numel() == 1:
-        _add(held, "optimizer", full_name, value, tuple(value.shape), place, whole(value), at_once=leaf.is_made)
+        _add(
+            shards,
+            "optimizer",
+            full_name,
+            value,
+            tuple(value.shape),
+            place,
+            full_range(value),
+            is_volatile=leaf.is_made,
+        )
     else:
         what = f"of shape {tuple(value.shape)}, for a flat partition of shape {tuple(flat.shape)}"
-        raise refuse_state(optimizer, leaf.name, name, what)
+        raise state_error(optimizer, leaf.name, name, what)
 
 
 def _add(
-    held: LocalShards,
+    shards: LocalShards,
     section: Section,
     name: str,
     value: Tensor,
     shape: tuple[int, ...],
     place: tuple[Any, Any],
-    runs: tuple[ElementRange, ...],
+    ranges: tuple[ElementRange, ...],
     *,
-    at_once: bool = False,
+    is_volatile: bool = False,
 ) -> None:
-    held.sources.append(source_of(spec_of(section, name, value, shape, None), place, runs, at_once=at_once))
+    shards.tensors.append(shard_of(spec_of(section, name, value, shape, None), place, ranges, is_volatile=is_volatile))
 
 
-def _add_groups(held: LocalShards, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:
+def _add_groups(shards: LocalShards, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:
     # One entry for each of the user's groups, though stage 3 may cut a group into several flat ones.
     members: dict[int, list[str]] = {}
     for flat in stage.flats:
@@ -147,11 +161,11 @@ def _add_groups(held: LocalShards, stage: _Stage12 | _Stage3, names: dict[int, s
         )
     order = {name: position for position, name in enumerate(names.values())}
     for index, in_group in sorted(members.items()):
-        held.groups.append((stage.group(index), sorted(in_group, key=order.__getitem__)))
+        shards.groups.append((stage.group(index), sorted(in_group, key=order.__getitem__)))
 
 
 class _Flat(NamedTuple):
-    """One flat partition of this rank: the tensor, where it is looked up, and what of whom is in it."""
+    """One flat partition of this rank: the tensor, its (holder, key), and the ranges of each parameter in it."""
 
     group_index: int
     tensor: Tensor
@@ -160,7 +174,7 @@ class _Flat(NamedTuple):
 
 
 class _Stage12:
-    """ZeRO-1 and 2: whole weights on each rank; masters and moments are a slice of each flattened group."""
+    """ZeRO-1 and 2: each rank holds whole weights, and a slice of the masters and moments of each flat group."""
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -176,15 +190,15 @@ class _Stage12:
         for parameter in zero.bit16_groups[index]:
             if parameter.untyped_storage().data_ptr() != whole_group.untyped_storage().data_ptr():
                 raise CheckpointError(
-                    f"DeepSpeed: a parameter of group {index} with shape {tuple(parameter.shape)} does not lie in its "
-                    "group's flat buffer; this version of DeepSpeed is not understood"
+                    f"DeepSpeed: a parameter of group {index} with shape {tuple(parameter.shape)} is not in its "
+                    "group's flat buffer; this version of DeepSpeed is not supported"
                 )
-            # Where it really lies: groups have padding inside, and may be in another order (round robin).
+            # The real offset: groups have padding inside, and may be in another order (round robin).
             offset = parameter.storage_offset() - whole_group.storage_offset()
             first = max(begin, offset)
             count = min(begin + partition_size, offset + parameter.numel()) - first
-            runs = (ElementRange(first - offset, first - begin, count),) if count > 0 else ()
-            members.append((parameter, runs))
+            ranges = (ElementRange(first - offset, first - begin, count),) if count > 0 else ()
+            members.append((parameter, ranges))
         return _Flat(index, partition, (zero.single_partition_of_fp32_groups, index), members)
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
@@ -192,8 +206,8 @@ class _Stage12:
         return tuple(parameter.shape)
 
     def weight(self, parameter: Tensor, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
-        """Where the weight is looked up, and which part of it this rank holds."""
-        return holder[0], holder[1], whole(parameter)
+        """Holder and key of the weight, and the ranges of it that this rank holds."""
+        return holder[0], holder[1], full_range(parameter)
 
     def group(self, index: int) -> dict[str, Any]:
         """The live parameter group of the user's optimizer."""
@@ -201,11 +215,11 @@ class _Stage12:
         return group
 
     def refresh(self) -> None:
-        """Nothing: the weights, which lie in the groups' flat buffers, are read whole on each rank."""
+        """Do nothing: each rank has read whole weights, which lie in the groups' flat buffers."""
 
 
 class _Stage3:
-    """ZeRO-3: of each weight, master and moment the same range, cut off where padding begins."""
+    """ZeRO-3: each rank holds the same range of each weight, master and moment, without the padding at its end."""
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -213,7 +227,7 @@ class _Stage3:
             raise CheckpointError("DeepSpeed: state that is offloaded to NVMe cannot be saved; offload to cpu instead")
         if getattr(zero, "backup_optimizer", None) is not None:
             raise CheckpointError(
-                "DeepSpeed: an optimizer that is offloaded in part cannot be saved; set offload_optimizer's ratio to 1"
+                "DeepSpeed: a partly offloaded optimizer cannot be saved; set offload_optimizer's ratio to 1"
             )
         self.flats = [self._flat(index) for index in range(len(zero.fp16_groups))]
 
@@ -223,27 +237,27 @@ class _Stage3:
         for parameter in zero.fp16_groups[index]:
             group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
             if group != index or count != parameter.ds_tensor.ds_numel:
-                raise CheckpointError("DeepSpeed: grad_position and fp16_groups differ; this version is not understood")
-            members.append((parameter, self._runs(parameter, offset)))
+                raise CheckpointError("DeepSpeed: grad_position and fp16_groups differ; this version is not supported")
+            members.append((parameter, self._ranges(parameter, offset)))
         flats = zero.fp32_partitioned_groups_flat
         return _Flat(int(zero.sub_group_to_group_id[index]), flats[index], (flats, index), members)
 
-    def _runs(self, parameter: Any, offset: int) -> tuple[ElementRange, ...]:
+    def _ranges(self, parameter: Any, offset: int) -> tuple[ElementRange, ...]:
         size = parameter.ds_tensor.ds_numel
         begin = dist.get_rank(group=parameter.ds_process_group) * size
-        return overlap(begin, offset, size, parameter.ds_numel)
+        return clipped_range(begin, offset, size, parameter.ds_numel)
 
     def shape(self, parameter: Any) -> tuple[int, ...]:
         """Logical shape."""
         return tuple(parameter.ds_shape)
 
     def weight(self, parameter: Any, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
-        """Where the weight is looked up, and which part of it this rank holds."""
+        """Holder and key of the weight, and the ranges of it that this rank holds."""
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise CheckpointError("DeepSpeed: hierarchical partitions (zero_hpz_partition_size) cannot be saved yet")
         if parameter.ds_tensor.dtype != parameter.dtype:
             raise CheckpointError("DeepSpeed: quantized weights (zero_quantized_nontrainable_weights) cannot be saved")
-        return parameter.__dict__, "ds_tensor", self._runs(parameter, 0)
+        return parameter.__dict__, "ds_tensor", self._ranges(parameter, 0)
 
     def group(self, index: int) -> dict[str, Any]:
         """The live parameter group of the user's optimizer."""
@@ -252,6 +266,6 @@ class _Stage3:
         return group
 
     def refresh(self) -> None:
-        """Gather again what DeepSpeed keeps gathered: small weights, on all ranks. Collective."""
+        """Gather again the small weights that DeepSpeed keeps gathered on all ranks. Collective."""
         self._zero.checkpoint_event_prologue()
         self._zero.checkpoint_event_epilogue()

@@ -17,17 +17,23 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from harness.checkpoint.format.json_values import Get, decode, encode
+from harness.checkpoint.format.json_values import Get, UnsavableTensor, decode, encode
 from harness.checkpoint.sharding.local_shards import LocalShards, innermost
-from harness.checkpoint.sharding.state_form import Form, checked
+from harness.checkpoint.sharding.state_form import Form, checked, is_object
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.errors import CheckpointError
+
+# Types of values in a parameter group that do not change.
+_CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, DeviceMesh, dist.ProcessGroup)
 
 
 @dataclass(frozen=True)
@@ -66,26 +72,70 @@ class OptimizerRecord:
         return cls(name, _forms(record.get("forms", [])), state, added)
 
 
-def groups_record(held: LocalShards, kept: KeptTensors) -> dict[str, Any]:
+def groups_record(shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
     """The hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
 
     Effects: as `record_of`.
 
     Args:
-        held: found with these optimizers.
+        shards: found with these optimizers.
         kept: for the tensors.
 
     Raises:
         CheckpointError: if something cannot be saved.
     """
-    record: dict[str, Any] = {"param_groups": held.hyperparameters(kept.put), "frozen": held.frozen_names()}
-    if held.forms:
+    groups = [_hyperparameters(number, group, shards, kept) for number, (group, _) in enumerate(shards.groups)]
+    record: dict[str, Any] = {"param_groups": groups, "frozen": shards.frozen_names()}
+    if shards.forms:
         distinct: dict[str, dict[str, Any]] = {}
-        for name, form in held.forms.items():
+        for name, form in shards.forms.items():
             entry = distinct.setdefault(json.dumps(form), {"form": form, "parameters": []})
             entry["parameters"].append(name)
         record["forms"] = list(distinct.values())
     return record
+
+
+def _hyperparameters(number: int, group: Mapping[str, Any], shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
+    """The values of a parameter group, such as the learning rate, as JSON values.
+
+    A value that cannot be saved is skipped if the code makes it again; see `_is_made_by_code`.
+    """
+    values = {}
+    for key, value in group.items():
+        if key == "params":
+            continue
+        try:
+            values[key] = encode(value, kept.put)
+        except UnsavableTensor as error:
+            raise CheckpointError(
+                f"optimizer: {key!r} of parameter group {number} cannot be saved: it has {error}; use "
+                "checkpoint.save_weights_only, or another optimizer"
+            ) from error
+        except TypeError as error:
+            if not _is_made_by_code(value, shards):
+                raise CheckpointError(
+                    f"optimizer: {key!r} of parameter group {number} cannot be saved: {error}; make it a number, a "
+                    "tensor or a container of these, or use checkpoint.save_weights_only"
+                ) from error
+    return values
+
+
+def _is_made_by_code(value: Any, shards: LocalShards) -> bool:
+    """Whether a value has no state: the code that makes the optimizer makes an equal one again.
+
+    Functions, classes, constants, handles of the hardware, the model's own parameters, and containers of these.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return True
+    if isinstance(value, nn.Parameter):
+        return shards.owns_parameter(value)
+    if isinstance(value, Mapping):
+        return all(_is_made_by_code(item, shards) for item in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_made_by_code(item, shards) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return bool(getattr(type(value), "__dataclass_params__").frozen)  # noqa: B009
+    return isinstance(value, _CONSTANTS) or (callable(value) and not is_object(value))
 
 
 def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:

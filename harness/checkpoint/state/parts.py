@@ -1,32 +1,29 @@
-"""What a rank holds of several models together: of each one alone, with prefixed names, and then merged.
+"""Find what a rank holds of all watched models: of each one alone, with prefixed names, then merged.
 
-    name every model's tensors  ->  `find_named` for each model  ->  one `LocalShards`
+    name the tensors of every model  ->  `find_shards` for each model  ->  one `LocalShards`
 
-A tensor that two models share is named by the first one; in the second its name is an alias, as for tied weights. An
-optimizer may hold parameters of another model, where FSDP1 and ZeRO have not flattened these.
+A tensor that two models share has the name of the first one; its name in the second is an alias, as for tied weights.
+An optimizer may train parameters of another model, unless FSDP1 or ZeRO has flattened them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from harness.checkpoint.format.tensor_shard import TensorShard
-from harness.checkpoint.sharding.local_shards import (
-    LocalShards,
-    NamedTensor,
-    OptimizedTensor,
-    Selection,
-    find_named,
-    find_stepped,
-    is_engine,
-    name_tensors,
-    names_by_id,
+from harness.checkpoint.sharding.find_shards import (
+    NamedModel,
+    find_optimized,
+    find_shards,
+    is_deepspeed_engine,
+    name_model,
 )
+from harness.checkpoint.sharding.local_shards import LocalShards, OptimizedTensor, Selection, names_by_id
 from harness.checkpoint.sharding.state_form import Form
 from harness.checkpoint.state.trainer_state import AnyWatched, Watched
 from harness.distributed.collectives import Collectives
@@ -41,106 +38,120 @@ def find_watched(
     dtype: torch.dtype | None,
     restoring: bool = False,
 ) -> LocalShards:
-    """Find what this rank holds of all that is watched; see `held.find_held`.
+    """Find what this rank holds of weights, buffers and optimizer states.
 
     Effects: not collective; main thread, between steps; reads metadata only.
 
+    Args:
+        accelerator: knows the ranks.
+        watched: the prepared models and optimizers.
+        weights_only: see `Selection`.
+        dtype: see `Selection`.
+        restoring: see `Selection`.
+
     Raises:
-        CheckpointError: if something is not understood, or two optimizers train the same parameter.
+        CheckpointError: if something has an unknown structure, or two optimizers train the same parameter.
     """
     selection = Selection(weights_only, dtype, accelerator.is_main_process, restoring)
     found = [
-        find_named(part.model, part.optimizer, selection, named)
+        find_shards(part.model, part.optimizer, selection, named)
         for part, named in zip(watched.parts, _named(watched.parts), strict=True)
     ]
     if len(found) == 1:
         return found[0]
     if not weights_only:
         _refuse_trained_twice(watched.parts, found)
-    return _merged(found)
+    return MergedShards.of(found)
 
 
-def find_watched_stepped(watched: AnyWatched) -> list[tuple[Watched, list[OptimizedTensor]]]:
-    """What each optimizer steps on, with the part that it was given with; see `held.find_stepped`.
+def find_watched_optimized(watched: AnyWatched) -> list[tuple[Watched, list[OptimizedTensor]]]:
+    """The tensors that each optimizer steps on, with the part that it belongs to.
 
     Effects: as `find_watched`.
     """
     return [
-        (part, find_stepped(part.model, part.optimizer, named))
+        (part, find_optimized(part.model, part.optimizer, named))
         for part, named in zip(watched.parts, _named(watched.parts), strict=True)
         if part.optimizer is not None
     ]
 
 
 def find_watched_parameters(watched: AnyWatched) -> list[tuple[Watched, Mapping[str, Tensor]]]:
-    """Of each part the parameters that an optimizer could step on as they are, by name: none where they are flattened.
+    """The parameters of each part by name, which an optimizer could step on; empty if they are flattened.
 
     Effects: as `find_watched`.
     """
     return [
-        (part, {} if named.units or is_engine(part.model) else named.state.parameters)
+        (part, {} if named.units or is_deepspeed_engine(part.model) else named.state.parameters)
         for part, named in zip(watched.parts, _named(watched.parts), strict=True)
     ]
 
 
-def _named(parts: Sequence[Watched]) -> list[NamedTensor]:
+def _named(parts: Sequence[Watched]) -> list[NamedModel]:
     """The tensors of each part by name; each part knows the names of the others' parameters."""
     named_before: dict[int, str] = {}
-    # All of them are kept until the last one is named: the identity of a tensor that is freed may come again.
-    found = [name_tensors(part.model, part.prefix, named_before) for part in parts]
+    # All are kept until the last one is named: the identity of a freed tensor may be used again.
+    found = [name_model(part.model, part.prefix, named_before) for part in parts]
     names = {identity: name for each in found for identity, name in names_by_id(each.state).items()}
     return [each._replace(state=replace(each.state, others=names)) for each in found] if len(found) > 1 else found
 
 
 def _refuse_trained_twice(parts: Sequence[Watched], found: Sequence[LocalShards]) -> None:
     trained_by: dict[str, str] = {}
-    for part, held in zip(parts, found, strict=True):
-        for name in (name for names in held.group_names() for name in names):
+    for part, shards in zip(parts, found, strict=True):
+        for name in (name for names in shards.group_names() for name in names):
             if (first := trained_by.setdefault(name, part.name)) != part.name:
                 raise CheckpointError(
                     f"watch(): {name} is trained by the optimizers of {first!r} and {part.name!r}, and a checkpoint "
-                    "holds one state of a parameter; leave it out of one of them, or use checkpoint.save_weights_only"
+                    "holds one state of a parameter; remove it from one of them, or use checkpoint.save_weights_only"
                 )
 
 
-def _merged(found: Sequence[LocalShards]) -> LocalShards:
-    """All of them as one; its `sources` are those of the parts in order."""
-    held = LocalShards(
-        sources=_sources(found),
-        aliases={alias: name for each in found for alias, name in each.aliases.items()},
-        groups=[group for each in found for group in each.groups],
-        sharded_modules=tuple(module for each in found for module in each.sharded_modules),
-        sizes=[size for each in found for size in each.sizes],
-        members=[member for each in found for member in each.members],
-        trees=[tree for each in found for tree in each.trees],
-        forms=_forms(found),
-    )
+@dataclass
+class MergedShards(LocalShards):
+    """Shards of several models; `tensors` are those of the parts, in order."""
 
-    def complete(collectives: Collectives) -> None:
-        for each in found:
+    parts: Sequence[LocalShards] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[LocalShards]) -> MergedShards:
+        """Merge the shards of several models."""
+        return cls(
+            tensors=_tensors(parts),
+            aliases={alias: name for each in parts for alias, name in each.aliases.items()},
+            groups=[group for each in parts for group in each.groups],
+            sharded_modules=tuple(module for each in parts for module in each.sharded_modules),
+            sizes=[size for each in parts for size in each.sizes],
+            members=[member for each in parts for member in each.members],
+            trees=[tree for each in parts for tree in each.trees],
+            forms=_forms(parts),
+            parts=parts,
+        )
+
+    def complete(self, collectives: Collectives) -> None:
+        """See `LocalShards.complete`."""
+        for each in self.parts:
             each.complete(collectives)
-        held.sources = _sources(found)
-        held.forms = _forms(found)  # FSDP1 gathers those of other ranks
+        self.tensors = _tensors(self.parts)
+        self.forms = _forms(self.parts)  # FSDP1 gathers those of other ranks
 
-    def refresh() -> None:
-        for each in found:
+    def refresh(self) -> None:
+        """See `LocalShards.refresh`."""
+        for each in self.parts:
             each.refresh()
 
-    held.complete, held.refresh = complete, refresh
-    return held
+
+def _forms(parts: Sequence[LocalShards]) -> dict[str, Form]:
+    return {name: form for each in parts for name, form in each.forms.items()}
 
 
-def _forms(found: Sequence[LocalShards]) -> dict[str, Form]:
-    return {name: form for each in found for name, form in each.forms.items()}
-
-
-def _sources(found: Sequence[LocalShards]) -> list[TensorShard]:
-    """The parts' sources; what no optimizer of any part trains may change between steps, and is copied at once."""
-    trained = {name for each in found for names in each.group_names() for name in names}
-    sources = [source for each in found for source in each.sources]
+def _tensors(parts: Sequence[LocalShards]) -> list[TensorShard]:
+    """The tensors of all parts. A weight that no optimizer of any part trains is volatile."""
+    trained = {name for each in parts for names in each.group_names() for name in names}
+    tensors = [shard for each in parts for shard in each.tensors]
     if not trained:
-        return sources
+        return tensors
     return [
-        replace(source, at_once=source.spec.name not in trained) if source.spec.section == "model" else source
-        for source in sources
+        replace(shard, is_volatile=shard.spec.name not in trained) if shard.spec.section == "model" else shard
+        for shard in tensors
     ]

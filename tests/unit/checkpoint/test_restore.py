@@ -15,7 +15,7 @@ from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import OptimizedTensor
 from harness.checkpoint.state.materialize import zero_step
-from harness.checkpoint.state.parts import find_watched_stepped
+from harness.checkpoint.state.parts import find_watched_optimized
 from harness.checkpoint.state.trainer_state import Moment, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
@@ -232,7 +232,7 @@ def test_no_trace_is_left_when_an_optimizer_steps_for_its_state(accelerator: Acc
     before = {name: value.clone() for name, value in watched.model.state_dict().items()}
     group = dict(watched.optimizer.param_groups[0])
     total = watched.optimizer.total
-    ((_, stepped),) = find_watched_stepped(watched)
+    ((_, stepped),) = find_watched_optimized(watched)
     found = zero_step(watched.optimizer, stepped[:2])
     assert [state["momentum_buffer"].shape for state in found] == [each.tensor.shape for each in stepped[:2]]
     assert_same(dict(watched.model.state_dict()), before)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from harness.checkpoint.save.plan import make_plan
 from harness.checkpoint.save.snapshot import CopyRest, Snapshot
 from harness.checkpoint.save.staging import StagingMemory
-from harness.checkpoint.sharding.local_shards import find_held
+from harness.checkpoint.state.parts import find_watched
+from harness.checkpoint.state.trainer_state import Watched
 from harness.distributed.collectives import Collectives
 
 
@@ -38,7 +39,7 @@ class Taken:
     """A model, an optimizer, and the snapshot of both."""
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, dtype: torch.dtype | None = None):
-        held = find_held(accelerator, model, optimizer, weights_only=False, dtype=dtype)
+        held = find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=dtype)
         self.plan = make_plan(held, Collectives(0, 1), None)
         self.staging = StagingMemory(self.plan.staging_bytes, pinned=False)
         self.snapshot = Snapshot(held, self.plan, self.staging, torch.device("cpu"))

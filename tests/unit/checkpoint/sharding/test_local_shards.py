@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from harness.checkpoint.sharding.local_shards import find_held, innermost
-from harness.checkpoint.state.kept_tensors import KeptTensors
+from harness.checkpoint.sharding.local_shards import innermost
+from harness.checkpoint.state.parts import find_watched
+from harness.checkpoint.state.trainer_state import Watched
 from harness.errors import CheckpointError
-from tests.unit.checkpoint.optimizers import Projector
 
 
 class WithExtraState(nn.Linear):
@@ -97,7 +93,7 @@ def test_error_names_the_module_when_its_state_is_not_its_tensors(
     accelerator: Accelerator, make: Any, said: str
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
-        find_held(accelerator, nn.Sequential(make()), None, weights_only=True, dtype=None)
+        find_watched(accelerator, Watched(nn.Sequential(make()), None, None), weights_only=True, dtype=None)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +109,8 @@ def test_error_names_the_module_when_its_state_is_not_its_tensors(
 )
 def test_module_is_taken_when_its_state_dict_adds_nothing(accelerator: Accelerator, make: Any) -> None:
     model = nn.Sequential(make(), nn.Linear(2, 2))
-    found = find_held(accelerator, model, None, weights_only=True, dtype=None)
-    assert {"1.weight", "1.bias"} <= {source.spec.name for source in found.sources}
+    found = find_watched(accelerator, Watched(model, None, None), weights_only=True, dtype=None)
+    assert {"1.weight", "1.bias"} <= {source.spec.name for source in found.tensors}
 
 
 @pytest.mark.parametrize("state", [{True: torch.zeros(2)}, {"flags": {False: torch.zeros(2)}}])
@@ -123,7 +119,7 @@ def test_error_names_the_state_when_a_key_is_neither_text_nor_a_number(accelerat
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.weight] = state
     with pytest.raises(CheckpointError, match=r"SGD: cannot save its state '(True|flags)' of weight: .*True|False"):
-        find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+        find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
 
 
 @pytest.mark.parametrize("name", ["weight", r"a tensor of shape \(3, 2\)"])
@@ -132,67 +128,12 @@ def test_error_names_the_tensor_when_state_is_of_one_in_no_group(accelerator: Ac
     optimizer = torch.optim.SGD([model.bias], lr=0.1)
     key = model.weight if name == "weight" else torch.zeros(3, 2)
     optimizer.state[key] = {}
-    find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
+    find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
     optimizer.state[key]["average"] = torch.zeros(2)
     said = rf"SGD: has state \(average\) of {name}, which is in no parameter group"
     with pytest.raises(CheckpointError, match=said):
-        find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
-    find_held(accelerator, model, optimizer, weights_only=True, dtype=None)
-
-
-class Mode(Enum):
-    FAST = "fast"
-
-
-@dataclass(frozen=True)
-class Frozen:
-    rank: int = 4
-
-
-@dataclass
-class Moving:
-    rank: int = 4
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        Projector(),
-        np.ones(2),
-        [nn.Parameter(torch.zeros(2))],
-        nn.Parameter(torch.zeros(2)),
-        {"x": object(), "k": 3},
-        {"x": len, "k": 3},
-        Moving(),
-    ],
-    ids=["object", "array", "foreign_parameters", "foreign_parameter", "objects", "mixed", "dataclass"],
-)
-def test_error_names_the_value_when_a_group_would_lose_it(accelerator: Accelerator, value: Any) -> None:
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD([{"params": model.parameters(), "odd": value}], lr=0.1)
-    held = find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
-    said = r"optimizer: 'odd' of parameter group 0 cannot be saved: .*; make it .*checkpoint\.save_weights_only"
-    with pytest.raises(CheckpointError, match=said):
-        held.hyperparameters(KeptTensors().put)
-
-
-def test_values_are_left_out_when_the_code_makes_them_again(accelerator: Accelerator) -> None:
-    model = nn.Linear(2, 2)
-    values = {
-        "function": len,
-        "class": dict,
-        "partial": partial(len),
-        "mode": Mode.FAST,
-        "device": torch.device("cpu"),
-        "config": Frozen(),
-        "references": [model.weight, model.bias],
-        "reference": model.bias,
-        "functions": {"first": len, "second": None},
-    }
-    optimizer = torch.optim.SGD([{"params": [model.weight], "kept": [3, None], **values}], lr=0.1)
-    held = find_held(accelerator, model, optimizer, weights_only=False, dtype=None)
-    (record,) = held.hyperparameters(KeptTensors().put)
-    assert record["kept"] == [3, None] and not values.keys() & record.keys()
+        find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
+    find_watched(accelerator, Watched(model, optimizer, None), weights_only=True, dtype=None)
 
 
 class Ahead(torch.optim.Optimizer):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,7 +24,8 @@ from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.save.write import write_json
 from harness.checkpoint.state.kept_tensors import KeptTensors
-from harness.checkpoint.state.optimizer_record import OptimizerRecord, check_step
+from harness.checkpoint.state.optimizer_record import OptimizerRecord, check_step, groups_record
+from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer_state
 from harness.checkpoint.tools.export import export
 from harness.checkpoint.tools.inspect import contents
@@ -28,7 +33,7 @@ from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
 from tests.checkpoint_hooks import NoHooks
-from tests.unit.checkpoint.optimizers import Norm, OfShared
+from tests.unit.checkpoint.optimizers import Norm, OfShared, Projector
 
 
 def made(seed: int = 0, optimizer: Any = OfShared) -> Watched:
@@ -186,3 +191,58 @@ def test_optimizer_is_taken_when_its_closure_is_optional() -> None:
     check_step(torch.optim.SGD(nn.Linear(1, 1).parameters()))
     check_step(None)
     assert not KeptTensors().tensors
+
+
+class Mode(Enum):
+    FAST = "fast"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    rank: int = 4
+
+
+@dataclass
+class Moving:
+    rank: int = 4
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Projector(),
+        np.ones(2),
+        [nn.Parameter(torch.zeros(2))],
+        nn.Parameter(torch.zeros(2)),
+        {"x": object(), "k": 3},
+        {"x": len, "k": 3},
+        Moving(),
+    ],
+    ids=["object", "array", "foreign_parameters", "foreign_parameter", "objects", "mixed", "dataclass"],
+)
+def test_error_names_the_value_when_a_group_would_lose_it(accelerator: Accelerator, value: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "odd": value}], lr=0.1)
+    shards = find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
+    said = r"optimizer: 'odd' of parameter group 0 cannot be saved: .*; make it .*checkpoint\.save_weights_only"
+    with pytest.raises(CheckpointError, match=said):
+        groups_record(shards, KeptTensors())
+
+
+def test_values_are_left_out_when_the_code_makes_them_again(accelerator: Accelerator) -> None:
+    model = nn.Linear(2, 2)
+    values = {
+        "function": len,
+        "class": dict,
+        "partial": partial(len),
+        "mode": Mode.FAST,
+        "device": torch.device("cpu"),
+        "config": Frozen(),
+        "references": [model.weight, model.bias],
+        "reference": model.bias,
+        "functions": {"first": len, "second": None},
+    }
+    optimizer = torch.optim.SGD([{"params": [model.weight], "kept": [3, None], **values}], lr=0.1)
+    shards = find_watched(accelerator, Watched(model, optimizer, None), weights_only=False, dtype=None)
+    (record,) = groups_record(shards, KeptTensors())["param_groups"]
+    assert record["kept"] == [3, None] and not values.keys() & record.keys()

@@ -16,7 +16,7 @@ from harness.checkpoint.restore.restore import Restored, restore_tensors
 from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import LocalShards
-from harness.checkpoint.state.parts import _merged
+from harness.checkpoint.state.parts import MergedShards
 from harness.checkpoint.state.trainer_state import Moment, Several, Watched
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
@@ -177,9 +177,14 @@ def test_error_names_the_parameter_when_two_optimizers_train_it(accelerator: Acc
     saver_of(watched, accelerator, tmp_path, save_weights_only=True).close()
 
 
+class LateForms(LocalShards):
+    """Shards that learn a form from other ranks."""
+
+    def complete(self, collectives: Collectives) -> None:
+        self.forms.update(b={"dict": [["step", "float"]]})
+
+
 def test_forms_are_merged_again_when_a_part_learns_those_of_other_ranks() -> None:
-    parts = [LocalShards(forms={"a": {"dict": [["step", "int"]]}}), LocalShards()]
-    parts[1].complete = lambda collectives: parts[1].forms.update(b={"dict": [["step", "float"]]})
-    merged = _merged(parts)
+    merged = MergedShards.of([LocalShards(forms={"a": {"dict": [["step", "int"]]}}), LateForms()])
     merged.complete(Collectives(0, 1))
     assert merged.forms == {"a": {"dict": [["step", "int"]]}, "b": {"dict": [["step", "float"]]}}
