@@ -2,6 +2,7 @@
 # make demo   environment, a 2-process run on real data, what came out
 # make test   environment, all tests          make test-quick   the ones that take seconds
 # make lint   environment, ruff and mypy
+# make docs   environment, the documentation as a site in site/; warnings are errors
 #
 # All of it from a bare checkout with Python 3.11 or 3.12; nothing is installed a second time.
 
@@ -16,7 +17,7 @@ TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 DEMO_DIR ?= $(shell mktemp -d -t harness-demo-XXXXXX)
 
-.PHONY: env demo test test-quick lint format
+.PHONY: env demo test test-quick lint docs format
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -41,6 +42,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff format .
