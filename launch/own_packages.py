@@ -21,7 +21,7 @@ _OURS = {"harness": Path(harness.__file__).resolve().parent, "launch": Path(__fi
 # What is imported within a function, and may run while the script does.
 LATE_IMPORTS = (
     "harness.__main__",
-    "harness.autologging.exit_codes",
+    "harness.autologging.exit_hooks",
     "harness.autologging.patcher",
 )
 # Ranks send each other objects of classes in these, by the modules' names.

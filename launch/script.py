@@ -85,7 +85,7 @@ def run_script(script: Script, *, silent: bool) -> int:
         HarnessError: what harness has found wrong.
         SystemExit: as the script raises it.
     """
-    from harness.autologging.exit_codes import failure_of
+    from harness.autologging.exit_hooks import failure_of
     from harness.autologging.patcher import script_ended
 
     for package in PACKAGES:

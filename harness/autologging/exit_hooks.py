@@ -1,100 +1,259 @@
-"""How a script ends, seen from within its process: by itself, by an error, or by an exit code.
+"""Observe how a script ends: normally, with an error, or with an exit code.
 
-an error        sys.excepthook
-an exit code    exit_codes: the interpreter tells nobody what it is exited with
-by itself       atexit, where it was neither of them
-a child         multiprocessing's finalizers, where the training has begun in a process of its kind: neither
-                hooks nor atexit functions run at the end of one that was forked
+    an error        `sys.excepthook`
+    an exit code    `ExitCodes`: no hook of the interpreter receives `SystemExit`
+    normally        `atexit`, where neither of them was seen
+    a child         the finalizers of multiprocessing, where the training began in one of its processes: a forked
+                    process runs neither hooks nor `atexit` functions at its end
+
+How `ExitCodes` sees an exit code:
+
+    Python 3.12 on  `sys.monitoring` reports the exception that leaves the outermost frame, whatever raised it
+    before          `sys.exit`, `exit` and `quit` are replaced, and the outermost frame shows whether it has returned:
+                    then the exit was caught, or ended another thread
 """
 
 from __future__ import annotations
 
 import atexit
+import dis
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+import threading
 from multiprocessing.util import Finalize
-from types import TracebackType
-from typing import Any
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Protocol
 
-from harness.autologging.exit_codes import ExitCodes, failure_of
-from harness.errors import EXIT_FAILED, HarnessError
+from harness.autologging.replacements import Replacement, Replacements
+from harness.errors import EXIT_FAILED, EXIT_REQUEUE, HarnessError, Stopped
 from harness.io.standard_streams import flush, write_error
 
 
-class ExitHooks:
-    """Calls back when the script ends.
+class MayFail(Protocol):
+    """A training that is notified of an error."""
 
-    Effects: the calls come in the main thread of the process in which the latest training has begun; of one that was
-    forked from it, never. `harness run`, which sees the script end, calls back by itself, and the first call counts.
+    def fail(self, error: BaseException) -> BaseException:
+        """The training has failed; returns the error that is shown to the user."""
 
-    Args:
-        finish: called when it ends by itself.
-        fail: called with what ended it.
+
+class MayEnd(MayFail, Protocol):
+    """A training that is notified of either end."""
+
+    def finish(self) -> None:
+        """The training has ended normally."""
+
+
+class ExceptHook:
+    """Notifies a training of the exception that ends the process, through `sys.excepthook`.
+
+    Effects: replaces `sys.excepthook` until `remove`. The hook runs in the main thread.
     """
 
-    def __init__(self, finish: Callable[[], None], fail: Callable[[BaseException], BaseException]) -> None:
-        self._finish = finish
-        self._fail = fail
+    def __init__(self) -> None:
+        self._training: MayFail | None = None
+        self._earlier: Any = None
+
+    def install(self, training: MayFail) -> None:
+        """Begin to notify a training."""
+        self._training = training
+        self._earlier, sys.excepthook = sys.excepthook, self._hook
+
+    def remove(self) -> None:
+        """Restore the earlier hook, unless other code has wrapped this one."""
+        self._training = None
+        if sys.excepthook == self._hook:
+            sys.excepthook = self._earlier
+
+    def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier, shown = self._earlier, error
+        if self._training is not None:
+            shown = self._training.fail(error)
+        if shown is error:
+            earlier(kind, error, trace)
+            return
+        # The error is the echo of another rank's failure, which the user reads last.
+        shown.__cause__ = error
+        earlier(type(shown), shown, shown.__traceback__)
+
+
+class ExitHooks:
+    """Notifies a training of the end of the script.
+
+    Effects: notifies in the main thread of the process in which the latest training has begun, and not in processes
+    forked from it. `harness run` sees the script end and notifies by itself; the first notification counts.
+    """
+
+    def __init__(self) -> None:
+        self._training: MayEnd | None = None
         self._pid = os.getpid()
-        self._earlier_hook: Any = None
+        self._except_hook = ExceptHook()
         self._codes = ExitCodes()
-        self._of_child: Any = None
+        self._child_finalizer: Any = None
 
-    def watch(self) -> None:
-        """Watch for the end."""
+    def install(self, training: MayEnd) -> None:
+        """Begin to notify a training."""
+        self._training = training
         atexit.register(self._at_exit)
-        self._earlier_hook, sys.excepthook = sys.excepthook, self._hook
-        self._codes.watch()
+        self._except_hook.install(self)
+        self._codes.install()
 
-    def begins(self) -> None:
-        """A training begins in this process, which may be a child of the one that was watched."""
-        if multiprocessing.parent_process() is not None and (self._of_child is None or self._pid != os.getpid()):
-            # Before its other finalizers: what a save or the delivery uses may be among those.
-            self._of_child = Finalize(None, self._child_ends, exitpriority=sys.maxsize)
+    def training_begins(self) -> None:
+        """A training begins in this process, which may be a child of the one in which the hooks were installed."""
+        if multiprocessing.parent_process() is not None and (self._child_finalizer is None or not self._is_own_process):
+            # First of the finalizers: others may close what a save or the delivery uses.
+            self._child_finalizer = Finalize(None, self._child_ends, exitpriority=sys.maxsize)
         self._pid = os.getpid()
         self._codes.forget()
 
-    def leave(self) -> None:
-        """Watch no longer."""
+    def remove(self) -> None:
+        """Stop notifying."""
         atexit.unregister(self._at_exit)
-        if sys.excepthook == self._hook:
-            sys.excepthook = self._earlier_hook
-        self._codes.leave()
-        if self._of_child is not None:
-            self._of_child.cancel()
-            self._of_child = None
+        self._except_hook.remove()
+        self._codes.remove()
+        if self._child_finalizer is not None:
+            self._child_finalizer.cancel()
+            self._child_finalizer = None
 
-    def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if os.getpid() == self._pid:
-            self._fail(error)
-        self._earlier_hook(kind, error, trace)
+    @property
+    def _is_own_process(self) -> bool:
+        return os.getpid() == self._pid
 
-    def _at_exit(self) -> None:
-        if os.getpid() == self._pid:
-            self._ended(self._codes.failure())
-
-    def _child_ends(self) -> None:
-        error = _in_flight()
-        self._ended(failure_of(error) if isinstance(error, SystemExit) else error)
-
-    def _ended(self, failure: BaseException | None) -> None:
-        if failure is not None:
-            self._fail(failure)
-            return
+    def finish(self) -> None:
+        """Notify of a normal end. An error of the last checkpoint ends the process with exit code 1."""
+        assert self._training is not None
         try:
-            self._finish()
+            self._training.finish()
         except HarnessError as error:
             write_error(f"harness: error: {error}\n")
             flush()
-            # An error here changes the process's code in no other way.
+            # An exception that is raised here does not change the exit code.
             os._exit(EXIT_FAILED)
 
+    def fail(self, error: BaseException) -> BaseException:
+        """Notify of an error, which is shown as the script raised it."""
+        if self._training is not None and self._is_own_process:
+            self._training.fail(error)
+        return error
 
-def _in_flight() -> BaseException | None:
-    """What ends a child of multiprocessing, whose finalizers run while that goes by."""
+    def _at_exit(self) -> None:
+        if self._is_own_process:
+            self._end(self._codes.failure())
+
+    def _child_ends(self) -> None:
+        error = _error_that_ends_child()
+        self._end(failure_of(error) if isinstance(error, SystemExit) else error)
+
+    def _end(self, failure: BaseException | None) -> None:
+        if failure is None:
+            self.finish()
+        else:
+            self.fail(failure)
+
+
+def _error_that_ends_child() -> BaseException | None:
+    """The exception that ends a child of multiprocessing, which is in flight while its finalizers run."""
     error = sys.exc_info()[1]
-    # Not what its parent was handling when it forked: that has come through the parent's own frames.
+    # An error that the parent was handling when it forked has a traceback through the parent's frames.
     trace = None if error is None else error.__traceback__
     return error if trace is not None and trace.tb_frame.f_code.co_name == "_bootstrap" else None
+
+
+# ------------------------------------------------------------------------------ exit codes
+
+
+class ExitCodeError(Exception):
+    """The script has ended with an exit code of a failure."""
+
+
+def failure_of(exit: SystemExit) -> BaseException | None:
+    """The failure that an exit means for a run; None for an exit without a failure."""
+    code = exit.code
+    if code in (None, 0):
+        return None
+    if code == EXIT_REQUEUE:
+        return Stopped(f"exit code {code}")
+    if not isinstance(code, int):
+        return ExitCodeError(str(code))
+    handled = exit.__context__
+    # An error in whose handling the code was chosen, as in torch's launchers, says more than the number.
+    return handled if isinstance(handled, (Exception, KeyboardInterrupt)) else ExitCodeError(f"exit code {code}")
+
+
+class ExitCodes:
+    """Observes the exit that ends the process.
+
+    Effects: not collective; main thread; nothing on disk. From Python 3.12 on each exception that leaves a function
+    costs a call. Before that `sys.exit`, `exit` and `quit` are replaced until `remove`.
+    """
+
+    def __init__(self) -> None:
+        self._outermost: FrameType | None = None
+        self._failure: BaseException | None = None
+        self._tool: int | None = None
+        self._exit_functions = Replacements(
+            [
+                Replacement(module, name, "the exit code", self._exit_called)
+                for module, name in (("sys", "exit"), ("builtins", "exit"), ("builtins", "quit"))
+            ]
+        )
+
+    def install(self) -> None:
+        """Begin to observe exits."""
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+        self._outermost = frame
+        if not self._monitor():
+            self._exit_functions.install()
+
+    def forget(self) -> None:
+        """Forget the exits until now: the script is still running."""
+        self._failure = None
+
+    def remove(self) -> None:
+        """Stop observing."""
+        self._exit_functions.remove()
+        if sys.version_info >= (3, 12) and self._tool is not None:
+            sys.monitoring.set_events(self._tool, sys.monitoring.events.NO_EVENTS)
+            sys.monitoring.register_callback(self._tool, sys.monitoring.events.PY_UNWIND, None)
+            sys.monitoring.free_tool_id(self._tool)
+            self._tool = None
+        self._outermost = self._failure = None
+
+    def failure(self) -> BaseException | None:
+        """The failure that the process's exit means, at its end; None without a failure, or if no exit was seen."""
+        return None if self._has_returned else self._failure
+
+    @property
+    def _has_returned(self) -> bool:
+        frame = self._outermost
+        assert frame is not None
+        return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN_")
+
+    def _exit_called(self, original: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except SystemExit as exit:
+            if threading.current_thread() is threading.main_thread():
+                self._failure = failure_of(exit)
+            raise
+
+    def _monitor(self) -> bool:
+        """Register with `sys.monitoring`; False if Python has none, or no tool id is free."""
+        if sys.version_info >= (3, 12):
+            events = sys.monitoring.events
+            # The two ids that have no purpose by convention.
+            free = [tool for tool in (4, 3) if sys.monitoring.get_tool(tool) is None]
+            if free:
+                self._tool = free[0]
+                sys.monitoring.use_tool_id(self._tool, "harness")
+                sys.monitoring.register_callback(self._tool, events.PY_UNWIND, self._unwound)
+                sys.monitoring.set_events(self._tool, events.PY_UNWIND)
+                return True
+        return False
+
+    def _unwound(self, code: CodeType, offset: int, error: BaseException) -> None:
+        assert self._outermost is not None
+        if code is self._outermost.f_code and isinstance(error, SystemExit):
+            self._failure = failure_of(error)

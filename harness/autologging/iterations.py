@@ -1,19 +1,23 @@
-"""One iteration over a prepared loader, and whether it is training.
+"""One iteration over a prepared loader, and whether it trains.
 
-A pass that trains is one within which `accelerator.backward` is called. The first batch of it is out before that can
-be seen, so what is likely to train begins as training does, and is forgotten again where nothing of it came. What is
-not likely is listened to (`harness.data.pending_iteration`), and can become training's after all.
+An iteration trains if `accelerator.backward` is called within it. The script has its first batch before that can be
+observed. So an iteration that is likely to train begins as a training iteration, and is discarded if no backward
+follows. An unlikely one is observed (`harness.data.pending_iteration`), and can become a training iteration later.
 
-    likely   gradients are on, no training pass is open, and either none has been seen yet, or a pass over this data
-             set that began with the model in this mode (train or eval) has trained
-    or else  this data set was trained on, and at the first forward gradients are on and the model is in the mode of
-             the last backward: a script may call `model.train()` behind the loader's first batch
-    sure     backward was called
+    OBSERVED  ->  LIKELY  ->  TRAINING
+                    begins here if likely
+
+    likely at its beginning      gradients are on, no training iteration is open, and either none has been seen yet, or
+                                 an iteration over this data set that began in this mode (train or eval) has trained
+    likely at the first forward  this data set was trained on, gradients are on, and the model is in the mode of the
+                                 last backward: a script may call `model.train()` behind the loader's first batch
+    training                     backward was called
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -24,157 +28,168 @@ from harness.data.pending_iteration import PendingIteration
 from harness.tracking.provenance import BatchDigest
 
 
+class IterationState(Enum):
+    """What is known of an iteration; see the module."""
+
+    OBSERVED = "observed"
+    LIKELY = "likely"
+    TRAINING = "training"
+
+
 class Iteration:
-    """One iteration over a loader: what came of its batches.
+    """One iteration over a loader.
 
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
 
     Args:
-        loader: as the script has it.
-        start: which data set it is over, and the model's mode, as it begins.
-        usual_size: samples of this rank in a whole batch; None: not known.
-        is_likely: whether it begins as training does.
-        is_part: whether it is another pass of the epoch that is open.
+        loader: of the script.
+        key: its data set, and the model's mode at its beginning.
+        usual_size: samples of this rank in a full batch; None if not known.
+        is_likely: whether it begins as a training iteration.
+        is_part: whether it is a further iteration of the open epoch, whose position in the data is not tracked.
 
     Attributes:
-        is_training: whether backward was called.
-        is_in_train_mode: the model's mode then.
-        is_known: whether a batch of it is known to have been trained on.
-        is_crossed: whether another pass over the same loader was within it: what accelerate says of its end is not its.
-        hook: called at the model's next forward; None: nothing is.
-        heard: what is known of its beginning, where it did not begin as training; None: nothing, or it did.
-        num_out: batches that the script has had.
-        num_seen: batches that are done and were not told to the logger.
-        num_samples: of this rank, in the batch that is out.
+        state: what is known of it.
+        is_in_train_mode: the model's mode at its first backward.
+        is_recorded: whether it is recorded as an iteration that trains.
+        is_crossed: whether another iteration over the same loader was within it, so that accelerate's
+            `end_of_dataloader` is not about this one.
+        hook: on the model's next forward; None if there is none.
+        pending: its beginning, where it did not begin as a training iteration; None otherwise.
+        num_batches: that the script has had.
+        num_unreported: batches that were completed and not reported to the logger.
+        num_samples: of this rank, in the current batch.
         has_stepped: whether an optimizer has stepped since `take_step`.
-        digest: of its first batch; None: it is not needed.
+        digest: of its first batch; None if not needed.
     """
 
     def __init__(
-        self, loader: Any, start: IterationKey, usual_size: int | None, *, is_likely: bool, is_part: bool = False
+        self, loader: Any, key: IterationKey, usual_size: int | None, *, is_likely: bool, is_part: bool = False
     ) -> None:
         self.loader = loader
-        self.start = start
+        self.key = key
         self._usual_size = usual_size
-        self.is_likely = is_likely
         self.is_part = is_part
-        self.is_training = self.is_in_train_mode = self.is_known = self.is_crossed = False
+        self.state = IterationState.LIKELY if is_likely else IterationState.OBSERVED
+        self.is_in_train_mode = self.is_recorded = self.is_crossed = self.has_stepped = False
         self.hook: Any = None
-        self.heard: PendingIteration | None = None
-        self.num_out = 0
-        self.num_seen = 0
-        self.num_samples = 0
-        self.has_stepped = False
+        self.pending: PendingIteration | None = None
+        self.num_batches = self.num_unreported = self.num_samples = 0
         self.digest: BatchDigest | None = None
         self._loss: Tensor | None = None
-        self._batches_of_loss = 0
-        self._samples_of_loss = 0
+        self._num_batches_of_loss = self._num_samples_of_loss = 0
 
-    def batch_is_out(self, batch: Any) -> None:
-        """The script has a batch."""
-        self.num_samples = batch_size(batch, self._usual_size)
-        self.num_out += 1
-        self._batches_of_loss += 1
-        self._samples_of_loss += self.num_samples
+    @property
+    def is_training(self) -> bool:
+        """Whether backward was called."""
+        return self.state is IterationState.TRAINING
 
-    def backward(self, loss: Any) -> None:
-        """Backward is called with a loss."""
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            # A copy: the script may go on to sum up in it. Of several for one batch the sum is what is trained on.
-            self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
+    @property
+    def is_tracked(self) -> bool:
+        """Whether its position in the data is the epoch's."""
+        return self.state is not IterationState.OBSERVED and not self.is_part
 
     @property
     def is_empty(self) -> bool:
         """Whether the script had no batch of it."""
-        return self.num_out == 0
+        return self.num_batches == 0
 
     @property
-    def has_news(self) -> bool:
-        """Whether backward or a step came since the last batch was done."""
+    def has_unreported_work(self) -> bool:
+        """Whether backward or a step followed the last batch that was reported."""
         return self._loss is not None or self.has_stepped
 
-    def may_lead(self, other: Any) -> bool:
-        """Whether it goes on to be the pass that is counted while another loader is iterated over."""
-        return (self.is_likely or self.heard is not None) and self.num_out > 0 and other is not self.loader
+    def add_batch(self, batch: Any) -> None:
+        """The script receives a batch."""
+        self.num_samples = batch_size(batch, self._usual_size)
+        self.num_batches += 1
+        self._num_batches_of_loss += 1
+        self._num_samples_of_loss += self.num_samples
 
-    def forget_hook(self) -> None:
-        """The model's next forward says nothing of this pass."""
+    def add_loss(self, loss: Any) -> None:
+        """Backward is called with a loss. Several losses of one batch are added up, as their gradients are."""
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            # A copy: the script may add to the tensor in place.
+            self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
+
+    def take_loss(self) -> tuple[Tensor, int] | None:
+        """The mean loss since the last call, and its number of samples; a script may fetch several batches first."""
+        if self._loss is None:
+            return None
+        loss, num_batches = self._loss, max(1, self._num_batches_of_loss)
+        taken = (loss if num_batches == 1 else loss / num_batches), self._num_samples_of_loss
+        self._loss, self._num_batches_of_loss, self._num_samples_of_loss = None, 0, 0
+        return taken
+
+    def take_step(self) -> bool:
+        """Whether an optimizer has stepped since the last call."""
+        stepped, self.has_stepped = self.has_stepped, False
+        return stepped
+
+    def remove_hook(self) -> None:
+        """Remove the hook on the model's next forward."""
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
 
-    def take_step(self) -> bool:
-        """Whether an optimizer has stepped since this was asked last."""
-        stepped, self.has_stepped = self.has_stepped, False
-        return stepped
+    def may_continue_around(self, other_loader: Any) -> bool:
+        """Whether it stays the current iteration while another loader is iterated over within it."""
+        return (self.is_tracked or self.pending is not None) and not self.is_empty and other_loader is not self.loader
 
-    def leads_over(self, running: Iteration) -> bool:
-        """Whether this one, within another, is what is trained on: it goes on behind a backward, the other does not.
+    def replaces(self, outer: Iteration) -> bool:
+        """Whether this one, within another, is the one that trains: the other's first batch was only looked at."""
+        return self.pending is not None and outer.num_batches == 1 and outer.has_unreported_work
 
-        Somebody has had a look into the other's first batch, then.
-        """
-        return self.heard is not None and running.num_out == 1 and running.has_news
-
-    def take_over(self, other: Iteration) -> None:
-        """What came of the other pass's batch came of this one's."""
-        self._loss, other._loss = other._loss, None
-        self.has_stepped, other.has_stepped = other.has_stepped, False
-        self.is_likely, other.is_likely = True, False
-        self.is_training, other.is_training = other.is_training, False
-        self.is_in_train_mode = other.is_in_train_mode
-
-    def take_loss(self) -> tuple[Tensor, int] | None:
-        """The loss of a batch, and how many samples it is over; a script may fetch several before backward."""
-        if self._loss is None:
-            return None
-        loss, num_batches = self._loss, max(1, self._batches_of_loss)
-        taken = (loss if num_batches == 1 else loss / num_batches), self._samples_of_loss
-        self._loss, self._batches_of_loss, self._samples_of_loss = None, 0, 0
-        return taken
+    def take_over(self, outer: Iteration) -> None:
+        """Take the loss, the step and the state of the iteration that this one replaces."""
+        self._loss, outer._loss = outer._loss, None
+        self.has_stepped, outer.has_stepped = outer.has_stepped, False
+        self.state = IterationState.TRAINING if outer.is_training else IterationState.LIKELY
+        outer.state = IterationState.OBSERVED
+        self.is_in_train_mode = outer.is_in_train_mode
 
 
 class IterationKey(NamedTuple):
-    """How a pass begins.
+    """What iterations are recognised by.
 
     Args:
-        number: of the data set's loader among the prepared ones; None: it is none of them.
-        is_in_train_mode: the model's mode.
+        number: index of the loader of the data set among the prepared ones; None if it was not prepared.
+        is_in_train_mode: the model's mode at the beginning.
     """
 
     number: int | None
     is_in_train_mode: bool
 
 
-class TrainedOn:
-    """Which passes train, by those before: the same on every rank.
+class TrainingIterations:
+    """Predicts which iterations train, from the earlier ones. Every rank predicts the same.
 
     Attributes:
-        starts: how those that trained have begun.
-        is_in_train_mode: the model's mode when backward was called last; None: it never was.
+        keys: of the iterations that have trained.
+        is_in_train_mode: the model's mode at the last backward; None before the first.
     """
 
     def __init__(self) -> None:
-        self.starts: set[IterationKey] = set()
+        self.keys: set[IterationKey] = set()
         self.is_in_train_mode: bool | None = None
 
-    @property
-    def numbers(self) -> set[int | None]:
-        """The loaders that were trained on."""
-        return {start.number for start in self.starts}
+    def has_loader(self, number: int | None) -> bool:
+        """Whether a loader was trained on."""
+        return any(key.number == number for key in self.keys)
 
-    def makes_likely(self, start: IterationKey) -> bool:
-        """Whether a pass that begins like this is likely to train."""
-        return torch.is_grad_enabled() and (not self.starts or start in self.starts)
+    def is_likely(self, key: IterationKey) -> bool:
+        """Whether an iteration is likely to train, at its beginning."""
+        return torch.is_grad_enabled() and (not self.keys or key in self.keys)
 
-    def makes_likely_now(self, start: IterationKey, *, is_in_train_mode: bool) -> bool:
-        """Whether one that began otherwise is likely to train, by the model's mode at its first forward."""
-        return start.number in self.numbers and is_in_train_mode == self.is_in_train_mode
+    def is_likely_at_forward(self, key: IterationKey, *, is_in_train_mode: bool) -> bool:
+        """Whether an observed iteration is likely to train, from the model's mode at its first forward."""
+        return self.has_loader(key.number) and is_in_train_mode == self.is_in_train_mode
 
-    def state(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"starts": sorted(map(list, self.starts), key=str), "is_in_train_mode": self.is_in_train_mode}
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        return {"starts": sorted(map(list, self.keys), key=str), "is_in_train_mode": self.is_in_train_mode}
 
-    def put_back(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave."""
-        self.starts = {IterationKey(*each) for each in state["starts"]}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.keys = {IterationKey(*each) for each in state["starts"]}
         self.is_in_train_mode = state["is_in_train_mode"]

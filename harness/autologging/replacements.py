@@ -1,4 +1,4 @@
-"""Replacing functions of other people's modules, whenever those are imported, and putting them back."""
+"""Replace functions of other modules, also of modules that are imported later, and restore them."""
 
 from __future__ import annotations
 
@@ -12,110 +12,105 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-# Called with what is replaced and the call's own arguments.
-Around = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One function that is replaced.
+    """One row of a table: a function and what replaces it.
 
     Args:
-        module: where it is.
-        name: within the module: ``function`` or ``Class.method``.
-        why: what is learned or done there.
-        around: called in its place, with what was there and the arguments of the call.
+        module: the function's module.
+        name: its name within the module: ``function`` or ``Class.method``.
+        why: what the replacement observes or does.
+        around: called in its place, with the original and the arguments of the call.
     """
 
     module: str
     name: str
     why: str
-    around: Around
+    around: Function
 
 
-class Replacements:
-    """Puts replacements in place, now or when their module is imported, and takes all of them away.
+class Replacements(MetaPathFinder):
+    """Installs a table of replacements, now or when a module is imported, and removes it.
+
+    It is a finder on `sys.meta_path` while it is installed, so that it sees imports.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
-        table: what is replaced.
+        table: the replacements. Of several for one function the later ones are around the earlier ones.
     """
 
     def __init__(self, table: Sequence[Replacement]) -> None:
         self._table = table
-        self._is_on = False
+        self._is_installed = False
         self._made: list[tuple[Any, str, Any, Any]] = []
-        self._finder = _Finder(self._imported, {each.module for each in table})
+        self._not_imported = {row.module for row in table}
 
-    def put(self) -> None:
-        """Put them in place, once."""
-        if self._is_on:
+    def install(self) -> None:
+        """Replace the functions. A second call does nothing."""
+        if self._is_installed:
             return
-        self._is_on = True
-        for module in {each.module for each in self._table}:
+        self._is_installed = True
+        for module in {row.module for row in self._table}:
             if module in sys.modules:
-                self._imported(sys.modules[module])
-        sys.meta_path.insert(0, self._finder)
+                self.replace_in(sys.modules[module])
+        sys.meta_path.insert(0, self)
 
-    def take_away(self) -> None:
-        """Put back what was there.
+    def remove(self) -> None:
+        """Restore the functions.
 
-        Where somebody has put a replacement of theirs over ours since, ours stays below it and does nothing.
+        A replacement that other code has wrapped since stays in place below it, and only calls the original.
         """
-        self._is_on = False
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
+        self._is_installed = False
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         for owner, name, original, ours in reversed(self._made):
             if vars(owner).get(name) is ours:
                 setattr(owner, name, original)
         self._made = []
 
-    def _imported(self, module: ModuleType) -> None:
-        if not self._is_on:
+    def replace_in(self, module: ModuleType) -> None:
+        """Replace the functions of one module, which has just been imported."""
+        if not self._is_installed:
             return
-        for each in self._table:
-            if each.module == module.__name__:
-                *owners, name = each.name.split(".")
+        for row in self._table:
+            if row.module == module.__name__:
+                *owners, name = row.name.split(".")
                 owner = functools.reduce(getattr, owners, module)
-                # Another version may have no such function: then there is nothing of it to be seen.
+                # Another version of the library may not have the function.
                 if name in vars(owner):
-                    self._replace(owner, name, each.around)
+                    self._replace(owner, name, row.around)
 
-    def _replace(self, owner: Any, name: str, around: Around) -> None:
+    def _replace(self, owner: Any, name: str, around: Function) -> None:
         original = vars(owner)[name]
 
         @functools.wraps(original)
         def ours(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs) if self._is_on else original(*args, **kwargs)
+            return around(original, *args, **kwargs) if self._is_installed else original(*args, **kwargs)
 
         setattr(owner, name, ours)
         self._made.append((owner, name, original, ours))
 
-
-class _Finder(MetaPathFinder):
-    """Stands before the other finders, and has a callback called with a module that has just been imported."""
-
-    def __init__(self, imported: Callable[[ModuleType], None], names: set[str]) -> None:
-        self._imported = imported
-        self._waiting = names
-
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname not in self._waiting:
+        """Find a module of the table by the other finders, with a loader that replaces its functions."""
+        if fullname not in self._not_imported:
             return None
-        self._waiting = self._waiting - {fullname}  # or it would be asked again below
+        self._not_imported = self._not_imported - {fullname}  # the search below asks this finder again
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self._imported)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
-class _Then(Loader):
-    """Loads as another loader does, and calls back."""
+class _Loader(Loader):
+    """Loads a module by its own loader, then replaces its functions."""
 
-    def __init__(self, inner: Any, imported: Callable[[ModuleType], None]) -> None:
+    def __init__(self, inner: Any, replacements: Replacements) -> None:
         self._inner = inner
-        self._imported = imported
+        self._replacements = replacements
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -126,4 +121,4 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        self._imported(module)
+        self._replacements.replace_in(module)

@@ -1,47 +1,58 @@
-"""A training's run is opened: from what the script has prepared, and what was asked for."""
+"""Open the run of a training, with what the script had logged before it."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from harness.autologging.iterations import TrainedOn
-from harness.autologging.script import Arguments, Prepared
-from harness.autologging.settings import FURTHER_FILE, AutologSettings
+from harness.autologging.context import AutologContext
+from harness.autologging.script import Prepared
+from harness.autologging.settings import FURTHER_FILE, AutologSettings, script_name
 from harness.data import dataloaders
-from harness.errors import CheckpointError
 from harness.io.durable_files import replace_file
 from harness.io.progress import Progress
+from harness.metrics.values import LoggedValues
 from harness.tracking import provenance
-from harness.tracking.mlflow.given_run import GivenRun
+from harness.tracking.mlflow.given_run import GivenRun, active_run_id, given_run
 from harness.training.periodic_logger import PeriodicLogger
 
 
 def open_run(
-    settings: AutologSettings,
-    prepared: Prepared,
-    arguments: Arguments,
-    *,
-    params: Mapping[str, Any],
-    stem: str,
-    given: GivenRun | None,
-    params_of_runs: dict[str, dict[str, str]],
+    context: AutologContext, settings: AutologSettings, prepared: Prepared, params: Mapping[str, Any]
 ) -> PeriodicLogger:
-    """Start the logger of a training. Collective; main thread; blocks and leaves on disk as `PeriodicLogger.start`.
+    """Start the logger of a training.
+
+    Effects: collective; main thread; blocks and leaves on disk as `PeriodicLogger.start`. If it fails, an active MLflow
+    run that was to be used ends as FAILED.
 
     Args:
-        settings: what was asked for.
-        prepared: what the script has prepared.
-        arguments: the script's.
-        params: parameters that the script has logged already.
-        stem: what a made-up name of the run begins with.
-        given: the MLflow run that the user has named and that is to be this one; rank zero's.
-        params_of_runs: what trainings of this process have logged, by the MLflow run's id; this one's are added.
+        context: of the process.
+        settings: of this training.
+        prepared: by the script.
+        params: that the script has logged already.
 
     Raises:
         HarnessError: on all ranks, if the run's directory or the store cannot be used.
     """
+    given = _find_given_run(context) if prepared.is_rank_zero else None
+    try:
+        return _open_run(context, settings, prepared, params, given)
+    except BaseException:
+        # MLflow ends the script's active run as FINISHED, and no run of ours can fail in its place.
+        end_active_run(None if given is None else given.run_id, "FAILED")
+        raise
+
+
+def _open_run(
+    context: AutologContext,
+    settings: AutologSettings,
+    prepared: Prepared,
+    params: Mapping[str, Any],
+    given: GivenRun | None,
+) -> PeriodicLogger:
     accelerator = prepared.accelerator
     assert accelerator is not None
     sizes = [dataloaders.global_batch_size(loader, accelerator.num_processes) for loader in prepared.loaders[:1]]
@@ -50,11 +61,13 @@ def open_run(
         "mixed_precision": accelerator.mixed_precision,
         **({"batch_size": sizes[0]} if sizes and sizes[0] is not None else {}),
     }
-    own = {"args": dict(arguments.look())} if arguments.look() else {}
-    flat = provenance.flatten_params({**own, **prepared.hyperparameters, "training": training, **params})
-    before = params_of_runs.setdefault(given.run_id, {}) if given is not None else {}
-    changed = {name: value for name, value in flat.items() if before.get(name, value) != value}
-    before.update({name: value for name, value in flat.items() if name not in changed})
+    arguments = context.arguments.current()
+    args = {"args": dict(arguments)} if arguments else {}
+    flat = provenance.flatten_params({**args, **prepared.hyperparameters, "training": training, **params})
+    earlier = context.params_of_runs.setdefault(given.run_id, {}) if given is not None else {}
+    changed = {name: value for name, value in flat.items() if earlier.get(name, value) != value}
+    unchanged = {name: value for name, value in flat.items() if name not in changed}
+    earlier.update(unchanged)
     logger = PeriodicLogger(
         accelerator,
         every_n_epochs=settings.checkpoint.every_n_epochs,
@@ -62,89 +75,95 @@ def open_run(
         run_dir=settings.run_dir,
         checkpoint=settings.checkpoint,
         tracking=settings.tracking,
-        params={name: value for name, value in flat.items() if name not in changed},
+        params=unchanged,
         resume_from_checkpoint=settings.resume_from,
         seeds_workers=False,
         reset_scheduler=settings.reset_scheduler,
     )
-    logger.progress = _Quiet() if settings.tracking.silent else logger.progress
-    logger.run_name_prefix = stem
+    logger.progress = _Silent() if settings.tracking.silent else logger.progress
+    logger.run_name_prefix = script_name()
     logger.given_run, logger.uses_given_run = given, False
     logger.start()
     if settings.first_run is not None and logger.run_path is not None and accelerator.is_main_process:
         replace_file(logger.run_path / FURTHER_FILE, json.dumps({"first_run": settings.first_run}) + "\n")
     if changed:
-        now = ", ".join(f"{name}={value}" for name, value in changed.items())
-        logger.say(f"harness: the MLflow run keeps the parameters of the training before, where this one's are {now}")
+        values = ", ".join(f"{name}={value}" for name, value in changed.items())
+        logger.say(
+            f"harness: the MLflow run keeps the parameters of the earlier training; this training differs in {values}"
+        )
     return logger
 
 
-class AutologState:
-    """What a run that goes on must know of the passes before: part of each checkpoint.
+def _find_given_run(context: AutologContext) -> GivenRun | None:
+    """The MLflow run that the user has named, and that the training logs to; rank 0."""
+    if context.settings.exclusive:
+        return None
+    context.saw_active_run(active_run_id())
+    return given_run(context.settings.tracking.tracking_uri)
 
-    Args:
-        trained: which passes train.
-        prepared: what the script has prepared.
+
+def end_active_run(run_id: str | None, status: str) -> None:
+    """End a run in MLflow's client too, if it is active there: at exit MLflow would end it as FINISHED."""
+    if run_id is not None and active_run_id() == run_id:
+        with suppress(Exception):  # the server is not reachable, which the publisher reports
+            sys.modules["mlflow"].end_run(status)
+
+
+class ScriptValues:
+    """The metrics and parameters that the script logs itself. Rank 0 logs them; they are not reduced.
+
+    Effects: not collective; main thread; nothing on disk but by the logger.
 
     Attributes:
-        optimizer: number of the prepared optimizer that checkpoints are of.
-        num_states: saved by `accelerator.save_state` at the checkpoint that the run goes on from; None: it begins.
+        early_params: logged before the run was open.
     """
 
-    def __init__(self, trained: TrainedOn, prepared: Prepared) -> None:
-        self._trained = trained
-        self._prepared = prepared
-        self.optimizer = 0
-        self.num_states: int | None = None
+    def __init__(self) -> None:
+        self._logger: PeriodicLogger | None = None
+        self._values = LoggedValues(self._say)
+        self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
+        # Kept, because only the run knows whether it is silent.
+        self._early_lines: list[str] = []
+        self.early_params: dict[str, Any] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is known now."""
-        return {
-            "trained": self._trained.state(),
-            "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
-            "optimizer": self.optimizer,
-            "num_states": self._num_states,
-        }
+    def run_opened(self, logger: PeriodicLogger) -> None:
+        """Record the early metrics in the run, which was given `early_params`."""
+        self._logger = logger
+        for numbers, step in self._early_metrics:
+            logger.record(numbers, step)
+        for line in self._early_lines:
+            logger.say(line)
+        self._early_metrics.clear()
+        self._early_lines.clear()
 
-    @property
-    def _num_states(self) -> int:
-        accelerator = self._prepared.accelerator
-        counted = 0 if accelerator is None else accelerator.project_configuration.iteration
-        # Until the script saves again it counts those that are done anew.
-        return max(counted, self.num_states or 0)
+    def log(self, values: Mapping[str, Any], step: Any) -> None:
+        """Record metrics. A value that is no number is left out, with a line once for each name."""
+        numbers, whole_step = self._values.numbers(values), self._values.step(step)
+        if self._logger is None:
+            self._early_metrics.append((numbers, whole_step))
+        else:
+            self._logger.record(numbers, whole_step)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What was known at the checkpoint that the run goes on from."""
-        self._trained.put_back(state["trained"])
-        self.num_states = state["num_states"]
-        for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
-            # accelerate seeds a pass's order with it.
-            if hasattr(loader, "iteration"):
-                loader.iteration = iteration
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters."""
+        if self._logger is None:
+            self.early_params.update(values)
+        else:
+            self._logger.log_params(values)
 
-
-def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
-    """Refuse to go on from a checkpoint of an optimizer that the script makes only later.
-
-    Args:
-        state: of the `AutologState` of the run that goes on; None: the run begins.
-
-    Raises:
-        CheckpointError: on all ranks alike.
-    """
-    if state is not None and state["optimizer"] > 0:
-        raise CheckpointError(
-            f"the checkpoint is of the script's optimizer number {state['optimizer'] + 1}, which it makes in the "
-            "middle of its training: that cannot be put back from outside; give another run_name, or write the loop "
-            "with PeriodicLogger"
-        )
+    def _say(self, line: str) -> None:
+        line = f"harness: autolog: {line}"
+        if self._logger is None:
+            self._early_lines.append(line)
+        else:
+            self._logger.say(line)
 
 
-class _Quiet(Progress):
-    """Says nothing."""
+class _Silent(Progress):
+    """Prints nothing."""
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Print nothing."""

@@ -1,4 +1,4 @@
-"""What a script has handed to accelerate, and the values that it was started with."""
+"""The objects that a script has prepared with accelerate, and the arguments of its command line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader
 from harness.checkpoint.format.names import unwrapped
 from harness.checkpoint.state.schedules import COUNTED
 
-# What schedulers move in an optimizer.
-_MOVED = ("lr", "betas", "momentum")
+# Values of an optimizer that schedulers change.
+_SCHEDULED = ("lr", "betas", "momentum")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a checkpoint is of.
+class CheckpointContent:
+    """What a checkpoint contains.
 
     Args:
         model: prepared.
-        optimizer: prepared; None: it cannot be told which one, so checkpoints are of the model alone.
-        scheduler: prepared, or the script's own, or several as one; None: there is none.
-        note: what the user is to know of it; empty: nothing.
+        optimizer: prepared; None if several are, and checkpoints contain the model alone.
+        scheduler: prepared, or made by the script, or several as one; None if there is none.
+        note: a line for the user; empty if none is needed.
     """
 
     model: nn.Module
@@ -41,13 +41,13 @@ class Choice:
 
 @dataclass
 class Prepared:
-    """What has gone through `Accelerator.prepare`, as it came out, in order.
+    """The results of `Accelerator.prepare`, in order.
 
     Attributes:
         accelerator: the last one.
-        hyperparameters: of optimizer and scheduler, as they were before training, by name.
-        is_apart: whether each rank trains a model of its own, as under LocalSGD.
-        join: what the script is within by which ranks join those that have more batches; None: nothing.
+        hyperparameters: of optimizer and scheduler before training, by name.
+        has_local_weights: whether the weights differ between ranks, as under LocalSGD.
+        join: torch's `Join` context that the script is within, for ranks with fewer batches; None outside of one.
     """
 
     accelerator: Accelerator | None = None
@@ -56,11 +56,11 @@ class Prepared:
     schedulers: list[Any] = field(default_factory=list)
     loaders: list[Any] = field(default_factory=list)
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    is_apart: bool = False
+    has_local_weights: bool = False
     join: Any = None
 
     def add(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
-        """What one call was given, and what it has returned."""
+        """Add the arguments of one call, and its results."""
         self.accelerator = accelerator
         for before, after in zip(given, prepared, strict=True):
             kind = kind_of(before)
@@ -77,25 +77,30 @@ class Prepared:
 
     @property
     def num_processes(self) -> int:
-        """Of the accelerator."""
+        """Number of ranks."""
         return 1 if self.accelerator is None else self.accelerator.num_processes
 
-    def know(self, loader: Any) -> None:
-        """A loader is iterated over, which may be prepared for a training before: it is one of these from now on."""
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is the rank that logs; True before there is an accelerator."""
+        return self.accelerator is None or bool(self.accelerator.process_index == 0)
+
+    def add_loader(self, loader: Any) -> None:
+        """Add a loader that is iterated over, if it was prepared for an earlier training."""
         if self.index_of(loader) is None:
             self.loaders.append(loader)
 
     def index_of(self, loader: Any) -> int | None:
-        """Which of the loaders reads the same data set; None: none."""
+        """Index of the loader that reads the same data set; None if no loader does."""
         dataset = getattr(loader, "dataset", loader)
         for index, each in enumerate(self.loaders):
             if each is loader:
                 return index
         return next((i for i, each in enumerate(self.loaders) if getattr(each, "dataset", None) is dataset), None)
 
-    def choose(self) -> Choice | str:
-        """What checkpoints are of; or why that cannot be told, where that was not said."""
-        if self.is_apart:
+    def checkpoint_content(self) -> CheckpointContent | str:
+        """What checkpoints contain, or why there are none; an empty reason was reported before."""
+        if self.has_local_weights:
             return ""
         trained = [model for model in self.models if any(p.requires_grad for p in model.parameters())]
         if len(trained) != 1:
@@ -103,34 +108,34 @@ class Prepared:
             return f"{len(trained)} models were prepared that can be trained ({names})" if trained else "no model was"
         if len(self.optimizers) != 1:
             note = (
-                f"{len(self.optimizers)} optimizers were prepared for the one model: checkpoints hold the model alone, "
-                "and where the run goes on the optimizers begin anew"
+                f"{len(self.optimizers)} optimizers were prepared for one model: checkpoints contain the model alone, "
+                "and a resumed run starts with new optimizers"
             )
-            return Choice(trained[0], None, None, note)
+            return CheckpointContent(trained[0], None, None, note)
         schedulers = self.schedulers or _schedulers_of(self.optimizers[0])
         if schedulers and "scheduler" not in self.hyperparameters:
             self.hyperparameters["scheduler"] = scheduler_values(schedulers[0])
-        return Choice(trained[0], self.optimizers[0], _as_one(schedulers))
+        return CheckpointContent(trained[0], self.optimizers[0], _as_one(schedulers))
 
     def number_of(self, optimizer: Any) -> int | None:
-        """Which of the optimizers this one is, given as torch has it; None: none."""
+        """Index of one of torch's optimizers among the prepared ones; None if it was not prepared."""
         return next((number for number, each in enumerate(self.optimizers) if raw(each) is optimizer), None)
 
     def steps(self, optimizer: Any, model: nn.Module | None) -> bool:
-        """Whether this is one of the optimizers, given as torch has it, and of the model's parameters."""
+        """Whether one of torch's optimizers was prepared and updates parameters of the model."""
         if model is None or self.number_of(optimizer) is None:
             return False
         own = {id(each) for each in model.parameters()}
         return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
 
     def scheduler_of(self, optimizer: Any) -> Any:
-        """The scheduler, or several as one, of an optimizer that is given as torch has it; None: there is none."""
+        """The scheduler of one of torch's optimizers, or several as one; None if it has none."""
         prepared = [each for each in self.schedulers if raw(each) is optimizer]
         return _as_one(prepared or _schedulers_of(optimizer))
 
 
 def kind_of(given: Any) -> str | None:
-    """Which list of `Prepared` this belongs in; None: none."""
+    """The list of `Prepared` that an object belongs in; None for other objects."""
     if isinstance(given, nn.Module):
         return "models"
     if isinstance(given, DataLoader):
@@ -143,19 +148,19 @@ def kind_of(given: Any) -> str | None:
 
 
 class _Schedulers:
-    """Several schedulers of one optimizer, each in its own time, as one."""
+    """Several schedulers of one optimizer, with one state."""
 
     def __init__(self, schedulers: Sequence[Any]) -> None:
-        # By what they are: in which order they are found may differ between two processes.
+        # Sorted by their values: two processes may find them in different orders.
         known = sorted(schedulers, key=lambda each: repr(sorted(scheduler_values(each).items())))
         self.named = {f"{number}": each for number, each in enumerate(known)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each."""
+        """The state of each scheduler, by its number."""
         return {name: each.state_dict() for name, each in self.named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for name, each in self.named.items():
             each.load_state_dict(state[name])
 
@@ -167,7 +172,7 @@ def _as_one(schedulers: Sequence[Any]) -> Any:
 
 
 def _schedulers_of(optimizer: Any) -> list[Any]:
-    """The schedulers that a script steps itself, looked for once among all objects: the outermost ones."""
+    """The schedulers that a script steps without preparing them: the outermost ones among all objects of Python."""
     inner = raw(optimizer)
     found = [
         each
@@ -179,16 +184,16 @@ def _schedulers_of(optimizer: Any) -> list[Any]:
 
 
 def raw(optimizer: Any) -> Any:
-    """The optimizer inside what accelerate, or DeepSpeed, has put around it."""
+    """The optimizer inside the wrappers of accelerate or DeepSpeed."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
 
 
-def inside(things: Sequence[Any]) -> list[Any]:
-    """Prepared things, and what accelerate has wrapped in them: as a script had them before."""
-    found = [each for each in things if each is not None]
-    for each in found:  # which grows meanwhile
+def with_unwrapped(prepared: Sequence[Any]) -> list[Any]:
+    """Prepared objects, and the script's own objects inside them."""
+    found = [each for each in prepared if each is not None]
+    for each in found:  # the list grows in the loop
         if isinstance(each, nn.Module):
             found += [inner] if (inner := unwrapped(each)) is not each else []
         elif isinstance(each, _Schedulers):
@@ -200,7 +205,7 @@ def inside(things: Sequence[Any]) -> list[Any]:
 
 
 def optimizer_values(optimizer: Any) -> dict[str, Any]:
-    """What an optimizer was made with; for each of its groups what differs there."""
+    """The values that an optimizer was made with, and for each of its groups those that differ."""
     defaults = {name: value for name, value in getattr(optimizer, "defaults", {}).items() if _is_plain(value)}
     values: dict[str, Any] = {"class": type(optimizer).__name__, **defaults}
     groups = getattr(optimizer, "param_groups", [])
@@ -210,8 +215,8 @@ def optimizer_values(optimizer: Any) -> dict[str, Any]:
             for name in defaults
             if _is_plain(group.get(name))
             and group[name] != defaults[name]
-            # What a scheduler has begun to move, it was not made with.
-            and not ("initial_lr" in group and name in _MOVED)
+            # A value that a scheduler has changed is not the one that it was made with.
+            and not ("initial_lr" in group and name in _SCHEDULED)
         }
         for group in groups
     ]
@@ -223,7 +228,7 @@ def optimizer_values(optimizer: Any) -> dict[str, Any]:
 
 
 def scheduler_values(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler was made with, as far as its state has it."""
+    """The values that a scheduler was made with, as far as its state contains them."""
     state = scheduler.state_dict() if hasattr(scheduler, "state_dict") else {}
     kept = {
         name: sorted(value) if isinstance(value, Mapping) else value
@@ -242,18 +247,18 @@ def _is_plain(value: Any) -> bool:
 
 
 class Arguments:
-    """The values that the script's own parser has given: of what was typed behind the script's name."""
+    """The values that the script's argument parser has returned for its command line."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
 
     def parsed(self, words: Sequence[str] | None, namespace: argparse.Namespace) -> None:
-        """A parser has parsed these words; those of the command line are the script's."""
+        """Keep the result of a parser, if it has parsed the command line."""
         if words is None or list(words) == sys.argv[1:]:
             self.values = {name: value for name, value in vars(namespace).items() if not callable(value)}
 
-    def look(self) -> Mapping[str, Any]:
-        """The values; where parsing was over before autologging began, from the script's own variables."""
+    def current(self) -> Mapping[str, Any]:
+        """The values; from a variable of the script if parsing was over before autologging began."""
         if not self.values:
             for value in list(vars(sys.modules["__main__"]).values()):
                 if isinstance(value, argparse.Namespace):

@@ -1,14 +1,14 @@
-"""The trainings of one process, one after the other: which one runs, with what, and how its run is called.
+"""The trainings of one process, one after the other, and the names of their runs.
 
-A training ends when the script says so (`end_training`, `free_memory`), or when an optimizer is prepared that steps a
-model which is none of its own: that is the next training's. Runs are `x`, `x-2`, `x-3` and so on, in the order in which
-trainings begin, so a script that is run again finds each of its trainings where it had left it.
+A training ends when the script says so (`end_training`, `free_memory`), or when the script prepares an optimizer for
+another model: those belong to the next training. Runs are named `x`, `x-2`, `x-3` and so on in the order in which
+trainings begin, so that a script that runs again finds the run of each of its trainings.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -18,23 +18,22 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from harness.autologging.replacements import Replacements
-from harness.autologging.script import Arguments, kind_of
+from harness.autologging.context import AutologContext
+from harness.autologging.script import kind_of
 from harness.autologging.session import Session
-from harness.autologging.settings import AutologSettings, first_run_of, run_id_of, run_record, script_name
+from harness.autologging.settings import AutologSettings, first_run_of, run_id_of
 from harness.checkpoint.format.names import unwrapped
 from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped
-from harness.tracking.mlflow.given_run import GivenRun
 
-# Calls that run of functions that accelerate calls once more when memory is out, by their frames, innermost first. Held
-# as they are: the number of one that is over is given to another.
+# Running calls of functions that accelerate calls again when memory is exhausted: their frames, innermost first. The
+# frames themselves, since Python reuses the `id` of one that has ended.
 Attempts = tuple[FrameType, ...]
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What one call was given to prepare, and what it has returned."""
+class _PrepareCall:
+    """The arguments and results of one call of `prepare`."""
 
     accelerator: Accelerator
     given: tuple[Any, ...]
@@ -43,116 +42,74 @@ class _Call:
 
 
 class TrainingRegistry:
-    """Holds the training that runs, and begins the next one.
+    """Has the current training, and begins the next one.
 
-    Effects: `came`, `ends` and `finish` are collective where a training ends in them: every rank calls them alike, in
-    the main thread. The rest is not.
+    Effects: `add_prepared`, `end_training` and `finish` are collective where they end a training: every rank calls them
+    alike, in the main thread. The rest is not.
 
     Args:
-        settings: what was asked for.
-        arguments: the script's.
-        find_given_run: finds the MLflow run that the user has named and that is to be ours; rank zero's.
-        end_active_run: called with our MLflow run's id and its status when a training has ended otherwise than well.
-        stillness: makes what keeps the script's steps and saves still while epochs go by that are done.
-        begins: called when a training has a run.
+        context: of the process.
 
     Attributes:
-        session: the training that runs, or is to begin.
+        context: of the process.
+        session: the training that runs, or begins next.
     """
 
-    def __init__(
-        self,
-        settings: AutologSettings,
-        arguments: Arguments,
-        find_given_run: Callable[[], GivenRun | None],
-        end_active_run: Callable[[str | None, str], None],
-        stillness: Callable[[], Replacements],
-        begins: Callable[[], None],
-    ) -> None:
-        self._settings = settings
-        self._arguments = arguments
-        self._find_given_run = find_given_run
-        self._end_active_run = end_active_run
-        self._stillness = stillness
-        self._run_begins = begins
-        # Of `session` among those with these settings, from 1; what the run of the first one is called.
+    def __init__(self, context: AutologContext) -> None:
+        self.context = context
+        # Number, from 1, of `session` among those with these settings, and the name of the first one's run.
         self._number = 1
         self._name: str | None = None
-        # Whether none has trained yet: what came before were attempts of it.
+        # Whether no training is complete: the earlier ones were attempts of the first.
         self._is_first = True
-        self._is_attempt_over = False
         self._config: Mapping[str, Any] | None = None
         # Before the training began, and since.
-        self._calls: list[_Call] = []
-        self._later: list[_Call] = []
+        self._calls: list[_PrepareCall] = []
+        self._later_calls: list[_PrepareCall] = []
         self._begun_in: Attempts = ()
-        self._params_of_runs: dict[str, dict[str, str]] = {}
         self.session = self._new_session()
 
     def change(self, settings: AutologSettings) -> None:
-        """Other settings, for a training that has not begun."""
-        before, self._settings = self._settings, settings
-        if _where(before) != _where(settings):
-            # Another run was named: of that name it is the first.
+        """Use other settings for trainings that have not begun."""
+        before, self.context.settings = self.context.settings, settings
+        if _run_of(before) != _run_of(settings):
+            # Numbers are counted for each name.
             self._number, self._is_first = (0 if self.session.has_begun else 1), True
         if not self.session.has_begun:
-            self.session.settings = self._settings_of(self._number)
+            self.session.change(self._settings_of(self._number))
 
-    # ------------------------------------------------------------------- which training it is
+    # ------------------------------------------------------------------------------ which training it is
 
     def _settings_of(self, number: int) -> AutologSettings:
-        """Those of a training by its number."""
+        """The settings of a training by its number."""
+        settings = self.context.settings
         if number <= 1:
-            return self._settings
+            return settings
         logger = self.session.logger
         first = logger.run_name if self._number == 1 and logger is not None else self._name
         if first is None:
-            return self._settings
-        resume_from = self._settings.resume_from
+            return settings
+        resume_from = settings.resume_from
         if not self._is_first and resume_from != "never":
-            # A checkpoint that was named is of one training, and knows how many of its epochs are done.
+            # A named checkpoint belongs to one training, whose completed epochs it counts.
             resume_from = "auto"
-        return replace(self._settings, run_name=f"{first}-{number}", resume_from=resume_from, first_run=first)
+        return replace(settings, run_name=f"{first}-{number}", resume_from=resume_from, first_run=first)
 
-    def run_id_before(self) -> str | None:
-        """The MLflow run that the training goes on in which is to begin."""
+    def run_id_to_resume(self) -> str | None:
+        """The MLflow run that the current training resumes, if it has not begun."""
         return run_id_of(self.session.settings)
 
-    def run_id_after(self) -> str | None:
-        """The MLflow run that the training goes on in which comes after the one that runs."""
+    def next_run_id_to_resume(self) -> str | None:
+        """The MLflow run that the next training resumes."""
         return run_id_of(self._settings_of(self._number + 1))
 
     def _new_session(self) -> Session:
-        session = Session(
-            self._settings_of(self._number),
-            self._arguments,
-            script_name(),
-            self._begins,
-            self._ended_otherwise,
-            self._stillness(),
-            self._run_begins,
-        )
-        session.params_of_runs = self._params_of_runs
+        session = Session(self.context, self._settings_of(self._number))
         if self._config is not None:
             session.log_params({"config": self._config})
         return session
 
-    def _ended_otherwise(self, run_id: str | None, status: str) -> None:
-        # The next attempt of a function goes on in an MLflow run that is active around it.
-        if not self._is_attempt_over:
-            self._end_active_run(run_id, status)
-
-    def _begins(self) -> GivenRun | None:
-        """Rank zero's, as a training begins: the MLflow run that the user has named and that is to be ours."""
-        settings, asked = self.session.settings, self._settings.resume_from
-        if settings.resume_from != asked and run_record(settings) is None:
-            self.session.notes.say(
-                f"harness: autolog: {settings.run_name} begins as the script has made it: {asked} is for "
-                "the first training"
-            )
-        return self._find_given_run()
-
-    def _begin_next(self, calls: Sequence[_Call], *, is_attempt: bool = False) -> None:
+    def _begin_next(self, calls: Sequence[_PrepareCall], *, is_attempt: bool = False) -> None:
         if self.session.has_begun:
             self._is_first &= is_attempt
             assert self.session.logger is not None
@@ -160,34 +117,35 @@ class TrainingRegistry:
                 self._name = self.session.logger.run_name
             self._number += 1
         self.session = self._new_session()
-        self._calls, self._later, self._begun_in = list(calls), [], ()
+        self._calls, self._later_calls, self._begun_in = list(calls), [], ()
         for call in calls:
             self.session.prepared.add(call.accelerator, call.given, call.prepared)
 
-    # ------------------------------------------------------------------- what the script does
+    # ------------------------------------------------------------------------------ events of the script
 
-    def came(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
-        """Something was prepared: for the training that runs, or for the next one.
+    def add_prepared(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
+        """Add the arguments and results of `prepare` to the current training, or begin the next one with them.
 
         Raises:
             HarnessError: if a training ends here, and its last checkpoint could not be written.
         """
-        call = _Call(accelerator, tuple(given), tuple(prepared), _attempts_here())
+        call = _PrepareCall(accelerator, tuple(given), tuple(prepared), _attempts_here())
         session = self.session
         if session.is_over:
             self._begin_next([call])
             return
-        (self._later if session.has_begun else self._calls).append(call)
+        (self._later_calls if session.has_begun else self._calls).append(call)
         if not session.has_begun:
             session.prepared.add(accelerator, given, prepared)
-        elif self._another_is_stepped():
-            self._end(self._later)
+        elif self._is_next_training():
+            self.finish()
+            self._begin_next(self._later_calls)
         else:
-            own = [not self._is_another(each) for each in prepared]
+            own = [not self._is_other_model(each) for each in prepared]
             session.prepared.add(accelerator, [*compress(given, own)], [*compress(prepared, own)])
 
-    def _is_another(self, model: Any) -> bool:
-        """Whether this is a model that can be trained, and none of the training that runs."""
+    def _is_other_model(self, model: Any) -> bool:
+        """Whether this is a trainable model that the current training does not have."""
         if not isinstance(model, nn.Module):
             return False
         known = self.session.prepared.models
@@ -196,109 +154,110 @@ class TrainingRegistry:
         parameters = {id(each) for each in model.parameters() if each.requires_grad}
         return bool(parameters) and not any(id(each) in parameters for model in known for each in model.parameters())
 
-    def _another_is_stepped(self) -> bool:
-        """Whether an optimizer has been prepared, at once or by and by, with a model that is another training's."""
-        models = [each for call in self._later for each in call.prepared if self._is_another(each)]
+    def _is_next_training(self) -> bool:
+        """Whether the later calls have prepared both another model and an optimizer of it."""
+        models = [each for call in self._later_calls for each in call.prepared if self._is_other_model(each)]
         parameters = {id(each) for model in models for top in (model, unwrapped(model)) for each in top.parameters()}
-        for call in self._later if models else ():
+        for call in self._later_calls if models else ():
             for given in call.given:
                 if kind_of(given) != "optimizers":
                     continue
-                if not hasattr(given, "param_groups"):  # DeepSpeed's stand-in, which comes together with its model
+                if not hasattr(
+                    given, "param_groups"
+                ):  # DeepSpeed's placeholder, which is prepared in one call with its model
                     if any(each is model for each in call.prepared for model in models):
                         return True
                 elif any(id(each) in parameters for group in given.param_groups for each in group["params"]):
                     return True
         return False
 
-    def passes(self) -> None:
-        """A pass over a loader begins."""
+    def iteration_begins(self) -> None:
+        """An iteration over a loader begins."""
         if not self.session.has_begun:
             self._begun_in = _attempts_here()
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Parameters of the script's tracker, whose trainings all have them."""
+        """Add the parameters of the script's tracker, which are those of each of its trainings."""
         self._config = config
         self.session.log_params({"config": config})
 
     def forked(self) -> None:
-        """In a child process: the training that runs is its parent's, and what the child trains is the next one."""
+        """This process is a child: the current training is its parent's, and the child's training is the next one."""
         if self.session.has_begun:
-            self.session.leave()
+            self.session.close()
             self._begin_next(())
 
-    # ------------------------------------------------------------------- how it ends
+    # ------------------------------------------------------------------------------ the end
 
-    def ends(self, accelerator: Accelerator, *, is_tracker_done: bool) -> None:
-        """The script is done with what an accelerator trains.
+    def end_training(self, accelerator: Accelerator, *, ends_tracker: bool) -> None:
+        """The script has ended its use of an accelerator; `ends_tracker`: also that of its trackers.
 
         Raises:
             HarnessError: if the last checkpoint could not be written.
         """
-        if is_tracker_done:
+        if ends_tracker:
             self._config = None
         if accelerator is self.session.prepared.accelerator:
-            self._end(())
-
-    def _end(self, calls: Sequence[_Call]) -> None:
-        self.finish()
-        self._begin_next(calls)
+            self.finish()
+            self._begin_next(())
 
     def attempt_failed(self, error: BaseException) -> None:
-        """The function that trains is called once more, with smaller batches: what it had begun is no training.
+        """Memory was exhausted, and accelerate calls the script's function again with smaller batches.
 
-        What was prepared outside of it is there for its next attempt.
+        What was prepared outside of the function stays prepared for the next attempt.
         """
         here, session = next(iter(_attempts_here()), None), self.session
-        is_begun = session.has_begun and not session.is_over
-        # One within it that fails, an evaluation, say, is no attempt of the training's.
-        if here not in (self._begun_in if is_begun else [each for call in self._calls for each in call.attempts]):
+        # A function within the training that fails, for example an evaluation, is no attempt of the training.
+        own = self._begun_in if session.is_running else [each for call in self._calls for each in call.attempts]
+        if here not in own:
             return
-        if is_begun:
-            self._is_attempt_over = True
-            session.fail(error)
-            self._is_attempt_over = False
-        self._begin_next([each for each in (*self._calls, *self._later) if here not in each.attempts], is_attempt=True)
-        if is_begun:
+        is_running = session.is_running
+        if is_running:
+            session.fail(error, is_retried=True)
+        calls = [each for each in (*self._calls, *self._later_calls) if here not in each.attempts]
+        self._begin_next(calls, is_attempt=True)
+        if is_running:
             assert session.logger is not None
-            session.notes.say(
-                f"harness: autolog: the attempt of run {session.logger.run_name} has failed, and the next one begins: "
-                f"its run is {self.session.settings.run_name}"
+            session.messages.say(
+                f"harness: autolog: the attempt of run {session.logger.run_name} has failed; the next attempt is run "
+                f"{self.session.settings.run_name}"
             )
 
-    def finish(self) -> None:
-        """The training has ended.
+    def finish(self, *, reports_unseen: bool = True) -> None:
+        """The training has ended; `reports_unseen`: print a line if none was observed.
 
         Raises:
             HarnessError: if the last checkpoint could not be written.
         """
         session = self.session
-        session.say_what_was_not_seen()
-        is_end = session.has_begun and not session.is_over
+        if reports_unseen:
+            session.report_unseen_training()
+        was_running = session.is_running
         session.finish()
         self._begun_in = ()
-        if is_end:
-            self._say_what_there_is(session, is_done=True)
+        if was_running:
+            self._summarize(session, is_complete=True)
 
     def fail(self, error: BaseException) -> BaseException:
-        """The script has failed; returns what really ended it."""
+        """The script has failed; returns the error that really ended it."""
         session = self.session
-        is_end = session.has_begun and not session.is_over
+        was_running = session.is_running
         cause = session.fail(error)
-        if is_end and not isinstance(cause, Stopped):
-            self._say_what_there_is(session, is_done=False)
+        if was_running and not isinstance(cause, Stopped):
+            self._summarize(session, is_complete=False)
         return cause
 
-    def _say_what_there_is(self, session: Session, *, is_done: bool) -> None:
+    def _summarize(self, session: Session, *, is_complete: bool) -> None:
         logger = session.logger
-        if session.is_rank_zero and not self._settings.tracking.silent and logger is not None and logger.run_path:
-            # Nothing that fails here is to hide how the training ended.
+        is_silent = self.context.settings.tracking.silent
+        if session.prepared.is_rank_zero and not is_silent and logger is not None and logger.run_path:
+            # An error here must not hide how the training ended.
             with suppress(OSError, ValueError, HarnessError):
                 first = first_run_of(logger.run_path)
-                logger.say(what_there_is(logger.run_path, goes_on_with=None if is_done else first))
+                logger.say(what_there_is(logger.run_path, goes_on_with=None if is_complete else first))
 
 
-def _where(settings: AutologSettings) -> tuple[str | None, str, str]:
+def _run_of(settings: AutologSettings) -> tuple[str | None, str, str]:
     return settings.run_name, settings.run_dir, settings.resume_from
 
 

@@ -138,7 +138,7 @@ class CallbackBase:
         CallbackBase.end_what_was_left()
         CallbackBase._open, self._ended = self, None
         # It would log the same training in a run of its own.
-        patcher.turn_off()
+        patcher.turn_off(reports_unseen=False)
         options = self._options
         logger = self._logger = PeriodicLogger(
             accelerator,

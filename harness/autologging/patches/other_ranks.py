@@ -1,7 +1,7 @@
-"""What a script does with MLflow on ranks other than zero, where it does not ask which rank it is: nothing.
+"""A script's calls of MLflow on ranks other than 0, where the script does not check its rank: without effect.
 
-Each of them would begin a run of its own, beside the one of the job, or make the same database at the same time.
-MLflow is never imported here; what it reads (`mlflow.get_run`, a client) is left as it is.
+Otherwise each rank would start a run beside the job's, or create the same database at the same time. MLflow is never
+imported here. Functions that read (`mlflow.get_run`, a client) are not replaced.
 """
 
 from __future__ import annotations
@@ -12,98 +12,98 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from harness.autologging.replacements import Replacement
-from harness.autologging.session import Session
+from harness.autologging.replacements import Function, Replacement
+from harness.autologging.training_registry import TrainingRegistry
 from harness.tracking.mlflow.given_run import active_run_id
 
-# Functions of `mlflow` that write and whose result nobody uses.
+# Functions of `mlflow` that write, and whose result is not used.
 _WRITING = (
     *("set_tag", "set_tags", "delete_tag", "set_experiment_tag", "set_experiment_tags", "log_input", "log_inputs"),
     *("log_metric", "log_metrics", "log_params", "log_text", "log_dict", "log_figure", "log_image", "log_table"),
     *("log_artifact", "log_artifacts", "log_outputs", "log_model_params", "log_stream"),
 )
-# Its flavours that a training script logs a model with.
-_FLAVOURS = ("mlflow.pytorch", "mlflow.pyfunc", "mlflow.transformers")
+# Modules whose `log_model` a training script calls.
+_FLAVORS = ("mlflow.pytorch", "mlflow.pyfunc", "mlflow.transformers")
 
 
 class OtherRanks:
-    """Stands in for MLflow's functions that write, on ranks other than zero.
+    """Replaces MLflow's functions that write, on ranks other than 0.
 
-    Where a script says which run it means, has an active one of its own there (by its id), or autologging is
-    `exclusive`, they are left as they are.
+    MLflow's own functions are called where the script names the run, has an active run on this rank, or autologging is
+    `exclusive`.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
-        session: gives the training that runs.
+        registry: has the current training.
     """
 
-    def __init__(self, session: Callable[[], Session]) -> None:
-        self._session = session
-        # The script's, each nested in the one before.
+    def __init__(self, registry: TrainingRegistry) -> None:
+        self._registry = registry
+        # The placeholders of active runs, each nested in the one before.
         self._runs: list[Any] = []
 
     def table(self) -> list[Replacement]:
-        """What is replaced: around what `fluent` puts there, which is then asked on rank zero alone."""
-        why = "rank zero's affair"
-        results: dict[str, Callable[..., Any]] = {
+        """The functions that are replaced."""
+        why = "rank 0 logs"
+        results: dict[str, Function] = {
             **dict.fromkeys(_WRITING, _nothing),
             "log_param": _the_value,
-            "start_run": self._begin,
+            "start_run": self._start_run,
             "active_run": lambda: self._runs[-1] if self._runs else None,
-            "end_run": self._end,
+            "end_run": self._end_run,
             "set_experiment": _experiment,
             "create_experiment": lambda *args, **kwargs: "",
         }
         rows = [Replacement("mlflow", name, why, self._instead(result)) for name, result in results.items()]
-        return rows + [Replacement(each, "log_model", why, self._instead(_model)) for each in _FLAVOURS]
+        return rows + [Replacement(each, "log_model", why, self._instead(_model)) for each in _FLAVORS]
 
-    def _instead(self, result: Callable[..., Any]) -> Callable[..., Any]:
-        def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            is_there = self._is_other_rank and kwargs.get("run_id") is None and active_run_id() is None
-            return result(*args, **kwargs) if is_there else original(*args, **kwargs)
+    def _instead(self, result: Function) -> Function:
+        def around(original: Function, *args: Any, **kwargs: Any) -> Any:
+            is_replaced = self._is_other_rank and kwargs.get("run_id") is None and active_run_id() is None
+            return result(*args, **kwargs) if is_replaced else original(*args, **kwargs)
 
         return around
 
     @property
     def _is_other_rank(self) -> bool:
-        session = self._session()
+        session = self._registry.session
         accelerator = session.prepared.accelerator
-        # Before the script has an accelerator, as the launcher has it.
+        # Before the script has an accelerator, the launcher's rank.
         rank = os.environ.get("RANK", "0") if accelerator is None else accelerator.process_index
         return not session.settings.exclusive and int(rank) != 0
 
-    def _begin(self, *args: Any, **kwargs: Any) -> Any:
-        self._runs.append(known_run(self._end))
+    def _start_run(self, *args: Any, **kwargs: Any) -> Any:
+        self._runs.append(placeholder_run(self._end_run))
         return self._runs[-1]
 
-    def _end(self, *args: Any, **kwargs: Any) -> None:
+    def _end_run(self, *args: Any, **kwargs: Any) -> None:
         if self._runs:
             self._runs.pop()
 
 
-def known_run(end: Callable[[], Any]) -> Any:
-    """An active run as MLflow gives one, of which no more is known than that it is there.
+def placeholder_run(end: Callable[[], Any]) -> Any:
+    """An object of MLflow for an active run whose id and data are not known.
 
     Args:
-        end: called when a `with` around it is left.
+        end: called at the end of a `with` around it.
     """
     mlflow: Any = sys.modules["mlflow"]
     entities: Any = sys.modules["mlflow.entities"]
 
-    class KnownRun(mlflow.ActiveRun):  # type: ignore[misc]
-        """MLflow's own leaves alone what it has not begun."""
+    class PlaceholderRun(mlflow.ActiveRun):  # type: ignore[misc]
+        """Its end does not end a run in MLflow."""
 
         def __exit__(self, *error: Any) -> bool:
             end()
             return error[0] is None
 
     info = entities.RunInfo("known-to-rank-zero", "", "", "RUNNING", 0, None, "active")
-    return KnownRun(entities.Run(info, entities.RunData()))
+    return PlaceholderRun(entities.Run(info, entities.RunData()))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Nothing is logged."""
+    """Log nothing."""
 
 
 def _the_value(key: str, value: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,91 +1,92 @@
-"""TensorBoard's writers under MLflow's own autologging, which gives MLflow what they are given.
+"""TensorBoard's writers under MLflow's own autologging, which logs to MLflow what the writers are given.
 
-MLflow logs it to the active run, and without one begins a run for each single event. Here it goes into ours, once: what
-`accelerator.log` hands to accelerate's TensorBoard tracker is in the run already. MLflow is never imported here.
+MLflow logs it to the active run, and without one starts a run for each event. Here it is logged to our run, once:
+values of `accelerator.log` that accelerate's TensorBoard tracker writes are in the run already. MLflow is never
+imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from harness.autologging.patches.other_ranks import known_run
-from harness.autologging.replacements import Replacement
-from harness.autologging.session import Session
+from harness.autologging.patches.other_ranks import placeholder_run
+from harness.autologging.replacements import Function, Replacement
+from harness.autologging.training_registry import TrainingRegistry
 from harness.tracking.mlflow.given_run import active_run_id
 
 _MODULE = "mlflow.pytorch._pytorch_autolog"
-_WHY = "what TensorBoard's writers are given, once"
+_WHY = "log the values of TensorBoard's writers once"
 
 
 class SummaryWriters:
-    """Stands in where MLflow's autologging takes what a `SummaryWriter` is given.
+    """Replaces the functions by which MLflow's autologging logs the values of a `SummaryWriter`.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
-        session: gives the training that runs.
-
-    Attributes:
-        is_within: in a call of accelerate's, which logs by itself what a tracker is given.
+        registry: has the current training.
     """
 
-    def __init__(self, session: Callable[[], Session]) -> None:
-        self._session = session
+    def __init__(self, registry: TrainingRegistry) -> None:
+        self._registry = registry
+        self._context = registry.context
+        # In place of a run that MLflow's autologging starts for one event.
         self._run: Any = None
-        self.is_within = False
 
     def table(self) -> list[Replacement]:
-        """What is replaced."""
+        """The functions that are replaced."""
         return [
-            Replacement("mlflow", "start_run", _WHY, self._start),
+            Replacement("mlflow", "start_run", _WHY, self._start_run),
             Replacement("mlflow", "active_run", _WHY, lambda original: self._run or original()),
-            Replacement("mlflow", "end_run", _WHY, self._end),
-            Replacement(_MODULE, "add_to_metrics_queue", _WHY, self._event),
-            Replacement(_MODULE, "patched_add_hparams", _WHY, self._hparams),
+            Replacement("mlflow", "end_run", _WHY, self._end_run),
+            Replacement(_MODULE, "add_to_metrics_queue", _WHY, self._add_event),
+            Replacement(_MODULE, "patched_add_hparams", _WHY, self._add_hparams),
         ]
 
     def _is_ours(self) -> bool:
-        """Whether what an event says goes into our run: there is no other that is meant."""
-        session = self._session()
+        """Whether an event belongs to our run, since no other run is active."""
+        session = self._registry.session
         if session.settings.exclusive or session.is_over or not AcceleratorState._shared_state:
             return False
         active = active_run_id()
         return active is None or session.logger is None or active == session.logger.mlflow_run_id
 
-    def _start(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # As MLflow's autologging begins a run for the time of one call.
+    def _start_run(self, original: Function, *args: Any, **kwargs: Any) -> Any:
+        # The tag of a run that MLflow's autologging starts for one call.
         is_managed = (kwargs.get("tags") or {}).get("mlflow.autologging") == "pytorch"
         if is_managed and active_run_id() is None and self._is_ours():
-            self._run = known_run(lambda: self._end(lambda: None))
+            self._run = placeholder_run(lambda: self._end_run(lambda: None))
             return self._run
         return original(*args, **kwargs)
 
-    def _end(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _end_run(self, original: Function, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
             return original(*args, **kwargs)
         self._run = None
         return None
 
-    def _event(self, original: Callable[..., Any], key: str, value: float, step: int, time: int, run_id: str) -> None:
-        if not self._is_ours() or (self._run is None and not self._session().has_begun and not self.is_within):
+    def _add_event(self, original: Function, key: str, value: float, step: int, time: int, run_id: str) -> None:
+        if not self._is_ours() or (
+            self._run is None and not self._registry.session.has_begun and not self._context.is_in_tracker
+        ):
             original(key, value, step, time, run_id)
-        elif not self.is_within:
-            self._session().log({key: value}, step)
+        elif not self._context.is_in_tracker:
+            self._registry.session.log({key: value}, step)
 
-    def _hparams(
+    def _add_hparams(
         self,
-        original: Callable[..., Any],
-        add: Callable[..., Any],
+        original: Function,
+        add: Function,
         writer: Any,
         values: Mapping[str, Any],
         *rest: Any,
         **kwargs: Any,
     ) -> Any:
-        if not self._is_ours() or (self._run is None and not self.is_within):
+        if not self._is_ours() or (self._run is None and not self._context.is_in_tracker):
             return original(add, writer, values, *rest, **kwargs)
-        if not self.is_within:
-            self._session().log_params(values)
+        if not self._context.is_in_tracker:
+            self._registry.session.log_params(values)
         return add(writer, values, *rest, **kwargs)

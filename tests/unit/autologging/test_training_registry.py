@@ -122,7 +122,7 @@ def test_folds_end_as_if_never_stopped_when_the_third_is_cut_off_and_the_script_
     switch = on()
     resumed = validate_across(4, frees=True)
     switch.finish()
-    assert capfd.readouterr().err.count("first 2 epochs are done") == 2
+    assert capfd.readouterr().err.count("first 2 epochs are complete") == 2
     assert runs(tmp_path)["x-4"] == EPOCHS
     assert all(torch.equal(a[name], b[name]) for a, b in zip(whole, resumed, strict=True) for name in a)
 
@@ -167,7 +167,7 @@ def test_second_training_begins_as_the_script_made_it_when_a_checkpoint_was_name
     switch.finish()
     assert runs(tmp_path)["x"] == EPOCHS[1:]
     assert runs(tmp_path)["x-2"] == EPOCHS
-    assert f"x-2 begins as the script has made it: {checkpoint} is for the first" in capfd.readouterr().err
+    assert f"x-2 starts from the script's own weights: {checkpoint} is used for the first" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------- attempts
@@ -194,7 +194,7 @@ def test_attempt_makes_no_epoch_when_memory_is_out_within_it(
     attempts(Accelerator(cpu=True), (0, 2))
     switch.finish()
     assert runs(tmp_path) == {"x": [], "x-2": [("epoch-0001", 5), ("epoch-0002", 10)]}
-    assert "the attempt of run x has failed, and the next one begins: its run is x-2" in capfd.readouterr().err
+    assert "the attempt of run x has failed; the next attempt is run x-2" in capfd.readouterr().err
 
 
 def test_attempts_go_their_own_ways_when_the_script_is_run_again(on: On, tmp_path: Path) -> None:

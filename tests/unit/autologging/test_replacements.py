@@ -1,3 +1,5 @@
+"""Functions of other modules, replaced and restored."""
+
 from __future__ import annotations
 
 import importlib
@@ -19,7 +21,7 @@ def owners() -> dict[str, Any]:
     return {f"{owner.__name__}.{name}": value for owner in found for name, value in vars(owner).items()}
 
 
-def test_nothing_is_left_replaced_when_turned_off() -> None:
+def test_functions_are_restored_when_turned_off() -> None:
     before, hook, leave, finders = owners(), sys.excepthook, sys.exit, list(sys.meta_path)
     switch = Patcher(AutologSettings())
     switch.turn_on()
@@ -41,19 +43,19 @@ def test_function_is_replaced_when_its_module_is_imported_later(
     replacements = Replacements(
         [Replacement("imported_later", "twice", "a test", lambda original, number: original(number) + 1)]
     )
-    replacements.put()
+    replacements.install()
     module = importlib.import_module("imported_later")
     assert module.twice(2) == 5
-    replacements.take_away()
+    replacements.remove()
     assert module.twice(2) == 4
 
 
-def test_what_is_replaced_is_replaced_once_when_put_twice() -> None:
+def test_function_is_replaced_once_when_installed_twice() -> None:
     replacements = Replacements(
         [Replacement("posixpath", "basename", "a test", lambda original, path: original(path) + "!")]
     )
-    replacements.put()
-    replacements.put()
+    replacements.install()
+    replacements.install()
     assert sys.modules["posixpath"].basename("a/b") == "b!"
-    replacements.take_away()
+    replacements.remove()
     assert sys.modules["posixpath"].basename("a/b") == "b"

@@ -355,7 +355,7 @@ def test_nothing_is_trained_when_all_epochs_are_done(on: On, tmp_path: Path, cap
     assert len(again.losses) == 2  # one batch each, which has changed nothing
     assert all(torch.equal(again.states[-1][key], loop.states[-1][key]) for key in loop.states[-1])
     assert accuracy == loop.evaluate(loop.evaluation)
-    assert "the script's first 2 epochs are done" in capfd.readouterr().err
+    assert "the script's first 2 epochs are complete" in capfd.readouterr().err
     assert list(checkpoints(tmp_path)) == ["epoch-0001", "epoch-0002"]
 
 
@@ -461,7 +461,7 @@ def test_checkpoints_are_of_the_optimizer_that_steps_when_the_script_makes_anoth
     assert [m.metrics["train/lr"] for m in checkpoints(tmp_path).values()] == [1e-2, 0.5, 0.5]
     assert capfd.readouterr().err.count("another optimizer steps from here on (SGD)") == 1
     on()
-    with pytest.raises(CheckpointError, match="of the script's optimizer number 2"):
+    with pytest.raises(CheckpointError, match="contains the script's optimizer number 2"):
         Loop().plain(3)
 
 
@@ -473,7 +473,7 @@ def test_checkpoints_are_of_the_model_alone_when_optimizers_are_several(
     other = loop.accelerator.prepare(torch.optim.SGD(loop.model[0].parameters(), lr=1e-3))
     loop.plain(2, lambda *_: other.step())
     switch.finish()
-    assert "2 optimizers were prepared for the one model: checkpoints hold the model alone" in capfd.readouterr().err
+    assert "2 optimizers were prepared for one model: checkpoints contain the model alone" in capfd.readouterr().err
     directories = [tmp_path / "run" / "checkpoints" / name for name in checkpoints(tmp_path)]
     assert len(directories) == 2
     for directory, state in zip(directories, loop.states, strict=True):
@@ -526,7 +526,7 @@ def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: p
         loop.step(batch)
     switch.finish()
     told = capfd.readouterr().err
-    assert "backward is called and no prepared loader is iterated over" in told
+    assert "backward is called outside of any prepared loader" in told
     assert "nothing was logged" in told
     assert list(tmp_path.iterdir()) == []
 
@@ -541,8 +541,8 @@ def test_line_says_so_when_backward_is_called_past_accelerate(
         loop.optimizer.step()
     switch.finish()
     assert (
-        "no pass over a prepared loader with accelerator.backward was seen: no loss, no epoch and no checkpoint is in "
-        "the run" in capfd.readouterr().err
+        "no iteration over a prepared loader with accelerator.backward was seen: the run has no loss, no epoch and no "
+        "checkpoint" in capfd.readouterr().err
     )
 
 

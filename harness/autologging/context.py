@@ -1,0 +1,87 @@
+"""What the trainings of one process share, and the lines that autologging prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from harness.autologging.exit_hooks import ExitHooks
+from harness.autologging.replacements import Replacements
+from harness.autologging.script import Arguments, Prepared
+from harness.autologging.settings import AutologSettings
+from harness.io.progress import Progress
+
+_ADVICE = (
+    "; to name the parts yourself, use PeriodicLogger(accelerator): watch(model, optimizer), epochs(n), batches(loader)"
+)
+
+
+@dataclass
+class AutologContext:
+    """What the trainings, sources and patches of one process share.
+
+    Args:
+        settings: of the trainings that have not begun.
+        replay_patches: installed while epochs are replayed, so that steps and saves of the script have no effect.
+        exit_hooks: notified as a training begins.
+        arguments: of the script.
+        active_run_ids: MLflow runs that have been the script's active run: once one is no longer active, the script
+            has ended it.
+        params_of_runs: by MLflow run id, the parameters that trainings have logged. Several trainings may log to one
+            run of the script.
+        is_in_tracker: whether a tracker of accelerate is being called.
+        is_logged_already: whether that tracker is given values that are in the run already.
+    """
+
+    settings: AutologSettings
+    replay_patches: Replacements
+    exit_hooks: ExitHooks = field(default_factory=ExitHooks)
+    arguments: Arguments = field(default_factory=Arguments)
+    active_run_ids: set[str] = field(default_factory=set)
+    params_of_runs: dict[str, dict[str, str]] = field(default_factory=dict)
+    is_in_tracker: bool = False
+    is_logged_already: bool = False
+
+    @contextmanager
+    def in_tracker(self, *, is_logged_already: bool = False) -> Iterator[None]:
+        """Within it a tracker of accelerate is called."""
+        self.is_in_tracker, self.is_logged_already = True, is_logged_already
+        try:
+            yield
+        finally:
+            self.is_in_tracker = self.is_logged_already = False
+
+    def saw_active_run(self, run_id: str | None) -> None:
+        """Record an active MLflow run of the script."""
+        if run_id is not None:
+            self.active_run_ids.add(run_id)
+
+
+class UserMessages:
+    """Prints lines about one training on standard error, from rank 0.
+
+    Effects: not collective; any thread; nothing on disk.
+
+    Args:
+        prepared: by the script; its accelerator has the rank.
+
+    Attributes:
+        is_silent: print nothing.
+    """
+
+    def __init__(self, prepared: Prepared, *, is_silent: bool) -> None:
+        self._prepared = prepared
+        self._said: set[str] = set()
+        self.is_silent = is_silent
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        if self._prepared.is_rank_zero and not self.is_silent:
+            Progress(enabled=False).say(line)
+
+    def say_once(self, problem: str, *, advises: bool = True) -> None:
+        """Print, the first time, what cannot be observed from outside the script; `advises`: and the remedy."""
+        if problem not in self._said:
+            self._said.add(problem)
+            self.say(f"harness: autolog: {problem}{_ADVICE if advises else ''}")
