@@ -2,9 +2,9 @@
 
 In reading order:
 
-    schema       frozen dataclasses
-    parsing      from the command line and YAML to these
-    cadence      at which epochs and steps something is due
-    task         what a user implements: model, data, loss, metrics
-    instantiate  from class paths to objects
+    schema       the configuration as frozen dataclasses
+    parsing      command line and YAML -> RunConfig
+    cadence      when checkpoints are due, and when early stopping ends training
+    task         the protocol that a user implements
+    instantiate  class paths -> task, optimizer and scheduler
 """

@@ -1,6 +1,6 @@
-"""When things are due: checkpoints by epochs and steps, and the end of training.
+"""When checkpoints are due by epochs and steps, and when early stopping ends the training.
 
-Pure counting, the same on every rank because every rank counts the same steps. Never imports torch.
+All of it only counts: every rank counts the same steps, so all ranks decide alike. Never imports torch.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from harness.config.schema import Mode
 
 @dataclass(frozen=True)
 class Cadence:
-    """Each `every_n_epochs` epochs, each `every_n_steps` optimizer steps, both, or neither."""
+    """Due every `every_n_epochs` epochs, every `every_n_steps` optimizer steps, both, or never."""
 
     every_n_epochs: int | None
     every_n_steps: int | None
 
     def is_due_after_epoch(self, num_epochs_done: int) -> bool:
-        """Whether something is due now that so many epochs are complete."""
+        """Whether an event is due after the end of an epoch."""
         return self.every_n_epochs is not None and num_epochs_done % self.every_n_epochs == 0
 
     def is_due_after_step(self, num_steps_done: int, num_before: int | None = None) -> bool:
-        """Whether something is due now that so many optimizer steps are complete.
+        """Whether an event is due after optimizer steps.
 
         Args:
-            num_steps_done: of them.
-            num_before: how many were when this was asked before: a loop of several optimizers steps by more than one;
+            num_steps_done: the total.
+            num_before: the total at the previous call, as a loop of several optimizers adds more than one step at once;
                 None: one fewer.
         """
         return is_passed(self.every_n_steps, num_steps_done, num_before)
 
 
 def is_passed(every_n: int | None, count: int, before: int | None = None) -> bool:
-    """Whether a multiple of `every_n` (None: there is none) lies behind `before` (None: one fewer), up to `count`."""
+    """Whether a multiple of `every_n` is in the range above `before` (None: `count` - 1) up to `count`."""
     return every_n is not None and count // every_n > (count - 1 if before is None else before) // every_n
 
 
 def is_better(value: float, best: float | None, mode: Mode) -> bool:
-    """Whether `value` improves on `best`. NaN never does; anything finite improves on None."""
+    """Whether `value` improves on `best`. NaN never does; any other value improves on None."""
     if math.isnan(value):
         return False
     if best is None:
@@ -62,7 +62,7 @@ class Patience:
         self.num_without_improvement = 0
 
     def is_exhausted_by(self, value: float) -> bool:
-        """Take the value of one more evaluation; whether training should stop now."""
+        """Record an evaluation's value; returns whether training should stop."""
         if is_better(value, self.best, self.mode):
             self.best = value
             self.num_without_improvement = 0
@@ -71,9 +71,9 @@ class Patience:
         return self.num_without_improvement >= self.patience
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """What it has counted."""
+        """Return the best value and the count."""
         return {"best": self.best, "num_without_improvement": self.num_without_improvement}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on counting from what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         self.best, self.num_without_improvement = state["best"], state["num_without_improvement"]

@@ -1,7 +1,6 @@
-"""From class paths to objects: imports what the configuration names, and checks its arguments.
+"""From class paths to objects: imports the classes of the configuration, and checks their arguments.
 
-jsonargparse checks types and names against the constructor's signature, as it does for the rest of the
-configuration; this file only says it in one line.
+jsonargparse checks names and types against the constructor's signature. This module makes one line of its errors.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -26,36 +25,36 @@ def load_class(key: str, class_path: str) -> type[Any]:
     """Import a class.
 
     Raises:
-        ConfigError: if there is no such class; with the nearest name, where one is near.
+        ConfigError: if it does not exist; with the most similar name, if there is one.
     """
     module_path, _, name = class_path.rpartition(".")
     at = f"{key}.class_path"
     if not module_path or class_path.startswith("."):
-        raise ConfigError(at, f"must be module and class, such as my_project.tasks.MyTask, got {class_path!r}")
+        raise ConfigError(at, f"must be a module and a class, such as my_project.tasks.MyTask, got {class_path!r}")
     try:
         module = importlib.import_module(module_path)
     except ImportError as error:
         raise ConfigError(
-            at, f"cannot import {module_path!r}: {error}; is it installed, or in the directory you start from?"
+            at, f"cannot import {module_path!r}: {error}; install it, or start in the directory that contains it"
         ) from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):
         near = difflib.get_close_matches(name, [n for n in dir(module) if inspect.isclass(getattr(module, n))], 1)
         hint = f"; did you mean {module_path}.{near[0]}?" if near else ""
-        raise ConfigError(at, f"there is no class {name!r} in {module_path}{hint}")
+        raise ConfigError(at, f"{module_path} has no class {name!r}{hint}")
     return found
 
 
-def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) -> Any:
+def check_arguments(key: str, spec: ClassSpec, provided: Sequence[str] = ()) -> Any:
     """Check `init_args` against the constructor; returns the arguments, converted to its types.
 
-    Classes that the arguments name are imported and built: `harness.models.described_model` is for arguments that
-    another person has written.
+    Effects: imports and instantiates the classes that the arguments name. Arguments from an untrusted source are for
+    `harness.models.described_model`.
 
     Args:
         key: place in the configuration, for messages.
         spec: class and arguments.
-        given_by_us: constructor parameters that the configuration does not hold.
+        provided: constructor parameters that harness passes, which the configuration may not contain.
 
     Raises:
         ConfigError: for an argument that is unknown, missing or of a wrong type.
@@ -63,11 +62,11 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
     found = load_class(key, spec.class_path)
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(
-        found, skip=set(given_by_us) or None, instantiate=True, sub_configs=True, fail_untyped=False
+        found, skip=set(provided) or None, instantiate=True, sub_configs=True, fail_untyped=False
     )
-    # Of those that have no type jsonargparse would make None.
+    # jsonargparse would pass None for a missing argument without a type.
     for name in _without_default(found):
-        if name not in {*spec.init_args, *given_by_us} and any(a.dest == name for a in parser._actions):
+        if name not in {*spec.init_args, *provided} and any(a.dest == name for a in parser._actions):
             raise ConfigError(f"{key}.init_args.{name}", f"is missing; {spec.class_path} needs it")
     for name in spec.init_args:
         if not any(action.dest.split(".")[0] == name for action in parser._actions):
@@ -85,17 +84,17 @@ def check_arguments(key: str, spec: ClassSpec, given_by_us: Sequence[str] = ()) 
 
 
 def _without_default(found: type[Any]) -> list[str]:
-    """Names of the constructor's own parameters that have neither a type nor a default."""
+    """Return the names of the constructor's parameters that have neither a type nor a default."""
     try:
         parameters = inspect.signature(found).parameters.values()
-    except (ValueError, TypeError):  # of a class in C
+    except (ValueError, TypeError):  # a class in C has no signature
         return []
     empty = inspect.Parameter.empty
     return [each.name for each in parameters if each.annotation is empty and each.default is empty]
 
 
 def check_optimization(config: RunConfig) -> None:
-    """Check the arguments of the optimizer and the scheduler, which are built much later.
+    """Check the arguments of the optimizer and the scheduler, long before they are constructed.
 
     Raises:
         ConfigError: as `check_arguments`.
@@ -105,43 +104,57 @@ def check_optimization(config: RunConfig) -> None:
         check_arguments("scheduler", config.scheduler, ("optimizer",))
 
 
-def build(key: str, spec: ClassSpec, *given: Any, given_names: Sequence[str] = ()) -> Any:
-    """Make an object of the configured class, `given` first.
+def build(key: str, spec: ClassSpec, **provided: Any) -> Any:
+    """Construct an object of the configured class.
+
+    Args:
+        key: place in the configuration, for messages.
+        spec: class and arguments.
+        provided: the leading arguments, which harness passes, by name.
 
     Raises:
-        ConfigError: if class or arguments are wrong, or its constructor refuses them.
+        ConfigError: if class or arguments are wrong, or the constructor rejects them.
     """
-    found = load_class(key, spec.class_path)
-    arguments = check_arguments(key, spec, given_names)
+    arguments = check_arguments(key, spec, tuple(provided))
     try:
-        return found(*given, **arguments.as_dict())
+        return load_class(key, spec.class_path)(*provided.values(), **arguments.as_dict())
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{key}.init_args", f"{spec.class_path} refuses them: {error}") from error
+        raise ConfigError(f"{key}.init_args", f"{spec.class_path} rejects them: {error}") from error
 
 
 def build_task(spec: ClassSpec) -> Task:
-    """Make the task."""
-    task = build("task", spec)
+    """Construct the task.
+
+    Raises:
+        ConfigError: if class or arguments are wrong, or the class is not a `harness.Task`.
+    """
+    task: Any = build("task", spec)
     missing = [name for name in ("model", "train_data", "eval_data", "step") if not callable(getattr(task, name, None))]
     if missing:
         raise ConfigError(
             "task.class_path", f"{spec.class_path} is not a harness.Task: it lacks {', '.join(missing)}()"
         )
-    checked: Task = task
-    return checked
+    return cast(Task, task)
 
 
 def build_optimizer(spec: ClassSpec, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of all parameters that are trained."""
+    """Construct the optimizer of all parameters that require gradients.
+
+    Raises:
+        ConfigError: if class or arguments are wrong, or the class is not an optimizer.
+    """
     if not issubclass(load_class("optimizer", spec.class_path), torch.optim.Optimizer):
         raise ConfigError("optimizer.class_path", f"{spec.class_path} is not a torch.optim.Optimizer")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer = build("optimizer", spec, parameters, given_names=("params",))
-    return optimizer
+    return cast(torch.optim.Optimizer, build("optimizer", spec, params=parameters))
 
 
 def build_scheduler(spec: ClassSpec | None, optimizer: torch.optim.Optimizer) -> Any:
-    """Make the learning rate scheduler, or None where there is none."""
+    """Construct the learning rate scheduler, or return None if none is configured.
+
+    Raises:
+        ConfigError: if class or arguments are wrong, or the class is not a scheduler that steps without a metric.
+    """
     if spec is None:
         return None
     found = load_class("scheduler", spec.class_path)
@@ -150,4 +163,4 @@ def build_scheduler(spec: ClassSpec | None, optimizer: torch.optim.Optimizer) ->
             "scheduler.class_path",
             f"must be a torch LRScheduler that is stepped without a metric, got {spec.class_path}",
         )
-    return build("scheduler", spec, optimizer, given_names=("optimizer",))
+    return build("scheduler", spec, optimizer=optimizer)

@@ -1,9 +1,8 @@
 """From the command line and YAML files to a `RunConfig`. Importing this never imports torch.
 
-jsonargparse does the parsing; what is ours is what it would let pass or lose: an override that
-stands before ``--config``, a key that stands twice in a YAML file, an error that shows a traceback.
-The classes that are named (`task`, `optimizer`, `scheduler`) are looked at later, in `harness.config.instantiate`,
-since that imports torch.
+jsonargparse parses. This module adds what it lacks: options before ``--config`` apply, a switch needs no value, a key
+that is repeated in a YAML file is an error, and an error is one line with a remedy.
+`harness.config.instantiate` checks the arguments of the named classes later, since that imports torch.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,47 +24,29 @@ from harness.errors import ConfigError
 from harness.io.redact import without_password
 
 _CLASS_KEYS = {
-    "task": "the task: a class that is a harness.Task",
-    "optimizer": "the optimizer; it is given the model's parameters",
-    "scheduler": "the learning rate scheduler, stepped with the optimizer",
+    "task": "class of the task, a harness.Task",
+    "optimizer": "class of the optimizer; it gets the model's parameters",
+    "scheduler": "class of the learning rate scheduler, stepped with the optimizer",
 }
+_SECTIONS = {"trainer": TrainerConfig, "checkpoint": CheckpointConfig, "tracking": TrackingConfig}
 _DEFAULT_OPTIMIZER = ClassSpec("torch.optim.AdamW", {"lr": 1e-3})
 
 
 def make_parser(prog: str) -> ArgumentParser:
-    """The parser of everything in a `RunConfig`."""
+    """Return the parser of all keys of a `RunConfig`."""
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train a task. Values come from --config, then from the options, wherever they stand.",
+        description="Train a task. Options override the values of --config, in any order on the command line.",
     )
-    parser.add_argument("--config", action="config", help="YAML file; given twice, the later one overrides")
-    parser.add_argument("--seed", type=int, default=17, help="of all that is random")
-    parser.add_argument("--run_dir", type=str, default="runs", help="each run gets a directory in here")
-    parser.add_argument("--run_name", type=str | None, default=None, help="name of the run; null: made up")
-    parser.add_argument(
-        "--resume_from_checkpoint", type=str, default="auto", help="auto, never, a path, or an address in MLflow"
-    )
-    parser.add_argument(
-        "--initial_weights", type=str | None, default=None, help="directory of safetensors, or an address in MLflow"
-    )
-    parser.add_argument(
-        "--reset_scheduler",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="resumed: the scheduler as it is configured now",
-    )
+    parser.add_argument("--config", action="config", help="YAML file; the last of several files has precedence")
     for key, what in _CLASS_KEYS.items():
         default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
         parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)
-        # init_args of the default optimizer are filled in below: here they would outlive a change of class.
+        # `_to_run_config` adds the default optimizer's arguments: here they would apply to another class too.
         parser.add_argument(f"--{key}.init_args", type=dict[str, Any], default={}, help="its keyword arguments")
-    parser.add_class_arguments(TrainerConfig, "trainer")
-    parser.add_class_arguments(CheckpointConfig, "checkpoint")
-    parser.add_class_arguments(TrackingConfig, "tracking")
+    parser.add_class_arguments(RunConfig, skip=set(_CLASS_KEYS))
     return parser
 
 
@@ -82,11 +63,10 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
     """
     ordered = config_files_first(with_switch_values(argv))
     contents = [check_yaml(path) for path in config_files(ordered)]
-    ordered = without_stale_arguments(ordered, contents)
     parser = make_parser(prog)
     try:
-        parsed = parser.parse_args(list(ordered))
-        for key in ("trainer", "checkpoint", "tracking"):
+        parsed = parser.parse_args(list(without_stale_arguments(ordered, contents)))
+        for key in _SECTIONS:
             if parsed.get(key) is None:
                 raise ConfigError(key, "must hold keys and values, got null; leave it out for the defaults")
         config = _to_run_config(parser.instantiate(parsed))
@@ -99,7 +79,7 @@ def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> Run
 
 
 def refuse_typed_password(key: str, uri: str | None, argv: Sequence[str]) -> None:
-    """Refuse an address with a password, or a token, that was typed.
+    """Refuse an address with a password or a token on the command line.
 
     Raises:
         ConfigError: without the address.
@@ -112,16 +92,17 @@ def refuse_typed_password(key: str, uri: str | None, argv: Sequence[str]) -> Non
         )
 
 
+# Options of type bool, which are true without a value.
 _SWITCHES = frozenset(
-    f"--{group}.{each.name}"
-    for group, kind in (("trainer", TrainerConfig), ("checkpoint", CheckpointConfig), ("tracking", TrackingConfig))
-    for each in fields(kind)
+    f"--{prefix}{each.name}"
+    for prefix, config in (("", RunConfig), *((f"{key}.", each) for key, each in _SECTIONS.items()))
+    for each in fields(config)
     if each.type == "bool"
 )
 
 
 def with_switch_values(argv: Sequence[str]) -> tuple[str, ...]:
-    """Let ``--tracking.offline`` alone, as one types a switch, mean ``--tracking.offline true``."""
+    """Add ``true`` to each switch without a value, such as ``--tracking.offline``."""
     words: list[str] = []
     for word, following in itertools.zip_longest(argv, argv[1:]):
         words.append(word)
@@ -131,7 +112,11 @@ def with_switch_values(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
-    """Move each ``--config FILE`` to the front: jsonargparse drops overrides that stand before it."""
+    """Move each ``--config FILE`` to the front: jsonargparse drops options before it.
+
+    Raises:
+        ConfigError: if the last ``--config`` has no value.
+    """
     files: list[str] = []
     rest: list[str] = []
     arguments = iter(argv)
@@ -149,42 +134,39 @@ def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def config_files(ordered: Sequence[str]) -> tuple[Path, ...]:
-    """The files named by ``--config FILE`` pairs."""
-    pairs = itertools.pairwise(ordered)
-    return tuple(Path(value) for key, value in pairs if key == "--config")
+    """Return the files of the ``--config FILE`` pairs."""
+    return tuple(Path(value) for key, value in itertools.pairwise(ordered) if key == "--config")
 
 
 def without_stale_arguments(ordered: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Drop a file's `init_args` where the command line names another class: they are not that class's.
+    """Drop a file's `init_args` if the command line names another class.
 
     Args:
         ordered: arguments, ``--config`` pairs first.
-        contents: what those files hold.
+        contents: of those files.
     """
     num_file_words = 2 * len(contents)
-    files, rest = tuple(ordered[:num_file_words]), tuple(ordered[num_file_words:])
+    files, rest = ordered[:num_file_words], ordered[num_file_words:]
     dropped: list[str] = []
     for key in _CLASS_KEYS:
-        in_files = [c[key].get("class_path") for c in contents if isinstance(c.get(key), Mapping)]
-        typed = _last_value(rest, f"--{key}.class_path")
-        named = [class_path for class_path in in_files if class_path is not None]
-        if named and typed is not None and typed != named[-1]:
+        in_files = [each[key].get("class_path") for each in contents if isinstance(each.get(key), Mapping)]
+        in_files = [class_path for class_path in in_files if class_path is not None]
+        typed = list(_values_of(f"--{key}.class_path", rest))
+        if in_files and typed and typed[-1] != in_files[-1]:
             dropped += [f"--{key}.init_args", "{}"]
     return (*files, *dropped, *rest)
 
 
-def _last_value(words: Sequence[str], option: str) -> str | None:
-    found = None
-    for position, word in enumerate(words):
-        if word.startswith(f"{option}="):
-            found = word.partition("=")[2]
-        elif word == option and position + 1 < len(words):
-            found = words[position + 1]
-    return found
+def _values_of(option: str, words: Sequence[str]) -> Iterator[str]:
+    for word, following in itertools.pairwise((*words, "")):
+        if word == option:
+            yield following
+        elif word.startswith(f"{option}="):
+            yield word.partition("=")[2]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in one mapping."""
+    """SafeLoader that refuses a repeated key of a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -193,21 +175,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # PyYAML refuses it below, with its place
+                continue  # PyYAML's own method refuses it, with its place
             if key in seen:
                 mark = key_node.start_mark
                 raise ConfigError(
-                    f"{mark.name}:{mark.line + 1}", f"the key {key!r} stands twice in one mapping; keep one"
+                    f"{mark.name}:{mark.line + 1}", f"the key {key!r} is repeated in one mapping; keep one"
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 def check_yaml(path: Path) -> Mapping[str, Any]:
-    """What a file holds; refuses one that is missing, is not a YAML mapping, or has a key twice.
+    """Read a YAML file.
 
     Raises:
-        ConfigError: with the file and, where there is one, the line.
+        ConfigError: if the file is missing, is not a YAML mapping, or repeats a key.
     """
     try:
         with path.open(encoding="utf-8") as stream:
@@ -232,20 +214,8 @@ def _to_run_config(values: Namespace) -> RunConfig:
     optimizer = specs["optimizer"] or _DEFAULT_OPTIMIZER
     if optimizer.class_path == _DEFAULT_OPTIMIZER.class_path:
         optimizer = ClassSpec(optimizer.class_path, {**_DEFAULT_OPTIMIZER.init_args, **optimizer.init_args})
-    return RunConfig(
-        task=specs["task"],
-        optimizer=optimizer,
-        scheduler=specs["scheduler"],
-        seed=values.seed,
-        run_dir=values.run_dir,
-        run_name=values.run_name,
-        resume_from_checkpoint=values.resume_from_checkpoint,
-        initial_weights=values.initial_weights,
-        reset_scheduler=values.reset_scheduler,
-        trainer=values.trainer,
-        checkpoint=values.checkpoint,
-        tracking=values.tracking,
-    )
+    others = {each.name: values[each.name] for each in fields(RunConfig) if each.name not in _CLASS_KEYS}
+    return RunConfig(task=specs["task"], optimizer=optimizer, scheduler=specs["scheduler"], **others)
 
 
 def _to_class_spec(key: str, value: Any) -> ClassSpec | None:
@@ -270,7 +240,7 @@ _JSONARGPARSE_WORDS = (
 
 
 def readable(error: BaseException) -> str:
-    """The message of a parser's error as one line, in the words of this project."""
+    """Return the message of a parser's error as one line."""
     text = " ".join(part.strip() for part in str(error).splitlines() if part.strip())
     for pattern, words in _JSONARGPARSE_WORDS:
         text = pattern.sub(words, text)
@@ -285,7 +255,7 @@ _UNKNOWN = re.compile(
 
 
 def _with_nearest(message: str, parser: ArgumentParser) -> str:
-    """The message, and for an unknown key the name that was probably meant."""
+    """Replace the message about an unknown key by one with the most similar key."""
     match = _UNKNOWN.search(message)
     if match is None:
         return message
@@ -293,4 +263,4 @@ def _with_nearest(message: str, parser: ArgumentParser) -> str:
     known = [action.dest for action in parser._actions]
     near = difflib.get_close_matches(unknown, known, 1)
     hint = f"did you mean {near[0]}?" if near else "`harness train --help` lists the keys"
-    return f"{unknown}: there is no such key; {hint}"
+    return f"{unknown}: unknown key; {hint}"

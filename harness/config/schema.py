@@ -1,8 +1,7 @@
-"""The configuration of a run, as frozen values. Importing this never imports torch.
+"""The configuration of a run, as frozen dataclasses. Importing this never imports torch.
 
-`RunConfig` is what the YAML file and the command line become (`harness.config.parsing`), and what every
-later stage takes. Each rule is checked where the value is made, so that a `RunConfig` that exists
-is valid.
+`harness.config.parsing` makes a `RunConfig` from YAML and the command line, and shows these docstrings as ``--help``.
+Each class checks its values when it is constructed, so every `RunConfig` is valid.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from harness.errors import ConfigError
 
-# What `harness launch` leaves for its ranks to check against.
+# The number of processes that `harness launch` requested; each rank compares it with its world size.
 NUM_PROCESSES_VARIABLE = "HARNESS_NUM_PROCESSES"
 
 Mode = Literal["min", "max"]
@@ -28,11 +27,11 @@ def _at_least(key: str, value: float | None, least: int, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class ClassSpec:
-    """A class to be built: where it is, and what its constructor is given.
+    """A class and the arguments of its constructor.
 
     Args:
-        class_path: importable path of the class, such as ``my_project.tasks.Segmentation``.
-        init_args: keyword arguments of its constructor.
+        class_path: import path, such as ``my_project.tasks.Segmentation``.
+        init_args: keyword arguments.
     """
 
     class_path: str
@@ -41,12 +40,12 @@ class ClassSpec:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Stop when a metric no longer gets better.
+    """Stop when a metric no longer improves.
 
     Args:
         monitor: name of the evaluation metric, such as ``eval/loss``.
-        mode: ``min`` if smaller is better, ``max`` if larger is.
-        patience: number of evaluations without improvement that are tolerated.
+        mode: ``min`` if a smaller value is better, ``max`` if a larger value is.
+        patience: number of evaluations without improvement after which training stops.
     """
 
     monitor: str
@@ -59,20 +58,20 @@ class EarlyStopping:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The loop.
+    """The training loop.
 
     Args:
         max_epochs: passes over the training data.
-        max_steps: optimizer steps after which training ends, whatever the epoch.
+        max_steps: optimizer steps after which training ends, in any epoch; null: no limit.
         mixed_precision: fp32, bf16 or fp16 (not `no`, which YAML reads as false).
-        gradient_accumulation_steps: batches for each optimizer step.
-        max_grad_norm: gradients are clipped to this norm; null: not clipped.
+        gradient_accumulation_steps: batches per optimizer step.
+        max_grad_norm: norm to which gradients are clipped; null: no clipping.
         limit_train_batches: batches of each training epoch; null: all.
         limit_eval_batches: batches of each evaluation; null: all.
-        overfit_batches: train again and again on only the first so many batches, not shuffled.
+        overfit_batches: train on this number of leading batches only, without shuffling; null: on all.
         early_stopping: when to stop before max_epochs; null: never.
-        detect_anomaly: torch's anomaly detection; slow, for debugging.
-        progress_bar: a progress bar on rank zero, where there is a terminal.
+        detect_anomaly: enable torch's anomaly detection, which is slow; for debugging.
+        progress_bar: show a progress bar on rank zero, if it has a terminal.
     """
 
     max_epochs: int = 20
@@ -103,15 +102,15 @@ class TrainerConfig:
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)", re.IGNORECASE)
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# The names that safetensors, and so this configuration, know floating-point types by.
+# The names of floating-point types in safetensors.
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_size_bytes(key: str, text: str) -> int:
-    """Number of bytes in a size such as ``5GB`` (powers of ten, as Hugging Face counts them).
+    """Return the number of bytes in a size such as ``5GB`` (powers of ten, as in Hugging Face's libraries).
 
     Raises:
-        ConfigError: if the text is no size, or is zero.
+        ConfigError: if the text is not a size, or the size is zero.
     """
     match = _SIZE.fullmatch(text.strip())
     size_bytes = int(float(match[1]) * _SIZE_UNITS[match[2].upper()]) if match else 0
@@ -125,22 +124,22 @@ class CheckpointConfig:
     """When and how checkpoints are written.
 
     Args:
-        every_n_epochs: a checkpoint each so many epochs; null: not by epochs.
-        every_n_steps: a checkpoint each so many optimizer steps; null: not by steps.
-        save_weights_only: leave out the optimizer and what else only resuming needs.
-        dtype: cast floating-point weights to this type when saving: float32, bfloat16 or float16.
-        max_shard_size: split the weights into files of at most this size, such as 5GB.
-        transport: how bytes reach the disk: every rank writes its own (`direct`), or rank zero writes for
-            all (`gather`); auto finds out whether all ranks share a file system on which direct is right;
-            `force_direct` takes your word for it (docs/guides/cluster.md has the table).
-        when_busy: when the checkpoint before is still being written: skip this one, or wait.
-        when_failed: when a checkpoint could not be written (a full disk, say): continue training, or stop.
-            At the end of training a missing last checkpoint is an error in either case.
-        timeout_s: a checkpoint that is not on disk after so many seconds is given up.
-        monitor: the metric that ranks checkpoints, such as eval/loss; null: the newer is the better.
-        mode: ``min`` if a smaller monitor is better, ``max`` if a larger is.
-        save_top_k: keep so many of the best checkpoints, and always the newest; 0: the newest alone; -1: all.
-        save_last: write one at the end of training too, wherever the cadence stands.
+        every_n_epochs: number of epochs between checkpoints; null: none by epochs.
+        every_n_steps: number of optimizer steps between checkpoints; null: none by steps.
+        save_weights_only: omit the optimizer and all other state that only a resume needs.
+        dtype: cast floating-point weights to this type when saving: float32, bfloat16 or float16; null: no cast.
+        max_shard_size: split the weights into files of at most this size, such as 5GB; null: one file.
+        transport: `direct`: each rank writes its own bytes; `gather`: rank zero writes those of all ranks; `auto`:
+            direct if all ranks share a file system that supports it, else gather; `force_direct`: direct without that
+            check (docs/guides/cluster.md has the table).
+        when_busy: while the previous checkpoint is still being written: skip the new one, or wait.
+        when_failed: if a checkpoint could not be written, for example to a full disk: continue training, or stop. A
+            missing last checkpoint is an error at the end of training in either case.
+        timeout_s: seconds after which a checkpoint that is not complete on disk is aborted.
+        monitor: metric by which checkpoints are compared, such as eval/loss; null: a newer one is better.
+        mode: ``min`` if a smaller monitor is better, ``max`` if a larger one is.
+        save_top_k: number of best checkpoints to keep, beside the newest; 0: only the newest; -1: all.
+        save_last: write a checkpoint at the end of training too, even if none is due.
     """
 
     every_n_epochs: int | None = 5
@@ -165,13 +164,13 @@ class CheckpointConfig:
             raise ConfigError(at + "dtype", f"must be one of {', '.join(SAVE_DTYPES)} or null, got {self.dtype!r}")
         if self.max_shard_size is not None:
             parse_size_bytes(at + "max_shard_size", self.max_shard_size)
-        _at_least(at + "save_top_k", self.save_top_k, -1, "use -1 to keep all, 0 to keep the newest alone")
+        _at_least(at + "save_top_k", self.save_top_k, -1, "use -1 to keep all, 0 to keep only the newest")
         if not self.timeout_s > 0:
             raise ConfigError(at + "timeout_s", f"must be more than 0 seconds, got {self.timeout_s}")
 
     @property
     def max_shard_size_bytes(self) -> int | None:
-        """The limit of one file in bytes, or None for a single file."""
+        """Maximum size of one file; None for a single file of any size."""
         if self.max_shard_size is None:
             return None
         return parse_size_bytes("checkpoint.max_shard_size", self.max_shard_size)
@@ -179,32 +178,34 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """What goes to MLflow, and where MLflow is.
+    """Where MLflow is, and what is published there.
 
     Args:
-        enabled: false: no MLflow run at all; metrics and checkpoints stay in the run directory.
+        enabled: false: no MLflow run; metrics and checkpoints stay in the run directory.
         tracking_uri: MLflow server or store; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db.
         experiment_name: null: that of MLFLOW_EXPERIMENT_ID, or of MLFLOW_EXPERIMENT_NAME, else `default`.
-        log_every_n_steps: metrics are reduced and logged each so many optimizer steps; null: at ends of epochs alone.
-        log_every_n_epochs: each so many epochs one's end is logged, its evaluation with it; what a checkpoint holds
-            is logged in any case.
+        log_every_n_steps: number of optimizer steps over which metrics are reduced and logged; null: log only at the
+            ends of epochs.
+        log_every_n_epochs: number of epochs between those whose end and evaluation are logged; metrics of a checkpoint
+            are always logged.
         log_models: publish each checkpoint as an MLflow LoggedModel.
-        log_resume_state: publish with it what resuming needs, the optimizer's state, twice the weights or more: with
-            none, with all, or with the last alone: the one before it loses its own then, where the store can delete.
+        log_resume_state: publish the state that a resume needs (twice the size of the weights or more) with none, with
+            all, or with only the last LoggedModel; with `last` it is deleted from the previous one, if the store can.
         log_datasets: record the data sets as inputs of the run.
-        log_system_metrics: processor, memory, disk and network of every node, and the job's own GPUs.
-        silent: no lines about tracking on the terminal; what goes wrong is in the run's ``outbox/publisher.log``.
-        offline: reach no store: all stays in the run's outbox, until `harness sync` delivers it, from any host.
-        parent_run: name or id of an MLflow run of the same experiment to nest this one under; one of that name is
-            made where there is none, and ends with the last of its children.
-        max_upload_rate: files go to the store at no more than this in a second, such as 100MB; null: no limit.
-        max_outbox_size: how large the journal of what MLflow gets may grow on disk, such as 2GB. What is delivered
-            goes first; where the store is away for so long that all of it waits, metrics are left out and counted.
-        registered_model_name: register each published checkpoint under this name; null: do not.
-        registered_model_aliases: keep the aliases `last`, and by checkpoint.monitor `best`, on its versions.
+        log_system_metrics: log CPU, memory, disk and network of every node, and the job's GPUs.
+        silent: print no lines about tracking; errors are in the run's ``outbox/publisher.log``.
+        offline: contact no store: all entries stay in the run's outbox until `harness sync` delivers them, from any
+            host.
+        parent_run: name or id of an MLflow run of the same experiment to nest this run under. A name without a run
+            creates one, which ends with the last of its children.
+        max_upload_rate: maximum size of files that are uploaded per second, such as 100MB; null: no limit.
+        max_outbox_size: maximum size on disk of the journal for MLflow, such as 2GB. Delivered entries are deleted
+            first; if the store is unreachable until it is full, metrics are dropped and counted.
+        registered_model_name: register each published checkpoint under this name; null: register none.
+        registered_model_aliases: set the aliases `last` and, by checkpoint.monitor, `best` on its versions.
         tags: further tags of the run.
-        start_timeout_s: how long the store may take to answer at the start.
-        drain_timeout_s: how long the end of training waits for what is not yet delivered.
+        start_timeout_s: seconds that the store has to answer at the start.
+        drain_timeout_s: seconds that the end of training waits for entries that are not delivered yet.
     """
 
     enabled: bool = True
@@ -244,17 +245,17 @@ class TrackingConfig:
         if self.registered_model_aliases and self.registered_model_name is None:
             raise ConfigError(
                 at + "registered_model_aliases",
-                "are those of a registered model; give tracking.registered_model_name too",
+                "need a registered model; set tracking.registered_model_name too",
             )
 
     @property
     def max_outbox_bytes(self) -> int:
-        """The limit of the journal on disk."""
+        """Maximum size of the journal on disk."""
         return parse_size_bytes("tracking.max_outbox_size", self.max_outbox_size)
 
     @property
     def max_upload_bytes_per_s(self) -> int | None:
-        """The limit of the rate at which files go, or None for no limit."""
+        """Maximum rate of uploads; None for no limit."""
         return (
             None if self.max_upload_rate is None else parse_size_bytes("tracking.max_upload_rate", self.max_upload_rate)
         )
@@ -262,25 +263,25 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run.
+    """All values that define a run.
 
     Args:
-        task: what is trained: a class that is a `harness.Task`.
-        optimizer: the optimizer's class; it is given the model's parameters.
-        scheduler: the learning rate scheduler's class, stepped with the optimizer; null: none.
-        seed: of model initialisation, data order and all else that is random.
-        run_dir: each run gets a directory of its own in here.
-        run_name: name of that directory and of the MLflow run; null: made up.
-        resume_from_checkpoint: auto: a run that is there already goes on from its newest checkpoint; never: it
-            is refused; or where a new run begins: a checkpoint's directory, a run's, or an address in MLflow
+        task: class of the task, a `harness.Task`.
+        optimizer: class of the optimizer; it gets the model's parameters.
+        scheduler: class of the learning rate scheduler, stepped with the optimizer; null: none.
+        seed: of model initialisation, data order and all other random numbers.
+        run_dir: directory in which each run gets its own.
+        run_name: name of that directory and of the MLflow run; null: generated.
+        resume_from_checkpoint: auto: resume an existing run from its newest checkpoint; never: refuse an existing run;
+            or the source of a new run: the directory of a checkpoint or of a run, or an address in MLflow
             (``runs:/...``, ``models:/...``).
-        initial_weights: what a run that begins takes its weights from: a checkpoint's directory, one as Hugging
-            Face has it, or an address in MLflow; null: from the task's model.
-        reset_scheduler: where the run goes on, the scheduler takes its own course as it is configured now, from the
-            step of the checkpoint on; false: the checkpoint's.
-        trainer: the loop.
+        initial_weights: source of a new run's weights: the directory of a checkpoint or of a Hugging Face model, or an
+            address in MLflow; null: the task's model as constructed.
+        reset_scheduler: on a resume, apply the scheduler as configured now from the checkpoint's step on; false:
+            restore its state.
+        trainer: the training loop.
         checkpoint: when and how checkpoints are written.
-        tracking: what goes to MLflow.
+        tracking: where MLflow is, and what is published there.
     """
 
     task: ClassSpec
@@ -308,7 +309,7 @@ def check_run_name(run_name: str | None) -> None:
     """Refuse a run name that cannot be the name of a directory.
 
     Raises:
-        ConfigError: if it holds anything but letters, digits, ``.``, ``_`` and ``-``.
+        ConfigError: if it contains other characters than letters, digits, ``.``, ``_`` and ``-``.
     """
     if run_name is not None and not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run_name):
         raise ConfigError("run_name", f"must be letters, digits, '.', '_' and '-' only, got {run_name!r}")

@@ -1,4 +1,4 @@
-"""What a user implements: model, data, loss, metrics. Nothing about ranks or devices.
+"""The protocol that a user implements: model, data, loss and metrics, without ranks or devices.
 
 Importing this never imports torch, so that a configuration can be checked without it.
 """
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one batch gave.
+    """The result of one batch.
 
     Args:
-        loss: 0-d tensor on the model's device: the mean over `weight` items.
-        weight: how many items the means of this batch are over: images, tokens, ...
+        loss: mean over `weight` items, a 0-d tensor on the model's device.
+        weight: number of items over which this batch's means are taken: images, tokens, ...
         metrics: further means over the same items, each a 0-d tensor or a number.
-        predictions: where the task has `eval_metrics`: what they are updated with, and
-        targets: what that is compared to.
+        predictions: input of the task's `eval_metrics`, if it has them.
+        targets: the targets of the predictions.
     """
 
     loss: Tensor
@@ -37,31 +37,33 @@ class StepOutput:
 class Task(Protocol):
     """A training task. `harness.tasks.Digits` is the example to copy.
 
-    A task may also have `eval_metrics() -> Mapping[str, torchmetrics.Metric]`; they are updated with
-    the `predictions` and `targets` of each evaluated batch and logged as ``eval/<name>``.
+    A task may have three further methods:
 
-    With `input_example()`, a batch of what the model takes (a tensor, or several by the names of its arguments), the
-    models in MLflow have it, and a signature; with `dynamic_axes() -> Mapping[str, Sequence[int]]` beside it, by the
-    name of an input (one without a name: ``input``), axes other than the first may have any size too.
+    - `eval_metrics() -> Mapping[str, torchmetrics.Metric]`: metrics that are updated with the `predictions` and
+      `targets` of each evaluated batch, and logged as ``eval/<name>``.
+    - `input_example()`: a batch of the model's inputs, a tensor or several by argument name. The models in MLflow then
+      have this example and a signature.
+    - `dynamic_axes() -> Mapping[str, Sequence[int]]`: the axes of each input, beside the first, that may have any size
+      in that signature. The name of a single input is ``input``.
     """
 
     def model(self) -> nn.Module:
-        """Make the model, on the CPU. Called once on each rank, with the same random seed."""
+        """Construct the model on the CPU. Called once on each rank, with the same random seed."""
         ...
 
     def train_data(self) -> DataLoader[Any]:
-        """Make the training loader. Its batch size is that of one process."""
+        """Construct the training loader. Its batch size is that of one process."""
         ...
 
     def eval_data(self) -> DataLoader[Any] | None:
-        """Make the evaluation loader, or None where nothing is evaluated."""
+        """Construct the evaluation loader, or return None for no evaluation."""
         ...
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
-        """Run the model on one batch, in training as in evaluation.
+        """Run the model on one batch, in training and in evaluation.
 
         Args:
-            model: the prepared model: call it, do not reach into it.
-            batch: what the loader gave, already on the model's device.
+            model: the prepared model: call it, but do not use its submodules.
+            batch: from the loader, on the model's device.
         """
         ...

@@ -37,18 +37,18 @@ def test_error_says_did_you_mean_when_a_class_is_misspelt() -> None:
 
 def test_error_has_no_guess_when_no_class_is_near() -> None:
     message = task_error("harness.tasks.Zzzzzz")
-    assert "there is no class 'Zzzzzz' in harness.tasks" in message
+    assert "harness.tasks has no class 'Zzzzzz'" in message
     assert "did you mean" not in message
 
 
 @pytest.mark.parametrize("class_path", ["Digits", "", ".Digits", ".tasks.Digits", "..Digits"])
 def test_error_asks_for_module_and_class_when_the_path_has_no_module(class_path: str) -> None:
-    assert task_error(class_path).startswith("task.class_path: must be module and class")
+    assert task_error(class_path).startswith("task.class_path: must be a module and a class")
 
 
 @pytest.mark.parametrize("class_path", ["harness.config.parsing.parse_run_config", "harness.tasks.", "harness.tasks"])
 def test_error_is_told_when_the_path_is_no_class(class_path: str) -> None:
-    assert "there is no class" in task_error(class_path)
+    assert "has no class" in task_error(class_path)
 
 
 def test_error_names_the_valid_arguments_when_one_is_unknown() -> None:

@@ -180,7 +180,7 @@ def test_error_names_the_key_when_a_class_is_a_bare_string(tmp_path: Path, key: 
 def test_error_has_file_and_line_when_a_key_stands_twice(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     message = error_of(path, YAML + "trainer: {max_epochs: 3}\nseed: 6\n")
-    assert message == f"{path}:6: the key 'seed' stands twice in one mapping; keep one"
+    assert message == f"{path}:6: the key 'seed' is repeated in one mapping; keep one"
 
 
 def test_error_has_file_and_line_when_a_nested_key_stands_twice(tmp_path: Path) -> None:

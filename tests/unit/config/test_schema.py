@@ -98,7 +98,7 @@ def test_run_name_is_refused_when_it_cannot_be_a_directory(name: str) -> None:
     [
         (
             {"registered_model_aliases": True},
-            "tracking.registered_model_aliases: are those of a registered model; give",
+            "tracking.registered_model_aliases: need a registered model; set",
         ),
         ({"log_resume_state": True}, "tracking.log_resume_state: must be none, last or all, got True"),
     ],
