@@ -156,7 +156,7 @@ def train(accelerator: Accelerator, watched: Watched, step: int) -> None:
 def saver_of(accelerator: Accelerator, collectives: Collectives, directory: Path, **config: Any) -> Saver:
     if collectives.rank == 0:
         directory.mkdir(exist_ok=True)
-    collectives.gather("the directory", None)
+    collectives.all_gather("the directory", None)
     return Saver(
         accelerator, collectives, CheckpointConfig(when_busy="wait", **config), directory, RunFacts(), NoHooks()
     )

@@ -47,7 +47,7 @@ def test_ranks_say_what_and_why_when_a_state_is_not_understood(tmp_path: Path) -
     for rank in range(2):
         early, turned, factored = (tmp_path / f"said-{rank}").read_text().splitlines()
         assert (
-            "make the optimizer of the parameters of the prepared model, or put `fsdp_use_orig_params: true`" in early
+            "make the optimizer from the parameters of the prepared model, or set `fsdp_use_orig_params: true`" in early
         )
         assert turned.startswith("weight: does not lie in C order") and "make it contiguous before" in turned
         assert factored.startswith("SGD: cannot save its state 'rows' of ")
