@@ -46,9 +46,8 @@ def test_ranks_say_what_and_why_when_a_state_is_not_understood(tmp_path: Path) -
     run(2, say_what_is_refused, tmp_path)
     for rank in range(2):
         early, turned, factored = (tmp_path / f"said-{rank}").read_text().splitlines()
-        assert (
-            "make the optimizer from the parameters of the prepared model, or set `fsdp_use_orig_params: true`" in early
-        )
+        remedy = "make the optimizer from the parameters of the prepared model, or set `fsdp_use_orig_params: true`"
+        assert remedy in early
         assert turned.startswith("weight: does not lie in C order") and "make it contiguous before" in turned
         assert factored.startswith("SGD: cannot save its state 'rows' of ")
 

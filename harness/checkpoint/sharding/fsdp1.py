@@ -79,8 +79,8 @@ class Unit:
         for name, shape, strides in zip(flat._fqns, flat._shapes, flat._strides, strict=True):
             if not _is_in_order(shape, strides):
                 raise CheckpointError(
-                    f"{name}: FSDP1 has flattened it in another memory format than C order (such as channels_last); "
-                    "make it contiguous before it is wrapped"
+                    f"{name}: does not lie in C order (for example channels_last), and FSDP1 has flattened it so; make "
+                    "it contiguous before it is wrapped"
                 )
         self.parts = [self._part(index) for index in range(len(flat._param_infos))]
 
