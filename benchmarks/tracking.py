@@ -43,7 +43,7 @@ from harness.config.schema import TrainerConfig  # noqa: E402
 from harness.distributed.strategies import start  # noqa: E402
 from harness.metrics.reducer import WeightedSums  # noqa: E402
 from harness.tracking.journal.delivery_state import read_delivered  # noqa: E402
-from harness.tracking.journal.segments import journal_end  # noqa: E402
+from harness.tracking.journal.entries import journal_end  # noqa: E402
 from harness.tracking.journal.writer import JournalWriter  # noqa: E402
 from harness.tracking.tracker import Tracker  # noqa: E402
 from tests.services.mlflow_server import MlflowServer  # noqa: E402
@@ -200,9 +200,9 @@ def tracked(run_dir: Path, tracking_uri: str, experiment: str = "benchmark") -> 
     tracker.start(run_dir.name, {})
     try:
         yield tracker
-        assert tracker.end("FINISHED", "the benchmark is done", 60.0, lambda left: True), publisher_log(run_dir)
+        assert tracker.finish("FINISHED", "the benchmark is done", 60.0, lambda left: True), publisher_log(run_dir)
     finally:
-        tracker.abandon()
+        tracker.detach()
         publisher = tracker._publisher
         if publisher is not None and publisher.poll() is None:
             publisher.kill()
@@ -253,7 +253,7 @@ def measure_delivery(arguments: argparse.Namespace, directory: Path) -> dict[str
                 for step in range(first, first + num_rows):
                     values = {name: step + i / 7 for i, name in enumerate(names)}
                     begun_s = time.perf_counter()
-                    tracker.metrics(values, step)
+                    tracker.log_metrics(values, step)
                     call_ms.append(1e3 * (time.perf_counter() - begun_s))
                 end = journal_end(outbox_dir)
                 wait_until(lambda: read_delivered(outbox_dir).offset >= end, run_dir, pause_s=0.02)

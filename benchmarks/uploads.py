@@ -216,8 +216,8 @@ def measure_step(arguments: argparse.Namespace, directory: Path) -> dict[str, An
         for name, is_pinned in (("a core to spare", True), ("no core of its own", False)):
             run_dir = directory / name.replace(" ", "_")
             with tracked(run_dir, server.uri) as tracker:
-                assert tracker._publisher is not None
-                others = [*server.pids, tracker._publisher.pid]
+                assert tracker._publisher is not None and tracker._publisher.process is not None
+                others = [*server.pids, tracker._publisher.process.pid]
                 if is_pinned and len(before) > 1:
                     own, *rest = sorted(before)
                     pin([os.getpid()], {own})
@@ -252,7 +252,7 @@ def steps_beside_uploads(
                     run_dir / "checkpoints", weights, len(list((run_dir / "checkpoints").iterdir()))
                 )
                 begun_s = time.monotonic()
-                tracker.checkpoint(record)
+                tracker.log_checkpoint(record)
                 times = []
                 while record["name"] not in read_delivered(outbox_dir).models:
                     times += [step() for _ in range(5)]

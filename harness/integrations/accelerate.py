@@ -109,7 +109,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         state = AcceleratorState()
         facts = {"world_size": str(state.num_processes), "device": state.device.type}
         tracker = Tracker(directory.path, config, directory.attempt)
-        tracker.given = given_run(config.tracking_uri)
+        tracker.given_run = given_run(config.tracking_uri)
         try:
             tracker.start(directory.name, provenance.attempt_facts(facts))
         except BaseException:
@@ -117,7 +117,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             raise
         for note in () if config.silent else tracker.notes:
             _say(note)
-        tracker.tags(provenance.tags(facts, config.tags))
+        tracker.set_tags(provenance.tags(facts, config.tags))
         self._show_warnings(tracker)
         self._tracker = tracker
         self._earlier_hook, sys.excepthook = sys.excepthook, self._excepthook
@@ -126,7 +126,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         """Parameters of the run, nested as you like: they become dotted names."""
         if self._tracker is not None:
-            drift = self._tracker.params(provenance.flatten_params(values))
+            drift = self._tracker.log_params(provenance.flatten_params(values))
             if drift.changed:
                 _say(f"parameters have changed since the run began: {drift.as_line()}")
             self._show_warnings(self._tracker)
@@ -147,10 +147,10 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             step = 0 if self._step is None else self._step + 1
         if self._step is None and self._directory is not None and self._directory.continues:
             # What the script goes on from is its own affair: the first step that it tells says where that is.
-            tracker.resumed(step, None)
+            tracker.resume_from(step, None)
         self._step = step
         if numbers := self._values.numbers(values):
-            tracker.metrics(numbers, step)
+            tracker.log_metrics(numbers, step)
         self._show_warnings(tracker)
 
     @on_main_process  # type: ignore[untyped-decorator]
@@ -163,8 +163,8 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             _say(f"harness: warning: {line}")
 
     def _show_warnings(self, tracker: Tracker) -> None:
-        while tracker.warnings:
-            self._warn(tracker.warnings.pop(0))
+        for warning in tracker.pop_warnings():
+            self._warn(warning)
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         earlier = self._earlier_hook or sys.__excepthook__
@@ -180,10 +180,10 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         if sys.excepthook == self._excepthook and self._earlier_hook is not None:
             sys.excepthook = self._earlier_hook
         try:
-            if not tracker.end(status, reason, timeout_s, lambda _: True) and self._config.enabled:
+            if not tracker.finish(status, reason, timeout_s, lambda _: True) and self._config.enabled:
                 _say(undelivered_line(tracker.run_dir, read_delivered(tracker.run_dir / "outbox")))
         except HarnessError as error:
-            tracker.abandon()
+            tracker.detach()
             _say(f"harness: warning: {error}")
         if self._lock is not None:
             self._lock.release()

@@ -66,8 +66,8 @@ class EndedRun:
         try:
             self._add(tracker, values)
         finally:
-            tracker.outbox.close()
-            for line in tracker.warnings:
+            tracker.journal.close()
+            for line in tracker.pop_warnings():
                 self.say(line)
 
     def _add(self, tracker: Tracker, values: Mapping[str, float]) -> None:
@@ -78,7 +78,7 @@ class EndedRun:
         }
         if not values:
             return
-        is_delivered = tracker.add_after_end(
+        is_delivered = tracker.log_after_finish(
             self.name, values, self.step, "training is complete, and was evaluated", self.config.drain_timeout_s
         )
         if not is_delivered and self.config.enabled and not self.config.offline:

@@ -6,9 +6,12 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
@@ -70,6 +73,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def parse_record(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """Parse the JSON object in a file; None if there is no file, or if it is damaged or lacks a field."""
+    record = read_record(path)
+    try:
+        return None if record is None else parse(record)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
 
 
 def sync_directory(directory: Path) -> None:

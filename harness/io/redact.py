@@ -57,6 +57,16 @@ def redact_message(text: str) -> str:
     return _ASSIGNED.sub(r"\1***", _SIGNATURE.sub(r"\1***", text))
 
 
+def root_cause(error: BaseException) -> str:
+    """The innermost message of a chain of errors, redacted and on one line, at most 300 characters.
+
+    The outer layers of HTTP clients repeat it at length.
+    """
+    while (inner := error.__cause__ or error.__context__) is not None and str(inner):
+        error = inner
+    return redact(" ".join(str(error).split()))[:300]
+
+
 def _of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if is_secret_name(name):

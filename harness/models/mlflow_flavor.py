@@ -32,7 +32,7 @@ from harness.errors import CheckpointError, ConfigError
 from harness.models.described_model import DescribedModel
 from harness.models.model_spec import as_array, call, named_outputs
 from harness.models.trusted_classes import TrustedClasses
-from harness.tracking.mlflow.mlmodel import FLAVOR, MLMODEL, newest_recipe, read_recipe
+from harness.tracking.mlflow.mlmodel import FLAVOR, MLMODEL, newest_model_spec, read_model_spec
 
 # What `mlflow models serve` and `mlflow.pyfunc.load_model` trust, with commas between.
 TRUSTED_VARIABLE = "HARNESS_TRUSTED"
@@ -166,9 +166,9 @@ def _recipe(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Pa
     try:
         if (directory / MLMODEL).exists():
             return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR]), (directory,)
-        if (directory / MANIFEST).exists() and (name := newest_recipe(run_dir / "outbox")) is not None:
+        if (directory / MANIFEST).exists() and (name := newest_model_spec(run_dir / "outbox")) is not None:
             # The checkpoint's own directory too: it may be a link to elsewhere.
-            return read_recipe(run_dir / "outbox", name), (directory, run_dir)
+            return read_model_spec(run_dir / "outbox", name), (directory, run_dir)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError("", f"{where}: how its model is built cannot be read: {error!r}") from error
     raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")

@@ -1,10 +1,10 @@
-"""From reduced metrics and committed checkpoints to MLflow.
+"""Tracking: from reduced metrics and committed checkpoints to MLflow.
 
 In reading order:
 
-    journal/    what happened, on this disk
-    mlflow/     what MLflow calls it
+    journal/    the log of what MLflow shall receive
+    mlflow/     the MLflow store
     publisher/  the process that delivers the journal
-    provenance  command, code, versions, machine, data
-    tracker     what rank zero's trainer calls
+    provenance  command, code, versions, machine and data of a run
+    tracker     the trainer's interface
 """

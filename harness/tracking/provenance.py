@@ -1,4 +1,4 @@
-"""Where a run came from: command, code, versions, machine, data. Rank zero calls it once, at the start."""
+"""Where a run comes from: command, code, versions, machine and data. Rank 0 collects it once, at the start."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from harness.io.redact import is_secret_name, redact, redact_words
 from harness.metrics.values import as_text
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
-# Of a batch: read and copied once, while training waits.
+# Limit of a batch's digest, which is computed while training waits.
 _MAX_DIGEST_BYTES = 1024 * 1024
 
 
 def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
-    """The run's tags: MLflow's own ``mlflow.*`` names where there is one, else ``harness.*``.
+    """Return the run's tags: ``mlflow.*`` where MLflow defines a name, else ``harness.*``.
 
     Effects: runs git (a few milliseconds, 5 s at most); reads only.
     """
@@ -55,7 +55,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
 
 
 def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:
-    """What is kept of each attempt at a run: the newest one's tags take the place of those before."""
+    """Return the facts that are recorded for each attempt; the run's tags only show the newest attempt."""
     job = slurm_env.read_job()
     return {**run_facts, "host": socket.gethostname(), **({} if job is None else {"slurm_job_id": job.job_id})}
 
@@ -68,7 +68,7 @@ def _user() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Package -> installed version, for those that are installed."""
+    """Return package -> version for the installed packages."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 
 
 def git_facts(directory: Path) -> dict[str, str]:
-    """Commit, branch and dirtiness of the work tree at `directory`; empty where there is none."""
+    """Return commit, branch and dirtiness of the work tree at `directory`; empty if there is none."""
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -108,7 +108,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
-    """A nested configuration as dotted names: ``trainer.max_epochs`` -> ``20``, secrets replaced."""
+    """Flatten a nested configuration to dotted names, ``trainer.max_epochs`` -> ``20``, with secrets replaced."""
     if is_dataclass(config) and not isinstance(config, type):
         config = asdict(config)
     if isinstance(config, Mapping) and config:
@@ -122,11 +122,11 @@ def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
 
 
 def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:
-    """The modules down to the third level, each with its number of parameters, as a table of text.
+    """Return a text table of the modules down to the third level with their numbers of parameters.
 
     Args:
-        model: the user's own.
-        wrapped: as it is trained, which knows how large sharded parameters are; None: it is not wrapped.
+        model: the user's model.
+        wrapped: the prepared model, which has the sizes of sharded parameters; None: the model is not wrapped.
     """
     sizes = _fsdp1_sizes(model if wrapped is None else wrapped)
     rows = [("module", "class", "parameters", "trainable")]
@@ -150,12 +150,12 @@ def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:
 
 
 def _num_elements(parameters: Iterable[nn.Parameter], sizes: Mapping[int, int]) -> int:
-    # `ds_numel` is what DeepSpeed ZeRO-3 keeps the size under, once the parameter itself is empty.
+    # `ds_numel` is the size of a parameter that DeepSpeed ZeRO-3 has emptied.
     return sum(sizes.get(id(p)) or int(getattr(p, "ds_numel", p.numel())) for p in parameters)
 
 
 def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
-    """Of FSDP1's parameters, which are slices, and of the flat ones, which have padding: id -> whole size."""
+    """Return id -> full size of FSDP1's parameters, which are slices, and of its flat parameters, which are padded."""
     sizes: dict[int, int] = {}
     for module in model.modules():
         flat = getattr(getattr(module, "_handle", None), "flat_param", None)
@@ -167,7 +167,7 @@ def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class BatchDigest:
-    """What is kept of a batch to describe its data set.
+    """Digest of a batch, which describes its data set.
 
     Args:
         text: XXH3 of the values, as hexadecimal digits.
@@ -177,19 +177,19 @@ class BatchDigest:
 
 
 def batch_digest(batch: Any) -> BatchDigest:
-    """Digest the first MiB of a batch's tensors, arrays, numbers and texts; other objects count by their fields.
+    """Digest the first MiB of a batch's tensors, arrays, numbers and texts, and of other objects' fields.
 
-    Effects: changes nothing in the batch; where it is on an accelerator, waits once for the device.
+    Effects: does not change the batch; waits once for the device if the batch is on an accelerator.
     """
     state = _Digest()
-    # A kind of tensor that has no bytes of its own, say: no reason to end a training.
+    # Some tensors have no bytes. An incomplete digest must not stop the training.
     with suppress(Exception):
         state.add(batch)
     return BatchDigest(state.text)
 
 
 class _Digest:
-    """Digests nested values until `_MAX_DIGEST_BYTES` are in it."""
+    """Digests nested values, at most `_MAX_DIGEST_BYTES`."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_64()
@@ -216,7 +216,7 @@ class _Digest:
         elif hasattr(value, "__array_interface__"):
             self._add_tensor(torch.as_tensor(value))
         else:
-            # Not `repr`, which may have an address of memory in it.
+            # Not `repr`, which may contain a memory address.
             self.add(type(value).__qualname__)
             self.add(getattr(value, "__dict__", None))
 
@@ -224,32 +224,32 @@ class _Digest:
         self.add(f"{tensor.dtype} {list(tensor.shape[1:])}")
         size_bytes = tensor.numel() * tensor.element_size()
         if tensor.ndim and size_bytes > self._bytes_left:
-            # Rows first: only what is digested is copied from the device.
+            # Slice first, so that only digested rows are copied from the device.
             tensor = tensor[: max(1, self._bytes_left * tensor.shape[0] // size_bytes)]
         data = contiguous_copy(tensor.cpu()).view(torch.uint8).numpy()
         self._add_bytes(data[: self._bytes_left].tobytes())
 
     def _add_bytes(self, data: bytes) -> None:
         self._state.update(data)
-        # Each value costs more than its bytes.
+        # Counts a fixed cost for each value.
         self._bytes_left -= len(data) + 64
 
 
 def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None) -> dict[str, Any]:
-    """Name, digest and size of a data set, as `Tracker.dataset` takes it. No sample of it is read.
+    """Return name, digest and size of a data set for `Tracker.log_dataset`. No sample is read.
 
-    The digest is the data set's own, where its class has one: an attribute ``digest``, or the ``_fingerprint`` of a
-    `datasets.Dataset`. Otherwise it is of the class, the length and a batch that was read anyway.
+    The digest is the data set's own if it has one: an attribute ``digest``, or the ``_fingerprint`` of a
+    `datasets.Dataset`. Otherwise it covers the class, the length and the first batch.
 
     Args:
-        dataset: described by its attributes and its length alone.
+        dataset: the data set.
         context: ``train`` or ``eval``.
-        batch: of the first batch; None: the digest is of the class and the length.
+        batch: digest of the first batch; None: the digest covers the class and the length.
     """
     name = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     try:
         length = len(dataset)
-    except Exception:  # a stream, which torch lets raise whatever it likes
+    except Exception:  # an iterable data set may raise any error
         length = None
     content = "" if batch is None else batch.text
     own = own_digest(dataset)
@@ -264,15 +264,15 @@ def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None)
 
 
 def own_digest(dataset: Any) -> str | None:
-    """The digest that a data set has of itself; None: it has none."""
+    """Return a data set's own digest, or None."""
     found = _attribute(dataset, "digest") or _attribute(dataset, "_fingerprint")
     return str(found) if isinstance(found, (str, int)) else None
 
 
 def _attribute(dataset: Any, name: str) -> Any:
-    """An attribute that the object or its class has itself; None: it has none.
+    """Return an attribute of the object or its class, or None.
 
-    Not by a `__getattr__`, which may open the file that the data set is to open elsewhere.
+    `__getattr__` is not called: it may open a file that the data set opens later, in a worker.
     """
     try:
         inspect.getattr_static(dataset, name)

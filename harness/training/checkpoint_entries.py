@@ -45,7 +45,7 @@ class CheckpointEntries:
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
         """A checkpoint is committed."""
         resume_files = self._resume_files(manifest)
-        self._tracker.checkpoint(
+        self._tracker.log_checkpoint(
             {
                 "name": checkpoint,
                 "key": manifest.key,
@@ -77,4 +77,4 @@ class CheckpointEntries:
 
     def retire(self, checkpoint: str, key: str) -> None:
         """A checkpoint is about to be removed."""
-        self._tracker.retire({"name": checkpoint, "key": key})
+        self._tracker.retire_checkpoint({"name": checkpoint, "key": key})

@@ -30,7 +30,7 @@ from harness.run.stop_request import StopLead, StopRequests
 from harness.tracking import provenance
 from harness.tracking.journal.delivery_state import read_delivered
 from harness.tracking.mlflow.given_run import GivenRun, given_run
-from harness.tracking.publisher.drain import Left
+from harness.tracking.publisher.progress import Remaining
 from harness.tracking.publisher.sync import damaged_line, refused_line, undelivered_line
 from harness.tracking.tracker import RunStatus, Tracker
 from harness.training.checkpoint_entries import CheckpointEntries
@@ -115,12 +115,12 @@ class RunSession:
             if directory.stopped_by is not None:
                 return directory
             self._tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
-            self._tracker.given = given
+            self._tracker.given_run = given
             if given is None and uses_given_run:
-                self._tracker.given = given_run(self._config.tracking_uri)
+                self._tracker.given_run = given_run(self._config.tracking_uri)
             self._checkpoints = CheckpointEntries(self._tracker, self._config, self._monitor)
             self._tracker.start(directory.name, provenance.attempt_facts(self._topology.run_facts))
-            self._tracker.tags(provenance.tags(self._topology.run_facts, self._config.tags))
+            self._tracker.set_tags(provenance.tags(self._topology.run_facts, self._config.tags))
             self._requests = StopRequests(directory.path, directory.attempt)
             self._say_where(directory)
             if params is not None:
@@ -138,7 +138,7 @@ class RunSession:
 
     def _log_system_metrics(self, values: Mapping[str, float]) -> None:
         if (tracker := self._tracker) is not None:
-            tracker.system_metrics(values)
+            tracker.log_system_metrics(values)
 
     def _stop_sampler(self) -> None:
         if self._sampler is not None:
@@ -168,7 +168,7 @@ class RunSession:
             checkpoint: name of what was put back; None: the run begins again.
         """
         if self._tracker is not None and self._checkpoints is not None:
-            self._checkpoints.latest = dict(self._tracker.resumed(step, checkpoint).latest)
+            self._checkpoints.latest = dict(self._tracker.resume_from(step, checkpoint).latest)
 
     @property
     def is_asked(self) -> bool:
@@ -204,20 +204,20 @@ class RunSession:
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Reduced metrics at a step."""
         if self._tracker is not None and self._checkpoints is not None:
-            self._checkpoints.latest.update(self._tracker.metrics(values, step))
+            self._checkpoints.latest.update(self._tracker.log_metrics(values, step))
             self._say_warnings(self._tracker)
 
     def log_recorded(self, values: Mapping[str, float], step: int) -> None:
         """Metrics at a step of a loop's own counting."""
         if self._tracker is not None and self._checkpoints is not None:
-            self._checkpoints.latest.update(self._tracker.metrics(values, step, is_own_step=True))
+            self._checkpoints.latest.update(self._tracker.log_metrics(values, step, is_own_step=True))
             self._say_warnings(self._tracker)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Further parameters, nested; those that have changed since the run began are told as such."""
         if self._tracker is None:
             return
-        if (drift := self._tracker.params(provenance.flatten_params(values))).changed:
+        if (drift := self._tracker.log_params(provenance.flatten_params(values))).changed:
             self._say(f"parameters have changed since the run began: {drift.as_line()}")
         self._say_warnings(self._tracker)
 
@@ -236,8 +236,8 @@ class RunSession:
         """The summary of the user's own model, which is trained wrapped, among the run's artifacts."""
         if self._tracker is None:
             return
-        self._tracker.text("model_summary.txt", provenance.model_summary(model, wrapped))
-        if not self._tracker.has_recipe:
+        self._tracker.log_text("model_summary.txt", provenance.model_summary(model, wrapped))
+        if not self._tracker.has_model_spec:
             self.describe_recipe(None, model, None, None)
             if self._publishes:
                 made = "model"
@@ -277,7 +277,7 @@ class RunSession:
                 self._say(
                     f"harness: warning: the models in MLflow have no signature: input_example: {_reason_of(error)}"
                 )
-        self._tracker.recipe(values)
+        self._tracker.log_model_spec(values)
 
     def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
         """What `describe_dataset` needs of a batch that may be gone by then; None: it needs nothing.
@@ -303,7 +303,7 @@ class RunSession:
         self._known_datasets.add(context)
         if self._config.log_datasets:
             record = provenance.dataset_record(dataset, context, digest)
-            self._tracker.dataset(record, is_exact=provenance.own_digest(dataset) is not None)
+            self._tracker.log_dataset(record, is_exact=provenance.own_digest(dataset) is not None)
 
     def keep_points(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
         """Remember the points that a checkpoint's metrics are, as they are now."""
@@ -364,8 +364,8 @@ class RunSession:
         return cause
 
     def _say_warnings(self, tracker: Tracker) -> None:
-        while tracker.warnings:
-            self._say(f"harness: warning: {tracker.warnings.pop(0)}")
+        for warning in tracker.pop_warnings():
+            self._say(f"harness: warning: {warning}")
 
     def _say(self, line: str) -> None:
         """A line about tracking."""
@@ -396,19 +396,19 @@ class RunSession:
         if tracker is None:
             return
 
-        def waiting(left: Left) -> bool:
+        def waiting(left: Remaining) -> bool:
             self._progress.delivering(left.share, str(left))
             return may_wait()
 
         try:
             try:
-                done = tracker.end(status, reason, timeout_s, waiting)
+                done = tracker.finish(status, reason, timeout_s, waiting)
             finally:
                 self._progress.stop()
                 self._say_warnings(tracker)
         except HarnessError as error:
             # The disk is full, say: the publisher sees the trainer go, and marks the run by itself.
-            tracker.abandon()
+            tracker.detach()
             self._say(f"harness: warning: {error}")
             return
         if not done and self._config.offline:

@@ -30,7 +30,7 @@ def test_run_is_whole_when_a_model_that_was_made_twice_was_linked(tmp_path: Path
         store.experiment_id, name, store.run_id, tags={CHECKPOINT_TAG: manifest.key, "step": "7"}
     )
     client.log_outputs(store.run_id, [LoggedModelOutput(twin.model_id, 7)])
-    store.end("FINISHED", 1)
+    store.set_terminated("FINISHED", 1)
 
     (tmp_path / "sent.jsonl").write_text(json.dumps({"kind": "checkpoint", "key": manifest.key}) + "\n")
     found = count(uri, "exp", tmp_path / "sent.jsonl", run_dir)

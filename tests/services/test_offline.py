@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from harness.config.schema import TrackingConfig
 from harness.run.lock import RunLock
 from harness.tracking.journal.entries import read_entries
-from harness.tracking.publisher.sync import deliver_rest, has_news
+from harness.tracking.publisher.sync import deliver_rest, is_incomplete
 from harness.tracking.tracker import Tracker
 from tests.launching import ROOT, harness, run, started
 from tests.services.mlflow_server import MlflowServer
@@ -69,7 +69,7 @@ def test_run_is_there_as_if_it_had_been_when_synchronized_from_another_place(
     assert {point.timestamp for point in history} <= times
     assert len(client.search_logged_models([found.info.experiment_id])) == 3
     # Once more finds nothing to do.
-    assert not has_news(moved)
+    assert not is_incomplete(moved)
     assert run(harness("sync", "--all", tmp_path / "elsewhere"), cwd=tmp_path).code == 0
 
 
@@ -95,13 +95,13 @@ def test_run_stays_running_when_synchronized_while_its_trainer_is_at_work(tmp_pa
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        tracker.metrics({"loss": 1.0}, 1)
+        tracker.log_metrics({"loss": 1.0}, 1)
         assert "so far" in deliver_rest(run_dir, None)
         run_id = json.loads((run_dir / "run.json").read_text())["run_id"]
         client = MlflowClient(server.uri)
         assert client.get_run(run_id).info.status == "RUNNING"
-        tracker.metrics({"loss": 0.5}, 2)
-        tracker.end("FINISHED", "done", 1.0, lambda left: True)
+        tracker.log_metrics({"loss": 0.5}, 2)
+        tracker.finish("FINISHED", "done", 1.0, lambda left: True)
     finally:
         holder.kill()
         holder.wait()
@@ -115,7 +115,7 @@ def test_run_is_failed_when_its_trainer_died_without_a_word(tmp_path: Path, serv
     run_dir = tmp_path / "dead" / "it"
     tracker = offline_tracker(run_dir, server)
     RunLock(run_dir).release()
-    tracker.metrics({"loss": 1.0}, 1)
+    tracker.log_metrics({"loss": 1.0}, 1)
     deliver_rest(run_dir, None)
     run_id = json.loads((run_dir / "run.json").read_text())["run_id"]
     assert MlflowClient(server.uri).get_run(run_id).info.status == "FAILED"
@@ -129,8 +129,8 @@ def test_watch_delivers_what_comes_until_interrupted(
     with started(harness("sync", "--all", "--watch", "--every_s", "0.5", runs), cwd=tmp_path) as watcher:
         for name in ("first", "second"):
             tracker = offline_tracker(runs / name, server)
-            tracker.metrics({"loss": 1.0}, 1)
-            tracker.end("FINISHED", "done", 1.0, lambda left: True)
+            tracker.log_metrics({"loss": 1.0}, 1)
+            tracker.finish("FINISHED", "done", 1.0, lambda left: True)
             wait_for(runs / name / "attempts.json", "FINISHED")
         watcher.send_signal(ending)
         assert watcher.wait(timeout=30) == 0
@@ -143,14 +143,14 @@ def test_children_are_under_one_parent_that_ends_with_the_last_of_them(tmp_path:
     trackers = [offline_tracker(tmp_path / "sweep" / name, server, parent_run="all of them") for name in "abc"]
     client = MlflowClient(server.uri)
     for number, tracker in enumerate(trackers):
-        tracker.metrics({"loss": float(number)}, 1)
+        tracker.log_metrics({"loss": float(number)}, 1)
     held = RunLock(trackers[0].run_dir)
     try:
         # Of this process: it is still at work on the first.
         deliver_rest(trackers[0].run_dir, None)
         parent_id = client.get_run(_run_id(trackers[0])).data.tags["mlflow.parentRunId"]
         for tracker, status in zip(trackers[1:], ("FINISHED", "FAILED"), strict=True):
-            tracker.end(status, "done", 1.0, lambda left: True)  # type: ignore[arg-type]
+            tracker.finish(status, "done", 1.0, lambda left: True)  # type: ignore[arg-type]
             deliver_rest(tracker.run_dir, None)
         assert client.get_run(parent_id).info.status == "RUNNING"
         trackers[0].end("FINISHED", "done", 1.0, lambda left: True)

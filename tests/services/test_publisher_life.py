@@ -18,9 +18,9 @@ import pytest
 from mlflow import MlflowClient
 
 from harness.config.schema import TrackingConfig
-from harness.tracking import tracker as tracker_module
 from harness.tracking.journal.delivery_state import read_delivered
-from harness.tracking.publisher.drain import Left
+from harness.tracking.publisher import launcher
+from harness.tracking.publisher.progress import Remaining
 from harness.tracking.publisher.sync import deliver_rest
 from harness.tracking.tracker import Tracker
 from tests.services.mlflow_server import make_database
@@ -37,20 +37,21 @@ def make_tracker(run_dir: Path) -> Tracker:
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
     """One that looks at its publisher more often than a training does, with a store on disk."""
-    monkeypatch.setattr(tracker_module, "_REVIVE_EVERY_S", 0.5)
+    monkeypatch.setattr(launcher, "_CHECK_EVERY_S", 0.5)
     found = make_tracker(tmp_path)
     found.start("it", {})
     yield found
-    found.abandon()
-    if found._publisher is not None and found._publisher.poll() is None:
-        os.kill(found._publisher.pid, signal.SIGCONT)
-        found._publisher.kill()
-        found._publisher.wait()
+    found.detach()
+    process = None if found._publisher is None else found._publisher.process
+    if process is not None and process.poll() is None:
+        os.kill(process.pid, signal.SIGCONT)
+        process.kill()
+        process.wait()
 
 
 def pid_of(tracker: Tracker) -> int:
-    assert tracker._publisher is not None
-    return tracker._publisher.pid
+    assert tracker._publisher is not None and tracker._publisher.process is not None
+    return tracker._publisher.process.pid
 
 
 def train_until_another_publishes(tracker: Tracker, first: int, dead: int) -> int:
@@ -59,10 +60,10 @@ def train_until_another_publishes(tracker: Tracker, first: int, dead: int) -> in
     step = first
     while pid_of(tracker) == dead:
         assert time.monotonic() < deadline_s, "the publisher was not started again"
-        tracker.metrics({"loss": step / 8}, step)
+        tracker.log_metrics({"loss": step / 8}, step)
         step += 1
         time.sleep(0.05)  # the pace of a training; nothing waits for it
-    tracker.metrics({"loss": step / 8}, step)
+    tracker.log_metrics({"loss": step / 8}, step)
     return step
 
 
@@ -76,22 +77,22 @@ def steps_in_mlflow(tracker: Tracker) -> list[int]:
 def test_publisher_is_started_again_when_it_dies_or_hangs(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, trouble: signal.Signals
 ) -> None:
-    monkeypatch.setattr(tracker_module, "DEAD_AFTER_S", 3.0)
-    tracker.metrics({"loss": 1 / 8}, 1)
+    monkeypatch.setattr(launcher, "DEAD_AFTER_S", 3.0)
+    tracker.log_metrics({"loss": 1 / 8}, 1)
     dead = pid_of(tracker)
     os.kill(dead, trouble)
     last = train_until_another_publishes(tracker, 2, dead)
-    monkeypatch.setattr(tracker_module, "DEAD_AFTER_S", 300.0)
+    monkeypatch.setattr(launcher, "DEAD_AFTER_S", 300.0)
     with pytest.raises(ProcessLookupError):
         os.kill(dead, 0)
-    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert tracker.finish("FINISHED", "done", 60.0, lambda left: True)
     assert steps_in_mlflow(tracker) == [*range(1, last + 1)]
 
 
 def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = tracker_module.start_publisher
+    started = launcher.start_publisher
     pids: list[int] = []
 
     def start(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
@@ -101,19 +102,19 @@ def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
             process.kill()
         return process
 
-    monkeypatch.setattr(tracker_module, "start_publisher", start)
+    monkeypatch.setattr(launcher, "start_publisher", start)
     found = make_tracker(tmp_path)
     found.start("it", {})
     assert len(pids) == 3
-    found.metrics({"loss": 1 / 8}, 1)
-    assert found.end("FINISHED", "done", 60.0, lambda left: True)
+    found.log_metrics({"loss": 1 / 8}, 1)
+    assert found.finish("FINISHED", "done", 60.0, lambda left: True)
     assert steps_in_mlflow(found) == [1]
 
 
 def test_end_is_whole_when_the_publisher_was_killed_just_before(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    starts = tracker_module.start_publisher
+    starts = launcher.start_publisher
     errors = iter([OSError(errno.ENOMEM, "no memory for it at first")])
 
     def start(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
@@ -121,10 +122,10 @@ def test_end_is_whole_when_the_publisher_was_killed_just_before(
             raise error
         return starts(run_dir, settings)
 
-    monkeypatch.setattr(tracker_module, "start_publisher", start)
-    tracker.metrics({"loss": 1 / 8}, 1)
+    monkeypatch.setattr(launcher, "start_publisher", start)
+    tracker.log_metrics({"loss": 1 / 8}, 1)
     os.kill(pid_of(tracker), signal.SIGKILL)
-    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert tracker.finish("FINISHED", "done", 60.0, lambda left: True)
     assert steps_in_mlflow(tracker) == [1]
 
 
@@ -135,23 +136,23 @@ def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> Non
     store.execute("BEGIN EXCLUSIVE")
     os.kill(slow, signal.SIGTERM)
     for step in range(1, 40):
-        tracker.metrics({"loss": step / 8}, step)
+        tracker.log_metrics({"loss": step / 8}, step)
         time.sleep(0.05)
     store.execute("ROLLBACK")
     store.close()
     assert pid_of(tracker) == slow
-    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    assert tracker.finish("FINISHED", "done", 60.0, lambda left: True)
     assert steps_in_mlflow(tracker) == [*range(1, 40)]
 
 
 def test_end_waits_no_longer_than_told_and_shows_what_is_left(tracker: Tracker, tmp_path: Path) -> None:
-    seen: list[Left] = []
+    seen: list[Remaining] = []
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     store.execute("BEGIN EXCLUSIVE")
     for step in range(1, 200):
-        tracker.metrics({"loss": step / 8}, step)
+        tracker.log_metrics({"loss": step / 8}, step)
     begun_s = time.monotonic()
-    assert not tracker.end("FINISHED", "done", 2.0, lambda left: seen.append(left) is None)
+    assert not tracker.finish("FINISHED", "done", 2.0, lambda left: seen.append(left) is None)
     assert 1.9 < time.monotonic() - begun_s < 5
     assert len(seen) > 2
     assert {left.share for left in seen} == {0.0}
@@ -167,11 +168,11 @@ def test_end_is_whole_when_the_store_comes_back_while_it_waits(tracker: Tracker,
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     store.execute("BEGIN EXCLUSIVE")
     for step in range(1, 200):
-        tracker.metrics({"loss": step / 8}, step)
+        tracker.log_metrics({"loss": step / 8}, step)
     comes_back = threading.Timer(2.0, lambda: store.execute("ROLLBACK"))
     comes_back.start()
     shares: list[float] = []
-    assert tracker.end("FINISHED", "done", 60.0, lambda left: shares.append(left.share) is None)
+    assert tracker.finish("FINISHED", "done", 60.0, lambda left: shares.append(left.share) is None)
     comes_back.join()
     store.close()
     assert shares[0] == 0.0

@@ -56,7 +56,7 @@ def files(model: LoggedModel, uri: str) -> list[str]:
 
 
 def found(store: MlflowStore, key: str) -> list[Any]:
-    return list(store._models.of_checkpoint(key))
+    return list(store._models.find(key))
 
 
 def test_model_version_and_files_are_gone_when_retired_even_twice(store: MlflowStore, uri: str, tmp_path: Path) -> None:

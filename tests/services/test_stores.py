@@ -205,9 +205,9 @@ def test_server_that_asks_who_one_is_takes_points_and_files(
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     tracker = make_tracker(tmp_path, guarded.uri, how, start_timeout_s=30.0)
     tracker.start("it", {})
-    tracker.metrics({"loss": 0.5}, 1)
-    tracker.text("note.txt", "hello")
-    assert tracker.end("FINISHED", "done", 60.0, lambda left: True)
+    tracker.log_metrics({"loss": 0.5}, 1)
+    tracker.log_text("note.txt", "hello")
+    assert tracker.finish("FINISHED", "done", 60.0, lambda left: True)
     reader = MlflowClient(guarded.uri)
     found = run_in(reader, how)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 0.5})
@@ -383,6 +383,6 @@ def test_error_is_without_the_password_when_the_store_refuses_it(
     with pytest.raises(TrackingError, match=rf"no MLflow run could be made at .*://admin:\*\*\*@{address}: ") as caught:
         tracker.start("it", {})
     assert not any(form in str(caught.value).encode() for form in forms(wrong))
-    assert tracker._publisher is not None
-    assert tracker._publisher.wait(30) == 1
+    assert tracker._publisher is not None and tracker._publisher.process is not None
+    assert tracker._publisher.process.wait(30) == 1
     assert_nowhere([wrong], [path for path in tmp_path.rglob("*") if path.is_file()])

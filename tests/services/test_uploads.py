@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from harness.tracking.mlflow.uploads import PART_BYTES, Pace, UploadError, Uploads
+from harness.tracking.mlflow.uploads import PART_BYTES, UploadError, UploadMeter, Uploads
 from tests.services.mlflow_server import MlflowServer
 from tests.services.proxy import Fault, Proxy
 from tests.services.s3 import BUCKET, S3
@@ -64,15 +64,23 @@ def assert_has(repository: Any, files: dict[str, Path], fetched: Path) -> None:
 
 
 class Tally:
-    """What `Uploads` tells of the bytes that went."""
+    """Counts the bytes that `Uploads` has sent.
 
-    def __init__(self) -> None:
+    Args:
+        threshold_bytes: number of bytes after which `is_reached` is set.
+    """
+
+    def __init__(self, threshold_bytes: float = float("inf")) -> None:
         self.num_bytes = 0
+        self.is_reached = threading.Event()
+        self._threshold_bytes = threshold_bytes
         self._lock = threading.Lock()
 
-    def __call__(self, num_bytes: int) -> None:
+    def add_sent(self, num_bytes: int) -> None:
         with self._lock:
             self.num_bytes += num_bytes
+        if self.num_bytes > self._threshold_bytes:
+            self.is_reached.set()
 
 
 # ------------------------------------------------------------------------- by parts
@@ -83,7 +91,7 @@ def test_large_file_goes_by_parts_when_the_server_hands_on_to_s3(
 ) -> None:
     files, sent = make(tmp_path, large=LARGE_BYTES, small=3 * MB), Tally()
     repository = served(s3_server.uri, "parts")
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     found = s3.objects("through/parts/")
     assert found["through/parts/large"][1].endswith("-3")  # in our three parts
     assert "-" not in found["through/parts/small"][1]
@@ -98,7 +106,7 @@ def test_large_file_goes_by_parts_when_the_server_hands_on_to_s3(
 def test_large_file_goes_by_parts_when_it_goes_to_s3_directly(s3: S3, tmp_path: Path) -> None:
     files, sent = make(tmp_path, large=LARGE_BYTES, small=3 * MB), Tally()
     repository = get_artifact_repository(f"s3://{BUCKET}/direct")
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     found = s3.objects("direct/")
     assert (found["direct/large"][0], found["direct/large"][1][-2:]) == (LARGE_BYTES, "-3")
     assert "-" not in found["direct/small"][1]
@@ -112,7 +120,7 @@ def test_part_is_sent_again_when_it_fails(s3: S3, s3_server: MlflowServer, tmp_p
     repository = served(s3_server.uri, f"again-{fault}")
     left = iter([fault])
     s3.proxy.fault = lambda method, path: next(left, None) if "partNumber=2" in path else None
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     tried = [request.status for request in s3.proxy.requests if "partNumber=2" in request.path]
     assert tried == [503 if fault == "503" else 0, 200]
     assert len(s3.proxy.paths("PUT", "partNumber=1&")) == 1
@@ -125,11 +133,11 @@ def test_server_takes_the_file_whole_when_parts_are_refused(
     s3: S3, s3_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store behind the server need not be open to its clients."""
-    monkeypatch.setattr("harness.tracking.mlflow.uploads._TRIES_OF_A_PART", 1)
+    monkeypatch.setattr("harness.tracking.mlflow.uploads._MAX_TRIES_PER_PART", 1)
     files, sent = make(tmp_path, large=LARGE_BYTES), Tally()
     repository = served(s3_server.uri, "closed")
     s3.proxy.fault = lambda method, path: "503" if "X-Amz-Signature" in path and method == "PUT" else None
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     assert s3.objects("through/closed/")["through/closed/large"][0] == LARGE_BYTES
     # Nothing is left of what was begun, and no byte is counted twice.
     assert s3.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
@@ -140,7 +148,7 @@ def test_server_takes_the_file_whole_when_parts_are_refused(
 def test_file_goes_whole_when_the_server_has_no_parts(through: Proxy, tmp_path: Path) -> None:
     files, sent = make(tmp_path, large=LARGE_BYTES, other=LARGE_BYTES), Tally()
     repository = served(through.uri, "no-parts")
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     assert {request.status for request in through.requests if "/mpu/create" in request.path} == {501}
     whole = [request for request in through.requests if request.method == "PUT"]
     assert [request.body_bytes for request in whole] == [LARGE_BYTES, LARGE_BYTES]
@@ -158,24 +166,18 @@ def test_torn_file_is_put_again_when_the_server_was_killed_in_the_middle(server:
     # As a disk that was full leaves one, and one of an earlier try.
     (stored / "torn").write_bytes(files["torn"].read_bytes()[: 2 * MB])
     (stored / "whole").write_bytes(files["whole"].read_bytes())
-    half, sent = threading.Event(), Tally()
-
-    def told(num_bytes: int) -> None:
-        sent(num_bytes)
-        if sent.num_bytes > 16 * MB:
-            half.set()
-
+    half = Tally(16 * MB)
     failures: list[Exception] = []
 
     def put() -> None:
         try:
-            Uploads(served(server.uri, "killed"), Pace(16 * MB), told).put(files)
+            Uploads(served(server.uri, "killed"), UploadMeter(16 * MB, half)).put(files)
         except Exception as error:
             failures.append(error)
 
     thread = threading.Thread(target=put)
     thread.start()
-    assert half.wait(60)
+    assert half.is_reached.wait(60)
     server.stop()
     thread.join(60)
     assert len(failures) == 1
@@ -184,7 +186,7 @@ def test_torn_file_is_put_again_when_the_server_was_killed_in_the_middle(server:
     through, again = Proxy(server.port), Tally()
     try:
         repository = served(through.uri, "killed")
-        Uploads(repository, Pace(None), again).put(files)
+        Uploads(repository, UploadMeter(counter=again)).put(files)
         # What was there in its size has not gone again, and counts as done.
         assert not through.paths("PUT", "/whole")
         assert again.num_bytes == 30 * MB
@@ -196,9 +198,9 @@ def test_torn_file_is_put_again_when_the_server_was_killed_in_the_middle(server:
 def test_file_is_not_sent_again_when_it_is_there_in_its_size(through: Proxy, tmp_path: Path) -> None:
     files, sent = make(tmp_path, weights=2 * MB, manifest=1000), Tally()
     repository = served(through.uri, "twice")
-    Uploads(repository, Pace(None)).put(files)
+    Uploads(repository, UploadMeter()).put(files)
     assert len(through.paths("PUT")) == 2
-    Uploads(repository, Pace(None), sent).put(files)
+    Uploads(repository, UploadMeter(counter=sent)).put(files)
     # A small one may have changed and kept its size.
     assert [path.rpartition("/")[2] for path in through.paths("PUT")[2:]] == ["manifest"]
     assert sent.num_bytes == 2 * MB + 1000
@@ -217,7 +219,7 @@ def test_error_names_the_file_when_the_store_does_not_have_it_whole(server: Mlfl
 
     repository.list_artifacts = list_artifacts
     with pytest.raises(UploadError, match=f"weights has {MB} bytes and not {2 * MB}"):
-        Uploads(repository, Pace(None)).put(files)
+        Uploads(repository, UploadMeter()).put(files)
 
 
 # ------------------------------------------------------------------------- the pace
@@ -235,6 +237,6 @@ def test_rate_is_kept_when_there_is_a_limit(
     size, rate = (LARGE_BYTES, 40 * MB) if way == "parts" else (8 * MB, 8 * MB)
     files = make(tmp_path, one=size // 2, two=size // 2) if way != "parts" else make(tmp_path, one=size)
     begun_s = time.monotonic()
-    Uploads(repository, Pace(rate)).put(files)
+    Uploads(repository, UploadMeter(rate)).put(files)
     took_s = time.monotonic() - begun_s
     assert 0.98 * size / rate < took_s < 1.5 * size / rate + 1.5

@@ -129,7 +129,7 @@ class Load:
         begun_s = time.monotonic()
         tracker.start(options.name, {"world_size": "1"})
         started_s = time.monotonic()
-        sent.call(lambda: tracker.params(params()), kind="params", values=params())
+        sent.call(lambda: tracker.log_params(params()), kind="params", values=params())
         step = self._resume()
         while step < options.steps:
             step += 1
@@ -137,7 +137,7 @@ class Load:
             # The pace of a training; nothing waits for it.
             time.sleep(options.pace_s)
         logged_s = time.monotonic()
-        delivered = tracker.end("FINISHED", "all is logged", options.drain_timeout_s, lambda share: True)
+        delivered = tracker.finish("FINISHED", "all is logged", options.drain_timeout_s, lambda share: True)
         return {
             "run_id": tracker.run_id,
             "attempt": self.attempt,
@@ -151,13 +151,13 @@ class Load:
     def _step(self, step: int) -> None:
         tracker, sent, options = self.tracker, self.sent, self.options
         values = metrics_at(step)
-        points = sent.call(lambda: tracker.metrics(values, step), kind="metrics", step=step, values=values)
+        points = sent.call(lambda: tracker.log_metrics(values, step), kind="metrics", step=step, values=values)
         if step % options.tag_every == 0:
             tags = {f"load.step.{step}": f"reached {step}", "load.last": str(step)}
-            sent.call(lambda: tracker.tags(tags), kind="tags", values=tags)
+            sent.call(lambda: tracker.set_tags(tags), kind="tags", values=tags)
         if step % options.text_every == 0:
             name, content = f"texts/{step}.txt", text_at(step)
-            sent.call(lambda: tracker.text(name, content), kind="text", name=name, content=content)
+            sent.call(lambda: tracker.log_text(name, content), kind="text", name=name, content=content)
         if step % options.checkpoint_every == 0:
             name, manifest = write_checkpoint(self.run_dir, step, options.checkpoint_bytes, values)
             self._publish(name, manifest, [[key, *point] for key, point in points.items()])
@@ -172,7 +172,7 @@ class Load:
                 points = self.tracker.points_at(manifest.metrics, manifest.step)
                 self._publish(name, manifest, [[key, *point] for key, point in points.items()])
         name, step = (found[-1][0], found[-1][1].step) if found else (None, 0)
-        self.tracker.resumed(step, name)
+        self.tracker.resume_from(step, name)
         return step
 
     def _publish(self, name: str, manifest: Manifest, points: list[list[Any]]) -> None:
@@ -190,7 +190,7 @@ class Load:
             "time_ms": manifest.time_ms,
             "size_bytes": manifest.size_bytes,
         }
-        self.sent.call(lambda: self.tracker.checkpoint(record), kind="checkpoint", key=manifest.key, name=name)
+        self.sent.call(lambda: self.tracker.log_checkpoint(record), kind="checkpoint", key=manifest.key, name=name)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.run.stop_request import ask_to_stop
-from harness.tracking.publisher.sync import has_news
+from harness.tracking.publisher.sync import is_incomplete
 from tests.launching import BIN, harness, started
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ENDLESS, assert_each_step_once, run_of, submit
@@ -68,7 +68,7 @@ def test_preempted_job_goes_on_and_is_delivered_from_the_login_node_when_its_nod
         job.until_saved()
         ask_to_stop(job.run_dir, "it has seen enough")
         assert cluster.until_over(job.id) == "FAILED"
-        cluster.until(lambda: not has_news(job.run_dir), "the delivery")
+        cluster.until(lambda: not is_incomplete(job.run_dir), "the delivery")
         login_node.terminate()
         assert login_node.wait(30) == 0
     run = run_of(job)

@@ -14,10 +14,10 @@ from harness.checkpoint.save.writer import OutputFile, make_files
 from harness.errors import TrackingError
 from harness.run.directory import make_run_directory
 from harness.tracking.journal.delivery_state import Delivered, write_delivered
-from harness.tracking.journal.settings import write_settings
 from harness.tracking.journal.writer import JournalWriter
-from harness.tracking.mlflow.mlmodel import write_recipe
+from harness.tracking.mlflow.mlmodel import write_model_spec
 from harness.tracking.publisher.attempts import write_attempts
+from harness.tracking.publisher.launcher import write_settings
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_modes_are_of_the_umask_but_for_files_with_addresses(tmp_path: Path) -> 
     outbox.close()
     write_delivered(outbox_dir, Delivered(refused=("cannot connect to host",)))
     write_attempts(directory.path, {1: {"reason": "cannot connect to host"}})
-    write_recipe(outbox_dir, 1, {"init_args": {"data": "s3://host/data"}})
+    write_model_spec(outbox_dir, 1, {"init_args": {"data": "s3://host/data"}})
     write_settings(directory.path / "outbox", {"tracking_uri": "http://host"})
     make_files(directory.path / "checkpoints" / "epoch-0001", [OutputFile("model.safetensors", 8, "")])
     RangeFile(directory.path / "checkpoints" / "epoch-0001" / "optimizer.safetensors").close()

@@ -183,7 +183,7 @@ def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None
     target = _target(where, download_dir)
     # What is left there is not whole.
     shutil.rmtree(target, ignore_errors=True)
-    command = child_command("harness.tracking.publisher.download", str(target))
+    command = child_command("harness.tracking.mlflow.artifacts", str(target))
     environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
     try:
         # By pipe, not by command line: an address may hold a password.

@@ -1,13 +1,10 @@
-"""An append-only journal of what is to be delivered, and how far that has come.
+"""The journal: an append-only log of what MLflow shall receive, and how much of it is delivered.
 
 In reading order:
 
-    segments        its files
-    entries         its lines
-    delivery_state  how far it is delivered
-    pruning         which of its files may go
-    writer          append to it
+    entries         entries, and the files that hold them
+    delivery_state  how much is delivered
+    pruning         removal of delivered files
+    writer          appends entries
     logged_points   what earlier attempts have logged
-    heartbeat       the publisher's sign of life
-    settings        what the publisher needs, for `harness sync`
 """

@@ -1,4 +1,4 @@
-"""How far the store has come with the outbox: one record for the publisher's two lanes, kept on disk."""
+"""How much of the journal is delivered: one record, on disk, of the publisher and its artifact worker."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.io.durable_files import read_record, replace_file
-from harness.tracking.journal.entries import FILES, fits, has_entries
+from harness.io.durable_files import parse_record, replace_file
+from harness.tracking.journal.entries import FILES, has_entries, is_entry_end
 
 DELIVERED = "delivered.json"
-# The bytes of journal entries that were damaged, for whoever wants to look.
+# The bytes of damaged journal entries.
 DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_REFUSED_KEPT = 20
-# Between two writes after batches of points. A write waits twice for the disk: in a backlog, for each batch.
+# Minimum interval between writes after batches of points. A write costs two fsyncs.
 _WRITE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """How far the publisher has come.
+    """How much of the journal is delivered.
 
     Args:
-        offset: bytes of the journal that the store has acknowledged, but for what goes to the artifact store.
-        models_offset: the same for that: checkpoints, their retirements, texts.
-        models: checkpoint name -> id of the LoggedModel it became.
-        refused: what the store said no to, for good; the first `MAX_REFUSED_KEPT` of it.
-        num_refused: how much that is in all.
-        num_damaged: entries of the journal that were damaged on disk, and so are not delivered.
-        files_trouble: why the artifact store does not take what is next, since when the end did not wait for it; empty:
-            it does.
-        ended: whether the last thing delivered was the run's end.
-        time_ms: when the last thing delivered happened.
-        step: the last step of the running attempt that was delivered.
+        offset: journal offset up to which all entries except those of `FILES` are delivered.
+        models_offset: journal offset up to which the entries of `FILES` are delivered.
+        models: checkpoint name -> id of its LoggedModel.
+        refused: what the store has rejected permanently; the first `MAX_REFUSED_KEPT` messages.
+        num_refused: number of rejections in all.
+        num_damaged: number of damaged journal entries, which are not delivered.
+        files_trouble: why the run has ended without its files: the artifact store's error. Empty if it has its files.
+        ended: whether the last delivered entry is the run's end.
+        time_ms: time of the last delivered entry.
+        step: last delivered step of the current attempt.
     """
 
     offset: int = 0
@@ -53,73 +52,66 @@ class Delivered:
 
 
 def read_delivered(directory: Path) -> Delivered:
-    """The publisher's record of what is delivered of this journal.
+    """Read the record of what is delivered.
 
-    Where there is none, or it cannot be read, or it does not fit the journal (which was removed, or cut), nothing is:
-    then all of the journal is delivered again, and leaves what once would have left.
+    Without a readable record that fits the journal, nothing counts as delivered. The whole journal is then delivered
+    again, which changes nothing that MLflow has.
     """
-    delivered = _as_written(directory) or Delivered()
-    if not fits(directory, delivered.offset, delivered.time_ms or None):
+    delivered = parse_record(directory / DELIVERED, _parse) or Delivered()
+    if not is_entry_end(directory, delivered.offset, delivered.time_ms or None):
         return replace(delivered, offset=0, models_offset=0, ended=False, refused=(), num_refused=0, num_damaged=0)
-    if not fits(directory, delivered.models_offset):
+    if not is_entry_end(directory, delivered.models_offset):
         return replace(delivered, models_offset=0)
     return delivered
 
 
-def has_more(directory: Path, delivered: Delivered) -> bool:
-    """Whether the journal has something that is not delivered, files among it."""
-    # What is on disk of `models_offset` may be behind: there need be no file between.
+def has_undelivered(directory: Path, delivered: Delivered) -> bool:
+    """Whether the journal has entries that are not delivered."""
+    # `models_offset` may be smaller than `offset` although there is no entry of `FILES` in between.
     return has_entries(directory, delivered.offset) or has_entries(directory, delivered.models_offset, FILES)
 
 
-def problem_of(directory: Path) -> str | None:
-    """Why the record of what is delivered is not believed, as a line for the user; None: it is, or there is none."""
+def delivered_problem(directory: Path) -> str | None:
+    """Return a message for the user if the record is damaged or does not fit the journal, else None."""
     path = directory / DELIVERED
     if not path.exists():
         return None
-    written = _as_written(directory)
+    written = parse_record(path, _parse)
     if written is None:
-        return f"{path}: is damaged; all of the journal is delivered again, which changes nothing that is there"
+        return f"{path}: is damaged; the whole journal is delivered again, which changes nothing in MLflow"
     if read_delivered(directory).offset != written.offset:
         return f"{path}: does not fit the journal, which was removed or changed; all of it is delivered"
     return None
 
 
-def _as_written(directory: Path) -> Delivered | None:
-    """What the file says; None where there is none, or it is damaged."""
-    record = read_record(directory / DELIVERED)
-    if record is None:
-        return None
-    try:
-        offset, refused = int(record["offset"]), tuple(record["refused"])
-        return Delivered(
-            offset,
-            dict(record["models"]),
-            refused,
-            bool(record["ended"]),
-            int(record.get("time_ms", 0)),
-            int(record.get("step", 0)),
-            # Before there were two lanes, all went in one.
-            min(offset, int(record.get("models_offset", offset))),
-            int(record.get("num_refused", len(refused))),
-            str(record.get("files_trouble", "")),
-            int(record.get("num_damaged", 0)),
-        )
-    except (KeyError, TypeError, ValueError):
-        return None
+def _parse(record: dict[str, Any]) -> Delivered:
+    offset, refused = int(record["offset"]), tuple(record["refused"])
+    return Delivered(
+        offset,
+        dict(record["models"]),
+        refused,
+        bool(record["ended"]),
+        int(record.get("time_ms", 0)),
+        int(record.get("step", 0)),
+        # Earlier versions delivered files in the same thread.
+        min(offset, int(record.get("models_offset", offset))),
+        int(record.get("num_refused", len(refused))),
+        str(record.get("files_trouble", "")),
+        int(record.get("num_damaged", 0)),
+    )
 
 
 def write_delivered(directory: Path, delivered: Delivered) -> None:
-    """Replace the publisher's record in one step."""
+    """Replace the record atomically."""
     record = {**asdict(delivered), "models": dict(delivered.models)}
-    # The store's errors name hosts.
+    # Private, because the store's errors name hosts.
     replace_file(directory / DELIVERED, json.dumps(record), is_private=True)
 
 
 class DeliveryState:
-    """The publisher's own record.
+    """The publisher's record of what is delivered, shared by its threads.
 
-    Effects: not collective; any thread; `update`, `write` and `close` block on fsync where they write; leaves
+    Effects: not collective; any thread; `update`, `flush` and `close` block on fsync; leaves
     ``<outbox_dir>/delivered.json``.
 
     Args:
@@ -135,8 +127,8 @@ class DeliveryState:
         self._is_closed = False
 
     @property
-    def now(self) -> Delivered:
-        """As it is at this moment."""
+    def current(self) -> Delivered:
+        """The record at this moment."""
         with self._changed:
             return self._delivered
 
@@ -148,15 +140,15 @@ class DeliveryState:
         is_points: bool = False,
         **fields: Any,
     ) -> None:
-        """Change it; on disk when this returns, if the disk takes it.
+        """Change the record and write it, unless the disk is full.
 
         Args:
-            models: checkpoint name -> id of its model, None where there is none any more.
-            refused: what the store has said no to for good.
-            is_points: only metrics were delivered. The lane of models need not look at them where it has come as far.
-                The disk may get this with a later update, `write` or `close`, if it got one less than a second ago:
-                after a crash what was not written is delivered again, and leaves the same.
-            fields: of `Delivered`, as they are now.
+            models: checkpoint name -> id of its model, None if the model is deleted.
+            refused: message about a permanent rejection.
+            is_points: whether only metrics were delivered. The artifact worker skips them if it has reached them. Such
+                updates are written at most once a second; after a crash their entries are delivered again, which
+                changes nothing in MLflow.
+            fields: new values of fields of `Delivered`.
         """
         with self._changed:
             before = self._delivered
@@ -166,7 +158,7 @@ class DeliveryState:
             self._delivered = replace(
                 before,
                 models={name: model_id for name, model_id in known.items() if model_id is not None},
-                # Each is in the publisher's log; here they would grow with the run.
+                # Bounded; the publisher's log has all of them.
                 refused=(*before.refused, *([refused] if refused else []))[:MAX_REFUSED_KEPT],
                 num_refused=before.num_refused + (refused is not None),
                 **fields,
@@ -176,39 +168,39 @@ class DeliveryState:
                 self._write()
             self._changed.notify_all()
 
-    def write(self) -> None:
-        """Put on disk what an update has left in memory; nothing where there is none."""
+    def flush(self) -> None:
+        """Write updates that are only in memory."""
         with self._changed:
             if not self._is_written:
                 self._write()
 
     def _write(self) -> None:
-        # A full disk: what is behind the record on disk is delivered again after a crash, and leaves the same.
+        # On a full disk the record falls behind. After a crash the deliveries are repeated, which changes nothing.
         with suppress(OSError):
             write_delivered(self._outbox_dir, self._delivered)
             self._is_written = True
         self._next_write_s = time.monotonic() + _WRITE_EVERY_S
 
-    def pass_models(self, offset: int) -> None:
-        """There is nothing for the lane of models up to here. On disk with the next update: it is soon found again."""
+    def skip_files(self, offset: int) -> None:
+        """Advance `models_offset` where there are no entries of `FILES`. Written with the next update."""
         with self._changed:
             self._delivered = replace(self._delivered, models_offset=offset)
             self._changed.notify_all()
 
-    def wait(self, is_enough: Callable[[Delivered], bool], timeout_s: float | None = None) -> bool:
-        """Wait until the record is as wished, or this is closed; whether it is as wished."""
+    def wait_for(self, condition: Callable[[Delivered], bool], timeout_s: float | None = None) -> bool:
+        """Wait until the record meets a condition or this is closed; returns whether it meets the condition."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or is_enough(self._delivered), timeout_s)
-            return is_enough(self._delivered)
+            self._changed.wait_for(lambda: self._is_closed or condition(self._delivered), timeout_s)
+            return condition(self._delivered)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody shall wait any more."""
+        """Whether `close` was called, so that the artifact worker must stop."""
         return self._is_closed
 
     def close(self) -> None:
-        """Wake all that wait, and write what no update has written."""
-        self.write()
+        """Write pending updates and wake all waiting threads."""
+        self.flush()
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()

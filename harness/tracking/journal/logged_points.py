@@ -1,7 +1,7 @@
-"""What earlier attempts at a run have logged, read back from the journal, which stays on disk.
+"""What earlier attempts at a run have logged, read back from the journal.
 
-What is repeated since the checkpoint that a run goes on from is there already: a point that MLflow has is
-not sent again, and a parameter that it would refuse to change is told as drift.
+A resumed run repeats the steps after its checkpoint. Points that are already in the journal are not logged again, and
+parameters with a new value, which MLflow rejects, are reported as drift.
 """
 
 from __future__ import annotations
@@ -18,21 +18,18 @@ from typing import Final, NamedTuple
 from harness.tracking.journal.entries import Kind, read_entries
 from harness.tracking.journal.pruning import read_pruned
 
-# What is measured by the clock: its points differ each time, and that says nothing about the training.
+# Prefixes of metrics that depend on the clock. Their values differ between attempts.
 _MEASURED = ("perf/", "checkpoint/", "system/")
-# MLflow takes 8000 characters of a tag's value, and our store counts alike.
+# Less than MLflow's 8000 characters of a tag's value.
 MAX_DRIFT_CHARS = 7900
 
-
 _METRICS: Final[tuple[Kind, ...]] = ("metrics",)
-
-
-# Of a point whose entry is gone from the journal.
+# The time of a point whose entry was pruned.
 UNKNOWN_TIME_MS = -1
 
 
 class Point(NamedTuple):
-    """One point of a metric: its value, its time in milliseconds since the epoch, its optimizer step."""
+    """One point of a metric: value, time in milliseconds since the epoch, optimizer step."""
 
     value: float
     time_ms: int
@@ -41,7 +38,7 @@ class Point(NamedTuple):
 
 @dataclass
 class _Series:
-    """The points of one metric, by step: 24 bytes for each."""
+    """The points of one metric, sorted by step; 24 bytes for each."""
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -53,29 +50,29 @@ class _Series:
 
     def add(self, point: Point) -> None:
         at = bisect_left(self.steps, point.step)
-        if at == len(self.steps) or self.steps[at] != point.step:  # the first stays
-            # At the end nearly always, since training counts up.
+        if at == len(self.steps) or self.steps[at] != point.step:  # the first point is kept
+            # Nearly always at the end, since steps increase.
             self.steps.insert(at, point.step)
             self.values.insert(at, point.value)
             self.times_ms.insert(at, point.time_ms)
 
 
 class KnownPoints:
-    """The points that MLflow has, or will have, from a step on; and what repeating them has shown.
+    """The points that the journal has from a step on, and how repeated points compare with them.
 
-    Effects: not collective; the constructor reads the journal once (5 to 8 s and 26 MB for a million points), main
+    Effects: not collective; the constructor reads the journal once (5 to 8 s and 26 MB for a million points); main
     thread; nothing on disk.
 
     Args:
         outbox_dir: the journal's directory.
-        step: the optimizer step that training goes on from.
+        step: the optimizer step from which training resumes.
 
     Attributes:
         latest: name -> the last point at or before `step`.
-        num_repeated: points that came again.
-        num_differing: those of them that had another value; measured times are not counted.
-        largest_difference: of those, relative to the larger magnitude, 0 to 2; infinite where one was no number.
-        last_step: of all that is known.
+        num_repeated: number of repeated points.
+        num_differing: number of repeated points with a different value, without metrics that depend on the clock.
+        largest_difference: the largest relative difference, 0 to 2; infinite if one value is not finite.
+        last_step: the highest step of all points.
     """
 
     def __init__(self, outbox_dir: Path, step: int) -> None:
@@ -86,25 +83,25 @@ class KnownPoints:
         self.last_step = step
         self._series: dict[str, _Series] = {}
         for key, point, is_own_step in _points(outbox_dir):
-            # A script's own counting says nothing of where it goes on: all of those are known.
+            # A script's own step says nothing about the resume position, so all of these points count as known.
             if (is_own_step or point.step <= step) and (key not in self.latest or self.latest[key].step < point.step):
                 self.latest[key] = point
             if is_own_step or point.step >= step:
                 self._series.setdefault(key, _Series()).add(point)
             if not is_own_step:
                 self.last_step = max(self.last_step, point.step)
-        # Of what is gone from the journal, the last step of each metric: it has logged up to there.
+        # Of pruned points only the last step of each metric is known.
         self._pruned = read_pruned(outbox_dir).latest
-        for key, gone in self._pruned.items():
-            point = Point(*gone)
+        for key, pruned in self._pruned.items():
+            point = Point(*pruned)
             self.last_step = max(self.last_step, point.step)
             if point.step <= step and (key not in self.latest or self.latest[key].step < point.step):
                 self.latest[key] = point
 
-    def take(self, key: str, value: float, step: int) -> Point | None:
-        """The point that is there already under this name and step, which is counted; or None.
+    def match(self, key: str, value: float, step: int) -> Point | None:
+        """Return the known point with this name and step, and count the repetition; None if there is none.
 
-        One that is so old that its entry is gone is taken for the same, at a time that is not known any more.
+        A point whose entry was pruned is assumed to be equal. Its time is `UNKNOWN_TIME_MS`.
         """
         series = self._series.get(key)
         at = None if series is None else series.find(step)
@@ -122,7 +119,7 @@ class KnownPoints:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What repeating has shown, as an attempt's facts."""
+        """The comparison as facts of the attempt."""
         facts = {"points_repeated": str(self.num_repeated), "points_differing": str(self.num_differing)}
         if self.num_differing:
             facts["largest_relative_difference"] = f"{self.largest_difference:.3g}"
@@ -130,20 +127,20 @@ class KnownPoints:
 
 
 def points_at(outbox_dir: Path, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
-    """The points that a checkpoint's metrics are: under each name the last one up to its step, of that value."""
+    """Find the points of a checkpoint's metrics: the last one of each name up to the step, if its value is equal."""
     found: dict[str, Point] = {}
     for key, point, is_own_step in _points(outbox_dir):
         is_before = is_own_step or point.step <= step
         if key in metrics and is_before and (key not in found or found[key].step <= point.step):
             found[key] = point
-    for key, gone in read_pruned(outbox_dir).latest.items():
-        if key in metrics and key not in found and gone[2] <= step:
-            found[key] = Point(*gone)
+    for key, pruned in read_pruned(outbox_dir).latest.items():
+        if key in metrics and key not in found and pruned[2] <= step:
+            found[key] = Point(*pruned)
     return {key: point for key, point in found.items() if point.value == metrics[key]}
 
 
 def _points(outbox_dir: Path) -> Iterator[tuple[str, Point, bool]]:
-    """Name, point, and whether its step is of a script's own counting."""
+    """Yield name, point, and whether the step is counted by a script instead of an optimizer."""
     for entry in read_entries(outbox_dir, kinds=_METRICS):
         for key, value in entry.body["values"].items():
             yield key, Point(value, entry.time_ms, entry.body["step"]), entry.body.get("is_own_step", False)
@@ -160,11 +157,11 @@ def _relative_difference(one: float, other: float) -> float:
 
 @dataclass(frozen=True)
 class Logged:
-    """What earlier attempts have put into the journal.
+    """Parameters and checkpoints that earlier attempts have logged.
 
     Args:
-        params: name -> text, as it was first.
-        checkpoints: the keys of the checkpoints.
+        params: name -> first value.
+        checkpoints: keys of the checkpoints.
     """
 
     params: Mapping[str, str]
@@ -172,7 +169,7 @@ class Logged:
 
 
 def read_logged(outbox_dir: Path) -> Logged:
-    """Read the journal once."""
+    """Read parameters and checkpoints from the journal."""
     params: dict[str, str] = {}
     checkpoints = set()
     for entry in read_entries(outbox_dir, kinds=("params", "checkpoint")):
@@ -186,37 +183,37 @@ def read_logged(outbox_dir: Path) -> Logged:
 
 @dataclass(frozen=True)
 class Drift:
-    """How the parameters are others than they were.
+    """Differences between the parameters of this attempt and of earlier ones.
 
     Args:
-        added: those that there were not.
-        changed: name -> what it was first, and what it is now.
+        added: new parameters.
+        changed: name -> first value and present value.
     """
 
     added: Mapping[str, str]
     changed: Mapping[str, tuple[str, str]]
 
     def as_json(self) -> str:
-        """What has changed, in a tag's length: values are cut, and then the last names left out and counted."""
+        """Return the changes as JSON that fits into a tag: values are cut, and the last names omitted and counted."""
         shown = {name: [_cut(value) for value in pair] for name, pair in sorted(self.changed.items())}
-        num_left_out = 0
-        while len(text := json.dumps(shown | ({"...": num_left_out} if num_left_out else {}))) > MAX_DRIFT_CHARS:
-            # A share of them at once: there may be thousands.
+        num_omitted = 0
+        while len(text := json.dumps(shown | ({"...": num_omitted} if num_omitted else {}))) > MAX_DRIFT_CHARS:
+            # Remove an eighth at once: there may be thousands.
             names = list(shown)
             for name in names[-max(1, len(names) // 8) :]:
                 del shown[name]
-                num_left_out += 1
+                num_omitted += 1
         return text
 
     def as_line(self, num_shown: int = 4) -> str:
-        """What has changed, for the terminal."""
+        """Return the changes as one line for the terminal."""
         parts = [f"{name} {_cut(old)} -> {_cut(new)}" for name, (old, new) in sorted(self.changed.items())]
         more = f" and {len(parts) - num_shown} more" if len(parts) > num_shown else ""
         return ", ".join(parts[:num_shown]) + more
 
 
 def drift(logged: Mapping[str, str], now: Mapping[str, str]) -> Drift:
-    """Compare the parameters with those that were logged. One that is no longer there is no drift: MLflow keeps it."""
+    """Compare parameters with the logged ones. Missing parameters are no drift, because MLflow keeps them."""
     return Drift(
         added={name: value for name, value in now.items() if name not in logged},
         changed={name: (logged[name], value) for name, value in now.items() if logged.get(name, value) != value},

@@ -1,33 +1,31 @@
-"""Which of the journal's files may go, and what is remembered of those: ``pruned.json``."""
+"""Removal of delivered files of the journal, and the summary of their entries in ``pruned.json``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from harness.io.durable_files import read_record, replace_file
+from harness.io.durable_files import parse_record, replace_file
 from harness.tracking.journal.delivery_state import Delivered
-from harness.tracking.journal.entries import Entry, Kind, read_entries
-from harness.tracking.journal.segments import segments
+from harness.tracking.journal.entries import Entry, Kind, Segment, list_segments, read_entries
 
 PRUNED = "pruned.json"
 
-_KEPT: Final[tuple[Kind, ...]] = ("metrics", "params", "checkpoint")
+_SUMMARIZED: Final[tuple[Kind, ...]] = ("metrics", "params", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is known of entries that are gone.
+    """Summary of the entries in pruned files.
 
     Args:
-        latest: metric -> value, time in milliseconds since the epoch and step of its point of the highest step.
-        params: name -> text, as it was first.
-        checkpoints: the keys of the checkpoints.
-        end: bytes of the journal that were removed because they were delivered; None: an earlier version, which kept no
-            count, has removed some.
+        latest: metric -> value, time in milliseconds since the epoch, and step of its point with the highest step.
+        params: name -> first value.
+        checkpoints: keys of the checkpoints.
+        end: end offset of the pruned part of the journal; None: unknown, because an earlier version has pruned it.
     """
 
     latest: Mapping[str, tuple[float, int, int]] = field(default_factory=dict)
@@ -37,36 +35,30 @@ class Pruned:
 
 
 def read_pruned(directory: Path) -> Pruned:
-    """What is remembered; nothing where nothing has gone, or the file is damaged.
+    """Read the summary; an empty one if nothing was pruned or the file is damaged.
 
-    To be read after the journal: a file may go meanwhile.
+    Read the journal first, then the summary: a file may be pruned in between.
     """
-    return _as_written(directory) or Pruned()
+    return parse_record(directory / PRUNED, _parse) or Pruned()
 
 
-def problem_of(directory: Path) -> str | None:
-    """Why it is not known what has gone, as a line for the user; None: it is, or nothing has."""
+def pruned_problem(directory: Path) -> str | None:
+    """Return a message for the user if the summary is damaged, else None."""
     path = directory / PRUNED
-    if not path.exists() or _as_written(directory) is not None:
+    if not path.exists() or parse_record(path, _parse) is not None:
         return None
-    return f"{path}: is damaged; points of before the journal's beginning that come again are in MLflow twice"
+    return f"{path}: is damaged; pruned points that are logged again will be in MLflow twice"
 
 
-def _as_written(directory: Path) -> Pruned | None:
-    record = read_record(directory / PRUNED)
-    if record is None:
-        return None
-    try:
-        latest = {key: (float(value), int(time), int(step)) for key, (value, time, step) in record["latest"].items()}
-        return Pruned(latest, dict(record["params"]), frozenset(record["checkpoints"]), record.get("end"))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
+def _parse(record: dict[str, Any]) -> Pruned:
+    latest = {key: (float(value), int(time), int(step)) for key, (value, time, step) in record["latest"].items()}
+    return Pruned(latest, dict(record["params"]), frozenset(record["checkpoints"]), record.get("end"))
 
 
 def write_pruned(directory: Path, pruned: Pruned) -> None:
-    """Replace it in one step.
+    """Replace the summary atomically.
 
-    Effects: not collective, the publisher's; blocks on fsync; leaves ``<directory>/pruned.json``.
+    Effects: not collective; the publisher only; blocks on fsync; leaves ``<directory>/pruned.json``.
     """
     record = {
         "latest": pruned.latest,
@@ -77,49 +69,46 @@ def write_pruned(directory: Path, pruned: Pruned) -> None:
     replace_file(directory / PRUNED, json.dumps(record))
 
 
-def num_lost(directory: Path, offset: int) -> int:
-    """Bytes of the journal from `offset` on that are gone, and were not removed because they were delivered."""
-    found = segments(directory)
-    if not found or found[0].begin <= offset:
+def count_lost_bytes(directory: Path, segments: Sequence[Segment], offset: int) -> int:
+    """Count the bytes after `offset` that are missing from the journal and were not pruned."""
+    if not segments or segments[0].begin <= offset:
         return 0
-    pruned = _as_written(directory) if (directory / PRUNED).exists() else Pruned()
+    pruned = parse_record(directory / PRUNED, _parse) if (directory / PRUNED).exists() else Pruned()
     if pruned is None or pruned.end is None:
-        return 0  # it is not known
-    return max(0, found[0].begin - max(offset, pruned.end))
+        return 0  # unknown
+    return max(0, segments[0].begin - max(offset, pruned.end))
 
 
 def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
-    """Remove the oldest files of the journal, of those that are delivered, until it is as small as wished.
+    """Remove the oldest delivered files until the journal is small enough, and summarize their entries.
 
-    What an attempt must know of them is kept.
-
-    Effects: not collective, the publisher's; blocks on the disk; leaves ``pruned.json``.
+    Effects: not collective; the publisher only; blocks on the disk; leaves ``pruned.json``.
 
     Args:
         directory: the outbox.
-        delivered: how far the store has come.
-        keep_bytes: how large it may stay.
+        delivered: how far the publisher is.
+        keep_bytes: size of the journal at which pruning stops.
 
     Returns:
-        The number of files that are gone.
+        The number of removed files.
     """
-    found = segments(directory)
-    size_bytes = sum(each.end - each.begin for each in found)
-    done = min(delivered.offset, delivered.models_offset)
-    num_gone = 0
-    for segment in found[:-1]:
-        if size_bytes <= keep_bytes or segment.end > done:
+    segments = list_segments(directory)
+    size_bytes = sum(each.end - each.begin for each in segments)
+    delivered_end = min(delivered.offset, delivered.models_offset)
+    num_removed = 0
+    for segment in segments[:-1]:
+        if size_bytes <= keep_bytes or segment.end > delivered_end:
             break
-        # First: one that is there twice is known by its name, one that is nowhere is lost.
-        entries = read_entries(directory, 0, _KEPT, segment.end)
-        write_pruned(directory, replace(_remembered(read_pruned(directory), entries), end=segment.end))
+        # Summarize before removing: after a crash in between, an entry that is in both places is recognized.
+        entries = read_entries(directory, 0, _SUMMARIZED, segment.end)
+        write_pruned(directory, replace(_summarize(read_pruned(directory), entries), end=segment.end))
         segment.path.unlink()
         size_bytes -= segment.end - segment.begin
-        num_gone += 1
-    return num_gone
+        num_removed += 1
+    return num_removed
 
 
-def _remembered(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:
+def _summarize(pruned: Pruned, entries: Iterator[Entry]) -> Pruned:
     latest, params, checkpoints = dict(pruned.latest), dict(pruned.params), set(pruned.checkpoints)
     for entry in entries:
         if entry.kind == "params":

@@ -1,10 +1,8 @@
-"""The outbox: an append-only journal of what the tracking store has not acknowledged yet.
+"""The writer of the journal, the append-only log of everything that MLflow shall receive.
 
-Nothing here knows MLflow or the network. What a writer that died has left unfinished at the end is cut off by the next.
-
-The journal is bounded. It is kept in files (`segments`); what is delivered goes, the oldest first, once the journal has
-half the size that it may have (`pruning`). Where all of it is taken by what the store has not had, metrics are left out
-and counted, until the store takes some.
+The journal's size is bounded. It is divided into files (`entries`), and the publisher removes delivered files once the
+journal has half of its maximum size (`pruning`). If undelivered entries fill the journal, metrics are dropped and
+counted. An incomplete last line of a writer that has died is removed by the next writer.
 """
 
 from __future__ import annotations
@@ -15,149 +13,158 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from harness.errors import TrackingError
 from harness.io.durable_files import open_private, sync_directory
-from harness.tracking.journal.entries import POINTS, Kind, line_of
+from harness.tracking.journal.entries import (
+    POINTS,
+    Kind,
+    encode_entry,
+    list_segments,
+    remove_segments_after,
+    segment_path,
+)
 from harness.tracking.journal.pruning import read_pruned
-from harness.tracking.journal.segments import path_of, remove_behind, segments
 
-# In memory, while the disk takes nothing: a million points or so.
-MAX_WAITING_BYTES = 32 * 1024**2
-# Of the journal on disk; `tracking.max_outbox_size`.
+# Limit of the entries in memory while the disk rejects writes: about a million points.
+MAX_PENDING_BYTES = 32 * 1024**2
+# Default limit of the journal on disk; see `tracking.max_outbox_size`.
 DEFAULT_MAX_BYTES = 2 * 10**9
 _MAX_SEGMENT_BYTES = 64 * 1024**2
-_LOOK_AGAIN_S = 1.0
-# Read, too: a file that was removed can be copied.
+_CHECK_EVERY_S = 1.0
+# Readable, so that a file that was removed can be copied from its descriptor.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
 class JournalWriter:
-    """The writing end, held by rank zero's trainer alone.
+    """Appends entries to the journal. Only rank 0's trainer has one.
 
-    A disk that takes nothing, full or out of reach for a while, ends no training: entries wait in memory, in their
-    order and with their times, and go before the next ones once it takes them. Of more than `MAX_WAITING_BYTES`,
-    metrics are left out, and counted; so are they while the journal has reached its size.
+    A full or unreachable disk does not stop training: entries are kept in memory, in order and with their times, until
+    the disk accepts them. Metrics beyond `MAX_PENDING_BYTES`, or beyond the journal's maximum size, are dropped and
+    counted.
 
-    Effects: not collective; any thread; blocks for one `write` into the page cache; leaves
-    ``<directory>/journal.jsonl``, and more files where it grows large; its user alone can read them.
+    Effects: not collective; any thread; `append` blocks for one `write` into the page cache; leaves
+    ``<directory>/journal.jsonl`` and further files once it has grown large, readable only by the user.
 
     Args:
         directory: the outbox.
-        max_bytes: how large the journal may grow.
-        say: takes a line for the user.
+        max_bytes: maximum size of the journal.
 
     Attributes:
-        num_left_out: entries of metrics that there was no room for.
+        num_dropped: number of dropped metrics entries.
+        path: the file that is written to.
+        warnings: pending warnings. The caller removes the ones it displays.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        max_bytes: int = DEFAULT_MAX_BYTES,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self._say = say
-        self.num_left_out = 0
+    def __init__(self, directory: Path, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+        self.num_dropped = 0
+        self.warnings: list[str] = []
         self._directory = directory
         self._max_bytes = max_bytes
         self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // 16)
         self._lock = threading.Lock()
-        # Held for as long as the disk takes, and before the other where both are: an append never waits for it.
+        # Held during fsync and acquired before `_lock`; an append never waits for it.
         self._sync_lock = threading.Lock()
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
-        self._trouble: OSError | None = None
+        self._pending: deque[bytes] = deque()
+        self._pending_bytes = 0
+        self._error: OSError | None = None
         self._is_full = False
         self._has_ended = self._is_closed = False
-        self._look_at_s = 0.0
-        # Written, and not yet known to be on the disk itself: where each ends in the journal, its path, its descriptor.
-        # `sync` and `close` alone close files.
+        self._next_check_s = 0.0
+        # Files that are not yet flushed: end offset, path, descriptor. Only `sync` and `close` close them.
         self._earlier_files: list[tuple[int, Path, int]] = []
-        self.path = path_of(directory, 0)
+        self.path = segment_path(directory, 0)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            found = segments(directory)
-            self._begin = found[-1].begin if found else 0
-            self.path = path_of(directory, self._begin)
-            _cut_torn_line(self.path)
+            segments = list_segments(directory)
+            self._begin = segments[-1].begin if segments else 0
+            self.path = segment_path(directory, self._begin)
+            _cut_incomplete_line(self.path)
             self._file = open_private(self.path, _FLAGS)
             self._size_bytes = os.fstat(self._file).st_size
             self._is_torn = False
-            remove_behind(directory, self._begin + self._size_bytes)
-            self._total_bytes = sum(each.end - each.begin for each in segments(directory))
+            remove_segments_after(directory, self._begin + self._size_bytes)
+            self._total_bytes = sum(each.end - each.begin for each in list_segments(directory))
         except OSError as error:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry, or keep it until the disk takes it; returns its time in milliseconds since the epoch.
+        """Write one entry, or keep it in memory until the disk accepts it.
 
-        Nothing is taken once this is closed.
+        After `close` this does nothing.
+
+        Args:
+            kind: the entry's kind.
+            body: JSON values.
+            time_ms: milliseconds since the epoch; None: now.
+
+        Returns:
+            The entry's time in milliseconds since the epoch.
         """
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-        line = line_of(kind, stamp, body)
+        line = encode_entry(kind, stamp, body)
         with self._lock:
             if self._is_closed or (self._has_ended and kind == "system"):
-                # Of a thread that was not waited for any longer: behind the end there is nothing.
+                # A thread that was not joined in time: no entry may follow the end.
                 return stamp
             self._has_ended |= kind == "end"
-            if kind in POINTS and self._has_reached_size():
-                self.num_left_out += 1
+            if kind in POINTS and self._is_at_limit():
+                self.num_dropped += 1
                 return stamp
-            if not self._waiting:
+            if not self._pending:
                 try:
                     self._write(line)
                     return stamp
                 except OSError as error:
-                    self._trouble = error
-            if kind in POINTS and self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
-                self.num_left_out += 1
+                    self._error = error
+            if kind in POINTS and self._pending_bytes + len(line) > MAX_PENDING_BYTES:
+                self.num_dropped += 1
             else:
-                self._waiting.append(line)
-                self._waiting_bytes += len(line)
-            self._write_waiting()
+                self._pending.append(line)
+                self._pending_bytes += len(line)
+            self._write_pending()
         return stamp
 
     @property
-    def end(self) -> int:
-        """Bytes of the journal, those that are gone included."""
+    def end_offset(self) -> int:
+        """The journal's end offset, pruned bytes included."""
         with self._lock:
             return self._begin + self._size_bytes
 
     @property
-    def trouble(self) -> str | None:
-        """Why entries wait in memory, or are left out; None: all is well."""
+    def problem(self) -> str | None:
+        """Why entries are kept in memory or dropped; None if there is no problem."""
         with self._lock:
-            if self._trouble is not None:
-                return self._error("cannot append to the outbox", self._trouble)
+            if self._error is not None:
+                return self._message("cannot append to the outbox", self._error)
             if self._is_full:
                 return (
-                    f"{self._directory}: {self._total_bytes / 1e6:,.0f} MB wait for MLflow, as many as the outbox may "
-                    "hold (tracking.max_outbox_size); metrics are left out until some are delivered"
+                    f"{self._directory}: {self._total_bytes / 1e6:,.0f} MB are not delivered to MLflow, the limit of "
+                    "the outbox (tracking.max_outbox_size); metrics are dropped until some are delivered"
                 )
             return None
 
     def sync(self) -> None:
-        """Wait until everything appended is on the disk itself, in a file that the publisher finds.
+        """Flush all entries to disk.
 
-        A file of the journal that was removed or moved away meanwhile is written again, as far as it is still open.
-        Nothing is done once this is closed.
+        Files of the journal that were removed or moved are restored from their open descriptors. After `close` this
+        does nothing.
 
         Raises:
-            TrackingError: if the disk does not take it.
+            TrackingError: if the disk rejects the entries.
         """
         with self._sync_lock:
             try:
                 with self._lock:
                     if self._is_closed:
                         return
-                    self._write_waiting()
-                    if self._trouble is not None:
-                        raise self._trouble
+                    self._write_pending()
+                    if self._error is not None:
+                        raise self._error
                     self._restore_files()
                     earlier, file = list(self._earlier_files), self._file
                 for _, _, each in earlier:
@@ -167,7 +174,7 @@ class JournalWriter:
                 os.fsync(file)
             except OSError as error:
                 with self._lock:
-                    message = self._error("cannot append to the outbox", error)
+                    message = self._message("cannot append to the outbox", error)
                 raise TrackingError(message) from error
             with self._lock:
                 del self._earlier_files[: len(earlier)]
@@ -175,7 +182,7 @@ class JournalWriter:
                 os.close(each)
 
     def close(self) -> None:
-        """Close the files; nothing is taken any more. A second call does nothing."""
+        """Close the files. A second call does nothing."""
         with self._sync_lock, self._lock:
             if self._is_closed:
                 return
@@ -184,7 +191,7 @@ class JournalWriter:
                 os.close(file)
 
     def _restore_files(self) -> None:
-        # Files that are delivered are removed by the publisher; read only where there are several.
+        # The publisher removes delivered files. The summary is read only if there are several files.
         pruned_end = read_pruned(self._directory).end if self._earlier_files else None
         for index, (end, path, file) in enumerate(self._earlier_files):
             if pruned_end is not None and end > pruned_end:
@@ -192,48 +199,48 @@ class JournalWriter:
         self._file = self._restored(self.path, self._file)
 
     def _restored(self, path: Path, file: int) -> int:
-        """The descriptor of one of the journal's files; if the file is no longer at its path, of a copy that is."""
+        """Return the descriptor of a file, or of a new copy if the file is no longer at its path."""
         if not stat.S_ISREG(os.fstat(file).st_mode) or _is_at(path, file):
             return file
         self._directory.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
-        copy = open_private(beside, _FLAGS | os.O_TRUNC)
+        replacement = path.with_suffix(".new")
+        copy = open_private(replacement, _FLAGS | os.O_TRUNC)
         try:
-            # By the descriptor: there is no name to open it by.
+            # The removed file has no name, so it is read by its descriptor.
             while content := os.pread(file, 2**20, os.fstat(copy).st_size):
                 if os.write(copy, content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.rename(beside, path)
+            os.rename(replacement, path)
         except OSError:
             os.close(copy)
             raise
         os.close(file)
         sync_directory(self._directory)
-        self._say(f"{path}: was removed while the run is training; it is there again")
+        self.warnings.append(f"{path}: was removed while the run is training; it is restored")
         return copy
 
-    def _has_reached_size(self) -> bool:
-        """Whether there is no room; looked at again from time to time, as the publisher makes some."""
+    def _is_at_limit(self) -> bool:
+        """Whether the journal has its maximum size. The size is read again once a second, as the publisher prunes."""
         if self._total_bytes < self._max_bytes:
             self._is_full = False
-        elif time.monotonic() >= self._look_at_s:
-            self._look_at_s = time.monotonic() + _LOOK_AGAIN_S
+        elif time.monotonic() >= self._next_check_s:
+            self._next_check_s = time.monotonic() + _CHECK_EVERY_S
             with suppress(OSError):
-                self._total_bytes = sum(each.end - each.begin for each in segments(self._directory))
+                self._total_bytes = sum(each.end - each.begin for each in list_segments(self._directory))
             self._is_full = self._total_bytes >= self._max_bytes
         return self._is_full
 
-    def _write_waiting(self) -> None:
+    def _write_pending(self) -> None:
         try:
-            while self._waiting:
-                self._write(self._waiting[0])
-                self._waiting_bytes -= len(self._waiting.popleft())
-            self._trouble = None
+            while self._pending:
+                self._write(self._pending[0])
+                self._pending_bytes -= len(self._pending.popleft())
+            self._error = None
         except OSError as error:
-            self._trouble = self._trouble or error  # the first says more: what follows may be of taking back alone
+            self._error = self._error or error  # the first error is the cause; later ones may only be about truncation
 
     def _write(self, line: bytes) -> None:
-        """Append a line, whole; what a disk took of one that it did not take is taken back."""
+        """Append a whole line; a line that was written in part is truncated."""
         try:
             if self._is_torn:
                 os.ftruncate(self._file, self._size_bytes)
@@ -245,7 +252,7 @@ class JournalWriter:
             self._size_bytes += len(line)
             self._total_bytes += len(line)
         except OSError:
-            self._is_torn = True  # should the disk refuse this too, the next append tries again
+            self._is_torn = True  # if the truncation fails too, the next append repeats it
             with suppress(OSError):
                 os.ftruncate(self._file, self._size_bytes)
                 self._is_torn = False
@@ -253,27 +260,27 @@ class JournalWriter:
 
     def _begin_segment(self) -> None:
         begin = self._begin + self._size_bytes
-        path = path_of(self._directory, begin)
+        path = segment_path(self._directory, begin)
         file = open_private(path, _FLAGS)
-        # Not waited for here, on the trainer's thread: `sync` does.
+        # Flushed by `sync`, not here on the trainer's thread.
         self._earlier_files.append((begin, self.path, self._file))
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0
 
-    def _error(self, what: str, error: OSError) -> str:
-        waiting = f" ({len(self._waiting)} entries wait in memory)" if self._waiting else ""
-        return f"{self.path}: {what}: {error.strerror}; free space there{waiting}"
+    def _message(self, what: str, error: OSError) -> str:
+        pending = f" ({len(self._pending)} entries are kept in memory)" if self._pending else ""
+        return f"{self.path}: {what}: {error.strerror}; free space there{pending}"
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Whether a path leads to the file that is open. On NFS a removed file keeps a link, of another name."""
+    """Whether a path leads to the open file. The number of links does not show it: NFS renames a removed file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Take off what an earlier writer had not finished, so that the next line starts a line."""
+def _cut_incomplete_line(path: Path) -> None:
+    """Remove an incomplete last line of an earlier writer."""
     if not path.exists():
         return
     with open(path, "r+b", opener=open_private) as stream:

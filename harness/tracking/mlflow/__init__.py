@@ -1,18 +1,17 @@
-"""The run, its records and its models, in MLflow's terms.
+"""The MLflow store: runs, models and artifacts.
 
 Only `client`, `store`, `models`, `uploads` and `artifacts` import mlflow.
 
 In reading order:
 
     names           names that MLflow accepts
-    given_run       the run that the user has named
+    given_run       the MLflow run that the user has chosen
     registry        versions and aliases of a registered model
-    mlmodel         the files that make weights an MLflow model
-    store_protocol  what the publisher needs of a store
-    client          reach the server; which answers are final
-    halving         find the items that a store refuses
-    uploads         files into the artifact store
+    mlmodel         the files of an MLflow model
+    store_protocol  the interface between the publisher and a store
+    client          the connection, its limits, and permanent errors
+    uploads         uploads to the artifact store
     models          checkpoints as LoggedModels
-    store           the run and its records
-    artifacts       download
+    store           one run in an MLflow store
+    artifacts       downloads
 """

@@ -1,4 +1,4 @@
-"""Reaching MLflow: at which address, for how long, which answers are its own, and which of its errors are for good."""
+"""The connection to MLflow: address, time limits, request limits, and which errors are permanent."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ from urllib3.exceptions import ReadTimeoutError
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 
-# A server that is too slow is given longer: a shorter wait for the same would end in the same way for ever.
+# The request timeout grows up to this limit while a server is slow, see `extend_timeout`.
 LONGEST_TIMEOUT_S = 120
-
-# A database that nobody answers at.
+# The timeout of a connection to a database.
 _CONNECT_S = 10
 
-# Refusals that another try cannot mend. BAD_REQUEST is looked at on its own, see `is_permanent`.
+# MLflow's limits on one request and on one value.
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_TAGS_PER_BATCH = 100
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 8000
+MAX_DATASET_NAME_CHARS = 500
+
+# Error codes that a retry cannot fix. `is_permanent` treats BAD_REQUEST separately.
 _PERMANENT_CODES = frozenset(
     {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
 )
-# SQLAlchemy ends its messages with a link that has the class of the error: these are DataError and IntegrityError.
-# All others (QueuePool limit reached, a lost connection, a read-only replica) pass.
+# SQLAlchemy ends its messages with a link that names the error's class: these two are DataError and IntegrityError.
+# The other classes (QueuePool limit reached, lost connection, read-only replica) are transient.
 _SQL_ERROR = re.compile(r"sqlalche\.me/e/\w+/(\w+)")
 _SQL_REFUSALS = frozenset({"9h9h", "gkpj"})
 _CONFLICT = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|duplicate value", re.IGNORECASE)
 _MAX_CONFLICTS = 3
-# Of a run or an experiment that somebody has deleted, and may restore: MLflow has no error code of its own for it, and
-# the texts of its SQL store and of its file store differ.
+# A deleted run or experiment can be restored. MLflow has no error code for this state, and its SQL store and its file
+# store word the message differently.
 _DELETED = re.compile(r"must be in (the )?'active' |under non-active experiment")
 
 _Result = TypeVar("_Result")
@@ -54,25 +61,25 @@ def resolve_tracking_uri(configured: str | None) -> str:
 
 
 def connect(tracking_uri: str) -> mlflow.MlflowClient:
-    """MLflow's own client of an address.
+    """Create MLflow's client for an address.
 
-    Effects: not collective; any thread; blocks where it is a database that is reached directly.
+    Effects: not collective; any thread; blocks if the address is a database.
 
     Raises:
-        Exception: the database driver's own.
+        Exception: the database driver's error.
     """
     _require_database(tracking_uri)
     return mlflow.MlflowClient(tracking_uri)
 
 
-def server_of(client: Any) -> Any:
-    """What a client of MLflow's reaches a plain server by; None: it reaches something else, or is none of MLflow's."""
+def rest_store_of(client: Any) -> Any:
+    """Return the REST store of an MLflow client; None if the client uses a database or is not MLflow's own."""
     store = getattr(getattr(client, "_tracking_client", None), "store", None)
     return store if type(store) is RestStore else None
 
 
 def has_run(tracking_uri: str, run_id: str) -> bool:
-    """Whether the store at an address has the run. One that cannot be asked now has not; nothing is made there."""
+    """Whether the store at an address has the run; False if the store is unreachable. Creates no database."""
     if tracking_uri.startswith(_SQLITE) and not Path(unquote(_path_of(tracking_uri))).exists():
         return False
     try:
@@ -87,11 +94,11 @@ def _path_of(tracking_uri: str) -> str:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether MLflow has refused something for good, as against being away, slow or busy.
+    """Whether MLflow has rejected a request permanently, rather than being unreachable, slow or busy.
 
-    Only MLflow's own JSON answers and its client's own checks count: a proxy's page with status 400 does not. An MLflow
-    server answers BAD_REQUEST for nearly every error of its database, most of which pass. A run or an experiment that
-    was deleted can be restored, so what it refuses meanwhile is not refused for good.
+    Only MLflow's JSON responses and its client's checks count; a proxy's page with status 400 does not. An MLflow
+    server responds BAD_REQUEST to nearly every database error, and most of these are transient. Errors about a deleted
+    run or experiment are transient too, because it can be restored.
     """
     if not isinstance(error, MlflowException) or _DELETED.search(str(error)):
         return False
@@ -101,14 +108,14 @@ def is_permanent(error: Exception) -> bool:
     return error.error_code in _PERMANENT_CODES
 
 
-def despite_conflicts(action: Callable[[], _Result]) -> _Result:
-    """Return what `action` returns, called again where the database says that a row is there already.
+def retry_conflicts(action: Callable[[], _Result]) -> _Result:
+    """Call `action`, and call it again if the database reports a duplicate row.
 
-    Two requests that do the same at the same time, as after a repeated one, both look before they insert. The one
-    that comes second finds the row when it looks again. `action` must look first, as MLflow's logging does.
+    Two identical requests at the same time, for example after a retry, both look before they insert. The second one
+    finds the row on its next call. `action` must look before it inserts, as MLflow's logging functions do.
 
     Raises:
-        Exception: the store's own; the conflict, where it is there at the last of `_MAX_CONFLICTS` calls too.
+        Exception: the store's error, including a conflict in the last of `_MAX_CONFLICTS` calls.
     """
     for _ in range(_MAX_CONFLICTS - 1):
         try:
@@ -119,14 +126,14 @@ def despite_conflicts(action: Callable[[], _Result]) -> _Result:
     return action()
 
 
-def require_json_answers() -> None:
-    """Make MLflow's clients in this process raise an error where a success has no JSON object in its body.
+def require_json_responses() -> None:
+    """Make MLflow's clients in this process raise an error if a successful response has no JSON object in its body.
 
-    MLflow takes an empty body for `{}`, and looks at no body of an upload. A proxy or a login page answers so, and the
-    server has received nothing. `rest_utils` has no hook for it: its one function that sends requests is wrapped.
-    A server answers an upload with an empty body too: whether a file is there is seen by listing it.
+    MLflow reads an empty body as `{}` and ignores the body of an upload's response. A proxy or a login page responds
+    that way although the server has received nothing. `rest_utils` has no hook, so the one function that sends requests
+    is wrapped. Real servers respond to uploads with an empty body, so uploads are verified by listing the files.
 
-    Effects: process-wide; not for a trainer's process. A second call does nothing.
+    Effects: process-wide; only for the publisher's process. A second call does nothing.
     """
     send = rest_utils._get_http_response_with_retries  # type: ignore[attr-defined]
     if hasattr(send, "__wrapped__"):
@@ -156,10 +163,11 @@ def _is_json_object(text: str) -> bool:
         return False
 
 
-def give_longer(error: Exception) -> None:
-    """Wait longer from now on where a server did not answer in time, up to `LONGEST_TIMEOUT_S`.
+def extend_timeout(error: Exception) -> None:
+    """Double the request timeout, up to `LONGEST_TIMEOUT_S`, if the error is a timeout of the server's response.
 
-    In the process's environment, where MLflow looks at each request.
+    With a constant timeout, a request to a slow server would fail forever. MLflow reads the timeout from the process's
+    environment before each request.
     """
     if _is_timeout(error):
         now_s = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
@@ -168,7 +176,7 @@ def give_longer(error: Exception) -> None:
 
 def _is_timeout(error: BaseException | None) -> bool:
     while error is not None:
-        # Of the server's answer, as against that of the connection: one that is away is not slow.
+        # A timeout of the response. A timeout of the connection means an unreachable server, not a slow one.
         if isinstance(error, ReadTimeoutError):
             return True
         error = error.__cause__ or error.__context__
@@ -176,14 +184,13 @@ def _is_timeout(error: BaseException | None) -> bool:
 
 
 def _require_database(tracking_uri: str) -> None:
-    """Reach the database, where it is one that is written into directly, and see to it that it has its tables.
+    """Connect to the database, if the address is one, and create its tables.
 
-    MLflow itself tries for a minute and a half, whatever is wrong, before it says so. And its client makes the tables
-    without the lock that its server takes: of the tasks of an array, which begin at once, all but one would fail
-    (mlflow 3.17, seen with sqlite).
+    MLflow retries for 90 s before it reports any connection error. Its client also creates the tables without the lock
+    that its server takes, so all but one of the tasks of a SLURM array would fail (mlflow 3.17 with sqlite).
 
     Raises:
-        Exception: the driver's own.
+        Exception: the driver's error.
     """
     if "://" not in tracking_uri or tracking_uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
         return
@@ -196,7 +203,7 @@ def _require_database(tracking_uri: str) -> None:
     engine = create_engine(url, poolclass=NullPool, connect_args=limits)
     engine.connect().close()
     _safe_initialize_tables(engine)
-    # MLflow leaves its lock. Who waits for it still finds the tables, and so does who makes another.
+    # MLflow does not remove its lock file. Removing it is safe: every process checks for the tables.
     name = hashlib.md5(str(engine.url).encode(), usedforsecurity=False).hexdigest()
     with suppress(OSError):
         Path(tempfile.gettempdir(), f"db_init_lock-{name}").unlink()

@@ -1,10 +1,10 @@
-"""Which MLflow run the user has named: in the environment, or as the active run of MLflow's own functions.
+"""The MLflow run that the user has chosen: in the environment, or as MLflow's active run.
 
-    which run           the one in ``run.json``, MLFLOW_RUN_ID, the active run, a new one
-    which experiment    of a new run: the argument, MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME, ``default``
+    run           the one in ``run.json``, MLFLOW_RUN_ID, the active run, a new run
+    experiment    of a new run: the argument, MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME, ``default``
 
-The first that there is counts. `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID of its process, and `mlflow.start_run`
-removes MLFLOW_RUN_ID. MLflow is never imported here.
+The first one that exists is used. `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID of its process, and
+`mlflow.start_run` removes MLFLOW_RUN_ID. This module never imports mlflow.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from harness.tracking.journal.settings import absolute_sqlite
 
 RUN_ID = "MLFLOW_RUN_ID"
 EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
 
-# MLFLOW_RUN_ID names one run: a second training of this process has a run of its own, as with `mlflow.start_run`.
+# Only these characters are escaped, so that addresses written by earlier versions remain equal.
+_ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%?"})
+
+# MLFLOW_RUN_ID applies to one training. As with `mlflow.start_run`, a second training of the process gets a new run.
 _used: set[str] = set()
 
 
 @dataclass(frozen=True)
 class GivenRun:
-    """An MLflow run that the user has made, and that a new training is to log to.
+    """An existing MLflow run that the user has chosen for a new training.
 
     Args:
-        run_id: of the run.
-        source: where it was named, for messages.
-        notes: lines for the user.
+        run_id: id of the run.
+        source: where the user has chosen it, for messages.
+        notes: messages for the user.
     """
 
     run_id: str
@@ -39,13 +41,13 @@ class GivenRun:
 
 
 def given_run(tracking_uri: str | None) -> GivenRun | None:
-    """The run that the user has named, or None.
+    """Return the run that the user has chosen, or None.
 
-    Effects: not collective: rank zero looks, main thread, since MLflow's active run is one of a thread. The run of
-    MLFLOW_RUN_ID is not given again after `mark_used`.
+    Effects: not collective; rank 0 only; main thread, because MLflow's active run belongs to a thread. The run of
+    MLFLOW_RUN_ID is not returned again after `mark_used`.
 
     Args:
-        tracking_uri: as it is configured; None: the same as MLflow's own functions use.
+        tracking_uri: the configured address; None: the one that MLflow itself uses.
     """
     active = active_run_id()
     named = os.environ.get(RUN_ID)
@@ -58,21 +60,21 @@ def given_run(tracking_uri: str | None) -> GivenRun | None:
 
 
 def mark_used(run_id: str | None) -> None:
-    """A training logs to this run: if MLFLOW_RUN_ID names it, the next training of the process gets another."""
+    """Record that a training uses this run, so that the process's next training ignores MLFLOW_RUN_ID."""
     if run_id is not None and run_id == os.environ.get(RUN_ID):
         _used.add(run_id)
 
 
 def active_run_id() -> str | None:
-    """The id of the run that MLflow's own functions log to; None if there is none, or MLflow is not imported."""
+    """Return the id of MLflow's active run; None if there is none or mlflow is not imported."""
     # Not `mlflow.active_run`, which autologging replaces.
     module: Any = sys.modules.get("mlflow.tracking.fluent")
     run = module.active_run() if module is not None and hasattr(module, "active_run") else None
     return None if run is None else str(run.info.run_id)
 
 
-def is_held(run_id: str | None) -> bool:
-    """Whether the user's code has the run active in this thread, also below a nested one: MLflow itself ends it."""
+def is_active(run_id: str | None) -> bool:
+    """Whether the run is on this thread's stack of active runs; MLflow itself then ends it."""
     module: Any = sys.modules.get("mlflow.tracking.fluent")
     stack = getattr(module, "_active_run_stack", None)
     if stack is None:
@@ -81,8 +83,22 @@ def is_held(run_id: str | None) -> bool:
 
 
 def _is_elsewhere(tracking_uri: str | None) -> bool:
-    """Whether the active run is in another store than the one that is configured."""
+    """Whether the active run is in a different store than the configured one."""
     if tracking_uri is None:
         return False
     theirs = sys.modules["mlflow"].get_tracking_uri()
     return absolute_sqlite(theirs).rstrip("/") != absolute_sqlite(tracking_uri).rstrip("/")
+
+
+def absolute_sqlite(uri: str) -> str:
+    """Make the path of a ``sqlite:///`` URI absolute.
+
+    The characters ``?`` and ``%`` of the working directory are escaped, because they have a meaning in a URI. The path
+    in `uri` is already escaped.
+    """
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
+        return uri
+    path, mark, query = uri.removeprefix(prefix).partition("?")
+    directory = str(Path.cwd()).translate(_ESCAPES)
+    return f"{prefix}{Path(directory, path)}{mark}{query}"

@@ -1,7 +1,7 @@
-"""The files that make a directory of weights a model as MLflow means it. Importing this imports no torch, no mlflow.
+"""The files that make a directory of weights an MLflow model. Importing this module imports neither torch nor mlflow.
 
-The format is MLflow's own (``MLmodel``, since 1.0; the keys as mlflow 3 writes them). The same checkpoint gives the
-same bytes each time, so that a second upload is the first.
+The format is MLflow's ``MLmodel`` (since 1.0) with the keys of mlflow 3. The files of a checkpoint are deterministic,
+so that a second upload equals the first. The journal and the files on disk call a model spec a recipe.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from harness.io.durable_files import replace_file
 MLMODEL = "MLmodel"
 FLAVOR = "harness"
 LOADER_MODULE = "harness.flavor"
-_RECIPE = "recipe-{}.json"
+_MODEL_SPEC = "recipe-{}.json"
 
 
-def write_recipe(outbox_dir: Path, attempt: int, recipe: Mapping[str, Any]) -> str:
-    """Keep a recipe for the publisher; returns its file's name. One that is there already is not written again.
+def write_model_spec(outbox_dir: Path, attempt: int, model_spec: Mapping[str, Any]) -> str:
+    """Write a model spec for the publisher and return the file's name. An unchanged one is not written again.
 
-    Effects: not collective, rank zero's trainer; blocks on fsync; leaves ``<outbox_dir>/recipe-<attempt>.json``.
+    Effects: not collective; rank 0's trainer; blocks on fsync; leaves ``<outbox_dir>/recipe-<attempt>.json``.
 
     Raises:
-        TrackingError: if the disk refuses it.
+        TrackingError: if the file cannot be written.
     """
-    newest = newest_recipe(outbox_dir)
-    if newest is not None and read_recipe(outbox_dir, newest) == recipe:
+    newest = newest_model_spec(outbox_dir)
+    if newest is not None and read_model_spec(outbox_dir, newest) == model_spec:
         return newest
-    name = _RECIPE.format(attempt)
+    name = _MODEL_SPEC.format(attempt)
     try:
-        replace_file(outbox_dir / name, json.dumps(recipe) + "\n", is_private=True)
+        replace_file(outbox_dir / name, json.dumps(model_spec) + "\n", is_private=True)
     except OSError as error:
         raise TrackingError(f"{outbox_dir / name}: cannot be written: {error.strerror}; free space there") from error
     return name
 
 
-def newest_recipe(outbox_dir: Path) -> str | None:
-    """Name of the newest attempt's; None where there is none."""
-    numbers = [path.stem.partition("-")[2] for path in outbox_dir.glob(_RECIPE.format("*"))]
-    return _RECIPE.format(max(map(int, numbers))) if numbers else None
+def newest_model_spec(outbox_dir: Path) -> str | None:
+    """Return the file name of the newest attempt's model spec, or None."""
+    numbers = [path.stem.partition("-")[2] for path in outbox_dir.glob(_MODEL_SPEC.format("*"))]
+    return _MODEL_SPEC.format(max(map(int, numbers))) if numbers else None
 
 
-def read_recipe(outbox_dir: Path, name: str) -> dict[str, Any]:
-    """What `write_recipe` has kept."""
-    recipe: dict[str, Any] = json.loads((outbox_dir / name).read_text())
-    return recipe
+def read_model_spec(outbox_dir: Path, name: str) -> dict[str, Any]:
+    """Read a file that `write_model_spec` has written."""
+    model_spec: dict[str, Any] = json.loads((outbox_dir / name).read_text())
+    return model_spec
 
 
-def model_files(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, str]:
-    """Name -> text of all that goes beside the weights.
+def model_files(model_spec: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, str]:
+    """Return name -> text of all files beside the weights.
 
-    Without a class there is no ``python_function`` flavor: MLflow itself cannot build the model then, and
-    `harness.load_model` can with one that it is given.
+    Without a class there is no ``python_function`` flavor: MLflow cannot build the model then, but
+    `harness.load_model` can load the weights into a given one.
 
     Args:
-        recipe: see `harness.models.model_spec`.
-        record: of the checkpoint, as the tracker has written it.
-        model_id: of the LoggedModel.
-        run_id: of the MLflow run.
+        model_spec: see `harness.models.model_spec`.
+        record: the checkpoint's journal entry.
+        model_id: id of the LoggedModel.
+        run_id: id of the MLflow run.
     """
-    requirements: Sequence[str] = recipe["requirements"]
-    notes = "".join(f"# {line}\n" for line in recipe["requirement_notes"])
+    requirements: Sequence[str] = model_spec["requirements"]
+    notes = "".join(f"# {line}\n" for line in model_spec["requirement_notes"])
     files = {
         "requirements.txt": notes + "".join(f"{line}\n" for line in requirements),
         "python_env.yaml": _yaml(
             {
-                "python": recipe["python"],
+                "python": model_spec["python"],
                 "build_dependencies": ["pip", "setuptools", "wheel"],
                 "dependencies": ["-r requirements.txt"],
             }
@@ -81,38 +81,38 @@ def model_files(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: 
             {
                 "name": "mlflow-env",
                 "channels": ["conda-forge"],
-                "dependencies": [f"python={recipe['python']}", "pip", {"pip": list(requirements)}],
+                "dependencies": [f"python={model_spec['python']}", "pip", {"pip": list(requirements)}],
             }
         ),
     }
-    mlmodel = _mlmodel(recipe, record, model_id, run_id)
-    if recipe.get("example") is not None:
+    mlmodel = _mlmodel(model_spec, record, model_id, run_id)
+    if model_spec.get("example") is not None:
         mlmodel["saved_input_example_info"] = {
             "artifact_path": "input_example.json",
             "type": "ndarray",
             "serving_input_path": "serving_input_example.json",
         }
-        files["input_example.json"] = json.dumps(recipe["example"])
-        files["serving_input_example.json"] = json.dumps({"inputs": recipe["example"]})
-    return {**recipe.get("files", {}), **files, MLMODEL: _yaml(mlmodel)}
+        files["input_example.json"] = json.dumps(model_spec["example"])
+        files["serving_input_example.json"] = json.dumps({"inputs": model_spec["example"]})
+    return {**model_spec.get("files", {}), **files, MLMODEL: _yaml(mlmodel)}
 
 
-def _mlmodel(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, Any]:
+def _mlmodel(model_spec: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, Any]:
     weights = [name for name in record["files"] if name.startswith("model")]
     flavors: dict[str, Any] = {
         FLAVOR: {
-            "class_path": recipe["class_path"],
-            "init_args": recipe["init_args"],
-            "model_class": recipe["model_class"],
+            "class_path": model_spec["class_path"],
+            "init_args": model_spec["init_args"],
+            "model_class": model_spec["model_class"],
             "weights": weights,
         }
     }
-    if recipe["class_path"] is not None:
+    if model_spec["class_path"] is not None:
         flavors["python_function"] = {
             "loader_module": LOADER_MODULE,
-            "python_version": recipe["python"],
+            "python_version": model_spec["python"],
             "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-            # What `mlflow.pyfunc.load_model(model_config=...)` may say: only keys that are here.
+            # `mlflow.pyfunc.load_model(model_config=...)` accepts only the keys that are listed here.
             "config": {"device": None},
         }
     created = datetime.fromtimestamp(record.get("time_ms", 0) / 1000, UTC).replace(tzinfo=None)
@@ -126,11 +126,11 @@ def _mlmodel(recipe: Mapping[str, Any], record: Mapping[str, Any], model_id: str
         "run_id": run_id,
         "utc_time_created": str(created),
     }
-    if (pinned := _version("mlflow", recipe["requirements"])) is not None:
+    if (pinned := _version("mlflow", model_spec["requirements"])) is not None:
         mlmodel["mlflow_version"] = pinned
-    if recipe.get("signature") is not None:
-        # Each schema is JSON in a text of its own, as `ModelSignature.to_dict` has it.
-        schemas = {name: json.dumps(specs) for name, specs in recipe["signature"].items()}
+    if model_spec.get("signature") is not None:
+        # Each schema is a JSON text, as in `ModelSignature.to_dict`.
+        schemas = {name: json.dumps(specs) for name, specs in model_spec["signature"].items()}
         mlmodel["signature"] = {**schemas, "params": None}
     return mlmodel
 

@@ -1,12 +1,12 @@
-"""The names that MLflow accepts: of metrics, parameters, tags and registered models, and the paths of artifacts.
+"""Names that MLflow accepts for metrics, parameters, tags, registered models and artifacts.
 
-MLflow refuses a whole request for one name in it, so that names are made acceptable before they are in the journal.
-The rules are those of `mlflow.utils.validation`, which the tests compare them with. They are repeated here because the
-trainer does not import mlflow. A name that is accepted stays as it is, and each function keeps its own results: the
-publisher applies them again, since a journal of an earlier version holds names as they were given.
+MLflow rejects a whole request if one of its names is invalid, so names are cleaned before they enter the journal. The
+rules repeat those of `mlflow.utils.validation`, because the trainer does not import mlflow; the tests compare the two.
+Valid names are unchanged, and cleaning is idempotent: the publisher cleans again, because journals of earlier versions
+hold unchecked names.
 
-A replaced name depends on the given name alone, so it is the same in every attempt, whatever else is logged. It ends in
-a digest of the given name, so that `acc@1` and `acc_1` are two metrics.
+A cleaned name depends only on the given name, so it is the same in every attempt. It ends with a digest of the given
+name, so that `acc@1` and `acc_1` remain two metrics.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Final, Literal, TypeVar
 import xxhash
 
 MAX_KEY_CHARS: Final = 250
-# Of the column in MLflow's database.
+# The column's width in MLflow's database.
 MAX_MODEL_NAME_CHARS: Final = 256
-# Of a name in most file systems.
+# The limit of most file systems.
 _MAX_FILE_NAME_BYTES: Final = 255
 
 _KEY = re.compile(r"[\w\-. :/]+")
 _NOT_IN_KEY = re.compile(r"[^\w\-. :/]")
 _NOT_IN_MODEL_NAME = re.compile(r"[/:\x00-\x1f\x7f\ud800-\udfff]")
-# The server decodes a path (%2e%2e) before it looks whether it leaves the directory.
+# The server decodes a path (%2e%2e) before it checks that the path stays in the directory.
 _NOT_IN_PATH = re.compile(r"[%#?:\\\x00-\x1f\x7f\ud800-\udfff]")
 
 Kind = Literal["metric", "parameter", "tag", "registered model", "text"]
@@ -37,8 +37,8 @@ Value = TypeVar("Value")
 
 @lru_cache(maxsize=65536)
 def clean_key(name: str) -> str:
-    """The name of a metric, parameter or tag; if MLflow refuses it, with that replaced, and a digest at its end."""
-    if _KEY.fullmatch(name) and len(name) <= MAX_KEY_CHARS and not _leaves_or_is_not_normal(name):
+    """Clean the name of a metric, parameter or tag; a changed name ends with a digest."""
+    if _KEY.fullmatch(name) and len(name) <= MAX_KEY_CHARS and not _is_not_normal(name):
         return name
     key = "/".join(_clean_part(part) for part in _NOT_IN_KEY.sub("_", name).split("/") if part)
     return _with_digest(key or "unnamed", name, MAX_KEY_CHARS)
@@ -46,29 +46,29 @@ def clean_key(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def clean_model_name(name: str) -> str:
-    """The name of a registered model with what MLflow refuses replaced; it has a digest only if it is too long.
+    """Clean the name of a registered model; only a name that is cut ends with a digest.
 
-    A run has one such name, so it stays apart from the others.
+    A run has one such name, so two names of the same run cannot collide.
     """
-    cleaned = searchable(_NOT_IN_MODEL_NAME.sub("_", name))
+    cleaned = quotable(_NOT_IN_MODEL_NAME.sub("_", name))
     cleaned = _clean_part(cleaned) if cleaned.strip() else "unnamed"
     return cleaned if len(cleaned) <= MAX_MODEL_NAME_CHARS else _with_digest(cleaned, name, MAX_MODEL_NAME_CHARS)
 
 
-def searchable(text: str) -> str:
-    """A text that `in_quotes` can quote: without double quotes where it has single ones too."""
+def quotable(text: str) -> str:
+    """Replace double quotes in a text that also has single quotes, so that `quoted` can quote it."""
     return text.replace('"', "_") if "'" in text else text
 
 
-def in_quotes(text: str) -> str:
-    """A value in a filter of MLflow's search, which has no way to escape a quote."""
+def quoted(text: str) -> str:
+    """Quote a value for a filter of MLflow's search, which cannot escape quotes."""
     return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def clean_path(path: str) -> str:
-    """The path of an artifact, relative to the artifact directory, with what would leave that directory replaced.
+    """Clean the path of an artifact so that it stays within the artifact directory.
 
-    If something is, the file's name has a digest of the given path before its suffix.
+    The file name of a changed path has a digest of the given path before its suffix.
     """
     parts = [_cut_bytes(_clean_part(part)) for part in _NOT_IN_PATH.sub("_", path).split("/") if part] or ["unnamed"]
     if (cleaned := "/".join(parts)) == path:
@@ -78,33 +78,33 @@ def clean_path(path: str) -> str:
     return "/".join([*parts[:-1], _cut_bytes(f"{stem}-{_digest(path)}{suffix}")])
 
 
-class Names:
-    """The names that one run uses in MLflow, with a line for each that is not the name that was given.
+class NameCleaner:
+    """Cleans the names of one run and warns once about each name that changes.
 
     Effects: not collective; one thread at a time; nothing on disk.
 
-    Args:
-        say: takes a line for the user, once for each name that is not used as it was given.
+    Attributes:
+        warnings: pending warnings. The caller removes the ones it displays.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._used: dict[tuple[Kind, str], str] = {}
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self._cleaned: dict[tuple[Kind, str], str] = {}
 
-    def of(self, kind: Kind, given: str) -> str:
-        """The name in MLflow."""
-        used = self._used.get((kind, given))
-        return self._add(kind, given) if used is None else used
+    def clean(self, kind: Kind, given: str) -> str:
+        """Return the name to use in MLflow."""
+        cleaned = self._cleaned.get((kind, given))
+        return self._add(kind, given) if cleaned is None else cleaned
 
-    def of_all(self, kind: Kind, values: Mapping[str, Value]) -> dict[str, Value]:
-        """The values by their names in MLflow."""
-        return {self.of(kind, str(name)): value for name, value in values.items()}
+    def clean_all(self, kind: Kind, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the values under the names to use in MLflow."""
+        return {self.clean(kind, str(name)): value for name, value in values.items()}
 
     def _add(self, kind: Kind, given: str) -> str:
-        self._used[kind, given] = used = _CLEANERS[kind](given)
-        if used != given:
-            self._say(f"{kind} {_shown(given)} is named {_shown(used)} in MLflow: {_RULES[kind]}")
-        return used
+        self._cleaned[kind, given] = cleaned = _CLEANERS[kind](given)
+        if cleaned != given:
+            self.warnings.append(f"{kind} {_shown(given)} is named {_shown(cleaned)} in MLflow: {_RULES[kind]}")
+        return cleaned
 
 
 _CLEANERS: Final[Mapping[Kind, Callable[[str], str]]] = {
@@ -124,13 +124,13 @@ _RULES: Final[Mapping[Kind, str]] = {
 }
 
 
-def _leaves_or_is_not_normal(name: str) -> bool:
-    # MLflow refuses every name that begins with two dots, "..a" too.
+def _is_not_normal(name: str) -> bool:
+    # MLflow rejects every name that begins with two dots, even "..a".
     return name.startswith("..") or any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def _clean_part(part: str) -> str:
-    """One part of a path, which is then neither a directory's own name nor its parent's."""
+    """Clean one part of a path so that it is neither `.` nor `..`."""
     if part == ".":
         return "_"
     return f"__{part[2:]}" if part.startswith("..") else part
@@ -140,7 +140,7 @@ def _cut_bytes(part: str) -> str:
     data = part.encode()
     if len(data) <= _MAX_FILE_NAME_BYTES:
         return part
-    # The end stays, which tells what is in the file.
+    # The end is kept, because it has the suffix.
     begin, end = data[: _MAX_FILE_NAME_BYTES - 32].decode(errors="ignore"), data[-16:].decode(errors="ignore")
     return f"{begin}-{_digest(part)}{end}"
 

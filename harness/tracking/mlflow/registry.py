@@ -1,7 +1,6 @@
-"""Versions of a registered model, and the aliases that we keep on them. MLflow's client comes in by the constructor.
+"""Versions of a registered model and their aliases. This module does not import mlflow.
 
-What an alias belongs on follows from the versions and their tags alone, so that it can be worked out again after a
-crash at any moment, and comes out the same.
+The position of an alias depends only on the versions and their tags, so it can be recomputed after a crash.
 """
 
 from __future__ import annotations
@@ -11,24 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.schema import Mode
-from harness.tracking.mlflow.names import in_quotes
+from harness.tracking.mlflow.names import quoted
 
 CHECKPOINT_TAG = "harness.checkpoint"
 LAST, BEST = "last", "best"
 _MONITOR_TAG, _MODE_TAG, _VALUE_TAG = "harness.monitor", "harness.monitor_mode", "harness.monitor_value"
-# Another run's publisher may register in the same moment: looked at again until it is as it should be.
-_MAX_LOOKS = 5
+# Other runs' publishers may register versions at the same time, so the aliases are checked again after each change.
+_MAX_CHECKS = 5
 
 
 @dataclass(frozen=True)
 class Registration:
-    """Where published checkpoints are registered.
+    """The registered model that receives a version for each published checkpoint.
 
     Args:
-        name: of the registered model.
-        aliases: keep `last` on its newest version, and `best` on its best.
-        monitor: the metric that `best` goes by; None: there is no `best`.
-        mode: whether less of it is better, or more.
+        name: name of the registered model.
+        aliases: whether to keep `last` on the newest version and `best` on the best one.
+        monitor: the metric that defines `best`; None: no `best`.
+        mode: whether the lowest or the highest value is the best.
     """
 
     name: str
@@ -40,8 +39,7 @@ class Registration:
 class Registry:
     """The registered models of one MLflow store.
 
-    Effects: not collective; the publisher's thread; each method blocks on the network, and can be called again with
-    the same arguments.
+    Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network.
 
     Args:
         client: an ``mlflow.MlflowClient``.
@@ -51,50 +49,50 @@ class Registry:
         self._client = client
 
     def register(self, registration: Registration, model_id: str, run_id: str, record: Mapping[str, Any]) -> None:
-        """Have a version of the model, once, and the aliases where they belong."""
+        """Create a version of the model, unless it exists, and update the aliases."""
         name = registration.name
         try:
             self._client.create_registered_model(name)
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # `model_id` of a version that was found is None (MLflow 3.17), its source is not.
+        # In MLflow 3.17 the `model_id` of a found version is None, so the source is compared.
         source = f"models:/{model_id}"
-        if not any(version.source == source for version in self._versions_of(name)):
+        if not any(version.source == source for version in self._versions_named(name)):
             tags = _tags(registration, record)
             self._client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id)
-        self.place_aliases(registration)
+        self.update_aliases(registration)
 
-    def place_aliases(self, registration: Registration, leaving: Collection[str] = ()) -> None:
-        """Have `last` on the newest version of ours, and `best` on the best, whichever run it is of.
+    def update_aliases(self, registration: Registration, excluded: Collection[str] = ()) -> None:
+        """Set `last` to our newest version and `best` to the best version of all runs.
 
-        Compared are versions that carry a value of the same metric under the same mode; of two that are as good the
-        newer is the better. Versions in `leaving` are about to be deleted.
+        Only versions with a value of the same metric and mode are compared; of equal ones the newer is the best.
+        Versions in `excluded` are about to be deleted.
         """
         if not registration.aliases:
             return
         name = registration.name
-        for _ in range(_MAX_LOOKS):
-            versions = [each for each in self._versions_of(name) if each.version not in leaving]
+        for _ in range(_MAX_CHECKS):
+            versions = [each for each in self._versions_named(name) if each.version not in excluded]
             wanted = _wanted(registration, versions)
-            have = self._client.get_registered_model(name).aliases if wanted else {}
-            moves = {alias: version for alias, version in wanted.items() if str(have.get(alias)) != version}
+            current = self._client.get_registered_model(name).aliases if wanted else {}
+            moves = {alias: version for alias, version in wanted.items() if str(current.get(alias)) != version}
             if not moves:
                 return
             for alias, version in moves.items():
                 self._client.set_registered_model_alias(name, alias, version)
 
-    def of_model(self, model_id: str, run_id: str) -> Sequence[Any]:
-        """Versions in any registered model that lead to the model: by its id, or by where its files are."""
-        # `source_path` would find one of the two only.
+    def versions_of_model(self, model_id: str, run_id: str) -> Sequence[Any]:
+        """Return the versions of any registered model whose source is the model's id or its files."""
+        # A search by `source_path` would find only one of the two.
         found = self._versions(f"run_id = '{run_id}'")
-        # With the aliases, which a search leaves out.
+        # A search omits the aliases.
         return [
             self._client.get_model_version(each.name, each.version) for each in found if model_id in (each.source or "")
         ]
 
-    def _versions_of(self, name: str) -> Iterator[Any]:
-        return self._versions(f"name = {in_quotes(name)}")
+    def _versions_named(self, name: str) -> Iterator[Any]:
+        return self._versions(f"name = {quoted(name)}")
 
     def _versions(self, filter_string: str) -> Iterator[Any]:
         token = None
@@ -106,7 +104,7 @@ class Registry:
 
 
 def is_in_use(version: Any, registration: Registration | None) -> bool:
-    """Whether somebody relies on a version: one elsewhere, one with a stage, or with an alias that is not ours."""
+    """Whether a version must be kept: it is in another registered model, or has a stage or a user's alias."""
     if registration is None or version.name != registration.name:
         return True
     ours = {LAST, BEST} if registration.aliases else set()
@@ -117,13 +115,13 @@ def _tags(registration: Registration, record: Mapping[str, Any]) -> dict[str, st
     tags = {CHECKPOINT_TAG: record["key"], "epoch": str(record["epoch"]), "step": str(record["step"])}
     value = record.get("monitored")
     if registration.monitor is not None and value is not None:
-        # `repr` of a float reads back as the same one.
+        # `repr` of a float is exact.
         tags |= {_MONITOR_TAG: registration.monitor, _MODE_TAG: registration.mode, _VALUE_TAG: repr(float(value))}
     return tags
 
 
 def _wanted(registration: Registration, versions: Sequence[Any]) -> dict[str, str]:
-    """Alias -> version."""
+    """Return alias -> version."""
     newest_first = sorted(
         (version for version in versions if CHECKPOINT_TAG in version.tags), key=lambda each: -int(each.version)
     )

@@ -1,29 +1,31 @@
-"""What the publisher needs of a tracking store, and what it is told about the run."""
+"""The interface between the publisher and a tracking store."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from harness.tracking.journal.writer import DEFAULT_MAX_BYTES
 from harness.tracking.mlflow.registry import Registration
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class WantedRun:
-    """Which run of a store is meant.
+    """The run to open in a store.
 
     Args:
-        key: what it is found by where its id is not known.
-        name: what it is called where it is made.
-        experiment_name: where it is made.
-        run_id: the store's own name for it, once there is one.
-        created_ms: when it began, in milliseconds since the epoch; None: now.
-        parent: name or id of the run that it is nested under; None: it is not.
-        experiment_id: where it is made; None: where `experiment_name` says.
-        given_run_id: of a run that the user has made, in place of one that is made here; None: there is none.
+        key: identifies the run while its id is unknown; stored as a tag.
+        name: display name of a new run.
+        experiment_name: experiment of a new run.
+        run_id: the store's id of the run, once it is known.
+        created_ms: start time of a new run, in milliseconds since the epoch; None: now.
+        parent: name or id of the parent run; None: no parent.
+        experiment_id: experiment of a new run; takes precedence over `experiment_name`.
+        given_run_id: id of a run that the user has created and that is used in place of a new one.
     """
 
     key: str
@@ -37,22 +39,25 @@ class WantedRun:
 
 
 class Store(Protocol):
-    """A tracking store; `MlflowStore` is one."""
+    """One run in a tracking store; `MlflowStore` implements it.
+
+    Each method can be called again with the same arguments and has the same result as one call.
+    """
 
     run_id: str
     experiment_id: str
-    # None: it is the wanted one.
+    # None: the requested experiment.
     experiment_name: str | None
 
     def open_run(self, wanted: WantedRun) -> None:
-        """Find the run by its id, or find or make the one that carries its key; it is running then."""
+        """Find the run by its id or its key, or create it, and set it RUNNING."""
 
     def tags(self) -> Mapping[str, str]:
-        """The tags that the run has."""
+        """Return the run's tags."""
         ...
 
     def reopen(self) -> None:
-        """Let the run be running again, however it ended."""
+        """Set the run RUNNING again."""
 
     def log_metrics(self, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (key, value, time in ms, step) points."""
@@ -64,41 +69,47 @@ class Store(Protocol):
         """Set tags."""
 
     def log_dataset(self, record: Mapping[str, Any]) -> None:
-        """Record an input."""
+        """Log a data set as an input of the run."""
 
     def log_text(self, name: str, content: str) -> None:
-        """Put a text file among the artifacts."""
+        """Upload a text file to the run's artifacts."""
 
     def log_checkpoint(
         self,
         record: Mapping[str, Any],
         directory: Path,
         registration: Registration | None,
-        recipe: Mapping[str, Any] | None,
+        model_spec: Mapping[str, Any] | None,
     ) -> str:
-        """Publish a checkpoint, with how its model is built again; returns the model's id."""
+        """Publish a checkpoint as a model and return the model's id."""
         ...
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
-        """Delete what resuming needs from all of the run's checkpoints but one; lines on what could not be deleted."""
+        """Delete the resume files of all older checkpoints; returns a line for each that could not be deleted."""
         ...
 
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
-        """Take back a checkpoint that was pruned; whether it is gone, as against kept because it is in use."""
+        """Delete the model of a pruned checkpoint; False if it is kept because it is in use."""
         ...
 
-    def end(self, status: str | None, end_time_ms: int, *, is_users: bool = False) -> None:
-        """Set the final status; None: the user's process does, which is alive; `is_users`: unless that has done so."""
+    def set_terminated(self, status: str | None, end_time_ms: int, *, is_user_run: bool = False) -> None:
+        """Set the final status; None: the user's process is alive and ends its own run."""
 
-    def failed(self, error: Exception) -> None:
-        """Take note of an error after which the same is tried again."""
+    def is_permanent(self, error: Exception) -> bool:
+        """Whether the store has rejected a request permanently, so that a retry is useless."""
+        ...
+
+    def handle_transient_error(self, error: Exception) -> None:
+        """Adjust time limits after an error, before the request is retried."""
 
 
 @dataclass(frozen=True)
 class PublisherSettings:
-    """What the trainer tells the publisher. Times are in seconds; `attempt` is the trainer's own, from 1.
+    """The publisher's settings, from the trainer or from ``settings.json``. Times are in seconds.
 
-    `leaves_open`: a run whose end nobody has written is still trained, elsewhere, and does not end here.
+    Args:
+        attempt: number of the trainer's attempt, from 1.
+        leaves_open: whether a run without an end entry is still being trained and must not be marked FAILED.
     """
 
     run_name: str
@@ -116,4 +127,31 @@ class PublisherSettings:
 
 
 class RefusedError(Exception):
-    """Something of ours that cannot be delivered, now or later."""
+    """An entry that can never be delivered, for example because its checkpoint is gone."""
+
+
+def send_in_halves(
+    items: Sequence[Item], send: Callable[[Sequence[Item]], None], is_permanent: Callable[[Exception], bool]
+) -> Iterator[tuple[Item, Exception]]:
+    """Send items in one request; after a permanent error, bisect to find the rejected items.
+
+    One rejected item among n takes about 2 log2(n) requests. After a transient error items are sent again, so `send`
+    must be idempotent.
+
+    Yields:
+        Each rejected item and its error.
+
+    Raises:
+        Exception: an error of `send` that is not permanent.
+    """
+    try:
+        send(items)
+    except Exception as error:
+        if not is_permanent(error):
+            raise
+        if len(items) <= 1:
+            yield from ((item, error) for item in items)
+            return
+        middle = len(items) // 2
+        yield from send_in_halves(items[:middle], send, is_permanent)
+        yield from send_in_halves(items[middle:], send, is_permanent)

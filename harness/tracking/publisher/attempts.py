@@ -1,7 +1,7 @@
-"""The attempts at a run, each with its span: what the tags ``harness.attempt.<n>.*`` and ``attempts.json`` say.
+"""Records of the attempts at a run: the tags ``harness.attempt.<n>.*`` and ``attempts.json``.
 
-The publisher alone writes them, as it comes to each attempt's entries in the journal: in that order an
-attempt whose end nobody wrote is seen as the next one begins.
+The publisher alone writes them, in the order of the journal. An attempt that was killed has no end entry; its record
+ends when the next attempt begins.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from harness.io.durable_files import read_record, replace_file
+from harness.io.durable_files import parse_record, replace_file
+from harness.tracking.journal.delivery_state import DeliveryState
+from harness.tracking.journal.entries import Entry
+from harness.tracking.mlflow.store_protocol import Store
+from harness.tracking.publisher.progress import log
 
 FILE = "attempts.json"
 _TAG = "harness.attempt."
@@ -21,62 +26,93 @@ KILLED_REASON = "the trainer ended without saying how (killed, or out of memory?
 Records = Mapping[int, Mapping[str, str]]
 
 
-def read_attempts(run_dir: Path) -> Records | None:
-    """What is known of each attempt; None where that is not known: there is no file, or it is damaged."""
-    record = read_record(run_dir / FILE)
-    try:
-        return None if record is None else {int(number): dict(facts) for number, facts in record.items()}
-    except (TypeError, ValueError):
-        return None
+class AttemptRecorder:
+    """Writes the records of the attempts to the store and to disk.
+
+    Effects: not collective; the publisher's main thread; blocks on the network and on fsync; leaves
+    ``<run_dir>/attempts.json``.
+
+    Args:
+        run_dir: the run's directory.
+        store: the run in the store.
+        state: what is delivered.
+        attempt: number of the trainer's attempt.
+    """
+
+    def __init__(self, run_dir: Path, store: Store, state: DeliveryState, attempt: int) -> None:
+        self._run_dir = run_dir
+        self._store = store
+        self._state = state
+        self._has_predecessor = attempt > 1
+        self._records: Records | None = parse_record(run_dir / FILE, _parse)
+        # The attempt whose entries are being delivered; None until its first entry, which means the newest.
+        self._number: int | None = None
+
+    def begin(self, entry: Entry) -> None:
+        """Deliver an entry of kind `attempt`."""
+        number, delivered, known = entry.body["number"], self._state.current, self._known()
+        # If the whole journal is delivered again, an earlier attempt's end may precede a known attempt.
+        if number > 1 and (number not in known or delivered.ended):
+            self._store.reopen()
+        self._number = number
+        records = dict(known)
+        if number not in records:
+            for earlier, record in known.items():
+                if "ended" not in record:
+                    end = _end("FAILED", KILLED_REASON, delivered.time_ms, delivered.step)
+                    records[earlier] = {**record, **end}
+            records[number] = {"started": _utc(entry.time_ms)}
+        records[number] = {**records[number], **entry.body["facts"]}
+        self._publish(records)
+
+    def end(self, entry: Entry) -> None:
+        """Deliver the record of an entry of kind `end`."""
+        known = self._known()
+        number = max(known, default=None) if self._number is None else self._number
+        if number is None or number not in known:
+            return
+        step = entry.body.get("step", self._state.current.step)
+        end = _end(entry.body["status"], entry.body["reason"], entry.time_ms, step)
+        self._publish({**known, number: {**known[number], **end}})
+
+    def _known(self) -> Records:
+        """The records; from the run's tags if the file is missing or damaged and something was delivered before."""
+        if self._records is None:
+            has_begun = self._has_predecessor or self._state.current.offset > 0
+            self._records = _from_tags(self._store.tags()) if has_begun else {}
+        return self._records
+
+    def _publish(self, records: Records) -> None:
+        if not (tags := _changed_tags(self._known(), records)):
+            return
+        self._store.set_tags(tags)
+        write_attempts(self._run_dir, records)
+        self._records = records
+        try:
+            self._store.log_text(FILE, _as_text(records))
+        except Exception as error:
+            # The tags have the same content. An unreachable artifact store must not delay the run's end.
+            log(f"{FILE} not logged: {error}")
 
 
 def write_attempts(run_dir: Path, records: Records) -> None:
-    """Replace the record in one step.
+    """Replace ``attempts.json`` atomically.
 
-    Effects: not collective, the publisher's; blocks on fsync; leaves ``<run_dir>/attempts.json``.
+    Effects: not collective; the publisher only; blocks on fsync.
     """
-    # Why an attempt has failed may name hosts.
-    replace_file(run_dir / FILE, as_text(records), is_private=True)
+    # Private, because errors may name hosts.
+    replace_file(run_dir / FILE, _as_text(records), is_private=True)
 
 
-def as_text(records: Records) -> str:
-    """The records as the artifact has them."""
+def _parse(record: dict[str, Any]) -> Records:
+    return {int(number): dict(facts) for number, facts in record.items()}
+
+
+def _as_text(records: Records) -> str:
     return json.dumps(records, indent=1) + "\n"
 
 
-def begun(
-    records: Records, number: int, facts: Mapping[str, str], time_ms: int, last_time_ms: int, last_step: int
-) -> Records:
-    """The records once an attempt has begun, or has said more about itself.
-
-    Args:
-        records: as they were.
-        number: of the attempt.
-        facts: what it says.
-        time_ms: when, in milliseconds since the epoch.
-        last_time_ms: when the last thing before happened.
-        last_step: the last step that the attempt before is known to have reached.
-    """
-    found = dict(records)
-    if number not in found:
-        for earlier, record in records.items():
-            if "ended" not in record:
-                found[earlier] = {**record, **_end("FAILED", KILLED_REASON, last_time_ms, last_step)}
-        found[number] = {"started": _utc(time_ms)}
-    found[number] = {**found[number], **facts}
-    return found
-
-
-def ended(records: Records, status: str, reason: str, time_ms: int, step: int, number: int | None = None) -> Records:
-    """The records once an attempt has ended, None: the newest; as they were where that one is not known."""
-    number = max(records, default=None) if number is None else number
-    if number is None or number not in records:
-        return records
-    return {**records, number: {**records[number], **_end(status, reason, time_ms, step)}}
-
-
-def changed_tags(before: Records, after: Records) -> dict[str, str]:
-    """What has changed, as tags."""
+def _changed_tags(before: Records, after: Records) -> dict[str, str]:
     return {
         f"{_TAG}{number}.{name}": value
         for number, facts in after.items()
@@ -85,8 +121,8 @@ def changed_tags(before: Records, after: Records) -> dict[str, str]:
     }
 
 
-def from_tags(tags: Mapping[str, str]) -> Records:
-    """The records by the tags that tell of them, see `changed_tags`."""
+def _from_tags(tags: Mapping[str, str]) -> Records:
+    """Rebuild the records from the tags of `_changed_tags`."""
     records: dict[int, dict[str, str]] = {}
     for name, value in tags.items():
         number, _, fact = name.removeprefix(_TAG).partition(".")

@@ -1,4 +1,8 @@
-"""Starting the publisher's process, and what it answers."""
+"""The trainer's side of the publisher: starts it, restarts it when it dies, and waits for it.
+
+The settings are sent on standard input, because a tracking URI may hold a password. They are also kept, without the
+password, in ``settings.json`` for `harness sync`.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,31 @@ import json
 import os
 import select
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from harness.errors import TrackingError
 from harness.io.child_process import child_command
-from harness.io.durable_files import open_private
+from harness.io.durable_files import open_private, read_record, replace_file
+from harness.tracking.publisher.progress import DEAD_AFTER_S, seconds_since_heartbeat
 
 LOG = "publisher.log"
-# The publisher's exit code where the run's end is delivered, and files are not: the artifact store takes none.
+SETTINGS = "settings.json"
+# The publisher's exit code if the run's end is delivered but its files are not.
 FILES_LEFT = 3
-# A publisher writes a few lines a minute at the most, while the store is away.
+# While the store is unreachable, the publisher writes a few lines a minute.
 MAX_LOG_BYTES = 8_000_000
+_CHECK_EVERY_S = 10.0
+_MAX_STARTS = 3
+# Time for the interpreter's start and its imports, in addition to the publisher's own time limit.
+_START_MARGIN_S = 60.0
 
-# What holds where the user has not set it. With MLflow's own limits a call to a dead server blocks for 246 s; how
-# often something is tried is the publisher's affair (without end), and MLflow would send what makes a run or a model
-# again without looking whether it was made.
+# Environment variables that are set unless the user has set them. With MLflow's defaults a request to an unreachable
+# server blocks for 246 s. The publisher retries by itself: MLflow would repeat the creation of a run or a model without
+# looking for it first.
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -30,19 +42,117 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "true",
 }
 
-# What a launcher sets for the ranks is not for the publisher: it is no rank, and needs no GPU.
+# A launcher's variables for the ranks. The publisher is not a rank.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PublisherDiedError(TrackingError):
-    """It has ended without a word: killed, or out of memory. Started again, it may have more luck."""
+    """The publisher has died before it responded, for example killed or out of memory. A restart may help."""
+
+
+class PublisherProcess:
+    """The trainer's handle on its publisher.
+
+    Effects: not collective; rank 0 only; main thread; `start` and `wait` block.
+
+    Args:
+        run_dir: the run's directory.
+        settings: the publisher's settings as JSON values.
+
+    Attributes:
+        process: the child process; None before `start`.
+    """
+
+    def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
+        self._run_dir = run_dir
+        self._settings = settings
+        self.process: subprocess.Popen[bytes] | None = None
+        self._started_s = 0.0  # monotonic
+        self._started_at_s = 0.0  # since the epoch
+        self._next_check_s = 0.0
+
+    def start(self) -> tuple[str, list[str]]:
+        """Start the publisher and wait until it has opened the MLflow run; a publisher that dies is restarted.
+
+        Returns:
+            The MLflow run's id, and messages for the user.
+
+        Raises:
+            TrackingError: if the run cannot be opened, or the publisher does not respond in time.
+        """
+        for num_starts in range(1, _MAX_STARTS + 1):
+            self._start({**self._settings, "is_awaited": True})
+            assert self.process is not None
+            try:
+                limit_s = self._settings["start_timeout_s"] + self._settings["lock_timeout_s"]
+                return read_response(self.process, self._run_dir, limit_s)
+            except PublisherDiedError:
+                self.detach()
+                self.process.kill()
+                self.process.wait()
+                if num_starts == _MAX_STARTS:
+                    raise
+            except BaseException:
+                self.detach()
+                with suppress(subprocess.TimeoutExpired):  # a publisher that has reported an error exits
+                    self.process.wait(timeout=5)
+                raise
+        raise AssertionError
+
+    def restart_if_dead(self) -> None:
+        """Start the publisher again if it has died or hangs. Costs one system call, sometimes two."""
+        if self.process is None or (self.process.poll() is None and not self._kill_if_hung()):
+            return
+        if time.monotonic() - self._started_s < _CHECK_EVERY_S:
+            return
+        self.detach()
+        # The new publisher finds the run by its key, and its response is not awaited, so training is not blocked. If
+        # there is no memory for it now, a later call tries again.
+        with suppress(OSError):
+            self._start(self._settings)
+
+    def wait(self, keep_waiting: Callable[[], bool]) -> None:
+        """Wait until everything is delivered.
+
+        Args:
+            keep_waiting: called about twice a second; False ends the wait.
+        """
+        assert self.process is not None
+        while self.process.poll() not in (0, FILES_LEFT) and keep_waiting():
+            self.restart_if_dead()
+            with suppress(subprocess.TimeoutExpired):
+                if self.process.wait(timeout=0.5) != 0:
+                    time.sleep(0.5)  # until it may be restarted
+
+    def detach(self) -> None:
+        """Close the pipes. The publisher then delivers what it can for a while, and exits."""
+        if self.process is not None:
+            for stream in (self.process.stdin, self.process.stdout):
+                if stream is not None:
+                    stream.close()
+
+    def _start(self, settings: Mapping[str, Any]) -> None:
+        self._started_s, self._started_at_s = time.monotonic(), time.time()
+        self.process = start_publisher(self._run_dir, settings)
+
+    def _kill_if_hung(self) -> bool:
+        """Kill a publisher whose heartbeat has stopped. Its successor repeats the delivery, which is idempotent."""
+        assert self.process is not None
+        if time.monotonic() < self._next_check_s:
+            return False
+        self._next_check_s = time.monotonic() + _CHECK_EVERY_S
+        if seconds_since_heartbeat(self._run_dir / "outbox", self._started_at_s) < DEAD_AFTER_S:
+            return False
+        self.process.kill()
+        self.process.wait()
+        return True
 
 
 def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    """Start it; its settings go by its standard input, whose end tells it that this process is gone."""
+    """Start the publisher's process and send it its settings."""
     path = run_dir / "outbox" / LOG
     if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-        # One that still writes goes on in the file that it has.
+        # A publisher that is still running writes on into the renamed file.
         path.replace(path.with_suffix(".log.1"))
     with open(path, "ab", opener=open_private) as log:
         publisher = subprocess.Popen(
@@ -51,22 +161,25 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
             stdout=subprocess.PIPE,
             stderr=log,
             env=_publisher_environment(),
-            # A session of its own: Ctrl-C at the trainer must not end what reports it.
+            # A new session, so that Ctrl-C does not end the process that reports it.
             start_new_session=True,
         )
     assert publisher.stdin is not None
-    # By pipe, not by command line: a tracking URI may hold a password. The pipe is kept open: its end
-    # tells the publisher that the trainer is gone.
+    # The pipe remains open: its end shows the publisher that the trainer is gone.
     publisher.stdin.write(json.dumps(settings).encode() + b"\n")
     publisher.stdin.flush()
     return publisher
 
 
-def read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
-    """The id of the MLflow run and lines for the user, or the publisher's own error."""
+def read_response(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
+    """Wait for the publisher's response: the MLflow run's id, and messages for the user.
+
+    Raises:
+        PublisherDiedError: if the publisher has died before it responded.
+        TrackingError: if the publisher has reported an error, or does not respond in time.
+    """
     assert publisher.stdout is not None
-    # The publisher keeps the limit itself; the margin is for its own start.
-    limit_s = start_timeout_s + 60
+    limit_s = start_timeout_s + _START_MARGIN_S
     ready, _, _ = select.select([publisher.stdout], [], [], limit_s)
     line = publisher.stdout.readline() if ready else b""
     if not ready:
@@ -75,10 +188,27 @@ def read_answer(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout
         )
     if not line:
         raise PublisherDiedError(f"tracking: the publisher ended before it had a run; see {run_dir}/outbox/{LOG}")
-    answer = json.loads(line)
-    if "error" in answer:
-        raise TrackingError(answer["error"])
-    return answer["run_id"], answer.get("notes", [])
+    response = json.loads(line)
+    if "error" in response:
+        raise TrackingError(response["error"])
+    return response["run_id"], response.get("notes", [])
+
+
+def write_settings(outbox_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Keep the settings for `harness sync`. The address must be absolute and without a password."""
+    replace_file(outbox_dir / SETTINGS, json.dumps(dict(settings), indent=2) + "\n", is_private=True)
+
+
+def read_settings(outbox_dir: Path) -> dict[str, Any] | None:
+    """Read the kept settings; None if the run was not tracked.
+
+    Raises:
+        TrackingError: if the file is damaged.
+    """
+    settings = read_record(outbox_dir / SETTINGS)
+    if settings is None and (outbox_dir / SETTINGS).exists():
+        raise TrackingError(f"{outbox_dir / SETTINGS}: is damaged; the run's next attempt writes it again")
+    return settings
 
 
 def _publisher_environment() -> dict[str, str]:

@@ -1,10 +1,10 @@
-"""The publisher's process, beside rank zero.
+"""The publisher's process, beside rank 0.
 
-    python -m harness.tracking.publisher.process RUN_DIR      (started by the trainer; settings on stdin)
+    python -m harness.tracking.publisher.process RUN_DIR      (started by the trainer)
 
-It reads its settings from the first line of standard input, makes or finds the MLflow run, answers with one
-line on standard output, and then delivers (`harness.tracking.publisher.publisher`). The end of standard input means
-that the trainer is gone.
+It reads its settings from the first line of standard input, opens the MLflow run, responds with one line on standard
+output, and delivers the journal (`harness.tracking.publisher.publisher`). The end of standard input means that the
+trainer has exited.
 """
 
 from __future__ import annotations
@@ -27,76 +27,88 @@ from typing import Any, TextIO
 
 from harness.errors import TrackingError
 from harness.io.lock_file import holder_of, open_lock, write_holder
-from harness.io.redact import redact, remember, without_password
+from harness.io.redact import redact, remember, root_cause, without_password
 from harness.run.directory import read_run_record
-from harness.tracking.journal.delivery_state import has_more, read_delivered
-from harness.tracking.journal.heartbeat import Heartbeat
-from harness.tracking.journal.settings import absolute_sqlite, write_settings
+from harness.tracking.journal.delivery_state import has_undelivered, read_delivered
 from harness.tracking.journal.writer import DEFAULT_MAX_BYTES
+from harness.tracking.mlflow.given_run import absolute_sqlite
 from harness.tracking.mlflow.names import clean_model_name
 from harness.tracking.mlflow.registry import Registration
-from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError
-from harness.tracking.publisher.launcher import FILES_LEFT
-from harness.tracking.publisher.publisher import POLL_S, Publisher, log
+from harness.tracking.mlflow.store_protocol import PublisherSettings
+from harness.tracking.publisher.launcher import FILES_LEFT, write_settings
+from harness.tracking.publisher.progress import Heartbeat, log
+from harness.tracking.publisher.publisher import POLL_S, Publisher
 
-# Out of the trainer's way.
+# Lower priority than the trainer.
 _NICE = 10
-
-Answer = Callable[[Mapping[str, Any]], None]
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the process; 0 if all was delivered."""
+    """Run the process; returns 0 if everything is delivered."""
     run_dir = Path(argv[0])
-    # A cluster that stops a job tells each of its processes. This one ends with the trainer, which has a last
-    # checkpoint to write first.
+    # A cluster signals each process of a job that it stops. The publisher exits after the trainer, which first writes a
+    # last checkpoint.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    answer = _take_standard_output()
-    raw = json.loads(_read_line(sys.stdin.fileno()))
+    pipe = TrainerPipe()
+    raw = pipe.read_settings()
     remember(raw["tracking_uri"])
     if not raw.get("is_awaited"):
         os.nice(_NICE)
     with os.fdopen(open_lock(run_dir / "outbox" / "publisher.lock"), "r+") as lock:
-        if not _has_locked(lock, raw["lock_timeout_s"]) and not _has_locked_late(lock, run_dir, raw, answer):
+        if not _acquire(lock, raw["lock_timeout_s"]) and not _acquire_after_predecessor(lock, run_dir, raw, pipe):
             holder = holder_of(lock.fileno(), "FLOCK")
-            answer({"error": f"{run_dir}: another publisher delivers this run already: {holder}; wait for it to end"})
+            pipe.respond(error=f"{run_dir}: another publisher delivers this run already: {holder}; wait for it to end")
             return 1
-        # Who waits for the lock reads it.
+        # A process that waits for the lock shows this.
         with suppress(OSError):
             write_holder(lock.fileno())
-        return _deliver_run(run_dir, raw, answer)
+        return _deliver_run(run_dir, raw, pipe)
 
 
-def _take_standard_output() -> Answer:
-    """Keep standard output for the answer, and have whatever else prints write into the log.
+class TrainerPipe:
+    """The pipes to the trainer: settings on standard input, one response on standard output.
 
-    MLflow prints a run's address as it ends; once the trainer is gone, that would be an error each time.
+    Effects: keeps standard output for the response and redirects all other output to the log, redacted. MLflow prints a
+    run's address, which may hold a password, and would fail once the trainer is gone.
     """
-    answers = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    # That address may have a password in it, as has what libraries warn of.
-    sys.stdout = sys.stderr = _Redacted(sys.stderr)
 
-    def answer(values: Mapping[str, Any]) -> None:
-        # Only the first is read.
-        with suppress(BrokenPipeError):  # the trainer is gone, and its outbox is delivered all the same
-            os.write(answers, json.dumps(values).encode() + b"\n")
+    def __init__(self) -> None:
+        self._responses = os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        sys.stdout = sys.stderr = _Redacted(sys.stderr)
 
-    return answer
+    def read_settings(self) -> dict[str, Any]:
+        """Read the settings from the first line."""
+        # Byte by byte: a buffered reader would hide the pipe's end from `select`.
+        line = b""
+        while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"", b"\n"):
+            line += byte
+        settings: dict[str, Any] = json.loads(line)
+        return settings
+
+    def respond(self, **values: Any) -> None:
+        """Send a response. The trainer reads only the first one."""
+        with suppress(BrokenPipeError):  # the trainer is gone; its outbox is delivered nevertheless
+            os.write(self._responses, json.dumps(values).encode() + b"\n")
+
+    def is_gone(self) -> bool:
+        """Whether the trainer has closed its end of the pipe. It writes nothing after the settings."""
+        readable, _, _ = select.select([sys.stdin], [], [], 0)
+        return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
 
 
 class _Redacted(io.TextIOBase):
-    """A stream that has no secrets in what is written to it, line by line. Any thread."""
+    """A stream that removes secrets from what is written to it, line by line. Any thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._begun = ""
+        self._incomplete = ""
 
     def write(self, text: str) -> int:
         with self._lock:
-            *lines, self._begun = (self._begun + text).split("\n")
+            *lines, self._incomplete = (self._incomplete + text).split("\n")
             for line in lines:
                 self._stream.write(redact(line) + "\n")
         return len(text)
@@ -108,8 +120,8 @@ class _Redacted(io.TextIOBase):
         return self._stream.fileno()
 
 
-def _has_locked(lock: TextIO, timeout_s: float) -> bool:
-    """Take the run for this publisher alone; whether that worked within the time."""
+def _acquire(lock: TextIO, timeout_s: float) -> bool:
+    """Acquire the run's lock within a time; returns whether that succeeded."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -121,43 +133,85 @@ def _has_locked(lock: TextIO, timeout_s: float) -> bool:
             time.sleep(POLL_S)
 
 
-def _has_locked_late(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], answer: Answer) -> bool:
-    """Wait on behind the publisher of the attempt before, which has a large checkpoint in hand, say.
+def _acquire_after_predecessor(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], pipe: TrainerPipe) -> bool:
+    """Wait for the previous attempt's publisher, for example while it uploads a large checkpoint.
 
-    The run has its id already: training goes on meanwhile. The other ends where it comes to this attempt.
+    The MLflow run exists already, so the trainer gets its id and does not wait. The other publisher exits when it
+    reaches this attempt's entries.
     """
     run_id = read_run_record(run_dir).get("run_id")
-    if raw["attempt"] == 1 or run_id is None or _standard_input_closed():
+    if raw["attempt"] == 1 or run_id is None or pipe.is_gone():
         return False
-    log(f"waits for the publisher of the attempt before: {holder_of(lock.fileno(), 'FLOCK')}")
-    answer({"run_id": run_id})
-    while not _has_locked(lock, POLL_S):
-        if _standard_input_closed():
+    log(f"waits for the previous attempt's publisher: {holder_of(lock.fileno(), 'FLOCK')}")
+    pipe.respond(run_id=run_id)
+    while not _acquire(lock, POLL_S):
+        if pipe.is_gone():
             return False
     return True
 
 
-def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
+def _deliver_run(run_dir: Path, raw: dict[str, Any], pipe: TrainerPipe) -> int:
+    record = read_run_record(run_dir)
     delivered = read_delivered(run_dir / "outbox")
-    if not has_more(run_dir / "outbox", delivered) and delivered.ended:
-        answer({"run_id": read_run_record(run_dir)["run_id"]})
+    if not has_undelivered(run_dir / "outbox", delivered) and delivered.ended:
+        pipe.respond(run_id=record["run_id"])
         return 0
 
+    # Imported only now, because it takes seconds.
     from harness.tracking.mlflow import client
     from harness.tracking.mlflow.store import MlflowStore
-    from harness.tracking.mlflow.uploads import Pace
+    from harness.tracking.mlflow.uploads import UploadMeter
 
-    client.require_json_answers()
-    record = read_run_record(run_dir)
-    given_run_id, given_by = raw.get("given_run") or (None, None)
-    settings = PublisherSettings(
+    client.require_json_responses()
+    settings = _settings_of(raw, record, absolute_sqlite(client.resolve_tracking_uri(raw["tracking_uri"])))
+    try:
+        settings, notes = locate_run(settings, record, client.has_run)
+        # For `harness sync`, from any directory.
+        write_settings(run_dir / "outbox", {**raw, "tracking_uri": without_password(settings.tracking_uri)})
+        heartbeat = Heartbeat(run_dir / "outbox")
+        heartbeat.beat()
+        store = MlflowStore(settings.tracking_uri, meter=UploadMeter(settings.max_upload_bytes_per_s, heartbeat))
+        publisher = Publisher(run_dir, settings, store, pipe, heartbeat)
+        publisher.open_run()
+    except Exception as error:
+        log(f"no run: {error}")
+        pipe.respond(
+            error=str(error) if isinstance(error, TrackingError) else _open_error(error, settings, raw, record)
+        )
+        return 1
+    if raw["experiment_name"] and store.experiment_name not in (None, raw["experiment_name"]):
+        notes.append(
+            f"MLflow run {store.run_id} is in experiment {store.experiment_name!r}, not {raw['experiment_name']!r}"
+        )
+    pipe.respond(run_id=store.run_id, notes=[*notes, *publisher.notes])
+    if raw.get("is_awaited"):
+        # Until here all ranks have waited for this process.
+        os.nice(_NICE)
+    # The objects of the imports are permanent. Full collections during a long backlog would search them, for 0.14 s.
+    gc.freeze()
+    if publisher.run():
+        return 0
+    return FILES_LEFT if publisher.has_ended else 1
+
+
+def _settings_of(raw: Mapping[str, Any], record: Mapping[str, Any], tracking_uri: str) -> PublisherSettings:
+    """Complete the trainer's settings. Settings of earlier versions lack some keys."""
+    registration = None
+    if raw["registered_model_name"] is not None:
+        registration = Registration(
+            clean_model_name(raw["registered_model_name"]),
+            raw.get("registered_model_aliases", False),
+            raw.get("monitor"),
+            raw.get("mode", "min"),
+        )
+    return PublisherSettings(
         run_name=raw["run_name"],
-        tracking_uri=absolute_sqlite(client.resolve_tracking_uri(raw["tracking_uri"])),
+        tracking_uri=tracking_uri,
         experiment_name=raw["experiment_name"]
         or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         or record.get("experiment_name")
         or "default",
-        registration=_registration(raw),
+        registration=registration,
         start_timeout_s=raw["start_timeout_s"],
         attempt=raw["attempt"],
         parent_run=raw.get("parent_run"),
@@ -165,80 +219,42 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], answer: Answer) -> int:
         max_outbox_bytes=raw.get("max_outbox_bytes", DEFAULT_MAX_BYTES),
         leaves_open=raw.get("leaves_open", False),
         experiment_id=raw.get("experiment_id"),
-        given_run_id=given_run_id,
+        given_run_id=(raw.get("given_run") or (None, None))[0],
     )
 
-    def is_permanent(error: Exception) -> bool:
-        return isinstance(error, RefusedError) or client.is_permanent(error)
 
-    try:
-        settings, notes = where_it_goes_on(settings, record, client.has_run)
-        # For `harness sync`, from any directory; without a password.
-        kept = {**raw, "tracking_uri": without_password(settings.tracking_uri)}
-        write_settings(run_dir / "outbox", kept)
-        heartbeat = Heartbeat(run_dir / "outbox")
-        heartbeat.beat()
-        pace = Pace(settings.max_upload_bytes_per_s)
-        store = MlflowStore(settings.tracking_uri, pace=pace, sent=heartbeat.sent)
-        publisher = Publisher(run_dir, settings, store, is_permanent, _standard_input_closed, heartbeat=heartbeat)
-        publisher.open_run()
-        if raw["experiment_name"] and store.experiment_name not in (None, raw["experiment_name"]):
-            notes.append(
-                f"MLflow run {store.run_id} is in experiment {store.experiment_name!r}, not {raw['experiment_name']!r}"
-            )
-    except TrackingError as error:
-        log(f"no run: {error}")
-        answer({"error": str(error)})
-        return 1
-    except Exception as error:
-        log(f"no run: {error}")
-        where = without_password(settings.tracking_uri)
-        remedy = (
-            "start the server or correct the address (`harness train` and own loops can do without: "
-            "tracking.enabled: false)"
+def _open_error(
+    error: Exception, settings: PublisherSettings, raw: Mapping[str, Any], record: Mapping[str, Any]
+) -> str:
+    where = without_password(settings.tracking_uri)
+    remedy = (
+        "start the server or correct the address (`harness train` and own loops can do without: "
+        "tracking.enabled: false)"
+    )
+    if settings.given_run_id is not None and "run_id" not in record:
+        _, source = raw["given_run"]
+        return (
+            f"tracking: MLflow run {settings.given_run_id}, named by {source}, cannot be used at {where}: "
+            f"{root_cause(error)}; name another, or {remedy}"
         )
-        if given_run_id is not None and "run_id" not in record:
-            message = (
-                f"tracking: MLflow run {given_run_id}, named by {given_by}, cannot be used at {where}: "
-                f"{root_cause(error)}; name another, or {remedy}"
-            )
-        else:
-            message = f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; {remedy}"
-        answer({"error": message})
-        return 1
-    answer({"run_id": store.run_id, "notes": [*notes, *publisher.notes]})
-    if raw.get("is_awaited"):
-        # Until here the trainer has waited, and with it all ranks.
-        os.nice(_NICE)
-    # Objects of the imports stay for good. Each full collection in a long backlog would search them, for 0.14 s.
-    gc.freeze()
-    if publisher.run():
-        return 0
-    return FILES_LEFT if publisher.has_ended else 1
+    return f"tracking.tracking_uri: no MLflow run could be made at {where}: {root_cause(error)}; {remedy}"
 
 
-def _registration(raw: Mapping[str, Any]) -> Registration | None:
-    if raw["registered_model_name"] is None:
-        return None
-    # A run of before there were aliases may still have something to deliver.
-    aliases, monitor = raw.get("registered_model_aliases", False), raw.get("monitor")
-    # A version before this one left the name to MLflow's own refusal.
-    name = clean_model_name(raw["registered_model_name"])
-    return Registration(name, aliases, monitor, raw.get("mode", "min"))
-
-
-def where_it_goes_on(
+def locate_run(
     settings: PublisherSettings, record: Mapping[str, Any], has_run: Callable[[str, str], bool]
 ) -> tuple[PublisherSettings, list[str]]:
-    """The settings for a run that may be in MLflow already, and lines for the user where they are not those asked for.
+    """Correct the settings of a run that MLflow already has.
 
-    A run is in one place: it stays in its experiment and at its server, unless it is found at the address that is
-    configured now, because the server has moved, or has another name from here.
+    A run stays at its address and in its experiment, unless the configured address has it too, for example because the
+    server was moved.
 
     Args:
-        settings: as they are configured now.
-        record: what ``run.json`` holds.
-        has_run: whether the store at an address has a run of an id.
+        settings: the configured settings.
+        record: the content of ``run.json``.
+        has_run: whether the store at an address has a run with an id.
+
+    Returns:
+        The settings, and messages for the user about each difference.
 
     Raises:
         TrackingError: if the run's own address is only known without its password.
@@ -260,41 +276,20 @@ def where_it_goes_on(
                 "address, with the password, or another run_name"
             )
         notes.append(
-            f"MLflow run {run_id} goes on at {address}, where it began, not at {configured}; for one there give "
+            f"MLflow run {run_id} continues at {address}, where it began, not at {configured}; for one there give "
             "another run_name"
         )
         settings = replace(settings, tracking_uri=address)
     is_by_id = settings.experiment_id is not None
-    asked = settings.experiment_id if is_by_id else settings.experiment_name
-    if asked != record["experiment_id" if is_by_id else "experiment_name"]:
+    requested = settings.experiment_id if is_by_id else settings.experiment_name
+    if requested != record["experiment_id" if is_by_id else "experiment_name"]:
         notes.append(
-            f"MLflow run {run_id} stays in experiment {record['experiment_name']!r}, not {asked!r}; "
+            f"MLflow run {run_id} stays in experiment {record['experiment_name']!r}, not {requested!r}; "
             "for one there give another run_name"
         )
     if settings.experiment_name != record["experiment_name"]:
         settings = replace(settings, experiment_name=record["experiment_name"])
     return settings, notes
-
-
-def root_cause(error: BaseException) -> str:
-    """What an error began with, as one line: the outer layers of HTTP clients repeat it at length."""
-    while (inner := error.__cause__ or error.__context__) is not None and str(inner):
-        error = inner
-    return redact(" ".join(str(error).split()))[:300]
-
-
-def _standard_input_closed() -> bool:
-    """Whether the trainer's end of the pipe is gone. It writes nothing after the settings."""
-    readable, _, _ = select.select([sys.stdin], [], [], 0)
-    return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
-
-
-def _read_line(descriptor: int) -> bytes:
-    """One line, byte by byte: a buffered reader would hide the pipe's end from `select`."""
-    line = b""
-    while (byte := os.read(descriptor, 1)) not in (b"", b"\n"):
-        line += byte
-    return line
 
 
 if __name__ == "__main__":

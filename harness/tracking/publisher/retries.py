@@ -1,4 +1,4 @@
-"""Trying until it works: how long to wait in between, and when to leave it."""
+"""Retries while the store is unreachable: how long to pause, and when to give up."""
 
 from __future__ import annotations
 
@@ -6,50 +6,71 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
+
+from harness.tracking.mlflow.store_protocol import RefusedError, Store
+from harness.tracking.publisher.progress import Heartbeat, log
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-# Once the trainer is gone, how long a store that is away is waited for.
+# After the trainer has exited, an unreachable store is retried for this long.
 LINGER_S = 20.0
 
 
-class Retries:
-    """What the publisher's two lanes share of waiting for a store that is away.
+class Clock:
+    """Monotonic time and pauses, in seconds. Tests replace it."""
+
+    def now_s(self) -> float:
+        """Return a time that never decreases."""
+        return time.monotonic()
+
+    def sleep(self, pause_s: float) -> None:
+        """Pause the calling thread."""
+        time.sleep(pause_s)
+
+
+class Trainer(Protocol):
+    """The trainer, as the publisher sees it."""
+
+    def is_gone(self) -> bool:
+        """Whether the trainer has exited."""
+        ...
+
+
+class RetryPolicy:
+    """Retries for the publisher and its artifact worker.
+
+    Effects: not collective; any thread; `run` blocks until the action succeeds or is given up.
 
     Args:
-        is_permanent: whether an error of the store means no for good.
-        trainer_is_gone: asked between tries.
-        told: told of what is tried again, and why.
-        sleep: how to pause, in seconds.
-        clock: seconds that never go back.
+        store: decides which errors are permanent.
+        trainer: as long as it is alive, retries continue without a limit.
+        heartbeat: beats at each failed try.
+        clock: time and pauses.
     """
 
-    def __init__(
-        self,
-        is_permanent: Callable[[Exception], bool],
-        trainer_is_gone: Callable[[], bool],
-        told: Callable[[str, Exception], None],
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.is_permanent = is_permanent
-        self._trainer_is_gone = trainer_is_gone
-        self._told = told
-        self._sleep = sleep
+    def __init__(self, store: Store, trainer: Trainer, heartbeat: Heartbeat, clock: Clock) -> None:
+        self._store = store
+        self._trainer = trainer
+        self._heartbeat = heartbeat
         self._clock = clock
         self._lock = threading.Lock()
         self._gone_since_s: float | None = None
 
-    def until_done(self, what: str, action: Callable[[], None], is_over: Callable[[], bool] | None = None) -> bool:
-        """Do it until it works; False: given up, as the trainer is gone and the store stayed away.
+    def is_permanent(self, error: Exception) -> bool:
+        """Whether a retry is useless."""
+        return isinstance(error, RefusedError) or self._store.is_permanent(error)
+
+    def run(self, what: str, action: Callable[[], None], is_cancelled: Callable[[], bool] | None = None) -> bool:
+        """Call `action` until it succeeds; False if the trainer is gone and the store remains unreachable.
 
         Args:
-            what: names it in the log.
-            action: raises an error where it did not work.
-            is_over: whether nobody waits for it any more, asked each second; None: somebody does.
+            what: name of the action in the log.
+            action: raises an error if it fails.
+            is_cancelled: polled each second of a pause; True ends the retries.
 
         Raises:
-            Exception: what the store says no to for good.
+            Exception: a permanent error of the action.
         """
         pause_s = FIRST_PAUSE_S
         while True:
@@ -59,28 +80,31 @@ class Retries:
             except Exception as error:
                 if self.is_permanent(error):
                     raise
-                self._told(what, error)
+                log(f"cannot deliver yet: {what}: {error}")
+                self._store.handle_transient_error(error)
+                self._heartbeat.beat()
                 if self._has_lingered():
                     return False
-                # With jitter: many jobs that lost one server shall not come back in step.
-                if not self._has_paused(random.uniform(0.5, 1.0) * pause_s, is_over):
+                # With jitter, so that jobs that lost the same server do not retry in step.
+                if not self._pause(random.uniform(0.5, 1.0) * pause_s, is_cancelled):
                     return False
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    def _has_paused(self, left_s: float, is_over: Callable[[], bool] | None) -> bool:
-        if is_over is None:
-            self._sleep(left_s)
+    def _pause(self, pause_s: float, is_cancelled: Callable[[], bool] | None) -> bool:
+        """Pause; False if cancelled."""
+        if is_cancelled is None:
+            self._clock.sleep(pause_s)
             return True
-        while left_s > 0 and not is_over():
-            self._sleep(min(left_s, 1.0))
-            left_s -= 1.0
-        return not is_over()
+        while pause_s > 0 and not is_cancelled():
+            self._clock.sleep(min(pause_s, 1.0))
+            pause_s -= 1.0
+        return not is_cancelled()
 
     def _has_lingered(self) -> bool:
         with self._lock:
-            if not self._trainer_is_gone():
+            if not self._trainer.is_gone():
                 return False
-            now_s = self._clock()
+            now_s = self._clock.now_s()
             if self._gone_since_s is None:
                 self._gone_since_s = now_s
             return now_s - self._gone_since_s > LINGER_S

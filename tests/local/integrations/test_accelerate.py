@@ -84,7 +84,7 @@ def test_all_that_can_be_arrives_when_names_values_and_steps_are_odd(
     for step in (3.0, np.float32(4.5), torch.tensor(5), "6", 2**63, -1, True):
         accelerator.log({"steps": 1.0}, step=step)
     assert tracker.tracker is not None
-    tracker.tracker.text("../../outside.txt", "text")
+    tracker.tracker.log_text("../../outside.txt", "text")
     accelerator.end_training()
 
     reader, run = client(tmp_path), only_run(tmp_path)

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from harness.tracking.entries import read_entries
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ from harness.checkpoint.format.commit import list_checkpoints
 from harness.errors import Stopped
 from harness.integrations.lightning import HarnessCallback
 from harness.tasks import Digits
+from harness.tracking.journal.entries import read_entries
 from tests.local.integrations.digits_module import DigitsModule
 from tests.mlflow_reader import client, history, models, only_run
 

@@ -9,9 +9,9 @@ import sys
 
 CODE = """
 from harness.io.progress import Progress
-from harness.tracking.publisher.drain import Left
+from harness.tracking.publisher.progress import Remaining
 progress = Progress(enabled=True)
-for left in (Left(2, 3_000_000, 0.0), Left(1, 1_500_000, 0.5)):
+for left in (Remaining(2, 3_000_000, 0.0), Remaining(1, 1_500_000, 0.5)):
     progress.delivering(left.share, str(left))
 progress.stop()
 """

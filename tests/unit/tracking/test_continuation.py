@@ -29,10 +29,10 @@ def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox
     log(outbox, 20, 200, loss=0.4)
     log(outbox, 20, 900, loss=0.3)  # another attempt's, from before points were compared
     points = known(outbox, 10)
-    assert points.take("loss", 0.5, 10) == Point(0.5, 100, 10)
-    assert points.take("loss", 0.4, 20) == Point(0.4, 200, 20)
-    assert points.take("loss", 0.3, 30) is None
-    assert points.take("epoch", 1.0, 20) is None
+    assert points.match("loss", 0.5, 10) == Point(0.5, 100, 10)
+    assert points.match("loss", 0.4, 20) == Point(0.4, 200, 20)
+    assert points.match("loss", 0.3, 30) is None
+    assert points.match("epoch", 1.0, 20) is None
     assert points.facts == {"points_repeated": "2", "points_differing": "0"}
 
 
@@ -42,7 +42,7 @@ def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: J
     log(outbox, 20, 200, loss=0.4)
     points = known(outbox, 10)
     assert points.latest == {"loss": Point(0.5, 100, 10), "lr": Point(1.0, 50, 5)}
-    assert points.take("loss", 0.9, 5) is None
+    assert points.match("loss", 0.9, 5) is None
     assert points.last_step == 20
 
 
@@ -52,9 +52,9 @@ def test_differences_are_counted_exactly_when_values_are_others(outbox: JournalW
     points = known(outbox, 0)
     again = {**values, "last_bit": math.nextafter(1.0, 2), "double": 2.0, "sign": -1.0}
     for key, value in again.items():
-        assert points.take(key, value, 1) is not None
+        assert points.match(key, value, 1) is not None
     assert (points.num_repeated, points.num_differing, points.largest_difference) == (7, 3, 2.0)
-    points.take("was_nan", 1.0, 1)
+    points.match("was_nan", 1.0, 1)
     assert (points.num_differing, points.largest_difference) == (4, math.inf)
 
 
@@ -62,7 +62,7 @@ def test_differences_are_counted_exactly_when_values_are_others(outbox: JournalW
 def test_measured_point_is_known_and_no_difference_when_its_value_is_another(outbox: JournalWriter, key: str) -> None:
     outbox.append("metrics", {"step": 4, "values": {key: 2.0}}, 10)
     points = known(outbox, 4)
-    assert points.take(key, 3.0, 4) == Point(2.0, 10, 4)
+    assert points.match(key, 3.0, 4) == Point(2.0, 10, 4)
     assert points.num_differing == 0
 
 
@@ -70,7 +70,7 @@ def test_every_point_is_found_when_attempts_have_logged_out_of_order(outbox: Jou
     for step in (1, 5, 9, 3, 7, 2):
         log(outbox, step, 10 * step, loss=float(step))
     points = known(outbox, 0)
-    assert [points.take("loss", 0.0, step) for step in range(11)] == [
+    assert [points.match("loss", 0.0, step) for step in range(11)] == [
         Point(float(step), 10 * step, step) if step in (1, 2, 3, 5, 7, 9) else None for step in range(11)
     ]
 

@@ -11,18 +11,18 @@ import mlflow
 import pytest
 
 from harness.tracking.journal.delivery_state import DAMAGED_ENTRIES, DELIVERED, read_delivered
+from harness.tracking.journal.entries import JOURNAL, journal_end
 from harness.tracking.journal.logged_points import KnownPoints, read_logged
 from harness.tracking.journal.pruning import PRUNED, Pruned, read_pruned, write_pruned
-from harness.tracking.journal.segments import JOURNAL, journal_end
-from harness.tracking.journal.settings import write_settings
 from harness.tracking.journal.writer import JournalWriter
-from harness.tracking.mlflow import client
 from harness.tracking.mlflow.store import MlflowStore
-from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError
+from harness.tracking.mlflow.store_protocol import PublisherSettings
 from harness.tracking.publisher.attempts import FILE as ATTEMPTS
+from harness.tracking.publisher.launcher import write_settings
 from harness.tracking.publisher.publisher import Publisher
-from harness.tracking.publisher.sync import deliver_rest, has_news
+from harness.tracking.publisher.sync import deliver_rest, is_incomplete
 from tests.services.mlflow_server import make_database
+from tests.unit.tracking.test_publisher import FakeTrainer
 
 STEPS = 10
 
@@ -50,7 +50,7 @@ class Run:
 
     def deliver(self, attempt: int) -> Publisher:
         settings = PublisherSettings("it", self.uri, "exp", None, start_timeout_s=30.0, attempt=attempt)
-        publisher = Publisher(self.run_dir, settings, MlflowStore(self.uri), is_permanent, lambda: True)
+        publisher = Publisher(self.run_dir, settings, MlflowStore(self.uri), FakeTrainer(lambda: True))
         publisher.open_run()
         assert publisher.run()
         return publisher
@@ -64,10 +64,6 @@ class Run:
     @property
     def run_id(self) -> str:
         return str(json.loads((self.run_dir / "run.json").read_text())["run_id"])
-
-
-def is_permanent(error: Exception) -> bool:
-    return isinstance(error, RefusedError) or client.is_permanent(error)
 
 
 @pytest.fixture
@@ -108,10 +104,10 @@ def test_everything_is_there_once_when_the_record_of_delivery_is_damaged(
     run.deliver(1)
     damage(run.outbox_dir)
     run.train(2)
-    assert has_news(run.run_dir)
+    assert is_incomplete(run.run_dir)
     publisher = run.deliver(2)
     assert run.steps == [*range(2 * STEPS)]
-    assert not has_news(run.run_dir)
+    assert not is_incomplete(run.run_dir)
     assert read_delivered(run.outbox_dir).offset == journal_end(run.outbox_dir)
     found = mlflow.MlflowClient(run.uri).get_run(run.run_id)
     assert (found.info.status, found.data.tags["harness.end_reason"]) == ("FINISHED", "of 2")
@@ -134,7 +130,7 @@ def test_journal_is_known_to_be_another_when_it_has_grown_past_the_old_offset(ru
         record = json.load(stream)
     record["offset"] = record["models_offset"] = journal_end(run.outbox_dir)
     (run.outbox_dir / DELIVERED).write_text(json.dumps(record))
-    assert has_news(run.run_dir)
+    assert is_incomplete(run.run_dir)
     run.deliver(2)
     assert run.steps == [*range(2 * STEPS)]
 

@@ -11,18 +11,18 @@ import pytest
 
 from harness.tracking.journal.delivery_state import read_delivered
 from harness.tracking.journal.writer import JournalWriter
-from harness.tracking.mlflow.client import is_permanent
 from harness.tracking.mlflow.store import MlflowStore
 from harness.tracking.mlflow.store_protocol import PublisherSettings
 from harness.tracking.publisher import artifact_worker
 from harness.tracking.publisher.publisher import Publisher
-from harness.tracking.publisher.sync import has_news, undelivered_line
+from harness.tracking.publisher.sync import is_incomplete, undelivered_line
 from tests.services.mlflow_server import make_database
+from tests.unit.tracking.test_publisher import FakeTrainer
 
 
 def delivering(run_dir: Path, uri: str, store: type[MlflowStore] = MlflowStore) -> Publisher:
     settings = PublisherSettings("it", uri, "exp", None, start_timeout_s=30.0, attempt=1)
-    publisher = Publisher(run_dir, settings, store(uri), is_permanent, lambda: False)
+    publisher = Publisher(run_dir, settings, store(uri), FakeTrainer())
     publisher.open_run()
     return publisher
 
@@ -45,7 +45,7 @@ def trained(run_dir: Path, database: Path, artifacts: Path) -> mlflow.MlflowClie
 def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_worker, "_MAX_TROUBLE_S", 1.0)
+    monkeypatch.setattr(artifact_worker, "_MAX_OUTAGE_S", 1.0)
     run_dir = tmp_path / "it"
     # A file where a directory is to be, which no user may write below.
     (tmp_path / "blocked").touch()
@@ -59,7 +59,7 @@ def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 0.5})
     delivered = read_delivered(run_dir / "outbox")
     assert "blocked/artifacts" in undelivered_line(run_dir, delivered)
-    assert has_news(run_dir)
+    assert is_incomplete(run_dir)
 
     # And again, as `harness sync` does it: first in vain.
     assert not delivering(run_dir, client.tracking_uri).run()
@@ -69,7 +69,7 @@ def test_end_is_delivered_and_files_later_when_artifacts_cannot_be_written(
     again = client.get_run(run.info.run_id)
     assert (again.info.status, again.info.end_time) == ("FINISHED", run.info.end_time)
     assert "summary.txt" in [file.path for file in client.list_artifacts(run.info.run_id)]
-    assert not has_news(run_dir) and read_delivered(run_dir / "outbox").files_trouble == ""
+    assert not is_incomplete(run_dir) and read_delivered(run_dir / "outbox").files_trouble == ""
 
 
 class AwayThenSlow(MlflowStore):
@@ -87,7 +87,7 @@ class AwayThenSlow(MlflowStore):
 
 
 def test_end_waits_for_an_upload_when_a_try_before_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_worker, "_MAX_TROUBLE_S", 1.0)
+    monkeypatch.setattr(artifact_worker, "_MAX_OUTAGE_S", 1.0)
     client = trained(tmp_path / "it", tmp_path / "mlflow.db", tmp_path / "artifacts")
     publisher = delivering(tmp_path / "it", client.tracking_uri, AwayThenSlow)
     assert publisher.run()

@@ -6,8 +6,8 @@ import inspect
 
 from harness.distributed.consensus import Consensus
 from harness.metrics.reducer import Reducer
-from harness.tracking.journal.heartbeat import DEAD_AFTER_S
 from harness.tracking.mlflow.client import LONGEST_TIMEOUT_S
+from harness.tracking.publisher.progress import DEAD_AFTER_S
 from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
 
 

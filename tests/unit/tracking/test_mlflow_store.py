@@ -15,7 +15,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.service_pb2 import LogBatch
 
-from harness.tracking.mlflow.client import connect, has_run, is_permanent, server_of
+from harness.tracking.mlflow.client import connect, has_run, is_permanent, rest_store_of
 from harness.tracking.mlflow.names import clean_model_name
 from harness.tracking.mlflow.registry import Registration, Registry
 from harness.tracking.mlflow.store import MlflowStore, _log_batch_body
@@ -36,8 +36,8 @@ def test_request_is_mlflows_own_when_points_are_sent(logged: list[tuple[str, flo
 
 
 def test_mlflows_client_is_asked_when_there_is_no_plain_server() -> None:
-    assert server_of(MlflowClient("http://127.0.0.1:9")) is not None
-    assert server_of(object()) is None
+    assert rest_store_of(MlflowClient("http://127.0.0.1:9")) is not None
+    assert rest_store_of(object()) is None
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_parent_keeps_its_status_when_another_has_made_it(store: MlflowStore, tm
     made = client.create_run(store.experiment_id).info.run_id
     child = client.create_run(store.experiment_id, tags={"mlflow.parentRunId": made}).info.run_id
     ours = client.get_run(store.run_id).data.tags["mlflow.parentRunId"]
-    store.end("FAILED", 5)
+    store.set_terminated("FAILED", 5)
     store.open_run(WantedRun("key-2", "run", "default", given_run_id=child))
-    store.end("FAILED", 6)
+    store.set_terminated("FAILED", 6)
     statuses = {run_id: client.get_run(run_id).info.status for run_id in (made, child, ours)}
     assert statuses == {made: "RUNNING", child: "FAILED", ours: "FAILED"}
 
@@ -77,7 +77,7 @@ def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: Ml
     store.log_dataset({**dataset, "name": "\udcff" * 999})
     numbers: list[tuple[Any, int]] = [(1.0, 2**63), (1.0, -(2**63) - 1), (10**400, 1), (None, 1)]
     for value, step in numbers:
-        with pytest.raises(MlflowException, match="is no number of 64 bits") as caught:
+        with pytest.raises(MlflowException, match="is not a 64-bit number") as caught:
             store.log_metrics([("x", value, 1, step)])
         assert is_permanent(caught.value)
     run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(store.run_id)

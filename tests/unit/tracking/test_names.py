@@ -20,8 +20,8 @@ from mlflow.utils.validation import (
     _validate_tag,
 )
 
-from harness.tracking.mlflow.names import MAX_KEY_CHARS, Kind, Names, clean_key, clean_model_name, clean_path
-from harness.tracking.mlflow.store import MAX_PARAM_CHARS, MAX_TAG_CHARS
+from harness.tracking.mlflow.client import MAX_PARAM_CHARS, MAX_TAG_CHARS
+from harness.tracking.mlflow.names import MAX_KEY_CHARS, Kind, NameCleaner, clean_key, clean_model_name, clean_path
 
 ODD = [
     "",
@@ -99,11 +99,10 @@ def test_limits_are_mlflows_when_values_are_cut() -> None:
 
 
 def test_line_is_said_once_when_a_name_is_changed() -> None:
-    said: list[str] = []
-    used = Names(said.append)
-    assert [used.of("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100-0f5bccb8"] * 3
-    assert [used.of("metric", name) for name in PLAIN] == PLAIN
-    (line,) = said
+    names = NameCleaner()
+    assert [names.clean("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100-0f5bccb8"] * 3
+    assert [names.clean("metric", name) for name in PLAIN] == PLAIN
+    (line,) = names.warnings
     assert line.startswith(
         "metric 'val/AR@100' is named 'val/AR_100-0f5bccb8' in MLflow: names hold at most 250 letters"
     )
@@ -112,11 +111,11 @@ def test_line_is_said_once_when_a_name_is_changed() -> None:
 @pytest.mark.parametrize("kind", ["metric", "parameter", "tag"])
 def test_name_is_the_same_when_others_are_logged_before(kind: Kind) -> None:
     given = ["acc@1", "acc%1", "acc_1", "y" * 260 + "a", "y" * 260 + "b", "z|" * 125, "z?" * 125]
-    found = Names(lambda line: None).of_all(kind, dict.fromkeys(given, "1"))
+    found = NameCleaner().clean_all(kind, dict.fromkeys(given, "1"))
     assert len(found) == len(given) and all(map(is_accepted, found)) and "acc_1" in found
     # As in a later attempt, which logs them in another order.
-    names = Names(lambda line: None)
-    assert [names.of(kind, name) for name in reversed(given)] == list(found)[::-1]
+    names = NameCleaner()
+    assert [names.clean(kind, name) for name in reversed(given)] == list(found)[::-1]
 
 
 def test_files_stay_apart_when_their_paths_are_cleaned() -> None:

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from harness.errors import TrackingError
 from harness.tracking.journal import writer as outbox_module
 from harness.tracking.journal.delivery_state import Delivered, read_delivered, write_delivered
-from harness.tracking.journal.entries import Entry, read_entries
-from harness.tracking.journal.pruning import num_lost, prune
-from harness.tracking.journal.segments import JOURNAL, segments
+from harness.tracking.journal.entries import JOURNAL, Entry, list_segments, read_entries
+from harness.tracking.journal.pruning import count_lost_bytes, prune
 from harness.tracking.journal.writer import DEFAULT_MAX_BYTES, JournalWriter
 
 values = st.recursive(
@@ -58,9 +57,8 @@ def in_a_new_directory(check: Callable[[Path], None]) -> None:
 
 @pytest.mark.parametrize("takes", ["file", "directory", "moves"])
 def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path: Path, takes: str) -> None:
-    said: list[str] = []
     directory = tmp_path / "outbox"
-    outbox = JournalWriter(directory, say=said.append)
+    outbox = JournalWriter(directory)
     for step in range(4):
         outbox.append("metrics", {"step": step, "values": {"loss": 1.0}})
         if step == 1 and takes == "moves":
@@ -72,7 +70,7 @@ def test_journal_is_there_again_when_it_was_removed_while_it_is_written(tmp_path
     outbox.sync()
     assert [entry.body["step"] for entry in read_entries(directory)] == [*range(5)]
     assert [path.name for path in directory.iterdir()] == [JOURNAL]
-    (line,) = said
+    (line,) = outbox.warnings
     assert line.startswith(f"{outbox.path}: was removed while the run is training")
     outbox.close()
 
@@ -109,13 +107,13 @@ def test_bytes_are_counted_as_lost_when_they_were_not_removed_by_the_publisher(t
         outbox.append("params", {f"p{step}": "1"})
     outbox.sync()
     outbox.close()
-    first, second, *_ = segments(tmp_path)
-    assert num_lost(tmp_path, 0) == 0
+    first, second, *_ = list_segments(tmp_path)
+    assert count_lost_bytes(tmp_path, list_segments(tmp_path), 0) == 0
     prune(tmp_path, Delivered(offset=first.end, models_offset=first.end), 0)
-    assert num_lost(tmp_path, 0) == 0
+    assert count_lost_bytes(tmp_path, list_segments(tmp_path), 0) == 0
     second.path.unlink()
-    assert num_lost(tmp_path, 0) == second.end - second.begin
-    assert num_lost(tmp_path, second.end) == 0
+    assert count_lost_bytes(tmp_path, list_segments(tmp_path), 0) == second.end - second.begin
+    assert count_lost_bytes(tmp_path, list_segments(tmp_path), second.end) == 0
 
 
 @given(appended, st.data())
@@ -248,14 +246,14 @@ def test_entries_wait_in_their_order_when_the_disk_is_full_in_the_middle_of_one(
     with file_size_limit(first.end_offset + extra_bytes):
         outbox.append("tags", {"long": "x" * 100}, 2)
         outbox.append("tags", {"c": "d"}, 3)
-        assert outbox.trouble is not None
-        assert outbox.trouble.startswith(f"{outbox.path}: cannot append to the outbox: ")
-        assert "2 entries wait in memory" in outbox.trouble
+        assert outbox.problem is not None
+        assert outbox.problem.startswith(f"{outbox.path}: cannot append to the outbox: ")
+        assert "2 entries are kept in memory" in outbox.problem
         with pytest.raises(TrackingError, match="free space there"):
             outbox.sync()
     assert outbox.path.stat().st_size == first.end_offset
     outbox.append("tags", {"e": "f"}, 4)
-    assert outbox.trouble is None
+    assert outbox.problem is None
     outbox.sync()
     outbox.close()
     written = [(entry.body, entry.time_ms) for entry in read_entries(tmp_path)]
@@ -265,7 +263,7 @@ def test_entries_wait_in_their_order_when_the_disk_is_full_in_the_middle_of_one(
 def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox_module, "MAX_WAITING_BYTES", 300)
+    monkeypatch.setattr(outbox_module, "MAX_PENDING_BYTES", 300)
     outbox = JournalWriter(tmp_path)
     with file_size_limit(0):
         for step in range(10):
@@ -276,7 +274,7 @@ def test_metrics_alone_are_left_out_and_counted_when_too_much_waits(
     steps = [entry.body["step"] for entry in entries if entry.kind == "metrics"]
     assert steps == [*range(len(steps))]
     assert entries[-1].kind == "end"
-    assert (outbox.num_left_out, len(steps) > 0) == (10 - len(steps), True)
+    assert (outbox.num_dropped, len(steps) > 0) == (10 - len(steps), True)
 
 
 def test_error_has_path_and_reason_when_not_even_taking_back_works(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ import pytest
 
 from harness.checkpoint.format.commit import Manifest, commit, temporary_of
 from harness.tracking.journal.delivery_state import DELIVERED, MAX_REFUSED_KEPT, read_delivered
-from harness.tracking.journal.entries import read_entries
-from harness.tracking.journal.segments import JOURNAL
+from harness.tracking.journal.entries import JOURNAL, read_entries
 from harness.tracking.journal.writer import JournalWriter
 from harness.tracking.mlflow.registry import Registration
-from harness.tracking.mlflow.store_protocol import PublisherSettings, RefusedError, WantedRun
+from harness.tracking.mlflow.store_protocol import PublisherSettings, WantedRun
 from harness.tracking.publisher.publisher import MAX_POINTS_PER_DELIVERY, Publisher
-from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S
+from harness.tracking.publisher.retries import LINGER_S, LONGEST_PAUSE_S, Clock
 
 
 class Refusal(Exception):
@@ -44,7 +43,7 @@ class FaultyStore:
         self.calls: list[tuple[str, Any]] = []
         self.num_tries = 0
         self.in_use: set[str] = set()
-        self.recipes: list[Mapping[str, Any] | None] = []
+        self.model_specs: list[Mapping[str, Any] | None] = []
         self._failures = list(failures)
 
     def _call(self, name: str, value: Any) -> None:
@@ -86,24 +85,27 @@ class FaultyStore:
         record: Mapping[str, Any],
         directory: Path,
         registration: Registration | None,
-        recipe: Mapping[str, Any] | None,
+        model_spec: Mapping[str, Any] | None,
     ) -> str:
         self._call("checkpoint", (record["name"], directory, registration))
-        self.recipes.append(recipe)
+        self.model_specs.append(model_spec)
         return f"m-{record['name']}"
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
         self._call("drop", key)
         return [f"all but {key} keep it"]
 
-    def failed(self, error: Exception) -> None:
-        """Nothing is given longer here."""
+    def is_permanent(self, error: Exception) -> bool:
+        return isinstance(error, Refusal)
+
+    def handle_transient_error(self, error: Exception) -> None:
+        """There is no timeout to extend."""
 
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
         self._call("retire", (key, registration))
         return key not in self.in_use
 
-    def end(self, status: str | None, end_time_ms: int, *, is_users: bool = False) -> None:
+    def set_terminated(self, status: str | None, end_time_ms: int, *, is_user_run: bool = False) -> None:
         self._call("end", (status, end_time_ms))
 
     @property
@@ -111,23 +113,37 @@ class FaultyStore:
         return [name for name, _ in self.calls]
 
 
-class Clock:
-    """Time that passes only where the publisher sleeps."""
+class FakeClock(Clock):
+    """A clock that advances only while the publisher sleeps.
+
+    Args:
+        wake: called after each pause.
+    """
 
     def __init__(self, wake: Callable[[], None] = lambda: None) -> None:
-        self.now_s = 0.0
+        self.time_s = 0.0
         self.pauses_s: list[float] = []
         self._wake = wake
 
-    def __call__(self) -> float:
-        return self.now_s
+    def now_s(self) -> float:
+        return self.time_s
 
     def sleep(self, pause_s: float) -> None:
-        self.now_s += pause_s
+        self.time_s += pause_s
         self.pauses_s.append(pause_s)
         assert len(self.pauses_s) < 1000, "the publisher waits for ever"
-        time.sleep(0.001)  # the other lane's thread gets on meanwhile
+        time.sleep(0.001)  # lets the artifact worker run
         self._wake()
+
+
+class FakeTrainer:
+    """A trainer that is gone when the test says so."""
+
+    def __init__(self, gone: Callable[[], bool] = lambda: False) -> None:
+        self._gone = gone
+
+    def is_gone(self) -> bool:
+        return self._gone()
 
 
 SETTINGS = PublisherSettings(
@@ -149,20 +165,12 @@ def outbox(run_dir: Path) -> JournalWriter:
 def publisher(
     run_dir: Path,
     store: FaultyStore,
-    clock: Clock | None = None,
+    clock: FakeClock | None = None,
     gone: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Publisher:
-    clock = clock or Clock()
-    return Publisher(
-        run_dir,
-        dataclasses.replace(SETTINGS, **settings),
-        store,
-        lambda error: isinstance(error, (Refusal, RefusedError)),
-        gone,
-        sleep=clock.sleep,
-        clock=clock,
-    )
+    replaced = dataclasses.replace(SETTINGS, **settings)
+    return Publisher(run_dir, replaced, store, FakeTrainer(gone), clock=clock or FakeClock())
 
 
 def end(outbox: JournalWriter, status: str = "FINISHED") -> None:
@@ -208,7 +216,7 @@ def test_everything_arrives_in_order_when_the_store_works(run_dir: Path, outbox:
 def test_later_entries_arrive_when_they_are_appended_while_it_waits(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "1"}, 1)
     script: list[Callable[[], Any]] = [lambda: outbox.append("tags", {"b": "2"}, 2), lambda: end(outbox)]
-    clock = Clock(lambda: script.pop(0)())
+    clock = FakeClock(lambda: script.pop(0)())
     store = FaultyStore()
     assert publisher(run_dir, store, clock).run()
     assert store.kinds == ["tags", "tags", "tags", "end"]
@@ -285,7 +293,7 @@ def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outb
         if len(seen) == 1:
             end(outbox)
 
-    assert publisher(run_dir, FaultyStore(), Clock(look)).run()
+    assert publisher(run_dir, FaultyStore(), FakeClock(look)).run()
     assert seen == [0]
 
 
@@ -305,7 +313,7 @@ def test_same_entry_is_tried_until_it_works_when_the_store_is_away(run_dir: Path
     outbox.append("params", {"c": "d"}, 2)
     end(outbox)
     away = [ConnectionError(f"away {number}") for number in range(12)]
-    store, clock = FaultyStore(*away), Clock()
+    store, clock = FaultyStore(*away), FakeClock()
 
     assert publisher(run_dir, store, clock).run()
 
@@ -323,7 +331,7 @@ def test_entry_is_dropped_and_recorded_when_the_store_refuses_for_good(run_dir: 
     outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
     end(outbox)
     store = FaultyStore(Refusal("changing param values is not allowed"))
-    clock = Clock()
+    clock = FakeClock()
     assert publisher(run_dir, store, clock).run()
     assert store.kinds == ["metrics", "tags", "end"]
     assert clock.pauses_s == []
@@ -448,7 +456,7 @@ def test_pruned_one_is_skipped_quietly_when_it_was_not_published_yet(
     end(outbox)
     if not is_there:
         first.rmdir()
-    store, clock = FaultyStore(), Clock()
+    store, clock = FaultyStore(), FakeClock()
     assert publisher(run_dir, store, clock).run()
     # It is taken back all the same: an earlier try may have left a half of it.
     assert store.kinds == ["checkpoint", "retire", "tags", "end"]
@@ -473,7 +481,7 @@ def test_pruned_one_is_taken_back_after_its_successor_is_there_when_it_was_publi
             end(outbox)
 
     store = FaultyStore()
-    assert publisher(run_dir, store, Clock(once_published)).run()
+    assert publisher(run_dir, store, FakeClock(once_published)).run()
     assert store.kinds == ["checkpoint", "checkpoint", "retire", "tags", "end"]
     assert read_delivered(run_dir / "outbox").models == {"epoch-0002": "m-epoch-0002"}
 
@@ -489,7 +497,7 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
             record: Mapping[str, Any],
             directory: Path,
             registration: Registration | None,
-            recipe: Mapping[str, Any] | None,
+            model_spec: Mapping[str, Any] | None,
         ) -> str:
             if record["name"] == "epoch-0001":
                 saved(run_dir, outbox, 2)
@@ -497,9 +505,9 @@ def test_upload_is_given_up_once_when_the_checkpoint_is_pruned_in_the_middle_of_
                 first.rmdir()
                 end(outbox)
                 raise Refusal("No such file or directory")  # of whatever kind the store makes of it
-            return super().log_checkpoint(record, directory, registration, recipe)
+            return super().log_checkpoint(record, directory, registration, model_spec)
 
-    store, clock = Pruned(), Clock()
+    store, clock = Pruned(), FakeClock()
     assert publisher(run_dir, store, clock).run()
     assert store.kinds == ["checkpoint", "retire", "tags", "end"]
     assert read_delivered(run_dir / "outbox").refused == ()
@@ -517,7 +525,7 @@ def test_model_stays_known_when_somebody_uses_it(run_dir: Path, outbox: JournalW
 
     store = FaultyStore()
     store.in_use = {"k1"}
-    assert publisher(run_dir, store, Clock(retire_what_is_published)).run()
+    assert publisher(run_dir, store, FakeClock(retire_what_is_published)).run()
     assert store.kinds == ["checkpoint", "retire", "tags", "end"]
     assert read_delivered(run_dir / "outbox").models == known
 
@@ -603,10 +611,10 @@ def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, o
     outbox.append("tags", {"a": "b"}, 1)
     end(outbox)
     store = FaultyStore(None, *[ConnectionError("away")] * 1000)
-    clock = Clock()
+    clock = FakeClock()
     assert not publisher(run_dir, store, clock, gone=lambda: True).run()
     assert store.kinds == ["tags"]
-    assert LINGER_S < clock.now_s <= LINGER_S + LONGEST_PAUSE_S
+    assert LINGER_S < clock.time_s <= LINGER_S + LONGEST_PAUSE_S
     # Nothing is forgotten: a later `harness sync` delivers the rest.
     later = FaultyStore()
     assert publisher(run_dir, later, gone=lambda: True).run()
@@ -616,9 +624,9 @@ def test_gives_up_after_a_while_when_trainer_and_store_are_gone(run_dir: Path, o
 def test_does_not_give_up_when_the_trainer_lives(run_dir: Path, outbox: JournalWriter) -> None:
     end(outbox)
     store = FaultyStore(*[ConnectionError("away")] * 100)
-    clock = Clock()
+    clock = FakeClock()
     assert publisher(run_dir, store, clock).run()
-    assert clock.now_s > 10 * LINGER_S
+    assert clock.time_s > 10 * LINGER_S
     assert store.kinds == ["tags", "end"]
 
 
@@ -641,17 +649,17 @@ def test_ids_are_on_disk_without_a_password_when_the_run_is_open(run_dir: Path, 
 
 
 def test_error_is_the_stores_when_it_does_not_answer_in_time(run_dir: Path, outbox: JournalWriter) -> None:
-    clock = Clock()
+    clock = FakeClock()
     with pytest.raises(ConnectionError, match="away"):
         publisher(run_dir, FaultyStore(*[ConnectionError("away")] * 1000), clock).open_run()
-    assert SETTINGS.start_timeout_s < clock.now_s < SETTINGS.start_timeout_s + 1
+    assert SETTINGS.start_timeout_s < clock.time_s < SETTINGS.start_timeout_s + 1
     assert "run_id" not in json.loads((run_dir / "run.json").read_text())
 
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_error_comes_at_once_when_refused_or_nobody_waits(run_dir: Path, outbox: JournalWriter, gone: bool) -> None:
     error = ConnectionError("away") if gone else Refusal("the experiment is deleted")
-    clock = Clock()
+    clock = FakeClock()
     with pytest.raises(type(error)):
         publisher(run_dir, FaultyStore(error), clock, gone=lambda: gone).open_run()
     assert clock.pauses_s == []
@@ -779,7 +787,7 @@ def test_run_ends_when_the_artifact_store_is_away(run_dir: Path, outbox: Journal
     begin(outbox, 1, 1000)
     end(outbox)
     store = FaultyStore(None, ConnectionError("no artifacts"), None, None, None, ConnectionError("no artifacts"))
-    clock = Clock()
+    clock = FakeClock()
     assert publisher(run_dir, store, clock).run()
     assert store.kinds == ["tags", "tags", "end", "tags"]
     assert clock.pauses_s == []
@@ -829,11 +837,11 @@ def test_journal_stays_small_and_nothing_is_lost_while_the_store_keeps_up(run_di
 
     ended: list[bool] = []
     store = FaultyStore()
-    assert publisher(run_dir, store, Clock(trains), max_outbox_bytes=4000).run()
+    assert publisher(run_dir, store, FakeClock(trains), max_outbox_bytes=4000).run()
     assert [step for name, points in store.calls if name == "metrics" for _, _, _, step in points] == [*range(1, 301)]
-    assert outbox.num_left_out == 0
+    assert outbox.num_dropped == 0
     assert max(sizes) < 4000
-    assert outbox.end > 4 * max(sizes)
+    assert outbox.end_offset > 4 * max(sizes)
 
 
 def row(step: int) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from harness.errors import TrackingError
-from harness.tracking.journal.settings import absolute_sqlite
+from harness.tracking.mlflow.given_run import absolute_sqlite
 from harness.tracking.mlflow.store_protocol import PublisherSettings
-from harness.tracking.publisher.process import where_it_goes_on
+from harness.tracking.publisher.process import locate_run
 
 SETTINGS = PublisherSettings("it", "http://me:secret@a:5000", "exp", None, start_timeout_s=10.0)
 RECORD = {
@@ -32,14 +32,14 @@ def places(asked: list[tuple[str, str]], answer: bool) -> Any:
 @pytest.mark.parametrize("record", [{"run_name": "it", "run_key": "k"}, RECORD])
 def test_nothing_changes_and_nobody_is_asked_when_the_run_is_new_or_at_the_same_address(record: dict[str, str]) -> None:
     asked: list[tuple[str, str]] = []
-    assert where_it_goes_on(SETTINGS, record, places(asked, False)) == (SETTINGS, [])
+    assert locate_run(SETTINGS, record, places(asked, False)) == (SETTINGS, [])
     assert asked == []
 
 
 def test_run_stays_where_it_began_and_says_so_when_another_address_is_configured() -> None:
     record = {**RECORD, "tracking_uri": "http://old:5000"}
     asked: list[tuple[str, str]] = []
-    settings, (note,) = where_it_goes_on(SETTINGS, record, places(asked, False))
+    settings, (note,) = locate_run(SETTINGS, record, places(asked, False))
     assert settings.tracking_uri == "http://old:5000"
     assert asked == [("http://me:secret@a:5000", "r1")]
     assert "r1 goes on at http://old:5000, where it began, not at http://me:***@a:5000" in note
@@ -47,17 +47,17 @@ def test_run_stays_where_it_began_and_says_so_when_another_address_is_configured
 
 def test_run_goes_on_at_the_address_configured_when_it_is_found_there() -> None:
     record = {**RECORD, "tracking_uri": "http://old:5000"}
-    assert where_it_goes_on(SETTINGS, record, places([], True)) == (SETTINGS, [])
+    assert locate_run(SETTINGS, record, places([], True)) == (SETTINGS, [])
 
 
 def test_error_asks_for_the_address_when_only_its_password_is_missing() -> None:
     record = {**RECORD, "tracking_uri": "http://me:***@old:5000"}
     with pytest.raises(TrackingError, match=r"it is at http://me:\*\*\*@old:5000 and not at .*with the password"):
-        where_it_goes_on(SETTINGS, record, places([], False))
+        locate_run(SETTINGS, record, places([], False))
 
 
 def test_run_stays_in_its_experiment_and_says_so_when_another_is_configured() -> None:
-    settings, (note,) = where_it_goes_on(SETTINGS, {**RECORD, "experiment_name": "first"}, places([], False))
+    settings, (note,) = locate_run(SETTINGS, {**RECORD, "experiment_name": "first"}, places([], False))
     assert settings.experiment_name == "first"
     assert "stays in experiment 'first', not 'exp'" in note
 

@@ -40,7 +40,7 @@ def test_slow_server_is_given_longer_up_to_a_limit(address: str, monkeypatch: py
     store, error = MlflowStore(address), error_of(address)
     given = []
     for _ in range(9):
-        store.failed(error)
+        store.handle_transient_error(error)
         given.append(int(os.environ[VARIABLE]))
     assert given == [2, 4, 8, 16, 32, 64, 120, 120, 120]
 
@@ -49,7 +49,7 @@ def test_limit_of_the_user_stays_when_it_is_longer(address: str, monkeypatch: py
     monkeypatch.setenv(VARIABLE, "1")
     error = error_of(address)
     monkeypatch.setenv(VARIABLE, str(2 * client.LONGEST_TIMEOUT_S))
-    MlflowStore(address).failed(error)
+    MlflowStore(address).handle_transient_error(error)
     assert os.environ[VARIABLE] == str(2 * client.LONGEST_TIMEOUT_S)
 
 
@@ -57,5 +57,5 @@ def test_server_that_is_away_is_not_waited_for_any_longer(monkeypatch: pytest.Mo
     monkeypatch.setenv(VARIABLE, "1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-    MlflowStore(address).failed(error_of(address))
+    MlflowStore(address).handle_transient_error(error_of(address))
     assert os.environ[VARIABLE] == "1"
