@@ -99,7 +99,7 @@ def test_nothing_is_refused_for_good_when_what_it_belongs_to_is_deleted(
         lambda: client.create_logged_model(run.info.experiment_id, "model", store.run_id),
     ]
     if deleted == "run":
-        actions.append(lambda: store.end("FINISHED", 1))
+        actions.append(lambda: store.set_terminated("FINISHED", 1))
         client.delete_run(store.run_id)
     else:
         client.delete_experiment(run.info.experiment_id)

@@ -42,7 +42,7 @@ def test_run_stays_where_it_began_and_says_so_when_another_address_is_configured
     settings, (note,) = locate_run(SETTINGS, record, places(asked, False))
     assert settings.tracking_uri == "http://old:5000"
     assert asked == [("http://me:secret@a:5000", "r1")]
-    assert "r1 goes on at http://old:5000, where it began, not at http://me:***@a:5000" in note
+    assert "r1 continues at http://old:5000, where it began, not at http://me:***@a:5000" in note
 
 
 def test_run_goes_on_at_the_address_configured_when_it_is_found_there() -> None:
