@@ -1,10 +1,23 @@
-"""The command line: what `harness` on a terminal does. It imports `harness`, never the other way round."""
+"""The `harness` command. This package imports `harness`, never the other way round.
+
+In reading order:
+
+    cli             parse the command line and run one subcommand
+    command_parser  argparse with one-line errors
+    local           `harness launch`: several processes on this machine
+    run             `harness run`: an unchanged training script
+    script          find that script and execute it as `__main__`
+    debug           `harness debug`: a few batches in one process
+    submit          `harness submit`: options of a SLURM job
+    job_script      render the batch script of a SLURM job
+    rank            `harness rank`: one rank of a SLURM step
+"""
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
-# The `harness` that was installed with this package, whatever else of that name PYTHONPATH leads to first.
+# Import the `harness` installed with this package, even if PYTHONPATH names another first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import_module("harness")
 del sys.path[0]

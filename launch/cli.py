@@ -20,7 +20,7 @@ from harness.io.standard_streams import occupy_descriptors, write_error, write_o
 from launch.command_parser import CommandParser
 
 _DESCRIPTION = """\
-Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
+Train with Accelerate, save sharded checkpoints as safetensors, track runs in MLflow.
 
   harness train  --config configs/digits.yaml [--trainer.max_epochs 3 ...]
   harness launch --strategy fsdp2 --num_processes 4 --config configs/byte_lm.yaml
@@ -34,134 +34,112 @@ Train with Accelerate, save sharded checkpoints as safetensors, track in MLflow.
   harness inspect runs/RUN/checkpoints/epoch-0005 [--json]
   harness export  runs/RUN/checkpoints/epoch-0005 --output DIR [--dtype bfloat16] [--max_shard_size 5GB]
 """
+# Subcommands that parse their own options; `harness train --help` lists those of the configuration.
+_WITH_OWN_PARSER = {
+    "train": "train in this process, or as one rank of a launcher",
+    "launch": "start several processes: print the accelerate command and execute it",
+    "submit": "submit a training to SLURM, with slurm/train.sbatch",
+    "rank": "one rank of a SLURM step; slurm/train.sbatch starts it with srun",
+    "run": "run an unchanged Accelerate script, with logging and checkpoints",
+    "debug": "train a few batches in one process, without MLflow, with anomaly detection; breakpoints work",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
+    """Run one subcommand; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
     words = list(sys.argv[1:] if argv is None else argv)
     occupy_descriptors()
     if argv is None and not sys.flags.safe_path and sys.path[0] not in standard_library():
-        del sys.path[0]  # where Python has found this command: nothing is to be imported from there
-    return _told(lambda: _run(words))
-
-
-def _run(words: list[str]) -> int:
-    parser = CommandParser(
-        prog="harness", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"harness {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # These take the options of the whole configuration: `harness train --help` lists them.
-    for name, what in (
-        ("train", "train in this process, or as one rank of a launcher's"),
-        ("launch", "start several processes: prints the accelerate command, then becomes it"),
-        ("submit", "give a training to SLURM, by slurm/train.sbatch"),
-        ("rank", "one rank of a SLURM step: what srun starts in slurm/train.sbatch"),
-        ("run", "an Accelerate script of your own, unchanged: logged and saved as it trains"),
-        ("debug", "one process, a few batches, no MLflow run: anomaly detection, breakpoints work"),
-    ):
-        commands.add_parser(name, help=what, add_help=False)
-    listing = commands.add_parser("checkpoints", help="table of a run's checkpoints: on disk, in MLflow")
-    listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    listing.add_argument("--json", action="store_true", help="as JSON")
-    stop = commands.add_parser("stop", help="ask a running job to save, and to stop in good order")
-    stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop.add_argument("--reason", default="asked for", help="for the job's log")
-    restarts = commands.add_parser("restarts", help="count a job's start; 2 if its starts get nowhere (slurm/*.sbatch)")
-    restarts.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    restarts.add_argument("--max_idle", type=int, default=3, metavar="N", help="starts in a row at one step (3)")
-    sync = commands.add_parser("sync", help="deliver what MLflow has not had")
-    sync.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="with --all: directories of runs (runs)")
-    sync.add_argument("--all", action="store_true", help="all runs in a directory of runs")
-    sync.add_argument("--watch", action="store_true", help="go on: deliver what comes, until interrupted")
-    sync.add_argument("--if_online", action="store_true", help="not one that is tracked offline, or was never begun")
-    sync.add_argument("--every_s", type=float, default=15.0, metavar="S", help="how often --watch looks (%(default)s)")
-    sync.add_argument("--tracking_uri", default=None, help="where to; default: where the run was to go")
-    verify = commands.add_parser("verify", help="whether every byte of a checkpoint is what was written")
-    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    inspect = commands.add_parser("inspect", help="what is in a checkpoint: names, types, shapes, bytes, who wrote it")
-    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
-    export = commands.add_parser("export", help="a checkpoint's weights in a directory of their own, verified")
-    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="is made")
-    export.add_argument("--dtype", choices=SAVE_DTYPES, default=None, help="cast floating-point tensors to it")
-    export.add_argument("--max_shard_size", default=None, metavar="SIZE", help="split into files of at most it: 5GB")
-    if words and words[0] in _OWN_PARSERS:
-        if words[0] != "run":  # which finds its script's modules itself
-            _find_users_modules()
-        return _OWN_PARSERS[words[0]](words[1:])
-    arguments = parser.parse_args(words)
-    return _COMMANDS[arguments.command](arguments)
-
-
-def _find_users_modules() -> None:
-    """Let the user's own classes be found where the command is typed, and no file there hide one of Python's."""
-    standard = standard_library()
-    behind = max((number for number, path in enumerate(sys.path) if path in standard), default=-1) + 1
-    sys.path.insert(behind, os.getcwd())
-
-
-def _told(command: Callable[[], int]) -> int:
-    """Run a command; its errors are one line."""
+        del sys.path[0]  # the directory of this command's file: nothing may be imported from there
     try:
-        return command()
+        if words and words[0] in _WITH_OWN_PARSER:
+            return _run_with_own_parser(words[0], words[1:])
+        arguments = _make_parser().parse_args(words)
+        return _COMMANDS[arguments.command](arguments)
     except HarnessError as error:
         print(f"harness: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_FAILED
     except BrokenPipeError:
-        # Who reads, such as `head`, has had enough. What is still to be flushed goes nowhere.
+        # The reader, such as `head`, has ended. Redirect what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
 
 
-def _train(words: Sequence[str]) -> int:
-    from harness.__main__ import exit_process
-    from harness.__main__ import main as train
+def _make_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="harness", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"harness {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in _WITH_OWN_PARSER.items():
+        commands.add_parser(name, help=text, add_help=False)
+    listing = commands.add_parser("checkpoints", help="list a run's checkpoints, on disk and in MLflow")
+    listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    stop = commands.add_parser("stop", help="request a running job to save a checkpoint and stop")
+    stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    stop.add_argument("--reason", default="asked for", help="printed in the job's log")
+    restarts = commands.add_parser(
+        "restarts", help="count a start of a job; exit code 2 if starts make no progress (slurm/*.sbatch)"
+    )
+    restarts.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    restarts.add_argument("--max_idle", type=int, default=3, metavar="N", help="starts in a row at one step (3)")
+    sync = commands.add_parser("sync", help="deliver to MLflow what it does not have yet")
+    sync.add_argument("run_dir", type=Path, nargs="*", metavar="RUN_DIR", help="with --all: directories of runs (runs)")
+    sync.add_argument("--all", action="store_true", help="all runs in a directory of runs")
+    sync.add_argument("--watch", action="store_true", help="keep delivering until interrupted")
+    sync.add_argument("--if_online", action="store_true", help="skip runs that are offline or were never started")
+    sync.add_argument("--every_s", type=float, default=15.0, metavar="S", help="interval of --watch (%(default)s)")
+    sync.add_argument("--tracking_uri", default=None, help="MLflow's address; default: that of the run")
+    verify = commands.add_parser("verify", help="verify every byte of a checkpoint against its digests")
+    verify.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect = commands.add_parser("inspect", help="list a checkpoint's tensors: name, type, shape, bytes, writer")
+    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    export = commands.add_parser("export", help="write a checkpoint's verified weights to a directory")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="is created")
+    export.add_argument("--dtype", choices=SAVE_DTYPES, default=None, help="cast floating-point tensors to this type")
+    export.add_argument("--max_shard_size", default=None, metavar="SIZE", help="largest size of a file, such as 5GB")
+    return parser
 
-    exit_process(train(words, prog="harness train"))
 
+def _run_with_own_parser(command: str, words: Sequence[str]) -> int:
+    # Imports are late, so that errors and help of other subcommands stay fast.
+    if command == "run":
+        from launch.run import main as run_script
 
-def _launch(words: Sequence[str]) -> int:
-    from launch.local import launch
+        run_script(words)  # sets up sys.path for its script itself
+    _add_working_directory()
+    if command == "train":
+        from harness.__main__ import exit_process
+        from harness.__main__ import main as train
 
-    return launch(words)
+        exit_process(train(words, prog="harness train"))
+    if command == "launch":
+        from launch.local import launch
 
+        return launch(words)
+    if command == "submit":
+        from launch.submit import submit
 
-def _rank(words: Sequence[str]) -> int:
-    from launch.rank import rank
+        return submit(words)
+    if command == "rank":
+        from launch.rank import rank
 
-    return rank(words)
-
-
-def _submit(words: Sequence[str]) -> int:
-    from launch.submit import submit
-
-    return submit(words)
-
-
-def _debug(words: Sequence[str]) -> int:
+        return rank(words)
     from launch.debug import debug
 
     return debug(words)
 
 
-def _run_script(words: Sequence[str]) -> int:
-    from launch.run import main
-
-    main(words)
-
-
-_OWN_PARSERS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": _train,
-    "launch": _launch,
-    "submit": _submit,
-    "rank": _rank,
-    "debug": _debug,
-    "run": _run_script,
-}
+def _add_working_directory() -> None:
+    """Make the user's classes importable, behind the standard library so that no file hides one of its modules."""
+    standard = standard_library()
+    behind = max((number for number, path in enumerate(sys.path) if path in standard), default=-1) + 1
+    sys.path.insert(behind, os.getcwd())
 
 
 def _checkpoints(arguments: argparse.Namespace) -> int:
@@ -181,7 +159,7 @@ def _sync(arguments: argparse.Namespace) -> int:
     refuse_typed_password("--tracking_uri", arguments.tracking_uri, [arguments.tracking_uri or ""])
     directories: list[Path] = arguments.run_dir or ([Path("runs")] if arguments.all else [])
     if not directories:
-        raise ConfigError("", "harness sync: give the directory of a run, or --all")
+        raise ConfigError("", "harness sync: needs the directory of a run, or --all")
     if arguments.if_online and not arguments.all:
         directories = [run_dir for run_dir in directories if is_online(run_dir)]
     if not arguments.all:
@@ -193,7 +171,7 @@ def _sync(arguments: argparse.Namespace) -> int:
             return EXIT_DONE
 
     def deliver() -> bool:
-        # Each time anew: jobs begin.
+        # Listed each time, because new jobs create runs.
         run_dirs = [run for each in directories for run in runs_in(each)] if arguments.all else directories
         is_whole = True
         for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: write_output(f"{line}\n")):
@@ -203,7 +181,7 @@ def _sync(arguments: argparse.Namespace) -> int:
 
     if not arguments.watch:
         return EXIT_DONE if deliver() else EXIT_FAILED
-    # Set here, since a shell has SIGINT ignored in what it starts in the background.
+    # A shell ignores SIGINT in processes that it starts in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):

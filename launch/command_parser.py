@@ -1,4 +1,4 @@
-"""argparse whose errors are one line of ours, not a usage text."""
+"""An argument parser whose errors are one line instead of a usage text."""
 
 from __future__ import annotations
 

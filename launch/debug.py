@@ -1,4 +1,4 @@
-"""`harness debug`: one process, no launcher, a few batches, and everything one wants to see first."""
+"""`harness debug`: train a few batches in one process, and print the model and the first batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from harness.config.parsing import config_files, config_files_first, parse_run_config
 from harness.errors import EXIT_DONE, LaunchError
 
-# Stand between the configuration's files and what is typed, so that what is typed wins.
+# Placed between the configuration files and the command line, so that the command line has precedence.
 DEBUG_OPTIONS = (
     *("--trainer.max_epochs", "1"),
     *("--trainer.limit_train_batches", "3"),
@@ -27,12 +27,15 @@ DEBUG_OPTIONS = (
 
 
 def debug(words: Sequence[str]) -> int:
-    """Show the first batch and the model, then train a few batches in this process.
+    """Print the model and the first batches, then train a few batches in this process.
 
-    Breakpoints in the task work: standard input is the terminal's, and nothing draws over it.
+    Breakpoints in the task work: standard input is the terminal, and there is no progress bar.
+
+    Raises:
+        HarnessError: if a launcher started this process, or the configuration is wrong.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LaunchError("harness debug is one process; start it without a launcher")
+        raise LaunchError("harness debug runs in one process; start it without a launcher")
     ordered = config_files_first(words)
     num_file_words = 2 * len(config_files(ordered))
     temporary = tempfile.mkdtemp(prefix="harness-debug-")
@@ -49,7 +52,7 @@ def debug(words: Sequence[str]) -> int:
             train(config)
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, KeyboardInterrupt):
-                # Here the traceback is what one came for, whatever the error.
+                # A debug run prints the traceback of every error.
                 import traceback
 
                 traceback.print_exc()
@@ -71,7 +74,7 @@ def _show(task: Any) -> None:
 
 
 def describe(value: Any) -> str:
-    """Shapes, types and ranges of the tensors in a batch."""
+    """Return types, shapes and value ranges of the tensors in a batch."""
     import torch
 
     if isinstance(value, torch.Tensor):

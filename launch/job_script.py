@@ -1,4 +1,4 @@
-"""The script that is given to SLURM: slurm/train.sbatch, or array.sbatch, with a job's own lines."""
+"""Render the batch script of a SLURM job from slurm/train.sbatch or slurm/array.sbatch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from launch.local import data_dir
 
 @dataclass(frozen=True)
 class Submission:
-    """A job to be submitted.
+    """A SLURM job.
 
     Args:
-        name: of the run's directory, the MLflow run and the job.
-        run_dir: where the runs' directories are.
+        name: name of the run's directory, the MLflow run and the job.
+        run_dir: directory of the runs.
         strategy: one of `STRATEGIES`.
-        nodes: number of nodes, as SLURM takes it: ``2``, or ``1-4``: each start gets as many as are free.
-        tasks_per_node: ranks on each.
-        gpus_per_node: GPUs on each; 0: none are asked for.
+        nodes: number of nodes in SLURM's form: ``2``, or ``1-4`` for as many as are free at each start.
+        tasks_per_node: ranks on each node.
+        gpus_per_node: GPUs on each node; 0: none are requested.
         cpus_per_task: cores for each rank and its data loaders.
-        time: SLURM's limit, as it takes it.
-        lead_s: how long before the limit the training is asked to stop, in seconds.
-        options: further ``#SBATCH`` lines, name -> value; without a value None.
-        array: SLURM's indices of an array; None: one job.
-        sweep: file with the options of each task of the array.
+        time: time limit in SLURM's form.
+        lead_s: seconds before the limit at which the training stops.
+        options: further ``#SBATCH`` lines, name -> value; None for an option without a value.
+        array: indices of a job array in SLURM's form; None for a single job.
+        sweep: file with a line of options for each task of the array.
         training_words: the options of `harness train`.
     """
 
@@ -49,17 +49,17 @@ class Submission:
 
     @property
     def log(self) -> str:
-        """Where SLURM writes what the job prints, with its place holders."""
+        """Path of the job's log, with SLURM's placeholders."""
         return self.options.get("output") or f"{self.run_dir}/slurm/{self.name}-{'%A_%a' if self.array else '%j'}.log"
 
 
 def render(submission: Submission) -> str:
-    """The script: the file in slurm/, with this job's ``#SBATCH`` lines and the words that follow it by hand."""
+    """Return the template with this job's ``#SBATCH`` lines, variables and arguments."""
     is_array = submission.array is not None
     source = data_dir("slurm") / ("array.sbatch" if is_array else "train.sbatch")
     lines = source.read_text().splitlines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
-    kept = [line for line in lines[at:] if not line.startswith("#SBATCH")]
+    start = next(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    kept = [line for line in lines[start:] if not line.startswith("#SBATCH")]
     variables = {
         "HARNESS": str(Path(sys.executable).with_name("harness")),
         "HARNESS_RUN_DIR": submission.run_dir,
@@ -77,7 +77,7 @@ def render(submission: Submission) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# Rendered by `harness submit` from slurm/{source.name}; `sbatch` takes it as it is.",
+            f"# Rendered by `harness submit` from slurm/{source.name}, for `sbatch`.",
             "",
             *(f"#SBATCH --{line}" for line in _sbatch_lines(submission)),
             "",
@@ -108,7 +108,7 @@ def _sbatch_lines(submission: Submission) -> Iterable[str]:
 
 
 def _quoted(value: str) -> str:
-    """As sbatch reads it in its lines: it ends a word at a space, and the line at a #."""
+    """Quote a value for sbatch, which ends a word at a space and the line at a #."""
     if not re.search(r"[\s#\"'\\\\]", value):
         return value
     return '"' + re.sub(r'(["\\\\])', r"\\\1", value) + '"'
@@ -121,10 +121,10 @@ def _without_blank_start(lines: list[str]) -> list[str]:
 
 
 def num_nodes(text: str) -> list[int]:
-    """The number of nodes, or the least and the greatest.
+    """Return the number of nodes, or the minimum and maximum.
 
     Raises:
-        ConfigError: if it is neither.
+        ConfigError: if the text is neither ``N`` nor ``MIN-MAX``.
     """
     parts = text.split("-")
     if not all(part.isdigit() for part in parts) or len(parts) > 2 or not 1 <= int(parts[0]) <= int(parts[-1]):

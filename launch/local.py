@@ -1,4 +1,4 @@
-"""`harness launch`: several processes on this machine, by the accelerate command that it prints."""
+"""`harness launch`: start several processes on this machine with accelerate, and print the command."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What is to be started.
+    """The processes to start.
 
     Args:
         strategy: one of `STRATEGIES`.
-        num_processes: ranks on this machine.
-        main_process_port: where the ranks meet; 0: a free one.
-        training_words: the options of the configuration.
-        max_restarts: how often all ranks are started again after one has failed; the run goes on.
-        command: what each rank runs: ``train``, or ``run``.
+        num_processes: number of ranks on this machine.
+        main_process_port: port of the rendezvous; 0: a free one.
+        training_words: the words behind the subcommand of each rank.
+        max_restarts: how often all ranks are restarted, and resume, after one has failed.
+        command: subcommand of each rank: ``train`` or ``run``.
     """
 
     strategy: str
@@ -43,31 +43,48 @@ class LaunchPlan:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Check everything that can be checked here, print the command, and become it.
+    """Check the configuration, print the accelerate command and replace this process by it.
 
     Raises:
-        HarnessError: if a value is wrong or the port is taken.
+        HarnessError: if a value is wrong or the port is in use.
     """
     plan, dry_run = _parse(words)
-    # A wrong configuration is told here, once, and not by N ranks under a launcher's traceback.
+    # Checked here, so that an error is one line and not the traceback of N ranks.
     config = parse_run_config(plan.training_words, prog="harness launch")
+    return start_ranks(plan, config, dry_run=dry_run)
+
+
+def start_ranks(plan: LaunchPlan, config: RunConfig | None, *, dry_run: bool) -> int:
+    """Print the accelerate command and replace this process by it.
+
+    Args:
+        plan: the processes.
+        config: whose classes are imported and checked first; None for a script.
+        dry_run: only print the command.
+
+    Raises:
+        HarnessError: if a value is wrong or the port is in use.
+    """
     command = accelerate_command(plan)
     write_output(f"{shlex.join(redact_words(command))}\n")
     if dry_run:
         return EXIT_DONE
     if plan.main_process_port:
-        require_free(plan.main_process_port)
-    check_classes(config)
+        _require_free(plan.main_process_port)
+    if config is not None:
+        check_classes(config)
     environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(plan.num_processes)}
     executable = Path(sys.executable).with_name("accelerate")
     os.execve(executable, [str(executable), *command[1:]], environment)
 
 
 def check_classes(config: RunConfig) -> None:
-    """Import the classes that the configuration names and check their arguments (this takes torch).
+    """Import the classes that the configuration names and check their arguments.
+
+    Effects: imports torch (seconds).
 
     Raises:
-        ConfigError: as each rank would, but once, and with the exit code that it should have.
+        ConfigError: the error that each rank would raise.
     """
     from harness.config.instantiate import check_arguments, check_optimization
 
@@ -83,8 +100,8 @@ def _parse(words: Sequence[str]) -> tuple[LaunchPlan, bool]:
     )
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     parser.add_argument("--num_processes", type=int, default=None, help="default: one for each GPU, else 2")
-    parser.add_argument("--main_process_port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--max_restarts", type=int, default=0, help="start all ranks again when one fails, so often")
+    parser.add_argument("--main_process_port", type=int, default=0, help="default: a free port")
+    parser.add_argument("--max_restarts", type=int, default=0, help="how often all ranks are restarted after a failure")
     parser.add_argument("--dry_run", action="store_true", help="only print the command")
     own, rest = parser.parse_known_args(list(words))
     count = own.num_processes
@@ -94,10 +111,10 @@ def _parse(words: Sequence[str]) -> tuple[LaunchPlan, bool]:
 
 
 def accelerate_command(plan: LaunchPlan) -> list[str]:
-    """The `accelerate launch` command line of a plan.
+    """Return the `accelerate launch` command line of a plan.
 
     Raises:
-        LaunchError: if the strategy cannot run on so many processes.
+        LaunchError: if the strategy cannot run on the number of processes.
     """
     strategy, count = plan.strategy, plan.num_processes
     if count < 1:
@@ -122,7 +139,7 @@ def accelerate_command(plan: LaunchPlan) -> list[str]:
         *("accelerate", "launch", "--config_file", _short(config_file)),
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
         *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
-        # torch's agent would leave a torchelastic_* in /tmp for every run. What ranks print goes to the terminal.
+        # torch's agent would leave a directory torchelastic_* in /tmp for every run. Ranks print to the terminal.
         *(("--log_dir", os.devnull) if count > 1 else ()),
         *extra,
         *("--no_python", *_rank_command(plan.command), *plan.training_words),
@@ -130,29 +147,29 @@ def accelerate_command(plan: LaunchPlan) -> list[str]:
 
 
 def _rank_command(command: str) -> list[str]:
-    """What starts a rank: `harness COMMAND`, whatever lies in the working directory."""
+    """The command of a rank, which no module in the working directory can shadow."""
     python, *words = child_command("launch.cli", command)
-    # As torch starts a rank that it knows to be Python's: what it prints is seen at once.
+    # Unbuffered, as torch starts a rank that it knows to be Python.
     return [python, "-u", *words]
 
 
 def data_dir(name: str) -> Path:
-    """The directory ``configs/`` or ``slurm/``: of the checkout, or as it was installed with the package.
+    """Return the directory ``configs/`` or ``slurm/`` of the checkout or of the installed package.
 
     Raises:
-        LaunchError: if there is none.
+        LaunchError: if it is missing.
     """
     here = Path(__file__).resolve().parent
-    # A directory of that name may be something else's, above an installed package.
-    marks = {"configs": "accelerate", "slurm": "train.sbatch"}
+    # Above an installed package, a directory of that name may belong to another project.
+    contents = {"configs": "accelerate", "slurm": "train.sbatch"}
     for candidate in (here.parent / name, here / name):
-        if (candidate / marks[name]).exists():
+        if (candidate / contents[name]).exists():
             return candidate
-    raise LaunchError(f"there is no {name}/{marks[name]} beside {here}; reinstall harness")
+    raise LaunchError(f"there is no {name}/{contents[name]} beside {here}; reinstall harness")
 
 
 def _short(path: Path) -> str:
-    """The path as one would type it from here."""
+    """The path relative to the working directory, if it is below it."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -160,17 +177,12 @@ def _short(path: Path) -> str:
 
 
 def _default_num_processes() -> int:
-    # Devices by their files: importing torch to count them would take seconds.
+    # Counted by their device files: importing torch takes seconds.
     num_gpus = len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
     return num_gpus or 2
 
 
-def require_free(port: int) -> None:
-    """Refuse a port that is in use.
-
-    Raises:
-        ConfigError: with what to do.
-    """
+def _require_free(port: int) -> None:
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))

@@ -1,63 +1,56 @@
-"""`harness run SCRIPT [ARGS]`: somebody's own Accelerate script or module, not one line of it changed, autologged.
+"""`harness run SCRIPT [ARGS]`: run an unchanged Accelerate script or module with autologging.
 
-In one process, or as one rank of a launcher's; with `--num_processes` it is that launcher. The script runs as
-``python SCRIPT ARGS``, or ``python -m MODULE ARGS``, would run it: its arguments, what is first in the path,
-`__main__`, its exit code and its traceback are those.
+It runs in one process, or as one rank of a launcher; with `--num_processes` the command is the launcher. Arguments,
+`sys.path`, `__main__`, exit code and traceback are those of ``python SCRIPT ARGS`` or ``python -m MODULE ARGS``.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import harness
+from harness.autologging.api import autolog, resume
 from harness.autologging.settings import first_run_of, script_name
-from harness.config.schema import NUM_PROCESSES_VARIABLE
 from harness.distributed.launch_identity import is_launcher_rank_zero
 from harness.errors import EXIT_DONE, ConfigError, HarnessError
-from harness.io.redact import redact_words
-from harness.io.standard_streams import write_error, write_output
+from harness.io.standard_streams import write_error
 from launch.command_parser import CommandParser
-from launch.local import STRATEGIES, LaunchPlan, accelerate_command, require_free
+from launch.local import STRATEGIES, LaunchPlan, start_ranks
 from launch.script import MODULE, find_script, run_script
 
 _DESCRIPTION = """\
-Run an Accelerate script, unchanged, and log and save what it trains, each so many epochs (docs/guides/any-script.md).
+Run an unchanged Accelerate script, log its metrics and save a checkpoint every few epochs (docs/guides/any-script.md).
 
   harness run train.py --lr 0.1                                  one process
   harness run -m package.train --lr 0.1                          as python -m does
-  harness run --strategy fsdp2 --num_processes 4 train.py        several: prints the accelerate command, becomes it
-  accelerate launch --no_python harness run train.py             as a rank of a launcher of yours
+  harness run --strategy fsdp2 --num_processes 4 train.py        several: prints and executes the accelerate command
+  accelerate launch --no_python harness run train.py             as a rank of your own launcher
 """
-
-
 _FLAGS = ("-h", "--help", "--dry_run", "--reset_scheduler")
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the script; returns its exit code, where it has one that is not raised.
+    """Run the script; returns its exit code, unless the script raises `SystemExit`.
 
     Raises:
-        HarnessError: if an option is wrong or there is no such script.
-        SystemExit: as the script raises it.
+        HarnessError: if an option is wrong or the script does not exist.
+        SystemExit: from the script.
     """
     own_words, script_words = _split(words)
     own = _parse(own_words)
     if not script_words:
-        raise ConfigError("", "harness run: give a script, or -m and a module, behind the options")
+        raise ConfigError("", "harness run: give a script, or -m and a module, after the options")
     script = find_script(script_words)
     if own.num_processes is not None or own.strategy is not None:
         return _launch(own, own_words, script_words)
     if own.dry_run:
-        raise ConfigError("--dry_run", "shows the launcher's command; give --num_processes or --strategy too")
-    # As the script is to find it; runs are named after it.
+        raise ConfigError("--dry_run", "prints the launcher's command; give --num_processes or --strategy too")
+    # The script reads it, and runs are named after it.
     sys.argv = [script.path, *script.words]
-    _turn_on(own)
+    _enable_autologging(own)
     return run_script(script, silent=own.silent)
 
 
@@ -65,7 +58,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of this command, and the script with what is its own: nothing of that is looked at."""
+    """Split the options of this command from the script and its arguments, which are not parsed."""
     position = 0
     while position < len(words) and words[position].startswith("-") and words[position] != MODULE:
         position += 1 if words[position] in _FLAGS or "=" in words[position] else 2
@@ -80,8 +73,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    logging = parser.add_argument_group("as harness.autolog has them")
-    logging.add_argument("--every_n_epochs", type=_count_or_null, default=5, metavar="N", help="5; null: the end alone")
+    logging = parser.add_argument_group("parameters of harness.autolog")
+    logging.add_argument("--every_n_epochs", type=_count_or_null, default=5, metavar="N", help="5; null: only the end")
     logging.add_argument("--log_models", type=_bool, default=True, metavar="BOOL")
     logging.add_argument("--log_datasets", type=_bool, default=True, metavar="BOOL")
     logging.add_argument("--log_every_n_steps", type=_count_or_null, default=None, metavar="N")
@@ -92,11 +85,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     logging.add_argument("--extra_tags", type=_tag, nargs=1, action="extend", default=[], metavar="NAME=TEXT")
     logging.add_argument("--silent", type=_bool, default=False, metavar="BOOL")
     logging.add_argument("--exclusive", type=_bool, default=False, metavar="BOOL")
-    logging.add_argument("--when_busy", choices=("wait", "skip"), default="wait", help="wait; skip: rather fewer saves")
+    logging.add_argument(
+        "--when_busy", choices=("wait", "skip"), default="wait", help="wait; skip: skip a save while one is running"
+    )
     where = parser.add_argument_group("the run")
-    where.add_argument("--resume", default="never", metavar="auto|never|PATH", help="as harness.resume has it (never)")
+    where.add_argument("--resume", default="never", metavar="auto|never|PATH", help="as in harness.resume (never)")
     where.add_argument(
-        "--reset_scheduler", action="store_true", help="resumed: the scheduler as the script makes it now"
+        "--reset_scheduler", action="store_true", help="when resuming, use the script's scheduler, not the checkpoint's"
     )
     where.add_argument("--run_name", default=None, metavar="NAME")
     where.add_argument("--run_dir", default="runs", metavar="DIR")
@@ -111,7 +106,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if unknown:
         names = ", ".join(name for action in parser._actions for name in action.option_strings[-1:])
         raise ConfigError(
-            unknown[0], f"is no option of harness run ({names}); the script's own stand behind the script"
+            unknown[0], f"is not an option of harness run ({names}); give the script's options after the script"
         )
     return own
 
@@ -146,10 +141,10 @@ def _tag(text: str) -> tuple[str, str]:
 
 
 def _check_resume(own: argparse.Namespace) -> None:
-    """Refuse what is not there, before the script takes its time; say so where `auto` begins beside what was begun.
+    """Check `--resume` before the script runs, and point to the latest run if `auto` starts a new one beside it.
 
     Raises:
-        ConfigError: if there is no such path.
+        ConfigError: if the path does not exist.
     """
     if own.resume not in ("auto", "never") and ":/" not in own.resume and not Path(own.resume).exists():
         raise ConfigError(
@@ -165,20 +160,20 @@ def _check_resume(own: argparse.Namespace) -> None:
         )
         if unnamed and not (Path(own.run_dir) / name / "run.json").exists():
             latest = unnamed[-1].parent
-            write_error(f"harness: begins the run {name}; to go on with the latest one: --resume {latest}\n")
+            write_error(f"harness: starting run {name}; to resume the latest one, give --resume {latest}\n")
 
 
-def _turn_on(own: argparse.Namespace) -> None:
+def _enable_autologging(own: argparse.Namespace) -> None:
     _check_resume(own)
     if own.resume != "never" or own.run_name or own.run_dir != "runs" or own.experiment_name:
-        harness.resume(
+        resume(
             own.resume,
             run_name=own.run_name,
             run_dir=own.run_dir,
             experiment_name=own.experiment_name,
             reset_scheduler=own.reset_scheduler,
         )
-    harness.autolog(
+    autolog(
         every_n_epochs=own.every_n_epochs,
         log_models=own.log_models,
         log_datasets=own.log_datasets,
@@ -198,24 +193,16 @@ def _turn_on(own: argparse.Namespace) -> None:
 
 
 def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Sequence[str]) -> int:
-    """Become the accelerate command that starts the ranks, each of which is `harness run` again."""
+    """Start the ranks, each of which is `harness run` again."""
     kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)
     plan = LaunchPlan(strategy, count, own.main_process_port, (*kept, *script_words), own.max_restarts, command="run")
-    command = accelerate_command(plan)
-    write_output(f"{shlex.join(redact_words(command))}\n")
-    if own.dry_run:
-        return EXIT_DONE
-    if plan.main_process_port:
-        require_free(plan.main_process_port)
-    environment = {**os.environ, NUM_PROCESSES_VARIABLE: str(count)}
-    executable = Path(sys.executable).with_name("accelerate")
-    os.execve(executable, [str(executable), *command[1:]], environment)
+    return start_ranks(plan, None, dry_run=own.dry_run)
 
 
 def _without_launcher(words: Sequence[str]) -> list[str]:
-    """Options without the launcher's own."""
+    """The options for the ranks, without those of the launcher."""
     names = ("--strategy", "--num_processes", "--main_process_port", "--max_restarts")
     kept: list[str] = []
     position = 0
@@ -230,7 +217,7 @@ def _without_launcher(words: Sequence[str]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> NoReturn:
-    """Run the command, and end the process with its exit code."""
+    """Run the subcommand and end the process with its exit code."""
     from harness.__main__ import exit_process, report_error
 
     try:

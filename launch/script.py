@@ -1,4 +1,9 @@
-"""The script of `harness run`: found, and run as ``python SCRIPT`` or ``python -m MODULE`` would run it."""
+"""The script of `harness run`: find it and execute it as ``python SCRIPT`` or ``python -m MODULE`` would.
+
+The script may have packages named `harness` or `launch` itself. It then imports its own: our modules refer to one
+another as imported objects, so their names in `sys.modules` can be released. A module of ours whose name does not exist
+in the script's package keeps it, for our late imports and for pickle, which looks classes up by module name.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +13,36 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+import harness
 from harness.errors import EXIT_DONE, EXIT_FAILED, ConfigError, HarnessError
 from harness.io.standard_streams import write_error
-from launch.own_packages import PACKAGES, give_way
 
 MODULE = "-m"
+
+_OURS = {"harness": Path(harness.__file__).resolve().parent, "launch": Path(__file__).resolve().parent}
+# Modules that functions import and that may run while the script does.
+LATE_IMPORTS = (
+    "harness.__main__",
+    "harness.autologging.exit_hooks",
+    "harness.autologging.patcher",
+)
+# Ranks exchange objects whose classes are named by these modules.
+_EXCHANGED = ("harness.checkpoint.", "harness.training.resume_manager", "harness.metrics.system.")
 
 
 @dataclass(frozen=True)
 class Script:
-    """What is to run.
+    """The script to run.
 
     Args:
-        path: of its file, as `sys.argv` is to have it.
-        words: its own arguments.
-        spec: of the module; None: it is a script.
+        path: of its file, as in `sys.argv`.
+        words: its arguments.
+        spec: of the module; None for a script.
     """
 
     path: str
@@ -37,23 +53,23 @@ class Script:
 def find_script(words: Sequence[str]) -> Script:
     """Find the script or module that the command line names.
 
-    Effects: puts the directory of its own modules first on `sys.path`; a module's packages are imported.
+    Effects: inserts the directory of its modules into `sys.path`; imports the packages of a module.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if it does not exist.
     """
     if words[0] != MODULE:
         path = Path(words[0])
         if not path.is_file():
-            raise ConfigError("", f"harness run: there is no script {path}; options of harness run stand before it")
-        _put_first(str(path.resolve().parent))
+            raise ConfigError("", f"harness run: there is no script {path}; give options of harness run before it")
+        _insert_path(str(path.resolve().parent))
         return Script(words[0], tuple(words[1:]), None)
     if len(words) < 2:
         raise ConfigError(MODULE, "needs the name of a module, as in -m package.train")
     here, name = os.getcwd(), words[1]
-    _put_first(here)
-    if (top := name.partition(".")[0]) in PACKAGES:
-        _give_way(top)
+    _insert_path(here)
+    if (top := name.partition(".")[0]) in _OURS:
+        _release_package(top)
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -61,63 +77,59 @@ def find_script(words: Sequence[str]) -> Script:
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise ConfigError(MODULE, f"there is no module {name} that can be run; it is looked for in {here} first")
+        raise ConfigError(MODULE, f"there is no executable module {name}; {here} is searched first")
     return Script(spec.origin, tuple(words[2:]), spec)
 
 
-def _put_first(directory: str) -> None:
-    # As Python does it, which leaves it out where the user asks for that (PYTHONSAFEPATH).
+def _insert_path(directory: str) -> None:
+    # Python omits it with PYTHONSAFEPATH, too.
     if not sys.flags.safe_path:
         sys.path.insert(0, directory)
 
 
-def _give_way(package: str) -> str | None:
-    return give_way(package, int(os.environ.get("WORLD_SIZE", "1")))
-
-
 def run_script(script: Script, *, silent: bool) -> int:
-    """Run it as `__main__`, and tell the training how it ended.
+    """Execute the script as `__main__`, and report to the training how it ended.
 
     Returns:
-        The exit code, where it has one that is not raised.
+        The exit code, unless the script raises `SystemExit`.
 
     Raises:
-        HarnessError: what harness has found wrong.
-        SystemExit: as the script raises it.
+        HarnessError: if harness rejects what the script does.
+        SystemExit: from the script.
     """
     from harness.autologging.exit_hooks import failure_of
     from harness.autologging.patcher import script_ended
 
-    for package in PACKAGES:
-        theirs = _give_way(package)
+    for package in _OURS:
+        theirs = _release_package(package)
         if theirs and package == "harness" and not silent and os.environ.get("RANK", "0") == "0":
             write_error(
-                f"harness: {theirs} is the package `harness` that the script imports; it is logged and saved all the "
-                "same, but cannot call functions of this command's own package\n"
+                f"harness: the script imports {theirs} as `harness`; the training is logged and saved, but the script "
+                "cannot call functions of the installed package harness\n"
             )
     module = _main_module(script)
     sys.modules["__main__"] = module
     try:
-        # Not with this file's own `from __future__`.
+        # dont_inherit: without this file's `from __future__` import.
         code = compile(Path(script.path).read_bytes(), vars(module)["__file__"], "exec", dont_inherit=True)
         exec(code, vars(module))
     except SystemExit as exit:
         script_ended(failure_of(exit))
         raise
     except HarnessError as error:
-        # What we have found wrong, with its remedy: where in the script that came to light is no help.
+        # The message has the remedy; the traceback would not help.
         script_ended(error)
         raise
     except BaseException as error:
         script_ended(error)
-        _show(error)
+        _print_traceback(error)
         return EXIT_FAILED
     script_ended(None)
     return EXIT_DONE
 
 
 def _main_module(script: Script) -> ModuleType:
-    """`__main__` with the attributes that Python gives it."""
+    """`__main__` with the attributes that Python sets."""
     module = ModuleType("__main__")
     path = os.path.abspath(script.path)
     spec = script.spec
@@ -133,9 +145,64 @@ def _main_module(script: Script) -> ModuleType:
     return module
 
 
-def _show(error: BaseException) -> None:
-    """The traceback as the script alone would have it: without the frames of this command."""
+def _print_traceback(error: BaseException) -> None:
+    """Print the traceback without the frames of this file."""
     trace: TracebackType | None = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     sys.excepthook(type(error), error.with_traceback(trace), trace)
+
+
+# ------------------------------------------------------------------------------ packages with the names of ours
+
+
+def _release_package(package: str) -> str | None:
+    """Let the script import its own package of this name, if `sys.path` has one before ours.
+
+    Effects: imports torch and removes modules from `sys.modules`, if there is such a package.
+
+    Returns:
+        The path of the script's package; None if it has none.
+
+    Raises:
+        ConfigError: if ranks could no longer exchange objects.
+    """
+    spec = PathFinder.find_spec(package, sys.path)
+    if spec is None or spec.origin is None or Path(spec.origin).resolve().parent == _OURS[package]:
+        return None
+    for late in LATE_IMPORTS:
+        import_module(late)
+    names = [name for name in _imported_modules(package) if _find(name, spec) is not None]
+    exchanged = [name for name in names if name.startswith(_EXCHANGED)]
+    if exchanged and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "",
+            f"harness run: {spec.origin} has a module {exchanged[0]}, like the installed package, whose objects the "
+            "ranks exchange; rename it, or run the script in one process",
+        )
+    for name in names:
+        del sys.modules[name]
+    return str(Path(spec.origin).parent if spec.submodule_search_locations is not None else spec.origin)
+
+
+def _imported_modules(package: str) -> list[str]:
+    """Names of the imported modules of our package."""
+    return [
+        name
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] == package
+        and (path := getattr(module, "__file__", None)) is not None
+        and _OURS[package] in Path(path).resolve().parents
+    ]
+
+
+def _find(name: str, top: ModuleSpec) -> ModuleSpec | None:
+    """The spec of a module within a package, without an import."""
+    spec: ModuleSpec | None = top
+    parts = name.split(".")
+    for number in range(2, len(parts) + 1):
+        locations: Sequence[str] | None = None if spec is None else spec.submodule_search_locations
+        if locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join(parts[:number]), locations)
+    return spec

@@ -65,7 +65,7 @@ def test_options_are_valid_when_parsed() -> None:
     assert config.checkpoint.every_n_epochs is None
 
 
-def test_error_is_told_when_started_by_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_is_refused_when_started_by_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="one process"):
         debug(["--config", DIGITS])
@@ -78,17 +78,17 @@ def test_no_directory_is_left_when_the_configuration_is_wrong(tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_and_batch_are_shown_and_nothing_is_left_when_it_works(tmp_path: Path) -> None:
+def test_model_and_batch_are_printed_when_debug_succeeds(tmp_path: Path) -> None:
     done = harness_debug(tmp_path, "--trainer.limit_train_batches", "1", "--task.init_args.width", "2")
     assert done.returncode == 0, done.stderr
     assert "Conv2d" in done.stdout
     assert "first training batch: [float32[16, 1, 8, 8] 0..1, int64[16] " in done.stdout
-    assert "step      1" in done.stderr  # what is typed wins over what debug sets
+    assert "step      1" in done.stderr  # the command line has precedence over debug's options
     assert [p.name for p in tmp_path.iterdir()] == ["temporary"]
     assert not list((tmp_path / "temporary").glob("harness-debug-*"))
 
 
-def test_traceback_is_shown_and_exit_code_is_1_when_the_task_fails(tmp_path: Path) -> None:
+def test_traceback_is_printed_when_the_task_fails(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(BROKEN_TASK)
     done = harness_debug(tmp_path, "--task.class_path", "my_task.Broken")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""What a script finds under `harness run`: the same as under `python`, and its own modules."""
+"""A script under `harness run` finds what it finds under `python`, and its own modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.own_packages import LATE_IMPORTS
+from launch.script import LATE_IMPORTS
 from tests.launching import BIN, ROOT, environment
 
 LOOK = """
@@ -81,7 +81,7 @@ def look(words: list[str | Path], cwd: Path, **extra: str) -> dict[str, Any]:
     ],
     ids=lambda value: " ".join(value),
 )
-def test_script_finds_what_python_sets_up_when_it_runs_as(
+def test_environment_is_pythons_when_the_script_runs_as(
     tmp_path: Path, words: list[str | Path], extra: dict[str, str]
 ) -> None:
     for path in ("look.py", "package/look.py", "elsewhere/look.py"):
@@ -90,7 +90,7 @@ def test_script_finds_what_python_sets_up_when_it_runs_as(
     (tmp_path / "link.py").symlink_to(tmp_path / "elsewhere" / "look.py")
     alone = look([sys.executable, *words], tmp_path, **extra)
     ours = look([BIN / "harness", "run", *words], tmp_path, **extra)
-    # Of what is installed with the extras, something may be imported by harness alone, and filter its own warnings.
+    # A package of the extras that only harness imports may add filters for its own warnings.
     assert set(alone.pop("filters")) <= set(ours.pop("filters"))
     assert ours == alone
 
@@ -128,7 +128,7 @@ def finished(cwd: Path, script: str, *, closed: tuple[int, ...] = ()) -> str:
 
 OWN_HARNESS = {
     "harness/__init__.py": "NAME = 'mine'",
-    "harness/config/schema.py": "CONFIG = 'mine'",
+    "harness/config.py": "CONFIG = 'mine'",
     "harness/errors.py": "",
     "harness/checkpoint.py": "CHECKPOINT = 'mine'",
 }
@@ -151,18 +151,18 @@ OWN_HARNESS = {
     ],
     ids=["launch.py", "harness/", "in the working directory", "-m harness.train", "no modules"],
 )
-def test_script_is_logged_when_modules_are_called_as_ours_or_pythons_and_streams_are_closed(
+def test_script_is_logged_when_its_modules_are_named_like_ours(
     tmp_path: Path, files: dict[str, str], script: str, first: str, closed: tuple[int, ...]
 ) -> None:
     path = tmp_path / ("harness/train.py" if script.startswith("-m") else script)
     for name, content in {**files, str(path): f"{first}\n{TRAIN}"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    told = finished(tmp_path, script, closed=closed)
-    assert ("is the package `harness` that the script imports" in told) == ("from harness" in first)
+    errors = finished(tmp_path, script, closed=closed)
+    assert ("as `harness`; the training is logged and saved" in errors) == ("from harness" in first)
 
 
-def test_line_comes_at_the_first_step_when_the_training_is_not_seen(tmp_path: Path) -> None:
+def test_warning_is_first_when_the_training_is_not_detected(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text(
         "import sys, torch\n"
         "net = torch.nn.Linear(4, 1)\n"
@@ -187,7 +187,7 @@ def test_line_comes_at_the_first_step_when_the_training_is_not_seen(tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
-# Of other processes than a script's, or of what a script cannot call whose `harness` is another.
+# Imported in other processes than a script's, or by functions that such a script cannot call.
 ELSEWHERE = {
     "harness.training.app",
     "harness.diagnostics.report",
@@ -198,7 +198,7 @@ ELSEWHERE = {
 }
 
 
-def test_everything_late_is_known_when_imports_within_functions_are_read() -> None:
+def test_late_imports_are_listed_when_functions_import() -> None:
     found = set()
     for path in (ROOT / "harness").rglob("*.py"):
         functions = [each for each in ast.walk(ast.parse(path.read_text())) if isinstance(each, ast.FunctionDef)]

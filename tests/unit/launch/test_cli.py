@@ -60,14 +60,14 @@ def run_dir(tmp_path: Path) -> Path:
         (["sync", "nowhere", "--tracking_uri", "http://me:hunter2@h"], "--tracking_uri: has a password in it"),
     ],
 )
-def test_error_is_one_line_and_exit_code_2_when_usage_is_wrong(tmp_path: Path, words: list[str], expected: str) -> None:
+def test_error_is_one_line_with_code_2_when_usage_is_wrong(tmp_path: Path, words: list[str], expected: str) -> None:
     done = harness(tmp_path, *words)
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.startswith("harness: error: ")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
-    assert list(tmp_path.iterdir()) == []  # a wrong command leaves nothing
+    assert list(tmp_path.iterdir()) == []  # an invalid command leaves no file
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_error_is_one_line_and_exit_code_2_when_usage_is_wrong(tmp_path: Path, w
         (["export", "nowhere", "--output", "b"], "nowhere: is not a directory"),
     ],
 )
-def test_error_names_the_word_when_the_command_line_is_wrong(
+def test_error_names_the_word_when_it_is_wrong(
     words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 2
@@ -107,7 +107,7 @@ def test_version_is_printed_when_asked(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("command", ["train", "debug"])
-def test_options_of_the_configuration_are_listed_when_help_is_asked(tmp_path: Path, command: str) -> None:
+def test_configuration_options_are_listed_when_help_is_asked(tmp_path: Path, command: str) -> None:
     done = harness(tmp_path, command, "--help")
     assert done.returncode == 0
     assert f"harness {command}" in done.stdout
@@ -134,7 +134,7 @@ def test_exit_code_is_1_when_a_checkpoint_is_damaged(run_dir: Path, capsys: pyte
     assert f"{manifest}: is damaged" in capsys.readouterr().out
 
 
-def test_error_is_told_when_a_run_without_tracking_is_synced(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sync_fails_when_the_run_has_no_tracking(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_dir / "outbox").mkdir()
     assert main(["sync", str(run_dir)]) == 1
     assert "was run without tracking" in capsys.readouterr().err
@@ -160,9 +160,7 @@ def test_exit_code_is_0_when_a_checkpoint_is_whole(checkpoint: Path, capsys: pyt
     assert shown.err == ""
 
 
-def test_exit_code_is_1_and_the_file_is_named_when_a_byte_is_flipped(
-    checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_file_is_named_when_a_byte_is_flipped(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(checkpoint)
     assert main(["verify", str(checkpoint)]) == 1
     head, problem = capsys.readouterr().out.splitlines()
@@ -198,7 +196,9 @@ def test_tensors_are_listed_when_a_checkpoint_is_inspected(
     }
 
 
-def test_weights_are_there_when_exported(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_cast_and_split_when_exported(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     words = ["export", str(checkpoint), "--output", str(output), "--dtype", "bfloat16", "--max_shard_size", "24B"]
     assert main(words) == 0
@@ -210,7 +210,7 @@ def test_weights_are_there_when_exported(checkpoint: Path, tmp_path: Path, capsy
     assert torch.equal(loaded["fc.weight"], torch.arange(12.0).reshape(3, 4).bfloat16())
 
 
-def test_exit_code_is_1_and_nothing_is_written_when_an_export_is_of_damaged_weights(
+def test_export_writes_nothing_when_weights_are_damaged(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(checkpoint)
@@ -220,7 +220,7 @@ def test_exit_code_is_1_and_nothing_is_written_when_an_export_is_of_damaged_weig
     assert not (tmp_path / "out").exists()
 
 
-def test_torch_is_not_imported_when_a_checkpoint_is_verified_or_inspected(checkpoint: Path) -> None:
+def test_torch_is_not_imported_when_a_checkpoint_is_read(checkpoint: Path) -> None:
     for command in ("verify", "inspect"):
         code = (
             f"import sys; from launch.cli import main; assert main([{command!r}, {str(checkpoint)!r}]) == 0; "

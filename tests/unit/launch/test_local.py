@@ -27,7 +27,7 @@ STARTS_RANK = [
     "train",
 ]
 
-# What accelerate is told of each strategy, in its own file.
+# The content of each strategy's file for accelerate.
 EXPECTED: dict[str, dict[str, Any]] = {
     "single": {"distributed_type": "NO"},
     "ddp": {"distributed_type": "MULTI_GPU"},
@@ -62,14 +62,14 @@ def test_command_names_the_strategys_file_when_the_count_is_right(
     assert path == data_dir("configs") / "accelerate" / f"{strategy}.yaml"
     content = yaml.safe_load(path.read_text())
     assert content["distributed_type"] == EXPECTED[strategy]["distributed_type"]
-    assert content.get("use_cpu") is False  # true would start one process without a word
+    assert content.get("use_cpu") is False  # true would start one process without an error
     if strategy.startswith("zero"):
         assert content["deepspeed_config"]["zero_stage"] == int(strategy[-1])
     if strategy in ("fsdp2", "hsdp"):
         assert content["fsdp_config"]["fsdp_version"] == 2
 
 
-def test_every_strategy_has_an_expectation_when_one_is_added() -> None:
+def test_every_strategy_is_tested_when_one_is_added() -> None:
     assert set(EXPECTED) == set(STRATEGIES)
 
 
@@ -86,7 +86,7 @@ def test_single_file_is_used_when_ddp_has_one_process() -> None:
     assert option(accelerate_command(plan("ddp", 1)), "--config_file").endswith("single.yaml")
 
 
-def test_path_is_short_when_below_the_current_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_is_relative_when_below_the_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert option(accelerate_command(plan("ddp", 2)), "--config_file") == "configs/accelerate/ddp.yaml"
 
@@ -117,7 +117,7 @@ def test_command_is_printed_alone_when_dry(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("command", [launch, run], ids=["launch", "run"])
-def test_command_goes_on_when_the_reader_of_its_output_is_gone(
+def test_command_succeeds_when_the_reader_of_its_output_is_gone(
     monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], int]
 ) -> None:
     reading, writing = os.pipe()
@@ -134,7 +134,7 @@ def test_one_process_is_the_default_when_single(capsys: pytest.CaptureFixture[st
     assert "--num_processes 1 " in capsys.readouterr().out
 
 
-def test_error_is_told_before_anything_starts_when_the_configuration_is_wrong(
+def test_nothing_is_started_when_the_configuration_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_epochs"):

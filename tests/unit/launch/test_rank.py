@@ -1,4 +1,4 @@
-"""A rank that SLURM starts: a real process, by SLURM's variables alone."""
+"""`harness rank` in a real process, configured by SLURM's variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.errors import LaunchError
 ROOT = Path(__file__).parents[3]
 
 
-def test_no_secret_is_left_when_rank_zero_ends_before_the_ranks_have_met(tmp_path: Path) -> None:
+def test_secret_file_is_removed_when_rank_zero_fails_to_start(tmp_path: Path) -> None:
     job = f"{os.getpid()}{int.from_bytes(os.urandom(3), 'big')}"
     environment = {
         **{name: value for name, value in os.environ.items() if name != SECRET_VARIABLE},
@@ -35,12 +35,12 @@ def test_no_secret_is_left_when_rank_zero_ends_before_the_ranks_have_met(tmp_pat
     command = [sys.executable, "-m", "launch.cli", "rank", "--strategy", "ddp", *options, "--tracking.enabled", "false"]
     with ExitStack() as taken:
         for port in ports_of(f"test:{job}.0.0"):
-            with suppress(OSError):  # somebody else has it
+            with suppress(OSError):  # in use already
                 server = taken.enter_context(socket.socket())
                 server.bind(("0.0.0.0", port))
                 server.listen()
         ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert ended.returncode == LaunchError.exit_code, ended.stderr
     assert "ports is free on" in ended.stderr
-    # It was made: its directory is there.
+    # The directory shows that the file was written.
     assert list((tmp_path / "slurm").iterdir()) == []

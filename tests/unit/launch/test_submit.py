@@ -1,4 +1,4 @@
-"""What is given to SLURM, without one. A missing golden file is an error; HARNESS_WRITE_GOLDEN=1 writes them."""
+"""The batch scripts of `harness submit`, without SLURM. HARNESS_WRITE_GOLDEN=1 writes the golden files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 
 from harness.errors import ConfigError, LaunchError
 from launch.local import data_dir
-from launch.submit import limit_s, submit
-from launch.sweep import indices_of
+from launch.submit import indices_of, limit_s, submit
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).parent / "golden"
@@ -43,7 +42,7 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_script_is_the_golden_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_script_equals_the_golden_file_when_rendered(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit([*CASES[name], "--dry_run"]) == 0
     # What depends on where this is installed.
     script = capsys.readouterr().out.replace(str(Path(sys.executable).parent), "BIN").replace(str(ROOT), "ROOT")
@@ -55,7 +54,7 @@ def test_script_is_the_golden_one(name: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("path", [*GOLDEN.glob("*.sbatch"), *data_dir("slurm").glob("*.sbatch")], ids=str)
-def test_script_is_bash(path: Path) -> None:
+def test_script_is_valid_bash_when_checked(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], capture_output=True, check=False).returncode == 0
 
 
@@ -71,15 +70,15 @@ def test_script_is_bash(path: Path) -> None:
         (("--gpus_per_node", "2", "--tasks_per_node", "0"), "--tasks_per_node: must be at least 1, got 0"),
         (("--gpus_per_node", "2", "--tasks_per_node", "4"), "--tasks_per_node: each rank needs a GPU: 4 on 2"),
         (("--gpus_per_node", "1", "--nodes", "2", "--strategy", "hsdp"), "hsdp needs an even number of at least 4"),
-        (("--sbatch", "time=4:00:00"), "--sbatch: time has an option of its own here: --time"),
+        (("--sbatch", "time=4:00:00"), "--sbatch: time is set by an option of harness submit: --time"),
         (("--time", "soon"), "--time: must be minutes"),
         (("--time", ""), "--time: must be minutes"),
         (("--time", "1:2:3:4"), "--time: must be minutes"),
         (("--time", "-5"), "--time: must be minutes"),
-        (("--time", "0"), "--time: must be longer than nothing"),
+        (("--time", "0"), "--time: must be longer than 0"),
         (("--time", "5"), "--lead_s: 300 s is more than half"),
-        (("--array", "0-3"), "--array: goes with --sweep"),
-        (("--resume_from_checkpoint", "never"), "never would refuse the run when the job is queued again"),
+        (("--array", "0-3"), "--array: needs --sweep"),
+        (("--resume_from_checkpoint", "never"), "never would fail when the job is requeued"),
         (("--sweep", "nowhere.txt", "--array", "0-3"), "--sweep: there is no file nowhere.txt"),
         (("--sweep", str(SWEEP), "--array", "first"), "--array: must be such as 0-3"),
         (("--sweep", str(SWEEP), "--array", "1-3"), "has no line for task 3: task 0 has the first of 3"),
@@ -87,13 +86,13 @@ def test_script_is_bash(path: Path) -> None:
         (("--run_name", "a b"), "run_name: must be letters"),
     ],
 )
-def test_wrong_option_is_told_with_what_is_valid(words: tuple[str, ...], reason: str) -> None:
+def test_error_names_the_valid_options_when_one_is_wrong(words: tuple[str, ...], reason: str) -> None:
     time_limit = () if "--time" in words else ("--time", "1:00:00")
     with pytest.raises(ConfigError, match=reason):
         submit(["--config", "configs/digits.yaml", *time_limit, *words, "--dry_run"])
 
 
-def test_wrong_option_in_a_sweep_is_told_with_its_line(tmp_path: Path) -> None:
+def test_error_names_the_line_when_a_sweep_has_a_wrong_option(tmp_path: Path) -> None:
     path = tmp_path / "sweep.txt"
     path.write_text("--seed 1\n--seed 2 --trainer.max_epoch 3\n")
     words = ["--config", "configs/digits.yaml", "--time", "1:00:00", "--sweep", str(path), "--dry_run"]
@@ -108,12 +107,12 @@ def test_wrong_option_in_a_sweep_is_told_with_its_line(tmp_path: Path) -> None:
     ("text", "indices"),
     [("0", [0]), ("0-3", [0, 1, 2, 3]), ("0-9:4", [0, 4, 8]), ("1,5-6", [1, 5, 6]), ("2-3%1", [2, 3])],
 )
-def test_indices_are_read_as_slurm_reads_them(text: str, indices: list[int]) -> None:
+def test_indices_are_those_of_slurm_when_parsed(text: str, indices: list[int]) -> None:
     assert indices_of(text) == indices
 
 
 @pytest.mark.parametrize("text", ["", "1-", "a", "0-3%", "0-3%x", "0-3:0", "0:2"])
-def test_indices_are_refused_when_slurm_would_not_take_them(text: str) -> None:
+def test_indices_are_refused_when_slurm_would_reject_them(text: str) -> None:
     with pytest.raises(ConfigError, match="--array: must be such as"):
         indices_of(text)
 
@@ -122,28 +121,26 @@ def test_indices_are_refused_when_slurm_would_not_take_them(text: str) -> None:
     ("text", "seconds"),
     [("30", 1800), ("1:30", 90), ("1:00:00", 3600), ("2-0", 172_800), ("1-1:30", 91_800), ("0-0:0:5", 5)],
 )
-def test_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
+def test_limit_is_that_of_slurm_when_parsed(text: str, seconds: float) -> None:
     assert limit_s(text) == seconds
 
 
-def test_no_limit_is_none() -> None:
+def test_limit_is_infinite_when_unlimited() -> None:
     assert limit_s("UNLIMITED") == float("inf")
 
 
-def test_error_says_what_to_do_when_there_is_no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_has_the_remedy_when_sbatch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(LaunchError, match="--dry_run prints the script"):
+    with pytest.raises(LaunchError, match="print the script with --dry_run"):
         submit(["--config", "configs/digits.yaml", "--time", "1:00:00"])
 
 
-def test_what_is_submitted_is_what_sbatch_gets_and_its_refusal_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sbatchs_reason_is_reported_when_it_rejects_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "sbatch"
     fake.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     words = ["--config", "configs/digits.yaml", "--time", "1:00:00", "--partition", "x"]
-    with pytest.raises(LaunchError, match="sbatch refuses it: sbatch: error: invalid partition specified: x"):
+    with pytest.raises(LaunchError, match="sbatch rejects the job: sbatch: error: invalid partition specified: x"):
         submit([*words, "--run_dir", str(tmp_path / "runs"), "--run_name", "it"])
     assert "#SBATCH --partition=x" in (tmp_path / "runs/slurm/it.sbatch").read_text()
