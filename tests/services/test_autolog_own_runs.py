@@ -120,7 +120,7 @@ def test_each_trial_is_its_own_run_when_the_script_begins_one_for_each(on: On, t
         assert set(steps(tmp_path, runs["study"], "num_trials")) == {0, 1}
 
 
-def test_training_stays_in_its_run_when_the_script_begins_another_and_trains_on(on: On, tmp_path: Path) -> None:
+def test_training_stays_in_its_run_when_the_script_starts_another(on: On, tmp_path: Path) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(*net(), samples())
@@ -134,7 +134,7 @@ def test_training_stays_in_its_run_when_the_script_begins_another_and_trains_on(
     assert [steps(tmp_path, runs[name], "val") for name in ("first", "second")] == [[0], [0]]
 
 
-def test_run_behind_the_training_is_the_scripts_own_when_it_has_ended_the_training(on: On, tmp_path: Path) -> None:
+def test_later_run_is_the_scripts_own_when_training_has_ended(on: On, tmp_path: Path) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     with mlflow.start_run(run_name="training"):

@@ -113,7 +113,7 @@ services = pytest.mark.services
 
 
 @services
-def test_nothing_is_lost_when_the_server_is_killed_in_the_middle_of_an_upload(load: Load) -> None:
+def test_model_is_complete_when_the_server_is_killed_in_upload(load: Load) -> None:
     with load.running("--steps", "100", "--checkpoint_every", "50", "--checkpoint_bytes", "80000000"):
         cut = Fault("cut", cut_after_bytes=10_000_000, method="PUT", path="mlflow-artifacts", times=1)
         load.proxy.misbehave(cut)
@@ -161,7 +161,7 @@ AWAY, COMES_LATE = "goes-away", "comes-late"
 
 
 @services
-def test_nothing_is_lost_or_twice_whatever_the_server_answers_and_when_it_is_away(
+def test_everything_is_stored_once_when_the_server_is_faulty(
     tmp_path: Path, server: MlflowServer
 ) -> None:
     """A run for each, all at the same time, as they mostly wait. The server is away for longer elsewhere: by hand."""

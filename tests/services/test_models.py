@@ -79,7 +79,7 @@ def example_of_the_documentation() -> str:
     return code.replace('device="cuda"', 'device="cpu"')
 
 
-def test_best_checkpoint_is_found_and_loaded_as_the_documentation_has_it(
+def test_best_checkpoint_is_loaded_when_the_documentation_is_run(
     trained: Path, published: list[LoggedModel]
 ) -> None:
     manifests = {
@@ -200,7 +200,7 @@ def ask(address: str, body: Mapping[str, Any]) -> Any:
         return json.loads(answer.read())["predictions"]
 
 
-def test_http_answers_what_the_weights_say_when_mlflow_serves_the_model(
+def test_predictions_are_equal_when_mlflow_serves_the_model(
     trained: Path, published: list[LoggedModel], server: MlflowServer, tmp_path: Path
 ) -> None:
     images = Digits().input_example()
@@ -214,7 +214,7 @@ def test_http_answers_what_the_weights_say_when_mlflow_serves_the_model(
             ask(address, {"inputs": [[1.0]]})
 
 
-def test_training_goes_on_to_the_same_bits_when_mlflow_is_all_that_is_left(
+def test_training_resumes_exactly_when_only_mlflow_remains(
     trained: Path, server: MlflowServer, tmp_path: Path
 ) -> None:
     words = ("train", "--config", ROOT / "configs" / "digits.yaml", "--checkpoint.every_n_epochs", "1")

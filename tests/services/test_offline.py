@@ -42,7 +42,7 @@ def words(tmp_path: Path, uri: str, experiment: str, name: str) -> list[str | Pa
     ]
 
 
-def test_run_is_there_as_if_it_had_been_when_synchronized_from_another_place(
+def test_run_is_complete_when_synced_from_another_directory(
     tmp_path: Path, server: MlflowServer
 ) -> None:
     server.stop()  # nobody is to be asked while it trains
@@ -85,7 +85,7 @@ def offline_tracker(run_dir: Path, server: MlflowServer, **config: str) -> Track
     return tracker
 
 
-def test_run_stays_running_when_synchronized_while_its_trainer_is_at_work(tmp_path: Path, server: MlflowServer) -> None:
+def test_run_stays_running_when_synced_during_training(tmp_path: Path, server: MlflowServer) -> None:
     run_dir = tmp_path / "alive" / "it"
     tracker = offline_tracker(run_dir, server)
     holder = subprocess.Popen(

@@ -74,7 +74,7 @@ def steps_in_mlflow(tracker: Tracker) -> list[int]:
 
 
 @pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
-def test_publisher_is_started_again_when_it_dies_or_hangs(
+def test_publisher_is_restarted_when_it_dies_or_hangs(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, trouble: signal.Signals
 ) -> None:
     monkeypatch.setattr(launcher, "DEAD_AFTER_S", 3.0)
@@ -89,7 +89,7 @@ def test_publisher_is_started_again_when_it_dies_or_hangs(
     assert steps_in_mlflow(tracker) == [*range(1, last + 1)]
 
 
-def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
+def test_publisher_is_restarted_when_it_dies_before_it_responds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = launcher.start_publisher
@@ -111,9 +111,7 @@ def test_publisher_is_started_again_when_it_dies_before_it_has_a_run(
     assert steps_in_mlflow(found) == [1]
 
 
-def test_end_is_whole_when_the_publisher_was_killed_just_before(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_delivery_is_complete_when_the_publisher_is_killed(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     starts = launcher.start_publisher
     errors = iter([OSError(errno.ENOMEM, "no memory for it at first")])
 
@@ -129,7 +127,7 @@ def test_end_is_whole_when_the_publisher_was_killed_just_before(
     assert steps_in_mlflow(tracker) == [1]
 
 
-def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> None:
+def test_publisher_is_not_restarted_when_it_is_slow(tracker: Tracker, tmp_path: Path) -> None:
     """One that waits for its store gives signs of life: it is slow, not dead. Nor does it end when a job is told to."""
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     slow = pid_of(tracker)
@@ -145,7 +143,7 @@ def test_slow_publisher_is_left_at_work(tracker: Tracker, tmp_path: Path) -> Non
     assert steps_in_mlflow(tracker) == [*range(1, 40)]
 
 
-def test_end_waits_no_longer_than_told_and_shows_what_is_left(tracker: Tracker, tmp_path: Path) -> None:
+def test_finish_returns_in_time_when_the_store_is_unreachable(tracker: Tracker, tmp_path: Path) -> None:
     seen: list[Remaining] = []
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     store.execute("BEGIN EXCLUSIVE")
@@ -164,7 +162,7 @@ def test_end_waits_no_longer_than_told_and_shows_what_is_left(tracker: Tracker, 
     assert steps_in_mlflow(tracker) == [*range(1, 200)]
 
 
-def test_end_is_whole_when_the_store_comes_back_while_it_waits(tracker: Tracker, tmp_path: Path) -> None:
+def test_delivery_is_complete_when_the_store_recovers(tracker: Tracker, tmp_path: Path) -> None:
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None, check_same_thread=False)
     store.execute("BEGIN EXCLUSIVE")
     for step in range(1, 200):

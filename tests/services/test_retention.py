@@ -96,7 +96,7 @@ def aliases(uri: str, name: str) -> dict[str, str]:
     return {alias: reader.get_model_version(name, version).tags["harness.checkpoint"] for alias, version in on.items()}
 
 
-def test_aliases_are_where_they_belong_when_better_and_newer_ones_come_and_go(
+def test_aliases_are_moved_when_versions_are_added_and_deleted(
     store: MlflowStore, uri: str, tmp_path: Path
 ) -> None:
     ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss", mode="min")
@@ -156,7 +156,7 @@ class CutClient:
         return call
 
 
-def test_nothing_is_twice_when_publication_is_cut_off_behind_any_of_its_calls(
+def test_model_exists_once_when_publication_is_interrupted(
     store: MlflowStore, uri: str, tmp_path: Path
 ) -> None:
     ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss")
@@ -193,7 +193,7 @@ def publish_with_state(store: MlflowStore, tmp_path: Path, key: str) -> LoggedMo
     return publish(store, tmp_path, key, None, files=files, resume_files=STATE)
 
 
-def test_newest_alone_keeps_its_state_when_that_of_the_others_is_dropped(
+def test_only_the_newest_keeps_its_resume_files_when_dropped(
     store: MlflowStore, uri: str, tmp_path: Path
 ) -> None:
     first, second, third = (publish_with_state(store, tmp_path, key) for key in ("first", "second", "third"))
@@ -220,7 +220,7 @@ class WriteOnce(LocalArtifactRepository):
         raise PermissionError("retention policy")
 
 
-def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path: Path) -> None:
+def test_resume_files_are_kept_when_the_store_refuses_deletion(tmp_path: Path) -> None:
     # MLflow's own way to add a kind of store.
     _artifact_repository_registry.register("write-once", WriteOnce)
     uri = make_database(tmp_path / "mlflow.db")
@@ -231,7 +231,7 @@ def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path
     for _ in range(2):
         with pytest.raises(PermissionError):
             store.drop_resume_state("second")
-    assert store.drop_resume_state("second") == ["first keeps its state for resuming in MLflow: retention policy"]
+    assert store.drop_resume_state("second") == ["first keeps its resume files in MLflow: retention policy"]
     assert store.drop_resume_state("second") == []
     assert files(first, uri) == ["manifest.json", "model.safetensors", *STATE]
     assert (
@@ -239,7 +239,7 @@ def test_state_is_kept_and_said_when_the_store_lets_nobody_delete_files(tmp_path
     )
 
 
-def test_half_of_a_model_is_gone_when_its_checkpoint_was_pruned_in_the_upload(
+def test_incomplete_model_is_deleted_when_pruned_during_upload(
     store: MlflowStore, uri: str, tmp_path: Path
 ) -> None:
     directory = tmp_path / "first"

@@ -300,7 +300,7 @@ def write_config(cwd: Path, tracking_uri: str | None, **task: Any) -> Path:
     return path
 
 
-def test_secrets_are_nowhere_when_a_run_of_two_ranks_fails_that_writes_into_a_database(
+def test_secrets_are_redacted_when_a_run_with_a_database_fails(
     s3: S3, s3_server: MlflowServer, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_password, plain = (f"data-{secrets.token_hex(8)}{end}" for end in ("", "@/:"))
@@ -339,7 +339,7 @@ def test_secrets_are_nowhere_when_a_run_of_two_ranks_fails_that_writes_into_a_da
     assert_nowhere(hidden, [tmp_path / "dump", *[path for path in fetched.rglob("*") if path.is_file()]])
 
 
-def test_secrets_are_nowhere_when_they_stand_in_the_address_of_a_server(guarded: MlflowServer, tmp_path: Path) -> None:
+def test_secrets_are_redacted_when_the_servers_address_has_them(guarded: MlflowServer, tmp_path: Path) -> None:
     proxy = Proxy(guarded.port)
     uri = proxy.uri.replace("//", f"//admin:{PASSWORD}@")
     own = write_config(tmp_path, None, uri="sqlite://", password="none")

@@ -11,7 +11,7 @@ from tests.services.tracking_chaos import Chaos
 pytestmark = pytest.mark.services
 
 
-def test_everything_is_there_once_when_trainer_and_publisher_are_killed(tmp_path: Path) -> None:
+def test_everything_is_stored_once_when_processes_are_killed(tmp_path: Path) -> None:
     found = Chaos(tmp_path, num_kills=6, seed=3, num_steps=400).run()
     print(found["table"])
     assert sum(found["kills"].values()) == 6

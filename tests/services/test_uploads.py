@@ -159,7 +159,7 @@ def test_file_goes_whole_when_the_server_has_no_parts(through: Proxy, tmp_path: 
 # ------------------------------------------------------------------------- whole, in the end
 
 
-def test_torn_file_is_put_again_when_the_server_was_killed_in_the_middle(server: MlflowServer, tmp_path: Path) -> None:
+def test_incomplete_file_is_uploaded_again_when_server_was_killed(server: MlflowServer, tmp_path: Path) -> None:
     files = make(tmp_path, weights=24 * MB, torn=4 * MB, whole=2 * MB)
     stored = server.directory / "files" / "killed"
     stored.mkdir(parents=True)

@@ -77,7 +77,7 @@ def git(directory: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def test_commit_branch_and_dirtiness_are_found_when_in_a_work_tree(tmp_path: Path) -> None:
+def test_commit_and_dirtiness_are_found_when_in_a_work_tree(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("a = 1\n")
     git(tmp_path, "add", ".")
@@ -107,7 +107,7 @@ def test_tags_have_command_and_versions_when_made(monkeypatch: pytest.MonkeyPatc
     assert torch.__version__.startswith(tags["harness.version.torch"])
     assert tags["mlflow.source.type"] == "LOCAL"
     assert tags["team"] == "vision"
-    assert tags["harness.strategy"] == "mine"  # what the user says wins
+    assert tags["harness.strategy"] == "mine"  # the user's value takes precedence
     assert all(isinstance(value, str) for value in tags.values())
 
 
@@ -174,7 +174,7 @@ def test_own_digest_and_name_are_used_when_the_data_set_has_them() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float16])
-def test_batch_is_digested_when_numpy_has_no_such_type_or_it_is_a_scalar(dtype: torch.dtype) -> None:
+def test_batch_is_digested_when_numpy_lacks_its_type(dtype: torch.dtype) -> None:
     ones, zeros = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
     assert digest([ones, torch.ones(2, 2, dtype=dtype).T, "text", None]) != digest([zeros, "text", None])
     assert digest([ones]) != digest([zeros])

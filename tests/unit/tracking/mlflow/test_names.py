@@ -1,4 +1,4 @@
-"""Our rules for names against those of the MLflow that is installed."""
+"""Our rules for names compared with those of the installed MLflow."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_mlflow_accepts_every_name_when_it_is_cleaned(name: str) -> None:
 
 @given(names)
 @example("%2e%2e/a")
-def test_file_stays_in_the_directory_when_its_path_is_cleaned(name: str) -> None:
+def test_path_stays_in_the_directory_when_it_is_cleaned(name: str) -> None:
     path = clean_path(name)
     assert validate_path_is_safe(path) == path
     verify_artifact_path(path)
@@ -98,7 +98,7 @@ def test_limits_are_mlflows_when_values_are_cut() -> None:
     )
 
 
-def test_line_is_said_once_when_a_name_is_changed() -> None:
+def test_warning_is_added_once_when_a_name_is_changed() -> None:
     names = NameCleaner()
     assert [names.clean("metric", "val/AR@100") for _ in range(3)] == ["val/AR_100-0f5bccb8"] * 3
     assert [names.clean("metric", name) for name in PLAIN] == PLAIN
@@ -109,7 +109,7 @@ def test_line_is_said_once_when_a_name_is_changed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["metric", "parameter", "tag"])
-def test_name_is_the_same_when_others_are_logged_before(kind: Kind) -> None:
+def test_cleaned_name_is_the_same_when_the_order_differs(kind: Kind) -> None:
     given = ["acc@1", "acc%1", "acc_1", "y" * 260 + "a", "y" * 260 + "b", "z|" * 125, "z?" * 125]
     found = NameCleaner().clean_all(kind, dict.fromkeys(given, "1"))
     assert len(found) == len(given) and all(map(is_accepted, found)) and "acc_1" in found
@@ -118,7 +118,7 @@ def test_name_is_the_same_when_others_are_logged_before(kind: Kind) -> None:
     assert [names.clean(kind, name) for name in reversed(given)] == list(found)[::-1]
 
 
-def test_files_stay_apart_when_their_paths_are_cleaned() -> None:
+def test_paths_remain_distinct_when_they_are_cleaned() -> None:
     given = ["note?.txt", "note%.txt", "note_.txt", "/note_.txt"]
     found = [clean_path(path) for path in given]
     assert len(set(found)) == len(given) and found[2] == given[2]

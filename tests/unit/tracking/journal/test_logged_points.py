@@ -24,7 +24,7 @@ def known(outbox: JournalWriter, step: int) -> KnownPoints:
     return KnownPoints(outbox.path.parent, step)
 
 
-def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox: JournalWriter) -> None:
+def test_first_point_is_matched_when_it_is_repeated(outbox: JournalWriter) -> None:
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4)
     log(outbox, 20, 900, loss=0.3)  # another attempt's, from before points were compared
@@ -36,7 +36,7 @@ def test_point_is_known_with_its_first_value_and_time_when_it_is_repeated(outbox
     assert points.facts == {"points_repeated": "2", "points_differing": "0"}
 
 
-def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: JournalWriter) -> None:
+def test_only_the_last_point_is_known_when_it_is_before_the_step(outbox: JournalWriter) -> None:
     log(outbox, 5, 50, loss=0.9, lr=1.0)
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4)
@@ -46,7 +46,7 @@ def test_points_before_the_step_are_not_held_but_the_last_is_when_read(outbox: J
     assert points.last_step == 20
 
 
-def test_differences_are_counted_exactly_when_values_are_others(outbox: JournalWriter) -> None:
+def test_differences_are_counted_when_values_differ(outbox: JournalWriter) -> None:
     values = {"same": 1.0, "last_bit": 1.0, "double": 1.0, "nan": math.nan, "was_nan": math.nan, "sign": 1.0, "zero": 0}
     log(outbox, 1, 10, **values)
     points = known(outbox, 0)
@@ -59,14 +59,14 @@ def test_differences_are_counted_exactly_when_values_are_others(outbox: JournalW
 
 
 @pytest.mark.parametrize("key", ["perf/steps_per_s", "checkpoint/copy_s", "system/cpu"])
-def test_measured_point_is_known_and_no_difference_when_its_value_is_another(outbox: JournalWriter, key: str) -> None:
+def test_no_difference_is_counted_when_the_metric_is_a_timing(outbox: JournalWriter, key: str) -> None:
     outbox.append("metrics", {"step": 4, "values": {key: 2.0}}, 10)
     points = known(outbox, 4)
     assert points.match(key, 3.0, 4) == Point(2.0, 10, 4)
     assert points.num_differing == 0
 
 
-def test_every_point_is_found_when_attempts_have_logged_out_of_order(outbox: JournalWriter) -> None:
+def test_every_point_is_matched_when_steps_are_out_of_order(outbox: JournalWriter) -> None:
     for step in (1, 5, 9, 3, 7, 2):
         log(outbox, step, 10 * step, loss=float(step))
     points = known(outbox, 0)
@@ -84,11 +84,11 @@ def test_memory_is_bounded_when_the_journal_is_long(outbox: JournalWriter) -> No
     held_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert points.last_step == num_steps - 1
-    # 24 bytes for each point, and what arrays keep to grow into.
+    # 24 bytes for each point, plus the arrays' reserve.
     assert held_bytes < 3 * num_steps * 24 * 1.5
 
 
-def test_points_of_a_checkpoint_are_those_of_its_moment_when_looked_up(outbox: JournalWriter) -> None:
+def test_points_are_of_the_checkpoints_step_when_looked_up(outbox: JournalWriter) -> None:
     log(outbox, 10, 100, loss=0.5)
     log(outbox, 20, 200, loss=0.4, accuracy=0.9)
     log(outbox, 30, 300, loss=0.3)
@@ -96,7 +96,7 @@ def test_points_of_a_checkpoint_are_those_of_its_moment_when_looked_up(outbox: J
     assert found == {"loss": Point(0.4, 200, 20)}
 
 
-def test_first_value_of_a_parameter_counts_when_several_attempts_logged(outbox: JournalWriter) -> None:
+def test_first_parameter_value_is_read_when_attempts_differ(outbox: JournalWriter) -> None:
     outbox.append("params", {"lr": "0.1", "seed": "1"})
     log(outbox, 1, 1, loss=0.5)
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"})
@@ -106,7 +106,7 @@ def test_first_value_of_a_parameter_counts_when_several_attempts_logged(outbox: 
     assert logged.checkpoints == {"k1"}
 
 
-def test_drift_has_what_is_new_and_what_has_changed_when_compared() -> None:
+def test_drift_has_added_and_changed_when_parameters_differ() -> None:
     found = drift({"lr": "0.1", "seed": "1", "gone": "x"}, {"lr": "0.2", "seed": "1", "steps": "5"})
     assert found.added == {"steps": "5"}
     assert found.changed == {"lr": ("0.1", "0.2")}
@@ -115,7 +115,7 @@ def test_drift_has_what_is_new_and_what_has_changed_when_compared() -> None:
 
 
 @pytest.mark.parametrize(("num_names", "num_chars"), [(3, 6000), (3000, 10), (3000, 400)])
-def test_drift_is_whole_json_in_a_tags_length_when_much_has_changed(num_names: int, num_chars: int) -> None:
+def test_drift_fits_into_a_tag_when_much_has_changed(num_names: int, num_chars: int) -> None:
     old = {f"task.init_args.parameter_{n}": "ä" * num_chars for n in range(num_names)}
     found = drift(old, dict.fromkeys(old, "b" * num_chars))
     text = found.as_json()

@@ -1,8 +1,8 @@
-"""Which errors of MLflow are final: seen with MLflow's own store on sqlite, as its server has it."""
-
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException, RestException
 from sqlalchemy import event
 
+from harness.tracking.mlflow import client
 from harness.tracking.mlflow.client import is_permanent
 from harness.tracking.mlflow.store import MlflowStore
 from harness.tracking.mlflow.store_protocol import WantedRun
@@ -44,7 +45,7 @@ def as_answered(error: MlflowException) -> RestException:
     return RestException({"error_code": error.error_code, "message": error.message})
 
 
-def test_busy_database_is_not_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_is_transient_when_the_database_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = make_database(tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "QueuePool")
     monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "1")
@@ -61,7 +62,7 @@ def test_busy_database_is_not_final(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     engine.dispose()
 
 
-def test_dataset_is_there_once_when_a_second_request_inserts_it_first(tmp_path: Path) -> None:
+def test_one_dataset_is_stored_when_two_requests_insert_it(tmp_path: Path) -> None:
     uri = make_database(tmp_path / "mlflow.db")
     client = mlflow.MlflowClient(uri)
     first, second = opened(uri, client), opened(uri, mlflow.MlflowClient(uri))
@@ -84,7 +85,7 @@ def test_dataset_is_there_once_when_a_second_request_inserts_it_first(tmp_path: 
 
 @pytest.mark.parametrize("kind", ["sql", "file"])
 @pytest.mark.parametrize("deleted", ["run", "experiment"])
-def test_nothing_is_refused_for_good_when_what_it_belongs_to_is_deleted(
+def test_error_is_transient_when_the_run_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deleted: str, kind: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -135,11 +136,11 @@ SQL = "(psycopg2.errors.{}) {} (Background on this error at: https://sqlalche.me
     ],
     ids=["value", "out-of-range", "null", "read-only", "locked", "of-a-proxy"],
 )
-def test_answer_is_final_when_it_is_about_the_data(answer: dict[str, str], is_final: bool) -> None:
+def test_error_is_permanent_when_it_is_about_the_data(answer: dict[str, str], is_final: bool) -> None:
     assert is_permanent(RestException(answer)) == is_final
 
 
-def test_page_with_status_400_is_not_final() -> None:
+def test_error_is_transient_when_a_proxy_responds_400() -> None:
     # As MLflow's client makes it of an answer that is no JSON.
     with pytest.raises(MlflowException) as caught:
         mlflow.utils.rest_utils.verify_rest_response(_page(), "/api/2.0/mlflow/runs/log-batch")
@@ -152,3 +153,53 @@ def _page() -> Any:
     response.status_code = 400
     response._content = b"<html>Request blocked</html>"
     return response
+
+
+VARIABLE = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+
+
+@pytest.fixture(autouse=True)
+def environment_of_a_publisher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Address of a server that accepts connections and never responds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def error_of(address: str) -> Exception:
+    store = MlflowStore(address)
+    store.run_id = "a" * 32
+    with pytest.raises(Exception) as caught:
+        store.log_metrics([("loss", 1.0, 1, 1)])
+    assert isinstance(caught.value, Exception)
+    return caught.value
+
+
+def test_timeout_is_extended_when_the_server_is_slow(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    store, error = MlflowStore(address), error_of(address)
+    given = []
+    for _ in range(9):
+        store.handle_transient_error(error)
+        given.append(int(os.environ[VARIABLE]))
+    assert given == [2, 4, 8, 16, 32, 64, 120, 120, 120]
+
+
+def test_timeout_is_unchanged_when_the_users_is_longer(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    error = error_of(address)
+    monkeypatch.setenv(VARIABLE, str(2 * client.LONGEST_TIMEOUT_S))
+    MlflowStore(address).handle_transient_error(error)
+    assert os.environ[VARIABLE] == str(2 * client.LONGEST_TIMEOUT_S)
+
+
+def test_timeout_is_unchanged_when_the_server_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    MlflowStore(address).handle_transient_error(error_of(address))
+    assert os.environ[VARIABLE] == "1"

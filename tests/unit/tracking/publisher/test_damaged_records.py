@@ -1,4 +1,4 @@
-"""What is on disk of a run's delivery is damaged, and the next attempt trains on: MLflow's own store, real files."""
+"""Damaged records on disk: the run's next attempt starts, and MLflow has everything once. With a real store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.tracking.publisher.launcher import write_settings
 from harness.tracking.publisher.publisher import Publisher
 from harness.tracking.publisher.sync import deliver_rest, is_incomplete
 from tests.services.mlflow_server import make_database
-from tests.unit.tracking.test_publisher import FakeTrainer
+from tests.unit.tracking.publisher.fakes import FakeTrainer
 
 STEPS = 10
 
@@ -97,9 +97,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_everything_is_there_once_when_the_record_of_delivery_is_damaged(
-    run: Run, damage: Callable[[Path], None]
-) -> None:
+def test_points_are_stored_once_when_the_record_is_damaged(run: Run, damage: Callable[[Path], None]) -> None:
     run.train(1)
     run.deliver(1)
     damage(run.outbox_dir)
@@ -120,7 +118,7 @@ def test_everything_is_there_once_when_the_record_of_delivery_is_damaged(
     assert [DELIVERED in note for note in publisher.notes] == ([] if is_gone else [True])
 
 
-def test_journal_is_known_to_be_another_when_it_has_grown_past_the_old_offset(run: Run) -> None:
+def test_new_journal_is_detected_when_it_is_as_long_as_the_old(run: Run) -> None:
     run.train(1)
     run.deliver(1)
     # As long to the byte, and only then looked at.
@@ -136,7 +134,7 @@ def test_journal_is_known_to_be_another_when_it_has_grown_past_the_old_offset(ru
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 30, b"garbage\n" * 2], ids=["zeros", "lines"])
-def test_what_follows_is_delivered_when_an_entry_is_damaged(run: Run, garbage: bytes) -> None:
+def test_later_entries_are_delivered_when_one_is_damaged(run: Run, garbage: bytes) -> None:
     run.train(1)
     lines = (run.outbox_dir / JOURNAL).read_bytes().splitlines(keepends=True)
     lines[5] = garbage + lines[5][len(garbage) :]
@@ -157,7 +155,7 @@ def test_what_follows_is_delivered_when_an_entry_is_damaged(run: Run, garbage: b
     assert run.steps == [step for step in range(2 * STEPS) if step != 4]
 
 
-def test_sync_names_the_file_and_succeeds_when_an_entry_is_damaged(run: Run) -> None:
+def test_sync_succeeds_and_names_the_file_when_entry_is_damaged(run: Run) -> None:
     run.train(1)
     lines = (run.outbox_dir / JOURNAL).read_bytes().splitlines(keepends=True)
     lines[5] = b"garbage\n"
@@ -172,7 +170,7 @@ def test_sync_names_the_file_and_succeeds_when_an_entry_is_damaged(run: Run) -> 
     assert run.steps == [step for step in range(STEPS) if step != 4]
 
 
-def test_record_is_read_when_it_is_of_a_version_that_counted_no_damage(run: Run) -> None:
+def test_record_is_read_when_it_has_no_count_of_damage(run: Run) -> None:
     run.train(1)
     run.deliver(1)
     record = json.loads((run.outbox_dir / DELIVERED).read_text())
@@ -182,7 +180,7 @@ def test_record_is_read_when_it_is_of_a_version_that_counted_no_damage(run: Run)
 
 
 @pytest.mark.parametrize("content", ["", '{"1": {"sta', "[]", '{"one": 1}'])
-def test_attempts_are_known_by_the_tags_when_their_file_is_damaged(run: Run, content: str) -> None:
+def test_attempts_are_read_from_tags_when_their_file_is_damaged(run: Run, content: str) -> None:
     run.train(1)
     run.deliver(1)
     before = json.loads((run.run_dir / ATTEMPTS).read_text())
@@ -195,7 +193,7 @@ def test_attempts_are_known_by_the_tags_when_their_file_is_damaged(run: Run, con
 
 
 @pytest.mark.parametrize("content", ["", '{"latest": {', '{"latest": {"loss": [1]}, "params": {}, "checkpoints": []}'])
-def test_attempt_starts_and_says_so_when_it_is_not_known_what_was_pruned(run: Run, content: str) -> None:
+def test_attempt_starts_with_a_note_when_the_summary_is_damaged(run: Run, content: str) -> None:
     run.train(1)
     write_pruned(run.outbox_dir, Pruned({"loss": (1.0, 1, 1)}, {"lr": "0.1"}, frozenset({"k"})))
     assert read_pruned(run.outbox_dir).params == {"lr": "0.1"}

@@ -26,7 +26,7 @@ points = st.tuples(st.text(min_size=1), st.floats(), st.integers(0, 2**62), st.i
 
 
 @given(st.lists(points, max_size=5))
-def test_request_is_mlflows_own_when_points_are_sent(logged: list[tuple[str, float, int, int]]) -> None:
+def test_request_equals_mlflows_own_when_points_are_sent(logged: list[tuple[str, float, int, int]]) -> None:
     ours = ParseDict(json.loads(_log_batch_body("run-1", logged)), LogBatch())
     theirs = LogBatch(run_id="run-1", metrics=[Metric(*point).to_proto() for point in logged])
     assert [math.isnan(m.value) for m in ours.metrics] == [math.isnan(m.value) for m in theirs.metrics]
@@ -35,7 +35,7 @@ def test_request_is_mlflows_own_when_points_are_sent(logged: list[tuple[str, flo
     assert ours == theirs
 
 
-def test_mlflows_client_is_asked_when_there_is_no_plain_server() -> None:
+def test_no_rest_store_is_found_when_the_client_is_unknown() -> None:
     assert rest_store_of(MlflowClient("http://127.0.0.1:9")) is not None
     assert rest_store_of(object()) is None
 
@@ -56,7 +56,7 @@ def test_one_parent_is_used_when_its_name_has_quotes(store: MlflowStore, tmp_pat
     assert sorted(run.info.run_name for run in runs) == ["bob's sweep", *["run"] * 4, both]
 
 
-def test_parent_keeps_its_status_when_another_has_made_it(store: MlflowStore, tmp_path: Path) -> None:
+def test_parent_keeps_its_status_when_the_user_has_created_it(store: MlflowStore, tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     made = client.create_run(store.experiment_id).info.run_id
     child = client.create_run(store.experiment_id, tags={"mlflow.parentRunId": made}).info.run_id
@@ -68,7 +68,7 @@ def test_parent_keeps_its_status_when_another_has_made_it(store: MlflowStore, tm
     assert statuses == {made: "RUNNING", child: "FAILED", ours: "FAILED"}
 
 
-def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: MlflowStore, tmp_path: Path) -> None:
+def test_values_are_cleaned_when_the_journal_is_an_earlier_one(store: MlflowStore, tmp_path: Path) -> None:
     store.log_metrics([("val/AR@100", 1.0, 1, 1), ("a/../b", 2**63 + 1, 1, 1), ("good", 1.0, 1, -1)])
     store.log_params({"acc@1": "1", "acc%1": "2", "..": "3"})
     store.set_tags({"": "1", "broken": "\udcff\0"})
@@ -87,7 +87,7 @@ def test_run_has_what_it_can_when_the_journal_is_of_an_earlier_version(store: Ml
 
 
 @pytest.mark.parametrize("name", ["bob's model", "a/b", 'the "best"', 'bob\'s "best"', "..", "m" * 300, ""], ids=ascii)
-def test_version_is_made_once_when_the_registered_name_is_odd(store: MlflowStore, name: str) -> None:
+def test_one_version_is_created_when_the_registered_name_is_odd(store: MlflowStore, name: str) -> None:
     client: Any = store._client
     registration = Registration(clean_model_name(name), aliases=True)
     for step in (1, 2):
@@ -98,9 +98,7 @@ def test_version_is_made_once_when_the_registered_name_is_odd(store: MlflowStore
     assert client.get_registered_model(registration.name).aliases == {"last": 2}
 
 
-def test_nothing_is_left_in_the_temporary_directory_when_a_database_is_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_directory_is_empty_when_a_database_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "what?").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
