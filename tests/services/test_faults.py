@@ -161,9 +161,7 @@ AWAY, COMES_LATE = "goes-away", "comes-late"
 
 
 @services
-def test_everything_is_stored_once_when_the_server_is_faulty(
-    tmp_path: Path, server: MlflowServer
-) -> None:
+def test_everything_is_stored_once_when_the_server_is_faulty(tmp_path: Path, server: MlflowServer) -> None:
     """A run for each, all at the same time, as they mostly wait. The server is away for longer elsewhere: by hand."""
     with ExitStack() as stack:
         loads: dict[str, Load] = {}

@@ -79,9 +79,7 @@ def example_of_the_documentation() -> str:
     return code.replace('device="cuda"', 'device="cpu"')
 
 
-def test_best_checkpoint_is_loaded_when_the_documentation_is_run(
-    trained: Path, published: list[LoggedModel]
-) -> None:
+def test_best_checkpoint_is_loaded_when_the_documentation_is_run(trained: Path, published: list[LoggedModel]) -> None:
     manifests = {
         path.parent.name: json.loads(path.read_text()) for path in trained.glob("runs/it/checkpoints/*/manifest.json")
     }
@@ -214,9 +212,7 @@ def test_predictions_are_equal_when_mlflow_serves_the_model(
             ask(address, {"inputs": [[1.0]]})
 
 
-def test_training_resumes_exactly_when_only_mlflow_remains(
-    trained: Path, server: MlflowServer, tmp_path: Path
-) -> None:
+def test_training_resumes_exactly_when_only_mlflow_remains(trained: Path, server: MlflowServer, tmp_path: Path) -> None:
     words = ("train", "--config", ROOT / "configs" / "digits.yaml", "--checkpoint.every_n_epochs", "1")
     tracking = ("--tracking.tracking_uri", server.uri, "--tracking.experiment_name", "alone")
     registered = ("--tracking.registered_model_name", "alone", "--tracking.registered_model_aliases", "true")

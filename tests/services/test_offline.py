@@ -42,9 +42,7 @@ def words(tmp_path: Path, uri: str, experiment: str, name: str) -> list[str | Pa
     ]
 
 
-def test_run_is_complete_when_synced_from_another_directory(
-    tmp_path: Path, server: MlflowServer
-) -> None:
+def test_run_is_complete_when_synced_from_another_directory(tmp_path: Path, server: MlflowServer) -> None:
     server.stop()  # nobody is to be asked while it trains
     done = run(harness(*words(tmp_path, server.uri, "offline", "it")), cwd=tmp_path)
     assert done.code == 0, done.output

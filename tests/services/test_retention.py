@@ -96,9 +96,7 @@ def aliases(uri: str, name: str) -> dict[str, str]:
     return {alias: reader.get_model_version(name, version).tags["harness.checkpoint"] for alias, version in on.items()}
 
 
-def test_aliases_are_moved_when_versions_are_added_and_deleted(
-    store: MlflowStore, uri: str, tmp_path: Path
-) -> None:
+def test_aliases_are_moved_when_versions_are_added_and_deleted(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss", mode="min")
     seen = []
     for key, loss in (("first", 0.5), ("second", 0.2), ("third", 0.4), ("fourth", None), ("fifth", 0.2)):
@@ -156,9 +154,7 @@ class CutClient:
         return call
 
 
-def test_model_exists_once_when_publication_is_interrupted(
-    store: MlflowStore, uri: str, tmp_path: Path
-) -> None:
+def test_model_exists_once_when_publication_is_interrupted(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     ranked = Registration(f"reg-{tmp_path.name}", aliases=True, monitor="loss")
     publish(store, tmp_path, "first", ranked, monitored=0.5)
     cut_at = []
@@ -193,9 +189,7 @@ def publish_with_state(store: MlflowStore, tmp_path: Path, key: str) -> LoggedMo
     return publish(store, tmp_path, key, None, files=files, resume_files=STATE)
 
 
-def test_only_the_newest_keeps_its_resume_files_when_dropped(
-    store: MlflowStore, uri: str, tmp_path: Path
-) -> None:
+def test_only_the_newest_keeps_its_resume_files_when_dropped(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     first, second, third = (publish_with_state(store, tmp_path, key) for key in ("first", "second", "third"))
     plain = publish(store, tmp_path, "plain", None)
     # Cut off in between: one of its files is gone already.
@@ -239,9 +233,7 @@ def test_resume_files_are_kept_when_the_store_refuses_deletion(tmp_path: Path) -
     )
 
 
-def test_incomplete_model_is_deleted_when_pruned_during_upload(
-    store: MlflowStore, uri: str, tmp_path: Path
-) -> None:
+def test_incomplete_model_is_deleted_when_pruned_during_upload(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     directory = tmp_path / "first"
     directory.mkdir()
     (directory / "manifest.json").write_text("{}")

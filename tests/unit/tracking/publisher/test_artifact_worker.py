@@ -174,7 +174,7 @@ NUM_ROWS_PER_BATCH = 500
 
 
 def num_bytes_read() -> int:
-    """Bytes that this process has read until now, by the kernel's count."""
+    """Return the number of bytes that this process has read, by the kernel's count."""
     counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(counts["rchar"])
 
@@ -211,7 +211,7 @@ def delivering(run_dir: Path, uri: str, store: type[MlflowStore] = MlflowStore) 
 
 
 def trained(run_dir: Path, database: Path, artifacts: Path) -> mlflow.MlflowClient:
-    """A run's directory with what its training has left, and the store that it goes to."""
+    """Create the directory of a finished training, and the store of its run."""
     run_dir.mkdir()
     (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key", "run_id": None}))
     client = mlflow.MlflowClient(make_database(database))
@@ -228,7 +228,7 @@ def trained(run_dir: Path, database: Path, artifacts: Path) -> mlflow.MlflowClie
 def test_files_are_delivered_later_when_artifacts_are_blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact_worker, "_MAX_OUTAGE_S", 1.0)
     run_dir = tmp_path / "it"
-    # A file where a directory is to be, which no user may write below.
+    # A file in the place of the artifact directory, so that no user can write there.
     (tmp_path / "blocked").touch()
     client = trained(run_dir, tmp_path / "mlflow.db", tmp_path / "blocked/artifacts")
 
@@ -242,7 +242,7 @@ def test_files_are_delivered_later_when_artifacts_are_blocked(tmp_path: Path, mo
     assert "blocked/artifacts" in undelivered_line(run_dir, delivered)
     assert is_incomplete(run_dir)
 
-    # And again, as `harness sync` does it: first in vain.
+    # `harness sync` delivers again, first without success.
     assert not delivering(run_dir, client.tracking_uri).run()
     assert client.get_run(run.info.run_id).info.status == "FINISHED"
     (tmp_path / "blocked").unlink()

@@ -28,7 +28,7 @@ STEPS = 10
 
 
 class Run:
-    """A run directory, and the MLflow store that it goes to."""
+    """A run directory and its MLflow store."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -36,11 +36,11 @@ class Run:
         run_dir.mkdir()
         (run_dir / "run.json").write_text(json.dumps({"run_name": "it", "run_key": "key", "run_id": None}))
         self.uri = make_database(run_dir.parent / "mlflow.db")
-        # Its artifacts go beside the database.
+        # The artifacts are beside the database.
         mlflow.MlflowClient(self.uri).create_experiment("exp", str(run_dir.parent / "artifacts"))
 
     def train(self, attempt: int) -> None:
-        """What an attempt leaves in the journal."""
+        """Write an attempt's journal entries."""
         outbox = JournalWriter(self.outbox_dir)
         outbox.append("attempt", {"number": attempt, "facts": {"world_size": str(attempt)}})
         for step in range(STEPS * (attempt - 1), STEPS * attempt):
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """Of the points in MLflow."""
+        """Steps of the points in MLflow."""
         history = mlflow.MlflowClient(self.uri).get_metric_history(self.run_id, "loss")
         return sorted(point.step for point in history)
 
