@@ -131,7 +131,7 @@ def test_error_when_the_loop_adds_another_group_than_the_checkpoint_has(tmp_path
         optimizer.optimizer.add_param_group({"params": [model[BODY].weight]})
 
     train(tmp_path, "cut", add_group, crash_at=5)
-    with pytest.raises(CheckpointError, match="some of which the checkpoint has in a group of others"):
+    with pytest.raises(CheckpointError, match="some of which are in another group of the checkpoint"):
         train(tmp_path, "cut", add_another)
 
 

@@ -1,31 +1,31 @@
-"""The digest of a range of a file, which several ranks can make together, each of what it has read.
+"""The digest of a range of a file, which several ranks can compute together from the parts that each has read.
 
-    digest = XOR of XXH3-128 of each leaf, seeded with the leaf's number; a leaf is 16 KiB from the range's start on
+    digest = XOR of the XXH3-128 of each leaf, seeded with the leaf's number; a leaf is 16 KiB from the range's start on
 
-On another topology a rank wants a part of a range. What it knows of the leaves that it has read whole is one
-number, and the numbers of several ranks make the digest: only leaves that a border cuts are read once more.
-Importing this never imports torch.
+On another topology a rank reads only a part of a range. The XOR over the leaves that it has read is one number, and the
+numbers of all ranks make the digest. Only leaves that lie across a border between ranks are read again.
+Importing this module never imports torch.
 """
 
 from __future__ import annotations
 
 from xxhash import xxh3_128_intdigest
 
-# A border between two ranks costs at most one more of these to read; smaller ones take longer to hash.
+# A border between two ranks costs reading at most one more leaf; smaller leaves take longer to hash.
 LEAF_BYTES = 16 << 10
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """The digest, in hex, of all of a range."""
+    """The digest of a whole range, in hex."""
     return in_hex(leaves_of(data))
 
 
 def leaves_of(data: bytes | memoryview, first: int = 0) -> int:
-    """What some leaves in a row have in a digest.
+    """The share of consecutive leaves in the digest of their range.
 
     Args:
         data: their bytes; only a range's last leaf may be shorter.
-        first: number of the first of them, from 0.
+        first: number of the first leaf, from 0.
     """
     found = 0
     for number, start in enumerate(range(0, len(data), LEAF_BYTES), first):
@@ -34,10 +34,10 @@ def leaves_of(data: bytes | memoryview, first: int = 0) -> int:
 
 
 def num_leaves(size_bytes: int) -> int:
-    """How many a range of that size has."""
+    """Number of leaves of a range of that size."""
     return -(-size_bytes // LEAF_BYTES)
 
 
 def in_hex(digest: int) -> str:
-    """As manifests have it."""
+    """The digest as in a manifest."""
     return f"{digest:032x}"

@@ -1,4 +1,4 @@
-"""What a checkpoint has, by the names of the model's parameters."""
+"""The tensors of a checkpoint, by the names of the model's parameters."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MASTER = "master"
 
 
 class StoredPlace(NamedTuple):
-    """Where a tensor is: the file, and what its header says."""
+    """The place of a tensor: the file, and the entry in its header."""
 
     file: str
     tensor: StoredTensor
 
     @property
     def dtype(self) -> torch.dtype:
-        """That it is stored as."""
+        """The type in which it is stored."""
         return DTYPES[self.tensor.dtype]
 
 
@@ -40,11 +40,11 @@ class CheckpointIndex:
 
     Args:
         checkpoint: its directory.
-        step: optimizer steps that were complete.
-        records: file of tensors -> what the manifest says of it.
+        step: completed optimizer steps.
+        records: file of tensors -> its entry in the manifest.
         model: name -> place, of parameters and buffers.
-        aliases: name that was tied -> the name under which its tensor is stored.
-        states: parameter -> kind -> place, of the optimizer's state; ``master`` is among the kinds.
+        aliases: name of a tied tensor -> the name under which it is stored.
+        states: parameter -> kind -> place, of the optimizer's state; ``master`` is one of the kinds.
         strange: tensors of the optimizer's file that belong to no parameter of the checkpoint.
     """
 
@@ -58,18 +58,18 @@ class CheckpointIndex:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> CheckpointIndex:
-        """Read the manifest, where it is not given, and the headers.
+        """Read the headers, and the manifest if it is not given.
 
         Effects: not collective; any thread; blocks for reading; nothing on disk.
 
         Args:
             checkpoint: its directory.
             manifest: the checkpoint's.
-            files: where its files are read from; None: this node's disk.
+            files: source of the bytes; None: this node's disk.
 
         Raises:
-            DamagedError: if one is missing, or not what was written.
-            CheckpointError: if the disk does not give it.
+            DamagedError: if a file is missing, or not what was written.
+            CheckpointError: if the disk fails.
         """
         manifest = manifest or read_manifest(checkpoint)
         tensors = [file for file in manifest.files if file.name.endswith(".safetensors") and file.name != STATES]
@@ -80,17 +80,17 @@ class CheckpointIndex:
     def of_weights(
         cls, directory: Path, records: Sequence[FileRecord] | None = None, files: Files | None = None
     ) -> CheckpointIndex:
-        """The weights alone, of one of our checkpoints or of any directory as Hugging Face has it.
+        """Read the headers of the weights only, in a checkpoint or in a directory in Hugging Face's layout.
 
         Effects: as `of`.
 
         Args:
             directory: of the weights.
-            records: its `weight_records`, where they are known already.
-            files: where they are read from; None: this node's disk.
+            records: its `weight_records`, if they are already known.
+            files: source of the bytes; None: this node's disk.
 
         Raises:
-            CheckpointError: if there are none, or they are not what was written.
+            CheckpointError: if there are no weights, or they are not what was written.
         """
         found = weight_records(directory) if records is None else records
         return cls._of(directory, 0, {file.name: file for file in found}, files)
@@ -124,60 +124,60 @@ class CheckpointIndex:
         return cls(checkpoint, step, records, model, aliases, states, tuple(strange))
 
     def name_of(self, name: str) -> str:
-        """The name under which a tensor of the model is stored: what was tied may stand for itself now."""
+        """The name under which a tensor of the model is stored; a tied one may have been untied since."""
         return self.aliases.get(name, name)
 
     def state_of(self, parameter: str) -> Mapping[str, StoredPlace]:
-        """Kind -> place of what the optimizer had for a parameter, its master left out."""
+        """Kind -> place of the optimizer's state of a parameter, without its master."""
         kinds = self.states.get(self.name_of(parameter), {})
         return {kind: place for kind, place in kinds.items() if kind != MASTER}
 
     @property
     def has_state(self) -> bool:
-        """Whether the optimizer had a state for any parameter."""
+        """Whether the optimizer had state of any parameter."""
         return any(kinds.keys() != {MASTER} for kinds in self.states.values())
 
     def weight(self, name: str, dtype: torch.dtype | None) -> StoredPlace | None:
-        """Where a weight, or a buffer, that is held as `dtype` is: the most precise values there are."""
+        """The place of the most precise values of a weight or buffer that has the type `dtype` in the model."""
         name = self.name_of(name)
         place, master = self.model.get(name), self.states.get(name, {}).get(MASTER)
         return master if place is not None and master is not None and place.dtype != dtype else place
 
     def master(self, parameter: str) -> StoredPlace | None:
-        """Where the fp32 master of a weight is: a weight without one is its own."""
+        """The place of the fp32 master of a weight; a weight without one is its own master."""
         name = self.name_of(parameter)
         return self.states.get(name, {}).get(MASTER) or self.model.get(name)
 
 
 def weight_records(directory: Path) -> tuple[FileRecord, ...]:
-    """The files of weights in a directory, one of our checkpoints or as Hugging Face has it.
+    """The files of weights in a checkpoint, or in a directory in Hugging Face's layout.
 
     Effects: not collective; any thread; blocks for reading the manifest or the index; nothing on disk.
 
     Raises:
-        CheckpointError: if there are none, or it is not understood.
+        CheckpointError: if there are none, or the index is damaged.
     """
     if (directory / MANIFEST).exists():
         manifest = read_manifest(directory)
         weights = [name for name in manifest.weight_files if name.endswith(".safetensors")]
         return tuple(file for file in manifest.files if file.name in weights)
     try:
-        # Nothing is known of its digests.
+        # There are no digests.
         names = _weight_files(directory)
         return tuple(FileRecord(name, (directory / name).stat().st_size, Ranges()) for name in names)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / _INDEX_FILE}: is not understood: {error}") from error
+        raise CheckpointError(f"{directory / _INDEX_FILE}: cannot be read: {error}; use another directory") from error
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """As `transformers` finds them: the files of the index, or the only one."""
+    """The files in the index, or the only file, as in `transformers`."""
     if (directory / _INDEX_FILE).exists():
         index = json.loads((directory / _INDEX_FILE).read_bytes())
         names = sorted(set(index["weight_map"].values()))
         if not all(name == Path(name).name for name in names):
-            raise ValueError("it names files elsewhere")
+            raise ValueError("it lists files in other directories")
         return names
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     if "model.safetensors" in found:
@@ -191,7 +191,7 @@ def _weight_files(directory: Path) -> list[str]:
 
 
 def split_name(name: str, parameters: Collection[str]) -> tuple[str, str]:
-    """Kind and parameter of ``<kind>.<parameter>``; no parameter if it is none of the given ones."""
+    """Kind and parameter of ``<kind>.<parameter>``; an empty parameter if it is not among the given ones."""
     kind, _, parameter = name.partition(".")
     while parameter and parameter not in parameters:
         more, _, parameter = parameter.partition(".")

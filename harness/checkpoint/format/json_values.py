@@ -1,8 +1,8 @@
-"""Python values as strict JSON, and back: what schedulers and scalers hold, without pickle.
+"""Encode Python values as strict JSON, and decode them: the state of schedulers and scalers, without pickle.
 
-JSON has no infinity (`ReduceLROnPlateau` begins with one), no keys but text (`MultiStepLR` counts by
-number) and no tuples. What it lacks stands as an object with one key that begins with ``$``. Tensors of more
-than one element are kept elsewhere and referred to (`harness.checkpoint.state.kept_tensors`).
+JSON has no infinity (`ReduceLROnPlateau` begins with one), only text as keys (`MultiStepLR` counts by number) and no
+tuples. A value of another kind is an object with one key that begins with ``$``. Tensors of more than one element are
+stored elsewhere and referred to (`harness.checkpoint.state.kept_tensors`).
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from torch import Tensor
 _MARK = "$"
 # Python neither writes nor reads an int of more than 4,300 decimal digits as text.
 _MAX_INT_BITS = 14_000
-# Keeps a tensor elsewhere, and gives the JSON value that stands for it; and finds it again.
+# Store a tensor elsewhere and return a JSON reference to it; return the tensor of a reference.
 Put = Callable[[Tensor], Any]
 Get = Callable[[Any], Tensor]
 
 
 class UnsavableTensor(TypeError):
-    """A tensor that cannot be kept."""
+    """A tensor that cannot be stored."""
 
 
 def encode(value: Any, put: Put | None = None) -> Any:
-    """The value as JSON can hold it; copied, so that it stays as it is now.
+    """Copy a value as JSON.
 
-    Effects: not collective; any thread; a tensor on CUDA is waited for; nothing on disk.
+    Effects: not collective; any thread; blocks for a tensor on CUDA; nothing on disk.
 
     Args:
-        value: numbers, text, None, lists, tuples, deques, sets, dicts, Counters, torch's types, tensors, of these.
-        put: keeps tensors that are no single number on the host; None: there may be none.
+        value: numbers, text, None, torch's types, tensors, and lists, tuples, deques, sets, dicts, Counters of these.
+        put: stores tensors other than single numbers on the host; None: such tensors are refused.
 
     Raises:
         UnsavableTensor: from `put`.
-        TypeError: if something in it is of another type.
+        TypeError: if a value has another type.
     """
     inside = partial(encode, put=put)
     if value is None or isinstance(value, (bool, str)):
@@ -72,8 +72,8 @@ def encode(value: Any, put: Put | None = None) -> Any:
         if put is not None:
             return {"$stored": put(value)}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return encode(value.item())  # one of numpy's numbers
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is no number, text or list of these")
+        return encode(value.item())  # a number of numpy
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not a number, a text or a list of these")
 
 
 def _name_of(dtype: torch.dtype) -> str:
@@ -85,16 +85,16 @@ def _items(value: Mapping[Any, Any], inside: Callable[[Any], Any]) -> list[list[
 
 
 def decode(value: Any, get: Get | None = None) -> Any:
-    """What `encode` was given.
+    """Decode what `encode` returned.
 
     Effects: not collective; any thread; nothing on disk.
 
     Args:
         value: JSON.
-        get: finds what `put` has kept; None: nothing was.
+        get: finds the tensors that `put` stored; None: references are refused.
 
     Raises:
-        ValueError: if it is not of `encode`'s making.
+        ValueError: if `encode` cannot have written it.
     """
     try:
         return _decode(value, get)
@@ -119,12 +119,12 @@ def _decode(value: Any, get: Get | None) -> Any:
     except RecursionError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{mark}: is not understood: {str(content)[:200]}") from error
-    raise ValueError(f"{mark}: stands beside other keys")
+        raise ValueError(f"{mark}: cannot be decoded: {str(content)[:200]}") from error
+    raise ValueError(f"{mark}: is not the only key")
 
 
 def _float(content: Any, _: Get | None) -> float:
-    # Those that JSON has stand as such.
+    # Finite numbers are plain JSON.
     if content not in ("inf", "-inf", "nan"):
         raise TypeError(content)
     return float(content)

@@ -1,8 +1,8 @@
-"""Which byte of which file each tensor's data is, from names, types and shapes alone.
+"""The byte of the file at which each tensor's data begins, computed from names, types and shapes.
 
-The safetensors header fixes every tensor's place before any data moves, so that every rank finds the
-same places by itself, and writes into them without asking. Format:
-https://github.com/huggingface/safetensors#format. Importing this never imports torch.
+The safetensors header fixes every tensor's place before any data moves. Every rank computes the same places and writes
+into them without communication. Format: https://github.com/huggingface/safetensors#format. Importing this module never
+imports torch.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One logical tensor: as if nothing were sharded.
+    """One logical tensor, as if nothing were sharded.
 
     Args:
-        section: whether it is of the weights or of the optimizer's state.
+        section: weights or optimizer state.
         name: in its file.
-        dtype: by safetensors' name, such as ``F32``: what is in the file.
+        dtype: in the file, by safetensors' name, such as ``F32``.
         shape: logical.
     """
 
@@ -69,7 +69,7 @@ class TensorSpec:
 
     @property
     def key(self) -> Key:
-        """Its name in the whole checkpoint."""
+        """Its unique name in the checkpoint."""
         return self.section, self.name
 
     @property
@@ -84,7 +84,7 @@ class TensorSpec:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes of the data."""
         return self.num_items * self.item_bytes
 
 
@@ -96,7 +96,7 @@ class FileLayout:
         name: file name.
         header: the bytes before the tensors' data.
         size_bytes: length of the file.
-        tensors: what is in it, in the order of the data.
+        tensors: in the order of the data.
     """
 
     name: str
@@ -126,7 +126,7 @@ class Layout:
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file on disk: type, shape, and the bytes of the file that its data is."""
+    """One tensor of a file on disk: type, shape, and the bytes of the file with its data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -137,18 +137,18 @@ class StoredTensor(NamedTuple):
 def read_header(
     path: Path, record: FileRecord | None = None, files: Files | None = None
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file, in the order of its data, and its metadata.
+    """Read the tensors of a safetensors file, in the order of its data, and its metadata.
 
     Effects: not collective; any thread; blocks for reading the header; nothing on disk.
 
     Args:
         path: of the file.
-        record: what the manifest says of it: the header is then read against its digest. None: there is none.
-        files: where it is read from; None: this node's disk.
+        record: the file's entry in the manifest, with which the header is verified; None: it is not verified.
+        files: source of the bytes; None: this node's disk.
 
     Raises:
-        DamagedError: if there is no such file, it is cut off, or has another header than was written.
-        CheckpointError: if the disk does not give it.
+        DamagedError: if the file is missing or truncated, or its header is not what was written.
+        CheckpointError: if the disk fails.
     """
     try:
         with (files or LocalFiles(path.parent)).opened(path.name) as file:
@@ -177,44 +177,44 @@ def read_header(
             raise DamagedError(f"{path}: the data of {name} begin at byte {tensor.start}, not at {end}")
         end = tensor.end
     if end != size_bytes:
-        raise DamagedError(f"{path}: has {size_bytes} bytes, but its header tells of {end}")
+        raise DamagedError(f"{path}: has {size_bytes} bytes, but its header lists {end}")
     return found, metadata
 
 
 def _check_digest(header: bytes, record: FileRecord, size_bytes: int) -> None:
-    """Refuse a header that is not the one that was written: it says what all the other bytes are.
+    """Verify a header before it is parsed.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is not what was written.
     """
     if size_bytes != record.size_bytes:
         raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
-    # Rank zero writes headers, each as a range of its own.
+    # Rank 0 writes each header as a range of its own.
     first = next(iter(record.ranges), None)
     if first is None or first.end != len(header) or first.digest != digest_of(header):
         raise ValueError("its header is not what was written; use another checkpoint")
 
 
 def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
-    """One entry of a header, each value looked at.
+    """One entry of a header, which may come from any writer.
 
     Raises:
-        ValueError: if it cannot be.
+        ValueError: if it does not follow the format.
     """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not given by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{name} has the type {dtype!r}, which is none of safetensors'")
+        raise ValueError(f"{name} has the type {dtype!r}, which safetensors does not have")
     if not isinstance(shape, list) or not all(_is_count(length) and length < 1 << 63 for length in shape):
-        raise ValueError(f"{name} has a shape that is not of whole numbers from 0 on, of 64 bits")
+        raise ValueError(f"{name} has a shape with a length that is not a 64-bit number of at least 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ValueError(f"{name} has data_offsets that are not two whole numbers from 0 on")
+        raise ValueError(f"{name} has data_offsets that are not two numbers of at least 0")
     first, last = offsets
     num_items = 0 if 0 in shape else 1
     for length in shape:
         num_items *= length
-        # Before the product of thousands of long numbers takes longer than anybody waits.
+        # The product of thousands of long numbers would take minutes.
         if num_items > size_bytes:
             raise ValueError(f"{name} has more elements than the file has bytes")
     if last - first != num_items * ITEM_BYTES[dtype]:
@@ -236,14 +236,14 @@ def _is_count(value: Any) -> bool:
 def plan_layout(
     tensors: Sequence[TensorSpec], aliases: Mapping[str, str], max_shard_size_bytes: int | None = None
 ) -> Layout:
-    """Place tensors in files, the same on every rank that is given the same.
+    """Assign tensors to files and bytes. Equal arguments give equal layouts on every rank.
 
     Args:
-        tensors: in the order of the model, which decides what stands in which file.
-        aliases: tied name -> the name under which the tensor is stored; kept in the metadata, by the
+        tensors: in the order of the model, which decides about the file of each.
+        aliases: name of a tied tensor -> the name under which it is stored. They are written to the metadata, by the
             convention of `safetensors.torch.save_model`.
-        max_shard_size_bytes: limit of the tensors' data in one file of weights; a tensor that is larger
-            has a file of its own. None: one file.
+        max_shard_size_bytes: limit of the tensors' data in one file of weights; a larger tensor has its own file.
+            None: one file.
     """
     model = [tensor for tensor in tensors if tensor.section == "model"]
     optimizer = [tensor for tensor in tensors if tensor.section == "optimizer"]
@@ -287,7 +287,7 @@ def _file(name: str, tensors: Sequence[TensorSpec], metadata: Mapping[str, str])
     offset = 0
     for tensor in ordered:
         if tensor.name in entries:
-            raise CheckpointError(f"{tensor.name}: is a name that the safetensors format keeps for itself; rename it")
+            raise CheckpointError(f"{tensor.name}: is a name that the safetensors format reserves; rename the tensor")
         end = offset + tensor.size_bytes
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
         offset = end

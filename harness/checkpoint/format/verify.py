@@ -1,4 +1,4 @@
-"""Whether every byte of a checkpoint is what was written. Importing this never imports torch."""
+"""Verify every byte of a checkpoint against its digests. Importing this module never imports torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from harness.checkpoint.format.digest import LEAF_BYTES, in_hex, leaves_of
 from harness.checkpoint.format.ranges import Range
 from harness.errors import CheckpointError, RunDirError
 
-# Of whole leaves.
+# A multiple of a leaf.
 _CHUNK_BYTES = 256 * LEAF_BYTES
 _NUM_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` has read.
+    """The result of `verify`.
 
     Args:
-        num_files: files of the manifest.
-        num_ranges: ranges of all of them.
-        size_bytes: bytes of all of them.
-        problems: one line for each thing that is not as it was written; empty: all is well.
+        num_files: files in the manifest.
+        num_ranges: ranges of all files.
+        size_bytes: bytes of all files.
+        problems: one line for each damaged range or file.
     """
 
     num_files: int
@@ -38,15 +38,15 @@ class Verified:
 def verify(checkpoint: Path, *, weights_only: bool = False) -> Verified:
     """Read every range of a checkpoint against its digest.
 
-    Effects: not collective; any thread; blocks for reading all of it, a few threads at a time, each with
-    4 MiB of memory; nothing on disk.
+    Effects: not collective; any thread; blocks for reading all of it in 4 threads, each with 4 MiB of memory; nothing
+    on disk.
 
     Args:
         checkpoint: its directory.
-        weights_only: only the files of weights.
+        weights_only: verify only the files of weights.
 
     Raises:
-        CheckpointError: if there is no manifest, or it is damaged.
+        CheckpointError: if the manifest is missing or damaged.
     """
     manifest = read_manifest(checkpoint)
     files = [file for file in manifest.files if not weights_only or file.name in manifest.weight_files]
@@ -60,7 +60,7 @@ def verify(checkpoint: Path, *, weights_only: bool = False) -> Verified:
 
 
 def require_whole(checkpoint: Path, *, weights_only: bool = False) -> None:
-    """Verify, and refuse what is not as it was written.
+    """Verify a checkpoint, and raise an error if it is damaged.
 
     Raises:
         CheckpointError: with the first problem.
@@ -103,7 +103,7 @@ def _problem(path: Path, part: Range) -> str | None:
 
 
 def _read(descriptor: int, position: int, size_bytes: int) -> bytes | None:
-    """All of these bytes; None: the file ends before."""
+    """The bytes from `position` on; None if the file ends earlier."""
     found = bytearray()
     while len(found) < size_bytes:
         part = os.pread(descriptor, size_bytes - len(found), position + len(found))
@@ -114,7 +114,7 @@ def _read(descriptor: int, position: int, size_bytes: int) -> bytes | None:
 
 
 def summary(checkpoint: Path, found: Verified) -> str:
-    """For the user."""
+    """The result as text for the user."""
     if found.problems:
         return "\n".join((f"{checkpoint}: is damaged:", *(f"  {problem}" for problem in found.problems)))
     return (
@@ -124,10 +124,10 @@ def summary(checkpoint: Path, found: Verified) -> str:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Refuse a path that is no checkpoint directory, with what to give instead.
+    """Raise an error if a path is not the directory of a checkpoint.
 
     Raises:
-        RunDirError: if it is no directory.
+        RunDirError: if it is not a directory.
         CheckpointError: if it has no manifest.
     """
     if not path.is_dir():

@@ -53,7 +53,7 @@ def put_back(
     groups: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
     scaler: Any,
 ) -> None:
-    """Put back what `take_trainer_state` took of the optimizers' groups, the schedulers and the scalers.
+    """Put back what `capture_trainer_state` took of the optimizers' groups, the schedulers and the scalers.
 
     Effects: not collective; main thread; nothing on disk.
 

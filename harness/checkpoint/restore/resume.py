@@ -17,9 +17,9 @@ from harness.checkpoint.restore.restore_trainer import put_back, require_same
 from harness.checkpoint.restore.visibility import open_checkpoint
 from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.optimizer_record import has_unrecorded
-from harness.checkpoint.state.param_groups import add_saved_groups, match_groups
+from harness.checkpoint.state.param_groups import AddedGroups, add_saved_groups, match_groups
 from harness.checkpoint.state.parts import find_watched
-from harness.checkpoint.state.rank_state import RankState, of_rank, order_of, sums_of
+from harness.checkpoint.state.rank_state import RankState, restored_state, shared_data_state, sums_of
 from harness.checkpoint.state.schedules import compare_schedules, reset_schedules
 from harness.checkpoint.state.trainer_state import FILE, AnyWatched, TrainerState, read_trainer_state
 from harness.data.resumable_loader import DataState
@@ -179,11 +179,11 @@ def _put_back(
 ) -> Resumed:
     manifest, files = open_checkpoint(path, collectives, relay, say)
 
-    undo: list[Callable[[], None]] = []
+    added: list[AddedGroups] = []
 
     def read() -> TrainerState:
         state = read_trainer_state(path, manifest, files, accelerator.device)
-        undo.append(add_saved_groups(watched, state.param_groups, find().groups))
+        added.extend(add_saved_groups(watched, state.param_groups, find().groups))
         require_same(state, watched, find().groups)
         return state
 
@@ -202,8 +202,8 @@ def _put_back(
             f"harness: {path.name}: parameter group {number} is not in the checkpoint: it keeps its initial values"
             for number in new
         ]
-        own = of_rank(state.ranks, collectives.rank, collectives.world_size)
-        data = order_of(state.ranks) if own is None else own.data
+        own = restored_state(state.ranks, collectives.rank, collectives.world_size)
+        data = shared_data_state(state.ranks) if own is None else own.data
         return Resumed(path.name, restored, own, data, _sums(state, own, collectives.rank)), lines
 
     try:
@@ -215,8 +215,8 @@ def _put_back(
         )
         resumed, lines = collectives.run_on_all_ranks(f"putting back {path / FILE}", finish)
     except BaseException:
-        for each in undo:
-            each()
+        for each in added:
+            each.undo()
         raise
     for line in (*(f"harness: {path.name}: {note}" for note in tensors.notes), *lines):
         say(line)

@@ -47,7 +47,7 @@ from harness.checkpoint.state.optimizer_record import (
     has_own_state_dict,
     record_of,
 )
-from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler, take_trainer_state
+from harness.checkpoint.state.trainer_state import AnyWatched, Moment, capture_trainer_state, check_scheduler
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives, PendingCount
 from harness.distributed.failure_monitor import connect_to_store
@@ -347,7 +347,7 @@ class Saver:
                     record_of(part.optimizer, each, kept) for part, each in zip(self._watched.parts, added, strict=True)
                 ]
                 scaler = self._accelerator.scaler
-                state = take_trainer_state(moment, self._watched, groups, optimizers, scaler, kept)
+                state = capture_trainer_state(moment, self._watched, groups, optimizers, scaler, kept)
             return SmallState(state, self._hooks.capture_rank_state(), tensors=kept.tensors)
         except Exception as error:
             # A scheduler's state that is no longer what it was when it was checked: this rank's alone.

@@ -1,10 +1,10 @@
-"""Tensors that JSON values of a checkpoint refer to by name: ``states.safetensors``, beside ``trainer_state.json``.
+"""Tensors to which JSON values of a checkpoint refer: ``states.safetensors``, beside ``trainer_state.json``.
 
-    save      encode(value, kept.put)  ->  copies, taken on the main thread  ->  write, on rank zero
+    save      encode(value, kept.put)  ->  copies on the main thread  ->  write, on rank 0
     resume    read                     ->  decode(value, get)
 
-They are what belongs to no parameter: an optimizer's state under string keys, tensors in its groups. They are rank
-zero's, checked to be the same on every rank when saves are planned, and usually small. Without any there is no file.
+They belong to no parameter: an optimizer's state under string keys, tensors in its groups. They are usually small. Rank
+0 writes its own; the plan of a save checks that they are equal on every rank. Without such tensors there is no file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PREFIX_BYTES = 8
 
 
 class KeptTensors:
-    """The tensors of one save, copied when they are put.
+    """Copies of the tensors of one save.
 
     Attributes:
         tensors: name -> copy on the host.
@@ -43,16 +43,16 @@ class KeptTensors:
         self.tensors: dict[str, Tensor] = {}
 
     def hash_with(self, record: Any) -> int:
-        """A number of 63 bits that differs where the JSON values or the tensors do; the same in every process."""
+        """A hash of 63 bits of the JSON values and the tensors, equal in every process."""
         digest = xxhash.xxh3_64(json.dumps(record, sort_keys=True).encode())
         for tensor in self.tensors.values():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.intdigest() >> 1
 
     def put(self, value: Tensor) -> Any:
-        """Copy a tensor; what JSON has in its place.
+        """Copy a tensor and return the JSON reference to it.
 
-        Effects: not collective; main thread; a tensor on CUDA is waited for; nothing on disk.
+        Effects: not collective; main thread; blocks for a tensor on CUDA; nothing on disk.
 
         Raises:
             TypeError: see `require_savable`.
@@ -65,7 +65,7 @@ class KeptTensors:
 
 
 def require_savable(value: Tensor) -> None:
-    """Refuse a tensor that `KeptTensors.put` cannot keep.
+    """Raise an error if `KeptTensors.put` cannot store a tensor.
 
     Raises:
         UnsavableTensor: if safetensors has no such tensor, or it is only this rank's part of one.
@@ -82,8 +82,8 @@ def require_savable(value: Tensor) -> None:
         raise UnsavableTensor(f"a tensor of {value.dtype}, for which safetensors has no type")
 
 
-def getting(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
-    """What `decode` is given to find tensors again: each where it was, on the host or on the accelerator."""
+def tensor_getter(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
+    """The `get` of `decode`: it returns each tensor where it was, on the host or on `device`."""
 
     def get(content: Any) -> Tensor:
         name, is_on_device = content
@@ -95,17 +95,19 @@ def getting(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write the file, on the disk itself when this returns. Not collective; any thread; rank zero.
+    """Write the file.
+
+    Effects: not collective; any thread, on rank 0; blocks on fsync.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if the disk fails.
     """
     data = safetensors.torch.save(dict(tensors), {"format": "pt"})
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    # As in the other files of tensors, the header is a range of its own.
+    # The header is a range of its own, as in the other files of tensors.
     begin = _PREFIX_BYTES + int.from_bytes(data[:_PREFIX_BYTES], "little")
     borders = [0, begin, len(data)] if begin < len(data) else [0, begin]
     ranges = Ranges.of(Range(start, end, 0, digest_of(memoryview(data)[start:end])) for start, end in pairwise(borders))
@@ -113,13 +115,13 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def read(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> dict[str, Tensor]:
-    """The tensors, on the host; none where there is no such file.
+    """Read the tensors, on the host; empty if the checkpoint has no such file.
 
     Effects: not collective; any thread; blocks for reading one file; nothing on disk.
 
     Raises:
         ValueError: if it is not what was written.
-        CheckpointError: if the disk does not give it.
+        CheckpointError: if the disk fails.
     """
     record = next((file for file in manifest.files if file.name == STATES), None)
     if record is None:
@@ -127,15 +129,15 @@ def read(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> di
     try:
         return safetensors.torch.load(content_of(files or LocalFiles(checkpoint), record))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{STATES} is no safetensors file: {error}") from error
+        raise ValueError(f"{STATES} is not a safetensors file: {error}") from error
 
 
 def content_of(files: Files, record: FileRecord) -> bytes:
-    """All bytes of a file, read against their digests.
+    """All bytes of a file, verified with their digests.
 
     Raises:
         ValueError: if they are not what was written.
-        CheckpointError: if the disk does not give them.
+        CheckpointError: if the disk fails.
     """
     with files.opened(record.name) as file:
         if (size_bytes := file.size_bytes()) != record.size_bytes:

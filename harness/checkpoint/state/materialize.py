@@ -1,11 +1,11 @@
-"""An optimizer's state before its first step, so that there is something to read a checkpoint into.
+"""Build an optimizer's state before its first step, as memory into which a checkpoint is read.
 
-It is built from the names, types and shapes in the checkpoint and the recorded form, not by a step: a step would move
-counters that the optimizer keeps elsewhere, and some optimizers cannot take one with gradients of zero. A step is taken
-for two things alone, and leaves no trace:
+The state is built from names, types and shapes in the checkpoint and from the recorded form, not by a step: a step
+would change counters that the optimizer keeps elsewhere, and some optimizers cannot step with zero gradients. Two cases
+need `zero_step`:
 
-- objects in a state (with ``state_dict`` and ``load_state_dict``), which no file can make;
-- the check whether a checkpoint is of another optimizer, where the recorded class is another or none.
+- objects in a state (with ``state_dict`` and ``load_state_dict``), which only the optimizer can make;
+- the check for another optimizer, if the recorded class differs or is missing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class BuiltState:
-    """The state that was built for a restore, until its tensors are read.
+    """State that was built for a restore and can be undone.
 
     Args:
         optimizer: the user's own, inside all wrappers.
@@ -55,54 +55,54 @@ class BuiltState:
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
-        self._before: list[tuple[Tensor, Any]] = []
+        self._previous: list[tuple[Tensor, Any]] = []
         self._objects: list[tuple[Branch, Path, Any]] = []
 
     def put(self, tensor: Tensor, state: dict[Any, Any]) -> None:
-        """Give the optimizer a state of a tensor."""
-        self._before.append((tensor, self.optimizer.state.pop(tensor, None)))
+        """Set the optimizer's state of a tensor."""
+        self._previous.append((tensor, self.optimizer.state.pop(tensor, None)))
         self.optimizer.state[tensor] = state
 
     def expect(self, state: dict[Any, Any], path: Path, value: Any) -> None:
-        """Register an object: `finish` passes it the values read at its path, and puts it there."""
+        """Register an object. `finish` loads the values that were read at its path, and stores the object there."""
         self._objects.append((Branch(state), path, value))
 
     def finish(self) -> None:
-        """Once all is read: let the objects load what was read for them."""
+        """Load the values that were read into the registered objects."""
         for branch, path, value in self._objects:
             value.load_state_dict(branch[path])
             branch[path] = value
 
     def undo(self) -> None:
-        """After an error: the optimizer has the state that it had before."""
-        for tensor, before in reversed(self._before):
+        """Restore the optimizer's previous state, after an error."""
+        for tensor, state in reversed(self._previous):
             self.optimizer.state.pop(tensor, None)
-            if before is not None:
-                self.optimizer.state[tensor] = before
+            if state is not None:
+                self.optimizer.state[tensor] = state
 
 
 def build_state(
-    built: BuiltState, stepped: Sequence[OptimizedTensor], stored: CheckpointIndex, record: OptimizerRecord
+    built: BuiltState, optimized: Sequence[OptimizedTensor], stored: CheckpointIndex, record: OptimizerRecord
 ) -> None:
-    """Give the innermost optimizer a state of what the checkpoint has a state of.
+    """Build the innermost optimizer's state of every tensor whose state is in the checkpoint, without its values.
 
-    Effects: not collective, but for the step of an optimizer whose step is collective; main thread, before training;
-    nothing on disk. The values are not read yet. What is there already is kept.
+    Effects: not collective, unless the optimizer's step is; main thread, before training; nothing on disk. State that
+    exists already is kept.
 
     Args:
         built: of the optimizer; undo it after an error.
-        stepped: all that it steps on, by `find_stepped`.
+        optimized: all tensors that it steps on, by `find_optimized`.
         stored: the checkpoint.
-        record: what the checkpoint has of the optimizer beside tensors.
+        record: the optimizer's state besides tensors of parameters.
 
     Raises:
-        CheckpointError: if the checkpoint is of another optimizer, or objects in its state cannot be made.
+        CheckpointError: if another optimizer was saved, or objects in its state cannot be made.
         DamagedError: if the checkpoint contradicts itself.
     """
-    wanted = [each for each in stepped if any(stored.state_of(name) for name in each.names)]
+    wanted = [each for each in optimized if any(stored.state_of(name) for name in each.names)]
     example: Mapping[Any, Any] = {}
     if record.class_name != class_name(built.optimizer):
-        example = _refuse_another(built.optimizer, stepped, wanted, stored, record)
+        example = _check_optimizer(built.optimizer, optimized, wanted, stored, record)
     for each in wanted:
         _build(built, each, stored, record, example)
 
@@ -115,7 +115,7 @@ def _build(
     example: Mapping[Any, Any],
 ) -> None:
     optimizer = built.optimizer
-    # In a flat partition there is one state of what may have been many; that with the most is taken as the example.
+    # A flat partition has one state for many parameters; the one with the most kinds is the example.
     name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
     form = record.forms.get(name) or _form_without(record, stored.state_of(name))
     state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored, example))
@@ -123,7 +123,7 @@ def _build(
     objects = list(objects_in(form))
     if live.keys() >= state.keys() and not objects:
         return
-    # An object, live or not, gives copies of its state, so the file is read into what was built.
+    # An object returns copies of its state, so the file is read into the built state.
     with_objects = {path[0] for path in objects}
     state |= {kind: value for kind, value in live.items() if kind not in with_objects}
     made: Branch | None = None
@@ -140,9 +140,9 @@ def _build(
 
 
 def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> Form:
-    """The form of a state that has none in the checkpoint: a dict of tensors.
+    """The form of a state without a recorded one: a dict of tensors.
 
-    A checkpoint from before forms were recorded does not tell a plain number from a tensor of 64 bits without
+    A checkpoint from before forms were recorded does not distinguish a plain number from a 64-bit tensor without
     dimensions; a plain number is assumed.
     """
     form = plain_form(set(kinds))
@@ -158,12 +158,12 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> 
 def _leaf(
     each: OptimizedTensor, name: str, path: Path, kind: Form, stored: CheckpointIndex, example: Mapping[Any, Any]
 ) -> Any:
-    """Memory for one tensor, or a number, to be read into; a number as another class of optimizer has it."""
+    """Memory for one tensor or number. A number has the type that it has in `example`, another optimizer's state."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
     if place is None:
         raise DamagedError(
-            f"{stored.checkpoint}: trainer_state.json has {of_name}.{name}, and optimizer.safetensors has not; use "
+            f"{stored.checkpoint}: trainer_state.json lists {of_name}.{name}, which optimizer.safetensors lacks; use "
             "another checkpoint"
         )
     is_step = of_name == "step" and not place.tensor.shape
@@ -179,7 +179,7 @@ def _leaf(
     if isinstance(kind, dict) and not is_flat and not is_sharded:
         return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
     if is_like_parameter:
-        # Of a flat partition, padding and parameters without a state are zero.
+        # Padding and parameters without state are zero in a flat partition.
         make = torch.zeros_like if is_flat else torch.empty_like
         value = make(each.tensor, dtype=_dtype(each, name, place, stored), requires_grad=False)
         _advise_huge_pages(getattr(value, "_local_tensor", value))
@@ -187,7 +187,7 @@ def _leaf(
     shape = place.tensor.shape
     if math.prod(shape) != 1:
         return torch.empty(shape, dtype=_dtype(each, name, place, stored), device=each.tensor.device)
-    # As torch's load_state_dict: on the host, where no kernel reads it.
+    # On the host unless a kernel reads it, as in torch's load_state_dict.
     is_on_device = kind == "device_tensor" or each.group.get("capturable") or each.group.get("fused")
     return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
 
@@ -221,9 +221,9 @@ def _has_shape_of_parameter(each: OptimizedTensor, of_name: str, stored: Checkpo
 
 
 def _dtype(each: OptimizedTensor, name: str, place: StoredPlace, stored: CheckpointIndex) -> torch.dtype:
-    """That of what is stepped on now, if it was that of what was stepped on then; else what is stored."""
-    then = stored.master(name)
-    is_same = then is not None and then.dtype == place.dtype and place.dtype.is_floating_point
+    """The type of the optimized tensor, if the state had the type of the saved one; otherwise the stored type."""
+    master = stored.master(name)
+    is_same = master is not None and master.dtype == place.dtype and place.dtype.is_floating_point
     return each.tensor.dtype if is_same else place.dtype
 
 
@@ -232,13 +232,13 @@ def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
     if value is not None:
         return value
     raise CheckpointError(
-        f"{type(optimizer).__name__}: has made no {'.'.join(map(str, path))} of {name} in a step with gradients of "
-        "zero, so it cannot be resumed; restore its weights only"
+        f"{type(optimizer).__name__}: made no {'.'.join(map(str, path))} of {name} in a step with zero gradients, so "
+        "it cannot be resumed; restore the weights only"
     )
 
 
 def _found(state: Branch, path: Path) -> Any:
-    """The object or the tensor at a path of a state; None if there is neither."""
+    """The object or tensor at a path of a state, or None."""
     try:
         value = state[path]
     except (KeyError, IndexError, TypeError):
@@ -246,24 +246,24 @@ def _found(state: Branch, path: Path) -> Any:
     return value if isinstance(value, Tensor) or is_object(value) else None
 
 
-def _refuse_another(
+def _check_optimizer(
     optimizer: Any,
-    stepped: Sequence[OptimizedTensor],
+    optimized: Sequence[OptimizedTensor],
     wanted: Sequence[OptimizedTensor],
     stored: CheckpointIndex,
     record: OptimizerRecord,
 ) -> Mapping[Any, Any]:
-    """Refuse a checkpoint of another optimizer, by what this one keeps of one parameter after a step.
+    """Compare the checkpoint's state of one parameter with the state that this optimizer makes in a step.
 
     Returns:
-        What it keeps; nothing if it cannot take such a step, and is not refused.
+        The state that it makes; empty if it cannot make such a step, which is not an error.
 
     Raises:
-        CheckpointError: if it keeps something else.
+        CheckpointError: if they differ.
     """
     if not wanted and not stored.step:
         return {}
-    candidates = [each for each in wanted or stepped if each.tensor.numel() and (wanted or each.tensor.requires_grad)]
+    candidates = [each for each in wanted or optimized if each.tensor.numel() and (wanted or each.tensor.requires_grad)]
     if not candidates:
         return {}
     each = min(candidates, key=lambda each: each.tensor.numel())
@@ -279,8 +279,8 @@ def _refuse_another(
     if not wanted:
         raise CheckpointError(
             f"{stored.checkpoint}: has no state of the optimizer after step {stored.step}, though "
-            f"{type(optimizer).__name__} keeps one: it holds the weights only, or is of another optimizer; restore its "
-            "weights only, or resume with the optimizer that was saved"
+            f"{type(optimizer).__name__} keeps one: it holds the weights only, or another optimizer was saved; restore "
+            "the weights only, or resume with the optimizer that was saved"
         )
     was = f"{record.class_name} was saved" if record.class_name else "another optimizer was saved"
     raise CheckpointError(
@@ -293,20 +293,20 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def check_objects(optimizer: Any, stepped: Sequence[OptimizedTensor], forms: Mapping[str, Form]) -> None:
-    """Refuse objects in a state that could not be made again at a resume.
+def check_objects(optimizer: Any, optimized: Sequence[OptimizedTensor], forms: Mapping[str, Form]) -> None:
+    """Raise an error if objects in a state could not be made again at a resume.
 
     Effects: as `zero_step`, for one tensor with objects in its state; main thread, between steps.
 
     Args:
         optimizer: the user's own, inside all wrappers.
-        stepped: all that it steps on, by `find_stepped`.
+        optimized: all tensors that it steps on, by `find_optimized`.
         forms: parameter -> form of its state.
 
     Raises:
         CheckpointError: if the optimizer does not make them in a step with gradients of zero.
     """
-    for each in stepped:
+    for each in optimized:
         name = next((name for name in each.names if any(objects_in(forms.get(name)))), None)
         if name is None:
             continue

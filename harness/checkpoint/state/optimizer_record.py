@@ -1,12 +1,13 @@
-"""What ``trainer_state.json`` holds of an optimizer beside its parameter groups.
+"""The record of an optimizer in ``trainer_state.json``.
 
-    "class"   of the optimizer inside all wrappers, by which another one is refused
-    "frozen"  parameters in its groups whose requires_grad was False
-    "forms"   of states that are more than a dict of tensors: each distinct form once, with its parameters
-    "state"   what its state has under other keys than parameters
-    "added"   what a `state_dict()` of its own has beyond state and groups; `load_state_dict` of its own is given it
+    "param_groups"  hyperparameters of its groups, without the parameters
+    "class"         of the optimizer inside all wrappers, by which another one is recognised
+    "frozen"        parameters in its groups whose requires_grad was False
+    "forms"         of states that are more than a dict of tensors: each distinct form, with its parameters
+    "state"         its state under other keys than parameters
+    "added"         entries of an overridden `state_dict()` besides state and groups, for its `load_state_dict()`
 
-The last three are missing where there is nothing to say, and all of them in checkpoints of earlier versions.
+The last three are missing if they are empty. Checkpoints of earlier versions have only the groups.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ _CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """The record, as it was read.
+    """The decoded record, without groups.
 
     Args:
-        class_name: module and name of the class; None: not known, or there was no optimizer.
-        forms: parameter -> form of its state, where that does not follow from the names in the file.
+        class_name: module and name of the class; None: unknown, or there was no optimizer.
+        forms: parameter -> form of its state, unless it follows from the names in the file.
         state: its state under other keys than parameters.
-        added: of its own `state_dict`.
+        added: entries of an overridden `state_dict`.
     """
 
     class_name: str | None = None
@@ -54,21 +55,21 @@ class OptimizerRecord:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], get: Get | None = None) -> OptimizerRecord:
-        """The record of a JSON object.
+        """Read the record.
 
         Args:
-            record: as `record_of` made it.
-            get: finds the tensors that it refers to.
+            record: from `record_of`.
+            get: finds the tensors to which it refers.
 
         Raises:
-            ValueError: if something in it is of another type.
+            ValueError: if a value has another type.
         """
         name = record.get("class")
         if not (name is None or isinstance(name, str)):
-            raise ValueError("the optimizer's class is no text")
+            raise ValueError("the optimizer's class is not a text")
         state, added = (decode(record.get(key, {}), get) for key in ("state", "added"))
         if not isinstance(state, dict) or not isinstance(added, dict):
-            raise ValueError("the optimizer's state or what it has added is no object")
+            raise ValueError("the optimizer's state, or what it has added, is not an object")
         return cls(name, _forms(record.get("forms", [])), state, added)
 
 
@@ -79,10 +80,10 @@ def groups_record(shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
 
     Args:
         shards: found with these optimizers.
-        kept: for the tensors.
+        kept: stores the tensors.
 
     Raises:
-        CheckpointError: if something cannot be saved.
+        CheckpointError: if a value cannot be saved.
     """
     groups = [_hyperparameters(number, group, shards, kept) for number, (group, _) in enumerate(shards.groups)]
     record: dict[str, Any] = {"param_groups": groups, "frozen": shards.frozen_names()}
@@ -139,17 +140,17 @@ def _is_made_by_code(value: Any, shards: LocalShards) -> bool:
 
 
 def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
-    """The record of an optimizer as it is now, without its groups, as JSON values.
+    """The current record of an optimizer, without its groups, as JSON values.
 
-    Effects: not collective; main thread, between steps; copies the tensors that are no parameter's; nothing on disk.
+    Effects: not collective; main thread, between steps; copies tensors that belong to no parameter; nothing on disk.
 
     Args:
-        optimizer: wrapped or not; None: there is none.
-        added: by `added_state`.
-        kept: for the tensors.
+        optimizer: wrapped or not, or None.
+        added: from `added_state`.
+        kept: stores the tensors.
 
     Raises:
-        CheckpointError: if something cannot be saved.
+        CheckpointError: if a value cannot be saved.
     """
     inner = innermost(optimizer)
     if inner is None:
@@ -165,16 +166,16 @@ def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> di
 
 
 def added_state(optimizer: Any) -> Mapping[str, Any]:
-    """What the optimizer's own `state_dict` has beyond state and groups.
+    """The entries of an overridden `state_dict` besides state and groups.
 
-    Effects: calls `state_dict` where a subclass overrides it, which may be collective: call it on every rank; main
+    Effects: calls `state_dict` if a subclass overrides it, which may be collective: call this on every rank; main
     thread, between steps; nothing on disk.
 
     Args:
-        optimizer: wrapped or not; None: there is none.
+        optimizer: wrapped or not, or None.
 
     Raises:
-        CheckpointError: if `state_dict` gives no dict with text for keys.
+        CheckpointError: if `state_dict` does not return a dict with text as keys.
     """
     if not has_own_state_dict(optimizer):
         return {}
@@ -183,7 +184,7 @@ def added_state(optimizer: Any) -> Mapping[str, Any]:
         state = inner.state_dict()
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(
-            f"{type(inner).__name__}: its state_dict() is no dict with text for keys, so it cannot be saved; use "
+            f"{type(inner).__name__}: its state_dict() is not a dict with text as keys, so it cannot be saved; use "
             "checkpoint.save_weights_only, or another optimizer"
         )
     return {key: value for key, value in state.items() if key not in ("state", "param_groups")}
@@ -193,7 +194,7 @@ def has_own_state_dict(optimizer: Any) -> bool:
     """Whether a subclass overrides `state_dict`, which may then be collective.
 
     Args:
-        optimizer: wrapped or not; None: there is none.
+        optimizer: wrapped or not, or None.
     """
     inner = innermost(optimizer)
     own = None if inner is None else getattr(type(inner), "state_dict", None)
@@ -201,32 +202,32 @@ def has_own_state_dict(optimizer: Any) -> bool:
 
 
 def restore_optimizer_extras(optimizer: Any, record: OptimizerRecord) -> None:
-    """Restore the state that belongs to no parameter. Call it after tensors and groups are restored.
+    """Restore the state that belongs to no parameter, after tensors and groups are restored.
 
-    Effects: calls the optimizer's own `load_state_dict` where its `state_dict` has added something, which may be
-    collective: call it on every rank; main thread; nothing on disk.
+    Effects: calls an overridden `load_state_dict` if its `state_dict` has added entries, which may be collective: call
+    this on every rank; main thread; nothing on disk.
 
     Args:
-        optimizer: wrapped or not; None: there is none.
-        record: what the checkpoint has.
+        optimizer: wrapped or not, or None.
+        record: of the checkpoint.
     """
     inner = innermost(optimizer)
     if inner is None:
         return
-    # Copies: the optimizer goes on with them, and this may be called again.
+    # Copies: the optimizer changes them, and this may be called again.
     inner.state.update(copy.deepcopy(dict(record.state)))
     if record.added:
         _load_added(inner, copy.deepcopy(dict(record.added)))
 
 
 def has_unrecorded(optimizer: Any) -> bool:
-    """Whether an optimizer has state that belongs to no parameter. As `added_state`."""
+    """Whether an optimizer has state that belongs to no parameter. Effects: as `added_state`."""
     inner = innermost(optimizer)
     return inner is not None and bool(_shared_state(inner) or added_state(inner))
 
 
 def _load_added(inner: Any, added: dict[str, Any]) -> None:
-    # torch's load_state_dict makes other groups, and casts the state to the parameters' types: both are put back.
+    # torch's load_state_dict replaces the groups and casts the state to the parameters' types; both are restored here.
     state, groups = inner.state, inner.param_groups
     indices: dict[int, int] = {}
     packed_groups = [
@@ -244,7 +245,7 @@ def _load_added(inner: Any, added: dict[str, Any]) -> None:
 
 @contextmanager
 def _listed_state(inner: Any) -> Iterator[None]:
-    """Hide state of parameters in no group, on which torch's `state_dict` fails: ZeRO-3 leaves groups empty."""
+    """Hide state of parameters in no group, on which torch's `state_dict` fails. ZeRO-3 has such empty groups."""
     listed = {id(each) for group in inner.param_groups for each in group["params"]}
     shown = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor) or id(key) in listed}
     if len(shown) == len(inner.state):
@@ -259,7 +260,7 @@ def _listed_state(inner: Any) -> Iterator[None]:
 
 
 def _holder(optimizer: Any) -> Any:
-    """Which optimizer has the state: a wrapper may show that of the one inside."""
+    """The optimizer that holds the state: a wrapper may expose that of the one inside."""
     while isinstance(getattr(type(optimizer), "state", None), property):
         optimizer = optimizer.optimizer
     return optimizer
@@ -270,7 +271,7 @@ def _shared_state(inner: Any) -> dict[Any, Any]:
 
 
 def _not_of_parameters(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    # At each save, with thousands of parameters: the types first, by a loop in C.
+    # Each save does this for thousands of parameters; the loop over types is in C.
     kinds = {kind for kind in set(map(type, state)) if not issubclass(kind, Tensor)}
     return {key: value for key, value in state.items() if type(key) in kinds} if kinds else {}
 
@@ -286,17 +287,17 @@ def _encoded(inner: Any, place: str, value: Any, kept: KeptTensors) -> Any:
 
 
 def check_step(optimizer: Any) -> None:
-    """Refuse an optimizer that steps by calling the loop's forward and backward itself.
+    """Raise an error if an optimizer's step calls the loop's forward and backward by a closure.
 
-    Effects: not collective, and the same on every rank; nothing on disk.
+    Effects: not collective, with the same result on every rank; nothing on disk.
 
     Args:
-        optimizer: wrapped or not; None: there is none.
+        optimizer: wrapped or not, or None.
 
     Raises:
         CheckpointError: if its step needs a closure.
     """
-    # The class's: schedulers and accelerate put another in its place in the instance. A Keras optimizer has none.
+    # The class's method: schedulers and accelerate replace it in the instance. A Keras optimizer has none.
     kind = type(innermost(optimizer))
     step = getattr(kind, "step", None)
     if step is None:
@@ -310,21 +311,21 @@ def check_step(optimizer: Any) -> None:
 
 
 def class_name(optimizer: Any) -> str:
-    """By which an optimizer is told from another kind: the module and the name of its class."""
+    """Module and name of an optimizer's class."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _forms(entries: Any) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     if not isinstance(entries, list):
-        raise ValueError("forms is no list")
+        raise ValueError("forms is not a list")
     for entry in entries:
         if not isinstance(entry, dict) or entry.keys() != {"form", "parameters"}:
-            raise ValueError("an entry of forms has not a form and parameters alone")
+            raise ValueError("an entry of forms is not a form and its parameters")
         form, names = checked(entry["form"]), entry["parameters"]
         if not isinstance(form, dict) or form.keys() != {"dict"}:
-            raise ValueError("the form of an optimizer's state is no dict")
+            raise ValueError("the form of an optimizer's state is not a dict")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("the parameters of a form are no names")
+            raise ValueError("the parameters of a form are not names")
         forms |= dict.fromkeys(names, form)
     return forms

@@ -1,17 +1,17 @@
-"""An optimizer's parameter groups and those of a checkpoint, matched by the names of their parameters.
+"""Match an optimizer's parameter groups with those of a checkpoint, by the names of their parameters.
 
-    add_saved_groups   groups that the optimizer has not yet are added: a script adds them in mid-training (unfreezing)
-    require_groups     groups of which it cannot be told which is which are refused
-    match_groups       which saved group is of which live one
+    add_saved_groups   add groups that the optimizer does not have yet: a script adds them during training (unfreezing)
+    require_groups     raise an error for groups that cannot be matched
+    match_groups       the saved group of each live one
 
-A script that is run again adds its group again, as its loop gets there: that call finds the group in place, with the
-state of the checkpoint, and changes nothing.
+A resumed script adds its group again when its loop reaches that epoch. That call finds the group with the state of the
+checkpoint, and changes nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -28,37 +28,31 @@ Record = Mapping[str, Any]
 Group = tuple[Mapping[str, Any], Sequence[str]]
 
 
-def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Sequence[Group]) -> Callable[[], None]:
-    """Add to the optimizers those saved groups of whose parameters they have none.
+def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Sequence[Group]) -> list[AddedGroups]:
+    """Add those saved groups to the optimizers of whose parameters they have none.
 
-    Effects: not collective, and the same on every rank; main thread, before training; nothing on disk. Until the
-    script has added such a group itself, `add_param_group` of the optimizer is replaced.
+    Effects: not collective, with the same result on every rank; main thread, before training; nothing on disk. The
+    optimizer's `add_param_group` is replaced until the script has added such a group itself.
 
     Args:
-        watched: for the optimizers and their models. Flattened parameters (FSDP1, ZeRO) have no group of their own:
-            nothing is added to their optimizers.
+        watched: the optimizers and their models. Nothing is added to optimizers of flattened parameters (FSDP1, ZeRO).
         saved: the checkpoint's groups; ``params`` are names.
         groups: the optimizers' live groups.
 
     Returns:
-        What removes them again.
+        The groups that were added, to undo after an error.
     """
     trained = {name for _, names in groups for name in names}
     missing = [record for record in saved if record["params"] and trained.isdisjoint(record["params"])]
-    added: list[_AddedGroups] = []
+    added: list[AddedGroups] = []
     for part, parameters in find_watched_parameters(watched) if missing else ():
         own = [record for record in missing if parameters.keys() >= set(record["params"])]
         if own and part.optimizer is not None:
-            added.append(_AddedGroups(innermost(part.optimizer), own, parameters))
-
-    def undo() -> None:
-        for each in added:
-            each.undo()
-
-    return undo
+            added.append(AddedGroups(innermost(part.optimizer), own, parameters))
+    return added
 
 
-class _AddedGroups:
+class AddedGroups:
     """Groups that were added to an optimizer from a checkpoint, until the script adds them itself."""
 
     def __init__(self, optimizer: Any, records: Sequence[Record], parameters: Mapping[str, Tensor]) -> None:
@@ -71,10 +65,10 @@ class _AddedGroups:
         vars(optimizer)["add_param_group"] = self._claim
 
     def _claim(self, param_group: dict[str, Any]) -> None:
-        """In place of the optimizer's `add_param_group`.
+        """Replace the optimizer's `add_param_group`.
 
         Raises:
-            CheckpointError: if some parameters of the group are in one of the checkpoint's, and not all of them.
+            CheckpointError: if the group and one of the checkpoint's share some parameters, but not all.
         """
         parameters = param_group["params"]
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -86,20 +80,20 @@ class _AddedGroups:
             return
         if any(given & each for each in self._awaited):
             raise CheckpointError(
-                f"add_param_group: the group has {len(given)} parameters, some of which the checkpoint has in a group "
-                "of others; add the group that was saved, or start another run"
+                f"add_param_group: the group has {len(given)} parameters, some of which are in another group of the "
+                "checkpoint; add the group that was saved, or start another run"
             )
-        # An iterator among the parameters was read above.
+        # `params` may have been an iterator, which was consumed above.
         self._add({**param_group, "params": listed})
 
     def undo(self) -> None:
-        """The optimizer is as it was."""
+        """Remove the groups again."""
         vars(self._optimizer).pop("add_param_group", None)
         del self._optimizer.param_groups[self._num_before :]
 
 
 def _group_of(optimizer: Any, record: Record, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A saved group with live parameters. Values that JSON has not are the optimizer's defaults."""
+    """A saved group with live parameters. Values that JSON cannot hold are the optimizer's defaults."""
     live: list[Any] = [parameters[name] for name in record["params"]]
     if "param_names" in record:
         live = list(zip(record["param_names"], live, strict=True))
@@ -116,29 +110,29 @@ def _identities(parameters: Sequence[Tensor]) -> frozenset[int]:
 
 
 def match_groups(saved: Sequence[Record], groups: Sequence[Group]) -> list[int | None]:
-    """For each live group the number of the saved one with the same parameters; None: there is none."""
-    left = {number: frozenset(record["params"]) for number, record in enumerate(saved)}
+    """For each live group the number of the saved one with the same parameters, or None."""
+    unmatched = {number: frozenset(record["params"]) for number, record in enumerate(saved)}
     found: list[int | None] = []
     for number, (_, names) in enumerate(groups):
-        # Groups without parameters, as ZeRO-3 leaves them, are told apart by their numbers.
-        same = next((each for each in (number, *left) if left.get(each) == frozenset(names)), None)
+        # Groups without parameters, as in ZeRO-3, are distinguished by their numbers.
+        same = next((each for each in (number, *unmatched) if unmatched.get(each) == frozenset(names)), None)
         if same is not None:
-            del left[same]
+            del unmatched[same]
         found.append(same)
     return found
 
 
 def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_scheduler: bool) -> None:
-    """Refuse parameter groups by which it cannot be told what each of them goes on with.
+    """Raise an error if parameter groups cannot be matched with those of a checkpoint.
 
     Args:
         saved: the checkpoint's groups; ``params`` are names.
         groups: the optimizers' live groups. A group whose parameters are in no saved group keeps its initial values.
-        has_scheduler: whether there is a scheduler: its state is by the groups' numbers.
+        has_scheduler: whether there is a scheduler, whose state is by the groups' numbers.
 
     Raises:
-        CheckpointError: if parameters are grouped otherwise, a saved group has no live one, or, with a scheduler, the
-            groups are others or in another order.
+        CheckpointError: if parameters are grouped differently, a saved group has no live one, or, with a scheduler,
+            groups differ or are in another order.
     """
     matches = match_groups(saved, groups)
     if matches == list(range(len(saved))):
@@ -147,10 +141,10 @@ def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_sche
     for number, (match, (_, names)) in enumerate(zip(matches, groups, strict=True)):
         if match is None and any(not each.isdisjoint(names) for each in of_saved):
             raise _grouped_otherwise(number, frozenset(names), of_saved)
-    if lacking := sorted(set(range(len(saved))) - set(matches)):
-        names = some(sorted(of_saved[lacking[0]]))
+    if missing := sorted(set(range(len(saved))) - set(matches)):
+        names = some(sorted(of_saved[missing[0]]))
         raise CheckpointError(
-            f"the checkpoint has a parameter group {lacking[0]} of {names}, and the optimizer has none of these; "
+            f"the checkpoint has a parameter group {missing[0]} of {names}, and the optimizer has none of these; "
             "resume with the model and the optimizer that were saved, or start another run"
         )
     if has_scheduler:
@@ -163,8 +157,8 @@ def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_sche
 
 def _grouped_otherwise(number: int, names: frozenset[str], of_saved: Sequence[frozenset[str]]) -> CheckpointError:
     same_number = of_saved[number] if number < len(of_saved) else frozenset()
-    was = same_number if names & same_number else next(each for each in of_saved if names & each)
-    more, fewer = names - was, was - names
+    saved = same_number if names & same_number else next(each for each in of_saved if names & each)
+    more, fewer = names - saved, saved - names
     others = [f"{some(sorted(more))}, which it had not"] if more else []
     others += [f"no {some(sorted(fewer))}, which it had"] if fewer else []
     return CheckpointError(

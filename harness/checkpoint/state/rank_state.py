@@ -1,4 +1,4 @@
-"""What only one rank has at a moment: its random numbers, its place in the data, what it has logged."""
+"""The state of one rank: random numbers, position in the data, logged values that are not yet reduced."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from harness.data.resumable_loader import DataState
 
 @dataclass(frozen=True)
 class RankState:
-    """Of one rank.
+    """The state of one rank.
 
     Args:
-        random: random numbers after the step, as `rng_state.capture` returns them.
-        data: what else is needed to go on where the data was.
-        sums: name -> (sum, weight) of what was logged since metrics were reduced last.
+        random: states of the random generators after the step, from `rng_state.capture`.
+        data: position in the data.
+        sums: name -> (sum, weight) of the values logged since the last reduction.
     """
 
     random: dict[str, Any]
@@ -26,7 +26,7 @@ class RankState:
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def encoded(self) -> dict[str, Any]:
-        """As JSON values; from any thread."""
+        """The state as JSON values. Any thread."""
         return {
             "random": rng_state.encode(self.random),
             "data": self.data.to_json(),
@@ -34,11 +34,11 @@ class RankState:
         }
 
 
-def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> RankState | None:
-    """What this rank goes on with; None where the ranks are not as many as they were.
+def restored_state(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> RankState | None:
+    """The state from which this rank resumes; None if the number of ranks has changed.
 
     Args:
-        records: of each rank, as `RankState.encoded` made them.
+        records: `RankState.encoded` of each rank that saved.
         rank: this rank.
         world_size: number of ranks now.
     """
@@ -48,17 +48,17 @@ def of_rank(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) ->
     return RankState(rng_state.decode(record["random"]), DataState.from_json(record["data"]), sums_of([record]))
 
 
-def order_of(records: Sequence[Mapping[str, Any]]) -> DataState:
-    """What other ranks than those that saved can go on with: the generators of the order, which all ranks share."""
+def shared_data_state(records: Sequence[Mapping[str, Any]]) -> DataState:
+    """The position from which another number of ranks resumes: the generators of the order, which all ranks share."""
     return DataState(generators=DataState.from_json(records[0]["data"]).generators) if records else DataState()
 
 
 def sums_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """What these ranks together had logged."""
+    """Total sums and weights of what these ranks had logged."""
     found: dict[str, tuple[float, float]] = {}
     for record in records:
         for name, pair in record["sums"].items():
             total, weight = decode(pair)
-            had = found.get(name, (0.0, 0.0))
-            found[name] = (had[0] + total, had[1] + weight)
+            old_total, old_weight = found.get(name, (0.0, 0.0))
+            found[name] = (old_total + total, old_weight + weight)
     return found

@@ -1,4 +1,4 @@
-"""What of a moment of training is not a tensor: ``trainer_state.json``."""
+"""The state of training besides tensors: ``trainer_state.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from harness.checkpoint.format.commit import TRAINER_STATE, Manifest
 from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.json_values import Get, decode, encode
-from harness.checkpoint.state.kept_tensors import KeptTensors, content_of, getting, require_savable
+from harness.checkpoint.state.kept_tensors import KeptTensors, content_of, require_savable, tensor_getter
 from harness.checkpoint.state.kept_tensors import read as read_kept
 from harness.checkpoint.state.optimizer_record import OptimizerRecord
 from harness.errors import CheckpointError, DamagedError
@@ -25,19 +25,19 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Moment:
-    """Which moment of training a checkpoint is of.
+    """The position of training at which a checkpoint is made.
 
     Args:
-        name: of its directory: ``epoch-0005`` or ``step-00001200``.
-        epoch: epochs that are complete.
-        step: optimizer steps that are complete.
-        batches_in_epoch: batches of the running epoch's loader that each rank has taken.
+        name: of the directory: ``epoch-0005`` or ``step-00001200``.
+        epoch: completed epochs.
+        step: completed optimizer steps.
+        batches_in_epoch: batches that each rank has used of the current loader in the current epoch.
         metrics: the latest reduced metrics.
-        samples_per_batch: of all ranks together; None: not known.
+        samples_per_batch: of all ranks together; None: unknown.
         accumulation: batches for an optimizer step.
-        states: name -> state, as its `state_dict` gave it, of what else goes on where it was.
-        loaders_done: training loaders of the running epoch that are done.
-        is_stopped: whether the training has ended before its last epoch, for good.
+        states: name -> `state_dict` of each registered object.
+        loaders_done: completed training loaders of the current epoch.
+        is_stopped: whether training has ended early and must not continue.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class Watched:
-    """A prepared model with its optimizer and scheduler: what a checkpoint is of, or one part of `Several`.
+    """A prepared model with its optimizer and scheduler: the content of a checkpoint, or one part of `Several`.
 
     Args:
         model: prepared.
         optimizer: prepared, or None.
         scheduler: of the optimizer, or None.
-        name: of the part; empty: it is the only one.
+        name: of the part; empty if it is the only one.
     """
 
     model: nn.Module
@@ -70,12 +70,12 @@ class Watched:
 
     @property
     def parts(self) -> tuple[Watched, ...]:
-        """This one, as `Several` has more."""
+        """This one; `Several` has more."""
         return (self,)
 
     @property
     def prefix(self) -> str:
-        """Of the names of its tensors in a checkpoint."""
+        """The prefix of the names of its tensors in a checkpoint."""
         return f"{self.name}." if self.name else ""
 
 
@@ -84,8 +84,8 @@ class Several:
     """Several models that are saved, restored and published together.
 
     Args:
-        parts: each with a name of its own.
-        counted: the part whose optimizer's steps are the run's steps; None: no part has an optimizer.
+        parts: each with its own name.
+        counted: the part whose optimizer's steps are the run's steps; None if no part has an optimizer.
     """
 
     parts: tuple[Watched, ...]
@@ -96,10 +96,10 @@ AnyWatched = Watched | Several
 
 
 def check_scheduler(watched: AnyWatched) -> None:
-    """Refuse a scheduler that could not be saved.
+    """Raise an error if a scheduler cannot be saved.
 
     Raises:
-        CheckpointError: if its state is not numbers, text and lists of these.
+        CheckpointError: if its state has other values than numbers, text and lists of these.
     """
     for part in watched.parts:
         try:
@@ -116,31 +116,31 @@ def _scheduler_state(part: Watched) -> Any:
 
 
 def encode_state(name: str, state: Any, kept: KeptTensors | None) -> Any:
-    """A registered thing's state as JSON values.
+    """Encode the state of a registered object as JSON values.
 
     Effects: as `encode`; main thread, between steps.
 
     Args:
-        name: under which it is registered.
-        state: as its `state_dict` gave it.
-        kept: for the tensors; None: no tensor is copied, and it is only checked that the state can be saved.
+        name: of the object.
+        state: its `state_dict`.
+        kept: stores the tensors; None: only check that the state can be saved.
 
     Raises:
-        CheckpointError: if something in it cannot be saved.
+        CheckpointError: if a value cannot be saved.
     """
     put = require_savable if kept is None else kept.put
     try:
-        # A module's averaged copy may be given as parameters, which are tensors here.
+        # The parameters of an averaged copy of a module are plain tensors here.
         return encode(state, lambda tensor: put(tensor.detach()))
     except Exception as error:
-        # The values are of any class, and may raise when they are read; a state may also hold itself.
+        # Values may be of any class and raise any error; a state may contain itself.
         raise CheckpointError(
-            f"register({name!r}): its state cannot be saved: {error}; have its state_dict() give numbers, text, "
+            f"register({name!r}): its state cannot be saved: {error}; make its state_dict() return numbers, text, "
             "tensors, and lists and dicts of these"
         ) from error
 
 
-def take_trainer_state(
+def capture_trainer_state(
     moment: Moment,
     watched: AnyWatched,
     groups: Mapping[str, Any],
@@ -148,21 +148,21 @@ def take_trainer_state(
     scaler: Any,
     kept: KeptTensors,
 ) -> Any:
-    """The state as it is now, as JSON values.
+    """Encode the current state as JSON values.
 
-    Effects: not collective; main thread, between steps; a learning rate that is a tensor on CUDA is waited
-    for; nothing on disk.
+    Effects: not collective; main thread, between steps; blocks for a learning rate that is a tensor on CUDA; nothing on
+    disk.
 
     Args:
         moment: counters and position.
         watched: for the schedulers and DeepSpeed's loss scales.
-        groups: what `groups_record` gives.
-        optimizers: what `record_of` gives for each part.
+        groups: from `groups_record`.
+        optimizers: from `record_of`, for each part.
         scaler: accelerate's gradient scaler, or None.
-        kept: for the tensors of what is registered.
+        kept: stores the tensors of registered objects.
 
     Raises:
-        CheckpointError: if a registered state cannot be saved.
+        CheckpointError: if the state of a registered object cannot be saved.
     """
     parts = [
         {
@@ -173,7 +173,7 @@ def take_trainer_state(
         }
         for part, optimizer in zip(watched.parts, optimizers, strict=True)
     ]
-    # One model's values stand in the record itself.
+    # The values of a single model are in the record itself.
     is_single = isinstance(watched, Watched)
     of_models = {"scheduler": parts[0]["scheduler"]} if is_single else {"parts": parts}
     of_scales = {"loss_scale": parts[0]["loss_scale"]} if is_single else {}
@@ -197,7 +197,7 @@ def take_trainer_state(
 
 
 def _loss_scale(model: Any) -> dict[str, float] | None:
-    """Of a DeepSpeed engine in fp16: its scaler is a plain object with numbers."""
+    """The loss scale of a DeepSpeed engine in fp16, whose scaler is a plain object with numbers."""
     scaler = getattr(getattr(model, "optimizer", None), "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
         return None
@@ -206,13 +206,13 @@ def _loss_scale(model: Any) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class PartState:
-    """What is kept of one model, beside its tensors and its optimizer's groups.
+    """The state of one model besides its tensors and its optimizer's groups.
 
     Args:
-        name: of the part; empty: it is the only one.
+        name: of the part; empty if it is the only one.
         scheduler: its state, or None.
         loss_scale: numbers of DeepSpeed's scaler, or None.
-        optimizer: what there is of the optimizer beside its groups and its tensors.
+        optimizer: the optimizer's state besides groups and tensors of parameters.
     """
 
     name: str
@@ -222,31 +222,31 @@ class PartState:
 
     @classmethod
     def read(cls, record: Any, forms: Any, get: Get) -> PartState:
-        """The record of a part; `forms` are those of the states of all parts' optimizers."""
+        """Read the record of a part; `forms` are those of all parts' optimizers."""
         optimizer = OptimizerRecord.read({**record["optimizer"], "forms": forms}, get)
         return cls(record["name"], decode(record["scheduler"]), decode(record["loss_scale"]), optimizer)
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What ``trainer_state.json`` of a checkpoint holds, as the objects that it was taken from have it.
+    """The decoded content of ``trainer_state.json``; see `Moment`.
 
     Args:
-        epoch: epochs that were complete.
-        step: optimizer steps that were complete.
-        loaders_done: training loaders of the running epoch that were done.
-        batches_in_epoch: batches of the next one that each rank had taken.
-        param_groups: hyperparameters of each of the optimizers' parameter groups; ``params`` are names.
-        frozen: parameters in these groups that got no gradient; None: that was not recorded.
+        epoch: completed epochs.
+        step: completed optimizer steps.
+        loaders_done: completed training loaders of the current epoch.
+        batches_in_epoch: batches that each rank had used of the next loader.
+        param_groups: hyperparameters of all optimizers' parameter groups; ``params`` are names.
+        frozen: parameters in these groups whose requires_grad was False; None if it was not recorded.
         parts: of each model.
         scaler: the state of accelerate's gradient scaler, or None.
         samples_per_batch: of all ranks together, or None.
         accumulation: batches for an optimizer step.
         metrics: the latest reduced metrics.
-        states: name -> state, as JSON values, of what else goes on.
-        registered: the same, with their tensors, as `state_dict` gave them.
-        is_stopped: whether the training had ended before its last epoch, for good.
-        ranks: of each rank that saved, as `RankState.encoded` made it.
+        states: name -> state of each registered object, as JSON values.
+        registered: the same states with their tensors, as `state_dict` returned them.
+        is_stopped: whether training had ended early.
+        ranks: `RankState.encoded` of each rank that saved.
     """
 
     epoch: int
@@ -269,30 +269,30 @@ class TrainerState:
 def read_trainer_state(
     checkpoint: Path, manifest: Manifest, files: Files | None = None, device: torch.device = _HOST
 ) -> TrainerState:
-    """Read ``trainer_state.json`` of a checkpoint, and the tensors that it refers to, against their digests.
+    """Read ``trainer_state.json`` of a checkpoint, and the tensors to which it refers. Digests are verified first.
 
     Effects: not collective; any thread; blocks for reading two files; nothing on disk.
 
     Args:
         checkpoint: its directory.
         manifest: the checkpoint's.
-        files: where it is read from; None: this node's disk.
-        device: where tensors are put that were on an accelerator.
+        files: source of the bytes; None: this node's disk.
+        device: for tensors that were on an accelerator.
 
     Raises:
-        DamagedError: if it is not what was written.
-        CheckpointError: if the checkpoint is of weights alone, or the disk does not give it.
+        DamagedError: if a file is not what was written.
+        CheckpointError: if the checkpoint holds weights only, or the disk fails.
     """
     path = checkpoint / FILE
     record = next((file for file in manifest.files if file.name == FILE), None)
     if record is None:
         raise CheckpointError(
-            f"{checkpoint}: holds weights alone (checkpoint.save_weights_only), so training cannot go on from it; "
+            f"{checkpoint}: holds weights only (checkpoint.save_weights_only), so training cannot be resumed from it; "
             "use another checkpoint"
         )
     try:
         data = content_of(files or LocalFiles(checkpoint), record)
-        return _parsed(json.loads(data), getting(read_kept(checkpoint, manifest, files), device))
+        return _parsed(json.loads(data), tensor_getter(read_kept(checkpoint, manifest, files), device))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedError(f"{path}: is damaged: {reason}; use another checkpoint") from error

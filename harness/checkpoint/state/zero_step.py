@@ -16,21 +16,21 @@ from harness.errors import CheckpointError
 
 
 def zero_step(optimizer: Any, wanted: Sequence[OptimizedTensor]) -> list[dict[Any, Any]]:
-    """What an optimizer keeps of some tensors after its first step, taken with gradients of zero at a rate of zero.
+    """Make a first step with zero gradients and a zero learning rate, and return the state of some tensors.
 
-    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. Its state, groups,
-    attributes (numbers, tensors and containers of these) and random numbers are as before when this returns; its own
-    hooks are not called.
+    The step starts without a state of these tensors. If it fails, a second one starts with a copy of the existing
+    state: some optimizers make their state in ``__init__``.
 
-    The step starts without a state of these tensors. Where that fails, a second one starts with a copy of the state
-    that is there: some optimizers make their state in ``__init__``.
+    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. State, groups,
+    attributes (numbers, tensors and containers of these) and random numbers are restored before this returns; the
+    optimizer's own hooks are not called.
 
     Args:
         optimizer: the user's own, inside all wrappers.
-        wanted: of what it steps on.
+        wanted: the tensors.
 
     Raises:
-        CheckpointError: if the optimizer cannot step so.
+        CheckpointError: if the step fails.
     """
     try:
         return _zero_step(optimizer, wanted, {})
@@ -48,13 +48,13 @@ def _zero_step(
     if getattr(step, "hooked", False):
         step = step.__wrapped__
     devices = {each.tensor.device for each in wanted if each.tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices), _kept(optimizer, [each.tensor for each in wanted]):
+    with torch.random.fork_rng(devices), _preserved(optimizer, [each.tensor for each in wanted]):
         for group in optimizer.param_groups:
             if "lr" in group:
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for group in optimizer.param_groups:
             group["params"] = [each.tensor for each in wanted if each.group is group]
-        # DeepSpeed keeps gradients of its own where the optimizer is offloaded.
+        # DeepSpeed has its own gradients if the optimizer is offloaded.
         gradients = [each.tensor.grad for each in wanted]
         try:
             for each in wanted:
@@ -64,7 +64,8 @@ def _zero_step(
             return [optimizer.state.pop(each.tensor, {}) for each in wanted]
         except Exception as error:
             raise CheckpointError(
-                f"{type(optimizer).__name__}: cannot make its state before training: {error}; it cannot be resumed"
+                f"{type(optimizer).__name__}: cannot make its state before training: {error}; use another "
+                "optimizer, or restore the weights only"
             ) from error
         finally:
             for each, gradient in zip(wanted, gradients, strict=True):
@@ -72,14 +73,14 @@ def _zero_step(
 
 
 @contextmanager
-def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore an optimizer's groups, attributes and state of some tensors at the end.
+def _preserved(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore an optimizer's groups, attributes and state of some tensors on exit.
 
-    Meanwhile the optimizer has copies, so that neither a new value nor a change in place reaches its own.
+    Inside, the optimizer works on copies, so that neither new values nor changes in place reach the originals.
     """
     groups = [dict(group) for group in optimizer.param_groups]
     attributes = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
-    # One `copies` for all: what a group and an attribute share, their copies share too.
+    # One `copies` for all, so that a value shared by a group and an attribute has one copy.
     copies: dict[int, Any] = {}
     for group in optimizer.param_groups:
         group.update({key: _copied(value, copies) for key, value in group.items() if key != "params"})
@@ -111,13 +112,11 @@ def _kept(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """A copy of a tensor or of a container, with copies of the tensors and containers in it; else the value itself.
-
-    Parameters and objects are not copied.
+    """Copy a tensor or a container and the tensors and containers in it. Parameters and objects are not copied.
 
     Args:
-        value: any.
-        copies: identity of a value -> its copy; each value is copied once.
+        value: of any type.
+        copies: identity of a value -> its copy.
     """
     if id(value) in copies:
         return copies[id(value)]

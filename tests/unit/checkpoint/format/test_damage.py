@@ -34,8 +34,8 @@ from harness.checkpoint.state.trainer_state import (
     Moment,
     TrainerState,
     Watched,
+    capture_trainer_state,
     read_trainer_state,
-    take_trainer_state,
 )
 from harness.data import rng_state
 from harness.errors import CheckpointError, DamagedError
@@ -138,7 +138,7 @@ def trained(tmp_path: Path, accelerator: Accelerator) -> Trained:
         {key: encode(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
     moment = Moment("a", 2, 20, 4, {}, states={"harness": {"is_stopped": True}})
-    state = take_trainer_state(
+    state = capture_trainer_state(
         moment, Watched(model, optimizer, scheduler), {"param_groups": groups}, [{}], None, KeptTensors()
     )
     state["ranks"] = [RankState(rng_state.capture(accelerator.device)).encoded()]
@@ -345,7 +345,7 @@ def test_state_is_read_when_it_is_of_before_the_epoch_of_the_data_went(trained: 
 
 
 def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds weights alone .* so training cannot go on from it"):
+    with pytest.raises(CheckpointError, match=r"holds weights only .* so training cannot be resumed from it"):
         read_trainer_state(checkpoint, read_manifest(checkpoint))
 
 

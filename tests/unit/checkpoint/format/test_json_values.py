@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from harness.checkpoint.format.json_values import UnsavableTensor, decode, encode
-from harness.checkpoint.state.kept_tensors import KeptTensors, getting
+from harness.checkpoint.state.kept_tensors import KeptTensors, tensor_getter
 
 KEYS = st.one_of(st.text(max_size=5), st.integers(), st.tuples(st.integers(), st.text(max_size=2)))
 NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5))
@@ -53,7 +53,7 @@ def test_tensors_are_found_again_when_they_are_kept_elsewhere() -> None:
     text = json.dumps(encode(value, kept.put), allow_nan=False)
     value["a"][0].zero_()  # type: ignore[index]
     assert [tensor.tolist() for tensor in kept.tensors.values()] == [[0, 1, 2], []]
-    found = decode(json.loads(text), getting(kept.tensors, torch.device("cpu")))
+    found = decode(json.loads(text), tensor_getter(kept.tensors, torch.device("cpu")))
     assert repr(found) == repr({**value, "a": [torch.arange(3), torch.tensor(2.0)]})
     with pytest.raises(ValueError, match="stored"):
         decode(json.loads(text))
@@ -62,7 +62,7 @@ def test_tensors_are_found_again_when_they_are_kept_elsewhere() -> None:
 @pytest.mark.parametrize("content", [None, 1, ["0"], ["x", True], ["0", 1], [[], True]])
 def test_reference_is_refused_when_it_is_damaged(content: Any) -> None:
     with pytest.raises(ValueError):
-        decode({"$stored": content}, getting({"0": torch.zeros(2)}, torch.device("cpu")))
+        decode({"$stored": content}, tensor_getter({"0": torch.zeros(2)}, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_numbers_of_numpy_are_pythons_when_encoded() -> None:
 
 @pytest.mark.parametrize("value", [object(), torch.zeros(2), print, [{"a": object()}], b"bytes"])
 def test_error_has_the_type_when_it_is_no_value(value: object) -> None:
-    with pytest.raises(TypeError, match="is no number, text or list of these"):
+    with pytest.raises(TypeError, match="is not a number, a text or a list of these"):
         encode(value)
 
 
