@@ -167,11 +167,7 @@ def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class BatchDigest:
-    """Digest of a batch, which describes its data set.
-
-    Args:
-        text: XXH3 of the values, as hexadecimal digits.
-    """
+    """Digest of a batch, which describes its data set."""
 
     text: str
 

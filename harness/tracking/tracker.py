@@ -101,10 +101,6 @@ class Tracker:
     def start(self, run_name: str, facts: Mapping[str, str]) -> None:
         """Start the publisher and wait until the MLflow run exists and its id is on disk.
 
-        Args:
-            run_name: name of the run in MLflow.
-            facts: what is recorded about this attempt.
-
         Raises:
             TrackingError: if the store rejects the run or does not respond within ``tracking.start_timeout_s``.
         """

@@ -1,4 +1,4 @@
-"""What was sent against what MLflow has: sent, there, twice, lost."""
+"""Compares what was sent with what MLflow has: sent, stored, stored twice, lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.mlflow_reader import models
 
 @dataclass(frozen=True)
 class Count:
-    """Of one kind of thing.
+    """The counts of one kind of entry.
 
     Args:
         sent: that the tracker has taken, each once.
@@ -169,7 +169,7 @@ def _models(
     assert wanted <= on_disk.keys(), "a checkpoint was published that is not on disk"
     found = models(reader, run)
     outputs = run.outputs.model_outputs if run.outputs else []
-    # MLflow keeps the link to a model that is deleted, such as one that was made twice, and has no way to remove it.
+    # MLflow keeps the link to a deleted model, for example a duplicate, and cannot remove it.
     keys = {model.model_id: model.tags[CHECKPOINT_TAG] for model in found}
     links = [keys[output.model_id] for output in outputs if output.model_id in keys]
     files_sent: set[Hashable] = set()
@@ -188,7 +188,7 @@ def _models(
             (key, point.key, point.step, _comparable(point.value)) for point in model.metrics or [] if point.step > 0
         ]
     return {
-        # With their status: one that is not READY is not what was sent.
+        # Include the status: a model that is not READY is incomplete.
         "models": count_of([(key, "READY") for key in on_disk], [_state(model) for model in found]),
         "links": count_of(on_disk, links),
         "model points": count_of(points_sent, points_there),

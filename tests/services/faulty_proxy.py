@@ -59,7 +59,7 @@ class Fault:
 
 
 class FaultyProxy:
-    """Passes requests on, until it is told otherwise.
+    """Forwards requests, until a fault is set.
 
     Effects: threads of its own, which end with `close`; an address that stays the same while it refuses.
 
@@ -98,7 +98,7 @@ class FaultyProxy:
             threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def refuse(self) -> None:
-        """Refuse connections, and end those that there are, as a machine that has gone does."""
+        """Refuse connections and close existing ones, like a machine that is down."""
         server, self._server = self._server, None
         if server is not None:
             server.shutdown()
@@ -116,13 +116,13 @@ class FaultyProxy:
             self._changed.notify_all()
 
     def behave(self) -> None:
-        """Pass everything on; returns when the server has had what was late."""
+        """Forward everything; returns after the server has received the delayed requests."""
         self.misbehave()
         while self._late:
             self._late.pop().join()
 
     def wait_until(self, what: str, count: int, limit_s: float) -> None:
-        """Wait until so many requests had a fault of this name, or went to a path that holds this."""
+        """Wait until so many requests had a fault of this name, or a path that contains this."""
         deadline_s = time.monotonic() + limit_s
 
         def is_so() -> bool:
@@ -192,7 +192,7 @@ class _Server(socketserver.ThreadingTCPServer):
     proxy: FaultyProxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Connections that end at any point are what this is for."""
+        """Ignore closed connections, which are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -275,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP}
             return answer.status, headers, content
         except OSError as error:
-            # What a load balancer says of a server that is down.
+            # The response of a load balancer whose server is down.
             return 502, {"Content-Type": "text/plain"}, f"no server: {error}".encode()
         finally:
             upstream.close()
@@ -315,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _cut(connection: socket.socket) -> None:
-    """End a connection in both directions, whoever else is reading from it."""
+    """Close a connection in both directions, also for other readers."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:

@@ -75,7 +75,7 @@ def words_of(who: str, directory: Path, uri: str, steps: int, pace_s: float, is_
 
 @dataclass
 class Place:
-    """Where a fault happens: one server, the proxy before it, and the two runs that log to it at the same time."""
+    """The setting of a fault: a server, a proxy before it, and two runs that log to it at the same time."""
 
     server: MlflowServer
     proxy: FaultyProxy
@@ -98,7 +98,7 @@ class Case:
     small_disk: bool = False
 
     def run(self, directory: Path, outage_s: float, pace_s: float) -> dict[str, Any]:
-        """Start both, let it happen, wait for their ends; what came of it, by who logged."""
+        """Start both runs, cause the fault, and wait for both ends; returns the results by logger."""
         directory.mkdir()
         steps = BEGINS_AT_STEP + round((outage_s + 10) / pace_s)
         with small_disk(directory / "disk") if self.small_disk else nullcontext(directory) as where:
@@ -208,7 +208,7 @@ def full(place: Place) -> None:
 
 
 def trainers_killed(place: Place) -> None:
-    """While the server is away: what is logged then is nowhere but with them."""
+    """While the server is down, so that logged values exist only in the loggers."""
     place.proxy.refuse()
     time.sleep(place.outage_s / 6)
     for process in place.processes.values():

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on a free port of this machine, on sqlite and local files unless told otherwise."""
+"""A real `mlflow server` on a free port of this machine, on sqlite and local files by default."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _START_LIMIT_S = 90
 
 
 def make_database(path: Path) -> str:
-    """An MLflow database on sqlite without anything in it; its address. A copy: to make its tables takes seconds."""
+    """Create an empty MLflow database on sqlite and return its address. It is a copy: creating tables is slow."""
     path.write_bytes(_empty_database())
     return f"sqlite:///{path}"
 

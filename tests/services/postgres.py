@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 _START_LIMIT_S = 60
-# Where Debian puts them: not on the path, as there may be several versions.
+# Debian's directory. It is not on the path, because there may be several versions.
 _DEBIAN = Path("/usr/lib/postgresql")
 
 
@@ -61,7 +61,7 @@ class Postgres:
         shutil.rmtree(self._directory)
 
     def database(self, name: str) -> str:
-        """The address of a database, which is made, in SQLAlchemy's words."""
+        """Create a database and return its SQLAlchemy address."""
         connection = self._connect()
         connection.autocommit = True
         with connection.cursor() as cursor:

@@ -1,4 +1,4 @@
-"""A proxy before an HTTP server of a test: it writes down what goes by, and fails where it is told to."""
+"""A proxy before a test's HTTP server: it records requests, and fails on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fault = Literal["503", "reset"]
 
 @dataclass(frozen=True)
 class Request:
-    """What has gone by.
+    """A recorded request.
 
     Args:
         method: of HTTP.
@@ -113,7 +113,7 @@ class Proxy:
                 for name, value in headers:
                     if name.lower() not in _OF_A_HOP:
                         self.send_header(name, value)
-                # That of an answer to HEAD is of what is not sent.
+                # A response to HEAD has the length of a body that is not sent.
                 self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)

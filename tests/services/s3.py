@@ -1,4 +1,4 @@
-"""An S3 server on a free port of this machine, in memory, behind a proxy that knows what was asked of it."""
+"""An S3 server on a free port of this machine, in memory, behind a proxy that records the requests."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _START_LIMIT_S = 60
 
 
 class S3Server:
-    """Started and stopped; `variables` are what its clients find it by."""
+    """A server that is started and stopped; `variables` is its clients' environment."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

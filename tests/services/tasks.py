@@ -1,4 +1,4 @@
-"""Tasks that wait at one step until the test lets them go on."""
+"""Tasks that wait at one step until the test releases them."""
 
 from __future__ import annotations
 

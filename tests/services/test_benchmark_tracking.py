@@ -23,12 +23,12 @@ def benchmark(tmp_path: Path, *words: str) -> dict[str, Any]:
 
 
 def test_figures_are_there_when_tracking_is_measured(tmp_path: Path) -> None:
-    """Uploads and steps take minutes, and are measured by hand."""
+    """Run the fast parts. Uploads and steps need minutes and are measured by hand."""
     words = ("--only", "log,append,delivery", "--windows", "3", "--num_points", "2000", "--rounds", "1")
     record = benchmark(tmp_path, *words)
     at_most = [goal for goal in record["goals"] if "at_most" in goal]
     assert (len(at_most), len(record["goals"])) == (6, 9)
     assert all(goal["met"] == (goal["seen"] <= goal["at_most"]) for goal in at_most)
-    # Of what is measured here this alone is no matter of the machine's pace.
+    # The only figure that does not depend on the machine's speed.
     (operators,) = [goal for goal in record["goals"] if goal["unit"] == "operators"]
     assert operators["met"]

@@ -1,4 +1,4 @@
-"""Killed and started again: one MLflow run, with each point and each checkpoint once, and what each attempt was."""
+"""Killed and resumed runs: one MLflow run with each point and checkpoint once, and a record of each attempt."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def words_of(cwd: Path, server: MlflowServer, experiment: str, *more: str) -> Se
 
 
 def kill_at_step(words: Sequence[str | Path], cwd: Path, is_ready: Callable[[], bool], *, with_publisher: bool) -> None:
-    """Start a run, and kill it with SIGKILL as it waits at a step, once MLflow has its first epoch and all is ready."""
+    """Start a run, and send SIGKILL while it waits at a step, once MLflow has the first epoch and `is_ready`."""
     with started([*words, "--task.init_args.at", str(KILLED_AT)], cwd, SAMPLING) as process:
         deadline_s = time.monotonic() + 90
         delivered = cwd / "runs/it/outbox/delivered.json"
@@ -48,7 +48,7 @@ def kill_at_step(words: Sequence[str | Path], cwd: Path, is_ready: Callable[[], 
         for member in descendants(process.pid) if with_publisher else [process.pid]:
             os.kill(member, signal.SIGKILL)
         process.wait(10)
-        # Here, since what is left of the group is ended as this is left: its publisher has a session of its own.
+        # Wait here: `started` ends the process group on exit, but the publisher has its own session.
         if not with_publisher:
             _wait_for_text(cwd / "runs/it/attempts.json", '"ended"')
     (cwd / "go").touch()
@@ -96,7 +96,7 @@ def test_one_run_has_each_point_once_when_killed_and_started_again(
         assert {step for step, count in Counter(found).items() if count > 1} <= {max(found)}, (key, found)
     assert set(steps["train/loss"]) >= set(range(5, 265, 5))
     assert len(steps["epoch"]) == 3
-    # Of the machine, from both attempts, on one axis: the seconds of the clock.
+    # System metrics of both attempts, whose step is the time in seconds.
     seconds = steps[SAMPLE]
     assert seconds[0] < again_s < seconds[-1] <= time.time()
     assert [model.name for model in models(reader, finished)] == ["epoch-0001", "epoch-0002", "epoch-0003"]

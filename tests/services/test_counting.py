@@ -1,4 +1,4 @@
-"""What the count of a run makes of what a slow server leaves."""
+"""The count of a run whose server was slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.services.tracking_load import write_checkpoint
 
 
 def test_run_is_whole_when_a_model_that_was_made_twice_was_linked(tmp_path: Path) -> None:
-    """A server that answers too late has made the model and the link; the publisher then deletes one of the models."""
+    """A late server has created a second model and its link; the publisher then deletes one of the models."""
     uri = make_database(tmp_path / "mlflow.db")
     run_dir = tmp_path / "run"
     name, manifest = write_checkpoint(run_dir, 7, 1000, {})

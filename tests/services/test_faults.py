@@ -1,4 +1,4 @@
-"""What goes wrong between a run and a real MLflow server, and what is lost or twice afterwards: nothing.
+"""Faults between a run and a real MLflow server, after which nothing is lost or stored twice.
 
 Each test ends with a count of what the tracker has taken against what MLflow has (`counting`).
 """
@@ -41,7 +41,7 @@ def proxy(server: MlflowServer) -> Iterator[FaultyProxy]:
 
 @dataclass
 class Load:
-    """A run whose tracking goes by way of the proxy, and what becomes of it."""
+    """A run whose tracking uses the proxy, and its result."""
 
     server: MlflowServer
     proxy: FaultyProxy
@@ -126,7 +126,7 @@ def test_model_is_complete_when_the_server_is_killed_in_upload(load: Load) -> No
 
 _PAGE = b"<!doctype html><title>Sign in</title>"
 _HTML = {"Content-Type": "text/html"}
-# As an MLflow server says it whose connections to its database are all in use.
+# The response of an MLflow server whose database connections are all in use.
 _BUSY = json.dumps(
     {
         "error_code": "BAD_REQUEST",
@@ -162,7 +162,7 @@ AWAY, COMES_LATE = "goes-away", "comes-late"
 
 @services
 def test_everything_is_stored_once_when_the_server_is_faulty(tmp_path: Path, server: MlflowServer) -> None:
-    """A run for each, all at the same time, as they mostly wait. The server is away for longer elsewhere: by hand."""
+    """One run for each fault, all at the same time, because they mostly wait."""
     with ExitStack() as stack:
         loads: dict[str, Load] = {}
         for number, name in enumerate((*ANSWERS, AWAY, COMES_LATE)):
@@ -248,7 +248,7 @@ def test_nothing_is_lost_when_the_disk_is_full_and_has_room_again(small_disk: Pa
 
 
 def fill(file: int) -> None:
-    """Write until the disk takes no more."""
+    """Write until the disk is full."""
     for size in (65536, 1):
         try:
             while True:

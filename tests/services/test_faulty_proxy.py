@@ -1,4 +1,4 @@
-"""The proxy that the fault tests stand on does what it says, in front of a server that counts."""
+"""The proxy of the fault tests, in front of a server that counts requests."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_nothing_is_pickled_when_a_model_is_published(published: list[LoggedMode
     ]
     requirements = (fetched / "requirements.txt").read_text()
     assert f"torch=={torch.__version__.partition('+')[0]}\n" in requirements
-    # An index may have somebody else's package of that name: it is named only with where it comes from.
+    # A package index may have another package of that name, so it is only listed with its source.
     assert not any(line.startswith("harness==") for line in requirements.splitlines())
 
 
@@ -236,7 +236,7 @@ def test_training_resumes_exactly_when_only_mlflow_remains(trained: Path, server
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    # Of the one before only the weights are left, which is said.
+    # The earlier model only has its weights, and the message says so.
     earlier = (*words, *tracking, "--run_name", "third", "--resume_from_checkpoint", "models:/alone/1")
     done = run(harness_command(*earlier), tmp_path)
     assert done.code != 0

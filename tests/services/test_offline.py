@@ -1,4 +1,4 @@
-"""No server while training: `harness sync` makes the run afterwards as if there had been one; and nested runs."""
+"""Offline training: `harness sync` creates the complete run afterwards. And nested runs."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_children_are_under_one_parent_that_ends_with_the_last_of_them(tmp_path:
         tracker.log_metrics({"loss": float(number)}, 1)
     held = RunLock(trackers[0].run_dir)
     try:
-        # Of this process: it is still at work on the first.
+        # This process still trains the first run.
         deliver_rest(trackers[0].run_dir, None)
         parent_id = client.get_run(_run_id(trackers[0])).data.tags["mlflow.parentRunId"]
         for tracker, status in zip(trackers[1:], ("FINISHED", "FAILED"), strict=True):

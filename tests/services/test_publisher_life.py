@@ -1,4 +1,4 @@
-"""The publisher dies, hangs, or is slow: the trainer starts it again, and waits for it no longer than told."""
+"""A publisher that dies, hangs or is slow: the trainer restarts it, and waits for at most the time limit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_tracker(run_dir: Path) -> Tracker:
 
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
-    """One that looks at its publisher more often than a training does, with a store on disk."""
+    """A tracker that checks its publisher more often than usual, with a store on disk."""
     monkeypatch.setattr(launcher, "_CHECK_EVERY_S", 0.5)
     found = make_tracker(tmp_path)
     found.start("it", {})
@@ -55,14 +55,14 @@ def pid_of(tracker: Tracker) -> int:
 
 
 def train_until_another_publishes(tracker: Tracker, first: int, dead: int) -> int:
-    """Log step after step; returns the last one."""
+    """Log steps until the publisher is replaced; returns the last step."""
     deadline_s = time.monotonic() + 60
     step = first
     while pid_of(tracker) == dead:
         assert time.monotonic() < deadline_s, "the publisher was not started again"
         tracker.log_metrics({"loss": step / 8}, step)
         step += 1
-        time.sleep(0.05)  # the pace of a training; nothing waits for it
+        time.sleep(0.05)  # the pace of a training
     tracker.log_metrics({"loss": step / 8}, step)
     return step
 
@@ -128,7 +128,7 @@ def test_delivery_is_complete_when_the_publisher_is_killed(tracker: Tracker, mon
 
 
 def test_publisher_is_not_restarted_when_it_is_slow(tracker: Tracker, tmp_path: Path) -> None:
-    """One that waits for its store gives signs of life: it is slow, not dead. Nor does it end when a job is told to."""
+    """A publisher that waits for its store has a heartbeat. It also ignores the signal that stops a job."""
     store = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     slow = pid_of(tracker)
     store.execute("BEGIN EXCLUSIVE")
@@ -157,7 +157,7 @@ def test_finish_returns_in_time_when_the_store_is_unreachable(tracker: Tracker, 
     assert seen[0].size_bytes > 10_000
     store.execute("ROLLBACK")
     store.close()
-    # It lingers for a while, for just this.
+    # The publisher is still running, because it lingers.
     deliver_rest(tmp_path, None)
     assert steps_in_mlflow(tracker) == [*range(1, 200)]
 

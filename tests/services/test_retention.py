@@ -111,7 +111,7 @@ def test_aliases_are_moved_when_versions_are_added_and_deleted(store: MlflowStor
     assert aliases(uri, ranked.name) == {"best": "second", "last": "fourth"}
     MlflowClient(uri).set_registered_model_alias(ranked.name, "champion", "2")
     assert not store.retire_checkpoint("second", ranked)
-    # Who asks for no aliases has none of ours: what is called so is somebody's own.
+    # Without our aliases, an alias of that name is the user's own.
     assert not store.retire_checkpoint("fourth", Registration(ranked.name))
     assert aliases(uri, ranked.name) == {"best": "second", "last": "fourth", "champion": "second"}
 
@@ -192,7 +192,7 @@ def publish_with_state(store: MlflowStore, tmp_path: Path, key: str) -> LoggedMo
 def test_only_the_newest_keeps_its_resume_files_when_dropped(store: MlflowStore, uri: str, tmp_path: Path) -> None:
     first, second, third = (publish_with_state(store, tmp_path, key) for key in ("first", "second", "third"))
     plain = publish(store, tmp_path, "plain", None)
-    # Cut off in between: one of its files is gone already.
+    # Interrupted: one of its files is already deleted.
     get_artifact_repository(first.artifact_location, tracking_uri=uri).delete_artifacts(STATE[0])
     for _ in range(2):
         assert store.drop_resume_state("third") == []
@@ -205,7 +205,7 @@ def test_only_the_newest_keeps_its_resume_files_when_dropped(store: MlflowStore,
 
 
 class WriteOnce(LocalArtifactRepository):
-    """A store of files that lets nobody delete one."""
+    """An artifact store that refuses deletions."""
 
     def __init__(self, artifact_uri: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(f"file:{artifact_uri.removeprefix('write-once:')}")

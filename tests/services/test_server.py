@@ -1,4 +1,4 @@
-"""A run against a real MLflow server: what it shows, and what an outage costs (nothing)."""
+"""A run with a real MLflow server: what it shows, and how it survives an outage."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_nothing_is_lost_or_twice_when_server_is_killed_and_restarted(
         wait_for(tmp_path / "arrived")
         server.stop()
         (tmp_path / "go").touch()
-        # Training does not wait for a server that is away.
+        # Training does not wait for an unreachable server.
         wait_for(tmp_path / "output.txt", "epoch   3")
         server.start()
         assert process.wait(90) == 0, (tmp_path / "output.txt").read_text()

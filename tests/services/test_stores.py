@@ -101,7 +101,7 @@ def environment_of(kind: str, request: pytest.FixtureRequest) -> dict[str, str]:
 
 @contextmanager
 def as_user(environment: Mapping[str, str], default_uri: str = "") -> Iterator[MlflowClient]:
-    """MLflow as somebody has it who has set these variables."""
+    """MLflow for a user who has set these variables."""
     uri = environment.get("MLFLOW_TRACKING_URI", default_uri)
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment.items():
@@ -133,7 +133,7 @@ def test_run_and_its_models_are_whole_when_they_go_to(
     with as_user(environment, f"sqlite:///{tmp_path}/mlflow.db") as reader:
         before = assert_all_is_there(reader, kind, tmp_path)
         if kind == "s3_beside":
-            # What is delivered once more leaves what once would have left, on PostgreSQL too.
+            # Repeated deliveries are idempotent, also on PostgreSQL.
             (tmp_path / "runs/it/outbox/delivered.json").unlink()
             again = run(harness_command("sync", "runs/it"), tmp_path, extra=environment)
             assert again.code == 0, again.output
@@ -246,7 +246,7 @@ def around(content: bytes, form: bytes) -> bytes:
 
 
 class CommandLines:
-    """Of every process of this machine, from when it begins to when it ends."""
+    """Collects the command lines of all processes of this machine, from start to end."""
 
     def __init__(self) -> None:
         self.seen: set[bytes] = set()

@@ -1,4 +1,4 @@
-"""Files on their way to real stores: whole in the end, by parts where it can be, at the pace that was asked for."""
+"""Uploads to real stores: complete, in parts if possible, within the rate limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGE_BYTES = 2 * PART_BYTES + 5 * MB
 
 @pytest.fixture
 def through(server: MlflowServer) -> Iterator[Proxy]:
-    """The way to a server with local files, which has no uploads by parts."""
+    """A proxy to a server with local files, which has no multipart uploads."""
     proxy = Proxy(server.port)
     yield proxy
     proxy.close()
@@ -44,7 +44,7 @@ def environment_of_a_publisher(request: pytest.FixtureRequest, monkeypatch: pyte
 
 
 def served(uri: str, name: str) -> Any:
-    """The place of a model's files behind a server."""
+    """Return the repository of a model's files behind a server."""
     return get_artifact_repository(f"mlflow-artifacts:/{name}", tracking_uri=uri)
 
 
@@ -132,14 +132,14 @@ def test_part_is_sent_again_when_it_fails(s3: S3, s3_server: MlflowServer, tmp_p
 def test_server_takes_the_file_whole_when_parts_are_refused(
     s3: S3, s3_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store behind the server need not be open to its clients."""
+    """A store behind the server may be closed to its clients."""
     monkeypatch.setattr("harness.tracking.mlflow.uploads._MAX_TRIES_PER_PART", 1)
     files, sent = make(tmp_path, large=LARGE_BYTES), Tally()
     repository = served(s3_server.uri, "closed")
     s3.proxy.fault = lambda method, path: "503" if "X-Amz-Signature" in path and method == "PUT" else None
     Uploads(repository, UploadMeter(counter=sent)).put(files)
     assert s3.objects("through/closed/")["through/closed/large"][0] == LARGE_BYTES
-    # Nothing is left of what was begun, and no byte is counted twice.
+    # No incomplete upload remains, and no byte is counted twice.
     assert s3.client().list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) == []
     assert sent.num_bytes == LARGE_BYTES
     assert_has(repository, files, tmp_path / "fetched")
@@ -187,7 +187,7 @@ def test_incomplete_file_is_uploaded_again_when_server_was_killed(server: Mlflow
     try:
         repository = served(through.uri, "killed")
         Uploads(repository, UploadMeter(counter=again)).put(files)
-        # What was there in its size has not gone again, and counts as done.
+        # A file with the same size was not uploaded again, but is counted.
         assert not through.paths("PUT", "/whole")
         assert again.num_bytes == 30 * MB
         assert_has(repository, files, tmp_path / "fetched")

@@ -1,4 +1,4 @@
-"""Trainer and publisher killed at random moments, again and again; then what was sent against what MLflow has.
+"""Kills trainer and publisher at random times, then compares what was sent with what MLflow has.
 
 python -m tests.services.tracking_chaos --kills 100 --json
 """
@@ -30,7 +30,7 @@ LIMIT_S = 600
 
 
 class Chaos:
-    """One run, of as many attempts as it takes.
+    """One run with as many attempts as necessary.
 
     Args:
         directory: for server and run.
@@ -50,7 +50,7 @@ class Chaos:
         self.sent = directory / "sent.jsonl"
 
     def run(self) -> dict[str, Any]:
-        """Returns what is to be reported."""
+        """Run the test and return its report."""
         server = MlflowServer(self.directory / "mlflow")
         server.start()
         begun_s = time.monotonic()

@@ -1,9 +1,9 @@
-"""A run without training: what a trainer tells the tracker, at a pace of its own, from values known by the step.
+"""A run without training: it logs values that depend only on the step, at a given pace.
 
     python -m tests.services.tracking_load RUNS_DIR --uri http://127.0.0.1:5000 --steps 200 --sent SENT
 
-Started again it goes on from its last checkpoint, as a training does. What the tracker has taken is in SENT, one
-JSON line each, written when the tracker's call has returned. The last line on standard output is JSON.
+A restarted run resumes from its last checkpoint, like a training. SENT records each accepted value as one JSON
+line, written when the tracker's call has returned. The last line on standard output is JSON.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def metrics_at(step: int) -> dict[str, float]:
 
 
 def params() -> dict[str, str]:
-    """The parameters, one of them as long as MLflow takes."""
+    """Return the parameters, one of them with MLflow's maximum length."""
     return {f"param.{index}": str(index) for index in range(NUM_PARAMS - 1)} | {"param.long": "x" * 6000}
 
 
@@ -84,7 +84,7 @@ def _now_ms() -> int:
 
 @dataclass
 class Sent:
-    """What the tracker has taken, on disk at once; and how long it took over the longest."""
+    """Records on disk what the tracker has accepted, and the longest duration of a call."""
 
     path: Path
     longest_s: float = 0.0
@@ -93,7 +93,7 @@ class Sent:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def call(self, action: Callable[[], _Result], **record: Any) -> _Result:
-        """Have the tracker take something, and write down that it has."""
+        """Call the tracker, and record that the call has returned."""
         begun_s = time.perf_counter()
         result = action()
         self.longest_s = max(self.longest_s, time.perf_counter() - begun_s)
@@ -124,7 +124,7 @@ class Load:
         self.sent = Sent(options.sent)
 
     def run(self) -> dict[str, Any]:
-        """Start, log, end; what came of it."""
+        """Start, log and finish; returns the result."""
         tracker, sent, options = self.tracker, self.sent, self.options
         begun_s = time.monotonic()
         tracker.start(options.name, {"world_size": "1"})
@@ -163,7 +163,7 @@ class Load:
             self._publish(name, manifest, [[key, *point] for key, point in points.items()])
 
     def _resume(self) -> int:
-        """The step that it goes on from, with the checkpoints published that an attempt was killed over."""
+        """Return the step to resume from, after logging the checkpoints that a killed attempt has not logged."""
         if self.attempt == 1:
             return 0
         found = list_checkpoints(self.run_dir / "checkpoints")
@@ -200,7 +200,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--uri", default=None, help="default: MLFLOW_TRACKING_URI")
     parser.add_argument("--name", default="it")
     parser.add_argument("--experiment", default="load")
-    parser.add_argument("--sent", type=Path, required=True, help="file for what the tracker has taken")
+    parser.add_argument("--sent", type=Path, required=True, help="file that records what the tracker has accepted")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--pace_s", type=float, default=0.02)
     parser.add_argument("--tag_every", type=int, default=25)

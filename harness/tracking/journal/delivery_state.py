@@ -113,9 +113,6 @@ class DeliveryState:
 
     Effects: not collective; any thread; `update`, `flush` and `close` block on fsync; leaves
     ``<outbox_dir>/delivered.json``.
-
-    Args:
-        outbox_dir: the outbox.
     """
 
     def __init__(self, outbox_dir: Path) -> None:

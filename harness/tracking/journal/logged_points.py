@@ -58,14 +58,10 @@ class _Series:
 
 
 class KnownPoints:
-    """The points that the journal has from a step on, and how repeated points compare with them.
+    """The points that the journal has from a resumed step on, and how repeated points compare with them.
 
     Effects: not collective; the constructor reads the journal once (5 to 8 s and 26 MB for a million points); main
     thread; nothing on disk.
-
-    Args:
-        outbox_dir: the journal's directory.
-        step: the optimizer step from which training resumes.
 
     Attributes:
         latest: name -> the last point at or before `step`.

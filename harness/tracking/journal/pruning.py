@@ -80,14 +80,9 @@ def count_lost_bytes(directory: Path, segments: Sequence[Segment], offset: int) 
 
 
 def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
-    """Remove the oldest delivered files until the journal is small enough, and summarize their entries.
+    """Remove the oldest delivered files until the journal has at most `keep_bytes`, and summarize their entries.
 
     Effects: not collective; the publisher only; blocks on the disk; leaves ``pruned.json``.
-
-    Args:
-        directory: the outbox.
-        delivered: how far the publisher is.
-        keep_bytes: size of the journal at which pruning stops.
 
     Returns:
         The number of removed files.

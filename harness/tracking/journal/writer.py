@@ -50,10 +50,6 @@ class JournalWriter:
     Effects: not collective; any thread; `append` blocks for one `write` into the page cache; leaves
     ``<directory>/journal.jsonl`` and further files once it has grown large, readable only by the user.
 
-    Args:
-        directory: the outbox.
-        max_bytes: maximum size of the journal.
-
     Attributes:
         num_dropped: number of dropped metrics entries.
         path: the file that is written to.

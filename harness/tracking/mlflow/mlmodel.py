@@ -59,12 +59,6 @@ def model_files(model_spec: Mapping[str, Any], record: Mapping[str, Any], model_
 
     Without a class there is no ``python_function`` flavor: MLflow cannot build the model then, but
     `harness.load_model` can load the weights into a given one.
-
-    Args:
-        model_spec: see `harness.models.model_spec`.
-        record: the checkpoint's journal entry.
-        model_id: id of the LoggedModel.
-        run_id: id of the MLflow run.
     """
     requirements: Sequence[str] = model_spec["requirements"]
     notes = "".join(f"# {line}\n" for line in model_spec["requirement_notes"])

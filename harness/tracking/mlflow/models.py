@@ -34,13 +34,6 @@ class PublishedModels:
 
     Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network or on
     sqlite; writes nothing to disk except a ``sqlite:`` store.
-
-    Args:
-        client: MLflow's client.
-        tracking_uri: the client's address.
-        run_id: id of the run.
-        experiment_id: id of its experiment.
-        meter: limits and counts the uploaded bytes.
     """
 
     def __init__(
@@ -164,10 +157,6 @@ class PublishedModels:
         """Delete a pruned checkpoint's LoggedModel, its files and our versions of it.
 
         A model that is in use is kept: a version is in another registered model, or has a stage or a user's alias.
-
-        Args:
-            key: the checkpoint's key.
-            registration: the registered model of its version, if any.
 
         Returns:
             Whether the model is gone; False if it is kept.

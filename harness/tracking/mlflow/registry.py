@@ -40,9 +40,6 @@ class Registry:
     """The registered models of one MLflow store.
 
     Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network.
-
-    Args:
-        client: an ``mlflow.MlflowClient``.
     """
 
     def __init__(self, client: Any) -> None:

@@ -55,11 +55,6 @@ class MlflowStore:
 
     Effects: not collective; the publisher's threads only; each method blocks on the network or on sqlite; writes
     nothing to disk except a ``sqlite:`` store.
-
-    Args:
-        tracking_uri: address of the store.
-        client: the client to use; None: MLflow's own.
-        meter: limits and counts the uploaded bytes; None: unlimited.
     """
 
     def __init__(self, tracking_uri: str, client: Any = None, meter: UploadMeter | None = None) -> None:

@@ -99,10 +99,6 @@ class Uploads:
 
     Effects: not collective; any thread, one at a time; `put` blocks on the network, with a timeout for each request;
     nothing on disk. `put` starts threads and joins them.
-
-    Args:
-        repository: MLflow's repository of that directory.
-        meter: limits and counts the bytes.
     """
 
     def __init__(self, repository: Any, meter: UploadMeter) -> None:

@@ -31,13 +31,6 @@ class ArtifactWorker:
     the publisher waits for `_MAX_OUTAGE_S` only.
 
     Effects: not collective; has a thread, which blocks on the network; leaves what `DeliveryState` leaves.
-
-    Args:
-        run_dir: the run's directory.
-        settings: the publisher's settings.
-        store: the run in the store.
-        state: what is delivered.
-        retries: retries while the store is unreachable.
     """
 
     def __init__(

@@ -31,12 +31,6 @@ class AttemptRecorder:
 
     Effects: not collective; the publisher's main thread; blocks on the network and on fsync; leaves
     ``<run_dir>/attempts.json``.
-
-    Args:
-        run_dir: the run's directory.
-        store: the run in the store.
-        state: what is delivered.
-        attempt: number of the trainer's attempt.
     """
 
     def __init__(self, run_dir: Path, store: Store, state: DeliveryState, attempt: int) -> None:

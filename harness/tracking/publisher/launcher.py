@@ -55,10 +55,6 @@ class PublisherProcess:
 
     Effects: not collective; rank 0 only; main thread; `start` and `wait` block.
 
-    Args:
-        run_dir: the run's directory.
-        settings: the publisher's settings as JSON values.
-
     Attributes:
         process: the child process; None before `start`.
     """

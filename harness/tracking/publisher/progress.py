@@ -39,9 +39,6 @@ class Heartbeat:
 
     Effects: not collective; any thread; writes a small file at most twice a second, without fsync; ignores a full disk.
     Leaves ``<outbox_dir>/alive.json``.
-
-    Args:
-        outbox_dir: the outbox.
     """
 
     def __init__(self, outbox_dir: Path) -> None:
@@ -109,9 +106,6 @@ class DeliveryProgress:
     """Measures the delivery of an outbox whose trainer has finished.
 
     Effects: not collective; any thread; reads small files.
-
-    Args:
-        run_dir: the run's directory.
     """
 
     def __init__(self, run_dir: Path) -> None:

@@ -43,14 +43,6 @@ class Publisher:
 
     Effects: not collective; the publisher's process; `run` starts a thread, and blocks until all is delivered.
 
-    Args:
-        run_dir: the run's directory.
-        settings: the publisher's settings.
-        store: receives the entries.
-        trainer: asked between deliveries whether it has exited.
-        heartbeat: shows the trainer that this is alive; None: a new one.
-        clock: time and pauses; None: the real ones.
-
     Attributes:
         notes: messages for the user about damaged records on disk.
     """
@@ -198,7 +190,8 @@ class Publisher:
             log(reason)
             self._state.update(refused=reason, offset=segments[0].begin)
             offset = self._state.current.offset
-        return read_entries(self._outbox_dir, offset, end=sync_segments(segments, offset))
+        end = sync_segments(segments, offset)
+        return iter(()) if end == offset else read_entries(self._outbox_dir, offset, end=end)
 
     def _prune(self) -> None:
         try:

@@ -41,12 +41,6 @@ class RetryPolicy:
     """Retries for the publisher and its artifact worker.
 
     Effects: not collective; any thread; `run` blocks until the action succeeds or is given up.
-
-    Args:
-        store: decides which errors are permanent.
-        trainer: as long as it is alive, retries continue without a limit.
-        heartbeat: beats at each failed try.
-        clock: time and pauses.
     """
 
     def __init__(self, store: Store, trainer: Trainer, heartbeat: Heartbeat, clock: Clock) -> None:
