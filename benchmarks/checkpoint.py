@@ -113,8 +113,8 @@ class Ours(Peer):
 
     def finish(self) -> None:
         self.logger._saves.settle()
-        self.saver._await_save()
-        self.saver._learn_mode()
+        self.saver.wait()
+        self.saver._record_fence()
         self.seconds = dict(self.saver.last_seconds)
         dist_barrier()
         if self.logger.accelerator.is_main_process:
@@ -139,8 +139,8 @@ class WriterThread:
     def __init__(self, memory: Any, layout: Any, ranges: Any, *, makes_files: bool) -> None:
         import mmap
 
-        from harness.checkpoint.save.write import output_files
         from harness.checkpoint.save.writer import RangeWriter
+        from harness.checkpoint.save.writer_client import output_files
 
         mapped = memoryview(mmap.mmap(memory.descriptor, memory.size_bytes, prot=mmap.PROT_READ))
         self.writer = RangeWriter(mapped, output_files(layout, with_headers=makes_files), ranges)
@@ -150,14 +150,14 @@ class WriterThread:
     def start(self) -> None:
         """Nothing is to be started."""
 
-    def ask(self, directory: Path | None, ready_bytes: int) -> None:
+    def request(self, directory: Path | None, ready_bytes: int) -> None:
         self.marks = SimpleQueue()
         self.answers = self.thread.submit(self.writer.write, directory, iter(self.marks.get, None))
 
-    def ready(self, num_bytes: int) -> None:
+    def report_ready(self, num_bytes: int) -> None:
         self.marks.put(num_bytes)
 
-    def answer(self, timeout_s: float) -> tuple[list[str], dict[str, float]]:
+    def await_digests(self, timeout_s: float) -> tuple[list[str], dict[str, float]]:
 
         record = self.answers.result(timeout_s)
         return bytes.fromhex(record["digests"]), {key: record[key] for key in ("write_s", "sync_s")}
@@ -306,9 +306,9 @@ def worker(arguments: argparse.Namespace) -> None:
     """One rank."""
     torch.set_num_threads(1)
     if arguments.writer == "thread":
-        from harness.checkpoint.save import saver as saver_module
+        from harness.checkpoint.save import pipeline as pipeline_module
 
-        saver_module.WriterProcess = WriterThread  # type: ignore[assignment, misc]
+        pipeline_module.WriterProcess = WriterThread  # type: ignore[assignment, misc]
     accelerator = start(TrainerConfig(), seed=0)
     set_seed(0)
     model: Any = Stack(arguments.size_mb)
@@ -349,9 +349,9 @@ def worker(arguments: argparse.Namespace) -> None:
         memory = {"bytes": with_bytes - without_bytes + _writer_bytes(logger)}
         peers = _make_peers(arguments, accelerator, model, optimizer, logger, directory)
         peers["ours"] = ours
-        engine = logger._saver._engine
-        assert engine is not None
-        share_bytes = engine.plan.staging_bytes
+        pipeline = logger._saver._pipeline
+        assert pipeline is not None
+        share_bytes = pipeline.plan.staging_bytes
         memory["share_bytes"] = share_bytes
         order = random.Random(0)
         for round_number in range(arguments.rounds + 1):  # the first is to warm the peers up
@@ -361,7 +361,7 @@ def worker(arguments: argparse.Namespace) -> None:
                 found = _window(name, peers.get(name), step, arguments.steps, directory / f"{name}-{round_number}")
                 if round_number:
                     results[name].append(found)
-        mode = engine.mode.mode
+        mode = pipeline.mode.mode
     gathered: list[Any] = [None] * accelerator.num_processes
     if dist.is_initialized():
         dist.all_gather_object(gathered, {"windows": results, "first": first, "memory": memory})
@@ -372,8 +372,8 @@ def worker(arguments: argparse.Namespace) -> None:
             "share_bytes": share_bytes,
             "mode": mode,
             "transport": logger._saver._runner.context.transport,
-            "logical_bytes": engine.plan.layout.size_bytes,
-            "written_bytes": _written_bytes(engine.plan, accelerator.num_processes),
+            "logical_bytes": pipeline.plan.layout.size_bytes,
+            "written_bytes": _written_bytes(pipeline.plan, accelerator.num_processes),
             "ranks": gathered,
         }
         Path(arguments.output).write_text(json.dumps(record))
@@ -422,13 +422,13 @@ def _make_peers(
 ) -> dict[str, Peer]:
     peers: dict[str, Peer] = {"ours": Ours(logger)}
     saver = logger._saver
-    if saver._engine is None:
+    if saver._pipeline is None:
         saver.prepare()
-    engine = saver._engine
-    assert engine is not None
+    pipeline = saver._pipeline
+    assert pipeline is not None
     share: list[Tensor] = []
-    for piece in engine.plan.pieces:
-        value = engine.held.tensors[piece.source].live()
+    for piece in pipeline.plan.pieces:
+        value = pipeline.shards.tensors[piece.source].live()
         if isinstance(value, Tensor):
             share.append(value.detach().reshape(-1)[piece.local : piece.local + piece.num_items])
     for name in arguments.peers:
@@ -461,8 +461,8 @@ def _peak_bytes(run: Callable[[], Any]) -> int:
 
 def _writer_bytes(logger: PeriodicLogger) -> int:
     """What the writer process has for itself alone."""
-    engine = logger._saver._engine
-    process = None if engine is None else getattr(engine.writer, "_process", None)
+    pipeline = logger._saver._pipeline
+    process = None if pipeline is None else getattr(pipeline.writer, "_process", None)
     if process is None:
         return 0
     rollup = f"/proc/{process.pid}/smaps_rollup"

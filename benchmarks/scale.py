@@ -47,9 +47,9 @@ from harness.checkpoint.format.commit import Manifest, commit, read_manifest  # 
 from harness.checkpoint.format.layout import TensorSpec, plan_layout  # noqa: E402
 from harness.checkpoint.format.tensor_shard import ElementRange  # noqa: E402
 from harness.checkpoint.save.commit_store import CommitStore  # noqa: E402
-from harness.checkpoint.save.gather import _chunks, places  # noqa: E402
-from harness.checkpoint.save.plan import Plan, _stage, assign, hash_of, plan_of, with_all  # noqa: E402
-from harness.checkpoint.save.save_runner import RankOutcome  # noqa: E402
+from harness.checkpoint.save.plan import Plan, _stage, assign, hash_of, plan_of, with_all_ranges  # noqa: E402
+from harness.checkpoint.save.save_runner import RankRecord  # noqa: E402
+from harness.checkpoint.save.transport import _chunks, places  # noqa: E402
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog, kinds_of, sharing_of  # noqa: E402
 from harness.checkpoint.state.rank_state import RankState  # noqa: E402
 from harness.data import rng_state  # noqa: E402
@@ -109,7 +109,7 @@ def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T
 def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds: int) -> None:
     """One process: some ranks, which say at once that they have written."""
     state = RankState(rng_state.capture(torch.device("cpu"))).encoded()
-    records = {rank: RankOutcome({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
+    records = {rank: RankRecord({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
     stores = [TCPStore("127.0.0.1", port, is_master=False) for _ in range(NUM_CONNECTIONS)]
     boards = {
         rank: CommitStore(rank, world_size, stores[rank // NUM_PROCESSES % len(stores)], "scale") for rank, _ in which
@@ -122,7 +122,7 @@ def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds
             list(threads.map(lambda rank: boards[rank].put(save, records[rank]), boards))  # noqa: B023
 
 
-def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[RankOutcome]:
+def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[RankRecord]:
     """The real board, with every other rank in another process."""
     assert plan.all_ranges is not None
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -135,12 +135,12 @@ def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: in
         processes.append(context.Process(target=acknowledge, args=(store.port, world_size, which, rounds)))
         processes[-1].start()
     state = RankState(rng_state.capture(torch.device("cpu"))).encoded()
-    own = RankOutcome({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
+    own = RankRecord({"rank_state": state}, random.randbytes(16 * nums[0])).encoded()
 
-    def collect() -> list[RankOutcome]:
+    def collect() -> list[RankRecord]:
         store.set(f"go/{save}", "")
         board.put(save, own)
-        return [RankOutcome.decoded(data) for data in board.collect(save, 120.0)]
+        return [RankRecord.decoded(data) for data in board.collect_records(save, 120.0)]
 
     for save in range(rounds):
         while store.add(f"there/{save}", 0) < NUM_PROCESSES:
@@ -186,7 +186,7 @@ def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
             lambda: plan_of(specs, {}, [ShardCatalog.unpacked(part) for part in described], 0, None),
         )
         assert pack_ranges(plan.staging_bytes, plan.ranges) == told[0]
-        plan = timed(seconds, "table", lambda: with_all(plan, told))  # noqa: B023
+        plan = timed(seconds, "table", lambda: with_all_ranges(plan, told))  # noqa: B023
     answers = acknowledgements(seconds, plan, world_size, rounds)
     for number in range(rounds):
         temporary, final = directory / f"tmp-{world_size}-{number}", directory / f"{world_size}-{number}"

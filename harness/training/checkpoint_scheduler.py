@@ -111,7 +111,7 @@ class CheckpointScheduler:
 
     def ranks_differ(self, num_steps: int, num_fewer: int) -> None:
         """Some ranks had fewer of the optimizer's steps than others, and so have another state of it from now on."""
-        if self._saver.ranks_differ():
+        if self._saver.save_rank_zero_only():
             self._say(
                 f"harness: of {num_steps} optimizer steps some ranks had {num_fewer} fewer: what is due in these comes "
                 "at their end; checkpoints have rank zero's optimizer state from here on"
@@ -186,7 +186,7 @@ class CheckpointScheduler:
         if not self._is_open:
             return self._saved_at is not None
         self._is_open = False
-        if self._saver.settle():
+        if self._saver.resolve():
             return True
         self._saved_at = None
         num_skipped = self._saver.num_skipped

@@ -665,7 +665,7 @@ class PeriodicLogger:
 
     def _report_save(self, step: int) -> None:
         """What the last save has cost, and what went wrong with it, in the run: rank zero's."""
-        costs, failure = self._saver.take_report()
+        costs, failure = self._saver.pop_report()
         if costs:
             self._run.log_save(costs, step)
         if failure is not None:

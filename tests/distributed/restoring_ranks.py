@@ -214,7 +214,7 @@ def restore_under(
         saver.save(Moment(name, 0, 3, 0, {}))
         train(accelerator, watched, 4)
         saver.save(Moment(f"{name}-next", 0, 4, 0, {}))
-        saver._await_save()
+        saver.wait()
         if rank == 0:
             (directory / f"{name}.json").write_text(json.dumps(report))
     saver.close()

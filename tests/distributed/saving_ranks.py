@@ -117,7 +117,7 @@ def save_with_trouble(rank: int, world_size: int, port: int, directory: Path, tr
                 os.kill(writer, signal.SIGSTOP if trouble == "hung" else signal.SIGKILL)
         saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
         if rank == 0:
-            saver._await_save()
+            saver.wait()
             (directory / f"status-{step}").write_text(saver.status)
         collectives.all_gather_numbers("the end of a save", [step])
         if is_troubled and trouble == "full":
@@ -154,6 +154,6 @@ def save_what_differs(rank: int, world_size: int, port: int, directory: Path, wh
 
 def writer_of(saver: Saver) -> int:
     """The process id of a rank's writer."""
-    engine = saver._engine
-    assert engine is not None and engine.writer._process is not None
-    return engine.writer._process.pid
+    pipeline = saver._pipeline
+    assert pipeline is not None and pipeline.writer._process is not None
+    return pipeline.writer._process.pid

@@ -95,7 +95,7 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
         optimizer.zero_grad()
 
     def save(step: int) -> tuple[bool, bool]:
-        """Whether this rank has begun, and, after the next step, whether the save goes on."""
+        """Return whether this rank has started, and, after the next step, whether all ranks have."""
         train()
         with torch.no_grad():
             model(torch.randn(4, 6))  # its root keeps what it has gathered
@@ -103,10 +103,10 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
             saver.prepare()
         begun = saver.save(Moment(f"step-{step:08d}", 0, step, 0, {}))
         train()
-        return begun, saver.settle()
+        return begun, saver.resolve()
 
     assert save(1) == (True, True)
-    saver._await_save()
+    saver.wait()
     if rank == 0:
         os.kill(writer_of(saver), signal.SIGSTOP)
     assert save(2) == (True, True)
@@ -114,24 +114,24 @@ def train_on_while_saves_are_skipped(rank: int, world_size: int, port: int, dire
     assert save(3) == (False, False)
     if rank == 0:
         os.kill(writer_of(saver), signal.SIGCONT)
-    saver._await_save()
+    saver.wait()
     goes_on = threading.Event()
     if rank == 0:
         saver._saving = saver._runner.submit(lambda: _wait(goes_on))
     # Rank zero alone is busy: the other has begun before it could know.
     assert save(4) == (rank == 1, False)
     goes_on.set()
-    saver._await_save()
+    saver.wait()
     saver._must_prepare = rank == 1
     assert save(5) == (rank == 0, False)
-    saver._await_save()
+    saver.wait()
     assert save(6) == (True, True)
     train()
     saver._must_prepare = rank == 1
     # No step lies between this and the end: there would be nobody to save it later.
     assert saver.save(Moment("step-00000007", 0, 7, 0, {}), must=True)
     saver.wait()
-    assert saver.status.startswith("step-00000007 written" if rank == 0 else "writing step-00000007"), saver.status
+    assert saver.status.startswith("step-00000007 written"), saver.status
     assert saver.num_skipped == 3
     assert saver.num_failed == 0
     saver.close()

@@ -15,8 +15,8 @@ from harness.checkpoint.format.commit import Manifest, commit, temporary_of
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, full_range
 from harness.checkpoint.save.plan import hash_of, plan_of
-from harness.checkpoint.save.write import output_files, write_json
 from harness.checkpoint.save.writer import RangeWriter
+from harness.checkpoint.save.writer_client import output_files, write_json
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 
 # One profile for all: the time of an example says nothing on a machine that other jobs share.

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoint.save.direct_io import RangeFile
-from harness.checkpoint.save.writer import OutputFile, make_files
+from harness.checkpoint.save.writer import OutputFile, RangeFile, make_files
 from harness.errors import TrackingError
 from harness.run.directory import make_run_directory
 from harness.tracking.journal.delivery_state import Delivered, write_delivered

@@ -1,16 +1,16 @@
-"""From what each rank holds to what each rank writes: every byte by exactly one rank.
+"""Which rank writes which bytes: every byte of a checkpoint is written by exactly one rank.
 
-    holdings of all ranks  ->  who shares what  ->  what this rank owns  ->  ranges of files, places in its memory
+    shard catalogs of all ranks  ->  which ranks share what  ->  what this rank owns  ->  file ranges, staging offsets
 
-Every rank finds what it owns by itself, from the same exchange, and that all ranks together own each byte once;
-rank zero is told the ranges of the others. With a thousand ranks there are millions: what the ranks exchange, and
-what each looks at of the others, is by kinds of tensors, of which a model has a dozen.
+Every rank derives from the same exchange what it owns, and that all ranks together own each byte once. Rank 0 also
+receives the ranges of the others. A thousand ranks have millions of ranges; what the ranks exchange, and what each
+examines of the others, is by kinds of tensors, of which a model has a dozen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,24 +19,24 @@ import xxhash
 from harness.checkpoint.format.all_ranges import AllRanges, FileRange, pack_ranges
 from harness.checkpoint.format.layout import Layout, TensorSpec, plan_layout
 from harness.checkpoint.format.tensor_shard import ElementRange
-from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
+from harness.checkpoint.save.writer import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.checkpoint.sharding.replicas import check_replicas
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog, ShardKind, Sharing, kinds_of, sharing_of
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError
 
-# A digest is of at most so many bytes, so that a part of a large file can be verified by itself, and is
-# written while the next is copied.
+# Limit of the bytes of one digest. So a part of a large file can be verified by itself, and is written while the next
+# part is copied.
 MAX_RANGE_BYTES = 16 << 20
-# No type of safetensors has larger elements.
+# No dtype of safetensors has larger elements.
 _ELEMENT_ALIGNMENT_BYTES = 16
 
 
 class Piece(NamedTuple):
-    """What a rank copies: elements of one tensor, to a place in its staging memory.
+    """Elements of one tensor that a rank copies to its staging memory.
 
-    `source` counts `LocalShards.tensors`; `local` and `num_items` are in elements, `staging` in bytes.
+    `source` is an index of `LocalShards.tensors`; `local` and `num_items` are in elements, `staging` is in bytes.
     """
 
     source: int
@@ -50,11 +50,11 @@ class Plan:
     """What one rank writes.
 
     Args:
-        layout: files and places, the same on every rank.
+        layout: files and offsets, the same on every rank.
         pieces: what this rank copies.
-        staging_bytes: how much memory that takes.
+        staging_bytes: size of its staging memory.
         ranges: what it writes, in the order of its staging memory.
-        all_ranges: what every rank writes; on rank zero alone.
+        all_ranges: what every rank writes; only on rank 0.
     """
 
     layout: Layout
@@ -64,92 +64,89 @@ class Plan:
     all_ranges: AllRanges | None = None
 
 
-def make_plan(held: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
+def make_plan(shards: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
     """Plan a checkpoint of what all ranks hold.
 
     Effects: collective; main thread; blocks until every rank has planned; nothing on disk.
 
     Args:
-        held: what this rank holds.
+        shards: what this rank holds.
         collectives: of all ranks.
-        max_shard_size_bytes: limit of one file of weights, or None.
+        max_shard_size_bytes: limit of one file of weights; None: no limit.
 
     Raises:
-        CheckpointError: on all ranks alike, if they hold different tensors, if bytes are held by none, if
-            ranks hold parts that overlap without being the same, or the same part with other values.
+        CheckpointError: on all ranks, if they hold different tensors, if bytes are held by no rank, or if ranks hold
+            parts that overlap without being equal, or equal parts with different values.
     """
-    held.complete(collectives)
-    specs = tuple(source.spec for source in held.tensors)
-    mine = ShardCatalog.of(hash_of(specs, held.aliases), [source.ranges for source in held.tensors])
-    holdings = [ShardCatalog.unpacked(part) for part in collectives.all_gather("what each rank holds", mine.packed())]
-    plan, sharing = _plan(specs, held.aliases, holdings, collectives.rank, max_shard_size_bytes)
-    told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(plan.staging_bytes, plan.ranges))
-    check_replicas(held.tensors, sharing, collectives)
-    return plan if told is None else with_all(plan, told)
+    shards.complete(collectives)
+    specs = tuple(source.spec for source in shards.tensors)
+    own = ShardCatalog.of(hash_of(specs, shards.aliases), [source.ranges for source in shards.tensors])
+    catalogs = [ShardCatalog.unpacked(part) for part in collectives.all_gather("what each rank holds", own.packed())]
+    plan, sharing = _plan(specs, shards.aliases, catalogs, collectives.rank, max_shard_size_bytes)
+    gathered = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(plan.staging_bytes, plan.ranges))
+    check_replicas(shards.tensors, sharing, collectives)
+    return plan if gathered is None else with_all_ranges(plan, gathered)
 
 
-def plan_of_rank_zero(held: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
-    """Plan a checkpoint of what rank zero holds, which is all of it; the others write nothing.
+def make_rank_zero_plan(shards: LocalShards, collectives: Collectives, max_shard_size_bytes: int | None) -> Plan:
+    """Plan a checkpoint of rank 0's values; the other ranks write nothing.
 
-    Where ranks that hold the same tensors have other values in them, of which no mixture would be anybody's.
+    For replicas whose values differ: a mixture of them would be the state of no rank.
 
     Effects: collective; main thread; blocks until every rank has planned; nothing on disk.
 
-    Args:
-        held: what this rank holds.
-        collectives: of all ranks.
-        max_shard_size_bytes: limit of one file of weights, or None.
+    Args: as `make_plan`.
     """
-    held.complete(collectives)
-    specs = tuple(source.spec for source in held.tensors)
+    shards.complete(collectives)
+    specs = tuple(source.spec for source in shards.tensors)
     layout = collectives.broadcast_from_rank_zero(
-        "plan its files", lambda: plan_layout(specs, held.aliases, max_shard_size_bytes)
+        "plan its files", lambda: plan_layout(specs, shards.aliases, max_shard_size_bytes)
     )
-    owned = {index: source.ranges for index, source in enumerate(held.tensors)} if collectives.rank == 0 else {}
-    pieces, ranges, size = _stage(specs, layout, owned)
-    plan = Plan(layout, tuple(pieces), size, tuple(ranges))
-    told = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(size, ranges))
-    return plan if told is None else with_all(plan, told)
+    owned = {index: source.ranges for index, source in enumerate(shards.tensors)} if collectives.rank == 0 else {}
+    pieces, ranges, size_bytes = _stage(specs, layout, owned)
+    plan = Plan(layout, tuple(pieces), size_bytes, tuple(ranges))
+    gathered = collectives.gather_to_rank_zero("what each rank writes", pack_ranges(size_bytes, ranges))
+    return plan if gathered is None else with_all_ranges(plan, gathered)
 
 
 def plan_of(
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],
-    holdings: Sequence[ShardCatalog],
+    catalogs: Sequence[ShardCatalog],
     rank: int,
     max_shard_size_bytes: int | None,
 ) -> Plan:
-    """The plan for one rank, given what all of them hold. Not collective; see `make_plan`."""
-    return _plan(specs, aliases, holdings, rank, max_shard_size_bytes)[0]
+    """Plan for one rank, given the catalogs of all ranks. Not collective; raises as `make_plan`."""
+    return _plan(specs, aliases, catalogs, rank, max_shard_size_bytes)[0]
 
 
-def with_all(plan: Plan, told: Sequence[bytes]) -> Plan:
-    """Rank zero's plan, with what every rank has told of its own."""
-    return Plan(plan.layout, plan.pieces, plan.staging_bytes, plan.ranges, AllRanges(plan.layout, told))
+def with_all_ranges(plan: Plan, packed_ranges: Sequence[bytes]) -> Plan:
+    """Return rank 0's plan with the ranges of every rank."""
+    return replace(plan, all_ranges=AllRanges(plan.layout, packed_ranges))
 
 
 def _plan(
     specs: Sequence[TensorSpec],
     aliases: Mapping[str, str],
-    holdings: Sequence[ShardCatalog],
+    catalogs: Sequence[ShardCatalog],
     rank: int,
     max_shard_size_bytes: int | None,
 ) -> tuple[Plan, Sharing]:
-    for other, part in enumerate(holdings):
-        if part.structure != holdings[0].structure:
+    for other, part in enumerate(catalogs):
+        if part.structure != catalogs[0].structure:
             raise CheckpointError(
-                f"rank {other} has other tensors than rank 0, so their parts do not make one checkpoint; the model "
-                "and the optimizer must be made alike on all ranks"
+                f"rank {other} has other tensors than rank 0, so their parts do not form one checkpoint; create the "
+                "model and the optimizer alike on all ranks"
             )
     layout = plan_layout(specs, aliases, max_shard_size_bytes)
-    kinds = kinds_of(specs, holdings)
+    kinds = kinds_of(specs, catalogs)
     sharing = sharing_of(kinds)
-    pieces, ranges, size = _stage(specs, layout, assign(specs, holdings[rank], kinds, sharing, rank))
+    pieces, ranges, size = _stage(specs, layout, assign(specs, catalogs[rank], kinds, sharing, rank))
     return Plan(layout, tuple(pieces), size, tuple(ranges)), sharing
 
 
 def hash_of(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> int:
-    """A number that differs where tensors or aliases do; the same in every process."""
+    """Return a hash of the tensors and aliases, the same in every process."""
     digest = xxhash.xxh3_64()
     for spec in specs:
         digest.update(f"{spec.section}\0{spec.name}\0{spec.dtype}\0{spec.shape}\1".encode())
@@ -161,20 +158,20 @@ def hash_of(specs: Iterable[TensorSpec], aliases: Mapping[str, str]) -> int:
 def assign(
     specs: Sequence[TensorSpec], mine: ShardCatalog, kinds: Sequence[ShardKind], sharing: Sharing, rank: int
 ) -> dict[int, tuple[ElementRange, ...]]:
-    """What this rank owns: each element is one rank's among those that hold it.
+    """Assign each element to one of the ranks that hold it.
 
-    Ranks that hold the same parts of the same tensors (DDP's, HSDP's replicas) divide the bytes of those
-    tensors among them, evenly, as one stream: nobody copies or writes what another does.
+    Ranks that hold the same parts of the same tensors (replicas of DDP and HSDP) divide the bytes of those tensors
+    evenly among them, as one stream, so that no byte is copied or written twice.
 
     Args:
         specs: of the tensors.
         mine: what this rank holds.
         kinds: of all tensors.
-        sharing: which ranks hold the same.
+        sharing: ranks -> the tensors of which they hold equal parts.
         rank: this rank.
 
     Returns:
-        Index of the tensor -> what it owns.
+        Index of the tensor -> what this rank owns of it.
     """
     owned: dict[int, tuple[ElementRange, ...]] = {}
     for kind in kinds:
@@ -202,7 +199,7 @@ def _clamp(value: int, limit: int) -> int:
 
 
 def _cut(runs: Sequence[ElementRange], first: int, last: int) -> tuple[ElementRange, ...]:
-    """Elements `first` to `last` of runs that are taken as one after another."""
+    """Return the elements `first` to `last` of the concatenated runs."""
     found: list[ElementRange] = []
     offset = 0
     for run in runs:
@@ -216,7 +213,7 @@ def _cut(runs: Sequence[ElementRange], first: int, last: int) -> tuple[ElementRa
 def _stage(
     specs: Sequence[TensorSpec], layout: Layout, owned: Mapping[int, Sequence[ElementRange]]
 ) -> tuple[list[Piece], list[FileRange], int]:
-    """Lay out what a rank owns in its memory, in the order of the files, and join what is one piece there."""
+    """Lay out what a rank owns in its staging memory, in the order of the files, and join adjacent parts."""
     found: list[tuple[int, int, int, ElementRange]] = []
     for index, runs in owned.items():
         file, begin = layout.places[specs[index].key]
@@ -234,8 +231,8 @@ def _stage(
             members.append((index, run, offset - begin))
             offset += run.num_items * specs[index].item_bytes
             position += 1
-        # In the memory as far into a page as in the file, so that the disk can take whole pages from it. A
-        # small range is not worth the gap; but an element must lie where its type may lie.
+        # At the same offset in a page as in the file, so that the disk can read whole pages. A small range is not
+        # worth the gap, but its elements have to be aligned for their dtype.
         alignment = PAGE_BYTES if offset - begin >= MIN_DIRECT_BYTES else _ELEMENT_ALIGNMENT_BYTES
         staging = end + (begin - end) % alignment
         pieces += [Piece(index, run.local, run.num_items, staging + place) for index, run, place in members]
@@ -245,7 +242,7 @@ def _stage(
 
 
 def _parts(whole: FileRange) -> Iterable[FileRange]:
-    """A range as ranges of at most `MAX_RANGE_BYTES`, cut where pages begin."""
+    """Divide a range into ranges of at most `MAX_RANGE_BYTES`, at page boundaries."""
     end = whole.offset + whole.size
     first_cut = whole.offset + MAX_RANGE_BYTES - whole.offset % MAX_RANGE_BYTES
     for start, stop in pairwise([whole.offset, *range(first_cut, end, MAX_RANGE_BYTES), end]):

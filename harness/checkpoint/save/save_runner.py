@@ -1,9 +1,13 @@
-"""What of a save runs beside training: copy the rest, write, tell the others, commit.
+"""The background thread's side of a save: copy the rest, write, report to rank 0, commit.
 
-every rank    copy the rest -> write -> say so on the board
-rank zero     wait for the board -> manifest -> rename -> tell the caller and the others
+    QUEUED -> COPYING -> WRITING -> COMMITTING -> COMMITTED
+                 |          |           |
+                 +----------+-----------+-------> FAILED     a copy is torn, a disk refuses, a rank reports no record
+                 +----------+-----------+-------> ABORTED    a rank could not start
 
-Nothing here raises: a save that fails leaves the checkpoints before it, and its error for the next one to see.
+Every rank copies and writes its part, and publishes a record in the commit store. Rank 0 collects the records, commits
+the checkpoint and publishes the outcome, so that the state at the end is the same on all ranks. A failed save leaves
+the earlier checkpoints as they are; nothing is raised in the background thread.
 """
 
 from __future__ import annotations
@@ -14,11 +18,11 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -29,61 +33,44 @@ from harness.checkpoint.format import commit
 from harness.checkpoint.format.commit import FileRecord, Manifest
 from harness.checkpoint.save.commit_store import CommitStore
 from harness.checkpoint.save.fence import Fence
-from harness.checkpoint.save.gather import Gatherer
 from harness.checkpoint.save.hooks import CheckpointHooks, RunFacts
-from harness.checkpoint.save.pipeline import SavePipeline
-from harness.checkpoint.save.snapshot import CopyRest
+from harness.checkpoint.save.pipeline import SavePipeline, SmallState
+from harness.checkpoint.save.snapshot import PendingCopy
 from harness.checkpoint.save.source_guard import SourceGuard
-from harness.checkpoint.save.transport import Transport
-from harness.checkpoint.save.write import sync_files, write_json
-from harness.checkpoint.save.writer import told
+from harness.checkpoint.save.transport import Gatherer, Transport
+from harness.checkpoint.save.writer import describe_os_error
+from harness.checkpoint.save.writer_client import sync_files, write_json
 from harness.checkpoint.state import kept_tensors, trainer_state
-from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import Moment
 from harness.config.schema import CheckpointConfig
 from harness.errors import CheckpointError
 
 _NICENESS = 5
-# How long rank zero may take from the last rank's record to a committed checkpoint, published included.
+# Limit from the last rank's record to the outcome, the publication included.
 _COMMIT_S = 120.0
-_CALLED_OFF = "called off"
-# Before the name of a tensor that was written while a rank copied it.
+_ABORTED = "aborted"
+# Precedes the name of a tensor that was written while a rank copied it.
 _TORN = "torn: "
 
 
-@dataclass(frozen=True)
-class SmallState:
-    """Rank zero's trainer state with the tensors that it refers to, and each rank's own state; or why not."""
+class SaveState(Enum):
+    """Where a save is; see the diagram at the top of this module."""
 
-    trainer_state: Any
-    rank_state: RankState | None
-    failure: Exception | None = None
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-class RankOutcome(NamedTuple):
-    """What a rank says of its part of a save: JSON values, and the digests of its ranges."""
-
-    record: dict[str, Any]
-    digests: bytes
-
-    def encoded(self) -> bytes:
-        """For the board: a line of JSON, and the digests as they are; of a thousand ranks they are the most of it."""
-        return json.dumps(self.record).encode() + b"\n" + self.digests
-
-    @classmethod
-    def decoded(cls, data: bytes) -> RankOutcome:
-        """What `encoded` made."""
-        line, _, digests = data.partition(b"\n")
-        return cls(json.loads(line), digests)
+    QUEUED = "queued"
+    COPYING = "copying"
+    WRITING = "writing"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    ABORTED = "aborted"
 
 
-class CalledOff(Exception):
-    """A save that some ranks had begun when another could not."""
+class SaveAborted(Exception):
+    """A rank could not take part in a save that others had started."""
 
 
 class TornSnapshotError(CheckpointError):
-    """A tensor was written while a save copied it, so that the save is of no one moment.
+    """A tensor was written while a save copied it, so the copy mixes two moments.
 
     Attributes:
         tensor: its name.
@@ -100,21 +87,30 @@ class TornSnapshotError(CheckpointError):
 
 @dataclass
 class Save:
-    """One save on its way.
+    """One save. The background thread owns it from `SaveRunner.start` until the future is done.
 
     Attributes:
-        guard: of the snapshot, where the copy overlaps training; None: it was complete before training continued.
+        small: what is not in the pipeline's staging memory.
+        begun_s: `time.perf_counter` at the call of `Saver.save`.
+        seconds: cost of each stage, by name.
+        guard: of a copy that overlaps training; None if the copy was complete before training continued.
+        state: see `SaveState`.
+        error: None unless the save failed.
+        status: how the save ended, as text.
     """
 
     number: int
     moment: Moment
     final: Path
     temporary: Path
-    engine: SavePipeline
+    pipeline: SavePipeline
     small: SmallState
     begun_s: float
     seconds: dict[str, float] = field(default_factory=dict)
     guard: SourceGuard | None = None
+    state: SaveState = SaveState.QUEUED
+    error: Exception | None = None
+    status: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,10 +119,10 @@ class SaveContext:
 
     Args:
         config: limits, and the metric that ranks checkpoints.
-        commit_store: the ranks publish there that their part is written.
+        commit_store: carries the ranks' records and the outcome.
         transport: how bytes reach the disk.
         gatherer: sends the tensors to rank 0 where it alone writes; None: each rank writes.
-        facts: of the run, for the manifest.
+        facts: for the manifest.
         hooks: of the owner.
     """
 
@@ -138,156 +134,165 @@ class SaveContext:
     hooks: CheckpointHooks
 
 
-class SaveRunner:
-    """Runs one save after another in a thread of its own, and keeps how the last one ended.
+class RankRecord(NamedTuple):
+    """What a rank reports of its part of a save: JSON values, and the digests of its ranges."""
 
-    Effects: one background thread, which does not keep the process from ending. Main thread: all but what it
-    runs. Leaves ``<checkpoints_dir>/<name>/`` of each save that succeeds.
+    values: dict[str, Any]
+    digests: bytes
+
+    def encoded(self) -> bytes:
+        """Encode as a line of JSON and the raw digests, which are most of the data of a thousand ranks."""
+        return json.dumps(self.values).encode() + b"\n" + self.digests
+
+    @classmethod
+    def decoded(cls, data: bytes) -> RankRecord:
+        """Decode the result of `encoded`."""
+        line, _, digests = data.partition(b"\n")
+        return cls(json.loads(line), digests)
+
+    def require_success(self, rank: int) -> None:
+        """Raise what the rank reported.
+
+        Raises:
+            SaveAborted: if the rank took no part.
+            TornSnapshotError: if its copy was torn.
+            CheckpointError: if it failed otherwise.
+        """
+        if self.values.get("aborted"):
+            raise SaveAborted
+        if "torn" in self.values:
+            raise TornSnapshotError(self.values["torn"])
+        if "error" in self.values:
+            raise CheckpointError(f"rank {rank}: {self.values['error']}" if rank else self.values["error"])
+
+
+class SaveRunner:
+    """Runs one save after another in a background thread.
+
+    Effects: one daemon thread. Leaves ``<checkpoints_dir>/<name>/`` of each save that is committed.
 
     Args:
         context: shared by all saves of the attempt.
         fence: opened once all that may change is copied.
         device: of this rank.
-
-    Attributes:
-        status: how the last save ended, for a person.
-        last_error: of the last save; None: it succeeded.
-        failures: of each save that failed, for a person, until they are taken.
-        last_seconds: what the last save has cost.
-        num_failed: saves.
-        is_reported: whether what the last save has cost was taken already.
-        written: name of a tensor that was written while any rank copied it; None: none was.
     """
 
     def __init__(self, context: SaveContext, fence: Fence, device: torch.device) -> None:
         self.context = context
-        self._config = context.config
-        self._board = context.commit_store
-        self._rank = context.commit_store.rank
+        self._commit_store = context.commit_store
         self._gatherer = context.gatherer
+        self._is_rank_zero = context.commit_store.rank == 0
         self._fence = fence
         # accelerate's device of a single process has no index.
         self._cuda_index = None
         if device.type == "cuda":
             self._cuda_index = torch.cuda.current_device() if device.index is None else device.index
         self._queue: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
-        # There already when a save begins: to start one takes the trainer's thread 1 to 3 ms on busy cores.
+        # Started before the first save: it would cost the training thread 1 to 3 ms on busy cores.
         threading.Thread(target=self._serve, name="harness-checkpoint", daemon=True).start()
-        self.status = "no checkpoint yet"
-        self.last_error: Exception | None = None
-        self.failures: deque[str] = deque()
-        self.last_seconds: Mapping[str, float] = {}
-        self.num_failed = 0
-        self.is_reported = True
-        self.written: str | None = None
 
-    def start(self, save: Save, copy_rest: CopyRest) -> Future[None]:
-        """Have a save run; done when it is on disk on every rank, or has failed."""
-        return self.submit(lambda: self._run(save, copy_rest))
+    def start(self, save: Save, copy: PendingCopy) -> Future[None]:
+        """Queue a save. The future is done when the save is committed, has failed or is aborted."""
+        return self.submit(lambda: self._run(save, copy))
 
     def submit(self, run: Callable[[], None]) -> Future[None]:
-        """Have something run behind the saves that were started; it must not raise."""
+        """Queue a function behind the saves; it must not raise."""
         future: Future[None] = Future()
         self._queue.put((run, future))
         return future
 
     def end(self) -> None:
-        """End the thread after what it is at."""
+        """End the thread once its queue is empty."""
         self._queue.put(None)
 
     def _serve(self) -> None:
-        """What a task holds is not held any longer than it runs: a snapshot, the staging memory."""
-        # Where there are more threads than cores, the next forward comes first. When it waits at the fence, the
-        # core is free.
+        # With more threads than cores, the next forward takes precedence; while it waits at the fence, a core is free.
         if sys.platform == "linux":
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (task := self._queue.get()) is not None:
             run, future = task
             run()
+            # Between tasks this thread must not keep a snapshot and its staging memory alive.
             del task, run
             future.set_result(None)
             del future
 
-    def _run(self, save: Save, copy_rest: CopyRest) -> None:
-        """Never raises; a failed save leaves the checkpoints before it."""
-        record: dict[str, Any] = {}
+    def _run(self, save: Save, copy: PendingCopy) -> None:
+        values: dict[str, Any] = {}
         digests = b""
         try:
-            digests = self._copy_and_write(save, copy_rest)
+            digests = self._copy_and_write(save, copy)
         except Exception as error:
-            record = {"error": _told(error), "called_off": isinstance(error, CalledOff)}
+            values = {"error": _text_of(error), "aborted": isinstance(error, SaveAborted)}
             if isinstance(error, TornSnapshotError):
-                record["torn"] = error.tensor
+                values["torn"] = error.tensor
         finally:
-            self._fence.lower()
+            self._fence.open()
+        outcome: str | None = None
         try:
             rank_state = save.small.rank_state
-            record["rank_state"] = None if rank_state is None else rank_state.encoded()
-            self._board.put(save.number, RankOutcome(record, digests).encoded())
-            if self._rank == 0:
-                self._finish(save)
-            elif (outcome := self._board.hear(save.number, self._remaining_s(save) + _COMMIT_S)) is not None:
-                raise _failure_of(outcome)
-            self.last_error = None
-        except CalledOff:
-            self._tell(save, _CALLED_OFF)
-            return
+            values["rank_state"] = None if rank_state is None else rank_state.encoded()
+            save.state = SaveState.COMMITTING
+            self._commit_store.publish_record(save.number, RankRecord(values, digests).encoded())
+            if self._is_rank_zero:
+                self._commit(save)
+            else:
+                outcome = self._commit_store.await_outcome(save.number, self._remaining_s(save) + _COMMIT_S)
+                _require_success(outcome)
+                save.status = _written(save)
+            save.state = SaveState.COMMITTED
+        except SaveAborted:
+            save.state, outcome = SaveState.ABORTED, _ABORTED
         except Exception as error:
-            # Its frames would keep the snapshot and the staging memory.
-            self.last_error = error.with_traceback(None)
-            if isinstance(error, TornSnapshotError):
-                self.written = error.tensor
-            self.num_failed += 1
-            self.status = f"{save.moment.name} FAILED: {_told(error)}"
-            self.failures.append(self.status)
-        self._tell(save, None if self.last_error is None else _outcome_of(self.last_error))
-        self.last_seconds = save.seconds
-        self.is_reported = False
-
-    def _tell(self, save: Save, outcome: str | None) -> None:
-        """Rank zero: let the others know how it ended."""
-        if self._rank == 0:
-            # A store that is gone went with the run.
+            save.state, outcome = SaveState.FAILED, _outcome_of(error)
+            # Its frames would keep the snapshot and the staging memory alive.
+            save.error = error.with_traceback(None)
+            save.status = f"{save.moment.name} FAILED: {_text_of(error)}"
+        if self._is_rank_zero:
+            # A store that is gone ended with the run.
             with suppress(RuntimeError):
-                self._board.tell(save.number, outcome)
+                self._commit_store.publish_outcome(save.number, outcome)
 
-    def _copy_and_write(self, save: Save, copy_rest: CopyRest) -> bytes:
-        engine, begun_s = save.engine, time.perf_counter()
-        writes_itself = self._rank == 0 or self._gatherer is None
+    def _copy_and_write(self, save: Save, copy: PendingCopy) -> bytes:
+        """Copy and write this rank's part. Returns the digests of its ranges."""
+        pipeline, begun_s = save.pipeline, time.perf_counter()
+        writes_files = self._is_rank_zero or self._gatherer is None
         failure: Exception | None = None
         try:
             if self._cuda_index is not None:
-                # Otherwise this thread would make a context on the first GPU.
+                # Otherwise this thread would create a context on the first GPU.
                 torch.cuda.set_device(self._cuda_index)
             if save.small.failure is not None:
                 raise save.small.failure
-            engine.writer.ask(save.temporary if writes_itself else None, 0)
-            copy_rest(self._fence.lower, engine.writer.ready)
-            engine.writer.ready(engine.staging.size_bytes)
+            save.state = SaveState.COPYING
+            pipeline.writer.request(save.temporary if writes_files else None, 0)
+            copy.run(self._fence, pipeline.writer)
+            pipeline.writer.report_ready(pipeline.staging.size_bytes)
+            save.state = SaveState.WRITING
             save.seconds["copy_s"] = time.perf_counter() - begun_s
             if save.guard is not None:
                 self._require_one_moment(save.guard, save.seconds["copy_s"])
-            if self._gatherer is not None and self._rank == 0:
+            if self._gatherer is not None and self._is_rank_zero:
                 save.temporary.mkdir(parents=True, exist_ok=True)
         except Exception as error:
             failure = error
-            # What follows may take long, and has nothing to do with the next step.
-            self._fence.lower()
+            # What follows may take long, and the next step does not depend on it.
+            self._fence.open()
         try:
             if self._gatherer is not None:
-                # Also after a failure of this rank's: the others wait for it. The digests tell that nothing holds.
-                if self._rank == 0:
-                    self._gatherer.receive(engine.plan, None if failure is not None else save.temporary)
+                # After a failure of this rank too: the other ranks wait for it. The record reports the failure.
+                if self._is_rank_zero:
+                    self._gatherer.receive(pipeline.plan, None if failure is not None else save.temporary)
                 else:
-                    self._gatherer.send(engine.staging.bytes, engine.plan.staging_bytes)
+                    self._gatherer.send(pipeline.staging.bytes, pipeline.plan.staging_bytes)
         except Exception as error:
             failure = failure or error
         if failure is not None:
-            # Before anybody removes what it writes: afterwards it would make it again.
-            engine.writer.give_up()
+            # Before rank 0 removes the temporary directory: the writer would create it again.
+            pipeline.writer.cancel()
             raise failure
-        digests, seconds = engine.writer.answer(self._remaining_s(save))
+        digests, seconds = pipeline.writer.await_digests(self._remaining_s(save))
         save.seconds.update(seconds)
         return digests
 
@@ -295,13 +300,13 @@ class SaveRunner:
         """Refuse an overlapped save whose sources were written while they were copied.
 
         Raises:
-            TornSnapshotError: if one was.
+            TornSnapshotError: if a source was.
         """
         torn = guard.find_torn_copy()
         if torn is None:
-            # A write is counted when it is over. One that ran beside the copy is over after as long a time again. One
-            # that begins later does no harm, and should not cost a checkpoint.
-            self._fence.await_pass(copy_s)
+            # A version is counted at the end of a write. A write that ran beside the copy ends after as long a time
+            # again. A write that begins later is harmless, and must not cost a checkpoint.
+            self._fence.await_passed(copy_s)
             # In this order: versions that were read before the fence was passed are not those of a step.
             written = guard.find_written()
             torn = guard.written if self._fence.is_passed else written
@@ -309,48 +314,49 @@ class SaveRunner:
             raise TornSnapshotError(torn)
 
     def _remaining_s(self, save: Save) -> float:
-        """Until the save is given up; a moment at least, so that what is done already is seen."""
-        return max(1.0, self._config.timeout_s - (time.perf_counter() - save.begun_s))
+        """Seconds until the save times out; at least one, so that a finished part is still seen."""
+        return max(1.0, self.context.config.timeout_s - (time.perf_counter() - save.begun_s))
 
-    def _finish(self, save: Save) -> None:
-        """Rank zero: commit once every rank has written."""
+    def _commit(self, save: Save) -> None:
+        """Commit on rank 0, once every rank has written its part; set the status."""
         try:
-            told = [RankOutcome.decoded(data) for data in self._board.collect(save.number, self._remaining_s(save))]
-            for rank, (record, _) in enumerate(told):
-                if record.get("called_off"):
-                    raise CalledOff
-                if "torn" in record:
-                    raise TornSnapshotError(record["torn"])
-                if "error" in record:
-                    raise CheckpointError(f"rank {rank}: {record['error']}" if rank else record["error"])
-            manifest = self._manifest(save, told)
+            collected = self._commit_store.collect_records(save.number, self._remaining_s(save))
+            records = [RankRecord.decoded(data) for data in collected]
+            for rank, record in enumerate(records):
+                record.require_success(rank)
+            manifest = self._write_manifest_files(save, records)
             self.context.hooks.on_checkpoint_committing()
             commit.commit(save.temporary, save.final, manifest)
         except BaseException:
             commit.discard(save.temporary)
             raise
-        self.status = f"{save.moment.name} written in {time.perf_counter() - save.begun_s:.1f} s"
+        save.status = _written(save)
         try:
             self.context.hooks.on_checkpoint_committed(save.moment.name, manifest)
         except Exception as error:
-            # The checkpoint stands. The trainer's next metrics meet the same full disk, and end the run.
-            self.status = f"{save.moment.name} written, but not published: {error}"
+            # The checkpoint stays. If the disk is full, the training thread's next metrics end the run.
+            save.status = f"{save.moment.name} written, but not published: {error}"
 
-    def _manifest(self, save: Save, told: list[RankOutcome]) -> Manifest:
-        plan = save.engine.plan
+    def _write_manifest_files(self, save: Save, records: list[RankRecord]) -> Manifest:
+        """Write rank 0's small files, sync all files, and return the manifest, which is written last."""
+        plan = save.pipeline.plan
         assert plan.all_ranges is not None
-        files: list[FileRecord] = plan.all_ranges.records([each.digests for each in told])
+        files: list[FileRecord] = plan.all_ranges.records([record.digests for record in records])
         if plan.layout.index is not None:
             files.append(write_json(save.temporary / "model.safetensors.index.json", plan.layout.index))
         if (state := save.small.trainer_state) is not None:
-            for group, names in zip(state["optimizer"]["param_groups"], save.engine.held.group_names(), strict=True):
+            groups = state["optimizer"]["param_groups"]
+            for group, names in zip(groups, save.pipeline.shards.group_names(), strict=True):
                 group["params"] = names
-            state["ranks"] = [each.record["rank_state"] for each in told]
+            state["ranks"] = [record.values["rank_state"] for record in records]
             files.append(write_json(save.temporary / trainer_state.FILE, state))
         if save.small.tensors:
             files.append(kept_tensors.write(save.temporary / commit.STATES, save.small.tensors))
         sync_files(save.temporary, plan.layout)
         save.seconds["durable_s"] = time.perf_counter() - save.begun_s
+        config, facts = self.context.config, self.context.facts
+        # What `harness checkpoints` finds the best checkpoint by.
+        ranking = {} if config.monitor is None else {"monitor": config.monitor, "mode": config.mode}
         return Manifest(
             key=uuid.uuid4().hex,
             epoch=save.moment.epoch,
@@ -358,29 +364,31 @@ class SaveRunner:
             time_ms=time.time_ns() // 1_000_000,
             metrics=save.moment.metrics,
             files=tuple(files),
-            topology=self.context.facts.topology,
-            versions=self.context.facts.versions,
-            save={"transport": self.context.transport, **save.seconds, **_ranking(self._config)},
+            topology=facts.topology,
+            versions=facts.versions,
+            save={"transport": self.context.transport, **save.seconds, **ranking},
         )
 
 
-def _ranking(config: CheckpointConfig) -> dict[str, str]:
-    """What `harness checkpoints` marks the best by."""
-    return {} if config.monitor is None else {"monitor": config.monitor, "mode": config.mode}
+def _written(save: Save) -> str:
+    return f"{save.moment.name} written in {time.perf_counter() - save.begun_s:.1f} s"
 
 
 def _outcome_of(error: Exception) -> str:
-    """How a save ended, for the other ranks: each of them changes its mode if the snapshot of any was torn."""
-    return f"{_TORN}{error.tensor}" if isinstance(error, TornSnapshotError) else _told(error)
+    """The outcome of a failed save as text. All ranks learn of a torn copy, and stop overlapping."""
+    return f"{_TORN}{error.tensor}" if isinstance(error, TornSnapshotError) else _text_of(error)
 
 
-def _failure_of(outcome: str) -> Exception:
-    if outcome == _CALLED_OFF:
-        return CalledOff()
-    return TornSnapshotError(outcome.removeprefix(_TORN)) if outcome.startswith(_TORN) else CheckpointError(outcome)
+def _require_success(outcome: str | None) -> None:
+    """Raise what rank 0 published as the outcome of a save; None: it is committed."""
+    if outcome == _ABORTED:
+        raise SaveAborted
+    if outcome is not None:
+        is_torn = outcome.startswith(_TORN)
+        raise TornSnapshotError(outcome.removeprefix(_TORN)) if is_torn else CheckpointError(outcome)
 
 
-def _told(error: BaseException) -> str:
+def _text_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return told(error, "a file of the checkpoint")
+        return describe_os_error(error, "a file of the checkpoint")
     return str(error) or type(error).__name__

@@ -1,8 +1,8 @@
-"""The copy of what a rank owns, taken while the next forward and backward run.
+"""The copy of what a rank owns, made while the next forward and backward run.
 
-    main thread     save: look the tensors up, copy what may change at once, arm the guard, hand over
-    copying thread  one call of ATen without the GIL (CPU), or copies on a side stream (CUDA)
-    main thread     the next optimizer step waits, if it must, until the copy is done: `fence`
+    main thread        save: look the tensors up, copy what may change at once, arm the guard
+    background thread  calls of ATen that run without the GIL (CPU), or copies on a side stream (CUDA)
+    main thread        the next optimizer step waits at the fence until the copy is done
 
 What may change before the next step (buffers, frozen weights, plain numbers) is copied before `begin` returns. The
 rest should change in a step and nowhere else; `source_guard` detects user code that writes it elsewhere.
@@ -10,10 +10,13 @@ rest should change in a step and nowhere else; `source_guard` detects user code 
 
 from __future__ import annotations
 
-import functools
+import mmap
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,60 +24,130 @@ from torch import Tensor
 from harness.checkpoint.format.tensor_shard import DTYPES, TensorShard
 from harness.checkpoint.save.plan import Piece, Plan
 from harness.checkpoint.save.source_guard import GuardedTensor, SourceGuard
-from harness.checkpoint.save.staging import StagingMemory
 from harness.checkpoint.sharding.local_shards import LocalShards
+from harness.errors import CheckpointError
+from harness.io.standard_streams import occupy_descriptors
 
-# Says that the next step may come, on CUDA after an event; and how much of the memory is copied.
-Lower = Callable[["torch.cuda.Event | None"], None]
-Ready = Callable[[int], None]
-CopyRest = Callable[[Lower, Ready], None]
-
-# One call copies so many tensors: while it takes their list apart it holds the GIL.
+# Tensors in one call, which holds the GIL while it unpacks their list.
 _CALL_TENSORS = 256
-# And no more than this, so that the disk has something to do soon.
+# Bytes in one call, so that the writer has its first bytes soon.
 _CALL_BYTES = 16 << 20
 _LOCAL_OF = operator.attrgetter("_local_tensor")
+
+
+class StagingMemory:
+    """Host memory for what one rank owns. Another process can map it by its file descriptor.
+
+    Effects: not collective; blocks while the pages are allocated; nothing on disk.
+
+    Args:
+        size_bytes: rounded up to one page.
+        pinned: page-lock it, for copies from a CUDA device.
+
+    Raises:
+        CheckpointError: if the memory cannot be page-locked.
+        OSError: if there is not enough memory.
+    """
+
+    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+        self.size_bytes = max(size_bytes, mmap.PAGESIZE)
+        self.descriptor = _anonymous_file()
+        os.ftruncate(self.descriptor, self.size_bytes)
+        self._map = mmap.mmap(self.descriptor, self.size_bytes)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        # Allocates every page now, so that the first save does not pay for it.
+        self.bytes.zero_()
+        self._pinned = pinned
+        if pinned:
+            _cudart("cudaHostRegister", self.bytes.data_ptr(), self.size_bytes, 0)
+
+    def close(self) -> None:
+        """Free the memory. A process that has mapped it keeps its mapping."""
+        if self._pinned:
+            _cudart("cudaHostUnregister", self.bytes.data_ptr())
+            self._pinned = False
+        os.close(self.descriptor)
+
+
+def _anonymous_file() -> int:
+    occupy_descriptors()  # the writer process inherits this descriptor beside its own standard streams
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("harness-staging", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:  # not Linux
+        return os.dup(file.fileno())
+
+
+def _cudart(function: str, *arguments: int) -> None:
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(getattr(runtime, function)(*arguments))
+    if code != 0:
+        raise CheckpointError(f"{function}: host memory for checkpoints cannot be page-locked (CUDA error {code})")
+
+
+class Gate(Protocol):
+    """Holds the next optimizer step back until it is opened; see `Fence`."""
+
+    def open(self, event: torch.cuda.Event | None = None) -> None:
+        """Let the next step run; on CUDA after `event`. Any thread."""
+
+
+class ReadySink(Protocol):
+    """Consumes the staging memory while it is filled; see `WriterProcess`."""
+
+    def report_ready(self, num_bytes: int) -> None:
+        """Report that the first `num_bytes` of the memory are copied."""
+
+
+class PendingCopy(Protocol):
+    """The part of a copy that is left for the background thread."""
+
+    def run(self, gate: Gate, sink: ReadySink) -> None:
+        """Copy, and block until the memory holds everything.
+
+        Raises:
+            RuntimeError: if a copy fails, on this rank alone.
+        """
 
 
 class Snapshot:
     """Copies the pieces of a plan into staging memory.
 
-    Effects: not collective; main thread, but for what `begin` returns; `begin` blocks for what is copied at once;
-    nothing on disk.
+    Effects: not collective; main thread, except for the copy that `begin` returns; `begin` blocks for what is copied
+    at once; nothing on disk.
 
     Args:
-        held: what this rank holds.
-        plan: what of it to copy, and where to.
+        shards: what this rank holds.
+        plan: which pieces to copy, and where to.
         staging: the memory.
         device: of the model.
 
     Attributes:
-        guard: of what is copied after `begin` has returned; armed by it.
+        guard: of what is copied after `begin` has returned; `begin` arms it.
     """
 
     guard: SourceGuard
 
-    def __init__(self, held: LocalShards, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
-        self._held = held
+    def __init__(self, shards: LocalShards, plan: Plan, staging: StagingMemory, device: torch.device) -> None:
+        self._shards = shards
         self._device = device
         self._staging_bytes = staging.size_bytes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         by_source: dict[int, list[Piece]] = {}
         for piece in plan.pieces:
             by_source.setdefault(piece.source, []).append(piece)
-        # Nobody copies anything of these, and each rank sees by itself when they come to hold something.
-        self._empty = [source for source in held.tensors if source.spec.num_items == 0]
-        self._copies = [_Copies(held.tensors[index], pieces, staging) for index, pieces in by_source.items()]
+        # No rank copies these, so each rank checks by itself whether they are still empty.
+        self._empty = [source for source in shards.tensors if source.spec.num_items == 0]
+        self._copies = [_Copies(shards.tensors[index], pieces, staging) for index, pieces in by_source.items()]
         self._sort()
 
     def look_up(self) -> bool:
-        """Find everything where it lies now; whether all of it still has the shape that was planned."""
-        if not self._held.is_current:
+        """Find where all tensors are now. Returns whether all of them have the shape that was planned."""
+        if not self._shards.is_current:
             return False
         try:
             return self._look_up()
         except (KeyError, IndexError, AttributeError):
-            return False  # what was looked for is no longer there
+            return False  # a tensor is gone
 
     def _look_up(self) -> bool:
         if not all(source.is_as_planned() for source in self._empty):
@@ -87,7 +160,7 @@ class Snapshot:
         return True
 
     def _sort(self) -> None:
-        """Divide the copies: those that are found again by what they were, and those that are looked up anew."""
+        """Divide the copies into those that are compared with the last lookup and those that are looked up again."""
         self._known = _Known([copies for copies in self._copies if copies.local is not None])
         self._unknown = [copies for copies in self._copies if copies.local is None]
         self._at_once = [copies for copies in self._copies if copies.is_at_once]
@@ -95,11 +168,11 @@ class Snapshot:
         self._batches = _batches(later, self._staging_bytes)
         self.guard = SourceGuard([copies.guarded() for copies in later])
 
-    def begin(self) -> CopyRest:
-        """Copy at once what may change before the next optimizer step. `look_up` comes first.
+    def begin(self) -> PendingCopy:
+        """Copy at once what may change before the next optimizer step. Call `look_up` first.
 
         Returns:
-            What copies the rest, for the copying thread. It blocks until the memory holds everything.
+            The copy of the rest, for the background thread.
         """
         targets: list[Tensor] = []
         values: list[Tensor] = []
@@ -112,19 +185,19 @@ class Snapshot:
             self.guard.arm()
         batches, stream = self._batches, self._stream
         if stream is None:
-            return functools.partial(_copy, batches)
-        is_volatile = torch.cuda.current_stream(self._device).record_event()
-        return functools.partial(_copy_on, stream, is_volatile, batches)
+            return _HostCopy(batches)
+        at_once = torch.cuda.current_stream(self._device).record_event()
+        return _DeviceCopy(stream, at_once, batches)
 
 
 class _Copies:
-    """The copies of one source: where to, and, looked up at each save, from where.
+    """The copies of one source. The targets are fixed, the values are looked up at each save.
 
     Attributes:
-        targets: parts of the staging memory, with the type that is written.
-        values: what is copied into them: other tensors on the same memory, which they keep.
+        targets: parts of the staging memory, with the dtype that is written.
+        values: what is copied into them: views, which keep the memory of the source alive.
         value: what the holder holds.
-        local: this rank's tensor of it, or None where the values must be made anew at each save.
+        local: this rank's tensor of it; None if the values must be created at each save.
         is_at_once: whether they are copied before `begin` returns.
     """
 
@@ -143,12 +216,12 @@ class _Copies:
         self.look_up()
 
     def pieces(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-        """Each piece with its target and its value."""
+        """Yield each piece with its target and its value."""
         return zip(self._pieces, self.targets, self.values, strict=True)
 
     def guarded(self) -> GuardedTensor:
-        """What the guard compares."""
-        # A DTensor's own operations advance its own counter, those on its local tensor that one's.
+        """Describe the source for the guard."""
+        # An operation on a DTensor advances its own counter, one on its local tensor that tensor's.
         counters = [each for each in (self.value, self.local) if isinstance(each, Tensor)]
         unique = {id(counter): counter for counter in counters}
         parts = list(zip(self.values, self.targets, strict=True))
@@ -156,7 +229,7 @@ class _Copies:
         return GuardedTensor(self.source.spec.name, tuple(unique.values()), parts, is_weight)
 
     def look_up(self) -> bool:
-        """Find the values as they are now; whether they are of the kind that was planned."""
+        """Find the values of this save. Returns whether they are of the kind that was planned."""
         if not self.source.is_as_planned():
             return False
         self.value = self.source.holder[self.source.key]
@@ -168,12 +241,12 @@ class _Copies:
             return False
         self._local_shape = live.shape
         if len(self._pieces) == 1 and self._pieces[0].num_items == live.numel():
-            # Not the live tensor itself: if it gets other memory (`.data`, `.to()`), this still is of the moment.
+            # A view: if the live tensor gets other memory (`.data`, `.to()`), the view keeps this moment's.
             self.local, self.values = live, [live.detach()]
             self.targets = [self.targets[0].view(live.shape)]
             return True
         is_plain = live.is_contiguous()
-        # Parts of what does not lie in order are first put in order, at each save and at once.
+        # Pieces of a tensor that is not contiguous are copied into order first, at each save and at once.
         self.local = live if is_plain else None
         self.is_at_once = self.source.is_volatile or not is_plain
         flat = live.detach().reshape(-1)
@@ -182,10 +255,9 @@ class _Copies:
 
 
 class _Known:
-    """Thousands of tensors, of which one question is asked at each save, on the trainer's thread.
+    """Checks for thousands of tensors whether they are as at the last lookup, at each save in the training thread.
 
-    By columns, so that the loops are in C: 0.4 us for each tensor, where a loop in Python takes three times
-    as long.
+    It is stored by columns so that the loops run in C: 0.4 us for each tensor, a third of a loop in Python.
     """
 
     def __init__(self, copies: Sequence[_Copies]) -> None:
@@ -198,15 +270,15 @@ class _Known:
         locals_ = {id(each.local): each.local for each in copies if each.local is not None}
         self._locals = list(locals_.values())
         self._pointers = list(map(Tensor.data_ptr, self._locals))
-        # What has one dimension cannot be turned where it is.
+        # A tensor with one dimension has one memory order.
         self._matrices = [local for local in self._locals if local.dim() > 1]
         self._are_in_order = list(map(Tensor.is_contiguous, self._matrices))
-        # What is resized where it is, is a buffer; and these are few.
+        # Only buffers are resized in place, and these are few.
         self._now = [each.local for each in copies if each.is_at_once and each.local is not None]
         self._shapes_now = list(map(Tensor.size, self._now))
 
     def is_current(self) -> bool:
-        """Whether all of them are the same objects, in the same memory, in the same order there."""
+        """Return whether all are the same objects, in the same memory, in the same memory order."""
         values = map(operator.getitem, self._holders, self._keys)
         return (
             all(map(operator.is_, values, self._values))
@@ -218,7 +290,7 @@ class _Known:
 
 
 class _Batch(NamedTuple):
-    """One call's copies; after it, the first `ready_bytes` of the memory are copied."""
+    """The copies of one call. After it, the first `ready_bytes` of the memory are copied."""
 
     targets: list[Tensor]
     values: list[Tensor]
@@ -226,7 +298,7 @@ class _Batch(NamedTuple):
 
 
 def _batches(copies: Sequence[_Copies], staging_bytes: int) -> list[_Batch]:
-    """In the order of the memory, so that its beginning can be written while its end is copied."""
+    """Order the copies by their place in memory, so that its beginning is written while its end is copied."""
     parts = sorted(
         ((piece.staging, target, value) for copy in copies for piece, target, value in copy.pieces()),
         key=operator.itemgetter(0),
@@ -244,61 +316,78 @@ def _batches(copies: Sequence[_Copies], staging_bytes: int) -> list[_Batch]:
     return batches
 
 
-def _copy(batches: Sequence[_Batch], lower: Lower, ready: Ready) -> None:
-    """All batches, each in one call: ATen copies tensor after tensor without the GIL."""
-    # In a thread of its own, grad mode is on again.
-    with torch.no_grad():
-        for position, batch in enumerate(batches, start=1):
-            torch._foreach_copy_(batch.targets, batch.values)
-            if position == len(batches):
-                lower(None)
-            ready(batch.ready_bytes)
+@dataclass(frozen=True)
+class _HostCopy:
+    """Copies batch by batch; ATen copies the tensors of a call without the GIL."""
+
+    batches: Sequence[_Batch]
+
+    def run(self, gate: Gate, sink: ReadySink) -> None:
+        # Grad mode is a thread's own.
+        with torch.no_grad():
+            for position, batch in enumerate(self.batches, start=1):
+                torch._foreach_copy_(batch.targets, batch.values)
+                if position == len(self.batches):
+                    gate.open()
+                sink.report_ready(batch.ready_bytes)
 
 
-def _copy_on(
-    stream: torch.cuda.Stream, is_volatile: torch.cuda.Event, batches: Sequence[_Batch], lower: Lower, ready: Ready
-) -> None:
-    """The same on a stream; the next step may be enqueued as soon as the copies are."""
-    events = [is_volatile]
-    with torch.cuda.stream(stream), torch.no_grad():
-        stream.wait_event(is_volatile)
-        for batch in batches:
-            torch._foreach_copy_(batch.targets, batch.values, non_blocking=True)
-            events.append(stream.record_event())
-    lower(events[-1])
-    is_volatile.synchronize()
-    for batch, event in zip(batches, events[1:], strict=True):
-        event.synchronize()
-        ready(batch.ready_bytes)
+@dataclass(frozen=True)
+class _DeviceCopy:
+    """Copies on a side stream. The next step may be enqueued as soon as the copies are."""
+
+    stream: torch.cuda.Stream
+    at_once: torch.cuda.Event
+    batches: Sequence[_Batch]
+
+    def run(self, gate: Gate, sink: ReadySink) -> None:
+        events = [self.at_once]
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            self.stream.wait_event(self.at_once)
+            for batch in self.batches:
+                torch._foreach_copy_(batch.targets, batch.values, non_blocking=True)
+                events.append(self.stream.record_event())
+        gate.open(events[-1])
+        self.at_once.synchronize()
+        for batch, event in zip(self.batches, events[1:], strict=True):
+            event.synchronize()
+            sink.report_ready(batch.ready_bytes)
 
 
-def copy_here(copy_rest: CopyRest) -> None:
-    """Copy the rest in this thread, with nobody to wait for it.
+@dataclass(frozen=True)
+class _CompletedCopy:
+    """Raises the failure of a copy that has run, if there is one."""
 
-    Raises:
-        RuntimeError: if a copy fails, on this rank alone.
-    """
-    copy_rest(_no_matter, _no_matter)
+    failure: RuntimeError | None = None
+
+    def run(self, gate: Gate, sink: ReadySink) -> None:
+        if self.failure is not None:
+            raise self.failure
 
 
-def copied(copy_rest: CopyRest) -> CopyRest:
-    """The same; what remains for the copying thread is to fail if this did."""
-    failure: list[RuntimeError] = []
+class _Ignored:
+    def open(self, event: torch.cuda.Event | None = None) -> None:
+        pass
+
+    def report_ready(self, num_bytes: int) -> None:
+        pass
+
+
+def copy_now(copy: PendingCopy) -> None:
+    """Run a copy in this thread. Raises as `PendingCopy.run`."""
+    ignored = _Ignored()
+    copy.run(ignored, ignored)
+
+
+def completed_copy(copy: PendingCopy) -> PendingCopy:
+    """Run a copy in this thread; a failure is raised in the background thread, as part of the save."""
     try:
-        copy_here(copy_rest)
+        copy_now(copy)
     except RuntimeError as error:
-        failure.append(error)
-
-    def remains(lower: Lower, ready: Ready) -> None:
-        if failure:
-            raise failure[0]
-
-    return remains
+        return _CompletedCopy(error)
+    return _CompletedCopy()
 
 
-def copy_nothing(lower: Lower, ready: Ready) -> None:
-    """What there is to copy where a save is called off."""
-
-
-def _no_matter(_: object) -> None:
-    """Nobody waits for it."""
+def no_copy() -> PendingCopy:
+    """Return the copy of a save that is aborted before it has copied anything."""
+    return _CompletedCopy()

@@ -1,16 +1,15 @@
 """Detects tensors that are written while a snapshot copies them.
 
-A snapshot that overlaps training assumes that its sources change in an optimizer step and nowhere else. User code
-breaks that: evaluation with averaged weights, `load_state_dict`, an optimizer's `train()` and `eval()`, weights that
-are normalised in forward. Two checks find it, and each sees what the other does not:
+A snapshot that overlaps training assumes that its sources change in an optimizer step and nowhere else. User code may
+break that: evaluation with averaged weights, `load_state_dict`, an optimizer's `train()` and `eval()`, weights that
+are normalised in forward. Two checks find such writes; each finds what the other misses:
 
-    versions   autograd counts every in-place operation on a tensor, under `no_grad` too
-    samples    bytes of the sources at the beginning, compared with the bytes that were copied: they find what the
-               counters miss, such as writes by way of `.data`, NumPy or a kernel of the user's own
+    versions   autograd counts every in-place operation on a tensor, also under `no_grad`
+    samples    bytes of the sources at the start, compared with the bytes that were copied: they find what the
+               counters miss, such as writes through `.data`, NumPy or a kernel of the user's own
 
-Every weight in host memory is sampled. Of the optimizer's state, which user code hardly ever writes, and on an
-accelerator a bounded number of tensors is. A write by way of `.data` can fall between the samples: see Known limits in
-`docs/guides/checkpoints.md`.
+Every weight in host memory is sampled. Of optimizer state, which user code hardly ever writes, and on an accelerator,
+a bounded number of tensors is. A write through `.data` can fall between the samples; it is a known limit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch import Tensor
 
 _VERSION_OF = operator.attrgetter("_version")
 _SAMPLE_BYTES = 16
-# Three samples of each weight, or one where there are so many weights that reading them takes milliseconds.
+# Three samples of each weight; with more weights than this one sample, because reading three takes milliseconds.
 _MANY_WEIGHTS = 200
 _MAX_STATE_SAMPLES = 128
 # On an accelerator each sample is an argument of a kernel.
@@ -36,13 +35,13 @@ _MAX_DEVICE_SAMPLES = 1024
 
 @dataclass(frozen=True)
 class GuardedTensor:
-    """One source of a snapshot, and where it is copied to.
+    """One source of a snapshot and its copy.
 
     Args:
         name: in the checkpoint.
         counters: the tensors whose version counters its in-place operations advance.
         parts: pairs of a view of the source and a view of the staging memory, of equal shape.
-        is_weight: not of the optimizer's state.
+        is_weight: False for optimizer state.
     """
 
     name: str
@@ -52,9 +51,9 @@ class GuardedTensor:
 
 
 class _Sample(NamedTuple):
-    """A few bytes of a source, and of its copy: by address, since a view of each takes 100 times as long to make.
+    """A few bytes of a source and of its copy, by address. Creating views instead takes 100 times as long.
 
-    Not by way of NumPy either: torch does not resize a storage of which an array was made.
+    NumPy arrays are no alternative: torch does not resize a storage that shares memory with one.
     """
 
     name: str
@@ -66,28 +65,28 @@ class _Sample(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the source."""
+        """Size in the source."""
         return self.num_items * self.source.itemsize
 
     @property
     def copy_bytes(self) -> int:
-        """Of the copy, which may be of another type."""
+        """Size in the copy, which may have another dtype."""
         return self.num_items * self.copy_dtype.itemsize
 
 
 class SourceGuard:
-    """Compares the sources of a snapshot with what they were when it began.
+    """Compares the sources of a snapshot with their state at its start.
 
-    Effects: not collective; blocks for about 1 us for each tensor; nothing on disk. `arm` and `check` are for the
-    thread that trains, the others for any thread.
+    Effects: not collective; blocks for about 1 us for each tensor; nothing on disk. The training thread calls `arm`
+    and `check`, any thread the others.
 
     Args:
-        tensors: what is copied after `Snapshot.begin` has returned; each stays alive as long as this.
+        tensors: that are copied after `Snapshot.begin` has returned; the guard keeps them alive.
 
     Attributes:
-        compares_samples: whether `check` compares samples of the sources too. Not while they are still copied: then
-            `find_torn_copy` does, and at no cost to the thread that trains.
-        written: name of the first tensor that `check` has found to be written since `arm`; None: none was.
+        compares_samples: whether `check` also compares samples of the sources. False for an overlapped copy: then
+            `find_torn_copy` compares them, at no cost to the training thread.
+        written: name of the first tensor that `check` found written since `arm`; None if none was.
     """
 
     def __init__(self, tensors: Sequence[GuardedTensor]) -> None:
@@ -119,7 +118,7 @@ class SourceGuard:
         self.written: str | None = None
 
     def arm(self) -> None:
-        """Record versions and samples: from here on nothing may be written until everything is copied."""
+        """Record versions and samples. Nothing may be written from here until everything is copied."""
         self.written = None
         self._versions = self._read_versions()
         self._host_bytes = b"".join(self._on_host)
@@ -129,9 +128,9 @@ class SourceGuard:
         return list(map(_VERSION_OF, self._counters))
 
     def check(self) -> None:
-        """Keep in `written` what was written since `arm`: the last moment before a step writes everything."""
+        """Set `written` to what was written since `arm`. Call it last before a step, which writes everything."""
         self.written = self.find_written()
-        # A storage that was resized or freed meanwhile must not be read; it is not what was copied any more.
+        # A storage that was resized or freed since must not be read; the copy does not depend on it.
         if self.written is None and self.compares_samples and self._are_in_place():
             now = b"".join(self._on_host) + _to_host(torch.cat(self._on_device) if self._on_device else None)
             self.written = self._first_difference(self._bytes_at_arm(), now, [each.num_bytes for each in self._samples])
@@ -143,7 +142,7 @@ class SourceGuard:
         return list(map(Tensor.data_ptr, self._sources)) == self._addresses
 
     def find_written(self) -> str | None:
-        """Name of the first tensor that an in-place operation has written since `arm`; None: there is none."""
+        """Return the name of the first tensor that an in-place operation has written since `arm`, or None."""
         now = self._read_versions()
         if now == self._versions:
             return None
@@ -151,9 +150,9 @@ class SourceGuard:
         return next(name for name, before, after in pairs if before != after)
 
     def find_torn_copy(self) -> str | None:
-        """Name of the first source whose copy is not what the source was at `arm`; None: there is none.
+        """Return the name of the first source whose copy is not its state at `arm`, or None.
 
-        Once everything is copied, and still in the staging memory.
+        Call it once everything is copied, while the staging memory still has it.
         """
         before = self._bytes_at_arm()
         if self._is_cast:
@@ -188,7 +187,7 @@ def _to_host(data: Tensor | None) -> bytes:
 
 def _samples_of(tensor: GuardedTensor, *, is_one: bool) -> Iterator[_Sample]:
     for source, copy in tensor.parts:
-        # The bytes of a tensor that is read conjugated or negated are not those of its copy.
+        # Conjugation and negation are flags of the source, so its bytes differ from those of the copy.
         if not source.numel() or source.is_conj() or source.is_neg():
             continue
         for source_item, copy_item, num_items in _positions(source, is_one=is_one):
@@ -203,7 +202,7 @@ def _samples_of(tensor: GuardedTensor, *, is_one: bool) -> Iterator[_Sample]:
 
 
 def _positions(source: Tensor, *, is_one: bool) -> Iterator[tuple[int, int, int]]:
-    """Elements of the middle, and of both ends unless one sample is enough: where in the source, the copy, how many."""
+    """Yield sampled elements, in the middle and unless `is_one` at both ends: source index, copy index, count."""
     count = source.numel()
     if source.is_contiguous():
         num_items = min(max(1, _SAMPLE_BYTES // source.itemsize), count)

@@ -26,7 +26,7 @@ from harness.checkpoint.format.commit import (
 )
 from harness.checkpoint.format.json_values import encode
 from harness.checkpoint.format.layout import read_header
-from harness.checkpoint.save.write import write_json
+from harness.checkpoint.save.writer_client import write_json
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.rank_state import RankState
 from harness.checkpoint.state.trainer_state import (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harness.checkpoint.format.commit import MANIFEST, Manifest, commit, read_manifest
 from harness.checkpoint.format.verify import require_checkpoint, require_whole, summary, verify
-from harness.checkpoint.save.write import write_json
+from harness.checkpoint.save.writer_client import write_json
 from harness.errors import CheckpointError, HarnessError
 
 Make = Callable[..., Path]

@@ -22,7 +22,7 @@ from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.resume import resume
 from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
-from harness.checkpoint.save.write import write_json
+from harness.checkpoint.save.writer_client import write_json
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.checkpoint.state.optimizer_record import OptimizerRecord, check_step, groups_record
 from harness.checkpoint.state.parts import find_watched

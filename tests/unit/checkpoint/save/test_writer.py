@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES, RangeFile
+from harness.checkpoint.save.writer import MIN_DIRECT_BYTES, PAGE_BYTES, RangeFile
 
 SIZE = 2 * MIN_DIRECT_BYTES + 3 * PAGE_BYTES
 

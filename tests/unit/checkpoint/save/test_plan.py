@@ -16,8 +16,8 @@ from torch import Tensor
 from harness.checkpoint.format.all_ranges import FileRange
 from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import DTYPES, ElementRange
-from harness.checkpoint.save.direct_io import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, hash_of, plan_of
+from harness.checkpoint.save.writer import MIN_DIRECT_BYTES, PAGE_BYTES
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import CheckpointError
 

@@ -176,12 +176,12 @@ def test_report_has_the_failure_when_another_save_has_followed(make: Make, watch
     saver.save(moment(2))
     saver.wait()
     assert saver.status.startswith("step-00000002 written")
-    costs, failure = saver.take_report()
+    costs, failure = saver.pop_report()
     assert costs["checkpoint/num_failed"] == 1
     assert failure is not None and failure.startswith("step-00000001 FAILED: ") and str(checkpoints) in failure
     saver.save(moment(3))
     saver.wait()
-    assert saver.take_report()[1] is None
+    assert saver.pop_report()[1] is None
 
 
 # ----------------------------------------------------------------------------- what is saved
@@ -419,7 +419,7 @@ def test_save_fails_and_the_next_one_does_not_when_the_schedulers_state_is_odd_f
     saver.save(moment(10))
     watched.scheduler.odd = object()
     saver.save(moment(20))
-    saver._await_save()
+    saver.wait()
     assert "step-00000020 FAILED: builtins.object is no number" in saver.status
     del watched.scheduler.odd
     saver.save(moment(30))
@@ -430,8 +430,8 @@ def test_save_fails_and_the_next_one_does_not_when_the_schedulers_state_is_odd_f
 def test_memory_is_given_back_when_a_new_structure_takes_its_place(make: Make, watched: Watched) -> None:
     saver = make(watched, when_busy="wait")
     saver.save(moment(10))
-    saver._await_save()
-    staging = weakref.ref(saver._engine.staging)  # type: ignore[union-attr]
+    saver.wait()
+    staging = weakref.ref(saver._pipeline.staging)  # type: ignore[union-attr]
     watched.model.extra = nn.Linear(3, 3)
     saver.prepare()
     gc.collect()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from harness.checkpoint.save.plan import make_plan
-from harness.checkpoint.save.snapshot import CopyRest, Snapshot
-from harness.checkpoint.save.staging import StagingMemory
+from harness.checkpoint.save.snapshot import PendingCopy, Snapshot, StagingMemory
 from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import Watched
 from harness.distributed.collectives import Collectives
@@ -62,13 +62,27 @@ class Taken:
         return self.content()
 
 
-def copied(copy_rest: CopyRest) -> list[int]:
-    """Copy, and return what was said of how much is ready."""
-    said: list[int] = []
-    lowered: list[None] = []
-    copy_rest(lowered.append, said.append)  # type: ignore[arg-type]
-    assert lowered == [None]
-    return said
+class Progress:
+    """Records what a copy reports, as gate and as sink."""
+
+    def __init__(self) -> None:
+        self.marks: list[int] = []
+        self.num_opened = 0
+
+    def open(self, event: torch.cuda.Event | None = None) -> None:
+        assert event is None
+        self.num_opened += 1
+
+    def report_ready(self, num_bytes: int) -> None:
+        self.marks.append(num_bytes)
+
+
+def copied(copy: PendingCopy) -> list[int]:
+    """Copy, and return the marks that were reported."""
+    progress = Progress()
+    copy.run(progress, progress)
+    assert progress.num_opened == 1
+    return progress.marks
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -128,12 +142,12 @@ def test_copy_is_of_the_moment_when_forward_and_backward_run_on(
 ) -> None:
     expected = state_of(model, optimizer)
     assert taken.snapshot.look_up()
-    copy_rest = taken.snapshot.begin()
+    copy = taken.snapshot.begin()
     model(torch.randn(4, 6)).sum().backward()  # moves the norm's statistics
     with torch.no_grad():
         model.ema.lerp_(model.fc.weight, 0.5)
         model.frozen.weight.add_(1)
-    copied(copy_rest)
+    copied(copy)
     assert not torch.equal(model.norm.running_mean, expected["norm.running_mean"])
     assert_same(taken.content(), expected)
 
@@ -149,13 +163,15 @@ def test_beginning_of_the_memory_is_told_to_be_ready_when_the_rest_is_not(accele
     expected = taken.taken()
     whole = taken.staging.bytes.clone()
     taken.staging.bytes.fill_(255)
-    marks: list[int] = []
 
-    def ready(num_bytes: int) -> None:
-        marks.append(num_bytes)
-        assert torch.equal(taken.staging.bytes[:num_bytes], whole[:num_bytes])
+    class Checked(Progress):
+        def report_ready(self, num_bytes: int) -> None:
+            super().report_ready(num_bytes)
+            assert torch.equal(taken.staging.bytes[:num_bytes], whole[:num_bytes])
 
-    taken.snapshot.begin()(lambda event: None, ready)
+    progress = Checked()
+    taken.snapshot.begin().run(progress, progress)
+    marks = progress.marks
     assert len(marks) > 2
     assert marks == sorted(marks)
     assert marks[-1] == taken.staging.size_bytes
@@ -167,10 +183,10 @@ def test_copy_is_of_the_moment_when_parameters_get_other_memory_before_it(
 ) -> None:
     expected = state_of(model, optimizer)
     assert taken.snapshot.look_up()
-    copy_rest = taken.snapshot.begin()
+    copy = taken.snapshot.begin()
     model.fc.weight.data = torch.zeros(6, 6)
     model.to(torch.bfloat16)  # as for an export after the last save
-    copied(copy_rest)
+    copied(copy)
     assert_same(taken.content(), expected)
 
 
@@ -179,9 +195,9 @@ def test_numbers_are_of_the_moment_when_the_state_has_plain_ones(accelerator: Ac
     optimizer.state[model.fc.weight] = {"count": 3, "scale": 0.1, "flag": True, "tensor": torch.tensor(5)}
     taken = Taken(accelerator, model, optimizer)
     assert taken.snapshot.look_up()
-    copy_rest = taken.snapshot.begin()
+    copy = taken.snapshot.begin()
     optimizer.state[model.fc.weight]["count"] = 4
-    copied(copy_rest)
+    copied(copy)
     found = taken.content()
     assert (found["count.fc.weight"].dtype, found["count.fc.weight"].item()) == (torch.int64, 3)
     assert (found["scale.fc.weight"].dtype, found["scale.fc.weight"].item()) == (torch.float64, 0.1)
@@ -225,8 +241,8 @@ def test_copy_is_of_the_moment_when_elements_do_not_lie_in_order(accelerator: Ac
     taken = Taken(accelerator, model, None)
     expected = model.weight.detach().clone()
     assert taken.snapshot.look_up()
-    copy_rest = taken.snapshot.begin()
-    copied(copy_rest)
+    copy = taken.snapshot.begin()
+    copied(copy)
     assert torch.equal(taken.content()["weight"], expected)
 
 
@@ -309,3 +325,21 @@ def test_change_is_noticed_when(accelerator: Accelerator, change: str) -> None:
         assert_same(taken.content(), state_of(model, optimizer))
         groups = sum(len(group["params"]) for group in optimizer.param_groups)
         assert groups == 2, "the optimizer's groups are others"
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
+def test_memory_is_zeros_of_at_least_the_size_when_made(size: int) -> None:
+    staging = StagingMemory(size, pinned=False)
+    assert staging.size_bytes == staging.bytes.numel() >= size
+    assert staging.bytes.dtype == torch.uint8
+    assert not staging.bytes.any()
+    staging.close()
+
+
+def test_memory_is_seen_by_others_when_they_map_its_descriptor() -> None:
+    staging = StagingMemory(5000, pinned=False)
+    with mmap.mmap(staging.descriptor, staging.size_bytes, prot=mmap.PROT_READ) as other:
+        staging.bytes[4999] = 7
+        assert other[4999] == 7
+    staging.close()
+    staging.bytes[0] = 1  # whoever has mapped it keeps it

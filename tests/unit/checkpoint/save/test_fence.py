@@ -15,7 +15,7 @@ from harness.checkpoint.save.source_guard import SourceGuard
 def fence() -> Iterator[Fence]:
     made = Fence()
     yield made
-    made.close()
+    made.remove()
 
 
 def one_parameter() -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -32,13 +32,13 @@ def stepping(optimizer: torch.optim.Optimizer) -> threading.Thread:
 
 def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
-    fence.raise_(SourceGuard([]))
+    fence.close(SourceGuard([]))
     thread = stepping(optimizer)
     thread.join(0.2)
     assert thread.is_alive()
     assert parameter.eq(0).all()
     assert not fence.is_passed
-    fence.lower()
+    fence.open()
     thread.join(30)
     assert not thread.is_alive()
     assert parameter.eq(-1).all()
@@ -48,11 +48,11 @@ def test_step_waits_when_the_fence_is_up(fence: Fence) -> None:
 
 def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
     optimizers = [one_parameter()[1] for _ in range(3)]
-    fence.raise_(SourceGuard([]))
+    fence.close(SourceGuard([]))
     threads = [stepping(optimizer) for optimizer in optimizers]
     threads[0].join(0.2)
     assert all(thread.is_alive() for thread in threads)
-    fence.lower()
+    fence.open()
     for thread in threads:
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
@@ -62,8 +62,8 @@ def test_every_optimizer_waits_when_there_are_several(fence: Fence) -> None:
 def test_steps_are_free_when_the_fence_is_down(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
     optimizer.step()
-    fence.raise_(SourceGuard([]))
-    fence.lower()
+    fence.close(SourceGuard([]))
+    fence.open()
     assert not fence.is_passed
     optimizer.step()
     optimizer.step()
@@ -76,11 +76,11 @@ def test_steps_are_free_when_the_fence_is_down(fence: Fence) -> None:
 def test_fence_stands_again_when_raised_again(fence: Fence) -> None:
     parameter, optimizer = one_parameter()
     for number in range(1, 4):
-        fence.raise_(SourceGuard([]))
+        fence.close(SourceGuard([]))
         thread = stepping(optimizer)
         thread.join(0.05)
         assert thread.is_alive()
-        fence.lower()
+        fence.open()
         thread.join(30)
         assert parameter.eq(-number).all()
 
@@ -88,29 +88,29 @@ def test_fence_stands_again_when_raised_again(fence: Fence) -> None:
 def test_step_goes_on_when_the_fence_is_closed() -> None:
     fence = Fence()
     parameter, optimizer = one_parameter()
-    fence.raise_(SourceGuard([]))
+    fence.close(SourceGuard([]))
     thread = stepping(optimizer)
     thread.join(0.1)
     assert thread.is_alive()
-    fence.close()
+    fence.remove()
     thread.join(30)
     assert parameter.eq(-1).all()
     optimizer.step()
     assert fence.num_steps == 1  # the hook is gone
-    fence.close()
+    fence.remove()
 
 
 def test_backward_waits_when_the_step_is_fused_into_it(fence: Fence) -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     parameter.register_post_accumulate_grad_hook(lambda _: optimizer.step())
-    fence.raise_(SourceGuard([]))
+    fence.close(SourceGuard([]))
     thread = threading.Thread(target=lambda: parameter.sum().backward(), daemon=True)
     thread.start()
     thread.join(0.2)
     assert thread.is_alive()
     assert parameter.eq(0).all()
-    fence.lower()
+    fence.open()
     thread.join(30)
     assert parameter.eq(-1).all()
 
@@ -124,13 +124,13 @@ def test_fence_holds_when_the_optimizer_is_compiled(fence: Fence) -> None:
     seen = fence.num_steps
     assert seen >= 2
     before = parameter.detach().clone()
-    fence.raise_(SourceGuard([]))
+    fence.close(SourceGuard([]))
     thread = threading.Thread(target=compiled, daemon=True)
     thread.start()
     thread.join(0.2)
     assert thread.is_alive()
     assert torch.equal(parameter, before)
-    fence.lower()
+    fence.open()
     thread.join(60)
     assert torch.equal(parameter, before - 1)
 

@@ -18,9 +18,9 @@ from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.format.verify import verify
 from harness.checkpoint.save.plan import MAX_RANGE_BYTES, Plan, plan_of
-from harness.checkpoint.save.staging import StagingMemory
-from harness.checkpoint.save.write import WriterProcess, output_files, write_json
+from harness.checkpoint.save.snapshot import StagingMemory
 from harness.checkpoint.save.writer import OutputFile, RangeWriter, make_files
+from harness.checkpoint.save.writer_client import WriterProcess, output_files, write_json
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import CheckpointError
 
@@ -96,8 +96,8 @@ def test_files_are_the_memory_and_digests_are_theirs_when_written(tmp_path: Path
     writer, memory = start(plan)
     for name in ("first", "second"):  # the same process for each save
         memory.bytes[:100] += 1
-        writer.ask(tmp_path / name)
-        digests, seconds = writer.answer()
+        writer.request(tmp_path / name)
+        digests, seconds = writer.await_digests()
         assert digests == expected_digests(plan, memory)
         assert set(seconds) == {"write_s", "sync_s"}
         for index, file in enumerate(plan.layout.files):
@@ -107,17 +107,17 @@ def test_files_are_the_memory_and_digests_are_theirs_when_written(tmp_path: Path
 def test_nothing_is_written_when_digests_alone_are_asked_for(tmp_path: Path, start: Start) -> None:
     plan = plan_for({"a": 100})
     writer, memory = start(plan)
-    writer.ask(None)
-    assert writer.answer()[0] == expected_digests(plan, memory)
+    writer.request(None)
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_records_stand_up_to_verification_when_made_of_the_answers(tmp_path: Path, start: Start) -> None:
     plan = plan_for({"a": 1000, "b": 7}, limit=500)
     writer, _ = start(plan)
-    writer.ask(tmp_path)
+    writer.request(tmp_path)
     written = AllRanges(plan.layout, [pack_ranges(plan.staging_bytes, plan.ranges)])
-    records = [*written.records([writer.answer()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
+    records = [*written.records([writer.await_digests()[0]]), write_json(tmp_path / "x.json", {"a": [1]})]
     commit(tmp_path, tmp_path.with_name("final"), Manifest("", 0, 0, 0, {}, tuple(records), {}, {}))
     assert verify(tmp_path.with_name("final")).problems == ()
 
@@ -126,12 +126,12 @@ def test_error_has_the_file_when_the_disk_is_full(tmp_path: Path, start: Start) 
     plan = plan_for({"a": 1000})
     writer, memory = start(plan)
     (tmp_path / "model.safetensors").symlink_to("/dev/full")
-    writer.ask(tmp_path)
+    writer.request(tmp_path)
     with pytest.raises(CheckpointError, match="No space left on device; free space there or use another run_dir"):
-        writer.answer()
+        writer.await_digests()
     (tmp_path / "model.safetensors").unlink()
-    writer.ask(tmp_path)  # the process serves on
-    assert writer.answer()[0] == expected_digests(plan, memory)
+    writer.request(tmp_path)  # the process serves on
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
 
 
 def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callable[[Plan], StagingMemory]) -> None:
@@ -144,18 +144,18 @@ def test_error_is_told_when_a_file_may_not_grow(tmp_path: Path, staging: Callabl
         writer.start()  # it inherits the limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    writer.ask(tmp_path)
+    writer.request(tmp_path)
     with pytest.raises(CheckpointError, match="File too large"):
-        writer.answer()
+        writer.await_digests()
     writer.close()
 
 
 def test_error_has_the_directory_when_it_cannot_be_made(tmp_path: Path, start: Start) -> None:
     (tmp_path / "file").touch()
     writer, _ = start(plan_for({"a": 10}))
-    writer.ask(tmp_path / "file" / "missing")
+    writer.request(tmp_path / "file" / "missing")
     with pytest.raises(CheckpointError, match=f"{tmp_path}/file/missing: Not a directory"):
-        writer.answer()
+        writer.await_digests()
 
 
 def test_ranges_are_written_as_the_copy_goes_on_when_it_takes_long(tmp_path: Path, start: Start) -> None:
@@ -166,16 +166,16 @@ def test_ranges_are_written_as_the_copy_goes_on_when_it_takes_long(tmp_path: Pat
     whole = memory.bytes.clone()
     rest = memory.bytes[MAX_RANGE_BYTES:]
     rest.zero_()
-    writer.ask(tmp_path, 0)
-    writer.ready(MAX_RANGE_BYTES)
+    writer.request(tmp_path, 0)
+    writer.report_ready(MAX_RANGE_BYTES)
     # What is ready is written before the rest is there.
     while first_bytes(tmp_path / "model.safetensors", MAX_RANGE_BYTES)[begin:] != bytes(
         whole[begin:MAX_RANGE_BYTES].numpy()
     ):
         time.sleep(0.01)
     memory.bytes.copy_(whole)
-    writer.ready(memory.size_bytes)
-    assert writer.answer(60)[0] == expected
+    writer.report_ready(memory.size_bytes)
+    assert writer.await_digests(60)[0] == expected
     assert (tmp_path / "model.safetensors").read_bytes() == expected_data(plan, memory, 0)
 
 
@@ -189,30 +189,30 @@ def first_bytes(path: Path, count: int) -> bytes:
 def test_next_request_is_answered_when_the_copy_of_the_one_before_has_failed(tmp_path: Path, start: Start) -> None:
     plan = plan_for({"a": 1000})
     writer, memory = start(plan)
-    writer.ask(tmp_path / "first", 0)
-    writer.ready(None)
+    writer.request(tmp_path / "first", 0)
+    writer.report_ready(None)
     with pytest.raises(CheckpointError, match="the copy into host memory has failed"):
-        writer.answer(60)
-    writer.ask(tmp_path / "third")
-    assert writer.answer(60)[0] == expected_digests(plan, memory)
-    writer.ready(None)  # too late to matter
-    writer.ask(tmp_path / "fourth")
-    assert writer.answer(60)[0] == expected_digests(plan, memory)
+        writer.await_digests(60)
+    writer.request(tmp_path / "third")
+    assert writer.await_digests(60)[0] == expected_digests(plan, memory)
+    writer.report_ready(None)  # too late to matter
+    writer.request(tmp_path / "fourth")
+    assert writer.await_digests(60)[0] == expected_digests(plan, memory)
 
 
 def test_copy_does_not_wait_for_the_writer_when_it_is_far_behind(tmp_path: Path, start: Start) -> None:
     before = children()
     plan = plan_for({"a": 100_000})
     writer, memory = start(plan)
-    writer.ask(None)
-    writer.answer(60)
+    writer.request(None)
+    writer.await_digests(60)
     (pid,) = children() - before
     os.kill(pid, signal.SIGSTOP)
-    writer.ask(tmp_path, 0)
+    writer.request(tmp_path, 0)
     for num_bytes in range(1, memory.size_bytes + 1):  # more lines than a pipe holds
-        writer.ready(num_bytes)
+        writer.report_ready(num_bytes)
     os.kill(pid, signal.SIGCONT)
-    assert writer.answer(60)[0] == expected_digests(plan, memory)
+    assert writer.await_digests(60)[0] == expected_digests(plan, memory)
 
 
 def test_process_is_started_again_when_it_was_killed(tmp_path: Path, start: Start) -> None:
@@ -220,13 +220,13 @@ def test_process_is_started_again_when_it_was_killed(tmp_path: Path, start: Star
     plan = plan_for({"a": 100})
     writer, memory = start(plan)
     (pid,) = children() - before
-    writer.ask(None)
-    assert writer.answer()[0] == expected_digests(plan, memory)
+    writer.request(None)
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match="the writer process ended with code -9"):
-        writer.answer()
-    writer.ask(None)
-    assert writer.answer()[0] == expected_digests(plan, memory)
+        writer.await_digests()
+    writer.request(None)
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
     assert children() - before - {pid}
 
 
@@ -235,24 +235,24 @@ def test_error_is_told_when_the_process_is_killed_in_the_middle_of_a_save(tmp_pa
     writer, memory = start(plan := plan_for({"a": 1000}))
     (pid,) = children() - before
     os.mkfifo(tmp_path / "model.safetensors")  # to open it waits for a reader: there the process is
-    writer.ask(tmp_path)
+    writer.request(tmp_path)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(CheckpointError, match="the writer process ended with code -9 in the middle of a save"):
-        writer.answer()
+        writer.await_digests()
     (tmp_path / "model.safetensors").unlink()
-    writer.ask(tmp_path)
-    assert writer.answer()[0] == expected_digests(plan, memory)
+    writer.request(tmp_path)
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
 
 
 def test_answer_is_of_the_last_request_when_the_one_before_was_not_awaited(tmp_path: Path, start: Start) -> None:
     # As after a save that failed between the two: a rank that did not send its part, say.
     plan = plan_for({"a": 1000})
     writer, memory = start(plan)
-    writer.ask(tmp_path / "missing", 0)
-    writer.give_up()
-    writer.give_up()  # there is nothing to be given up
-    writer.ask(tmp_path)
-    assert writer.answer()[0] == expected_digests(plan, memory)
+    writer.request(tmp_path / "missing", 0)
+    writer.cancel()
+    writer.cancel()  # no request is in flight
+    writer.request(tmp_path)
+    assert writer.await_digests()[0] == expected_digests(plan, memory)
     assert (tmp_path / "model.safetensors").read_bytes() == expected_data(plan, memory, 0)
 
 
@@ -279,8 +279,8 @@ def test_closing_is_quiet_when_the_process_took_no_more_requests(
     writer = WriterProcess(staging(plan), plan.layout, plan.ranges, makes_files=True)
     writer.start()
     reached.read_bytes()
-    with pytest.raises(CheckpointError, match="the writer process is gone"):
-        writer.ask(tmp_path)
+    with pytest.raises(CheckpointError, match="the writer process has died"):
+        writer.request(tmp_path)
     leave.write_bytes(b"")
     writer.close()
 
@@ -288,8 +288,8 @@ def test_closing_is_quiet_when_the_process_took_no_more_requests(
 def test_process_runs_at_low_priority_when_started(start: Start) -> None:
     before = children()
     writer, _ = start(plan_for({"a": 10}))
-    writer.ask(None)
-    writer.answer()
+    writer.request(None)
+    writer.await_digests()
     (pid,) = children() - before
     assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
 

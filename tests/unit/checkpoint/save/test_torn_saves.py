@@ -146,7 +146,7 @@ def test_save_is_not_committed_when_it_is_torn(training: Training, kind: str) ->
     with pytest.raises(Exception, match=expected):
         raise training.saver.last_error or AssertionError("the save has not failed")
     training.train()
-    _, failure = training.saver.take_report()
+    _, failure = training.saver.pop_report()
     assert failure is not None and failure.startswith("step-00000002 FAILED: ")
     # Whatever is written from here on, nothing else is lost.
     for step in (3, 4):
@@ -169,7 +169,7 @@ def test_no_checkpoint_is_lost_when_weights_are_written_from_the_first_on(
         training.train()
         assert training.is_right(current, state)
     assert training.saver.num_failed == 0
-    _, note = training.saver.take_report()
+    _, note = training.saver.pop_report()
     assert note is not None and "weight changes outside optimizer steps" in note
 
 
@@ -186,7 +186,7 @@ def test_save_overlaps_when_the_first_of_its_kind_saw_no_write(training: Trainin
         "epoch-0001": False,
         "epoch-0002": True,
     }
-    assert training.saver.take_report()[1] is None
+    assert training.saver.pop_report()[1] is None
 
 
 def test_averages_that_were_swapped_out_again_are_found_when_copied(training: Training) -> None:
@@ -268,7 +268,7 @@ def test_save_is_not_committed_when_one_of_many_moments_is_written(make: Callabl
 def test_save_is_committed_when_weights_are_written_after_its_copy(training: Training) -> None:
     training.save_and_wait("step-00000001")
     state = training.state()
-    writer = training.saver._engine.writer  # type: ignore[union-attr]
+    writer = training.saver._pipeline.writer  # type: ignore[union-attr]
     assert writer._process is not None
     # The disk takes its time: all is copied, and nothing is on it.
     os.kill(writer._process.pid, signal.SIGSTOP)
@@ -308,7 +308,7 @@ def test_staging_memory_is_freed_when_the_saver_is_closed(training: Training) ->
         training.save_and_wait(f"step-{step:08d}")
         training.saver.prepare()
     training.save("step-00000003")
-    memory = weakref.ref(training.saver._engine.staging.bytes)  # type: ignore[union-attr]
+    memory = weakref.ref(training.saver._pipeline.staging.bytes)  # type: ignore[union-attr]
     training.saver.close()
     gc.collect()
     assert memory() is None
