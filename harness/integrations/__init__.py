@@ -1,9 +1,8 @@
-"""Callbacks for other frameworks. Each module needs its own framework, and no other module imports it.
+"""Callbacks for other frameworks. Each module requires its own framework, and no other module imports it.
 
 In reading order:
 
-    callback_base  a run in the loop of a framework
-    ended_run      metrics of a test after the training
+    callback_base  a run in the training loop of a framework
     transformers   `transformers.Trainer`
     lightning      `lightning.pytorch.Trainer`
     keras          Keras 3 on torch

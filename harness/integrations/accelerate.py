@@ -1,27 +1,26 @@
-"""`HarnessTracker`: what a script gives `accelerator.log`, delivered to MLflow without waiting for it.
+"""`HarnessTracker`: delivers the values of `accelerator.log` to MLflow without blocking the script.
 
     accelerator = Accelerator(log_with=HarnessTracker("my-experiment", run_name="vit"))
     accelerator.init_trackers("", config={"lr": 1e-3})
     accelerator.log({"train/loss": loss}, step=step)
     accelerator.end_training()
 
-Tracking alone, for a script that keeps its own loop and its own checkpoints: a run directory with the outbox, and the
-process that delivers it. Accelerate's list of names is closed, so ``log_with="harness"`` is not possible; and a tracker
-that it is given is not told the name of the project.
+Tracking alone, for a script with its own loop and its own checkpoints: a run directory with the outbox, and the
+process that delivers it. Accelerate accepts only the names of its own trackers, so ``log_with="harness"`` is not
+possible, and it does not pass the project's name to a tracker object.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 
+from harness.autologging.exit_hooks import ExceptHook
 from harness.config.schema import TrackingConfig
 from harness.errors import HarnessError, Stopped
 from harness.io.redact import redact_message
@@ -40,18 +39,18 @@ from harness.training.run_session import FAILURE_WAIT_S
 class HarnessTracker(GeneralTracker):  # type: ignore[misc]
     """A tracker for `accelerate.Accelerator(log_with=...)`; for checkpoints too, use `PeriodicLogger`.
 
-    Effects: on rank zero alone, whatever rank calls; not collective. `start` waits for the run's id, and `finish` for
-    what is left, at most ``tracking.drain_timeout_s``; all else only appends to a file. Leaves
-    ``<run_dir>/<run_name>/``. An exception that ends the process ends the run as FAILED; so does an end without
-    ``accelerator.end_training()``, and one that is open when the next one begins.
+    Effects: acts on rank 0 alone; not collective. `start` waits for the run's id, and `finish` for the delivery, at
+    most ``tracking.drain_timeout_s``; the other methods only append to a file. Leaves ``<run_dir>/<run_name>/``. The
+    run ends as FAILED if an exception ends the process, if the process ends without ``accelerator.end_training()``,
+    and if the next run begins while this one is open.
 
     Args:
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on: points that it
-            has already are not sent again.
-        run_dir: the directory that the runs' directories are in.
-        tracking: everything else about tracking.
+        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed:
+            points that it has already are not sent again.
+        run_dir: the directory of all runs.
+        tracking: all other options of tracking.
     """
 
     name = "harness"
@@ -73,33 +72,33 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         self._tracker: Tracker | None = None
         self._lock: RunLock | None = None
         self._directory: RunDirectory | None = None
-        self._earlier_hook: Callable[..., Any] | None = None
+        self._except_hook = ExceptHook()
         self._step: int | None = None
         self._values = LoggedValues(self._warn)
 
     @property
     def tracker(self) -> Tracker | None:
-        """What appends to the outbox, on rank zero while a run is open."""
+        """The client that appends to the outbox, on rank 0 while a run is open."""
         return self._tracker
 
     @property
     def run_path(self) -> Path | None:
-        """The run's directory, on rank zero once there is one."""
+        """The run's directory, on rank 0 once it exists."""
         return None if self._directory is None else self._directory.path
 
     @on_main_process  # type: ignore[untyped-decorator]
     def start(self) -> None:
-        """Make the run's directory and the MLflow run; its id is on disk when this returns.
+        """Create the run's directory and the MLflow run; its id is on disk when this returns.
 
         Raises:
-            HarnessError: if the directory or the store cannot be used; or the accelerator has this tracker twice.
+            HarnessError: if the directory or the store cannot be used, or the accelerator has this tracker twice.
         """
         if self._tracker is not None:
             if self._step is None:
-                # It keeps the trackers of its `init_trackers` before, and would log everything to each.
+                # The accelerator keeps the trackers of its earlier `init_trackers`, and would log each value twice.
                 raise HarnessError(
-                    "HarnessTracker: init_trackers was called before on this Accelerator, which has the tracker twice "
-                    "now; make an Accelerator and a HarnessTracker for each run"
+                    "HarnessTracker: init_trackers was called twice on this Accelerator, which now has the tracker "
+                    "twice; make an Accelerator and a HarnessTracker for each run"
                 )
             self._end("FAILED", "training was abandoned: another one began in the same process", FAILURE_WAIT_S)
         self._step = None
@@ -120,11 +119,11 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         tracker.set_tags(provenance.tags(facts, config.tags))
         self._show_warnings(tracker)
         self._tracker = tracker
-        self._earlier_hook, sys.excepthook = sys.excepthook, self._excepthook
+        self._except_hook.install(self)
 
     @on_main_process  # type: ignore[untyped-decorator]
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
-        """Parameters of the run, nested as you like: they become dotted names."""
+        """Log the run's parameters. Nested ones get dotted names."""
         if self._tracker is not None:
             drift = self._tracker.log_params(provenance.flatten_params(values))
             if drift.changed:
@@ -133,11 +132,13 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
 
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Metrics at a step; what is no number is left out, and a line says so once for each name.
+        """Log metrics at a step. A value that is no number is left out, with a line once for each name.
+
+        Effects: waits for tensors on a device.
 
         Args:
-            values: name -> number, or tensor of one element, which is waited for.
-            step: of the run; None: the one after the latest. So it is where the step is no integer of 64 bits.
+            values: name -> number, or tensor of one element.
+            step: of the run; the step after the latest one if None, or if it is no integer of 64 bits.
         """
         tracker = self._tracker
         if tracker is None:
@@ -146,7 +147,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         if step is None:
             step = 0 if self._step is None else self._step + 1
         if self._step is None and self._directory is not None and self._directory.continues:
-            # What the script goes on from is its own affair: the first step that it tells says where that is.
+            # The script resumes by its own means: its first step is the one that it resumes at.
             tracker.resume_from(step, None)
         self._step = step
         if numbers := self._values.numbers(values):
@@ -155,7 +156,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
 
     @on_main_process  # type: ignore[untyped-decorator]
     def finish(self) -> None:
-        """All was logged: the run is FINISHED. Waits for the delivery."""
+        """End the run as FINISHED, and wait for the delivery."""
         self._end("FINISHED", "the script has ended its training", self._config.drain_timeout_s)
 
     def _warn(self, line: str) -> None:
@@ -166,19 +167,18 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         for warning in tracker.pop_warnings():
             self._warn(warning)
 
-    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        earlier = self._earlier_hook or sys.__excepthook__
+    def fail(self, error: BaseException) -> BaseException:
+        """End the run by the exception that ends the process, which is returned."""
         is_stop = isinstance(error, (KeyboardInterrupt, Stopped))
-        reason = str(error) if isinstance(error, HarnessError) else f"{kind.__name__}: {error}"
+        reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         self._end("KILLED" if is_stop else "FAILED", redact_message(reason), FAILURE_WAIT_S)
-        earlier(kind, error, trace)
+        return error
 
     def _end(self, status: RunStatus, reason: str, timeout_s: float) -> None:
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
-        if sys.excepthook == self._excepthook and self._earlier_hook is not None:
-            sys.excepthook = self._earlier_hook
+        self._except_hook.remove()
         try:
             if not tracker.finish(status, reason, timeout_s, lambda _: True) and self._config.enabled:
                 _say(undelivered_line(tracker.run_dir, read_delivered(tracker.run_dir / "outbox")))

@@ -1,19 +1,17 @@
-"""A run in a loop that is somebody else's: begun by its first event, and ended as it really ended.
+"""A run in the training loop of another framework.
 
-begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail  ->  report, of a test
+    begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail  ->  report, of a test
 
-The callbacks of frameworks are thin over this. What differs between them: where the parts are found, how a loop is
-stopped, and whether it says that it failed.
+The callbacks of the frameworks are thin layers over this. They differ in where they find the parts of the training, how
+they stop the loop, and whether the framework reports a failure.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -21,31 +19,37 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness.autologging import patcher
+from harness.autologging.exit_hooks import ExceptHook
 from harness.checkpoint.format.names import some
 from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.distributed.launch_identity import is_launcher_rank_zero
-from harness.errors import HarnessError, Stopped
-from harness.integrations.ended_run import EndedRun
+from harness.errors import HarnessError, Stopped, TrackingError
+from harness.io.progress import Progress
 from harness.io.standard_streams import write_error
+from harness.metrics.values import LoggedValues
 from harness.models.model_spec import ExampleSource
+from harness.run.directory import read_run_record
+from harness.run.lock import RunLock
+from harness.tracking.journal.logged_points import Point
+from harness.tracking.tracker import Tracker
 from harness.training.periodic_logger import PeriodicLogger
 
 
 @dataclass(frozen=True)
 class CallbackOptions:
-    """What a user says of the run; see `PeriodicLogger`.
+    """The options of a callback; see `PeriodicLogger`.
 
     Args:
-        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None: made up.
-        run_dir: the directory that the runs' directories are in.
-        checkpoint: everything else about checkpoints; None: as `CheckpointConfig` has it, but one that is due waits
-            for the one before.
-        tracking: everything else about tracking.
-        params: parameters to log, beside those that the framework has.
-        input_example: a batch of what the model takes, for its signature in MLflow.
+        run_name: of the run's directory and the MLflow run; None for a generated name.
+        run_dir: the directory of all runs.
+        checkpoint: all other options of checkpoints; None for the defaults of `CheckpointConfig`, but with a checkpoint
+            that waits for the previous one.
+        tracking: all other options of tracking.
+        params: parameters to log beside the framework's.
+        input_example: an input batch of the model, for its signature in MLflow.
     """
 
     every_n_epochs: int | None = 5
@@ -60,12 +64,12 @@ class CallbackOptions:
 
 @dataclass(frozen=True)
 class CallbackModelSpec:
-    """How a framework's model is built again.
+    """How a framework's model is rebuilt.
 
     Args:
-        spec: its class, or a class that makes it.
-        packages: what that needs.
-        files: name -> text of what the framework itself reads beside the weights.
+        spec: its class, or a class that builds it.
+        packages: that the class requires.
+        files: name -> text of the files that the framework reads beside the weights.
     """
 
     spec: ClassSpec
@@ -74,42 +78,37 @@ class CallbackModelSpec:
 
 
 class CallbackBase:
-    """A `PeriodicLogger` in somebody else's loop.
+    """A `PeriodicLogger` in the loop of a framework.
 
-    Effects: as `PeriodicLogger`: every event is collective, main thread. An error in one of them ends the run before
-    it is raised on, but for `Stopped`, after which the loop may have something to save itself. While a run is open an
-    exception that ends the process ends the run too.
+    Effects: as `PeriodicLogger`: every event is collective, main thread. An error in an event ends the run before it is
+    raised; `Stopped` does not, since the framework may save its own checkpoint first. While a run is open, an exception
+    that ends the process ends the run too.
 
     Args:
-        options: what the user says.
+        options: of the callback.
     """
 
-    # The one of this process that has a run.
+    # The one of this process with an open run.
     _open: ClassVar[CallbackBase | None] = None
 
     def __init__(self, options: CallbackOptions) -> None:
-        self._options = options
+        self.options = options
         self._logger: PeriodicLogger | None = None
-        # Rank zero's: the latest run, where it has ended well.
+        # On rank 0, the latest run if it has ended without an error.
         self._ended: EndedRun | None = None
-        self._has_said_none_is_open = False
-        self._earlier_hook: Callable[..., Any] | None = None
+        self._has_warned_of_no_run = False
+        self._except_hook = ExceptHook()
 
     @property
     def logger(self) -> PeriodicLogger:
-        """Of the run that is open."""
+        """Of the open run."""
         assert self._logger is not None
         return self._logger
 
     @property
     def is_open(self) -> bool:
-        """Whether a run is."""
+        """Whether a run is open."""
         return self._logger is not None
-
-    @property
-    def options(self) -> CallbackOptions:
-        """What the user says."""
-        return self._options
 
     def begin(
         self,
@@ -120,127 +119,129 @@ class CallbackBase:
         *,
         completed: tuple[int, int],
         params: Mapping[str, Any],
-        recipe: CallbackModelSpec | str,
+        model_spec: CallbackModelSpec | str,
         topology: Mapping[str, Any] | None = None,
     ) -> None:
-        """Training begins, or goes on, in a run of its own or the one of that name; `harness.autolog` is off then.
+        """Begin or resume a training, in the run of the given name. Turns `harness.autolog` off.
 
         Args:
-            accelerator: which ranks and which strategy.
+            accelerator: with the ranks and the strategy.
             model: as it is trained: wrapped, sharded.
-            optimizer: its own.
-            scheduler: of the learning rate, where its state can be saved.
+            optimizer: of the model.
+            scheduler: of the learning rate, if its state can be saved.
             completed: epochs and steps that are complete.
-            params: what the framework knows of the configuration.
-            recipe: how the model is built again; or why that is not known.
+            params: the framework's configuration.
+            model_spec: how the model is rebuilt, or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
         """
-        CallbackBase.end_what_was_left()
+        CallbackBase.fail_open_run()
         CallbackBase._open, self._ended = self, None
         # It would log the same training in a run of its own.
         patcher.turn_off(reports_unseen=False)
-        options = self._options
+        options = self.options
         logger = self._logger = PeriodicLogger(
             accelerator,
             options.every_n_epochs,
             options.experiment_name,
             options.run_name,
             options.run_dir,
-            # Who says how often gets so many, though epochs be shorter than a save.
+            # As many checkpoints as the user asks for, also if epochs are shorter than a save.
             options.checkpoint or CheckpointConfig(when_busy="wait"),
             options.tracking,
             {**params, **(options.params or {})},
         )
         logger.topology = replace(logger.topology, **(topology or {}))
-        self._hook()
-        with self._ending():
+        self._except_hook.install(self)
+        with self._failing_run():
             logger.start()
-            if isinstance(recipe, CallbackModelSpec):
-                logger.describe(recipe.spec, model, options.input_example, packages=recipe.packages, files=recipe.files)
+            if isinstance(model_spec, CallbackModelSpec):
+                logger.describe(
+                    model_spec.spec,
+                    model,
+                    options.input_example,
+                    packages=model_spec.packages,
+                    files=model_spec.files,
+                )
             else:
-                logger.say(recipe)
+                logger.say(model_spec)
             logger.watch(model, optimizer, scheduler, completed=completed)
 
     @classmethod
-    def end_what_was_left(cls) -> None:
-        """A run that is open still has failed: in a notebook an error ends the training and not the process."""
+    def fail_open_run(cls) -> None:
+        """End an open run as failed: in a notebook an error ends the training, and not the process."""
         if cls._open is not None:
             cls._open.fail(HarnessError("training was abandoned: another one began in the same process"))
 
     def begin_epoch(self) -> None:
         """An epoch begins."""
-        with self._ending():
+        with self._failing_run():
             self.logger.events.begin_epoch()
 
     def batch_done(self, num_samples: int, *, is_loaders_last: bool, step: int) -> None:
-        """See `Course.batch_done`."""
-        with self._ending():
+        """See `TrainingController.batch_done`."""
+        with self._failing_run():
             self.logger.events.batch_done(num_samples, is_loaders_last=is_loaders_last, step=step)
         self.finish_copy()
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Reduced values of now; see `PeriodicLogger.report`.
+        """Record reduced values; see `PeriodicLogger.report`.
 
-        Behind the end of training they are added to its run, and rank zero waits until MLflow has them. Where there is
-        none, or it has failed, a line says once that they are in none.
+        After the end of training they are added to its run, and rank 0 waits until MLflow has them. Without a run, or
+        after one that failed, a line reports once that they are in no run.
         """
-        if self._logger is None:
-            self._report_after_end(values)
-            return
-        with self._ending():
-            self.logger.report(values)
-
-    def _report_after_end(self, values: Mapping[str, Any]) -> None:
-        if self._ended is not None and values:
+        if self._logger is not None:
+            with self._failing_run():
+                self._logger.report(values)
+        elif self._ended is not None and values:
             self._ended.log(values)
-        elif values and not self._has_said_none_is_open and _is_rank_zero():
-            self._has_said_none_is_open = True
+        elif values and not self._has_warned_of_no_run and _is_rank_zero():
+            self._has_warned_of_no_run = True
             names = some(sorted(map(str, values)), 4)
             write_error(f"harness: no training has begun, or it has failed, so {names} are in no run\n")
 
     def evaluated(self) -> None:
-        """The loop has evaluated, which is no step's time."""
+        """The framework has evaluated: the time is not part of a step."""
         if self._logger is not None:
             self._logger.events.restart_step_timer()
 
-    def keep_rates(self) -> None:
-        """The learning rates of now are the epoch's: what follows changes them for the next one."""
+    def freeze_learning_rates(self) -> None:
+        """Report the current learning rates as the epoch's: what follows changes them for the next epoch."""
         if self._logger is not None:
             self._logger.events.freeze_learning_rates()
 
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
         """See `LoopEvents.end_epoch`."""
-        with self._ending():
+        with self._failing_run():
             self.logger.events.end_epoch(is_whole=is_whole, is_last=is_last)
         self.finish_copy()
 
     def finish_copy(self) -> None:
-        """Block until the save in flight has copied everything: the framework and its callbacks may write weights."""
+        """Block until the running save has copied everything: the framework and its callbacks may change weights."""
         if self._logger is not None:
-            with self._ending():
+            with self._failing_run():
                 self.logger.events.finish_copy()
 
     def end(self) -> None:
         """Training is complete."""
         logger = self.logger
-        with self._ending():
+        with self._failing_run():
             logger.close()
-        self._forget()
+        self._close()
         if logger.topology.rank == 0 and logger.run_path is not None and logger.run_name is not None:
             self._ended = EndedRun(
-                logger.run_path, logger.run_name, logger.tracking_config, logger.step, logger.progress.say
+                logger.run_path, logger.run_name, logger.tracking_config, logger.step, logger.progress
             )
 
     def fail(self, error: BaseException) -> BaseException:
-        """Training ended by an error, or by `Stopped`; returns what really ended it. Nothing where no run is open."""
+        """End the open run, if any, by an error or `Stopped`; returns the error that really ended the training."""
         if self._logger is None:
             return error
         logger = self._logger
-        self._forget()
+        self._close()
         return logger.fail(error)
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
+    def _failing_run(self) -> Iterator[None]:
         try:
             yield
         except Stopped:
@@ -251,28 +252,84 @@ class CallbackBase:
                 raise cause from error
             raise
 
-    # ------------------------------------------------- where the loop says nothing of its end
-
-    def _hook(self) -> None:
-        self._earlier_hook = sys.excepthook
-        sys.excepthook = self._excepthook
-
-    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        earlier = self._earlier_hook or sys.__excepthook__
-        cause = self.fail(error)
-        if cause is not error:
-            # The echo of another rank's failure, which is what the user is to read last.
-            cause.__cause__ = error
-        earlier(type(cause), cause, cause.__traceback__)
-
-    def _forget(self) -> None:
+    def _close(self) -> None:
         self._logger = CallbackBase._open = None
-        # Somebody else may have put theirs around ours: it stays then, and does nothing any more.
-        if sys.excepthook == self._excepthook and self._earlier_hook is not None:
-            sys.excepthook = self._earlier_hook
+        self._except_hook.remove()
 
 
 def _is_rank_zero() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return is_launcher_rank_zero()
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A FINISHED run, to which a test or an evaluation adds metrics, on rank 0.
+
+    Between the end of training and the test the run has no lock, no signal handler and no publisher. The metrics are
+    appended to the journal with another end, as part of the same attempt, so the run stays FINISHED.
+
+    Args:
+        path: the run's directory.
+        name: of the run.
+        config: of tracking.
+        step: optimizer steps that were complete at its end.
+        progress: prints lines for the user.
+    """
+
+    path: Path
+    name: str
+    config: TrackingConfig
+    step: int
+    progress: Progress
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append the metrics at the last step, and wait for their delivery; see `LoggedValues` for what is a number.
+
+        Effects: not collective; main thread; blocks at most ``tracking.start_timeout_s`` and
+        ``tracking.drain_timeout_s``. Metrics that cannot be delivered stay in the journal for `harness sync`, with a
+        line and without an error.
+        """
+        try:
+            lock = RunLock(self.path)
+        except (HarnessError, OSError) as error:
+            self.progress.say(f"harness: warning: {', '.join(values)} are not in the run: {error}")
+            return
+        try:
+            self._log(LoggedValues(self.progress.say).numbers(values))
+        except (HarnessError, OSError) as error:
+            self.progress.say(
+                f"harness: warning: {', '.join(values)} are not in MLflow: {error}; "
+                f"`harness sync {self.path}` delivers what is in the journal"
+            )
+        finally:
+            lock.release()
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        # Another job may have resumed the run since then.
+        tracker = Tracker(self.path, self.config, read_run_record(self.path).get("attempt", 1))
+        try:
+            self._add(tracker, values)
+        finally:
+            tracker.journal.close()
+            for line in tracker.pop_warnings():
+                self.progress.say(line)
+
+    def _add(self, tracker: Tracker, values: Mapping[str, float]) -> None:
+        # An evaluation that repeats the last epoch's has the same values.
+        there = tracker.points_at(values, self.step)
+        values = {
+            key: value for key, value in values.items() if not _is_at(self.step, there.get(tracker.metric_name(key)))
+        }
+        if not values:
+            return
+        is_delivered = tracker.log_after_finish(
+            self.name, values, self.step, "training is complete, and was evaluated", self.config.drain_timeout_s
+        )
+        if not is_delivered and self.config.enabled and not self.config.offline:
+            raise TrackingError("not everything was delivered in time")
+
+
+def _is_at(step: int, point: Point | None) -> bool:
+    return point is not None and point.step == step

@@ -1,11 +1,11 @@
-"""`HarnessCallback` for Keras 3 with its torch backend: a run in MLflow, and checkpoints in safetensors.
+"""`HarnessCallback` for Keras 3 with its torch backend: an MLflow run, and checkpoints in safetensors.
 
     model.fit(x, y, epochs=20, callbacks=[HarnessCallback(every_n_epochs=5)])
 
-Keras makes names up as it goes (``dense_3``), and others when a model is built again. So a checkpoint has names of its
-own: ``<layer>.<variable>``, and ``<slot>.<layer>.<variable>`` for what the optimizer keeps of it, in Keras's words
-(``momentum``, ``velocity``); ``step`` is the number of its steps, and ``iteration`` that of batches, where it
-accumulates several for a step.
+Keras generates names (``dense_3``), and generates others when a model is rebuilt. So a checkpoint has names of its own:
+``<layer>.<variable>``, and ``<slot>.<layer>.<variable>`` for the optimizer's state of it, with Keras's slot names
+(``momentum``, ``velocity``). ``step`` is the number of optimizer steps, and ``iteration`` that of batches, where the
+optimizer accumulates gradients.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
     Effects: main thread. Leaves ``<run_dir>/<run_name>/``.
 
     Args:
-        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if `fit` does:
-            from the optimizer's count of steps and ``initial_epoch``, which `keras.callbacks.BackupAndRestore` has.
-        run_dir: the directory that the runs' directories are in.
-        checkpoint: everything else about checkpoints.
-        tracking: everything else about tracking.
+        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed if
+            `fit` resumes: from the optimizer's count of steps and ``initial_epoch``, which
+            `keras.callbacks.BackupAndRestore` restores.
+        run_dir: the directory of all runs.
+        checkpoint: all other options of checkpoints.
+        tracking: all other options of tracking.
         params: parameters to log beside the optimizer's.
-        input_example: a batch of what the model takes, for its signature in MLflow.
+        input_example: an input batch of the model, for its signature in MLflow.
     """
 
     def __init__(
@@ -69,47 +70,47 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         input_example: ExampleSource = None,
     ) -> None:
         super().__init__()
-        self._guest = CallbackBase(
+        self._run = CallbackBase(
             CallbackOptions(
                 every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
             )
         )
         self._optimizer: _Optimizer | None = None
-        # Batches that the optimizer has had, in all; of the epoch that runs.
+        # Batches of the optimizer in total, and in the current epoch.
         self._num_batches = self._in_epoch = 0
-        self._is_left = False
-        # Of the epoch, if its length is known: its end may have another already, by a callback before this one.
+        self._is_incomplete = False
+        # The epoch's learning rate, if its length is known: an earlier callback may change it before the epoch ends.
         self._rate: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Another training begins; the one before may have been left by an error, of which `fit` tells nobody."""
-        CallbackBase.end_what_was_left()
+        """Another training begins. The previous one may have failed, which `fit` does not report."""
+        CallbackBase.fail_open_run()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """An epoch begins; with the first, training: only now it is known which one that is."""
-        if not self._guest.is_open:
+        """An epoch begins. The first one begins the run, since only now its number is known."""
+        if not self._run.is_open:
             self._begin(epoch)
-        self._in_epoch, self._is_left, self._rate = 0, False, None
-        self._guest.begin_epoch()
+        self._in_epoch, self._is_incomplete, self._rate = 0, False, None
+        self._run.begin_epoch()
 
     def _begin(self, epoch: int) -> None:
         model = Weights(self.model)
         self._optimizer = _Optimizer(self.model.optimizer, model)
         self._num_batches = self._optimizer.num_batches
         step = self._optimizer.steps_of(self._num_batches)
-        _check_count(self._guest.options, epoch, step)
-        self._guest.begin(
+        _check_count(self._run.options, epoch, step)
+        self._run.begin(
             Accelerator(cpu=model.device.type == "cpu"),
             model,
             self._optimizer,
             None,
             completed=(epoch, step),
             params={"optimizer": self.model.optimizer.get_config(), "fit": dict(self.params)},
-            recipe=_recipe(self.model),
+            model_spec=_model_spec(self.model),
         )
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """A batch is done, or as many as are executed at once."""
+        """A batch is complete, or several that are executed together."""
         assert self._optimizer is not None
         self._optimizer.follow()
         self._num_batches += batch + 1 - self._in_epoch
@@ -117,46 +118,46 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._optimizer.may_skip:
             self._num_batches = self._optimizer.num_batches
         is_last = self._in_epoch == self.params["steps"]
-        self._is_left = self.model.stop_training and not is_last
+        self._is_incomplete = self.model.stop_training and not is_last
         if is_last:
             self._rate = self._optimizer.rate
         try:
-            self._guest.batch_done(0, is_loaders_last=is_last, step=self._optimizer.steps_of(self._num_batches))
+            self._run.batch_done(0, is_loaders_last=is_last, step=self._optimizer.steps_of(self._num_batches))
         except Stopped as stopped:
-            raise self._guest.fail(stopped) from None
+            raise self._run.fail(stopped) from None
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """An epoch is over, and evaluated."""
+        """An epoch has ended, with its evaluation."""
         assert self._optimizer is not None
         values = {_named(key): value for key, value in (logs or {}).items()}
-        self._guest.report({**values, "train/lr": self._optimizer.rate if self._rate is None else self._rate})
+        self._run.report({**values, "train/lr": self._optimizer.rate if self._rate is None else self._rate})
         stops = self.model.stop_training
-        # Where the length is known, a callback behind this one may have asked for the end within the epoch too.
-        is_left = self._is_left or (stops and self._in_epoch < (self.params["steps"] or 0))
-        self._guest.end_epoch(is_whole=not is_left, is_last=stops or epoch + 1 == self.params["epochs"])
+        # If the length is known, a later callback may have stopped training within the epoch too.
+        is_incomplete = self._is_incomplete or (stops and self._in_epoch < (self.params["steps"] or 0))
+        self._run.end_epoch(is_whole=not is_incomplete, is_last=stops or epoch + 1 == self.params["epochs"])
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        """An evaluation is over; one within `fit` is the epoch's, and comes with its end."""
-        if not self._guest.is_open:
-            self._guest.report({f"test/{key}": value for key, value in (logs or {}).items()})
+        """An evaluation has ended. One within `fit` is reported at the epoch's end."""
+        if not self._run.is_open:
+            self._run.report({f"test/{key}": value for key, value in (logs or {}).items()})
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Training is complete."""
-        if self._guest.is_open:
-            self._guest.end()
+        if self._run.is_open:
+            self._run.end()
 
 
 class Weights(nn.Module):
-    """The variables of a Keras model under names that are the same whenever it is built.
+    """The variables of a Keras model, with names that are the same each time it is built.
 
     Args:
         keras_model: built.
 
     Attributes:
-        keras_model: the model itself.
+        keras_model: the model.
 
     Raises:
-        ConfigError: if it is not built, so that it has no variables yet.
+        ConfigError: if the model is not built, and has no variables yet.
     """
 
     keras_model: Any
@@ -165,7 +166,7 @@ class Weights(nn.Module):
         super().__init__()
         if not keras_model.built:
             raise ConfigError("", "the Keras model is not built; give it an Input, or call it once")
-        # Not as a submodule: its variables would stand here twice.
+        # Not as a submodule, which would register the variables twice.
         object.__setattr__(self, "keras_model", keras_model)
         self.names: dict[str, str] = {}
         for name, variable in _named_variables(keras_model):
@@ -174,83 +175,83 @@ class Weights(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the variables are."""
+        """The device of the variables."""
         return next((tensor.device for tensor in self._parameters.values() if tensor is not None), torch.device("cpu"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model gives, as in inference unless the module is in training mode."""
+        """Call the model, for inference unless the module is in training mode."""
         return self.keras_model(*args, training=self.training, **kwargs)
 
 
 class FromConfig:
-    """Makes the model of a published checkpoint from its configuration, for `harness.load_model`.
+    """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        config: of the model, as ``to_json`` gives it.
+        config: of the model, as ``to_json`` returns it.
     """
 
     def __init__(self, config: str) -> None:
         self.config = config
 
     def model(self) -> nn.Module:
-        """With weights of its own."""
+        """Build the model with initial weights."""
         return Weights(keras.models.model_from_json(self.config))
 
 
 def load_model(where: str | Path) -> Any:
     """Load the Keras model of a checkpoint.
 
-    Args, Raises: as `harness.load_model`, which gives a `Weights` around it.
+    Args, Raises: as `harness.load_model`, which returns a `Weights` with the model.
     """
     return mlflow_flavor.load_model(where).keras_model
 
 
 class _Optimizer:
-    """A Keras optimizer as the engine knows optimizers: ``param_groups``, and ``state`` by parameter.
+    """A Keras optimizer with the interface of torch's: ``param_groups``, and ``state`` by parameter.
 
-    Keras steps it without torch's hooks, so a checkpoint is copied before training goes on, and not beside it.
+    Keras steps it without torch's hooks, so training waits until a checkpoint is copied.
 
     Attributes:
-        may_skip: a batch may be none for it: where the scaled loss has overflowed.
+        may_skip: whether the optimizer may skip a step (loss-scale overflow).
     """
 
     def __init__(self, optimizer: Any, weights: Weights) -> None:
-        self._own = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+        self._inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
         self._trained = list(weights.keras_model.trainable_variables)
-        self._accumulation = int(self._own.gradient_accumulation_steps or 1)
-        # Of batches; `iterations` is of steps, and a tensor made anew each time where gradients are accumulated.
-        self._iteration = next(each.value for each in self._own.variables if each.name == "iteration")
+        self._accumulation = int(self._inner.gradient_accumulation_steps or 1)
+        # Counts batches. `iterations` counts steps, as a new tensor each time if gradients are accumulated.
+        self._iteration = next(each.value for each in self._inner.variables if each.name == "iteration")
         self._counts = {"step": self._iteration}
         if self._accumulation > 1:
             self._counts = {"step": torch.empty_like(self._iteration), "iteration": self._iteration}
-        self.may_skip = self._own is not optimizer
+        self.may_skip = self._inner is not optimizer
         self.state: dict[Any, dict[str, Any]] = {}
         self.param_groups: list[dict[str, Any]] = [{"params": [variable.value for variable in self._trained]}]
         self.follow()
 
     @property
     def num_batches(self) -> int:
-        """Batches that it has had, also those whose gradients wait for the rest of their step; waits for the device."""
+        """Batches until now, including those whose step is not complete. Effects: waits for the device."""
         return int(self._iteration)
 
     def steps_of(self, num_batches: int) -> int:
-        """Optimizer steps that are complete with so many batches."""
+        """Optimizer steps that are complete after this number of batches."""
         return num_batches // self._accumulation
 
     @property
     def rate(self) -> float:
         """The learning rate now."""
-        return float(self._own.learning_rate)
+        return float(self._inner.learning_rate)
 
     def follow(self) -> None:
-        """After a batch: count its steps, on the device; find its variables, which it makes with the first."""
+        """Update the count of steps after a batch, on the device; find the state, which the first step creates."""
         if self._accumulation > 1:
             torch.div(self._iteration, self._accumulation, rounding_mode="floor", out=self._counts["step"])
-        if self.state or not self._own.built:
+        if self.state or not self._inner.built:
             return
         prefixes = {variable.path.replace("/", "_") + "_": variable for variable in self._trained}
-        for slot in self._own.variables:
-            # The longest: the name of a variable may begin with another's.
+        for slot in self._inner.variables:
+            # The longest prefix, since a variable's name may begin with another's.
             prefix = max((each for each in prefixes if slot.name.startswith(each)), key=len, default=None)
             if prefix is not None:
                 kinds = self.state.setdefault(prefixes[prefix].value, dict(self._counts))
@@ -258,23 +259,23 @@ class _Optimizer:
 
 
 def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
-    """``<layer>.<variable>``; where a layer has several of a name, with the place in the layer: ``mha.2.kernel``."""
+    """``<layer>.<variable>``, with an index if a layer has several variables of a name: ``mha.2.kernel``."""
     found: dict[int, tuple[str, Any]] = {}
     for layer in (*keras_model.layers, keras_model):
         own = [variable for variable in layer.variables if id(variable) not in found]
         counts = Counter(variable.name for variable in own)
-        for place, variable in enumerate(own):
-            number = f"{place}." if counts[variable.name] > 1 else ""
-            at = "" if layer is keras_model else f"{layer.name}."
-            found[id(variable)] = (f"{at}{number}{variable.name}", variable)
+        for index, variable in enumerate(own):
+            number = f"{index}." if counts[variable.name] > 1 else ""
+            prefix = "" if layer is keras_model else f"{layer.name}."
+            found[id(variable)] = (f"{prefix}{number}{variable.name}", variable)
     return list(found.values())
 
 
 def _check_count(options: CallbackOptions, epoch: int, step: int) -> None:
-    """Refuse a second `fit` that counts its epochs anew: the names of its checkpoints are there already.
+    """Refuse a second `fit` that counts its epochs from 0: checkpoints of these names exist already.
 
     Raises:
-        ConfigError: with what to give it.
+        ConfigError: with the arguments to use.
     """
     if options.run_name is None:
         return
@@ -283,16 +284,16 @@ def _check_count(options: CallbackOptions, epoch: int, step: int) -> None:
             raise ConfigError(
                 "HarnessCallback",
                 f"fit begins at epoch {epoch}, with an optimizer that has taken {step} steps, and {options.run_name} "
-                f"has {name} of step {manifest.step} already; give fit initial_epoch={manifest.epoch}, or the callback "
-                "another run_name",
+                f"has {name} of step {manifest.step} already; pass initial_epoch={manifest.epoch} to fit, or another "
+                "run_name to the callback",
             )
 
 
-def _recipe(keras_model: Any) -> CallbackModelSpec | str:
+def _model_spec(keras_model: Any) -> CallbackModelSpec | str:
     try:
         config = keras_model.to_json()
-    except NotImplementedError:  # a model that is written as a class, without get_config
-        return f"{type(keras_model).__name__} is a class without get_config, so that Keras cannot build it again"
+    except NotImplementedError:  # a class without get_config
+        return f"{type(keras_model).__name__} is a class without get_config, so Keras cannot rebuild it"
     return CallbackModelSpec(ClassSpec(f"{__name__}.{FromConfig.__qualname__}", {"config": config}), ("keras",), {})
 
 

@@ -1,9 +1,9 @@
-"""`HarnessCallback` for `transformers.Trainer`: a run in MLflow, and checkpoints that training does not wait for.
+"""`HarnessCallback` for `transformers.Trainer`: an MLflow run, and checkpoints that do not block training.
 
     trainer = Trainer(model, args, train_dataset=..., callbacks=[HarnessCallback(every_n_epochs=5)])
 
-The Trainer goes on by itself (``resume_from_checkpoint``), from its own checkpoints; the MLflow run goes on with it,
-where ``run_name`` says which. Under every strategy that the Trainer has from accelerate.
+The Trainer resumes from its own checkpoints (``resume_from_checkpoint``), and the MLflow run of ``run_name`` is resumed
+with it. It works under each strategy that the Trainer has from accelerate.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ except ImportError as error:
         "harness.integrations.transformers", f"needs transformers: pip install 'harness[transformers]' ({error})"
     ) from error
 
-# The Trainer's own; the run has them already, as train/lr and epoch.
+# Logged by the Trainer; the run has them already, as train/lr and epoch.
 _KNOWN = ("learning_rate", "epoch")
 
 
 class HarnessCallback(TrainerCallback):
     """Logs, saves and publishes what a `transformers.Trainer` trains.
 
-    Effects: collective, as the Trainer's events are: give it on every rank. Leaves ``<run_dir>/<run_name>/``. The
-    Trainer's own ``MLflowCallback`` is taken out: it would begin a second run.
+    Effects: collective, as the Trainer's events are: pass it on every rank. Leaves ``<run_dir>/<run_name>/``. Removes
+    the Trainer's own ``MLflowCallback``, which would start a second run.
 
     Args:
-        every_n_epochs: a checkpoint each so many epochs; None: not by epochs.
+        every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None: made up. A run of this name goes on, if the Trainer
-            does.
-        run_dir: the directory that the runs' directories are in.
-        checkpoint: everything else about checkpoints.
-        tracking: everything else about tracking.
+        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed
+            if the Trainer resumes.
+        run_dir: the directory of all runs.
+        checkpoint: all other options of checkpoints.
+        tracking: all other options of tracking.
         params: parameters to log beside the Trainer's arguments and the model's configuration.
-        input_example: a batch of what the model takes, for its signature in MLflow.
+        input_example: an input batch of the model, for its signature in MLflow.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class HarnessCallback(TrainerCallback):
         params: Mapping[str, Any] | None = None,
         input_example: ExampleSource = None,
     ) -> None:
-        self._guest = CallbackBase(
+        self._run = CallbackBase(
             CallbackOptions(
                 every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
             )
         )
         self._stopped: Stopped | None = None
-        # Of the epoch that is over, and whose end is still to be told, since what is logged of it is to come: whether
-        # it had its last batch. None: there is none.
+        # Whether the epoch that has ended had its last batch, until the end is reported: its metrics are logged later.
+        # None without such an epoch.
         self._was_whole: bool | None = None
-        # Batches are done in this pass over the data.
+        # Whether this iteration over the data has had a batch.
         self._has_batches = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Before the Trainer's own callback could begin a run."""
-        _take_out_mlflow(_trainer())
+        """Remove the Trainer's own callback before it can start a run."""
+        _remove_mlflow_callback(_trainer())
 
     def on_train_begin(
         self,
@@ -91,113 +91,113 @@ class HarnessCallback(TrainerCallback):
         control: TrainerControl,
         **parts: Any,
     ) -> None:
-        """The Trainer has prepared everything, and put back what it goes on from."""
+        """The Trainer has prepared its objects, and restored its checkpoint."""
         trainer = _trainer()
-        _take_out_mlflow(trainer)
+        _remove_mlflow_callback(trainer)
         self._stopped, self._was_whole = None, None
         model = trainer.model_wrapped
         config = getattr(unwrapped(model), "config", None)
-        self._guest.begin(
+        self._run.begin(
             trainer.accelerator,
             model,
             parts["optimizer"],
             parts["lr_scheduler"],
-            completed=(_epochs_done(trainer, parts["train_dataloader"], self._guest.options), state.global_step),
+            completed=(_epochs_done(trainer, parts["train_dataloader"], self._run.options), state.global_step),
             params={"args": _values(args), **({} if config is None else {"model": config.to_dict()})},
-            recipe=_recipe(unwrapped(model)),
+            model_spec=_model_spec(unwrapped(model)),
         )
         self._describe(parts["train_dataloader"], model)
 
     def _describe(self, loader: Any, model: nn.Module) -> None:
-        """Record the training data with the first batch, which no event has: the model's first forward does."""
-        logger = self._guest.logger
+        """Record the training data at the model's first forward, since no event has a batch."""
+        logger = self._run.logger
 
-        def has_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled():  # an evaluation may come before the first step
                 hook.remove()
                 logger.describe_dataset(loader, batch=[args, kwargs])
 
-        hook = model.register_forward_pre_hook(has_batch, with_kwargs=True)
+        hook = model.register_forward_pre_hook(record, with_kwargs=True)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An epoch begins."""
         self._end_epoch(is_last=False)
         self._has_batches = False
-        self._guest.begin_epoch()
+        self._run.begin_epoch()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A batch is done, and its gradients are accumulated."""
+        """A batch is complete, and its gradients are accumulated."""
         self._has_batches = True
-        self._guest.batch_done(args.train_batch_size, is_loaders_last=False, step=state.global_step)
+        self._run.batch_done(args.train_batch_size, is_loaders_last=False, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A batch is done, and with it an optimizer step."""
+        """A batch is complete, and with it an optimizer step."""
         self._has_batches = True
         try:
-            self._guest.batch_done(args.train_batch_size, is_loaders_last=self._is_whole(state), step=state.global_step)
+            self._run.batch_done(args.train_batch_size, is_loaders_last=self._is_whole(state), step=state.global_step)
         except Stopped as stopped:
-            # It goes on from its own checkpoint, so it has to write one too.
+            # The Trainer resumes from its own checkpoint, so it must write one too.
             self._stopped = stopped
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An epoch is over; the checkpoint of its end is to have its evaluation, which comes behind this."""
+        """An epoch has ended. Its evaluation follows this event, and its checkpoint follows the evaluation."""
         if self._stopped is not None:
             control.should_evaluate = False
         elif self._has_batches:
-            # Whoever goes on in a stream, as the Trainer does, passes over what was done in passes without a batch.
-            goes_on = not (control.should_training_stop or control.should_epoch_stop)
-            self._was_whole = goes_on or self._is_whole(state)
-            # The evaluation moves them, where they wait for a plateau.
-            self._guest.keep_rates()
+            # A Trainer that resumes in a stream skips the completed steps in iterations without a batch.
+            continues = not (control.should_training_stop or control.should_epoch_stop)
+            self._was_whole = continues or self._is_whole(state)
+            # A plateau scheduler changes them in the evaluation.
+            self._run.freeze_learning_rates()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Metrics, which the Trainer has reduced."""
+        """Report metrics, which the Trainer has reduced."""
         if "train_runtime" in parts["logs"]:
-            # Of all the training: the last that is logged, before the Trainer takes its best weights back.
+            # The last metrics of the training, before the Trainer loads its best weights.
             self._end_epoch(is_last=True)
-            # A save at a step may be in flight without an epoch's end.
-            self._guest.finish_copy()
-        self._guest.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
+            # A save at a step may be running without the end of an epoch.
+            self._run.finish_copy()
+        self._run.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Which is no step's time."""
-        self._guest.evaluated()
+        """An evaluation has ended: its time is not part of a step."""
+        self._run.evaluated()
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
     ) -> None:
-        """The Trainer does not log what it has measured here."""
-        self._guest.report({_named(key): value for key, value in (metrics or {}).items()})
+        """Report the metrics of a prediction, which the Trainer does not log."""
+        self._run.report({_named(key): value for key, value in (metrics or {}).items()})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Training is complete, or has stopped in good order."""
+        """Training is complete, or was stopped by a signal."""
         if self._stopped is not None:
-            raise self._guest.fail(self._stopped)
+            raise self._run.fail(self._stopped)
         self._end_epoch(is_last=True)
-        self._guest.end()
+        self._run.end()
 
     def _end_epoch(self, *, is_last: bool) -> None:
         if self._was_whole is not None:
             was_whole, self._was_whole = self._was_whole, None
-            self._guest.end_epoch(is_whole=was_whole, is_last=is_last)
+            self._run.end_epoch(is_whole=was_whole, is_last=is_last)
 
     def _is_whole(self, state: TrainerState) -> bool:
-        """Whether this batch is the epoch's last.
+        """Whether this batch is the epoch's last one.
 
-        The epoch's fraction is of batches, and is exact then. Where the data have no length it is one of `max_steps`,
-        and accelerate's loader has seen that nothing follows.
+        `state.epoch` counts fractions of batches, exactly. For data without a length it counts fractions of
+        `max_steps`, and accelerate's loader has seen its end.
         """
-        return float(state.epoch).is_integer() or self._guest.logger.accelerator.gradient_state.end_of_dataloader
+        return float(state.epoch).is_integer() or self._run.logger.accelerator.gradient_state.end_of_dataloader
 
 
 class Pretrained:
-    """Makes the model of a published checkpoint from its configuration, for `harness.load_model`.
+    """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        architecture: the model's class. A recipe has its import path, which `harness.described_model` checks and
-            imports because of the annotation: it is below ``transformers`` or below a package that the caller trusts.
+        architecture: the model's class. A model spec has its import path, which `harness.described_model` checks and
+            imports because of the annotation: it is in ``transformers`` or in a package that the caller trusts.
         config: the values of its configuration.
     """
 
@@ -212,10 +212,10 @@ class Pretrained:
         return model
 
 
-def _recipe(model: nn.Module) -> CallbackModelSpec | str:
+def _model_spec(model: nn.Module) -> CallbackModelSpec | str:
     if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__} is no transformers.PreTrainedModel, which a configuration builds again"
-    # FSDP2 makes a subclass on the fly.
+        return f"{type(model).__name__} is no transformers.PreTrainedModel, which its configuration could rebuild"
+    # FSDP2 derives a class from it.
     found = next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
     if found.__module__ == "__main__":
         return f"{found.__name__} can only be imported by this script; move the class to a module"
@@ -224,7 +224,7 @@ def _recipe(model: nn.Module) -> CallbackModelSpec | str:
         f"{__name__}.{Pretrained.__qualname__}",
         {"architecture": f"{found.__module__}.{found.__qualname__}", "config": json.loads(text)},
     )
-    # What from_pretrained looks for.
+    # As from_pretrained reads it.
     values = {**json.loads(model.config.to_json_string()), "architectures": [found.__name__]}
     return CallbackModelSpec(
         spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
@@ -232,16 +232,16 @@ def _recipe(model: nn.Module) -> CallbackModelSpec | str:
 
 
 def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int:
-    """Epochs that are complete as training begins. Collective where it goes on in data without a length.
+    """Epochs that are complete as training begins. Collective if training resumes in data without a length.
 
-    There the Trainer passes over steps as if all were of the first epoch, and counts from it; the run has counted more.
+    There the Trainer skips the completed steps as steps of the first epoch, so the run has counted more epochs.
     """
     state = trainer.state
     found = [int(state.epoch or 0)]
     if state.global_step == 0 or options.run_name is None or has_length(loader):
         return found[0]
     if trainer.accelerator.is_main_process:
-        # Where they cannot be read it is for whoever begins the run to say so, on all ranks.
+        # If they cannot be read, the start of the run fails on all ranks.
         with suppress(OSError, HarnessError):
             known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
             found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
@@ -249,13 +249,13 @@ def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int
 
 
 def _values(args: Any) -> dict[str, Any]:
-    """Of the Trainer's arguments, tokens replaced."""
+    """The Trainer's arguments, with tokens redacted."""
     values: dict[str, Any] = args.to_dict()
     return values
 
 
 def _named(key: str) -> str:
-    """As the Trainer's TensorBoard has it: eval_loss -> eval/loss, all else train/..."""
+    """The name in the Trainer's TensorBoard: eval_loss -> eval/loss, others -> train/..."""
     for prefix in ("eval", "test"):
         if key.startswith(f"{prefix}_"):
             return f"{prefix}/{key.removeprefix(f'{prefix}_')}"
@@ -263,10 +263,10 @@ def _named(key: str) -> str:
 
 
 def _trainer() -> Trainer:
-    """The Trainer that calls: callbacks are given its parts, and not its accelerator.
+    """The calling Trainer, from the stack: events have its parts, and not its accelerator.
 
     Raises:
-        HarnessError: if nobody of that kind calls.
+        HarnessError: if the caller is no Trainer.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -274,22 +274,22 @@ def _trainer() -> Trainer:
             return found
         frame = frame.f_back  # type: ignore[assignment]
     raise HarnessError(
-        "HarnessCallback: is called by no transformers.Trainer; in a loop of your own use PeriodicLogger"
+        "HarnessCallback: the caller is no transformers.Trainer; in a loop of your own use PeriodicLogger"
     )
 
 
-def _take_out_mlflow(trainer: Trainer) -> None:
-    """The Trainer's own callback begins a second run, and has it wait for the server.
+def _remove_mlflow_callback(trainer: Trainer) -> None:
+    """Remove the Trainer's own callback, which starts a second run and waits for the server.
 
     Raises:
-        HarnessError: if it has begun one already.
+        HarnessError: if it has started one already.
     """
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ != "MLflowCallback":
             continue
         if callback._initialized:
             raise HarnessError(
-                "HarnessCallback: the Trainer's MLflowCallback has begun a run of its own; leave mlflow out of "
-                "TrainingArguments(report_to=...), or give HarnessCallback in Trainer(callbacks=[...])"
+                "HarnessCallback: the Trainer's MLflowCallback has started a run of its own; remove mlflow from "
+                "TrainingArguments(report_to=...), or pass HarnessCallback in Trainer(callbacks=[...])"
             )
         trainer.remove_callback(callback)

@@ -176,5 +176,5 @@ def test_failed_attempt_ends_no_run_of_the_scripts_when_that_goes_on(
     assert steps(tmp_path, last, "val") == [0]
     told = capfd.readouterr().err
     assert last.data.params["training.batch_size"] == ("7" if is_within else "8")
-    assert ("this one's are training.batch_size=7" in told) is not is_within
+    assert ("this training differs in training.batch_size=7" in told) is not is_within
     assert "refused" not in told

@@ -105,7 +105,9 @@ if HOW == "check":
     try:
         fit_two(epochs=2)
     except ConfigError as error:
-        assert "epoch-0002 of step 16 already; give fit initial_epoch=2, or the callback another run_name" in str(error)
+        assert "epoch-0002 of step 16 already; pass initial_epoch=2 to fit, or another run_name to the callback" in str(
+            error
+        )
     else:
         raise AssertionError("its checkpoints would have had the names of those before")
     ours = fit_two(epochs=4, initial_epoch=2)

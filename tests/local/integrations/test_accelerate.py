@@ -64,7 +64,7 @@ def test_each_training_has_a_run_when_one_tracker_sees_several_and_an_error_left
     assert [point.step for point in history(reader, finished, "loss")] == [0]
 
     # Accelerate has kept it from the first time, and would log everything twice.
-    with pytest.raises(HarnessError, match="has the tracker twice now; make an Accelerator and a HarnessTracker for"):
+    with pytest.raises(HarnessError, match="has the tracker twice; make an Accelerator and a HarnessTracker for"):
         accelerator.init_trackers("")
     accelerator.end_training()
 

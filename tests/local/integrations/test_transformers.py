@@ -105,10 +105,13 @@ def fail() -> None:
     raise RuntimeError("the disk of this data set fell out")
 
 
-def test_models_load_and_give_the_same_when_published_each_second_epoch(tmp_path: Path) -> None:
-    harness.autolog(every_n_epochs=1)  # which leaves it to the callback
+def test_models_load_and_give_the_same_when_published_each_second_epoch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    harness.autolog(every_n_epochs=1)  # the callback turns it off
     trainer = make_trainer(every_n_epochs=2, report_to="mlflow")
     trainer.train()
+    assert "harness: autolog:" not in capfd.readouterr().err
     # After the run's end, to which it is added: what the last epoch has given, and two tests.
     trainer.evaluate()
     trainer.evaluate(Images(32), metric_key_prefix="test")
