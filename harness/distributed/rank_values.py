@@ -1,13 +1,13 @@
-"""Values that ranks send one another, as JSON and the bytes of tensors: what is received cannot run anything.
+"""Encode values for other ranks as JSON and tensor bytes. Received data cannot execute code.
 
     8 bytes: length of the JSON text | JSON text | bytes of the 1st blob | of the 2nd | ...
 
-JSON holds numbers, text, None and lists as they are. Everything else is an object with one key:
+JSON represents numbers, text, None and lists directly. Everything else is an object with one key:
 
-    tuple, set, dict, path   their items, or the path's text
-    bytes                    their number; they are the next blob
-    tensor                   dtype, shape and number of bytes; its data is the next blob
-    record                   full name of a dataclass or named tuple of harness's own, and its fields
+    tuple, set, dict, path   the items, or the text of the path
+    bytes                    their number; the next blob has them
+    tensor                   dtype, shape and number of bytes; the next blob has its data
+    record                   full name of a dataclass or named tuple of harness, and its fields
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _PACKAGE = "harness."
 
 
 def encode(value: Any) -> bytearray:
-    """The value as bytes.
+    """Encode a value.
 
-    Effects: not collective; any thread; waits for tensors on CUDA.
+    Effects: not collective; any thread; synchronizes with CUDA for its tensors.
 
     Args:
-        value: numbers, text, bytes, None, paths, dense tensors, harness's dataclasses and named tuples, and lists,
-            tuples, sets and dicts of these. Subclasses arrive as the class that they are derived from.
+        value: numbers, text, bytes, None, paths, dense tensors, dataclasses and named tuples of harness, and lists,
+            tuples, sets and dicts of these. Subclasses of these types are decoded as the base class.
 
     Raises:
-        TypeError: if something in it is of another type.
+        TypeError: if it contains another type.
     """
     blobs: list[bytes] = []
     text = json.dumps(_encode(value, blobs), separators=(",", ":")).encode()
@@ -44,16 +44,16 @@ def encode(value: Any) -> bytearray:
 
 
 def decode(data: bytes | bytearray) -> Any:
-    """What `encode` was given; tensors are on the CPU.
+    """Return the value that `encode` was given; tensors are on the CPU.
 
     Raises:
-        ValueError: if it is not of `encode`'s making.
+        ValueError: if `encode` did not produce the data.
     """
     end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
     try:
         return _decode(json.loads(bytes(data[_LENGTH_BYTES:end])), _Blobs(data, end))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        raise ValueError(f"a value from another rank is not understood: {error}") from error
+        raise ValueError(f"a value from another rank cannot be decoded: {error}") from error
 
 
 def _encode(value: Any, blobs: list[bytes]) -> Any:
@@ -90,30 +90,30 @@ def _encode_structure(value: Any, blobs: list[bytes]) -> Any:
         fields = [_encode(getattr(value, field.name), blobs) for field in dataclasses.fields(value)]
         return {"record": [_name_of(type(value)), fields]}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _encode(value.item(), blobs)  # a number of numpy's
+        return _encode(value.item(), blobs)  # a number of numpy
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be sent to another rank")
 
 
 def _name_of(kind: type) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
     if not name.startswith(_PACKAGE):
-        raise TypeError(f"{name} cannot be sent to another rank: it is not harness's own")
+        raise TypeError(f"{name} cannot be sent to another rank: it is not a class of harness")
     return name
 
 
 class _Blobs:
-    """The bytes behind the JSON text, taken in order."""
+    """Reads the bytes behind the JSON text in order."""
 
     def __init__(self, data: bytes | bytearray, start: int) -> None:
         self._data = data
         self._position = start
 
-    def take(self, count: int) -> bytearray:
-        taken = bytearray(self._data[self._position : self._position + count])
-        if type(count) is not int or len(taken) != count:
-            raise ValueError("is cut off")
+    def read(self, count: int) -> bytearray:
+        data = bytearray(self._data[self._position : self._position + count])
+        if type(count) is not int or len(data) != count:
+            raise ValueError("is truncated")
         self._position += count
-        return taken
+        return data
 
 
 def _decode(value: Any, blobs: _Blobs) -> Any:
@@ -129,8 +129,8 @@ def _decode_tensor(content: Any, blobs: _Blobs) -> Tensor:
     name, shape, size_bytes = content
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} is no type of tensors")
-    data = blobs.take(size_bytes)
+        raise TypeError(f"{name} is not a type of tensors")
+    data = blobs.read(size_bytes)
     if not data:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
@@ -140,12 +140,12 @@ def _decode_record(content: Any, blobs: _Blobs) -> Any:
     name, values = content
     module, _, class_name = name.rpartition(".")
     if not module.startswith(_PACKAGE):
-        raise TypeError(f"{name} is not harness's own")
+        raise TypeError(f"{name} is not a class of harness")
     found = getattr(importlib.import_module(module), class_name)
     if not isinstance(found, type) or not (
         dataclasses.is_dataclass(found) or (issubclass(found, tuple) and hasattr(found, "_fields"))
     ):
-        raise TypeError(f"{name} is no record")
+        raise TypeError(f"{name} is not a record")
     return found(*(_decode(item, blobs) for item in values))
 
 
@@ -153,7 +153,7 @@ _DECODERS: dict[str, Callable[[Any, _Blobs], Any]] = {
     "tuple": lambda content, blobs: tuple(_decode(item, blobs) for item in content),
     "set": lambda content, blobs: {_decode(item, blobs) for item in content},
     "dict": lambda content, blobs: {_decode(key, blobs): _decode(item, blobs) for key, item in content},
-    "bytes": lambda content, blobs: bytes(blobs.take(content)),
+    "bytes": lambda content, blobs: bytes(blobs.read(content)),
     "path": lambda content, _: Path(content),
     "tensor": _decode_tensor,
     "record": _decode_record,

@@ -1,17 +1,17 @@
-"""What SLURM says about a job, and about this task of it: the one place that reads its variables.
+"""Read SLURM's environment variables. No other module reads them.
 
-variable                    is there in           what is made of it
-SLURM_CLUSTER_NAME          batch script, tasks   whose job it is: another cluster's has the same number
-SLURM_JOB_ID                batch script, tasks   the job, for tags and for a restart to find its run
-SLURM_ARRAY_JOB_ID          an array's jobs       the array
-SLURM_ARRAY_TASK_ID         an array's jobs       which of its jobs
-SLURM_RESTART_COUNT         a requeued job        how often it was requeued
-SLURM_STEP_ID               tasks                 which `srun` of the job
+variable                    set in                used as
+SLURM_CLUSTER_NAME          batch script, tasks   part of the identity: job ids repeat between clusters
+SLURM_JOB_ID                batch script, tasks   the job, in tags and to find its run after a requeue
+SLURM_ARRAY_JOB_ID          an array's jobs       id of the array
+SLURM_ARRAY_TASK_ID         an array's jobs       index of the job in the array
+SLURM_RESTART_COUNT         a requeued job        number of requeues
+SLURM_STEP_ID               tasks                 number of the `srun` in the job
 SLURM_PROCID                tasks                 RANK
 SLURM_NTASKS                tasks                 WORLD_SIZE
 SLURM_LOCALID               tasks                 LOCAL_RANK
 SLURM_NODEID                tasks                 GROUP_RANK, the node's number
-SLURM_STEP_NODELIST         tasks                 MASTER_ADDR: its first host, on which task 0 is
+SLURM_STEP_NODELIST         tasks                 MASTER_ADDR: the first host, which runs task 0
 SLURM_STEP_TASKS_PER_NODE   tasks                 LOCAL_WORLD_SIZE
 """
 
@@ -30,10 +30,10 @@ class SlurmJob:
     """A job, or one job of an array.
 
     Args:
-        cluster: name of the cluster; empty where SLURM does not say.
-        job_id: of the job, which a requeue keeps.
-        array: id of the array and number of the task in it, as its user writes it: ``17_3``; None: it is in none.
-        restart_count: how often it was requeued.
+        cluster: name of the cluster; empty if unknown.
+        job_id: the same after a requeue.
+        array: id of the array and index in it, as users write it: ``17_3``; None outside an array.
+        restart_count: number of requeues.
     """
 
     cluster: str
@@ -43,7 +43,7 @@ class SlurmJob:
 
     @property
     def identity(self) -> str:
-        """What its user knows it by."""
+        """The id that users see."""
         return self.array or self.job_id
 
 
@@ -52,14 +52,14 @@ class SlurmTask:
     """One task of a job's step.
 
     Args:
-        job: whose it is.
-        step_id: of the step.
+        job: of this task.
+        step_id: of the step in the job.
         rank: 0 to `world_size` - 1.
         world_size: number of tasks of the step.
-        local_rank: among the tasks on this node.
-        local_world_size: number of those.
-        node_rank: of this node among those of the step.
-        hosts: of the step, in the order of nodes; task 0 is on the first.
+        local_rank: rank among the tasks on this node.
+        local_world_size: number of tasks on this node.
+        node_rank: index of this node in the step.
+        hosts: of the step, in the order of nodes; the first runs task 0.
     """
 
     job: SlurmJob
@@ -73,7 +73,7 @@ class SlurmTask:
 
 
 def read_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
-    """The job that this process belongs to; None: none."""
+    """Return the job of this process; None outside a job."""
     if "SLURM_JOB_ID" not in environment:
         return None
     array = None
@@ -85,22 +85,22 @@ def read_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
 
 
 def read_task(environment: Mapping[str, str] = os.environ) -> SlurmTask:
-    """The task that this process is.
+    """Return the task of this process.
 
     Raises:
-        LaunchError: if it is not one that `srun` has started.
+        LaunchError: if `srun` did not start it.
     """
     job = read_job(environment)
     if job is None:
         raise LaunchError(
-            "SLURM_JOB_ID is not set: this is no task of SLURM's; start it with srun, as slurm/train.sbatch"
+            "SLURM_JOB_ID is not set, so SLURM did not start this process; use srun, as slurm/train.sbatch does"
         )
 
     def number(variable: str) -> int:
         value = environment.get(variable, "")
         if not value.isdigit():
             raise LaunchError(
-                f"{variable} is {value!r}, and not a number: start it with srun, as slurm/train.sbatch does"
+                f"{variable}: must be a number, got {value!r}; start this process with srun, as slurm/train.sbatch does"
             )
         return int(value)
 
@@ -110,7 +110,7 @@ def read_task(environment: Mapping[str, str] = os.environ) -> SlurmTask:
     if not hosts or len(per_node) != len(hosts):
         raise LaunchError(
             f"SLURM_STEP_NODELIST is {environment.get('SLURM_STEP_NODELIST')!r} and SLURM_STEP_TASKS_PER_NODE "
-            f"{environment.get('SLURM_STEP_TASKS_PER_NODE')!r}: they do not name the step's nodes"
+            f"{environment.get('SLURM_STEP_TASKS_PER_NODE')!r}: these do not describe the same nodes"
         )
     return SlurmTask(
         job=job,
@@ -125,16 +125,16 @@ def read_task(environment: Mapping[str, str] = os.environ) -> SlurmTask:
 
 
 def hosts_of(nodelist: str) -> list[str]:
-    """The names in SLURM's short form: ``n[01-03,7],gpu-[1-2]-ib[0-1],x`` -> n01, n02, n03, n7, gpu-1-ib0, ...
+    """Expand SLURM's short form of hosts: ``n[01-03,7],gpu-[1-2]-ib[0-1],x`` -> n01, n02, n03, n7, gpu-1-ib0, ...
 
-    Source: what ``scontrol show hostnames`` prints, which a node may be without.
+    Source: the output of ``scontrol show hostnames``, a command that a node may lack.
 
     Raises:
-        LaunchError: if it is not of that form.
+        LaunchError: if the list has another form.
     """
     hosts = []
     for name in _split(nodelist):
-        # Literal text and the contents of brackets, by turns.
+        # Literal text and contents of brackets alternate.
         parts = re.split(r"\[([^][]*)\]", name)
         if any("[" in part or "]" in part for part in parts):
             raise LaunchError(f"{nodelist!r} is not a list of hosts")
@@ -147,10 +147,10 @@ def hosts_of(nodelist: str) -> list[str]:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Number of tasks on each node: ``2(x3),1`` -> 2, 2, 2, 1.
+    """Return the number of tasks on each node: ``2(x3),1`` -> 2, 2, 2, 1.
 
     Raises:
-        LaunchError: if it is not of that form.
+        LaunchError: if the text has another form.
     """
     counts: list[int] = []
     for part in filter(None, text.split(",")):
@@ -162,7 +162,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _split(nodelist: str) -> Iterator[str]:
-    """At the commas that are in no brackets."""
+    """Split at the commas outside brackets."""
     name, depth = "", 0
     for letter in nodelist:
         if letter == "," and depth == 0:

@@ -1,7 +1,7 @@
-"""The Accelerator, and the facts about where this rank runs.
+"""Create the Accelerator for the requested strategy, and describe where this rank runs.
 
-What was asked for is compared with what runs: where accelerate would do less without a word (one
-process instead of N, DDP instead of FSDP2), the run stops here, with the remedy.
+Accelerate may silently run less than requested: one process in place of N, DDP in place of FSDP2. Such a run stops here
+with the remedy.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Topology:
-    """Where a run runs.
+    """The processes and hardware of a run, seen from one rank.
 
     Args:
         strategy: single, ddp, fsdp1, fsdp2, hsdp, zero1, zero2 or zero3.
@@ -45,7 +45,7 @@ class Topology:
         world_size: number of ranks.
         num_nodes: number of nodes.
         device: this rank's device, such as ``cuda:0``.
-        device_name: the hardware's name.
+        device_name: name of the hardware.
         mixed_precision: fp32, bf16 or fp16.
     """
 
@@ -59,7 +59,7 @@ class Topology:
 
     @property
     def run_facts(self) -> dict[str, str]:
-        """What is the same on all ranks, as text for tags."""
+        """The facts that are the same on all ranks, as text for tags."""
         return {
             "strategy": self.strategy,
             "world_size": str(self.world_size),
@@ -71,25 +71,25 @@ class Topology:
 
 
 def start(trainer: TrainerConfig, seed: int) -> Accelerator:
-    """Make the Accelerator for what the launcher's environment asks for.
+    """Create the Accelerator that the launcher's environment requests.
 
-    Effects: collective (the ranks meet); main thread; blocks until all ranks have started, at most
-    accelerate's own limit; nothing on disk.
+    Effects: collective (rendezvous of the ranks); main thread; blocks until all ranks have started, at most 30 minutes;
+    nothing on disk.
 
     Args:
         trainer: precision, accumulation and clipping.
         seed: of the data order.
 
     Raises:
-        LaunchError: if what runs would not be what was asked for.
+        LaunchError: if other processes or another strategy would run than requested.
     """
     _refuse_lost_processes()
     uses_deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     uses_fsdp = _flag("ACCELERATE_USE_FSDP")
     if uses_fsdp and os.environ.get("FSDP_VERSION", "1") == "1" and not _flag("FSDP_USE_ORIG_PARAMS"):
         raise LaunchError(
-            "FSDP1 without the original parameters hides them from an optimizer that was made before; put "
-            "`fsdp_use_orig_params: true` or `fsdp_version: 2` into the accelerate configuration "
+            "FSDP1 without the original parameters hides them from an optimizer that was made before; set "
+            "`fsdp_use_orig_params: true` or `fsdp_version: 2` in the accelerate configuration "
             "(see configs/accelerate/fsdp2.yaml)"
         )
     on_cpu = not torch.accelerator.is_available()
@@ -111,7 +111,7 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=trainer.gradient_accumulation_steps,
-            # The loop steps the scheduler once for each optimizer step itself.
+            # The loop itself steps the scheduler once for each optimizer step.
             adjust_scheduler=False,
         ),
         step_scheduler_with_optimizer=False,
@@ -124,19 +124,19 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
 
 
 def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an `Accelerator` that is somebody else's, so that the strategy asked for runs on a CPU too.
+    """Return the arguments for a script's `Accelerator` with which the requested strategy runs on a CPU too.
 
-    Effects: not collective, or as `Accelerator` where it makes the process group; main thread.
+    Effects: collective if it creates the process group (FSDP), else not; main thread.
 
     Args:
-        kwargs: as they were given.
+        kwargs: arguments of the script.
     """
     plugin = kwargs.get("fsdp_plugin")
     uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP") or plugin is not None
     if torch.accelerator.is_available() or AcceleratorState._shared_state:
         return kwargs
     if not uses_deepspeed:
-        # Without it each process would train alone.
+        # Without it each process would train separately.
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if not uses_fsdp:
             return kwargs
@@ -162,75 +162,75 @@ def _deepspeed_plugin(trainer: TrainerConfig, on_cpu: bool) -> DeepSpeedPlugin:
         gradient_accumulation_steps=trainer.gradient_accumulation_steps,
         gradient_clipping=trainer.max_grad_norm,
     )
-    # Left to accelerate, no clipping becomes "auto", and "auto" becomes 1.0. DeepSpeed takes 0 for none.
+    # accelerate turns no clipping into "auto", and "auto" into 1.0. For DeepSpeed, 0 means no clipping.
     plugin.deepspeed_config["gradient_clipping"] = trainer.max_grad_norm or 0.0
     if on_cpu:
-        # DeepSpeed would insist on its own compiled CPU Adam.
+        # Otherwise DeepSpeed requires its own compiled CPU Adam.
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
     return plugin
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Compare what runs with what the launcher was asked for.
+    """Check that the processes and the strategy that run are those requested of the launcher.
 
     Raises:
         LaunchError: with the reason and the remedy.
     """
-    asked_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked_size:
+    requested_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != requested_size:
         remedy = "set ACCELERATE_USE_CPU=true, or use `harness launch`"
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # Without a backend's name accelerate does not count the ranks that DeepSpeed brings together.
-            remedy = "give transformers' TrainingArguments use_cpu=True, or make the Accelerator with a gloo backend"
+            # Without the name of a backend, accelerate does not count DeepSpeed's ranks.
+            remedy = "give transformers' TrainingArguments use_cpu=True, or create the Accelerator with a gloo backend"
         raise LaunchError(
-            f"{asked_size} processes were started, but each trains alone (accelerate found "
+            f"{requested_size} processes were started, but each trains separately (accelerate found "
             f"{accelerator.num_processes}); without GPUs {remedy}"
         )
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if _flag("ACCELERATE_USE_FSDP") and accelerator.num_processes > 1 and not is_fsdp:
         raise LaunchError(
-            f"FSDP was asked for, but accelerate would run {accelerator.distributed_type.value}; "
-            "make the Accelerator with harness.distributed.strategies.start, or train on GPUs"
+            f"FSDP was requested, but accelerate would run {accelerator.distributed_type.value}; "
+            "create the Accelerator with harness.distributed.strategies.start, or train on GPUs"
         )
     if _flag("ACCELERATE_USE_DEEPSPEED") and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise LaunchError(
-            f"DeepSpeed was asked for, but accelerate would run {accelerator.distributed_type.value}; "
-            "start it with `accelerate launch --use_deepspeed` or `harness launch --strategy zero2`, and not with "
+            f"DeepSpeed was requested, but accelerate would run {accelerator.distributed_type.value}; "
+            "start it with `accelerate launch --use_deepspeed` or `harness launch --strategy zero2`, without "
             "ACCELERATE_USE_CPU"
         )
 
 
 def _refuse_lost_processes() -> None:
-    """Notice a launcher that was asked for N processes and started one.
+    """Detect a launcher that was requested to start N processes and started one.
 
-    `accelerate launch --cpu --num_processes 2`, and a configuration file with `use_cpu: true`, do that.
+    `accelerate launch --cpu --num_processes 2` does that, and so does a configuration file with `use_cpu: true`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
-    asked = os.environ.get(NUM_PROCESSES_VARIABLE) or _processes_asked_of_parent()
-    if asked is not None and int(asked) > 1:
+    requested = os.environ.get(NUM_PROCESSES_VARIABLE) or _parent_requested_processes()
+    if requested is not None and int(requested) > 1:
         raise LaunchError(
-            f"{asked} processes were asked for, but the launcher started one; leave out --cpu and `use_cpu: true` "
-            "(CPUs are found without it), and use a file of configs/accelerate/ or `harness launch`"
+            f"{requested} processes were requested, but the launcher started one; omit --cpu and `use_cpu: true` "
+            "(CPUs are detected without them), and use a file of configs/accelerate/ or `harness launch`"
         )
 
 
-def _processes_asked_of_parent() -> str | None:
-    """`num_processes` of the `accelerate launch` that is our parent, where the system can tell."""
+def _parent_requested_processes() -> str | None:
+    """`num_processes` of the parent process, if it is `accelerate launch`. Linux only."""
     try:
         raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
         return None
     words = raw.decode(errors="replace").split("\0")
-    return processes_asked(words, Path(os.readlink(f"/proc/{os.getppid()}/cwd")))
+    return requested_processes(words, Path(os.readlink(f"/proc/{os.getppid()}/cwd")))
 
 
-def processes_asked(words: list[str], directory: Path) -> str | None:
-    """`num_processes` of an `accelerate launch` command line, or of the file it names.
+def requested_processes(words: list[str], directory: Path) -> str | None:
+    """Return `num_processes` of an `accelerate launch` command line, or of its configuration file.
 
     Args:
         words: the command line.
-        directory: where it was started.
+        directory: its working directory.
     """
     if not any(Path(word).name.startswith("accelerate") for word in words[:3]) or "launch" not in words:
         return None
@@ -248,7 +248,7 @@ def processes_asked(words: list[str], directory: Path) -> str | None:
 
 
 def _options(words: list[str]) -> dict[str, str]:
-    """The ``--name value`` and ``--name=value`` options that stand before the script or module."""
+    """The ``--name value`` and ``--name=value`` options before the script or module."""
     found: dict[str, str] = {}
     for position, word in enumerate(words):
         if word in ("-m", "--module") or word.endswith(".py"):
@@ -265,7 +265,7 @@ def _flag(variable: str) -> bool:
 
 
 def strategy_of(accelerator: Accelerator) -> str:
-    """The strategy that really runs, by the name that `harness launch --strategy` takes, or ``fsdp1``."""
+    """Return the strategy that runs, by its name in `harness launch --strategy`, or ``fsdp1``."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -277,7 +277,7 @@ def strategy_of(accelerator: Accelerator) -> str:
 
 
 def describe(accelerator: Accelerator) -> Topology:
-    """The facts about this run and this rank."""
+    """Return the processes and hardware of this run."""
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
     return Topology(
@@ -300,7 +300,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> float:
-    """Peak of device memory that tensors took (CUDA), or the resident memory of this process."""
+    """Return the peak of memory allocated for tensors (CUDA), or the resident memory of this process, in bytes."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if sys.platform != "linux":
@@ -310,5 +310,5 @@ def memory_bytes(device: torch.device) -> float:
 
 @functools.cache
 def _statm() -> int:
-    """This process's memory figures, opened once: they are read at each window."""
+    """Descriptor of this process's memory figures, opened once because each window reads them."""
     return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,11 +1,10 @@
-"""Child processes of ours: the command that starts one, and what it runs first.
+"""Start a module of `harness` or `launch` in a child process, and run it there.
 
-    python .../harness/child.py MODULE [ARGS]      as `python -m MODULE` does, for a module of `harness` or `launch`
+    python .../harness/io/child_process.py MODULE [ARGS]      like `python -m MODULE`
 
-`python -m` looks for every module in the working directory and in PYTHONPATH first, the standard library's too: a
-user's `signal.py`, `launch/` or `harness/` that lies there would be imported in place of what is meant. A child runs
-this file by its absolute path instead. The standard library comes first then, and both packages are those that lie
-beside this file; what PYTHONPATH names comes after.
+`python -m` searches the working directory and PYTHONPATH before the standard library, so a user's `signal.py`,
+`launch/` or `harness/` there would be imported instead. A child process executes this file by its absolute path. It
+searches the standard library first, and imports both packages from the directory of this installation.
 """
 
 import sys
@@ -14,10 +13,10 @@ _PACKAGES = ("harness", "launch")
 
 
 def child_command(module: str, *words: str) -> list[str]:
-    """The command line that runs a module of ours in a process of its own.
+    """Return the command line of a child process.
 
     Args:
-        module: full name, such as ``harness.checkpoint.save.writer``; it has an ``if __name__ == "__main__"`` part.
+        module: full name, such as ``harness.checkpoint.save.writer``, of a module that runs as ``__main__``.
         words: its arguments.
     """
     import os
@@ -26,7 +25,7 @@ def child_command(module: str, *words: str) -> list[str]:
 
 
 def standard_library() -> list[str]:
-    """The entries of `sys.path` that are the standard library's, in their order."""
+    """Return the entries of `sys.path` that belong to the standard library, in order."""
     import os
 
     directory = os.path.dirname(os.__file__)
@@ -40,8 +39,8 @@ def standard_library() -> list[str]:
 
 def _main() -> None:
     if not sys.flags.safe_path:
-        del sys.path[0]  # this file's directory: its modules would be found without their package's name
-    # Imports stand below this, since what they find depends on it. `sys` and `os` are there already.
+        del sys.path[0]  # this file's directory: its modules would be importable without their package
+    # Imports follow this change, because they depend on it. `sys` and `os` are imported already.
     standard = standard_library()
     sys.path[:] = standard + [path for path in sys.path if path not in standard]
     import os

@@ -1,4 +1,4 @@
-"""Writing so that a reader, or a power cut, finds the old file or the new one, never half of one."""
+"""Write files so that a reader, or a crash, finds the old content or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ T = TypeVar("T")
 
 
 def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
-    """Put `text` in `path` in one step.
+    """Replace the content of a file atomically.
 
-    Effects: not collective; any thread; blocks on fsync; leaves `path`, whole.
+    Effects: not collective; any thread; blocks on fsync; leaves the complete file.
 
     Args:
         path: of the file.
-        text: all that it shall hold.
-        is_private: its user alone can read it (mode 0600), as where it holds addresses; else as the umask has it.
+        text: its new content.
+        is_private: whether only its user can read it (mode 0600), for content such as addresses; else the umask
+            applies.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Of an earlier process with this number, or a link that another user of the directory has put there.
+    # A file of an earlier process with this id, or a link that another user of the directory created.
     temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "x", encoding="utf-8", opener=open_private if is_private else None) as stream:
@@ -40,13 +41,13 @@ def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
 
 
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
-    """An opener for `open`: a file that its user alone can read. One that is there already becomes so.
+    """Open a file that only its user can read; an opener for `open`. An existing file gets mode 0600 too.
 
-    A link is not followed: in a directory that a group can write to, it may lead to any file of this user's.
-    Directories on the way may be links.
+    A link is not followed: in a directory that a group can write to, it may lead to any file of this user. Parent
+    directories may be links.
 
     Raises:
-        OSError: if it cannot be opened, or is no regular file.
+        OSError: if it cannot be opened, or is not a regular file.
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its other end; files are not affected.
@@ -60,14 +61,14 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is no regular file, and is not opened", os.fspath(path))
     if status.st_mode & 0o077:
-        # Another user's stays as it is, and so does one on a file system without modes.
+        # Fails for a file of another user and on a file system without modes.
         with suppress(OSError):
             os.fchmod(descriptor, 0o600)
     return descriptor
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file, or it is damaged (empty, cut, or something else)."""
+    """Return the JSON object in a file; None if there is no file, or if it is damaged (empty, truncated, no object)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -85,7 +86,7 @@ def parse_record(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the directory's entries (new names, renames) are on the disk itself."""
+    """Block until the directory's entries (new names, renames) are on disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

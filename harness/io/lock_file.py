@@ -1,8 +1,8 @@
-"""Lock files that other users cannot open, and who holds one. Importing this never imports torch.
+"""Lock files that other users cannot open, and the process that holds one. Importing this never imports torch.
 
-A user who can open a file, for reading alone, can lock it, and keep its owner out for ever. So lock files have mode
-0600. The kernel knows the processes that hold a lock (``/proc/locks``; on a network's file system those of this host);
-the file itself has what its last holder has written.
+A user who can open a file, even only for reading, can lock it forever. Lock files therefore have mode 0600. The kernel
+lists the processes that hold a lock (``/proc/locks``; on a network file system those of this host); the file itself
+contains the record of its last holder.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Literal
 from harness.io.durable_files import open_private
 
 _LOCKS = Path("/proc/locks")
-# `fcntl.lockf` takes a lock of the first kind, `fcntl.flock` one of the second.
+# `fcntl.lockf` acquires a lock of the first kind, `fcntl.flock` one of the second.
 Kind = Literal["POSIX", "FLOCK"]
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, or make it; returns its descriptor. One that is there already gets mode 0600 too.
+    """Open or create a lock file with mode 0600; returns its descriptor.
 
     Raises:
         OSError: if it cannot be opened for writing.
@@ -32,10 +32,10 @@ def open_lock(path: Path) -> int:
 
 
 def write_holder(descriptor: int) -> None:
-    """Write into a lock file that this process holds it.
+    """Write this process into a lock file as its holder.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if the file cannot be written.
     """
     record = {
         "host": socket.gethostname(),
@@ -43,19 +43,19 @@ def write_holder(descriptor: int) -> None:
         "user": _user_name(os.geteuid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    # In place: another file under this name would be another lock.
+    # In place: a new file of this name would be another lock.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(record).encode() + b"\n", 0)
 
 
 def holder_of(descriptor: int, kind: Kind) -> str:
-    """Who holds a lock that could not be had: process, user, host and, if it has written them, since when."""
+    """Describe the holder of a lock: process, user, host and, if it wrote a record, the time since when."""
     pids = _pids(os.fstat(descriptor), kind)
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
         host, pid, since = record["host"], record["pid"], record["since"]
     except (OSError, ValueError, KeyError, TypeError):
-        # It is just about to write who it is, or it is none of ours.
+        # The holder has not written its record yet, or is another program.
         return _process(pids[0], socket.gethostname()) if pids else "another process"
     if pids and (host, pid) != (socket.gethostname(), pids[0]):
         return _process(pids[0], socket.gethostname())
@@ -81,7 +81,7 @@ def _user_name(uid: int) -> str:
 def _pids(found: os.stat_result, kind: Kind) -> list[int]:
     """The processes of this host that hold a lock on a file.
 
-    A line is ``1: POSIX ADVISORY WRITE 4711 08:01:1234 0 EOF``: pid, device, inode; after ``->`` stands one that waits.
+    A line is ``1: POSIX ADVISORY WRITE 4711 08:01:1234 0 EOF``: pid, device, inode; ``->`` marks a waiting one.
     """
     try:
         lines = _LOCKS.read_text().splitlines()
@@ -90,9 +90,9 @@ def _pids(found: os.stat_result, kind: Kind) -> list[int]:
     fields = [line.split() for line in lines if "->" not in line]
     held = [(each[5], int(each[4])) for each in fields if len(each) >= 6 and each[1] == kind]
     exact = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
-    # A file system in layers shows another device here than in /proc/locks.
+    # An overlay file system reports another device here than in /proc/locks.
     pids = [pid for place, pid in held if place == exact] or [
         pid for place, pid in held if place.rpartition(":")[2] == str(found.st_ino)
     ]
-    # Processes outside of this container have no number here.
+    # Processes outside this container have no id here.
     return [pid for pid in pids if pid > 0]

@@ -1,4 +1,4 @@
-"""What rank zero shows: a bar on a terminal, one line for each epoch elsewhere."""
+"""The display of rank 0: a progress bar on a terminal, else one line for each epoch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rich.progress import Progress as RichProgress
 
 from harness.io.standard_streams import StandardError, flush
 
-# Metrics that the one line has room for, in this order; whatever else the task has comes after.
+# The first metrics of an epoch's line, in this order; other evaluation metrics follow.
 _FIRST = ("train/loss", "eval/loss", "eval/accuracy")
 _REDRAW_S = 0.1
 
 
 class Progress:
-    """A bar with loss, steps/s, samples/s and what the checkpoint is doing.
+    """A progress bar with loss, steps/s, samples/s and the status of the checkpoint.
 
-    Effects: not collective; main thread (`say` any); writes to standard error; never blocks.
+    Effects: not collective; main thread (`say` any); writes to standard error; does not block.
 
     Args:
-        enabled: false: only `say` writes.
-        bar: whether a bar may be drawn; without a terminal there is none in any case.
+        enabled: if false, only `say` writes.
+        bar: whether a bar may be drawn; without a terminal none is.
 
     Attributes:
-        shows_steps: whether there is a bar.
+        shows_steps: whether a bar is drawn.
     """
 
     def __init__(self, *, enabled: bool, bar: bool = True) -> None:
@@ -53,11 +53,11 @@ class Progress:
         self.shows_steps = self._bar is not None
 
     def watch(self, latest: Mapping[str, float]) -> None:
-        """The dictionary in which the latest metrics will be found."""
+        """Set the dictionary that contains the latest metrics."""
         self._latest = latest
 
     def epoch_begins(self, epoch: int, num_batches: int | None) -> None:
-        """An epoch of so many batches (None: unknown) begins."""
+        """Show the start of an epoch with a number of batches (None: unknown)."""
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -65,7 +65,7 @@ class Progress:
             self._task = self._bar.add_task(f"epoch {epoch + 1}", total=num_batches, numbers="", checkpoint="")
 
     def step_done(self, num_batches: int, checkpoint_status: str) -> None:
-        """One optimizer step is done. Redraws at most ten times a second."""
+        """Show a completed optimizer step. Redraws at most ten times a second."""
         if self._bar is None or self._task is None or time.monotonic() - self._redrawn_s < _REDRAW_S:
             return
         self._redrawn_s = time.monotonic()
@@ -77,7 +77,7 @@ class Progress:
         self._bar.refresh()
 
     def epoch_done(self, epoch: int, step: int, latest: Mapping[str, float], checkpoint_status: str) -> None:
-        """An epoch is complete: one line that stays."""
+        """Print the line of a completed epoch."""
         if not self._enabled:
             return
         names = [n for n in _FIRST if n in latest] + sorted(
@@ -88,7 +88,7 @@ class Progress:
         self.say(f"epoch {epoch:>3}  step {step:>6}  {numbers}  {rate}  [{checkpoint_status}]")
 
     def delivering(self, share: float, left: str) -> None:
-        """The end waits for the publisher, which has delivered this share of what was left."""
+        """Show the share that the publisher has delivered, while the end of a run waits for it."""
         if self._enabled and self._console.is_terminal:
             if self._delivery is None:
                 self.stop()
@@ -106,11 +106,11 @@ class Progress:
             self._delivery.refresh()
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
 
     def stop(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self._delivery is not None:
             self._delivery.stop()
             self._delivery = None

@@ -1,6 +1,6 @@
-"""Taking secrets out of what is written down.
+"""Remove secrets from text that is written.
 
-Those are: URIs with passwords, values of options and keys named like secrets, values of environment variables named so.
+Secrets are passwords in URIs, and values of options, keys and environment variables that are named like secrets.
 """
 
 from __future__ import annotations
@@ -11,44 +11,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-# Up to the last @ before the path: a password may hold one.
+# Up to the last @ before the path: a password may contain one.
 _URI_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]+@")
 # A user alone is often a token: https://TOKEN@host.
 _URI_TOKEN = re.compile(r"(://)[^\s/:@]+@")
-# `token` only where a name ends with it: `max_tokens` and `tokenizer` are no secrets.
+# `token` only at the end of a name: `max_tokens` and `tokenizer` are not secrets.
 _SECRET = (
     r"(?:(?:password|passwd|passphrase|secret|api[-_]?key|private[-_]?key|connection[-_]?string)[\w.-]*"
     r"|token|access[-_]?key)"
 )
 _SECRET_NAME = re.compile(_SECRET + r"\Z", re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"({_SECRET}[\"']?(?:\s*[=:]\s*|\s+))(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
-# In text that may be prose: only what is assigned, as in `password=...` and `{"password": ...}`.
+# In text that may be prose: only assigned values, as in `password=...` and `{"password": ...}`.
 _ASSIGNED = re.compile(rf"({_SECRET}(?:[\"']\s*:\s*|\s*=\s*))(?:'[^']*'|\"[^\"]*\"|[^\s,;&)]+)", re.IGNORECASE)
-# Of an address that is signed: who has it may use it, for a time.
+# The signature of a signed address, which grants access for a time.
 _SIGNATURE = re.compile(r"([?&](?:[\w-]*signature|[\w-]*security-token|sig)=)[^&\s'\"]+", re.IGNORECASE)
-# In the query of a database's address.
+# In the query of a database address.
 _QUERY_PASSWORD = re.compile(r"([?&;][\w-]*(?:password|passwd|pwd|secret|token)=)[^&;]+", re.IGNORECASE)
-# A shorter one is found by chance in words that are none.
+# A shorter secret occurs by chance in other words.
 _MIN_KNOWN_CHARS = 6
 
 
-# Passwords of addresses that this process was given, see `remember`.
+# Passwords of addresses given to this process, see `remember`.
 _known: set[str] = set()
 
 
 def remember(uri: str | None) -> None:
-    """Keep the password of an address from what this process writes, wherever it turns up and however it is encoded."""
+    """Redact the password of this address, in either encoding, from all text that this process writes."""
     if uri is not None:
         _known.update(_passwords_in(uri))
 
 
 def redact(text: str) -> str:
-    """A command line, or a setting, with passwords and the values of options named like secrets replaced."""
+    """Return a command line or setting with passwords and values of options named like secrets replaced."""
     return _SECRET_OPTION.sub(r"\1***", redact_message(text))
 
 
 def redact_message(text: str) -> str:
-    """What somebody else has written, such as an error: without secrets, but with the words "password" and "token"."""
+    """Return a message of another program without secrets, but with the words "password" and "token"."""
     for secret in sorted({*_known, *_of_environment()}, key=len, reverse=True):
         if len(secret) >= _MIN_KNOWN_CHARS:
             text = text.replace(secret, "***")
@@ -58,7 +58,7 @@ def redact_message(text: str) -> str:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost message of a chain of errors, redacted and on one line, at most 300 characters.
+    """Return the innermost message of a chain of errors, redacted and on one line, at most 300 characters.
 
     The outer layers of HTTP clients repeat it at length.
     """
@@ -76,7 +76,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def _passwords_in(uri: str) -> tuple[str, ...]:
-    """The password of a URI, as it stands there and as it is meant."""
+    """The password of a URI, percent-encoded and decoded."""
     try:
         password = urlsplit(uri).password
     except ValueError:
@@ -85,7 +85,7 @@ def _passwords_in(uri: str) -> tuple[str, ...]:
 
 
 def redact_tree(value: Any, name: str = "") -> Any:
-    """Mappings and lists of plain values, with what is named like a secret replaced, and what reads like one."""
+    """Return nested mappings and lists of plain values with secrets replaced, by their names and by their form."""
     if name and is_secret_name(name):
         return "***"
     if isinstance(value, Mapping):
@@ -96,11 +96,11 @@ def redact_tree(value: Any, name: str = "") -> Any:
 
 
 def redact_named(values: Mapping[str, Any], *, only_text: bool = False) -> dict[str, Any]:
-    """A script's values as another library is to get them: all but secrets are the same objects.
+    """Return the values of a script with secrets replaced; all other values are the same objects.
 
     Args:
         values: nested mappings; name -> value.
-        only_text: whether a number under a name like a secret's stays, as in metrics (``loss_per_token``).
+        only_text: whether numbers with names like secrets stay, as in metrics (``loss_per_token``).
     """
     redacted: dict[str, Any] = {}
     for name, value in values.items():
@@ -114,7 +114,7 @@ def redact_named(values: Mapping[str, Any], *, only_text: bool = False) -> dict[
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
-    """A command line with the values of options named like secrets replaced, however they are quoted."""
+    """Return a command line with the values of options named like secrets replaced, in any quoting."""
     redacted: list[str] = []
     for position, word in enumerate(words):
         name, equals, _ = word.partition("=")
@@ -128,12 +128,12 @@ def redact_words(words: Sequence[str]) -> list[str]:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a value of this name, such as ``database.password``, must not be written down."""
+    """Whether a value of this name, such as ``database.password``, is a secret."""
     return any(_SECRET_NAME.search(part) for part in name.split("."))
 
 
 def without_password(uri: str) -> str:
-    """The URI with a password in it replaced, fit to be written down."""
+    """Return the URI with its password replaced."""
     uri = _QUERY_PASSWORD.sub(r"\1***", uri)
     parts = urlsplit(uri)
     if parts.username is None and parts.password is None:

@@ -1,7 +1,7 @@
-"""Standard output and error where they are closed, or their reader is gone: what is written there is dropped.
+"""Write to standard output and error, and drop the text if they are closed or their reader is gone.
 
-Supervisors and daemons start processes so, `| head` ends before its writer, and a terminal is hung up. None of that
-is a reason for a training to end, or for its exit code.
+Supervisors and daemons start processes with closed streams, `| head` ends before its writer, and terminals hang up.
+None of these may end a training or change its exit code.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _NUM_DESCRIPTORS = 3
 def occupy_descriptors() -> None:
     """Open descriptors 0, 1 and 2 on the null device where they are closed.
 
-    The next file that is opened, a checkpoint, say, would have one of these numbers otherwise: what a library prints
-    would land in it, and a child process would have it replaced.
+    Otherwise the next file that is opened, such as a checkpoint, would get one of these numbers, and libraries would
+    print into it.
 
     Effects: not collective; any thread; `sys.stdin`, `sys.stdout` and `sys.stderr` stay as they are.
     """
@@ -26,12 +26,12 @@ def occupy_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            # The lowest number that is free is taken: this one.
+            # `open` uses the lowest free number: this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def flush() -> None:
-    """Flush both. What one of them does not take is dropped, so that the interpreter's end does not fail with it."""
+    """Flush both, and drop what cannot be written, so that the interpreter's shutdown does not fail with it."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
@@ -45,7 +45,7 @@ def flush() -> None:
 
 
 def write_output(text: str) -> None:
-    """Write to standard output and flush both, or drop it; what this process starts or becomes may write next."""
+    """Write to standard output, if possible, and flush both, because a child process may write next."""
     if sys.stdout is not None:
         with suppress(OSError, ValueError):
             sys.stdout.write(text)
@@ -58,12 +58,12 @@ def write_error(text: str) -> None:
 
 
 class StandardError:
-    """Standard error, whatever it is when it is written to: a file for `rich.console.Console`."""
+    """The current standard error, as a file for `rich.console.Console`."""
 
     encoding = "utf-8"
 
     def write(self, text: str) -> int:
-        """Write, or drop it."""
+        """Write the text, or drop it."""
         stream = self._stream()
         if stream is not None:
             with suppress(OSError, ValueError):
@@ -71,7 +71,7 @@ class StandardError:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, where there is something to flush."""
+        """Flush, if possible."""
         stream = self._stream()
         if stream is not None:
             with suppress(OSError, ValueError):
@@ -86,5 +86,5 @@ class StandardError:
 
     @staticmethod
     def _stream() -> Any:
-        # While rich shows a bar, `sys.stderr` leads to the console, which writes here.
+        # While rich draws a bar, `sys.stderr` writes to the console, which writes here.
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)

@@ -13,9 +13,8 @@ from harness.config import instantiate
 from harness.config.schema import RunConfig
 from harness.config.task import Task
 from harness.data import dataloaders, memory_layout
-from harness.distributed import buffers, precision, strategies
-from harness.distributed.elastic import plan_batches
-from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.distributed import model_preparation, strategies
+from harness.distributed.global_batch import plan_batches
 from harness.io.progress import Progress
 from harness.run.directory import write_config
 from harness.training.fit import fit
@@ -85,18 +84,18 @@ def prepare(
     # Again, so that the model does not depend on how many random numbers the data took.
     set_seed(config.seed)
     model = task.model()
-    precision.refuse_what_fails(accelerator, model)
+    model_preparation.check_mixed_precision(accelerator, model)
     if strategies.strategy_of(accelerator) == "ddp":
-        buffers.refuse_what_ddp_cannot_send(accelerator, model)
+        model_preparation.check_ddp_tensors(accelerator, model)
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         memory_layout.make_contiguous(model)
     axes = task.dynamic_axes() if hasattr(task, "dynamic_axes") else None
     logger.describe(config.task, model, getattr(task, "input_example", None), axes)
     optimizer = instantiate.build_optimizer(config.optimizer, model)
     scheduler = instantiate.build_scheduler(config.scheduler, optimizer)
-    separate_embeddings(accelerator, model)
+    model_preparation.separate_embeddings(accelerator, model)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    precision.cast_inputs(accelerator, model)
+    model_preparation.cast_inputs(accelerator, model)
     if eval_loader is not None:
         eval_loader = accelerator.prepare(eval_loader)
     # From here on ranks may differ (dropout), each by its own and repeatable random numbers.
@@ -117,7 +116,7 @@ def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLo
     if now == before:
         return loader
     plan = plan_batches(before, world_size, loader.batch_size, accumulation)
-    if not plan.is_kept:
+    if not plan.keeps_global_batch:
         logger.say(
             f"harness: warning: an optimizer step takes {now} samples from here on, and took {before}, which cannot be "
             f"divided among {world_size} ranks; to keep it, give a number of ranks that divides {before}"

@@ -39,7 +39,7 @@ from harness.config.schema import CheckpointConfig, ClassSpec, TrackingConfig
 from harness.data import rng_state
 from harness.data.resumable_loader import ResumableLoader
 from harness.distributed import strategies
-from harness.distributed.buffers import take_rank_zero_buffers
+from harness.distributed.broadcast import broadcast_buffers
 from harness.distributed.collectives import Collectives
 from harness.distributed.consensus import Consensus
 from harness.errors import CheckpointError, ConfigError
@@ -516,7 +516,7 @@ class PeriodicLogger:
         """
         if self._watched is not None:
             for part in self._watched.parts:
-                take_rank_zero_buffers(part.model, self.topology.world_size)
+                broadcast_buffers(part.model, self.topology.world_size)
         yield from self._loop.over_evaluation(loader, limit)
 
     def on_reduced(self, callback: Callable[[Mapping[str, float], int], None]) -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from harness.distributed.buffers import refuse_what_ddp_cannot_send, take_rank_zero_buffers
+from harness.distributed.broadcast import broadcast_buffers
 from harness.distributed.collectives import Collectives
+from harness.distributed.model_preparation import check_ddp_tensors
 from harness.errors import CheckpointError, ConfigError, DamagedError
 from tests.distributed.saving_ranks import become_rank
 
@@ -45,7 +46,7 @@ def take_buffers(rank: int, world_size: int) -> None:
         model.register_buffer(name, make(rank + 1.0))
     around = torch.full((6,), rank + 1.0)
     model.register_buffer("part", around[::2])
-    take_rank_zero_buffers(model, world_size)
+    broadcast_buffers(model, world_size)
     for name, make in BUFFERS.items():
         assert torch.equal(model.get_buffer(name), make(1.0)), name
     # What lies between the elements of a buffer is not its own.
@@ -59,7 +60,7 @@ def refused_by_ddp() -> dict[str, str]:
         model = nn.Linear(2, 2)
         model.register_buffer("unusual", make(1.0))
         try:
-            refuse_what_ddp_cannot_send(Accelerator(cpu=True), model)
+            check_ddp_tensors(Accelerator(cpu=True), model)
         except ConfigError as error:
             said[name] = str(error)
         else:

@@ -33,13 +33,13 @@ def refused(cwd: Path, *words: str | Path) -> str:
 
 def test_run_is_refused_when_accelerate_starts_one_process_for_cpu_option(tmp_path: Path) -> None:
     line = refused(tmp_path, "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    assert "2 processes were asked for, but the launcher started one" in line
+    assert "2 processes were requested, but the launcher started one" in line
 
 
 def test_run_is_refused_when_accelerate_starts_one_process_for_multi_cpu_file(tmp_path: Path) -> None:
     (tmp_path / "multi_cpu.yaml").write_text(MULTI_CPU)
     line = refused(tmp_path, "--config_file", "multi_cpu.yaml")
-    assert "2 processes were asked for, but the launcher started one" in line
+    assert "2 processes were requested, but the launcher started one" in line
 
 
 def test_run_is_refused_when_fsdp1_hides_the_parameters(tmp_path: Path) -> None:

@@ -67,4 +67,4 @@ def test_logger_refuses_when_accelerate_runs_ddp_instead_of_fsdp(tmp_path: Path)
     words = (BIN / "accelerate", "launch", "--config_file", ROOT / "configs/accelerate/fsdp2.yaml")
     done = run((*words, "--main_process_port", "0", SCRIPT, "mine"), tmp_path, extra=ON_CPUS)
     assert done.code != 0
-    assert "FSDP was asked for, but accelerate would run MULTI_CPU" in done.output
+    assert "FSDP was requested, but accelerate would run MULTI_CPU" in done.output

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.distributed import strategies
-from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.distributed.model_preparation import separate_embeddings
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 BERT = {"vocab_size": 64, "max_position_embeddings": 16, **SIZES}

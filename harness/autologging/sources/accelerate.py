@@ -14,9 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from harness.autologging.replacements import Function, Replacement
 from harness.autologging.training_registry import TrainingRegistry
-from harness.distributed import cpu_strategies, strategies
-from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.distributed import strategies
+from harness.distributed.broadcast import broadcast_weights
 from harness.distributed.launch_identity import is_launcher_rank_zero
+from harness.distributed.model_preparation import separate_embeddings
 from harness.io.redact import redact_named
 
 
@@ -114,7 +115,7 @@ class AccelerateSource:
             if isinstance(each, torch.nn.Module):
                 separate_embeddings(accelerator, each)
                 if strategies.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
-                    cpu_strategies.send_weights(each)
+                    broadcast_weights(each)
         self._is_preparing = True
         try:
             result = prepare()

@@ -1,4 +1,4 @@
-"""SLURM's variables and short forms. `tests/slurm` compares with what a real SLURM says."""
+"""SLURM's variables and short forms. `tests/slurm` runs a real SLURM."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ TASK = {
         ("", []),
     ],
 )
-def test_hosts_are_those_of_the_short_form(nodelist: str, hosts: list[str]) -> None:
+def test_hosts_are_expanded_when_in_short_form(nodelist: str, hosts: list[str]) -> None:
     assert hosts_of(nodelist) == hosts
 
 
 @pytest.mark.parametrize("nodelist", ["n[1-", "n]1[", "n[a-b]", "n[1-2-3]", "n[[1]]"])
-def test_hosts_are_refused_when_the_form_is_another(nodelist: str) -> None:
+def test_hosts_are_refused_when_in_another_form(nodelist: str) -> None:
     with pytest.raises(LaunchError, match=re.escape(repr(nodelist))):
         hosts_of(nodelist)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), max_size=6))
-def test_tasks_on_nodes_are_those_of_the_short_form(runs: list[tuple[int, int]]) -> None:
+def test_tasks_are_expanded_when_in_short_form(runs: list[tuple[int, int]]) -> None:
     text = ",".join(f"{count}(x{times})" if times > 1 else str(count) for count, times in runs)
     assert tasks_per_node(text) == [count for count, times in runs for _ in range(times)]
 
 
 @given(st.integers(1, 4), st.integers(0, 200), st.integers(0, 30))
-def test_range_of_hosts_has_as_many_digits_as_its_first(width: int, first: int, count: int) -> None:
+def test_digits_are_those_of_the_first_host_when_expanded(width: int, first: int, count: int) -> None:
     begin = f"{first:0{width}}"
     hosts = hosts_of(f"n[{begin}-{first + count}]")
     assert hosts == [f"n{number:0{len(begin)}}" for number in range(first, first + count + 1)]
 
 
-def test_task_is_read_from_its_variables() -> None:
+def test_task_is_read_when_its_variables_are_set() -> None:
     task = read_task(TASK)
     assert (task.rank, task.world_size, task.local_rank, task.local_world_size, task.node_rank) == (3, 5, 1, 2, 1)
     assert task.hosts == ("n01", "n02", "n03")
@@ -66,7 +66,7 @@ def test_task_is_read_from_its_variables() -> None:
 
 
 @pytest.mark.parametrize("missing", sorted(TASK.keys() - {"SLURM_STEP_ID"}))
-def test_error_names_the_variable_that_is_missing(missing: str) -> None:
+def test_error_names_the_variable_when_one_is_missing(missing: str) -> None:
     with pytest.raises(LaunchError, match=missing):
         read_task({name: value for name, value in TASK.items() if name != missing})
 
@@ -80,5 +80,5 @@ def test_error_names_the_variable_that_is_missing(missing: str) -> None:
         ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, SlurmJob("", "19", "17_2", 0)),
     ],
 )
-def test_job_is_read_from_its_variables(environment: dict[str, str], job: SlurmJob | None) -> None:
+def test_job_is_read_when_its_variables_are_set(environment: dict[str, str], job: SlurmJob | None) -> None:
     assert read_job(environment) == job

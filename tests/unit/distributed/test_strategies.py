@@ -6,7 +6,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from harness.distributed.strategies import check_launch, describe, processes_asked
+from harness.distributed.strategies import check_launch, describe, requested_processes
 from harness.errors import LaunchError
 
 
@@ -25,17 +25,15 @@ from harness.errors import LaunchError
         ("", None),
     ],
 )
-def test_number_of_processes_is_read_when_the_launcher_was_given_it(
-    tmp_path: Path, command: str, expected: str | None
-) -> None:
+def test_number_is_read_when_the_launcher_has_one(tmp_path: Path, command: str, expected: str | None) -> None:
     (tmp_path / "conf.yaml").write_text("num_processes: 8\n")
-    assert processes_asked(command.split(" "), tmp_path) == expected
+    assert requested_processes(command.split(" "), tmp_path) == expected
 
 
 @pytest.mark.parametrize("content", ["a: [1", "- 1", "", "other: 1"])
-def test_number_is_unknown_when_the_file_does_not_tell(tmp_path: Path, content: str) -> None:
+def test_number_is_unknown_when_the_file_lacks_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "conf.yaml").write_text(content)
-    assert processes_asked(["accelerate", "launch", "--config_file", "conf.yaml", "train.py"], tmp_path) is None
+    assert requested_processes(["accelerate", "launch", "--config_file", "conf.yaml", "train.py"], tmp_path) is None
 
 
 def test_topology_is_single_when_there_is_one_process(accelerator: Accelerator) -> None:
@@ -49,11 +47,11 @@ def test_topology_is_single_when_there_is_one_process(accelerator: Accelerator) 
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("WORLD_SIZE", "4", "4 processes were started, but each trains alone"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed was asked for"),
+        ("WORLD_SIZE", "4", "4 processes were started, but each trains separately"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed was requested"),
     ],
 )
-def test_error_has_the_remedy_when_accelerate_runs_less_than_asked(
+def test_error_has_the_remedy_when_accelerate_runs_less(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
 ) -> None:
     check_launch(accelerator)
@@ -63,7 +61,7 @@ def test_error_has_the_remedy_when_accelerate_runs_less_than_asked(
     assert "harness launch" in str(caught.value)
 
 
-def test_remedy_is_another_when_deepspeed_has_ranks_that_accelerate_does_not_count(
+def test_remedy_differs_when_accelerate_does_not_count_ranks(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.distributed.elastic import BatchPlan, plan_batches
+from harness.distributed.global_batch import BatchPlan, plan_batches
 
 
 @pytest.mark.parametrize(
@@ -18,18 +18,16 @@ from harness.distributed.elastic import BatchPlan, plan_batches
         (2, 4, 32, BatchPlan(32, 5, False)),
     ],
 )
-def test_global_batch_is_divided_when_ranks_are_others(
+def test_global_batch_is_divided_when_the_ranks_change(
     samples: int, world_size: int, batch_size: int, expected: BatchPlan
 ) -> None:
     assert plan_batches(samples, world_size, batch_size, accumulation=5) == expected
 
 
 @given(st.integers(1, 4096), st.integers(1, 64), st.integers(1, 512))
-def test_global_batch_is_the_same_and_no_batch_larger_when_it_is_kept(
-    samples: int, world_size: int, batch_size: int
-) -> None:
+def test_no_batch_is_larger_when_the_global_batch_is_kept(samples: int, world_size: int, batch_size: int) -> None:
     plan = plan_batches(samples, world_size, batch_size, 1)
-    assert plan.is_kept == (samples % world_size == 0)
-    if plan.is_kept:
+    assert plan.keeps_global_batch == (samples % world_size == 0)
+    if plan.keeps_global_batch:
         assert plan.batch_size * plan.accumulation * world_size == samples
         assert plan.batch_size <= batch_size

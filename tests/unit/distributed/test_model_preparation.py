@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
-from harness.distributed.fsdp2_layers import separate_embeddings
+from harness.distributed.model_preparation import separate_embeddings
 from harness.errors import ConfigError
 
 
