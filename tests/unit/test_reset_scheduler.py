@@ -102,9 +102,10 @@ def test_line_has_what_the_learning_rate_will_do_when_a_value_has_changed(
     said = capsys.readouterr().err
     assert "T_max=16 (8)" in said
     assert (
-        "in the next 8 of its steps the learning rate goes from 0 to 0.1, and with the new values it would go" in said
+        "in its next 8 steps the learning rate changes from 0 to 0.1, and with the new arguments it would change"
+        in said
     )
-    assert "from 0.05 to 0: reset_scheduler (--reset_scheduler) takes the new values" in said
+    assert "from 0.05 to 0: set reset_scheduler (--reset_scheduler) to use the new ones" in said
     assert rates[0] == pytest.approx(0, abs=1e-9)
     assert rates == sorted(rates)
 

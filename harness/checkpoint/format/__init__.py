@@ -5,7 +5,7 @@ In reading order:
     names            the name of a tensor: its path in the user's model
     ranges           the ranges of a file: writer and digest
     digest           the digest of a range
-    files            where the bytes come from: this disk, or another rank
+    files            the source of the bytes: this disk, or another rank
     commit           the manifest: a directory that has one is a checkpoint
     layout           the byte of the file where each tensor begins
     tensor_shard     the part of a tensor that a rank holds

@@ -132,7 +132,7 @@ def combine(
     for index, parts in read.items():
         part = record.ranges[index]
         reached = digest = 0
-        # Each leaf counts once, however many ranks have read it; of spans that begin together the longest comes first.
+        # Each leaf counts once, however many ranks have read it; of spans that begin together the longest is first.
         for span in sorted(parts, key=lambda span: (span.first, -span.end)):
             if span.first < reached:
                 continue

@@ -225,7 +225,7 @@ def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> st
 
 
 def names_by_id(state: NamedState) -> dict[int, str]:
-    """Identity of a parameter -> its name; those of other models of the checkpoint come last."""
+    """Identity of a parameter -> its name; those of other models of the checkpoint are last."""
     own = {id(parameter): name for name, parameter in state.parameters.items()}
     return {**own, **state.others}
 

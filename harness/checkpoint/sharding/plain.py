@@ -36,7 +36,7 @@ from harness.errors import CheckpointError
 
 
 def find(state: NamedState, optimizer: Any, selection: Selection, sharded_modules: tuple[Any, ...]) -> LocalShards:
-    """Find the shards of a model whose tensors say by themselves what this rank holds of them."""
+    """Find the shards of a model whose tensors or DTensors describe this rank's part themselves."""
     shards = LocalShards.of_model(state, sharded_modules)
     inner = innermost(optimizer)
     trained = trained_ids(list(state.parameters.values()), inner)

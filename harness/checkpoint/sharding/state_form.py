@@ -1,14 +1,19 @@
-"""The state that an optimizer keeps of one parameter: its leaves by path, and the form to build it again from.
+"""The state that an optimizer keeps for one parameter: its leaves by path, and the form from which it is rebuilt.
 
-Most optimizers keep a dict of tensors and numbers. Some keep lists, tuples, deques and dicts of these, or objects that
-have ``state_dict`` and ``load_state_dict``. Each tensor or number in them is a leaf, named by its path (``GG.0``). The
-form is what the leaves do not have: the containers, their order, None, text, and which leaves are plain numbers.
+Most optimizers keep a dict of tensors and numbers. Some keep lists, tuples, deques and dicts of these, or objects with
+``state_dict`` and ``load_state_dict``. Each tensor or number in them is a leaf, named by its path (``GG.0``). The form
+holds the rest: the containers, their order, None, text, and which leaves are plain numbers.
 
-A form is JSON: a leaf is ``"tensor"``, ``"device_tensor"`` (one element, on the accelerator), ``"made"`` (only the
-optimizer can make it), ``{"order": [1, 0]}`` (a tensor that does not lie in memory as expected: the order of its
-dimensions, which decides how later steps are rounded), ``"int"``, ``"float"`` or ``"bool"``; None is ``null``; a list
-is a list; all else is an object with one key: ``{"tuple": [...]}``, ``{"dict": [[key, form], ...]}``,
-``{"object": <form of its state_dict()>}``.
+A form is JSON:
+
+    "tensor"                     a tensor
+    "device_tensor"              a tensor of one element on the accelerator
+    "made"                       a tensor that only the optimizer can make
+    {"order": [1, 0]}            a tensor in another memory layout than expected: the order of its dimensions, which
+                                 decides how later steps are rounded
+    "int", "float", "bool"       a plain number
+    null, [...]                  None, a list
+    {"tuple": [...]}, {"dict": [[key, form], ...]}, {"object": <form of its state_dict()>}, ...
 """
 
 from __future__ import annotations
@@ -36,10 +41,10 @@ class Leaf(NamedTuple):
 
     Args:
         name: its path with dots.
-        holder: where it is looked up by `key`, at each save anew.
+        holder: in which each save looks it up.
         key: in `holder`.
-        value: the tensor or number now.
-        is_made: an object's `state_dict` gives it, perhaps a new one at each call.
+        value: the current tensor or number.
+        is_made: an object's `state_dict` returns it, possibly a new one at each call.
     """
 
     name: str
@@ -50,7 +55,7 @@ class Leaf(NamedTuple):
 
 
 class Branch:
-    """Values of a state by path, through containers and objects, so that a container may be replaced between saves.
+    """Access to values of a state by path, so that a container may be replaced between saves.
 
     Args:
         values: the state.
@@ -60,7 +65,7 @@ class Branch:
         self._values = values
 
     def __getitem__(self, path: Path) -> Any:
-        """The value there now.
+        """The current value at a path.
 
         Raises:
             KeyError, IndexError, TypeError: if there is none.
@@ -71,7 +76,7 @@ class Branch:
         return value
 
     def __setitem__(self, path: Path, value: Any) -> None:
-        """Replace the value there; a tuple is replaced by another one."""
+        """Replace the value at a path. A tuple is replaced as a whole."""
         above, key = path[:-1], path[-1]
         container = self[above]
         if isinstance(container, tuple):
@@ -95,10 +100,12 @@ def is_object(value: Any) -> bool:
 
 
 def leaves_of(values: Mapping[Any, Any]) -> Iterator[Leaf]:
-    """The leaves of a state, in its order. Not collective.
+    """The leaves of a state, in its order.
+
+    Effects: not collective.
 
     Raises:
-        TypeError: if something in it is not understood.
+        TypeError: if a value cannot be part of a form.
     """
     branch = Branch(values)
     for kind, value in values.items():
@@ -126,12 +133,12 @@ def form_of(value: Any, like: Tensor, *, in_object: bool = False) -> Form:
     """The form of a value in a state.
 
     Args:
-        value: of the state, or all of it.
+        value: a part of the state, or the whole state.
         like: the parameter.
-        in_object: whether it is in what an object's `state_dict` gave.
+        in_object: whether an object's `state_dict` returned it.
 
     Raises:
-        TypeError: if it is none of what a form can have.
+        TypeError: if it cannot be part of a form.
     """
     if isinstance(value, Tensor):
         return _tensor_form(value, like)
@@ -169,7 +176,7 @@ def _tensor_form(value: Tensor, like: Tensor) -> Form:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, the outermost first; in C order where they overlap or have gaps."""
+    """The dimensions by their order in memory, the outermost first; C order if they overlap or have gaps."""
     order = list(range(tensor.ndim))
     if tensor.ndim < 2 or tensor.is_contiguous():
         return order
@@ -179,7 +186,7 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
-    """The form of a whole state, or None where `plain_form` of the names in the file gives the same state.
+    """The form of a whole state, or None if `plain_form` of the names in the file gives the same state.
 
     Raises:
         TypeError: as `form_of`.
@@ -198,15 +205,15 @@ def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
 
 
 def plain_form(kinds: Mapping[Any, Any] | set[str]) -> Form:
-    """The form of a state that is a dict of tensors: as torch's optimizers, with ``step`` first."""
+    """The form of a state that is a dict of tensors, with ``step`` first, as in torch's optimizers."""
     return {"dict": [[kind, "tensor"] for kind in sorted(kinds, key=lambda kind: (kind != "step", str(kind)))]}
 
 
 def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any:
-    """A value of a form. An object stands there as what its `load_state_dict` is to be given.
+    """Build a value of a form. In place of an object it has the argument for the object's `load_state_dict`.
 
     Args:
-        form: what `checked` has let through.
+        form: from `checked`.
         leaf: makes the tensor or the number at a path, by its form.
         path: of the value.
     """
@@ -230,7 +237,7 @@ def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any
 
 
 def objects_in(form: Form, path: Path = ()) -> Iterator[Path]:
-    """Paths of what only the optimizer can make: objects, and tensors that are sharded in a way of their own."""
+    """Paths of the values that only the optimizer can make: objects, and tensors with their own sharding."""
     if form == "made":
         yield path
     elif isinstance(form, list):
@@ -250,10 +257,10 @@ def objects_in(form: Form, path: Path = ()) -> Iterator[Path]:
 
 
 def checked(form: Any) -> Form:
-    """The form, if it is one.
+    """Validate a form.
 
     Raises:
-        ValueError: if it is of no form's making.
+        ValueError: if it is not a form.
     """
     if form is None or (isinstance(form, str) and (form in _TENSORS or form in _NUMBERS)):
         return form
@@ -280,7 +287,7 @@ def checked(form: Any) -> Form:
 
 
 def _refuse(form: Any) -> NoReturn:
-    raise ValueError(f"the form of an optimizer's state is not understood: {str(form)[:200]}")
+    raise ValueError(f"not the form of an optimizer's state: {str(form)[:200]}")
 
 
 def _is_deque(content: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Find what a rank holds of all watched models: of each one alone, with prefixed names, then merged.
+"""Find what a rank holds of all watched models: each one separately, with prefixed names, then merged.
 
     name the tensors of every model  ->  `find_shards` for each model  ->  one `LocalShards`
 

@@ -1,8 +1,8 @@
-"""Learning rate schedules of a run that is resumed: the checkpoint's counts, unless the scheduler is to be reset.
+"""Learning rate schedules of a resumed run: the checkpoint's is used, unless the scheduler is reset.
 
-A scheduler's state holds what it was made with (`T_max`, milestones), so a run that is resumed with another number of
-epochs goes on with the schedule of before. Here that is said, with what the learning rate will do; and a scheduler that
-is to be reset is stepped from its start to where the checkpoint was, as its own object has it now.
+A scheduler's state contains its arguments (`T_max`, milestones), so a run that is resumed with another number of epochs
+continues the old schedule. `compare_schedules` reports this, with the learning rates ahead. `reset_schedules` steps the
+new scheduler from its start to the checkpoint's position instead.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from harness.checkpoint.state.param_groups import Group, match_groups
 from harness.checkpoint.state.trainer_state import AnyWatched, TrainerState
 from harness.errors import CheckpointError
 
-# What moves in a scheduler's state, and is no value that it was made with.
+# Values in a scheduler's state that change, rather than being its arguments.
 COUNTED = frozenset(("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr"))
-# What schedulers keep in a parameter group.
+# Values that schedulers keep in a parameter group.
 _OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
 _MAX_LOOKED_AHEAD = 10_000
 
 
 def compare_schedules(state: TrainerState, watched: AnyWatched) -> list[str]:
-    """Lines for the user where a scheduler was made with other values than the checkpoint's, which counts.
+    """Compare each scheduler's arguments with those in the checkpoint, which take precedence.
 
-    Effects: steps torch's own schedulers and loads the checkpoint's state into them, so the state has to be restored
-    into schedulers and groups afterwards; not collective; main thread; nothing on disk.
+    Effects: steps torch's own schedulers and loads the checkpoint's state into them, so schedulers and groups must be
+    restored afterwards; not collective; main thread; nothing on disk.
 
     Args:
-        state: what the file holds.
-        watched: the schedulers, as the code has made them.
+        state: of the checkpoint.
+        watched: the schedulers that the code has made.
+
+    Returns:
+        A line for the user for each scheduler that differs.
     """
     lines = []
     for part, saved in zip(watched.parts, state.parts, strict=True):
@@ -56,20 +59,20 @@ def _difference(scheduler: Any, saved: Mapping[str, Any]) -> str:
         return ""
     changed = ", ".join(f"{key}={_shown(now, key)} ({_shown(before, key)})" for key in others)
     line = (
-        f"harness: warning: {name} was made with other values than the checkpoint's (in brackets), which count: "
+        f"harness: warning: {name} has other arguments than in the checkpoint (in brackets), which take precedence: "
         f"{changed}; "
     )
     if rates := _rates_ahead(scheduler, saved):
         (from_before, to_before), (from_now, to_now), num_steps = rates
         line += (
-            f"in the next {num_steps} of its steps the learning rate goes from {from_before:.3g} to {to_before:.3g}, "
-            f"and with the new values it would go from {from_now:.3g} to {to_now:.3g}: "
+            f"in its next {num_steps} steps the learning rate changes from {from_before:.3g} to {to_before:.3g}, "
+            f"and with the new arguments it would change from {from_now:.3g} to {to_now:.3g}: "
         )
-    return f"{line}reset_scheduler (--reset_scheduler) takes the new values"
+    return f"{line}set reset_scheduler (--reset_scheduler) to use the new ones"
 
 
 def _difference_of_functions(scheduler: LambdaLR, saved: Mapping[str, Any]) -> str:
-    """Of a schedule that is a function: no checkpoint has that, so the code's counts."""
+    """The line for a schedule that is a function: checkpoints do not contain it, so the code's is used."""
     num_steps, before = _num_steps(saved), saved.get("_last_lr")
     if num_steps is None or not before or len(before) != len(scheduler.base_lrs):
         return ""
@@ -77,33 +80,33 @@ def _difference_of_functions(scheduler: LambdaLR, saved: Mapping[str, Any]) -> s
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         now = [float(base * function(num_steps)) for base, function in pairs]
     except Exception:
-        return ""  # a function that needs more than the number: it will say so itself
+        return ""  # the function needs more than the number of steps, and raises its own error later
     if all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12) for a, b in zip(now, map(float, before), strict=True)):
         return ""
     return (
-        "harness: warning: LambdaLR has another function than at the checkpoint, which counts from the next of its "
-        f"steps on: the learning rate was {float(before[0]):.3g}, and by the function it is {now[0]:.3g} there"
+        "harness: warning: LambdaLR has another function than in the checkpoint, which is used from its next step "
+        f"on: the learning rate was {float(before[0]):.3g}, and by the function it is {now[0]:.3g} there"
     )
 
 
 def reset_schedules(
     state: TrainerState, watched: AnyWatched, groups: Sequence[Group]
 ) -> tuple[TrainerState, list[str]]:
-    """Take the schedulers' own course, as they are made now, in place of the checkpoint's.
+    """Step the schedulers that the code has made to the checkpoint's position, in place of their saved state.
 
-    Effects: steps the schedulers as often as they were stepped before the checkpoint; the state that is returned has
-    to be restored afterwards; not collective; main thread; nothing on disk.
+    Effects: steps the schedulers as often as they were stepped before the checkpoint; the returned state has to be
+    restored afterwards; not collective; main thread; nothing on disk.
 
     Args:
-        state: what the file holds.
-        watched: the schedulers, as the code has made them.
+        state: of the checkpoint.
+        watched: the schedulers that the code has made.
         groups: the optimizers' live parameter groups, each with the names of its parameters.
 
     Returns:
         The state to restore, and a line for each scheduler.
 
     Raises:
-        CheckpointError: if a scheduler cannot be stepped to where the checkpoint is.
+        CheckpointError: if a scheduler cannot be stepped to the checkpoint's position.
     """
     parts, lines = list(state.parts), []
     records = list(state.param_groups)
@@ -111,7 +114,7 @@ def reset_schedules(
     for index, (part, saved) in enumerate(zip(watched.parts, state.parts, strict=True)):
         for scheduler, of_scheduler in _each(part.scheduler, saved.scheduler):
             if isinstance(scheduler, ReduceLROnPlateau):
-                lines.append("harness: ReduceLROnPlateau starts anew, at the checkpoint's learning rate")
+                lines.append("harness: ReduceLROnPlateau restarts at the checkpoint's learning rate")
                 continue
             lines.append(_advance_to(scheduler, of_scheduler))
             own = {id(group) for group in scheduler.optimizer.param_groups}
@@ -129,8 +132,7 @@ def _advance_to(scheduler: Any, saved: Mapping[str, Any]) -> str:
     name, num_steps = type(scheduler).__name__, _num_steps(saved)
     if num_steps is None:
         raise CheckpointError(
-            f"reset_scheduler: the state of {name} does not tell how often it was stepped (last_epoch); resume without "
-            "reset_scheduler"
+            f"reset_scheduler: the state of {name} has no number of steps (last_epoch); resume without reset_scheduler"
         )
     try:
         _advance(scheduler, num_steps - (_num_steps(scheduler.state_dict()) or 0))
@@ -143,7 +145,7 @@ def _advance_to(scheduler: Any, saved: Mapping[str, Any]) -> str:
 
 
 def _each(scheduler: Any, saved: Any) -> list[tuple[Any, Mapping[str, Any]]]:
-    """The schedulers inside what accelerate or autologging has put around them, each with its saved state."""
+    """The schedulers inside accelerate's or autologging's wrappers, each with its saved state."""
     if scheduler is None or not isinstance(saved, Mapping):
         return []
     if (named := getattr(scheduler, "named", None)) is not None:
@@ -153,7 +155,7 @@ def _each(scheduler: Any, saved: Any) -> list[tuple[Any, Mapping[str, Any]]]:
 
 
 def _values(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What a scheduler was made with, as far as its state has it, as JSON values."""
+    """The arguments of a scheduler that its state contains, as JSON values."""
     found: dict[str, Any] = {}
     for key, value in state.items():
         if key == "_schedulers":
@@ -175,7 +177,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 def _rates_ahead(
     scheduler: Any, saved: Mapping[str, Any]
 ) -> tuple[tuple[float, float], tuple[float, float], int] | None:
-    """The first group's learning rate now and after so many steps, by the saved state and by the new object."""
+    """Learning rates of the first group now and after some steps, saved and new; and the number of these steps."""
     num_steps = _num_steps(saved)
     if num_steps is None or type(scheduler).__module__ != "torch.optim.lr_scheduler":
         return None
@@ -194,7 +196,7 @@ def _rates_ahead(
         _advance(scheduler, ahead)
         return (before, _rate(scheduler)), (now, then), ahead
     except Exception:
-        return None  # a schedule that ends (OneCycleLR), or of another class: the values were said
+        return None  # the schedule ends (OneCycleLR) or is of another class; the line has the arguments
 
 
 def _num_steps(state: Mapping[str, Any]) -> int | None:
@@ -206,7 +208,7 @@ def _num_steps(state: Mapping[str, Any]) -> int | None:
 
 def _advance(scheduler: Any, num_steps: int) -> None:
     with warnings.catch_warnings():
-        # That the optimizer has taken no step yet.
+        # Torch warns that the optimizer has made no step yet.
         warnings.simplefilter("ignore")
         for _ in range(num_steps):
             scheduler.step()

@@ -95,7 +95,7 @@ def test_order_is_by_step_then_time_when_listed(tmp_path: Path) -> None:
     assert [name for name, _ in list_checkpoints(tmp_path)] == ["b", "c", "a"]
 
 
-def test_earlier_checkpoint_stays_when_the_name_is_taken(tmp_path: Path) -> None:
+def test_earlier_checkpoint_remains_when_the_name_exists(tmp_path: Path) -> None:
     final = tmp_path / "epoch-0001"
     save(final, manifest(step=1))
     temporary = temporary_of(final, "attempt-2")
@@ -105,7 +105,7 @@ def test_earlier_checkpoint_stays_when_the_name_is_taken(tmp_path: Path) -> None
     assert read_manifest(final).step == 1
 
 
-def test_temporary_directories_differ_when_attempts_or_checkpoints_do(tmp_path: Path) -> None:
+def test_temporary_directories_differ_when_attempts_differ(tmp_path: Path) -> None:
     directories = {temporary_of(tmp_path / name, attempt) for name in ("a", "b") for attempt in ("1", "2")}
     assert len(directories) == 4
     assert {path.parent for path in directories} == {tmp_path}
@@ -118,7 +118,7 @@ def test_checkpoint_is_unseen_when_it_is_not_committed_yet(tmp_path: Path) -> No
     assert not temporary.exists()
 
 
-def test_leftovers_alone_are_removed_when_cleaning_up(tmp_path: Path) -> None:
+def test_only_leftovers_are_removed_when_cleaning_up(tmp_path: Path) -> None:
     save(tmp_path / "epoch-0001", manifest())
     begin(tmp_path / "epoch-0002")
     third = begin(tmp_path / "epoch-0003")
@@ -228,7 +228,7 @@ MISMATCH = "is damaged: its checksum does not match its content"
         (changed("files", 0, "ranges", "sizes", to=[1 << 63, 0]), "is damaged"),
     ],
 )
-def test_error_has_the_path_when_the_manifest_is_damaged_or_newer(tmp_path: Path, content: str, expected: str) -> None:
+def test_error_has_the_reason_when_the_manifest_is_unusable(tmp_path: Path, content: str, expected: str) -> None:
     final = tmp_path / "epoch-0001"
     save(final, manifest())
     (final / MANIFEST).write_bytes(content.encode("utf-8", "surrogatepass"))
@@ -238,7 +238,7 @@ def test_error_has_the_path_when_the_manifest_is_damaged_or_newer(tmp_path: Path
     assert expected in str(caught.value)
 
 
-def test_manifest_is_read_when_version_2_wrote_it_in_another_order(tmp_path: Path) -> None:
+def test_manifest_is_read_when_version_2_is_indented_otherwise(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(dict(reversed(json.loads(canonical(2)).items())), indent=4))
     found = read_manifest(tmp_path)
     ranges = [Ranges.of([Range(0, file.size_bytes, 0, "aa" * 16)]) for file in manifest().files]
@@ -254,7 +254,7 @@ def test_manifest_is_json_of_one_line_a_key_when_written() -> None:
     assert record["files"][0]["ranges"] == {"sizes": [4, 6], "ranks": [0, 1], "digests": "aa" * 16 + "bb" * 16}
 
 
-def test_error_has_the_path_when_the_manifest_is_no_file(tmp_path: Path) -> None:
+def test_error_has_the_path_when_the_manifest_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / MANIFEST).mkdir()
     (tmp_path / "b").mkdir()
@@ -264,14 +264,14 @@ def test_error_has_the_path_when_the_manifest_is_no_file(tmp_path: Path) -> None
             read_manifest(tmp_path / name)
 
 
-def test_nothing_is_committed_when_a_metric_is_no_number_of_json(tmp_path: Path) -> None:
+def test_nothing_is_committed_when_a_metric_is_not_finite(tmp_path: Path) -> None:
     temporary = begin(tmp_path / "epoch-0001")
     with pytest.raises(CheckpointError, match="its manifest cannot be written"):
         commit(temporary, tmp_path / "epoch-0001", dataclasses.replace(manifest(), metrics={"loss": math.nan}))
     assert list_checkpoints(tmp_path) == []
 
 
-def test_good_ones_are_found_and_the_bad_ones_told_when_some_are_damaged(tmp_path: Path) -> None:
+def test_good_and_bad_are_listed_when_some_are_damaged(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path / f"epoch-{step:04d}", manifest(step))
     (tmp_path / "epoch-0002" / MANIFEST).write_text(TEXT[:100])

@@ -174,7 +174,7 @@ def test_damage_is_found_when_any_byte_of_the_manifest_changes(checkpoint: Path,
 
 @MANY
 @given(data=st.data())
-def test_manifest_of_version_2_is_the_same_or_refused_when_damaged(tmp_path: Path, data: st.DataObject) -> None:
+def test_version_2_manifest_is_equal_or_refused_when_damaged(tmp_path: Path, data: st.DataObject) -> None:
     original = KEPT / "epoch-0002"
     path = tmp_path / MANIFEST
     path.write_bytes(data.draw(damaged_bytes((original / MANIFEST).read_bytes())))
@@ -186,7 +186,7 @@ def test_manifest_of_version_2_is_the_same_or_refused_when_damaged(tmp_path: Pat
 
 @MANY
 @given(data=st.data())
-def test_manifest_is_the_same_or_refused_when_its_values_are_edited(checkpoint: Path, data: st.DataObject) -> None:
+def test_manifest_is_equal_or_refused_when_values_are_edited(checkpoint: Path, data: st.DataObject) -> None:
     path = checkpoint / MANIFEST
     content = path.read_bytes()
     original = read_manifest(checkpoint)
@@ -201,7 +201,7 @@ def test_manifest_is_the_same_or_refused_when_its_values_are_edited(checkpoint: 
 
 @MANY
 @given(data=st.data())
-def test_nothing_impossible_is_taken_when_another_writer_has_sealed_it(checkpoint: Path, data: st.DataObject) -> None:
+def test_manifest_is_valid_or_refused_when_another_writer_sealed_it(checkpoint: Path, data: st.DataObject) -> None:
     path = checkpoint / MANIFEST
     content = path.read_bytes()
     record = data.draw(edited(json.loads(content)))
@@ -230,7 +230,7 @@ def test_nothing_impossible_is_taken_when_another_writer_has_sealed_it(checkpoin
 
 @MANY
 @given(data=st.data(), keeps_size=st.booleans())
-def test_header_is_the_same_or_refused_when_its_bytes_are_damaged(
+def test_header_is_equal_or_refused_when_bytes_are_damaged(
     checkpoint: Path, data: st.DataObject, keeps_size: bool
 ) -> None:
     path = checkpoint / data.draw(st.sampled_from(["model.safetensors", "optimizer.safetensors"]))
@@ -245,7 +245,7 @@ def test_header_is_the_same_or_refused_when_its_bytes_are_damaged(
 
 @MANY
 @given(data=st.data())
-def test_header_is_the_same_or_refused_when_its_values_are_edited(checkpoint: Path, data: st.DataObject) -> None:
+def test_header_is_equal_or_refused_when_values_are_edited(checkpoint: Path, data: st.DataObject) -> None:
     path = checkpoint / "optimizer.safetensors"
     (record,) = (file for file in read_manifest(checkpoint).files if file.name == path.name)
     content = path.read_bytes()
@@ -283,7 +283,7 @@ def _check_header(path: Path, record: Any, original: Any, content: bytes) -> Non
 
 @MANY
 @given(data=st.data())
-def test_trainer_state_is_the_same_or_refused_when_its_bytes_are_damaged(trained: Trained, data: st.DataObject) -> None:
+def test_trainer_state_is_equal_or_refused_when_bytes_are_damaged(trained: Trained, data: st.DataObject) -> None:
     path = trained.path / FILE
     content = path.read_bytes()
     path.write_bytes(data.draw(damaged_bytes(content)))
@@ -297,7 +297,7 @@ def test_trainer_state_is_the_same_or_refused_when_its_bytes_are_damaged(trained
 
 @MANY
 @given(data=st.data())
-def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_written_it(
+def test_trainer_state_is_typed_or_refused_when_values_are_edited(
     trained: Trained, tmp_path: Path, data: st.DataObject
 ) -> None:
     record = data.draw(edited(json.loads((trained.path / FILE).read_text())))
@@ -313,7 +313,7 @@ def test_trainer_state_is_of_its_types_or_refused_when_another_writer_has_writte
         assert str(error).startswith(str(other / FILE))
 
 
-def test_state_is_what_was_taken_when_read(trained: Trained) -> None:
+def test_trainer_state_equals_the_captured_one_when_read(trained: Trained) -> None:
     state = trained.state
     assert (state.epoch, state.step, state.loaders_done, state.batches_in_epoch) == (2, 20, 0, 4)
     (group,) = state.param_groups
@@ -330,21 +330,19 @@ def rewritten(directory: Path, record: Any) -> TrainerState:
 
 
 @pytest.mark.parametrize("is_stopped", [None, 1, "true"])
-def test_error_has_the_path_when_it_is_not_said_whether_training_ended(
-    trained: Trained, tmp_path: Path, is_stopped: Any
-) -> None:
+def test_error_has_the_path_when_is_stopped_is_not_a_bool(trained: Trained, tmp_path: Path, is_stopped: Any) -> None:
     record = json.loads((trained.path / FILE).read_text())
     with pytest.raises(DamagedError, match=f"{tmp_path / 'other' / FILE}: is damaged: is_stopped is .*neither"):
         rewritten(tmp_path / "other", {**record, "is_stopped": is_stopped})
 
 
-def test_state_is_read_when_it_is_of_before_the_epoch_of_the_data_went(trained: Trained, tmp_path: Path) -> None:
+def test_trainer_state_is_read_when_it_has_the_old_data_epoch(trained: Trained, tmp_path: Path) -> None:
     record = json.loads((trained.path / FILE).read_text())
     assert "epoch" not in record["position"]
     assert rewritten(tmp_path / "other", {**record, "position": {**record["position"], "epoch": 2}}) == trained.state
 
 
-def test_error_says_what_to_do_when_there_are_weights_alone(checkpoint: Path) -> None:
+def test_error_has_the_remedy_when_there_are_only_weights(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds weights only .* so training cannot be resumed from it"):
         read_trainer_state(checkpoint, read_manifest(checkpoint))
 

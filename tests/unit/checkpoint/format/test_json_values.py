@@ -47,7 +47,7 @@ def test_value_is_the_same_when_it_was_strict_json_between(value: Any) -> None:
     assert same(decode(json.loads(text)), value)
 
 
-def test_tensors_are_found_again_when_they_are_kept_elsewhere() -> None:
+def test_tensors_are_found_when_they_are_stored_elsewhere() -> None:
     kept = KeptTensors()
     value = {"a": [torch.arange(3), torch.tensor(2.0)], "b": deque([torch.zeros(0)], maxlen=3), "c": torch.bfloat16}
     text = json.dumps(encode(value, kept.put), allow_nan=False)
@@ -96,12 +96,12 @@ def test_numbers_of_numpy_are_pythons_when_encoded() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), torch.zeros(2), print, [{"a": object()}], b"bytes"])
-def test_error_has_the_type_when_it_is_no_value(value: object) -> None:
+def test_error_has_the_type_when_a_value_is_unsupported(value: object) -> None:
     with pytest.raises(TypeError, match="is not a number, a text or a list of these"):
         encode(value)
 
 
-def test_error_has_the_size_when_a_number_is_too_long_to_be_written() -> None:
+def test_error_has_the_size_when_a_number_is_too_long() -> None:
     longest = 10**4000
     assert decode(json.loads(json.dumps(encode(longest)))) == longest
     with pytest.raises(TypeError, match="an int of 16610 bits is too long to be written as text"):
@@ -163,7 +163,7 @@ def test_error_is_a_value_error_when_it_is_damaged(value: Any) -> None:
         ),
     ],
 )
-def test_schedulers_go_on_as_if_nothing_had_been_when_restored(make: Any) -> None:
+def test_schedulers_continue_identically_when_restored(make: Any) -> None:
     def made() -> tuple[torch.optim.Optimizer, Any]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
         return optimizer, make(optimizer)

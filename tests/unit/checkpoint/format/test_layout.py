@@ -76,7 +76,7 @@ def test_every_type_of_torch_is_there_when_safetensors_has_it() -> None:
 
 
 @given(kinds, st.integers(0, 150))
-def test_no_file_is_too_large_and_each_tensor_is_in_one_when_split(
+def test_files_respect_the_limit_when_weights_are_split(
     kinds: dict[str, tuple[str, tuple[int, ...]]], limit: int
 ) -> None:
     specs = [TensorSpec("model", name, *kind) for name, kind in kinds.items()]
@@ -110,7 +110,7 @@ def test_names_and_index_are_those_of_transformers_when_split(
     }
 
 
-def test_optimizer_has_a_file_of_its_own_when_the_weights_are_split() -> None:
+def test_optimizer_has_its_own_file_when_weights_are_split() -> None:
     specs = [TensorSpec("model", name, "F32", (4,)) for name in "ab"]
     specs += [TensorSpec("optimizer", name, "F32", (100,)) for name in "ab"]
     layout = plan_layout(specs, {"c": "a"}, 16)
@@ -140,7 +140,7 @@ def test_no_tensor_is_lost_when_it_has_the_name_of_the_metadata() -> None:
 
 
 @given(kinds, texts)
-def test_header_reads_back_when_safetensors_has_written_the_file(
+def test_header_is_read_when_safetensors_wrote_the_file(
     tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "read.safetensors"
@@ -214,7 +214,7 @@ def test_error_has_the_path_when_the_file_is_damaged(tmp_path: Path, content: by
         read_header(path)
 
 
-def test_error_is_told_when_the_file_is_cut_off_anywhere(tmp_path: Path) -> None:
+def test_error_is_raised_when_the_file_is_truncated_anywhere(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors.torch.save({"a": torch.ones(3), "b": torch.ones(2, dtype=torch.int8)}))
     for size in reversed(range(path.stat().st_size)):
@@ -223,7 +223,7 @@ def test_error_is_told_when_the_file_is_cut_off_anywhere(tmp_path: Path) -> None
             read_header(path)
 
 
-def test_nothing_is_read_when_the_header_would_be_larger_than_safetensors_allows(tmp_path: Path) -> None:
+def test_header_is_not_read_when_it_exceeds_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes((100_000_001).to_bytes(8, "little"))
     os.truncate(path, 200_000_000)

@@ -64,7 +64,7 @@ def names(model: nn.Module) -> set[str]:
     return {*state.parameters, *state.buffers, *state.aliases}
 
 
-def test_names_and_order_are_those_of_state_dict_when_not_wrapped() -> None:
+def test_names_equal_state_dict_when_not_wrapped() -> None:
     model = Net()
     state = named_state(model)
     assert names(model) == set(model.state_dict())
@@ -76,7 +76,7 @@ def test_own_submodule_keeps_its_name_when_called_module() -> None:
     assert {"module.weight", "module.bias"} <= set(named_state(Net()).parameters)
 
 
-def test_buffer_is_left_out_when_not_persistent() -> None:
+def test_buffer_is_skipped_when_not_persistent() -> None:
     state = named_state(Net())
     assert "cache" not in names(Net())
     assert set(state.buffers) == {"scale", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
@@ -95,7 +95,7 @@ def test_buffer_is_left_out_when_not_persistent() -> None:
         lambda model: torch.compile(DistributedDataParallel(checkpoint_wrapper(model)), backend="eager"),
     ],
 )
-def test_wrappers_are_taken_off_when_at_the_top(wrap: object) -> None:
+def test_wrappers_are_removed_when_at_the_top(wrap: object) -> None:
     model = Net()
     expected = set(model.state_dict())
     wrapped = wrap(model)  # type: ignore[operator]
@@ -110,7 +110,7 @@ def test_names_stay_the_same_when_a_compiled_model_has_run() -> None:
     assert set(named_state(compiled).parameters) == {name for name, _ in model.named_parameters()}
 
 
-def test_wrappers_are_taken_off_when_inside() -> None:
+def test_wrappers_are_removed_when_inside() -> None:
     model = Net()
     expected = set(model.state_dict())
     model.head[0] = checkpoint_wrapper(model.head[0])
@@ -125,7 +125,7 @@ def test_wrapper_is_known_when_its_class_is_a_subclass() -> None:
     assert unwrapped(inner) is inner
 
 
-def test_tied_weight_stands_once_with_an_alias_when_shared() -> None:
+def test_tied_weight_is_stored_once_with_an_alias_when_shared() -> None:
     state = named_state(Tied())
     assert state.aliases == {"head.weight": "embed.weight", "b": "a"}
     assert set(state.parameters) == {"embed.weight", "body.weight", "body.bias"}
@@ -159,7 +159,7 @@ class BaseTunerLayer(nn.Module):
         self.base_layer = base_layer
 
 
-def test_error_names_both_when_an_adapter_has_the_name_of_what_it_adapts() -> None:
+def test_error_names_both_when_an_adapter_has_its_weights_name() -> None:
     layer = BaseTunerLayer(nn.Linear(2, 2))
     layer.weight = nn.Parameter(torch.zeros(1))
     with pytest.raises(CheckpointError, match=r"0\.weight: two tensors of the model would have this name"):
@@ -167,7 +167,7 @@ def test_error_names_both_when_an_adapter_has_the_name_of_what_it_adapts() -> No
 
 
 @pytest.mark.parametrize("tied_first", [True, False])
-def test_error_names_both_when_a_tied_tensor_has_the_name_of_another(tied_first: bool) -> None:
+def test_error_names_both_when_a_tied_tensor_has_anothers_name(tied_first: bool) -> None:
     layer, other = BaseTunerLayer(nn.Linear(2, 2)), nn.Linear(2, 2)
     layer.weight = other.weight
     model = nn.Module()
@@ -210,7 +210,7 @@ def plain() -> nn.Module:
 @pytest.mark.parametrize(
     "wrap", [lambda model: model, DistributedDataParallel, lambda model: torch.compile(model, backend="eager")]
 )
-def test_names_are_those_before_wrapping_when_peft_has_adapted_the_model(
+def test_names_do_not_change_when_peft_adapts_the_model(
     wrap: Callable[[nn.Module], nn.Module],
 ) -> None:
     import peft
@@ -232,7 +232,7 @@ def test_names_are_those_before_wrapping_when_peft_has_adapted_the_model(
     assert state.aliases == {}
 
 
-def test_adapters_stand_beside_each_other_when_peft_has_added_two() -> None:
+def test_adapters_have_separate_names_when_peft_has_added_two() -> None:
     import peft
 
     model = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["fc"]))
@@ -246,7 +246,7 @@ def test_adapters_stand_beside_each_other_when_peft_has_added_two() -> None:
 
 
 @pytest.mark.parametrize("kind", ["DoraConfig", "IA3Config", "VeraConfig", "LoHaConfig", "OFTConfig", "RandLoraConfig"])
-def test_every_tensor_has_one_name_when_another_adapter_of_peft_is_used(kind: str) -> None:
+def test_every_tensor_has_one_name_when_peft_uses_other_adapters(kind: str) -> None:
     import peft
 
     values: dict[str, Any] = {"target_modules": ["fc"]}
@@ -267,7 +267,7 @@ def test_every_tensor_has_one_name_when_another_adapter_of_peft_is_used(kind: st
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft with transformers 5
-def test_no_trained_tensor_is_left_out_when_peft_learns_a_prompt() -> None:
+def test_every_trained_tensor_is_named_when_peft_learns_a_prompt() -> None:
     import peft
     import transformers
 

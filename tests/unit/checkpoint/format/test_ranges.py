@@ -89,7 +89,7 @@ def test_error_is_raised_when_sizes_exceed_64_bits() -> None:
         Ranges([1 << 62, 1 << 62], [0, 0], bytes(32))
 
 
-def test_checkpoint_is_verified_when_a_file_has_thousands_of_ranges(tmp_path: Path) -> None:
+def test_checkpoint_is_verified_when_a_file_has_4100_ranges(tmp_path: Path) -> None:
     """Two ranks hold every other element, so there are as many ranges as a thousand ranks write."""
     num = 4099
     specs = [TensorSpec("model", "w", "F32", (num,))]

@@ -44,7 +44,7 @@ def test_all_is_well_when_nothing_has_changed(checkpoint: Path) -> None:
     assert "every byte is what was written" in summary(checkpoint, found)
 
 
-def test_file_bytes_and_rank_are_named_when_one_byte_of_any_range_is_flipped(checkpoint: Path) -> None:
+def test_problem_names_bytes_and_rank_when_a_byte_is_flipped(checkpoint: Path) -> None:
     for file in read_manifest(checkpoint).files:
         for part in file.ranges:
             for byte in {part.start, (part.start + part.end) // 2, part.end - 1}:
@@ -75,7 +75,7 @@ def test_damage_is_found_when_any_byte_is_another(
     assert len(verify(path).problems) == 1
 
 
-def test_every_problem_is_told_when_there_are_several(checkpoint: Path) -> None:
+def test_every_problem_is_listed_when_there_are_several(checkpoint: Path) -> None:
     files = read_manifest(checkpoint).files
     for file in files:
         flip(checkpoint / file.name, 0)
@@ -95,7 +95,7 @@ def test_file_is_named_when_it_is_missing(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("change_bytes", [-1, 1])
-def test_sizes_are_told_when_a_file_is_too_short_or_too_long(checkpoint: Path, change_bytes: int) -> None:
+def test_problem_has_the_sizes_when_a_file_has_another_length(checkpoint: Path, change_bytes: int) -> None:
     path = checkpoint / "optimizer.safetensors"
     size = path.stat().st_size
     path.write_bytes((path.read_bytes() + b"x")[: size + change_bytes])
@@ -104,7 +104,7 @@ def test_sizes_are_told_when_a_file_is_too_short_or_too_long(checkpoint: Path, c
     )
 
 
-def test_optimizer_is_not_read_when_weights_alone_are_asked_for(checkpoint: Path) -> None:
+def test_optimizer_is_not_read_when_only_weights_are_verified(checkpoint: Path) -> None:
     flip(checkpoint / "optimizer.safetensors", 100)
     assert verify(checkpoint, weights_only=True).problems == ()
     require_whole(checkpoint, weights_only=True)
@@ -113,7 +113,7 @@ def test_optimizer_is_not_read_when_weights_alone_are_asked_for(checkpoint: Path
         require_whole(checkpoint, weights_only=True)
 
 
-def test_error_has_the_path_when_it_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_error_has_the_path_when_it_is_not_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="is not a directory"):
         require_checkpoint(tmp_path / "missing")
     with pytest.raises(CheckpointError, match="has no manifest"):

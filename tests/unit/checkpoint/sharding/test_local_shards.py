@@ -89,9 +89,7 @@ class OfTwoTensors(nn.Linear):
         (OfTwoTensors, "0.weight: is a TwoTensor, a tensor made of others, .*; convert it to a plain tensor"),
     ],
 )
-def test_error_names_the_module_when_its_state_is_not_its_tensors(
-    accelerator: Accelerator, make: Any, said: str
-) -> None:
+def test_error_names_the_module_when_it_has_extra_state(accelerator: Accelerator, make: Any, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         find_watched(accelerator, Watched(nn.Sequential(make()), None, None), weights_only=True, dtype=None)
 
@@ -107,14 +105,14 @@ def test_error_names_the_module_when_its_state_is_not_its_tensors(
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
     ],
 )
-def test_module_is_taken_when_its_state_dict_adds_nothing(accelerator: Accelerator, make: Any) -> None:
+def test_module_is_accepted_when_its_state_dict_adds_nothing(accelerator: Accelerator, make: Any) -> None:
     model = nn.Sequential(make(), nn.Linear(2, 2))
     found = find_watched(accelerator, Watched(model, None, None), weights_only=True, dtype=None)
     assert {"1.weight", "1.bias"} <= {source.spec.name for source in found.tensors}
 
 
 @pytest.mark.parametrize("state", [{True: torch.zeros(2)}, {"flags": {False: torch.zeros(2)}}])
-def test_error_names_the_state_when_a_key_is_neither_text_nor_a_number(accelerator: Accelerator, state: Any) -> None:
+def test_error_names_the_state_when_a_key_is_unsupported(accelerator: Accelerator, state: Any) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.weight] = state
@@ -123,7 +121,7 @@ def test_error_names_the_state_when_a_key_is_neither_text_nor_a_number(accelerat
 
 
 @pytest.mark.parametrize("name", ["weight", r"a tensor of shape \(3, 2\)"])
-def test_error_names_the_tensor_when_state_is_of_one_in_no_group(accelerator: Accelerator, name: str) -> None:
+def test_error_names_the_tensor_when_it_is_in_no_group(accelerator: Accelerator, name: str) -> None:
     model = nn.Linear(2, 3)
     optimizer = torch.optim.SGD([model.bias], lr=0.1)
     key = model.weight if name == "weight" else torch.zeros(3, 2)

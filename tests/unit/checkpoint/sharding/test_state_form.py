@@ -33,7 +33,7 @@ def test_value_is_the_same_when_built_from_its_form_and_leaves() -> None:
     assert list(built) == list(TREE) and built["queue"].maxlen == 4
 
 
-def test_leaves_are_looked_up_anew_when_containers_are_replaced() -> None:
+def test_leaves_are_current_when_containers_are_replaced() -> None:
     state = {"pair": ([torch.zeros(1)], 1), "queue": deque([1.0, 2.0])}
     leaves = {leaf.name: leaf for leaf in leaves_of(state)}
     assert list(leaves) == ["pair.0.0", "pair.1", "queue.0", "queue.1"]
@@ -61,7 +61,7 @@ def test_form_is_needed_when_the_names_do_not_tell_the_state(state: dict[str, An
     assert (needed_form(state, LIKE) is not None) == is_needed
 
 
-def test_object_is_what_it_saves_when_its_form_is_taken() -> None:
+def test_form_is_that_of_the_state_dict_when_it_is_an_object() -> None:
     projector = Projector()
     projector(torch.ones(2))
     state = {"projectors": [projector]}
@@ -76,12 +76,12 @@ def test_object_is_what_it_saves_when_its_form_is_taken() -> None:
 
 
 @pytest.mark.parametrize("value", [{1}, {"a": 1j}, slice(1), {(1,): 2}, {True: 2}, torch.float32, [object]])
-def test_form_is_refused_when_a_value_is_not_understood(value: Any) -> None:
+def test_form_is_refused_when_a_value_is_unsupported(value: Any) -> None:
     with pytest.raises(TypeError):
         form_of(value, LIKE)
 
 
-def test_nothing_but_value_errors_come_when_a_form_is_damaged() -> None:
+def test_only_value_errors_are_raised_when_a_form_is_damaged() -> None:
     numbers = random.Random(0)
     whole = form_of(TREE, LIKE)
     refused = 0
@@ -108,7 +108,7 @@ def _damage(form: Any, numbers: random.Random) -> None:
         return
 
 
-def test_tensor_is_of_the_device_alone_when_it_is_one_element() -> None:
+def test_form_has_the_device_when_a_tensor_has_one_element() -> None:
     value: Tensor = torch.zeros((), device="meta")
     assert form_of(value, LIKE) == "device_tensor"
     assert form_of(torch.zeros(2, device="meta"), LIKE) == "tensor"

@@ -112,7 +112,7 @@ def test_values_are_equal_when_restored(accelerator: Accelerator, tmp_path: Path
         assert found[name].stride() == value.stride(), name
 
 
-def test_state_is_flat_when_the_checkpoint_has_an_order_of_dimensions(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_state_is_flat_when_the_checkpoint_has_an_order(accelerator: Accelerator, tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
     first = stepped(Watched(model, Sums(model.parameters()), None))
     checkpoint = saved(first, accelerator, tmp_path)
@@ -130,7 +130,7 @@ def test_state_is_flat_when_the_checkpoint_has_an_order_of_dimensions(accelerato
 
 
 @pytest.mark.parametrize("how", ["resumed", "initial_weights"])
-def test_error_names_the_buffer_when_its_elements_share_memory_and_differ(
+def test_error_names_the_buffer_when_its_elements_share_memory(
     accelerator: Accelerator, tmp_path: Path, how: str
 ) -> None:
     model = nn.Linear(2, 2)

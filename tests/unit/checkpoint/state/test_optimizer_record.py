@@ -67,9 +67,7 @@ def resumed(watched: Watched, accelerator: Accelerator, directory: Path) -> list
     return lines
 
 
-def test_training_goes_on_bit_for_bit_when_state_belongs_to_no_parameter(
-    accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_training_is_bit_equal_when_state_has_no_parameter(accelerator: Accelerator, tmp_path: Path) -> None:
     first, second = made(), made(1)
     train(first, 3)
     saved(first, accelerator, tmp_path)
@@ -87,7 +85,7 @@ def test_training_goes_on_bit_for_bit_when_state_belongs_to_no_parameter(
     assert torch.equal(second.model.weight, first.model.weight)  # type: ignore[arg-type]
 
 
-def test_file_of_tensors_is_one_of_the_checkpoint_when_it_is_there(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_file_of_states_is_verified_and_listed_when_it_exists(accelerator: Accelerator, tmp_path: Path) -> None:
     watched = made()
     train(watched, 3)
     checkpoint = saved(watched, accelerator, tmp_path)
@@ -105,7 +103,7 @@ def test_file_of_tensors_is_one_of_the_checkpoint_when_it_is_there(accelerator: 
         read_trainer_state(checkpoint, manifest)
 
 
-def test_nothing_is_added_when_there_are_parameters_alone(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_nothing_is_added_when_all_state_is_of_parameters(accelerator: Accelerator, tmp_path: Path) -> None:
     watched = made(optimizer=torch.optim.AdamW)
     train(watched, 3)
     checkpoint = saved(watched, accelerator, tmp_path)
@@ -115,7 +113,7 @@ def test_nothing_is_added_when_there_are_parameters_alone(accelerator: Accelerat
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, OfShared])
-def test_checkpoint_is_resumed_when_an_earlier_version_has_written_it(
+def test_checkpoint_is_resumed_when_an_earlier_version_wrote_it(
     accelerator: Accelerator, tmp_path: Path, optimizer: Any
 ) -> None:
     first, second = made(optimizer=optimizer), made(1, optimizer)
@@ -187,7 +185,7 @@ def test_record_is_refused_when_it_is_damaged(record: dict[str, Any]) -> None:
         OptimizerRecord.read(record)
 
 
-def test_optimizer_is_taken_when_its_closure_is_optional() -> None:
+def test_optimizer_is_accepted_when_its_closure_is_optional() -> None:
     check_step(torch.optim.SGD(nn.Linear(1, 1).parameters()))
     check_step(None)
     assert not KeptTensors().tensors
@@ -229,7 +227,7 @@ def test_error_names_the_value_when_a_group_would_lose_it(accelerator: Accelerat
         groups_record(shards, KeptTensors())
 
 
-def test_values_are_left_out_when_the_code_makes_them_again(accelerator: Accelerator) -> None:
+def test_values_are_skipped_when_the_code_makes_them_again(accelerator: Accelerator) -> None:
     model = nn.Linear(2, 2)
     values = {
         "function": len,

@@ -124,7 +124,7 @@ def test_tensor_is_stored_once_when_two_models_share_it(accelerator: Accelerator
     assert "exp_avg.a.0.weight" in load_file(checkpoint / "optimizer.safetensors")
 
 
-def test_values_are_of_the_save_when_a_model_without_optimizer_moves(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_values_are_of_the_save_when_an_average_moves(accelerator: Accelerator, tmp_path: Path) -> None:
     # Large enough that the copy is not over when the average is moved.
     model, average = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
     watched = several(model=(model, optimizer_of(model)), average=(average, None))
@@ -146,7 +146,7 @@ def test_values_are_of_the_save_when_a_model_without_optimizer_moves(accelerator
     assert torch.equal(found, expected)
 
 
-def test_save_does_not_overlap_until_every_optimizer_was_seen(accelerator: Accelerator, tmp_path: Path) -> None:
+def test_save_overlaps_only_when_every_optimizer_has_stepped(accelerator: Accelerator, tmp_path: Path) -> None:
     first, second = nn.Linear(3, 2), nn.Linear(2, 3)
     watched = several(a=(first, optimizer_of(first)), b=(second, optimizer_of(second)))
     train(watched)
@@ -184,7 +184,7 @@ class LateForms(LocalShards):
         self.forms.update(b={"dict": [["step", "float"]]})
 
 
-def test_forms_are_merged_again_when_a_part_learns_those_of_other_ranks() -> None:
+def test_forms_are_merged_when_a_part_learns_those_of_others() -> None:
     merged = MergedShards.of([LocalShards(forms={"a": {"dict": [["step", "int"]]}}), LateForms()])
     merged.complete(Collectives(0, 1))
     assert merged.forms == {"a": {"dict": [["step", "int"]]}, "b": {"dict": [["step", "float"]]}}
