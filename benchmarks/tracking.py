@@ -203,7 +203,7 @@ def tracked(run_dir: Path, tracking_uri: str, experiment: str = "benchmark") -> 
         assert tracker.finish("FINISHED", "the benchmark is done", 60.0, lambda left: True), publisher_log(run_dir)
     finally:
         tracker.detach()
-        publisher = tracker._publisher
+        publisher = None if tracker._publisher is None else tracker._publisher.process
         if publisher is not None and publisher.poll() is None:
             publisher.kill()
             publisher.wait()

@@ -102,7 +102,7 @@ class Tracker:
         """Start the publisher and wait until the MLflow run exists and its id is on disk.
 
         Raises:
-            TrackingError: if the store rejects the run or does not respond within ``tracking.start_timeout_s``.
+            TrackingError: if the store refuses the run or does not respond within ``tracking.start_timeout_s``.
         """
         # The first entry: a publisher of the previous attempt stops when it reads this.
         self._log_facts(facts)
@@ -186,8 +186,8 @@ class Tracker:
     def log_params(self, values: Mapping[str, str]) -> Drift:
         """Log parameters, and return how they differ from those of earlier attempts.
 
-        MLflow rejects a new value of a parameter, so a changed one is recorded as a fact of this attempt. Names that
-        MLflow rejects are replaced, with a warning; this applies to metrics, tags and texts too.
+        MLflow refuses a new value of a parameter, so a changed one is recorded as a fact of this attempt. Names that
+        MLflow refuses are replaced, with a warning; this applies to metrics, tags and texts too.
         """
         found = drift(self._logged.params, self._names.clean_all("parameter", values))
         if found.added:
@@ -395,7 +395,7 @@ class Tracker:
         self.journal.close()
 
     def _flush(self, may_wait: bool) -> bool:
-        """Flush the journal; False if the disk rejects it and there is time to try again."""
+        """Flush the journal; False if the disk refuses it and there is time to try again."""
         try:
             self.journal.sync()
             return True

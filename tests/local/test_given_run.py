@@ -63,7 +63,7 @@ def test_first_named_is_given_when_several_are(store: MlflowClient, monkeypatch:
         assert found == given_run.GivenRun(active, "the active run")
         assert given_run.given_run("sqlite:///elsewhere.db") is None
         with mlflow.start_run(nested=True) as nested:
-            assert given_run.is_held(active) and given_run.is_held(nested.info.run_id)
+            assert given_run.is_active(active) and given_run.is_active(nested.info.run_id)
         named = made_before(store)
         monkeypatch.setenv("MLFLOW_RUN_ID", named)
         found = given_run.given_run(None)
@@ -74,7 +74,7 @@ def test_first_named_is_given_when_several_are(store: MlflowClient, monkeypatch:
         given_run.mark_used(active)
         given_run.mark_used(named)
         assert given_run.given_run(None) == given_run.GivenRun(active, "the active run")
-    assert not given_run.is_held(active)
+    assert not given_run.is_active(active)
 
 
 def test_active_run_is_logged_to_and_not_ended_when_the_user_holds_it(store: MlflowClient, tmp_path: Path) -> None:

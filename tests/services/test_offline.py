@@ -151,7 +151,7 @@ def test_children_are_under_one_parent_that_ends_with_the_last_of_them(tmp_path:
             tracker.finish(status, "done", 1.0, lambda left: True)  # type: ignore[arg-type]
             deliver_rest(tracker.run_dir, None)
         assert client.get_run(parent_id).info.status == "RUNNING"
-        trackers[0].end("FINISHED", "done", 1.0, lambda left: True)
+        trackers[0].finish("FINISHED", "done", 1.0, lambda left: True)
         deliver_rest(trackers[0].run_dir, None)
     finally:
         held.release()

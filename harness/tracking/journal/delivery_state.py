@@ -30,8 +30,8 @@ class Delivered:
         offset: journal offset up to which all entries except those of `FILES` are delivered.
         models_offset: journal offset up to which the entries of `FILES` are delivered.
         models: checkpoint name -> id of its LoggedModel.
-        refused: what the store has rejected permanently; the first `MAX_REFUSED_KEPT` messages.
-        num_refused: number of rejections in all.
+        refused: what the store has refused permanently; the first `MAX_REFUSED_KEPT` messages.
+        num_refused: number of refusals in all.
         num_damaged: number of damaged journal entries, which are not delivered.
         files_trouble: why the run has ended without its files: the artifact store's error. Empty if it has its files.
         ended: whether the last delivered entry is the run's end.
@@ -141,7 +141,7 @@ class DeliveryState:
 
         Args:
             models: checkpoint name -> id of its model, None if the model is deleted.
-            refused: message about a permanent rejection.
+            refused: message about a permanent refusal.
             is_points: whether only metrics were delivered. The artifact worker skips them if it has reached them. Such
                 updates are written at most once a second; after a crash their entries are delivered again, which
                 changes nothing in MLflow.

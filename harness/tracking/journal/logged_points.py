@@ -1,7 +1,7 @@
 """What earlier attempts at a run have logged, read back from the journal.
 
 A resumed run repeats the steps after its checkpoint. Points that are already in the journal are not logged again, and
-parameters with a new value, which MLflow rejects, are reported as drift.
+parameters with a new value, which MLflow refuses, are reported as drift.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from harness.tracking.journal.entries import (
 )
 from harness.tracking.journal.pruning import read_pruned
 
-# Limit of the entries in memory while the disk rejects writes: about a million points.
+# Limit of the entries in memory while the disk refuses writes: about a million points.
 MAX_PENDING_BYTES = 32 * 1024**2
 # Default limit of the journal on disk; see `tracking.max_outbox_size`.
 DEFAULT_MAX_BYTES = 2 * 10**9
@@ -151,7 +151,7 @@ class JournalWriter:
         does nothing.
 
         Raises:
-            TrackingError: if the disk rejects the entries.
+            TrackingError: if the disk refuses the entries.
         """
         with self._sync_lock:
             try:

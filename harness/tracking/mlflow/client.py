@@ -94,7 +94,7 @@ def _path_of(tracking_uri: str) -> str:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether MLflow has rejected a request permanently, rather than being unreachable, slow or busy.
+    """Whether MLflow has refused a request permanently, rather than being unreachable, slow or busy.
 
     Only MLflow's JSON responses and its client's checks count; a proxy's page with status 400 does not. An MLflow
     server responds BAD_REQUEST to nearly every database error, and most of these are transient. Errors about a deleted

@@ -80,7 +80,7 @@ class PublishedModels:
         return model_id
 
     def _link_to_run(self, model_id: str, step: int) -> None:
-        # MLflow's database rejects a second link permanently.
+        # MLflow's database refuses a second link permanently.
         outputs = self._client.get_run(self._run_id).outputs
         if not any(output.model_id == model_id for output in (outputs.model_outputs if outputs else ())):
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
@@ -121,7 +121,7 @@ class PublishedModels:
             for key, value, time_ms, step in record["metrics"]
         ]
         for start in range(0, len(linked), MAX_METRICS_PER_BATCH):
-            # Rejected points are omitted: they were reported when they were rejected as the run's points.
+            # Refused points are omitted: they were reported when they were refused as the run's points.
             for _ in send_in_halves(linked[start : start + MAX_METRICS_PER_BATCH], self._link, is_permanent):
                 continue
         self._client.finalize_logged_model(model_id, "READY")
@@ -220,7 +220,7 @@ class PublishedModels:
             if names is None:
                 files.delete_artifacts()
             else:
-                # Some stores reject the deletion of a missing file, and this may be a retry.
+                # Some stores refuse the deletion of a missing file, and this may be a retry.
                 for name in {file.path for file in files.list_artifacts()} & set(names):
                     files.delete_artifacts(name)
         except Exception as error:

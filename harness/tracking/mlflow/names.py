@@ -1,6 +1,6 @@
 """Names that MLflow accepts for metrics, parameters, tags, registered models and artifacts.
 
-MLflow rejects a whole request if one of its names is invalid, so names are cleaned before they enter the journal. The
+MLflow refuses a whole request if one of its names is invalid, so names are cleaned before they enter the journal. The
 rules repeat those of `mlflow.utils.validation`, because the trainer does not import mlflow; the tests compare the two.
 Valid names are unchanged, and cleaning is idempotent: the publisher cleans again, because journals of earlier versions
 hold unchecked names.
@@ -125,7 +125,7 @@ _RULES: Final[Mapping[Kind, str]] = {
 
 
 def _is_not_normal(name: str) -> bool:
-    # MLflow rejects every name that begins with two dots, even "..a".
+    # MLflow refuses every name that begins with two dots, even "..a".
     return name.startswith("..") or any(part in ("", ".", "..") for part in name.split("/"))
 
 

@@ -319,8 +319,8 @@ class MlflowStore:
         Args:
             status: FINISHED, FAILED or KILLED; None: the user's code ends its own run.
             end_time_ms: milliseconds since the epoch.
-            is_user_run: the user has created the run, and its process is gone. A run that has ended is not changed, and
-                one that had ended before `open_run` gets its earlier status again.
+            is_user_run: the user has created the run, and its process has exited. A run that has ended is not changed,
+                and one that had ended before `open_run` gets its earlier status again.
         """
         self._delete_duplicates()
         if status is None or (is_user_run and self._client.get_run(self.run_id).info.status in _ENDED):
@@ -376,7 +376,7 @@ def _storable_point(key: str, value: float, time_ms: int, step: int) -> tuple[st
 
 
 def _storable(text: str) -> str:
-    """Replace characters that a database rejects: lone surrogates, and NUL in PostgreSQL."""
+    """Replace characters that a database refuses: lone surrogates, and NUL in PostgreSQL."""
     return text.encode(errors="replace").decode().replace("\0", "?")
 
 

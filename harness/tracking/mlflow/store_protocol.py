@@ -96,7 +96,7 @@ class Store(Protocol):
         """Set the final status; None: the user's process is alive and ends its own run."""
 
     def is_permanent(self, error: Exception) -> bool:
-        """Whether the store has rejected a request permanently, so that a retry is useless."""
+        """Whether the store has refused a request permanently, so that a retry is useless."""
         ...
 
     def handle_transient_error(self, error: Exception) -> None:
@@ -133,13 +133,13 @@ class RefusedError(Exception):
 def send_in_halves(
     items: Sequence[Item], send: Callable[[Sequence[Item]], None], is_permanent: Callable[[Exception], bool]
 ) -> Iterator[tuple[Item, Exception]]:
-    """Send items in one request; after a permanent error, bisect to find the rejected items.
+    """Send items in one request; after a permanent error, bisect to find the refused items.
 
-    One rejected item among n takes about 2 log2(n) requests. After a transient error items are sent again, so `send`
+    One refused item among n takes about 2 log2(n) requests. After a transient error items are sent again, so `send`
     must be idempotent.
 
     Yields:
-        Each rejected item and its error.
+        Each refused item and its error.
 
     Raises:
         Exception: an error of `send` that is not permanent.

@@ -161,7 +161,7 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
             start_new_session=True,
         )
     assert publisher.stdin is not None
-    # The pipe remains open: its end shows the publisher that the trainer is gone.
+    # The pipe remains open: its end shows the publisher that the trainer has exited.
     publisher.stdin.write(json.dumps(settings).encode() + b"\n")
     publisher.stdin.flush()
     return publisher

@@ -70,7 +70,7 @@ class TrainerPipe:
     """The pipes to the trainer: settings on standard input, one response on standard output.
 
     Effects: keeps standard output for the response and redirects all other output to the log, redacted. MLflow prints a
-    run's address, which may hold a password, and would fail once the trainer is gone.
+    run's address, which may hold a password, and would fail once the trainer has exited.
     """
 
     def __init__(self) -> None:
@@ -89,10 +89,10 @@ class TrainerPipe:
 
     def respond(self, **values: Any) -> None:
         """Send a response. The trainer reads only the first one."""
-        with suppress(BrokenPipeError):  # the trainer is gone; its outbox is delivered nevertheless
+        with suppress(BrokenPipeError):  # the trainer has exited; its outbox is delivered nevertheless
             os.write(self._responses, json.dumps(values).encode() + b"\n")
 
-    def is_gone(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether the trainer has closed its end of the pipe. It writes nothing after the settings."""
         readable, _, _ = select.select([sys.stdin], [], [], 0)
         return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
@@ -140,12 +140,12 @@ def _acquire_after_predecessor(lock: TextIO, run_dir: Path, raw: Mapping[str, An
     reaches this attempt's entries.
     """
     run_id = read_run_record(run_dir).get("run_id")
-    if raw["attempt"] == 1 or run_id is None or pipe.is_gone():
+    if raw["attempt"] == 1 or run_id is None or pipe.has_exited():
         return False
     log(f"waits for the previous attempt's publisher: {holder_of(lock.fileno(), 'FLOCK')}")
     pipe.respond(run_id=run_id)
     while not _acquire(lock, POLL_S):
-        if pipe.is_gone():
+        if pipe.has_exited():
             return False
     return True
 

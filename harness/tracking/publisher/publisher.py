@@ -68,7 +68,7 @@ class Publisher:
         self._artifacts = ArtifactWorker(run_dir, settings, store, self._state, self._retries)
         self._attempts = AttemptRecorder(run_dir, store, self._state, settings.attempt)
         self._has_seen_trainer = False
-        # Permanent rejections of the entries that are being delivered.
+        # Permanent refusals of the entries that are being delivered.
         self._refused: list[str] = []
         problems = (delivered_problem(self._outbox_dir), pruned_problem(self._outbox_dir))
         self.notes = [problem for problem in problems if problem is not None]
@@ -101,7 +101,7 @@ class Publisher:
                 break
             except Exception as error:
                 is_late = self._clock.now_s() > deadline_s
-                if self._retries.is_permanent(error) or is_late or self._trainer.is_gone():
+                if self._retries.is_permanent(error) or is_late or self._trainer.has_exited():
                     raise
                 log(f"cannot open the run yet: {error}")
                 self._clock.sleep(FIRST_PAUSE_S)
@@ -135,9 +135,9 @@ class Publisher:
 
     def _deliver_remaining_files(self) -> bool:
         """Deliver the files of a run whose end is delivered, and the end again, because the run was reopened."""
-        has_files = self._wait_for_files()
+        are_files_delivered = self._wait_for_files()
         end = self._delivered_end()
-        return end is not None and self._deliver_with_retries([end]) and has_files
+        return end is not None and self._deliver_with_retries([end]) and are_files_delivered
 
     def _delivered_end(self) -> Entry | None:
         """The end entry that was delivered last; None if entries follow it or it is not in the journal."""
@@ -148,7 +148,7 @@ class Publisher:
         return next((end for end in ends if end.end_offset == offset), None)
 
     def _deliver_journal(self) -> bool:
-        has_files = True
+        are_files_delivered = True
         while True:
             ended = False
             for group in _grouped(self._durable_entries()):
@@ -157,17 +157,17 @@ class Publisher:
                     return False
                 ended = group[-1].kind == "end"
                 if ended:
-                    has_files = self._wait_for_files()
+                    are_files_delivered = self._wait_for_files()
                 if not self._deliver_with_retries(group):
                     return False
             self._state.flush()
             if ended:
-                return has_files
-            if self._trainer.is_gone():
+                return are_files_delivered
+            if self._trainer.has_exited():
                 # The trainer writes its end entry before it closes the pipe, so look for entries once more.
                 if not has_entries(self._outbox_dir, self._state.current.offset):
-                    has_files = self._wait_for_files()
-                    return (self.settings.leaves_open or self._mark_failed()) and has_files
+                    are_files_delivered = self._wait_for_files()
+                    return (self.settings.leaves_open or self._mark_failed()) and are_files_delivered
                 continue
             self._has_seen_trainer = True
             self._heartbeat.beat()
@@ -250,7 +250,7 @@ class Publisher:
         # The artifact worker delivers the entries of `FILES`.
 
     def _send(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], None]) -> None:
-        """Send items, whose first element is their name, and collect those that the store rejects."""
+        """Send items, whose first element is their name, and collect those that the store refuses."""
 
         def send_some(some: Sequence[Any]) -> None:
             self._heartbeat.beat()
@@ -265,8 +265,8 @@ class Publisher:
         status = entry.body["status"]
         self.store.set_tags({"harness.end_reason": entry.body["reason"]})
         if entry.body.get("is_held"):
-            # A run of the user's own: its process ends it, unless that is gone.
-            self.store.set_terminated(status if self._trainer.is_gone() else None, entry.time_ms, is_user_run=True)
+            # A run of the user's own: its process ends it, unless it has exited.
+            self.store.set_terminated(status if self._trainer.has_exited() else None, entry.time_ms, is_user_run=True)
         else:
             self.store.set_terminated(status, entry.time_ms)
         self._attempts.end(entry)

@@ -32,7 +32,7 @@ class Clock:
 class Trainer(Protocol):
     """The trainer, as the publisher sees it."""
 
-    def is_gone(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether the trainer has exited."""
         ...
 
@@ -49,14 +49,14 @@ class RetryPolicy:
         self._heartbeat = heartbeat
         self._clock = clock
         self._lock = threading.Lock()
-        self._gone_since_s: float | None = None
+        self._exited_since_s: float | None = None
 
     def is_permanent(self, error: Exception) -> bool:
         """Whether a retry is useless."""
         return isinstance(error, RefusedError) or self._store.is_permanent(error)
 
     def run(self, what: str, action: Callable[[], None], is_cancelled: Callable[[], bool] | None = None) -> bool:
-        """Call `action` until it succeeds; False if the trainer is gone and the store remains unreachable.
+        """Call `action` until it succeeds; False if the trainer has exited and the store remains unreachable.
 
         Args:
             what: name of the action in the log.
@@ -96,9 +96,9 @@ class RetryPolicy:
 
     def _has_lingered(self) -> bool:
         with self._lock:
-            if not self._trainer.is_gone():
+            if not self._trainer.has_exited():
                 return False
             now_s = self._clock.now_s()
-            if self._gone_since_s is None:
-                self._gone_since_s = now_s
-            return now_s - self._gone_since_s > LINGER_S
+            if self._exited_since_s is None:
+                self._exited_since_s = now_s
+            return now_s - self._exited_since_s > LINGER_S

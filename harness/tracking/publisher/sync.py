@@ -80,7 +80,7 @@ def damaged_line(run_dir: Path, delivered: Delivered) -> str:
 
 
 def refused_line(run_dir: Path, delivered: Delivered) -> str:
-    """Return the message about entries that the store has rejected permanently."""
+    """Return the message about entries that the store has refused permanently."""
     return (
         f"{run_dir}: MLflow refused {delivered.num_refused} entries for good, the first: {delivered.refused[0]}; "
         f"see {run_dir / 'outbox' / LOG}"

@@ -110,7 +110,7 @@ def test_pruned_entries_are_known_when_the_next_attempt_starts(tmp_path: Path) -
     assert (value, time_ms) == (last / 8, 1000 + last)
     known = KnownPoints(tmp_path, last - 5)
     assert known.last_step == 60
-    # The entry itself is gone, so what time it had is not known any more; behind them all is as ever.
+    # The time of a pruned point is unknown. Later points are unaffected.
     assert known.match("loss", 1.5, last - 3) == Point(1.5, UNKNOWN_TIME_MS, last - 3)
     assert known.match("loss", 60 / 8, 60) in (Point(60 / 8, 1060, 60), Point(60 / 8, UNKNOWN_TIME_MS, 60))
     assert known.match("loss", 61 / 8, 61) is None

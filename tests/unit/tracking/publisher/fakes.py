@@ -20,7 +20,7 @@ from harness.tracking.publisher.retries import Clock
 
 
 class Refusal(Exception):
-    """A permanent rejection by the store."""
+    """A permanent refusal by the store."""
 
 
 class Killed(BaseException):
@@ -136,13 +136,13 @@ class FakeClock(Clock):
 
 
 class FakeTrainer:
-    """A trainer that exits when `gone` returns True."""
+    """A trainer that exits when `exited` returns True."""
 
-    def __init__(self, gone: Callable[[], bool] = lambda: False) -> None:
-        self._gone = gone
+    def __init__(self, exited: Callable[[], bool] = lambda: False) -> None:
+        self._exited = exited
 
-    def is_gone(self) -> bool:
-        return self._gone()
+    def has_exited(self) -> bool:
+        return self._exited()
 
 
 SETTINGS = PublisherSettings(
@@ -165,11 +165,11 @@ def publisher(
     run_dir: Path,
     store: FaultyStore,
     clock: FakeClock | None = None,
-    gone: Callable[[], bool] = lambda: False,
+    exited: Callable[[], bool] = lambda: False,
     **settings: Any,
 ) -> Publisher:
     replaced = dataclasses.replace(SETTINGS, **settings)
-    return Publisher(run_dir, replaced, store, FakeTrainer(gone), clock=clock or FakeClock())
+    return Publisher(run_dir, replaced, store, FakeTrainer(exited), clock=clock or FakeClock())
 
 
 def end(outbox: JournalWriter, status: str = "FINISHED") -> None:

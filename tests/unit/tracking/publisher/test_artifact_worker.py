@@ -26,7 +26,7 @@ from tests.services.mlflow_server import make_database
 from tests.unit.tracking.publisher.fakes import SETTINGS, FakeClock, FakeTrainer, FaultyStore, Refusal, end, publisher
 
 
-def test_checkpoint_is_rejected_when_its_directory_is_gone(run_dir: Path, outbox: JournalWriter) -> None:
+def test_checkpoint_is_refused_when_its_directory_is_gone(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "k1"}, 1)
     end(outbox)
     store = FaultyStore()
@@ -36,7 +36,7 @@ def test_checkpoint_is_rejected_when_its_directory_is_gone(run_dir: Path, outbox
     assert "epoch-0001 is gone" in refused
 
 
-def test_checkpoint_is_rejected_when_it_was_replaced(run_dir: Path, outbox: JournalWriter) -> None:
+def test_checkpoint_is_refused_when_it_was_replaced(run_dir: Path, outbox: JournalWriter) -> None:
     # A resume has set the damaged checkpoint aside, and the run has saved at its step again.
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "damaged"}, 1)
     outbox.append("checkpoint", {"name": "epoch-0001", "key": "good"}, 2)

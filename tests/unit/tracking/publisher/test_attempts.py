@@ -94,7 +94,7 @@ def test_killed_attempt_ends_when_its_publisher_is_alive(run_dir: Path, outbox: 
     outbox.append("metrics", {"step": 40, "values": {"x": 1.0}}, 4000)
     store = FaultyStore()
     states = iter([False, True, True])
-    assert publisher(run_dir, store, gone=lambda: next(states)).run()
+    assert publisher(run_dir, store, exited=lambda: next(states)).run()
     assert tags_of(store)["harness.attempt.1.status"] == "FAILED"
     assert tags_of(store)["harness.attempt.1.step_to"] == "40"
     assert tags_of(store)["harness.attempt.1.ended"] > "2020"  # the time when the exit was noticed
@@ -106,7 +106,7 @@ def test_publisher_stops_when_the_next_attempt_has_begun(run_dir: Path, outbox: 
     begin(outbox, 2, 3000)
     outbox.append("tags", {"c": "d"}, 4000)
     old = FaultyStore()
-    assert not publisher(run_dir, old, gone=lambda: True).run()
+    assert not publisher(run_dir, old, exited=lambda: True).run()
     assert "a" in tags_of(old)
     assert not {"c", "harness.end_reason"} & tags_of(old).keys()
     end(outbox)

@@ -114,8 +114,8 @@ def test_points_are_stored_once_when_the_record_is_damaged(run: Run, damage: Cal
         ("of 1", "1"),
         ("of 2", "2"),
     ]
-    is_gone = damage is DAMAGES["record gone"]
-    assert [DELIVERED in note for note in publisher.notes] == ([] if is_gone else [True])
+    is_removed = damage is DAMAGES["record gone"]
+    assert [DELIVERED in note for note in publisher.notes] == ([] if is_removed else [True])
 
 
 def test_new_journal_is_detected_when_it_is_as_long_as_the_old(run: Run) -> None:

@@ -144,7 +144,7 @@ def test_record_is_on_disk_when_the_publisher_waits_for_more(run_dir: Path, outb
 def test_record_is_on_disk_when_the_publisher_gives_up(run_dir: Path, outbox: JournalWriter) -> None:
     append_batches(outbox, 4)
     store = FaultyStore(None, None, None, *[ConnectionError("unreachable")] * 100)
-    assert not publisher(run_dir, store, gone=lambda: True).run()
+    assert not publisher(run_dir, store, exited=lambda: True).run()
     ends = [entry.end_offset for entry in read_entries(run_dir / "outbox")]
     assert read_delivered(run_dir / "outbox").offset == ends[3 * MAX_POINTS_PER_DELIVERY - 1]
 
@@ -167,7 +167,7 @@ def test_entry_is_retried_when_the_store_is_unreachable(run_dir: Path, outbox: J
     assert read_delivered(run_dir / "outbox").refused == ()
 
 
-def test_entry_is_dropped_and_recorded_when_it_is_rejected(run_dir: Path, outbox: JournalWriter) -> None:
+def test_entry_is_dropped_and_recorded_when_it_is_refused(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("params", {"lr": "0.1"}, 1)
     outbox.append("metrics", {"step": 1, "values": {"x": 1.0}}, 2)
     end(outbox)
@@ -202,7 +202,7 @@ class PickyStore(FaultyStore):
         self.calls.append(("params", dict(values)))
 
 
-def test_few_requests_suffice_when_some_points_are_rejected(run_dir: Path, outbox: JournalWriter) -> None:
+def test_few_requests_suffice_when_some_points_are_refused(run_dir: Path, outbox: JournalWriter) -> None:
     for step in range(100):
         bad = {"bad": 1.0} if step in (0, 57) else {}
         outbox.append("metrics", {"step": step, "values": {**bad, "loss": 0.5, "acc": 0.25}}, step)
@@ -219,7 +219,7 @@ def test_few_requests_suffice_when_some_points_are_rejected(run_dir: Path, outbo
     assert delivered.offset == journal_bytes(run_dir)
 
 
-def test_other_parameters_are_logged_when_one_is_rejected(run_dir: Path, outbox: JournalWriter) -> None:
+def test_other_parameters_are_logged_when_one_is_refused(run_dir: Path, outbox: JournalWriter) -> None:
     values = {f"p{number}": str(number) for number in range(43)}
     outbox.append("params", values, 1)
     end(outbox)
@@ -280,7 +280,7 @@ def test_delivered_entries_are_not_repeated_when_resumed(run_dir: Path, outbox: 
 def test_run_is_failed_when_the_trainer_exits_without_an_end(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     store = FaultyStore()
-    assert publisher(run_dir, store, gone=lambda: True).run()
+    assert publisher(run_dir, store, exited=lambda: True).run()
     assert store.kinds == ["tags", "tags", "end"]
     assert store.calls[-1][1][0] == "FAILED"
     assert "without saying how" in store.calls[-2][1]["harness.end_reason"]
@@ -288,14 +288,14 @@ def test_run_is_failed_when_the_trainer_exits_without_an_end(run_dir: Path, outb
 
 
 def test_end_is_the_trainers_when_it_is_written_at_exit(run_dir: Path, outbox: JournalWriter) -> None:
-    def gone() -> bool:
+    def exited() -> bool:
         # The last thing a trainer does: its end, and only then its standard input closes.
         if journal_bytes(run_dir) == 0:
             end(outbox)
         return True
 
     store = FaultyStore()
-    assert publisher(run_dir, store, gone=gone).run()
+    assert publisher(run_dir, store, exited=exited).run()
     assert store.calls[-1] == ("end", ("FINISHED", 99))
 
 
@@ -305,23 +305,23 @@ def test_incomplete_line_is_ignored_when_the_trainer_is_killed(run_dir: Path, ou
     with outbox.path.open("ab") as stream:
         stream.write(b'1234abcd {"kind":"metr')
     store = FaultyStore()
-    assert publisher(run_dir, store, gone=lambda: True).run()
+    assert publisher(run_dir, store, exited=lambda: True).run()
     assert store.calls[0] == ("tags", {"a": "b"})
     assert store.calls[-1][1][0] == "FAILED"
     assert read_delivered(run_dir / "outbox").offset == whole
 
 
-def test_gives_up_when_trainer_and_store_are_gone(run_dir: Path, outbox: JournalWriter) -> None:
+def test_gives_up_when_the_trainer_has_exited(run_dir: Path, outbox: JournalWriter) -> None:
     outbox.append("tags", {"a": "b"}, 1)
     end(outbox)
     store = FaultyStore(None, *[ConnectionError("unreachable")] * 1000)
     clock = FakeClock()
-    assert not publisher(run_dir, store, clock, gone=lambda: True).run()
+    assert not publisher(run_dir, store, clock, exited=lambda: True).run()
     assert store.kinds == ["tags"]
     assert LINGER_S < clock.time_s <= LINGER_S + LONGEST_PAUSE_S
     # Nothing is forgotten: a later `harness sync` delivers the rest.
     later = FaultyStore()
-    assert publisher(run_dir, later, gone=lambda: True).run()
+    assert publisher(run_dir, later, exited=lambda: True).run()
     assert later.kinds == ["tags", "end"]
 
 
@@ -357,12 +357,14 @@ def test_error_is_the_stores_when_it_does_not_respond_in_time(run_dir: Path, out
     assert "run_id" not in json.loads((run_dir / "run.json").read_text())
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_error_is_immediate_when_permanent_or_trainer_is_gone(run_dir: Path, outbox: JournalWriter, gone: bool) -> None:
-    error = ConnectionError("unreachable") if gone else Refusal("the experiment is deleted")
+@pytest.mark.parametrize("exited", [True, False])
+def test_error_is_immediate_when_permanent_or_trainer_has_exited(
+    run_dir: Path, outbox: JournalWriter, exited: bool
+) -> None:
+    error = ConnectionError("unreachable") if exited else Refusal("the experiment is deleted")
     clock = FakeClock()
     with pytest.raises(type(error)):
-        publisher(run_dir, FaultyStore(error), clock, gone=lambda: gone).open_run()
+        publisher(run_dir, FaultyStore(error), clock, exited=lambda: exited).open_run()
     assert clock.pauses_s == []
 
 
@@ -402,7 +404,7 @@ def row(step: int) -> dict[str, Any]:
     return {"step": step, "values": {"loss": step / 8}}
 
 
-def test_record_stays_small_when_many_entries_are_rejected(run_dir: Path, outbox: JournalWriter) -> None:
+def test_record_stays_small_when_many_entries_are_refused(run_dir: Path, outbox: JournalWriter) -> None:
     for step in range(1, 101):
         outbox.append("tags", {"name": str(step)}, step)
     end(outbox)
