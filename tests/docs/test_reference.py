@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 import subprocess
@@ -78,3 +79,14 @@ def test_commands_has_each_command() -> None:
 def test_api_has_each_public_name() -> None:
     documented = re.findall(r"^::: harness\.(\w+)$", (REFERENCE / "api.md").read_text(), re.MULTILINE)
     assert sorted(documented) == sorted(harness.__all__)
+
+
+def test_autologging_lists_each_replaced_function() -> None:
+    text = (REFERENCE / "autolog.md").read_text()
+    replaced = set()
+    for path in (ROOT / "harness" / "autologging" / "sources").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Replacement":
+                replaced |= {each.value for each in node.args[1:2] if isinstance(each, ast.Constant)}
+    assert len(replaced) > 10
+    assert {name for name in replaced if not re.search(rf"\b{name.rpartition('.')[2]}\b", text)} == set()
