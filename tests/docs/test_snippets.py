@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import harness
 from tests.docs.pages import PAGES, blocks, page_id
 from tests.launching import BIN, ROOT, run
 
@@ -36,6 +35,16 @@ def train(logger, *parts):
             for _, optimizer in parts:
                 optimizer.step()
 """
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+    def forward(self, x):
+        return self.conv(x).mean((1, 2, 3))
+"""
 LOGGER = 'logger = PeriodicLogger(accelerator, experiment_name="x", run_name="x")\nlogger.start()\n'
 # What the frameworks' own names are in the snippets: whatever is given to them is kept, and nothing trains.
 RECORDING = """
@@ -53,7 +62,6 @@ model = Recorder()
 # Page, number of the snippet -> lines before it, lines behind it.
 RUN = {
     ("README.md", 0): (SMALL, "assert logger.epoch == 2"),
-    ("docs/guides/own-loop.md", 0): (SMALL, "assert logger.epoch == 2"),
     ("docs/guides/own-loop.md", 1): (
         SMALL + LOGGER + "average = made()[0]\nlogger.watch(model, optimizer)",
         "train(logger, (model, optimizer)); logger.close()",
@@ -80,9 +88,7 @@ RUN = {
     ("docs/guides/frameworks.md", 3): ("from accelerate import Accelerator\nloss, step = 0.5, 1", ""),
     ("docs/guides/frameworks.md", 4): ("from transformers import TrainingArguments", ""),
     ("docs/guides/models.md", 1): (
-        SMALL + "class Net(nn.Module):\n    def __init__(self, width):\n        super().__init__()\n"
-        "        self.conv = nn.Conv2d(3, width, 3)\n    def forward(self, x):\n"
-        "        return self.conv(x).mean((1, 2, 3))\nloader = DataLoader(torch.ones(4, 3, 8, 8), batch_size=2)",
+        SMALL + "from my_project import Net\nloader = DataLoader(torch.ones(4, 3, 8, 8), batch_size=2)",
         "    logger.watch(model, optimizer)\n    train(logger, (model, optimizer))",
     ),
     ("docs/migrating.md", 0): (
@@ -92,28 +98,24 @@ RUN = {
         "assert set(weights) == {'w'}",
     ),
 }
-# These need an MLflow server with models in it: tests/services/test_models.py and tests/local/integrations run them.
-RUN_ELSEWHERE = {("docs/guides/models.md", 0), ("docs/guides/frameworks.md", 5)}
+# The first is that of the README. The others need an MLflow server with models in it: tests/services/test_models.py and
+# tests/local/integrations run them.
+RUN_ELSEWHERE = {("docs/guides/own-loop.md", 0), ("docs/guides/models.md", 0), ("docs/guides/frameworks.md", 5)}
 
 
 def test_each_snippet_is_run() -> None:
     found = {(page_id(page), number) for page in PAGES for number, _ in enumerate(blocks(page, "python"))}
     assert found == set(RUN) | RUN_ELSEWHERE
+    assert blocks(ROOT / "README.md", "python")[0] == blocks(ROOT / "docs/guides/own-loop.md", "python")[0]
 
 
 @pytest.mark.parametrize(("page", "number"), RUN, ids=lambda value: str(value))
 def test_snippet_runs(page: str, number: int, tmp_path: Path) -> None:
     before, behind = RUN[page, number]
     snippet = blocks(ROOT / page, "python")[number].replace("epochs(100)", "epochs(2)")
-    (tmp_path / "my_project.py").write_text("from torch import nn\n\n\nclass Net(nn.Conv2d): ...\n")
+    (tmp_path / "my_project.py").write_text(NET)
     script = tmp_path / "snippet.py"
     script.write_text(textwrap.dedent(before) + "\n" + snippet + behind + "\n")
     extra = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "KERAS_BACKEND": "torch"}
     done = run([BIN / "python", script], tmp_path, timeout_s=200, extra=extra)
     assert done.code == 0, done.output[-3000:]
-
-
-def test_names_that_are_run_elsewhere_exist() -> None:
-    from harness.integrations import keras
-
-    assert callable(harness.load_model) and callable(keras.load_model)
