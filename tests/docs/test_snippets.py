@@ -89,7 +89,8 @@ RUN = {
     ("docs/guides/frameworks.md", 4): ("from transformers import TrainingArguments", ""),
     ("docs/guides/models.md", 1): (
         SMALL + "from my_project import Net\nloader = DataLoader(torch.ones(4, 3, 8, 8), batch_size=2)",
-        "    logger.watch(model, optimizer)\n    train(logger, (model, optimizer))",
+        "    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n    logger.watch(model, optimizer)\n"
+        "    train(logger, (model, optimizer))",
     ),
     ("docs/migrating.md", 0): (
         "from pathlib import Path\nimport torch\nfrom safetensors.torch import save_file\n"
