@@ -103,16 +103,16 @@ class Peer:
 class Ours(Peer):
     def __init__(self, logger: PeriodicLogger) -> None:
         self.logger = logger
-        self.saver = logger._saver
+        self.saver = logger._checkpoints.saver
         self.number = 0
 
     def save(self, directory: Path) -> None:
         self.number += 1
-        self.logger._saves._saved_at = None
-        self.logger._saves.save(f"step-{self.number:08d}")
+        self.logger._checkpoints._saved_at = None
+        self.logger._checkpoints.save(f"step-{self.number:08d}")
 
     def finish(self) -> None:
-        self.logger._saves.settle()
+        self.logger._checkpoints.settle()
         self.saver.wait()
         self.saver._record_fence()
         self.seconds = dict(self.saver.last_seconds)
@@ -339,7 +339,7 @@ def worker(arguments: argparse.Namespace) -> None:
     ) as logger:
         logger.watch(model, optimizer)
         without_bytes = _peak_bytes(lambda: [step() for _ in range(3)])
-        logger._saver.prepare()
+        logger._checkpoints.saver.prepare()
         step()
         ours = Ours(logger)
         first = [_window("ours", ours, step, arguments.steps, directory / "ours-first")]
@@ -349,7 +349,7 @@ def worker(arguments: argparse.Namespace) -> None:
         memory = {"bytes": with_bytes - without_bytes + _writer_bytes(logger)}
         peers = _make_peers(arguments, accelerator, model, optimizer, logger, directory)
         peers["ours"] = ours
-        pipeline = logger._saver._pipeline
+        pipeline = logger._checkpoints.saver._pipeline
         assert pipeline is not None
         share_bytes = pipeline.plan.staging_bytes
         memory["share_bytes"] = share_bytes
@@ -371,7 +371,7 @@ def worker(arguments: argparse.Namespace) -> None:
         record = {
             "share_bytes": share_bytes,
             "mode": mode,
-            "transport": logger._saver._runner.context.transport,
+            "transport": logger._checkpoints.saver._runner.context.transport,
             "logical_bytes": pipeline.plan.layout.size_bytes,
             "written_bytes": _written_bytes(pipeline.plan, accelerator.num_processes),
             "ranks": gathered,
@@ -421,7 +421,7 @@ def _make_peers(
     arguments: argparse.Namespace, accelerator: Any, model: Any, optimizer: Any, logger: PeriodicLogger, directory: Path
 ) -> dict[str, Peer]:
     peers: dict[str, Peer] = {"ours": Ours(logger)}
-    saver = logger._saver
+    saver = logger._checkpoints.saver
     if saver._pipeline is None:
         saver.prepare()
     pipeline = saver._pipeline
@@ -461,7 +461,7 @@ def _peak_bytes(run: Callable[[], Any]) -> int:
 
 def _writer_bytes(logger: PeriodicLogger) -> int:
     """What the writer process has for itself alone."""
-    pipeline = logger._saver._pipeline
+    pipeline = logger._checkpoints.saver._pipeline
     process = None if pipeline is None else getattr(pipeline.writer, "_process", None)
     if process is None:
         return 0

@@ -114,7 +114,7 @@ def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any
         checkpoint=checkpoint,
         tracking=TrackingConfig(enabled=False),
     ) as logger:
-        windows = logger._windows
+        windows = logger._metrics
         for _ in range(arguments.windows):
             for name, (values, is_held) in kinds.items():
                 # Tensors in host memory take the way of a device's, which keeps them and reads nothing.
@@ -126,10 +126,10 @@ def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any
                 logged_s = time.perf_counter()
                 times[name].append(1e6 * (logged_s - begun_s) / CALLS_PER_WINDOW)
                 windows.collect()
-                windows.flush(logger.step, wait=False)
+                windows.flush(logger.step)
                 if not is_held:
                     flushes.append(1e6 * (time.perf_counter() - logged_s))
-                logger._place.step += CALLS_PER_WINDOW
+                logger._state.step += CALLS_PER_WINDOW
         # These have no values at all: whatever would read one, and so wait for a device, raises.
         without_values = {name: torch.empty((), device="meta") for name in plain}
         windows._train = windows._target = WeightedSums()

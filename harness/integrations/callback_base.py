@@ -210,7 +210,7 @@ class CallbackBase:
             self._logger.events.freeze_learning_rates()
 
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
-        """See `LoopEvents.end_epoch`."""
+        """See `TrainingController.end_epoch`."""
         with self._failing_run():
             self.logger.events.end_epoch(is_whole=is_whole, is_last=is_last)
         self.finish_copy()

@@ -1,21 +1,23 @@
-"""What a loop logs, from a batch's values to a window's reduced ones: training's, evaluation's, and the gauges.
+"""Metrics of a loop, from the values of a batch to the reduced values of a window.
 
-log, update   ->  sums and metric objects of what is running: training, or an evaluation
-flush         ->  the reduction of training's sums begins
-collect       ->  ... is read, by then at no wait, and told
-end_evaluation -> evaluation's own, reduced and read at once
+log, update      add to the sums and metric objects of training, or of the running evaluation
+flush            starts the reduction of training's sums
+collect          finishes it; by then every rank has started it, so it does not wait
+end_evaluation   reduces the evaluation's sums at once
+publish          updates the latest values and writes them to the run
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from harness.distributed import strategies
 from harness.distributed.collectives import Collectives
 from harness.metrics import step_timer
+from harness.metrics.learning_rates import LearningRates
 from harness.metrics.reducer import Reduced, Reducer, WeightedSums
 from harness.metrics.torchmetrics_sync import compute_over_ranks, each_metric
 from harness.metrics.values import LoggedValues
@@ -24,49 +26,70 @@ if TYPE_CHECKING:
     import torchmetrics
 
 
-class MetricAggregator:
-    """Takes what is logged, and reduces it window by window.
+class MetricSink(Protocol):
+    """The run that reduced metrics are written to; `RunRecorder` implements it."""
 
-    Effects: `flush`, `collect` and `end_evaluation` are collective; main thread; nothing on disk.
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Write metrics of an optimizer step."""
+
+    def log_recorded(self, values: Mapping[str, float], step: int) -> None:
+        """Write metrics of a step that the script counts itself."""
+
+
+class MetricWindow(NamedTuple):
+    """The reduced values of a window and the optimizer step at its end; the same on every rank."""
+
+    values: Mapping[str, float]
+    step: int
+
+
+class MetricAggregator:
+    """Aggregates logged values by window, over steps and ranks, and publishes the result.
+
+    Effects: `flush`, `collect` and `end_evaluation` are collective; main thread; nothing on disk but what the sink
+    writes.
 
     Args:
-        device: of the metric objects and the memory gauge.
-        reducer: for this alone.
-        rates: the learning rates as metrics.
-        told: called with each reduced window and its step, on every rank alike.
-        values: converts what is logged, and says once what is left out.
+        device: of the metric objects and of the memory gauge.
+        reducer: for this object alone.
+        values: converts what is logged.
+        sink: receives published values.
+        latest: filled with the latest value of each metric.
 
     Attributes:
-        timer: of the steps.
-        poll: sends a window off whose values have come from the device meanwhile.
+        timer: of the optimizer steps.
+        rates: the learning rates, which each window of training has.
+        latest: the latest value of each metric.
+        withholds: what is published now waits for `log_withheld`: an evaluation within an epoch that may not be logged.
     """
 
     def __init__(
         self,
         device: torch.device,
         reducer: Reducer,
-        rates: Callable[[], dict[str, float]],
-        told: Callable[[Mapping[str, float], int], None],
         values: LoggedValues,
+        sink: MetricSink,
+        latest: dict[str, float],
     ) -> None:
         self._device = device
         self._reducer = reducer
-        self._rates = rates
-        self._told = told
+        self._values = values
+        self._sink = sink
         self._train = WeightedSums(values)
         self._eval = WeightedSums(values)
-        # What log() adds to: training's sums, evaluation's, or nothing (a batch that does not count).
+        # What `log` adds to: training's sums, the evaluation's, or nothing (a batch of repeated samples).
         self._target: WeightedSums | None = self._train
         self._objects: dict[str, torchmetrics.Metric] = {}
         self._rates_of_window: dict[str, float] = {}
         self._flushed_at_step: int | None = None
+        self._recorded_names: set[str] = set()
+        self._withheld: dict[str, tuple[float, int]] = {}
         self.timer = step_timer.StepTimer()
-        self.poll = reducer.poll
+        self.rates = LearningRates()
+        self.latest = latest
+        self.withholds = False
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether `poll` is to be called at the next step."""
-        return self._reducer.is_waiting
+    # --------------------------------------------------------------------- within a window
 
     def log(self, values: Mapping[str, Any], weight: float) -> None:
         """See `PeriodicLogger.log`."""
@@ -83,53 +106,105 @@ class MetricAggregator:
             for metric in single.values():
                 metric.update(*args, **kwargs)
 
-    def evaluating(self, *, counts: bool) -> None:
-        """A batch of an evaluation runs: what is logged is the evaluation's, or nobody's."""
+    def begin_evaluation_batch(self, *, counts: bool) -> None:
+        """Have `log` add to the evaluation's sums, or to none where the batch repeats samples."""
         self._target = self._eval if counts else None
 
-    def training(self) -> None:
-        """What is logged is training's again."""
+    def resume_training(self) -> None:
+        """Have `log` add to training's sums again."""
         self._target = self._train
 
     def partial(self) -> dict[str, tuple[float, float]]:
-        """Sums and weights of training that no reduction has had."""
+        """Sums and weights of training that are not reduced yet, for a checkpoint."""
         return self._train.partial()
 
-    def put_back(self, partial: Mapping[str, tuple[float, float]]) -> None:
-        """Go on from what `partial` gave."""
-        self._train.put_back(partial)
+    def restore(self, partial: Mapping[str, tuple[float, float]], latest: Mapping[str, float]) -> None:
+        """Restore what `partial` returned and the latest values of a checkpoint."""
+        self._train.restore(partial)
+        self.latest.update(latest)
 
-    def flush(self, step: int, *, wait: bool) -> None:
-        """Start the reduction of training's sums; read it now, or at the next one."""
+    # ------------------------------------------------------------------------- reductions
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `poll` has to be called at the next step."""
+        return self._reducer.is_waiting
+
+    def poll(self) -> None:
+        """Send a window whose values have arrived from the device."""
+        self._reducer.poll()
+
+    def flush(self, step: int) -> None:
+        """Start the reduction of training's sums. The one before must be collected."""
         # Once for each step, though a window and a checkpoint may end at it.
-        self._rates_of_window = {} if self._flushed_at_step == step else self._rates()
+        self._rates_of_window = {} if self._flushed_at_step == step else self.rates.now()
         self._flushed_at_step = step
         self._reducer.start(self._train, step, self._gauges())
-        if wait:
-            self.collect()
 
-    def collect(self) -> None:
-        """Finish the reduction that was started last: by now the other ranks have started it too."""
+    def collect(self) -> MetricWindow | None:
+        """Finish the reduction that was started last; None if there is none."""
         reduced = self._reducer.finish()
-        if reduced is not None:
-            self._told(_values(reduced) | self._rates_of_window, reduced.step)
+        return None if reduced is None else MetricWindow(_values(reduced) | self._rates_of_window, reduced.step)
 
-    def collect_what_is_there(self) -> None:
-        """The same for a rank that ends alone: not collective, waits for nobody."""
-        if self._reducer.is_there:
-            self.collect()
+    def collect_without_waiting(self) -> MetricWindow | None:
+        """Finish a reduction that is complete on this rank, for a rank that ends alone. Not collective."""
+        return self.collect() if self._reducer.is_complete else None
 
-    def end_evaluation(self, step: int, collectives: Collectives) -> Mapping[str, float]:
-        """Reduce and tell the evaluation's sums; what its metric objects give is returned."""
+    def reduce_evaluation(self, step: int) -> MetricWindow | None:
+        """Reduce the evaluation's sums at once."""
         self._rates_of_window = {}
         self._reducer.start(self._eval, step, self._gauges())
-        self.collect()
-        values = compute_over_ranks(collectives, self._objects)
-        self._objects = {}
-        return values
+        return self.collect()
+
+    def compute_objects(self, collectives: Collectives) -> Mapping[str, float]:
+        """Compute the evaluation's metric objects over all ranks. Collective."""
+        objects, self._objects = self._objects, {}
+        return compute_over_ranks(collectives, objects)
 
     def _gauges(self) -> dict[str, float]:
-        return {**self.timer.take(), "memory_bytes": strategies.memory_bytes(self._device)}
+        return {**self.timer.pop(), "memory_bytes": strategies.memory_bytes(self._device)}
+
+    # ------------------------------------------------------------------------- publication
+
+    def publish(self, values: Mapping[str, float], step: int) -> None:
+        """Publish values that every rank has alike, without names that the script records itself."""
+        if self._recorded_names:
+            values = {name: value for name, value in values.items() if name not in self._recorded_names}
+        if not values:
+            return
+        self.latest.update(values)
+        if self.withholds:
+            self._withheld.update({key: (value, step) for key, value in values.items()})
+        else:
+            self._sink.log_metrics(values, step)
+
+    def report(self, values: Mapping[str, Any], step: int) -> None:
+        """See `PeriodicLogger.report`."""
+        self.publish(self._values.numbers(values), step)
+
+    def record(self, values: Mapping[str, Any], step: int, own_step: Any) -> None:
+        """See `PeriodicLogger.record`. Rank zero's values alone.
+
+        Args:
+            values: name -> value.
+            step: complete optimizer steps.
+            own_step: the script's own step; None: it counts none.
+        """
+        if not (numbers := self._values.numbers(values)):
+            return
+        own_step = self._values.step(own_step)
+        self._recorded_names.update(numbers)
+        self.latest.update(numbers)
+        if own_step is None:
+            self._sink.log_metrics(numbers, step)
+        else:
+            self._sink.log_recorded(numbers, own_step)
+
+    def log_withheld(self) -> None:
+        """Write the newest of the withheld values."""
+        withheld, self._withheld = self._withheld, {}
+        for step in sorted({step for _, step in withheld.values()}):
+            self._sink.log_metrics({key: value for key, (value, at) in withheld.items() if at == step}, step)
 
 
 def _values(reduced: Reduced) -> dict[str, float]:

@@ -50,7 +50,7 @@ class _Cell:
 
 
 class WeightedSums:
-    """Sums of value x weight, and of the weights, for each name since the last `take`.
+    """Sums of value x weight, and of the weights, for each name since the last `pop`.
 
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
 
@@ -128,7 +128,7 @@ class WeightedSums:
             if cell.weight:
                 yield name, cell
 
-    def take(self) -> tuple[dict[str, Tensor | float], dict[str, float]]:
+    def pop(self) -> tuple[dict[str, Tensor | float], dict[str, float]]:
         """The sums and the weights by name, and start again from nothing."""
         found = dict(self._sum_up_all())
         self._cells = {}
@@ -138,7 +138,7 @@ class WeightedSums:
         """Sum and weight of each name so far; they stay. Values on a device are waited for."""
         return {name: (float(cell.total), cell.weight) for name, cell in self._sum_up_all()}
 
-    def put_back(self, partial: Mapping[str, tuple[float, float]]) -> None:
+    def restore(self, partial: Mapping[str, tuple[float, float]]) -> None:
         """Go on from what `partial` gave."""
         for name, (total, weight) in partial.items():
             cell = self._cells[name] = _Cell()
@@ -232,7 +232,7 @@ class Reducer:
     def start(self, sums: WeightedSums, step: int, gauges: Mapping[str, float]) -> None:
         """Begin the reduction of what was logged since the last one. `finish` must have been called."""
         assert self._window is None, "a window was started before the one before it was finished"
-        by_name, weights = sums.take()
+        by_name, weights = sums.pop()
         on_device = {name: value for name, value in by_name.items() if isinstance(value, Tensor)}
         host = {name: value for name, value in by_name.items() if not isinstance(value, Tensor)}
         device_sums, copied = _copy_to_host(list(on_device.values()))
@@ -255,7 +255,7 @@ class Reducer:
         return self._group is not None and self._window is not None and self._window.work is None
 
     @property
-    def is_there(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether `finish` would wait for nobody: for a rank that is about to end alone."""
         window = self._window
         if window is None or self._group is None:

@@ -41,8 +41,8 @@ class StepTimer:
         self._last_s = now_s
         return now_s
 
-    def take(self) -> dict[str, float]:
-        """This rank's gauges since the last `take`: steps/s, samples/s and percentiles in seconds."""
+    def pop(self) -> dict[str, float]:
+        """This rank's gauges since the last `pop`: steps/s, samples/s and percentiles in seconds."""
         window_s = self._window_s or math.inf
         ordered = sorted(self._durations_s)
         gauges = {

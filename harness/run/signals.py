@@ -32,12 +32,12 @@ class StopSignals:
 
     Attributes:
         received: number of the signal that asked to stop; 0: none has.
-        save_is_asked: whether SIGUSR2 has come since `take_save_request`.
+        is_save_requested: whether SIGUSR2 has come since `pop_save_request`.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self.save_is_asked = False
+        self.is_save_requested = False
         self._is_installed = threading.current_thread() is threading.main_thread()
         # A handler of the script's may call the one that it has replaced, which is one of these.
         self._handling: set[int] = set()
@@ -66,7 +66,7 @@ class StopSignals:
 
     def _note(self, number: int) -> None:
         if number == _SAVE_SIGNAL:
-            self.save_is_asked = True
+            self.is_save_requested = True
             return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -83,9 +83,9 @@ class StopSignals:
     def _is_ours(self, handler: Any) -> bool:
         return isinstance(handler, _Handler) and handler.signals is self
 
-    def take_save_request(self) -> bool:
+    def pop_save_request(self) -> bool:
         """Whether a save was asked for since the last call."""
-        asked, self.save_is_asked = self.save_is_asked, False
+        asked, self.is_save_requested = self.is_save_requested, False
         return asked
 
     @property

@@ -1,18 +1,18 @@
-"""The loop: what happens at each batch, step and epoch.
+"""The training loop: its events, what is due at each, and the run around it.
 
 In reading order:
 
-    place                 where training stands
-    watching              the models and optimizers of a loop
-    step_counter          the steps of one optimizer of several
-    checkpoint_entries    a checkpoint's entries in the journal
-    checkpoint_scheduler  which moment a checkpoint is of
-    resume_manager        what a run continues from
+    run_recorder          what is written into a run's journal
     run_session           a run from its directory to its end
-    controller            what is due at each event
-    loop_events           the events of any loop
-    own_loop              `epochs` and `batches`
+    state                 the state of training and what the parts of a run share
+    watched               the models and optimizers of a loop
+    registered_objects    further objects whose states checkpoints hold
+    resume_manager        what a run resumes from
+    checkpoint_scheduler  which moment a checkpoint is of, and what follows from its commit
+    rank_requests         requests to stop or save, agreed upon by all ranks
+    controller            the events of a loop and what is due at each
+    own_loop              the generators of `PeriodicLogger`
     periodic_logger       `PeriodicLogger`
     fit                   the loop over a task
-    app                   puts a run together
+    app                   builds a run from its configuration
 """

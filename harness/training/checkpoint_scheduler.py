@@ -1,198 +1,230 @@
-"""Which moment of training a checkpoint is of, and that it is taken once.
+"""Which moment of training a checkpoint is of, and what follows from its commit.
 
-A checkpoint may be owed: due at a moment that cannot be saved (gradients are being accumulated, the evaluation that
-belongs to it is still to come), and taken at the next one that can.
+A checkpoint is pending while it is due and cannot be taken: gradients are being accumulated, or the evaluation that
+belongs to it has not run. It is taken at the next moment that allows it.
+
+    controller: due  ->  save  ->  Saver: copied, written  ->  on_checkpoint_committed  ->  journal, retention
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
 
-from accelerate import Accelerator
-
+from harness.checkpoint.format.commit import Manifest
+from harness.checkpoint.restore.locate import remove_downloads
+from harness.checkpoint.save.hooks import CheckpointHooks, RunFacts
 from harness.checkpoint.save.saver import Saver
-from harness.checkpoint.state.trainer_state import Moment
-from harness.data.resumable_loader import ResumableLoader
+from harness.checkpoint.state.rank_state import RankState
+from harness.checkpoint.state.trainer_state import AnyWatched, Moment
+from harness.checkpoint.tools.retention import Retention
+from harness.data import rng_state
 from harness.metrics.aggregator import MetricAggregator
-from harness.metrics.history import MetricHistory
-from harness.training.place import TrainingPosition
+from harness.tracking import provenance
+from harness.training.registered_objects import RegisteredObjects
+from harness.training.state import TrainingContext, TrainingState
 
 
-class CheckpointScheduler:
-    """Has the saver take the moment that it is.
+class CheckpointScheduler(CheckpointHooks):
+    """Takes each checkpoint once, and publishes and prunes what is committed.
 
-    Effects: `save`, `save_with_metrics` and `settle` are collective; main thread; they block as `Saver` says.
+    Effects: the constructor, `check`, `prepare`, `save` and `settle` are collective; main thread; they block as `Saver`
+    does. The hooks run as `CheckpointHooks` says.
 
     Args:
-        accelerator: of the loop.
-        saver: that writes.
-        place: where training stands.
-        batches: where it stands in the data.
-        windows: of metrics.
-        history: of metrics.
-        states: gives the states of what else goes on, by name.
-        require_alike: collective; called once training has taken a step: refuses states that differ between ranks.
-        keep_points: called with a checkpoint's name and metrics before it is taken.
-        say: called with a line for the user.
+        context: of the run.
+        run_path: the run's directory.
+        state: of training; read only.
+        metrics: of training.
+        registered: whose states checkpoints hold, too.
 
     Attributes:
-        owed: name of a checkpoint that is to be taken as soon as it can be; None: none is.
-        is_ready: whether there is something to save, with memory to save it.
-        kept: names of checkpoints that an earlier attempt has saved, and that are not saved again: as the points of
-            its metrics, they stay.
+        saver: writes the checkpoints.
+        existing: names of checkpoints of an earlier attempt, which are not saved again.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        saver: Saver,
-        place: TrainingPosition,
-        batches: ResumableLoader,
-        windows: MetricAggregator,
-        history: MetricHistory,
-        states: Callable[[], Mapping[str, Any]],
-        require_alike: Callable[[], None],
-        keep_points: Callable[[str, Mapping[str, float]], None],
-        say: Callable[[str], None],
+        context: TrainingContext,
+        run_path: Path,
+        state: TrainingState,
+        metrics: MetricAggregator,
+        registered: RegisteredObjects,
     ) -> None:
-        self._accelerator = accelerator
-        self._saver = saver
-        self._place = place
-        self._batches = batches
-        self._windows = windows
-        self._history = history
-        self._states = states
-        self._require_alike = require_alike
-        self._keep_points = keep_points
-        self._say = say
+        self._context = context
+        self._state = state
+        self._metrics = metrics
+        self._registered = registered
+        self._recorder = context.session.recorder
+        self._downloads_dir = run_path / "downloads"
+        directory = run_path / "checkpoints"
+        self._retention = Retention(directory, context.checkpoint, self, context.progress.say)
+        facts = RunFacts(context.session.topology.run_facts, provenance.versions())
+        self.saver = Saver(context.accelerator, context.collectives, context.checkpoint, directory, facts, self)
+        self._pending: str | None = None
         self._is_watching = False
-        # Memory for saving is made once the optimizer has a state: after its first step.
+        # The memory for saving is allocated once the optimizer has a state: after its first step.
         self._must_prepare = False
-        # Where the last checkpoint was taken; whether the ranks have said that it goes on.
+        # The position of the last checkpoint; whether it is unknown yet if the other ranks take part in it.
         self._saved_at: tuple[int, ...] | None = None
-        self._is_open = False
+        self._is_unsettled = False
         self._latest, self._latest_step = "", 0
-        self.owed: str | None = None
-        self.kept: frozenset[str] = frozenset()
+        self.existing: frozenset[str] = frozenset()
+
+    @property
+    def pending(self) -> str | None:
+        """Name of the checkpoint that is due and not taken yet; None if there is none."""
+        return self._pending
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is something to save, and the memory for it."""
+        """Whether a model is watched and the memory for saving it is allocated."""
         return self._is_watching and not self._must_prepare
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether there is something to do at the next step: a save to be settled or taken, memory to be made."""
-        return self._is_open or self._must_prepare or self.owed is not None
+    def needs_next_step(self) -> bool:
+        """Whether the next step has to settle or take a checkpoint, or to allocate memory."""
+        return self._is_unsettled or self._must_prepare or self._pending is not None
 
-    @property
-    def status(self) -> str:
-        """How the last save went, for a person."""
-        return self._saver.status
+    # ------------------------------------------------------------------- what is watched
 
-    def watches(self) -> None:
-        """There is something to save from now on."""
+    def watch(self, watched: AnyWatched) -> None:
+        """Save this from now on.
+
+        Raises:
+            CheckpointError: on all ranks, if its state could not be saved.
+        """
+        self.saver.check(watched)
         self._is_watching = self._must_prepare = True
 
-    def watches_no_longer(self) -> None:
-        """There is nothing to save from now on."""
+    def unwatch(self) -> None:
+        """Save nothing from now on."""
         self._is_watching = self._must_prepare = False
 
     def prepare(self) -> bool:
-        """After an optimizer step: allocate what saving needs, once; whether that was now."""
+        """Allocate the memory for saving, once, after an optimizer step; returns whether it did."""
         if not self._must_prepare:
             return False
         self._must_prepare = False
-        self._saver.prepare()
-        self._require_alike()
+        self.saver.prepare()
+        if not self._context.checkpoint.save_weights_only:
+            self._registered.require_same_on_all_ranks()
         return True
 
-    def ranks_differ(self, num_steps: int, num_fewer: int) -> None:
-        """Some ranks had fewer of the optimizer's steps than others, and so have another state of it from now on."""
-        if self._saver.save_rank_zero_only():
-            self._say(
-                f"harness: of {num_steps} optimizer steps some ranks had {num_fewer} fewer: what is due in these comes "
-                "at their end; checkpoints have rank zero's optimizer state from here on"
+    def mark_ranks_differ(self, num_steps: int, num_fewer: int) -> None:
+        """Note that some ranks had fewer optimizer steps than others, so that their optimizer states differ."""
+        if self.saver.save_rank_zero_only():
+            self._context.say(
+                f"harness: of {num_steps} optimizer steps some ranks had {num_fewer} fewer: what was due in these "
+                "steps is done after them; checkpoints hold rank zero's optimizer state from here on"
             )
 
-    def is_saved(self) -> None:
-        """This moment is in a checkpoint: the run goes on from it."""
+    def mark_saved(self) -> None:
+        """Note that the current position is in a checkpoint: the run resumed from it."""
         self._saved_at = self._position()
 
     def _position(self) -> tuple[int, ...]:
-        return (self._place.step, self._place.epoch, self._batches.loaders_done, self._batches.batches_done)
+        state = self._state
+        return (state.step, state.epoch, state.data.loaders_done, state.data.batches_done)
+
+    # -------------------------------------------------------------------------- one save
+
+    def defer(self, name: str) -> None:
+        """Take a checkpoint at the next moment that allows it, under this name unless one is pending already."""
+        self._pending = self._pending or name
+
+    def pop_pending(self) -> str | None:
+        """Return the pending checkpoint's name; nothing is pending afterwards."""
+        pending, self._pending = self._pending, None
+        return pending
 
     def save(self, name: str, *, must: bool = False) -> bool:
-        """Begin to save this moment; whether there was something to save that is in no checkpoint.
+        """Begin to save the current moment; False if it is saved already or nothing is watched.
+
+        The metrics of the moment must be collected.
 
         Args:
             name: of the checkpoint.
-            must: wait for the one before, where that is not done.
+            must: wait for the previous save in place of skipping this one.
         """
         self.settle()
-        if not self._is_watching or self._saved_at == self._position() or name in self.kept:
+        if not self._is_watching or self._saved_at == self._position() or name in self.existing:
             return False
-        self._history.log_withheld()
+        self._metrics.log_withheld()
         # JSON has no NaN.
         metrics = {
             key: value
-            for key, value in self._history.latest.items()
+            for key, value in self._metrics.latest.items()
             if not key.startswith("perf/") and math.isfinite(value)
         }
+        state = self._state
         moment = Moment(
             name,
-            self._place.epoch,
-            self._place.step,
-            self._batches.batches_done,
+            state.epoch,
+            state.step,
+            state.data.batches_done,
             metrics,
-            self._place.samples_per_batch,
-            self._accelerator.gradient_accumulation_steps,
-            self._states(),
-            self._batches.loaders_done,
-            self._place.is_stopped,
+            state.samples_per_batch,
+            self._context.accelerator.gradient_accumulation_steps,
+            self._registered.states(),
+            state.data.loaders_done,
+            state.is_stopped,
         )
-        self._keep_points(name, metrics)
-        self._saver.save(moment, must=must)
-        self._saved_at, self._is_open = self._position(), True
-        self._latest, self._latest_step = name, self._place.step
+        self._recorder.keep_points(name, metrics)
+        self.saver.save(moment, must=must)
+        self._saved_at, self._is_unsettled = self._position(), True
+        self._latest, self._latest_step = name, state.step
         return True
 
-    def save_with_metrics(self, name: str) -> bool:
-        """The same, with what was logged until now reduced and told before."""
-        self._windows.collect()
-        self._windows.flush(self._place.step, wait=True)
-        return self.save(name)
-
-    def save_owed(self) -> None:
-        """Take what is owed."""
-        assert self.owed is not None
-        self.save_with_metrics(self.owed)
-        self.owed = None
-
     def save_and_wait(self) -> None:
-        """Save this moment, and wait until it is on disk or has failed."""
-        self.save(self._place.step_name, must=True)
+        """Save the current moment, and wait until it is on disk or has failed."""
+        self.save(self._state.step_name, must=True)
         self.settle()
-        self._saver.wait()
-
-    def finish_copy(self) -> None:
-        """Block until the save in flight has copied everything; see `Saver.finish_copy`."""
-        self._saver.finish_copy()
+        self.saver.wait()
 
     def settle(self) -> bool:
-        """Whether the last save goes on on every rank: by the next step the others have said so."""
-        if not self._is_open:
+        """Whether every rank takes part in the last save: they have reported it by the next step."""
+        if not self._is_unsettled:
             return self._saved_at is not None
-        self._is_open = False
-        if self._saver.resolve():
+        self._is_unsettled = False
+        if self.saver.resolve():
             return True
         self._saved_at = None
-        num_skipped = self._saver.num_skipped
-        self._history.add({"checkpoint/num_skipped": float(num_skipped)}, self._latest_step)
-        # The first, and then ever fewer: where one is skipped, most are.
+        num_skipped = self.saver.num_skipped
+        self._metrics.publish({"checkpoint/num_skipped": float(num_skipped)}, self._latest_step)
+        # At 1, 2, 4, 8 and so on: if one is skipped, most are.
         if num_skipped & (num_skipped - 1) == 0:
-            reason = self._saver.last_skip
-            self._say(f"harness: warning: {self._latest}: {reason} (checkpoint.when_busy; {num_skipped} so far)")
+            reason = self.saver.last_skip
+            self._context.warn(f"{self._latest}: {reason} (checkpoint.when_busy; {num_skipped} so far)")
         return False
+
+    def report(self, step: int) -> None:
+        """Log what the last save cost, and warn if it failed. Rank zero's."""
+        costs, failure = self.saver.pop_report()
+        if costs:
+            self._recorder.log_save(costs, step)
+        if failure is not None:
+            self._context.warn(failure)
+
+    # ---------------------------------------------------------------- hooks of the saver
+
+    def capture_rank_state(self) -> RankState:
+        """See `CheckpointHooks`."""
+        # No part of an evaluation is saved: it is repeated from its start, with the same random numbers.
+        now = self._state.rng_override or rng_state.capture(self._context.accelerator.device)
+        return RankState(now, self._state.data.state, self._metrics.partial())
+
+    def on_checkpoint_committing(self) -> None:
+        """See `CheckpointHooks`."""
+        self._recorder.sync()
+
+    def on_checkpoint_committed(self, name: str, manifest: Manifest) -> None:
+        """See `CheckpointHooks`."""
+        self._recorder.publish(name, manifest)
+        remove_downloads(self._downloads_dir)
+        # After its publication: MLflow removes nothing before the replacement is there.
+        self._retention.apply(name)
+
+    def on_checkpoint_retired(self, name: str, key: str) -> None:
+        """See `CheckpointHooks`."""
+        self._recorder.retire(name, key)

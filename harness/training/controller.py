@@ -1,453 +1,665 @@
-"""The course of training as events: an epoch begins, a batch is done, an epoch ends; and what is due at each.
+"""The events of a training loop, and what is due at each: windows of metrics, checkpoints, the end.
 
-begin_epoch -> batch_done, for each batch -> end_epoch
+    begin_epoch -> begin_iteration -> batch_done, for each batch -> end_iteration, close_iteration -> end_epoch
 
-`PeriodicLogger.epochs` and `batches` are generators over these; loops that are somebody else's call them.
+    observe_iteration -> adopt_iteration, in place of begin_iteration: the iteration began before it was known to train
+
+`PeriodicLogger.epochs` and `batches` send all of these events, and so does autologging. The callback of a framework,
+which does not control the data, sends `begin_epoch`, `batch_done` and `end_epoch`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from accelerate import Accelerator
-
+from harness.checkpoint.state.trainer_state import AnyWatched
 from harness.config.cadence import Cadence, is_passed
-from harness.config.schema import CheckpointConfig, TrackingConfig
-from harness.data import dataloaders
-from harness.data.resumable_loader import ResumableLoader
-from harness.distributed.consensus import Consensus
-from harness.distributed.uneven_inputs import UnevenInputs
-from harness.errors import Stopped
-from harness.io.progress import Progress
-from harness.metrics.aggregator import MetricAggregator
-from harness.metrics.history import MetricHistory
+from harness.data import dataloaders, rng_state
+from harness.data.pending_iteration import PendingIteration
+from harness.errors import CheckpointError, DataError, Stopped
+from harness.metrics.aggregator import MetricAggregator, MetricWindow
 from harness.run.signals import name_of
 from harness.training.checkpoint_scheduler import CheckpointScheduler
-from harness.training.place import TrainingPosition
-from harness.training.run_session import RunSession
-from harness.training.step_counter import StepCounter
+from harness.training.rank_requests import RankRequests
+from harness.training.resume_manager import ResumeManager
+from harness.training.state import TrainingContext, TrainingState
+from harness.training.watched import StepCounter
 
-# How late a bar is redrawn and, in one process, a request to stop is seen that no signal brings.
-_LOOK_EVERY_S = 0.1
+# How often the display is updated and, with one process, `harness stop` is noticed.
+_POLL_S = 0.1
 
 
 class TrainingController:
-    """Counts, and does what is due: windows of metrics, checkpoints, the agreement on whether to stop.
+    """Counts batches, steps and epochs, and does what is due.
 
-    Effects: events are collective, and so are votes: every rank tells of them alike; main thread. They block only where
-    a checkpoint needs the metrics of its moment, for the votes of the step before, and in `synchronize`.
-    `restart_step_timer`, `ask_for_save`, `pace`, `is_log_step_next`, `end_inputs`, `finish_copy` and `discard_inputs`
-    are not collective.
+    Effects: collective, and called alike by every rank: `resume`, `begin_epoch`, `begin_inputs`, `begin_iteration`,
+    `adopt_iteration`, `batch_done`, `synchronize`, `max_over_ranks`, the events of an evaluation, `end_epoch`,
+    `end_training`, `save_now`, `stop` and `finish`. The rest is local. Main thread. They block only where a checkpoint
+    needs the metrics of its moment, for the votes of the step before, and in `synchronize`.
 
     Args:
-        accelerator: of the loop.
-        checkpoint: when checkpoints are due.
-        tracking: when metrics are.
-        place: where training stands: counted here.
-        batches: where it stands in the data.
-        run: signals, failures of other ranks.
-        windows: of metrics.
-        history: of metrics.
-        saves: takes the checkpoints.
-        votes: by which ranks agree.
-        progress: what a person sees.
-        say: a line for the user.
+        context: of the run.
+        state: of training; changed here alone.
+        metrics: of training.
+        checkpoints: takes the checkpoints.
+        resume: what the run resumes from.
+        requests: of all ranks.
 
     Attributes:
-        max_steps: optimizer steps after which training ends; None: any number.
-        ends: no further batch is taken.
-        is_cut_short: the epoch that runs has ended before its last batch.
-        is_in_batch: a batch's body runs, which is not counted yet.
-        random_to_keep: random numbers that a checkpoint has in place of those of now: as they were when the first
-            evaluation since the last training batch began, or what is of the next epoch; None: those of now.
-        step_counter: counts the steps of one optimizer of several; None: a step is counted for each batch with which
-            the accelerator synchronises gradients.
+        max_steps: optimizer steps after which training ends; None for any number.
+        step_counter: counts the steps of one optimizer of several; None: a step is counted for each batch at which the
+            accelerator synchronizes gradients.
+        callbacks: called with each window's values and step, on every rank.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        checkpoint: CheckpointConfig,
-        tracking: TrackingConfig,
-        place: TrainingPosition,
-        batches: ResumableLoader,
-        run: RunSession,
-        windows: MetricAggregator,
-        history: MetricHistory,
-        saves: CheckpointScheduler,
-        votes: Consensus,
-        progress: Progress,
-        say: Callable[[str], None],
+        context: TrainingContext,
+        state: TrainingState,
+        metrics: MetricAggregator,
+        checkpoints: CheckpointScheduler,
+        resume: ResumeManager,
+        requests: RankRequests,
     ) -> None:
-        self._accelerator = accelerator
-        self._tracking = tracking
-        self._cadence = Cadence(checkpoint.every_n_epochs, checkpoint.every_n_steps)
-        self._saves_last = checkpoint.save_last
-        self._place = place
-        self._batches = batches
-        self._run = run
-        self._windows = windows
-        self._history = history
-        self._saves = saves
-        self._votes = votes
-        self._uneven = UnevenInputs(votes, num_requests=2)
-        # All that was due by steps is done up to here.
+        self.context = context
+        self.state = state
+        self.metrics = metrics
+        self.checkpoints = checkpoints
+        self._accelerator = context.accelerator
+        self._session = context.session
+        self._resume = resume
+        self._requests = requests
+        self._consensus = requests.consensus
+        self._cadence = Cadence(context.checkpoint.every_n_epochs, context.checkpoint.every_n_steps)
+        self._log_every_n_steps = context.tracking.log_every_n_steps
+        # All that was due by steps is done up to this one.
         self._step_attended = 0
-        self._progress = progress
-        self._say = say
-        self._save_is_asked = False
-        self._asked_signal = 0
-        self._is_in_epoch = self._has_met = False
         self._samples_in_step = 0
-        # Until then a step is counted, and nothing else is to be done at it; unless this rank is asked for something.
+        # Until this step or this time, whichever is first, a step is only counted, unless this rank has a request.
         self._due_at_step = 0
-        self._look_at_s = 0.0
+        self._poll_at_s = 0.0
+        self._withholds_evaluation = self._was_synchronized = False
+        self._rng_to_restore: dict[str, Any] | None = None
+        # Whether any training loader was iterated over in this process, and whether any gave a batch.
+        self._has_iterated = self._has_batches = False
         self.max_steps: int | None = None
-        self.ends = self.is_cut_short = self.is_in_batch = False
-        self.random_to_keep: dict[str, Any] | None = None
         self.step_counter: StepCounter | None = None
+        self.callbacks: list[Callable[[Mapping[str, float], int], None]] = []
 
     @property
     def is_log_step_next(self) -> bool:
         """Whether metrics will be reduced at the end of the optimizer step that is running."""
-        next_step = self._place.step + 1
-        if is_passed(self._tracking.log_every_n_steps, next_step):
+        next_step = self.state.step + 1
+        if is_passed(self._log_every_n_steps, next_step):
             return True
         return self._cadence.is_due_after_step(next_step) or self._accelerator.gradient_state.end_of_dataloader
 
+    # ------------------------------------------------------------------- start and resume
+
+    def watch(self, watched: AnyWatched) -> None:
+        """Save this, and log its learning rates, from now on.
+
+        Raises:
+            CheckpointError: on all ranks, if its state could not be saved.
+        """
+        self.checkpoints.watch(watched)
+        self.metrics.rates.optimizers = {
+            part.name: part.optimizer for part in watched.parts if part.optimizer is not None
+        }
+        self.restart_step_timer()
+
+    def resume(self, watched: AnyWatched) -> None:
+        """Restore the newest checkpoint and continue from its position; or start a new run."""
+        resumed = self._resume.restore(watched)
+        if resumed is None:
+            return
+        state, saved = self.state, resumed.state
+        state.epoch, state.step = saved.epoch, saved.step
+        state.samples_per_batch, state.is_stopped = saved.samples_per_batch, saved.is_stopped
+        state.data.restore(resumed.data, saved.loaders_done, saved.batches_in_epoch)
+        self.checkpoints.mark_saved()
+        self.metrics.restore(resumed.sums, saved.metrics)
+        self._rng_to_restore = None if resumed.rank_state is None else resumed.rank_state.random
+        self._set_start(resumed.name)
+
+    def resume_at(self, epoch: int, step: int) -> None:
+        """Continue from a position that the loop has restored itself.
+
+        Raises:
+            CheckpointError: if it is step 0 and the run has checkpoints.
+        """
+        existing = self._resume.skip_restore()
+        if existing and not step:
+            raise CheckpointError(
+                f"{self._session.run_path}: has checkpoints already ({', '.join(sorted(existing)[-3:])}), and training "
+                "begins at step 0; have the loop resume from its own checkpoint, or give another run_name"
+            )
+        self.state.epoch, self.state.step = epoch, step
+        self.checkpoints.existing = existing
+        if step:
+            self._set_start(None)
+
+    def _set_start(self, checkpoint: str | None) -> None:
+        state = self.state
+        self._session.recorder.set_start(state.step, checkpoint)
+        source = "" if checkpoint is None else f" from {checkpoint}"
+        self.context.say(f"resumed{source} (epoch {state.epoch}, step {state.step})")
+
+    def restore_rng_state(self) -> None:
+        """Restore the random numbers of the checkpoint that the run resumes from, once."""
+        if self._rng_to_restore is not None:
+            rng_state.restore(self._rng_to_restore, self._accelerator.device)
+            self._rng_to_restore = None
+
+    # ---------------------------------------------------------------------- epochs
+
     def begin_epoch(self) -> None:
-        """An epoch's body begins."""
-        self.is_cut_short = self._has_met = False
-        self._is_in_epoch = self._tracking.log_every_n_epochs > 1
+        """Begin an epoch."""
+        self.metrics.rates.follow()
+        self.restore_rng_state()
+        self.state.is_cut_short = self._was_synchronized = False
+        self._withholds_evaluation = self.context.tracking.log_every_n_epochs > 1
         self.restart_step_timer()
 
     def restart_step_timer(self) -> None:
-        """What lies behind is no step's time."""
-        self._windows.timer.resume()
-        # Whatever has happened meanwhile, a save or a window, is looked after at the next step.
+        """Exclude the time until now from the next step's: it was an evaluation, for example."""
+        self.metrics.timer.resume()
+        # A save or a window may have ended meanwhile: the next step attends to it.
         self._due_at_step = 0
+
+    def freeze_learning_rates(self) -> None:
+        """Log the current learning rates as the epoch's, whatever a scheduler does at its end."""
+        self.metrics.rates.keep()
 
     def end_epoch(
         self,
-        max_epochs: int | None,
-        random_then: dict[str, Any] | None = None,
+        max_epochs: int | None = None,
         *,
-        is_accumulating: bool | None = None,
+        is_whole: bool = True,
+        is_last: bool = False,
+        next_iteration: PendingIteration | None = None,
     ) -> None:
-        """An epoch's body is over: reduce what was logged, and save if a checkpoint is due.
+        """End an epoch: reduce what was logged, and save if a checkpoint is due.
 
         Args:
-            max_epochs: number of epochs in all; None: not known.
-            random_then: the random numbers at its end; None: those of now.
-            is_accumulating: whether gradients were being accumulated at its end; None: as it is now.
+            max_epochs: number of epochs in all; None if unknown.
+            is_whole: the epoch was not left before its last batch.
+            is_last: no other epoch follows, whatever `max_epochs` is.
+            next_iteration: an iteration that has begun and belongs to the next epoch: a checkpoint is of the moment
+                before it.
 
         Raises:
-            Stopped: on all ranks alike, if a signal asked any of them to stop where the others had no step.
+            Stopped: on all ranks, if a signal asked any of them to stop at a step that not all ranks had.
         """
+        self._resume.begin_training()
+        self.state.is_cut_short |= not is_whole
+        self.state.is_ending |= is_last
+        if next_iteration is None:
+            self._end_epoch(max_epochs, None)
+            return
+        with self.state.data.before_next_epoch(next_iteration.generator_states), next_iteration.saved_buffers():
+            self._end_epoch(max_epochs, next_iteration)
+
+    def _end_epoch(self, max_epochs: int | None, next_iteration: PendingIteration | None) -> None:
+        state = self.state
         self.synchronize()
-        self._is_in_epoch = False
-        is_whole = not self.is_cut_short
-        if is_whole:
-            self._place.epoch += 1
-            self._batches.end_epoch()
-        self.random_to_keep = random_then
-        is_last = self._place.epoch == max_epochs or self.ends
-        is_accumulating = not self._accelerator.sync_gradients if is_accumulating is None else is_accumulating
-        self._save_and_log(is_whole=is_whole, is_last=is_last, is_accumulating=is_accumulating)
+        self._withholds_evaluation = False
+        if not state.is_cut_short:
+            state.epoch += 1
+            state.data.end_epoch()
+        state.rng_override, is_accumulating = None, not self._accelerator.sync_gradients
+        if next_iteration is not None:
+            state.rng_override, is_accumulating = next_iteration.rng_states, next_iteration.is_accumulating
+        is_last = state.epoch == max_epochs or state.is_ending
+        self._log_and_save_epoch(is_last=is_last, is_accumulating=is_accumulating)
         if is_last:
             # No step follows that would wait for the copy, and the best weights are often loaded next.
             self.finish_copy()
-        self.random_to_keep = None
-        self._progress.epoch_done(
-            self._place.epoch + self.is_cut_short, self._place.step, self._history.latest, self._saves.status
+        state.rng_override = None
+        self.context.progress.epoch_done(
+            state.epoch + state.is_cut_short, state.step, self.metrics.latest, self.checkpoints.saver.status
         )
-        if self._has_met and self._asked_signal and not is_last and not is_accumulating:
-            self.stop(self._asked_signal)
+        if self._was_synchronized and self._requests.stop_signal and not is_last and not is_accumulating:
+            self.stop(self._requests.stop_signal)
+
+    def _log_and_save_epoch(self, *, is_last: bool, is_accumulating: bool) -> None:
+        state, checkpoints = self.state, self.checkpoints
+        is_whole = not state.is_cut_short
+        by_epoch = is_whole and self._cadence.is_due_after_epoch(state.epoch)
+        name = self._epoch_name if is_whole else state.step_name
+        pending = checkpoints.pop_pending()
+        if is_whole and not by_epoch and pending is not None:
+            name = pending
+        saves = by_epoch or pending is not None or (is_last and self.context.checkpoint.save_last)
+        self.collect_metrics()
+        if saves or is_last or state.epoch % self.context.tracking.log_every_n_epochs == 0:
+            # A checkpoint holds the metrics of its moment. Without one nothing waits for them here.
+            self.flush_metrics(wait=saves or is_last)
+            self.metrics.log_withheld()
+            if is_whole:
+                self.metrics.publish({"epoch": float(state.epoch)}, state.step)
+        if saves and (is_last or not is_accumulating):
+            # The last one is not skipped because the disk is busy.
+            checkpoints.save(name, must=is_last)
+        elif saves:
+            # No checkpoint holds accumulated gradients.
+            checkpoints.defer(name)
+
+    @property
+    def _epoch_name(self) -> str:
+        return f"epoch-{self.state.epoch:04d}"
 
     def end_training(self) -> None:
-        """Training was over with the epoch that has ended, which was not known then. Collective; waits for the disk."""
-        if self._saves_last:
-            self._windows.collect()
-            self._saves.save(f"epoch-{self._place.epoch:04d}", must=True)
+        """End training with the epoch that was ended last, which was not known to be the last. Waits for the disk."""
+        if self.context.checkpoint.save_last:
+            self.collect_metrics()
+            self.checkpoints.save(self._epoch_name, must=True)
         self.finish_copy()
 
-    def finish_copy(self) -> None:
-        """Block until the save in flight has copied everything: what follows may write weights outside a step.
+    def finish(self) -> None:
+        """Reduce what is left and wait for the checkpoint in flight.
 
-        Effects: not collective; main thread; blocks for the rest of the copy, not for the disk.
+        Raises:
+            DataError: on all ranks, if training loaders were iterated over and no rank got a batch.
+            CheckpointError: on all ranks, if the last checkpoint could not be written.
         """
-        self._saves.finish_copy()
+        self.synchronize()
+        self.collect_metrics()
+        self.flush_metrics(wait=True)
+        self._requests.read()
+        # One rank may have batches where others have none.
+        has_iterated, has_batches = self.context.collectives.all_reduce_any(
+            "whether any batch came", [self._has_iterated, self._has_batches]
+        )
+        if has_iterated and not has_batches:
+            raise DataError(
+                "the training loader gave no batch in any epoch, so nothing was trained; check the data set and, if "
+                "the run was resumed, that it is as long as before"
+            )
+        self.checkpoints.saver.close()
 
-    def _save_and_log(self, *, is_whole: bool, is_last: bool, is_accumulating: bool) -> None:
-        epoch, step, owed = self._place.epoch, self._place.step, self._saves.owed
-        by_epoch = is_whole and self._cadence.is_due_after_epoch(epoch)
-        name = f"epoch-{epoch:04d}" if is_whole else self._place.step_name
-        if is_whole and not by_epoch and owed is not None:
-            name = owed
-        saves = by_epoch or owed is not None or (is_last and self._saves_last)
-        self._saves.owed = None
-        self._windows.collect()
-        if saves or is_last or epoch % self._tracking.log_every_n_epochs == 0:
-            # A checkpoint carries the metrics of its moment; otherwise nobody waits for them here.
-            self._windows.flush(step, wait=saves or is_last)
-            self._history.log_withheld()
-            if is_whole:
-                self._history.add({"epoch": float(epoch)}, step)
-        if not saves:
+    def request_stop(self) -> None:
+        """End training for good after the current epoch's body."""
+        self.state.is_ending = self.state.is_stopped = True
+
+    # ------------------------------------------------------------------- iterations over data
+
+    @property
+    def loaders_done(self) -> int:
+        """Complete training loaders of the current epoch."""
+        return self.state.data.loaders_done
+
+    def cut_epoch_short(self) -> None:
+        """Note that the current epoch ends before its last batch."""
+        self.state.is_cut_short = True
+
+    def skip_loader(self, loader: Any) -> None:
+        """Skip a training loader that was complete at the checkpoint."""
+        self.state.data.skip_loader(loader)
+
+    def skip_if_done(self, loader: Any) -> bool:
+        """Skip the epoch's next training loader if it was complete at the checkpoint; returns whether it was."""
+        if not self._resume.is_loader_done(self.state.data.next_loader_index):
+            return False
+        self.skip_loader(loader)
+        return True
+
+    def begin_iteration(self, loader: Any) -> tuple[Any, Iterator[Any]]:
+        """Begin to iterate over a training loader, from the position that the run resumes from.
+
+        Args:
+            loader: a loader that went through `accelerator.prepare`.
+
+        Returns:
+            The loader that is iterated over, and its batches; pass both to `close_iteration`.
+        """
+        self._begin_iteration(loader)
+        self.state.rng_override = None
+        return self.state.data.begin(loader, self._resume.begin_loader(loader))
+
+    def observe_iteration(self, loader: Any) -> PendingIteration:
+        """Observe an iteration that may turn out to train: then `adopt_iteration`, else `PendingIteration.discard`."""
+        is_accumulating = not self._accelerator.sync_gradients
+        return PendingIteration(loader, self.state.data.wrap_sampler(loader), self._accelerator.device, is_accumulating)
+
+    def adopt_iteration(self, pending: PendingIteration) -> None:
+        """Continue an observed iteration as if `begin_iteration` had begun it."""
+        self._begin_iteration(pending.loader)
+        self.state.data.adopt(pending.loader, pending.sampler, pending.data)
+
+    def _begin_iteration(self, loader: Any) -> None:
+        self.state.samples_per_batch = dataloaders.global_batch_size(loader, self._accelerator.num_processes)
+        self.begin_inputs(loader)
+        self.restart_step_timer()
+
+    def count_batches(self, num_batches: int) -> None:
+        """Count batches that were done before the iteration was known to train."""
+        self.state.data.batches_done += num_batches
+
+    def record_iteration(self, *, has_batches: bool) -> None:
+        """Note that an iteration has given its first batch, or has ended without one."""
+        self._has_iterated = True
+        self._has_batches |= has_batches
+
+    def end_empty_iteration(self) -> bool:
+        """Note, before `end_iteration`, that the iteration gave no batch.
+
+        Returns:
+            Whether it was the rest of an interrupted epoch.
+        """
+        self.record_iteration(has_batches=False)
+        if num_batches := self.state.data.batches_done:
+            self._resume.warn_if_nothing_is_left(num_batches)
+        return num_batches > 0
+
+    def end_iteration(self) -> None:
+        """Note that no further batch of the loader is used."""
+        self.state.data.end_loader()
+
+    def discard_iteration(self) -> None:
+        """Undo `begin_iteration`, as the loader was not trained on: the next one resumes in its place."""
+        self._requests.discard_inputs()
+        self.state.data.cancel()
+        if (resumed := self._resume.undo_begin_loader()) is not None:
+            self.state.data.restore(resumed.data, resumed.state.loaders_done, resumed.state.batches_in_epoch)
+
+    def close_iteration(self, loader: Any, iterator: Iterator[Any]) -> None:
+        """Close the iteration of `begin_iteration`, at its end or before."""
+        self.state.data.release()
+        dataloaders.close_iteration(loader, iterator)
+
+    # ---------------------------------------------------------------------- uneven inputs
+
+    @property
+    def has_uneven_inputs(self) -> bool:
+        """Whether a rank may have fewer batches of the current loader than another."""
+        return self._requests.has_uneven_inputs
+
+    def begin_inputs(self, loader: Any) -> None:
+        """Note that an iteration over a prepared loader begins; `begin_iteration` does so."""
+        self.synchronize()
+        may_be_uneven = dataloaders.may_be_uneven(loader, self._accelerator.num_processes)
+        self._requests.begin_inputs(may_be_uneven=may_be_uneven)
+        self._step_attended = self.state.step
+
+    def end_inputs(self) -> None:
+        """Report that this rank has no further batch of the loader. Not collective; does not block."""
+        self._requests.end_inputs()
+
+    def max_over_ranks(self, number: int) -> int:
+        """Return the largest number of any rank, after `synchronize`. Blocks until every rank has called it."""
+        return self._requests.max_over_ranks(number)
+
+    def synchronize(self) -> None:
+        """Wait until every rank has ended a loader of uneven inputs; from here on all have the same steps."""
+        if not self._requests.has_uneven_inputs:
             return
-        if is_last or not is_accumulating:
-            # The last one is what the training was for: it is not skipped because the disk is busy.
-            self._saves.save(name, must=is_last)
-        else:
-            # Gradients that are accumulated over the epoch's end are in no checkpoint.
-            self._saves.owed = name
+        state, checkpoints = self.state, self.checkpoints
+        result = self._requests.synchronize(state.step, is_cut_short=state.is_cut_short)
+        state.is_cut_short, self._was_synchronized = result.is_cut_short, True
+        self._due_at_step = 0
+        if result.min_steps < result.max_steps:
+            checkpoints.mark_ranks_differ(result.max_steps, result.max_steps - result.min_steps)
+        state.step = result.max_steps
+        if self.max_steps is not None and state.step >= self.max_steps:
+            state.is_ending = True
+        if state.step and checkpoints.prepare():
+            self.metrics.timer.resume()
+        if self._requests.is_save_requested or self._cadence.is_due_after_step(state.step, self._step_attended):
+            # It is taken at the end of the epoch, with the metrics of its evaluation.
+            checkpoints.defer(state.step_name)
+        self._requests.is_save_requested, self._step_attended = False, state.step
+
+    # ---------------------------------------------------------------------- steps
 
     def batch_done(self, num_samples: int, *, is_loaders_last: bool, step: int | None = None) -> None:
-        """A batch's body is over: with it an optimizer step, unless gradients are still being accumulated.
+        """Count a batch and, unless gradients are still being accumulated, an optimizer step.
 
         Args:
             num_samples: of this rank, in the batch.
             is_loaders_last: no other batch of this loader follows.
-            step: optimizer steps that are complete, by the loop's own count; None: as the accelerator has it.
+            step: complete optimizer steps, as the loop counts them; None: as the accelerator does.
 
         Raises:
             PeerFailure: if another rank has failed.
-            Stopped: on all ranks alike, if a signal asked any of them to stop.
-            CheckpointError: on all ranks alike, if the state that is to be saved is not understood, or a save has
-                failed and ``checkpoint.when_failed`` is stop. Whatever `on_reduced`'s callbacks raise comes too.
+            Stopped: on all ranks, if a signal asked any of them to stop.
+            CheckpointError: on all ranks, if the state that is due cannot be saved, or a save has failed and
+                ``checkpoint.when_failed`` is stop.
+            Exception: what a callback of `PeriodicLogger.on_reduced` raises.
         """
-        batches, place, run, votes = self._batches, self._place, self._run, self._votes
-        batches.batches_done += 1
-        num_taken = batches.batches_done
-        self.random_to_keep = None
+        state, session, consensus = self.state, self._session, self._consensus
+        data = state.data
+        data.batches_done += 1
+        num_batches = data.batches_done
+        state.rng_override = None
         if is_loaders_last:
-            batches.end_loader()
+            data.end_loader()
         self._samples_in_step += num_samples
-        is_asked = run.is_asked
-        if is_asked:
-            run.check()
+        has_request = session.has_request
+        if has_request:
+            session.check()
+        before = state.step
         if step is None and self.step_counter is not None:
-            step = place.step + self.step_counter.take()
+            step = before + self.step_counter.pop()
         elif step is None:
-            # A step that fp16's overflow has skipped has changed nothing, and is none.
-            is_step = self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped
-            step = place.step + is_step
-        before = place.step
+            # A step that was skipped because of fp16's overflow is not counted.
+            step = before + (self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped)
         if step <= before:
             return
-        place.step = step
-        now_s = self._windows.timer.step(self._samples_in_step)
+        state.step = step
+        now_s = self.metrics.timer.step(self._samples_in_step)
         self._samples_in_step = 0
-        votes.num_steps_since_vote += 1
-        is_quiet = (
-            step < self._due_at_step and votes.num_steps_since_vote < votes.every_n_steps and now_s < self._look_at_s
-        )
-        if is_quiet and not is_asked:
+        consensus.num_steps_since_vote += 1
+        is_quiet = step < self._due_at_step and consensus.num_steps_since_vote < consensus.every_n_steps
+        if is_quiet and now_s < self._poll_at_s and not has_request:
             return
-        self._attend(before, num_taken, is_loaders_last)
-        self._due_at_step = self._next_due()
-        self._look_at_s = now_s + _LOOK_EVERY_S
+        self._attend(before, num_batches, is_loaders_last)
+        self._due_at_step = self._next_due_step()
+        self._poll_at_s = now_s + _POLL_S
 
-    def _next_due(self) -> int:
-        """The next step at which more is to be done than to count it: on every rank what is to be done on all."""
-        step = self._place.step
-        if self._save_is_asked or self._saves.is_waiting or self._windows.is_waiting or self._votes.is_pending:
+    def _next_due_step(self) -> int:
+        """The next step at which more is due than to count it; what is due on all ranks is due at the same step."""
+        step, requests = self.state.step, self._requests
+        if requests.is_save_requested or self._consensus.is_pending:
             return step + 1
-        cadences = (self._tracking.log_every_n_steps, self._cadence.every_n_steps)
+        if self.checkpoints.needs_next_step or self.metrics.is_waiting:
+            return step + 1
+        cadences = (self._log_every_n_steps, self._cadence.every_n_steps)
         due = [step - step % each + each for each in cadences if each is not None]
         return min([*due, sys.maxsize if self.max_steps is None else self.max_steps])
 
-    def _attend(self, before: int, num_taken: int, is_loaders_last: bool) -> None:
-        """A step is done at which something is due, or may be; so many were done before.
+    def _attend(self, before: int, num_batches: int, is_loaders_last: bool) -> None:
+        """Do what is due at a step, or may be; `before` steps were complete at the previous call of `batch_done`.
 
-        A rank may come here at a step at which the others do not: it was asked for something, its window was copied,
-        0.1 s have passed. What is collective in here is therefore done by numbers that all ranks have alike (steps,
-        votes that were cast, a save that is open), and at a step that is due on all.
+        A rank may call this at a step at which the others do not: it got a signal, its window was copied, 0.1 s have
+        passed. So whatever is collective in here depends only on numbers that all ranks have alike (steps, cast votes,
+        an unsettled save), and happens at a step that is due on all ranks.
         """
-        self._windows.poll()
-        if self._progress.shows_steps:
-            self._progress.step_done(num_taken, self._saves.status)
-        if self.max_steps is not None and self._place.step >= self.max_steps:
-            self.ends = True
-        may_differ = self._uneven.may_be_uneven
-        if may_differ:
-            if self._uneven.has_diverged or not self._is_due(before):
+        state, requests, checkpoints = self.state, self._requests, self.checkpoints
+        self.metrics.poll()
+        if self.context.progress.shows_steps:
+            self.context.progress.step_done(num_batches, checkpoints.saver.status)
+        if self.max_steps is not None and state.step >= self.max_steps:
+            state.is_ending = True
+        is_uneven = requests.has_uneven_inputs
+        if is_uneven:
+            if requests.has_diverged or not self._is_collective_due(before):
                 return
-            # Of an evaluation within the pass, that was left before its end.
-            self.read_votes()
-            answer = self._uneven.check_step(self._asked_or_known(), is_last=is_loaders_last)
-            self._take_asked(answer.requests)
-            if not answer.all_present:
+            status = requests.ask(is_last=is_loaders_last)
+            if not status.all_present:
                 return
-            is_loaders_last = answer.is_last
-        self._saves.settle()
-        if self._saves.prepare():
-            self._windows.timer.resume()
-        if is_passed(self._tracking.log_every_n_steps, self._place.step, before):
-            self._windows.collect()
-            self._windows.flush(self._place.step, wait=False)
-        if not may_differ:
-            self.read_votes()
+            is_loaders_last = status.is_last
+        checkpoints.settle()
+        if checkpoints.prepare():
+            self.metrics.timer.resume()
+        if is_passed(self._log_every_n_steps, state.step, before):
+            self.collect_metrics()
+            self.flush_metrics(wait=False)
+        if not is_uneven:
+            requests.read()
         self._save_if_due(before, is_loaders_last)
-        self._step_attended = self._place.step
-        if self._asked_signal:
-            self.stop(self._asked_signal)
-        if not may_differ:
-            self.vote()
+        self._step_attended = state.step
+        if requests.stop_signal:
+            self.stop(requests.stop_signal)
+        if not is_uneven:
+            self._vote()
 
-    def _is_due(self, before: int) -> bool:
-        """Whether anything collective is, by what all ranks know that get to this step."""
-        step = self._place.step
+    def _is_collective_due(self, before: int) -> bool:
+        """Whether anything collective is due, by what every rank at this step knows."""
+        step, requests = self.state.step, self._requests
         return (
-            self._votes.is_due
-            or self._save_is_asked
-            or self._asked_signal > 0
-            or self._saves.is_waiting
-            or is_passed(self._tracking.log_every_n_steps, step, before)
+            self._consensus.is_due
+            or requests.is_save_requested
+            or requests.stop_signal > 0
+            or self.checkpoints.needs_next_step
+            or is_passed(self._log_every_n_steps, step, before)
             or self._cadence.is_due_after_step(step, before)
-            or self.ends
+            or self.state.is_ending
         )
 
     def _save_if_due(self, before: int, is_loaders_last: bool) -> None:
-        is_due = self._cadence.is_due_after_step(self._place.step, before)
-        if not (is_due or self._save_is_asked or self._saves.owed is not None):
+        is_due = self._cadence.is_due_after_step(self.state.step, before)
+        is_requested, self._requests.is_save_requested = self._requests.is_save_requested, False
+        if not (is_due or is_requested or self.checkpoints.pending is not None):
             return
-        name = self._place.step_name
-        if (is_due or self._save_is_asked) and is_loaders_last:
-            # At the epoch's last step it is saved after the evaluation, with its metrics.
-            self._saves.owed = self._saves.owed or name
-        elif is_due or self._saves.owed is not None:
-            self._saves.owed = self._saves.owed or name
-            self._saves.save_owed()
-            self._windows.timer.resume()
-        elif self._save_is_asked:
-            # What was logged meanwhile goes along: asking for a checkpoint changes no metric.
-            self._windows.collect()
-            self._saves.save(name)
-            self._windows.timer.resume()
-        self._save_is_asked = False
+        name = self.state.step_name
+        if (is_due or is_requested) and is_loaders_last:
+            # At the epoch's last step it is taken after the evaluation, with its metrics.
+            self.checkpoints.defer(name)
+            return
+        if is_due or self.checkpoints.pending is not None:
+            self.checkpoints.defer(name)
+            self.save_pending()
+        else:
+            # What was logged since the last window stays unreduced, so that a request for a checkpoint changes no
+            # metric; the checkpoint holds the sums.
+            self.collect_metrics()
+            self.checkpoints.save(name)
+        self.metrics.timer.resume()
 
-    def ask_for_save(self) -> None:
-        """Save when the step that is running is counted."""
-        self._save_is_asked = True
-        self._due_at_step = 0
+    def _vote(self) -> None:
+        if self._requests.vote():
+            self._due_at_step = 0
 
-    def evaluation_done(self, values: Mapping[str, float]) -> None:
-        """What an evaluation's metric objects have given; in an epoch that may not be logged it waits."""
-        self._history.add(values, self._place.step)
-        self._history.withholds = False
+    # ---------------------------------------------------------------------- evaluations
+
+    def begin_evaluation(self, *, is_in_batch: bool) -> None:
+        """Begin an evaluation, of this epoch or within a training batch."""
+        if not is_in_batch:
+            self.synchronize()
+        self.collect_metrics()
+        if self.state.rng_override is None:
+            self.state.rng_override = rng_state.capture(self._accelerator.device)
+
+    def evaluation_batch_done(self, *, may_stop: bool) -> None:
+        """Exchange requests at a batch that every rank has; it counts as a step.
+
+        Raises:
+            Stopped: on all ranks, if a signal asked any of them to stop and nothing is being accumulated.
+        """
+        signal_number = self._requests.read()
+        if signal_number and may_stop and self._accelerator.sync_gradients:
+            self.stop(signal_number)
+        self._consensus.num_steps_since_vote += 1
+        self._vote()
+
+    def end_evaluation(self) -> None:
+        """Reduce and publish an evaluation; within an epoch that is not logged it is withheld."""
+        if self._requests.has_uneven_inputs:
+            self._requests.read()
+        self.metrics.withholds = self._withholds_evaluation
+        self._publish(self.metrics.reduce_evaluation(self.state.step))
+        values = self.metrics.compute_objects(self.context.collectives)
+        self.metrics.publish(values, self.state.step)
+        self.metrics.withholds = False
         self.restart_step_timer()
 
-    def evaluation_ends(self) -> None:
-        """An evaluation is about to be reduced."""
-        if self._uneven.may_be_uneven:
-            self.read_votes()
-        self._history.withholds = self._is_in_epoch
+    # ---------------------------------------------------------------------- metrics
 
-    # ------------------------------------------------------------------- what ranks agree on
+    def log(self, values: Mapping[str, Any], weight: float) -> None:
+        """See `PeriodicLogger.log`."""
+        self.metrics.log(values, weight)
+
+    def flush_metrics(self, *, wait: bool) -> None:
+        """Start the reduction of the current window; with `wait` also finish it."""
+        self.metrics.flush(self.state.step)
+        if wait:
+            self.collect_metrics()
+
+    def collect_metrics(self) -> None:
+        """Finish and publish the reduction that was started last."""
+        self._publish(self.metrics.collect())
+
+    def collect_metrics_without_waiting(self) -> None:
+        """Publish a reduction that is complete on this rank, for a rank that ends alone. Not collective."""
+        self._publish(self.metrics.collect_without_waiting())
+
+    def _publish(self, window: MetricWindow | None) -> None:
+        if window is None:
+            return
+        values, step = window
+        if "perf/step_time_p50_s" in values:
+            # The same number on every rank, and so the same cadence of votes.
+            self._consensus.adapt_interval(values["perf/step_time_p50_s"])
+        self.metrics.publish(values, step)
+        self.checkpoints.report(step)
+        for callback in self.callbacks:
+            callback(values, step)
+
+    # ---------------------------------------------------------------------- saving, stopping
+
+    def request_save(self) -> None:
+        """Save when the running step is counted."""
+        self._requests.is_save_requested = True
+        self._due_at_step = 0
+
+    def save_now(self) -> bool:
+        """Save between steps; returns whether the save was begun, which is the same on every rank."""
+        self.synchronize()
+        self.flush_metrics_now()
+        has_begun = self.checkpoints.save(self.state.step_name) and self.checkpoints.settle()
+        # What follows need not be a step, which would wait for the copy.
+        self.finish_copy()
+        return has_begun
+
+    def save_pending(self) -> None:
+        """Take the pending checkpoint, with the metrics of its moment."""
+        self.flush_metrics_now()
+        name = self.checkpoints.pop_pending()
+        assert name is not None, "a checkpoint is pending"
+        self.checkpoints.save(name)
+
+    def flush_metrics_now(self) -> None:
+        """Reduce and publish all that was logged."""
+        self.collect_metrics()
+        self.flush_metrics(wait=True)
+
+    def finish_copy(self) -> None:
+        """Block until the save in flight has copied everything: what follows may write weights outside a step.
+
+        Effects: not collective; blocks for the rest of the copy, not for the disk.
+        """
+        self.checkpoints.saver.finish_copy()
 
     def stop_signal_in_evaluation(self) -> int:
         """Number of the signal that asks this process to stop within an evaluation; 0: none, or it cannot stop now.
 
         For a run of one process: other ranks do not learn of it.
         """
-        return self._run.stop_signal if self._accelerator.sync_gradients else 0
-
-    def begin_inputs(self, loader: Any) -> None:
-        """A pass over a prepared training loader begins, of which ranks may have different numbers of batches."""
-        self.synchronize()
-        if may_differ := dataloaders.may_be_uneven(loader, self._accelerator.num_processes):
-            self.read_votes()
-        self._uneven.begin_iteration(may_be_uneven=may_differ)
-        self._step_attended = self._place.step
-
-    @property
-    def has_uneven_inputs(self) -> bool:
-        """Whether a rank may have fewer batches than another of the pass that runs."""
-        return self._uneven.may_be_uneven
-
-    def end_inputs(self) -> None:
-        """This rank has no further batch of it. Not collective, and waits for nobody."""
-        self._uneven.mark_exhausted()
-
-    def discard_inputs(self) -> None:
-        """The pass that has begun is no training's: no step came of it, on any rank."""
-        self._uneven.begin_iteration(may_be_uneven=False)
-
-    def synchronize(self) -> None:
-        """Before what is collective behind a pass: wait for the longest; from here on its steps are all ranks'."""
-        if not self._uneven.may_be_uneven:
-            return
-        met = self._uneven.synchronize(self._place.step, self._asked_or_known(), is_cut_short=self.is_cut_short)
-        self._take_asked(met.requests)
-        self.is_cut_short, self._has_met = met.is_cut_short, True
-        self._due_at_step = 0
-        if met.min_steps < met.max_steps:
-            self._saves.ranks_differ(met.max_steps, met.max_steps - met.min_steps)
-        self._place.step = met.max_steps
-        if self.max_steps is not None and met.max_steps >= self.max_steps:
-            self.ends = True
-        if met.max_steps and self._saves.prepare():
-            self._windows.timer.resume()
-        if self._save_is_asked or self._cadence.is_due_after_step(met.max_steps, self._step_attended):
-            # At the epoch's end, with all that belongs to it.
-            self._saves.owed = self._saves.owed or self._place.step_name
-        self._save_is_asked, self._step_attended = False, met.max_steps
-
-    def max_over_ranks(self, number: int) -> int:
-        """Of a number of each rank's. Collective, behind `synchronize`; blocks until every rank has called it."""
-        self.read_votes()
-        self._votes.cast([number])
-        found = self._votes.read()
-        assert found is not None, "a vote that was cast is there to be read"
-        return found[0]
-
-    def _asked(self) -> list[int]:
-        """What this rank is asked for: to stop, to save."""
-        return [self._run.stop_signal, self._run.take_save_request()]
-
-    def _asked_or_known(self) -> list[int]:
-        """The same, with what this rank knows of the others, where these may not know it."""
-        signal_number, save_is_asked = self._asked()
-        return [self._asked_signal or signal_number, self._save_is_asked or save_is_asked]
-
-    def _take_asked(self, asked: Sequence[int]) -> None:
-        signal_number, save_is_asked = asked
-        self._save_is_asked |= bool(save_is_asked)
-        self._asked_signal = self._asked_signal or signal_number
-
-    def pace(self, step_time_s: float) -> None:
-        """Adapt how often it is voted to how long a step takes: the same number on every rank."""
-        self._votes.adapt_interval(step_time_s)
-
-    def vote(self) -> None:
-        """Say what this rank is asked for, where a vote is due."""
-        if self._votes.is_due:
-            self._votes.cast(self._asked())
-            self._due_at_step = 0
-
-    def vote_at_evaluation(self) -> None:
-        """The same at a batch of an evaluation, which counts as a step does."""
-        self._votes.num_steps_since_vote += 1
-        self.vote()
-
-    def read_votes(self) -> int:
-        """What any rank was asked for, known to all: a save, and the number of the signal to stop by, or 0."""
-        if (asked := self._votes.read()) is not None:
-            self._take_asked(asked)
-        return self._asked_signal
+        return self._session.stop_signal if self._accelerator.sync_gradients else 0
 
     def stop(self, signal_number: int) -> None:
-        """End in good order: a checkpoint of now, on disk, and then the error that ends the loop.
+        """Stop in good order: save the current moment, wait for the disk, and raise the error that ends the loop.
 
         Raises:
-            Stopped: on all ranks alike.
+            Stopped: on all ranks.
         """
         name = name_of(signal_number)
-        self._windows.collect()
-        if self._saves.is_ready:
-            self._saves.save_and_wait()
-        self._say(f"{name}: stops after step {self._place.step} ({self._saves.status}); run it again to go on")
+        self.collect_metrics()
+        if self.checkpoints.is_ready:
+            self.checkpoints.save_and_wait()
+        status = self.checkpoints.saver.status
+        self.context.say(f"{name}: stopped after step {self.state.step} ({status}); run it again to continue")
         raise Stopped(name)

@@ -83,7 +83,9 @@ def save_and_gather(accelerator: Any, out: Path, name: str, num_groups: int, tra
                 step = logger.step + 1
                 if step == TORN_STEP:
                     # The copy begins when the weights are written again.
-                    logger._saver._runner.submit(lambda: None if held.wait(60) else print("nothing was written"))
+                    logger._checkpoints.saver._runner.submit(
+                        lambda: None if held.wait(60) else print("nothing was written")
+                    )
                     assert logger.save()
                 elif step in STEPS:
                     expected = gather_state(accelerator, model, optimizer, has_groups=num_groups == 1)

@@ -133,7 +133,7 @@ def evaluate_unevenly(rank: int, world_size: int, port: int, directory: Path) ->
                 accelerator.backward(model(inputs).square().mean())
                 optimizer.step()
                 optimizer.zero_grad()
-            logger._course._votes.every_n_steps = 1
+            logger.events._consensus.every_n_steps = 1
             num_batches.append(0)
             for indices, _ in logger.eval_batches(evaluation):
                 num_batches[-1] += 1

@@ -111,7 +111,7 @@ def require_the_same_when_killed_within_an_epoch(whole: Path, recorded: Path, la
     assert names == ["epoch-0001", "step-00000008"]
     resumed = run(harness("run", *own, SCRIPTS / "by_epoch.py", *words), cut)
     assert resumed.code == 0, resumed.output
-    assert f"goes on from {names[-1]}: 1 epoch and 8 steps are done" in resumed.output
+    assert f"resumed from {names[-1]} (epoch 1, step 8)" in resumed.output
     require_state(cut / "runs" / "it" / "checkpoints" / "epoch-0002", recorded)
     before, after = only_run(whole), only_run(cut)
     assert after.info.status == "FINISHED"

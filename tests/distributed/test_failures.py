@@ -121,7 +121,7 @@ def test_run_goes_on_by_itself_when_the_launcher_starts_the_ranks_again(tmp_path
         timeout_s=LIMIT_S,
     )
     assert done.code == 0, done.output
-    assert "goes on from step-000000" in done.output
+    assert "resumed from step-000000" in done.output
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert only_run(tmp_path, wait_for_end_s=40).info.status == "FINISHED"
     assert list_checkpoints(run_dir / "checkpoints")[-1][1].epoch == 2

@@ -66,7 +66,7 @@ def test_script_stops_there_and_goes_on_exactly_when_it_is_told_to_within_an_eva
     assert stopped.code == EXIT_REQUEUE, stopped.output
     evaluated = [line for line in stopped.output.splitlines() if line.startswith("evaluated 1")]
     assert evaluated == ["evaluated 1 0", "evaluated 1 1", "evaluated 1 2"]
-    assert "SIGTERM: stops after step 16" in stopped.output
+    assert "SIGTERM: stopped after step 16" in stopped.output
     resumed = trained(tmp_path / "cut", resume="auto")
     assert resumed.code == 0, resumed.output
     assert "evaluated 1 9" in resumed.output

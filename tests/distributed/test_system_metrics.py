@@ -21,7 +21,7 @@ def sampled(directory: Path, nodes: list[int], alive_s: list[float]) -> list[dic
 def test_rank_zero_logs_each_nodes_figures_and_the_jobs(tmp_path: Path) -> None:
     zero, one, two = sampled(tmp_path, [0, 0, 1], [6.0, 6.0, 6.0])
     assert [zero["samples"], one["samples"], two["samples"]] == [True, False, True]
-    assert one["logged"] == two["logged"] == two["said"] == zero["said"] == []
+    assert one["logged"] == two["logged"] == two["warnings"] == zero["warnings"] == []
     together = [each for each in zero["logged"] if any(name.startswith("system/node_1/") for name in each)]
     assert len(together) >= 3
     memory = "system_memory_usage_megabytes"

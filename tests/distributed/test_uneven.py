@@ -129,7 +129,7 @@ def test_script_goes_on_with_the_next_epoch_when_it_was_killed_behind_one(tmp_pa
     assert train(tmp_path, Case(dies_behind=1)) == [-signal.SIGKILL] * 2
     assert list(checkpoints(tmp_path)) == ["epoch-0001"]
     assert train(tmp_path, Case()) == [0, 0], said(tmp_path)
-    assert "goes on from epoch-0001: 1 epoch and 6 steps are done" in said(tmp_path)
+    assert "resumed from epoch-0001 (epoch 1, step 6)" in said(tmp_path)
     found = checkpoints(tmp_path)
     assert found["epoch-0002"].step == 12
     assert found["epoch-0002"].metrics["train/loss"] == pytest.approx(losses(tmp_path, 1))

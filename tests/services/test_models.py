@@ -229,7 +229,7 @@ def test_training_resumes_exactly_when_only_mlflow_remains(trained: Path, server
     again = (*words, *tracking, "--trainer.max_epochs", "3", "--run_name", "second")
     done = run(harness_command(*again, "--resume_from_checkpoint", "models:/alone@last"), tmp_path)
     assert done.code == 0, done.output
-    assert "goes on from" in done.output
+    assert "resumed from" in done.output
     ours, theirs = (
         load_file(path / "checkpoints/epoch-0003/model.safetensors")
         for path in (tmp_path / "runs/second", trained / "runs/it")

@@ -26,7 +26,7 @@ def test_two_jobs_on_a_node_do_not_meet_and_one_goes_on_when_the_other_is_cancel
     one, other = jobs
     cluster.command("scancel", one.id)
     assert cluster.until_over(one.id) == "CANCELLED"
-    assert "SIGTERM: stops after step" in one.log
+    assert "SIGTERM: stopped after step" in one.log
     before = other.checkpoints
     cluster.until(lambda: other.checkpoints[-1] > before[-1], "the other job's next checkpoint")
     cluster.command("scancel", other.id)
@@ -63,7 +63,7 @@ def test_tasks_of_an_array_are_runs_below_one_and_each_is_queued_again_for_itsel
     last = f"{array.id}_3"
     cluster.until(lambda: list(run_dir(3).glob("checkpoints/*/manifest.json")), "a checkpoint of the last task", 120)
     cluster.command("scancel", "--batch", "--signal=USR1", last)
-    cluster.until(lambda: ", restart 1: " in log(3) and "goes on from " in log(3), "the last task to go on", 120)
+    cluster.until(lambda: ", restart 1: " in log(3) and "resumed from " in log(3), "the last task to resume", 120)
     # As one who stops a sweep does; a signal that comes before there is somebody to hear it is a job that is killed.
     cluster.command("scancel", last)
     for task in range(3):

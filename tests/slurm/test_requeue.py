@@ -63,7 +63,7 @@ def test_preempted_job_goes_on_and_is_delivered_from_the_login_node_when_its_nod
         urgent = ("--partition=urgent", f"--nodelist={cluster.nodes[0]}", "--exclusive", "--output=urgent.log")
         other = cluster.command("sbatch", "--parsable", *urgent, "--wrap", "hostname", cwd=tmp_path).strip()
         assert cluster.until_over(other) == "COMPLETED"
-        assert "SIGTERM: stops after step" in job.log
+        assert "SIGTERM: stopped after step" in job.log
         job.until_restart(1)
         job.until_saved()
         ask_to_stop(job.run_dir, "it has seen enough")

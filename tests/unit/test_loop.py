@@ -116,7 +116,7 @@ def test_training_ends_and_is_saved_when_max_steps_is_reached_within_an_epoch(tr
     task, logger, _ = train(TrainerConfig(max_epochs=9, max_steps=7))
     # In the second epoch: one is complete, and the name says so.
     assert (len(task.seen), logger.step, logger.epoch) == (7, 7, 1)
-    assert logger._batches.batches_done == 2
+    assert logger._state.data.batches_done == 2
     assert checkpoint_names(logger) == ["step-00000007"]
 
 

@@ -120,7 +120,7 @@ def test_error_names_the_metric_when_a_tensor_was_changed_in_place() -> None:
     sums.add({"train/loss": running})
     running.add_(1.0)
     with pytest.raises(MetricError, match=r"train/loss: the tensor was changed in place"):
-        sums.take()
+        sums.pop()
 
 
 def test_value_at_the_time_of_logging_is_taken_when_a_host_tensor_is_changed_afterwards() -> None:

@@ -280,7 +280,7 @@ def test_the_one_before_is_taken_when_the_newest_checkpoint_is_damaged(
     if damage == "a tensor":
         assert "step-00000008 cannot be used, trying the one before" in told
     assert "step-00000008/manifest.json: is damaged" in told or damage == "a tensor"
-    assert "goes on from epoch-0001" in told
+    assert "resumed from epoch-0001" in told
     # Its name is free for the one that the run has come to again, and nothing of it is lost.
     assert not verify(checkpoints / "step-00000008").problems
     (aside,) = checkpoints.glob("damaged-step-00000008-*")

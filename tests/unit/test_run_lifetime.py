@@ -39,10 +39,10 @@ def test_points_are_those_of_the_checkpoint_when_training_went_on_before_the_com
     opened: tuple[RunSession, Path],
 ) -> None:
     run, path = opened
-    run.log_metrics({"train/loss": 0.5, "epoch": 1.0}, 10)
-    run.keep_points("epoch-0001", {"train/loss": 0.5})
-    run.log_metrics({"train/loss": 0.4}, 20)
-    run.publish("epoch-0001", Manifest("k", 1, 10, 0, {"train/loss": 0.5}, (), {}, {}))
+    run.recorder.log_metrics({"train/loss": 0.5, "epoch": 1.0}, 10)
+    run.recorder.keep_points("epoch-0001", {"train/loss": 0.5})
+    run.recorder.log_metrics({"train/loss": 0.4}, 20)
+    run.recorder.publish("epoch-0001", Manifest("k", 1, 10, 0, {"train/loss": 0.5}, (), {}, {}))
     (logged, _) = entries(path, "metrics")
     (published,) = entries(path, "checkpoint")
     # The same value, time and step as the point that was logged: MLflow stores it once.
@@ -64,10 +64,11 @@ def test_end_is_recorded_as_it_was_when_run_fails_by(
 ) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
-    called: list[str] = []
-    assert run.fail(error, lambda: called.append("before")) is error
+    cause = run.report_failure(error)
+    assert cause is error
+    run.end_failed(cause)
     (end,) = entries(path, "end")
-    assert (dict(end.body), called) == ({"status": status, "reason": reason, "step": 0}, ["before"])
+    assert dict(end.body) == {"status": status, "reason": reason, "step": 0}
 
 
 # ------------------------------------------------------------------------- the next attempt
@@ -100,13 +101,13 @@ def test_points_are_there_once_when_steps_are_repeated(tmp_path: Path) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
     for step in (10, 20, 30):
-        run.log_metrics({"loss": 1.0 / step, "perf/steps_per_s": 5.0}, step)
-    run.fail(KeyboardInterrupt(), lambda: None)
+        run.recorder.log_metrics({"loss": 1.0 / step, "perf/steps_per_s": 5.0}, step)
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
 
     run, _ = again(tmp_path)
-    run.resumed(20, "step-00000020")
+    run.recorder.set_start(20, "step-00000020")
     for step in (20, 30, 40):
-        run.log_metrics({"loss": 1.0 / step + 0.1 * (step == 30), "perf/steps_per_s": 6.0, "epoch": 1.0}, step)
+        run.recorder.log_metrics({"loss": 1.0 / step + 0.1 * (step == 30), "perf/steps_per_s": 6.0, "epoch": 1.0}, step)
     run.finish()
     assert [point for point in logged(path) if point[0] == "loss"] == [("loss", s, 1.0 / s) for s in (10, 20, 30, 40)]
     assert [point[1] for point in logged(path) if point[0] == "epoch"] == [20, 30, 40]
@@ -123,10 +124,10 @@ def test_points_are_there_once_when_steps_are_repeated(tmp_path: Path) -> None:
 def test_points_are_there_once_when_nothing_was_restored(tmp_path: Path) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
-    run.log_metrics({"loss": 0.5}, 10)
-    run.fail(KeyboardInterrupt(), lambda: None)
+    run.recorder.log_metrics({"loss": 0.5}, 10)
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
     run, _ = again(tmp_path)
-    run.log_metrics({"loss": 0.5}, 10)
+    run.recorder.log_metrics({"loss": 0.5}, 10)
     run.finish()
     assert logged(path) == [("loss", 10, 0.5)]
     assert facts(path, 2)["step_from"] == "0"
@@ -135,15 +136,15 @@ def test_points_are_there_once_when_nothing_was_restored(tmp_path: Path) -> None
 def test_checkpoint_has_the_first_attempts_points_when_its_metrics_were_repeated(tmp_path: Path) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
-    run.log_metrics({"eval/loss": 0.7}, 5)
-    run.log_metrics({"loss": 0.5}, 20)
-    run.fail(KeyboardInterrupt(), lambda: None)
+    run.recorder.log_metrics({"eval/loss": 0.7}, 5)
+    run.recorder.log_metrics({"loss": 0.5}, 20)
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
     first, second = entries(path, "metrics")
     run, _ = again(tmp_path)
-    run.resumed(10, "step-00000010")
-    run.log_metrics({"loss": 0.4}, 20)
-    run.keep_points("step-00000020", {"loss": 0.4, "eval/loss": 0.7})
-    run.publish("step-00000020", Manifest("k", 1, 20, 0, {}, (), {}, {}))
+    run.recorder.set_start(10, "step-00000010")
+    run.recorder.log_metrics({"loss": 0.4}, 20)
+    run.recorder.keep_points("step-00000020", {"loss": 0.4, "eval/loss": 0.7})
+    run.recorder.publish("step-00000020", Manifest("k", 1, 20, 0, {}, (), {}, {}))
     run.finish()
     (published,) = entries(path, "checkpoint")
     # As MLflow has them: other values or times would be second points in the run's history.
@@ -155,7 +156,7 @@ def test_parameters_are_sent_once_and_changes_told_when_they_differ(
 ) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", {"lr": 0.1, "trainer": {"max_epochs": 3}}).path
-    run.fail(KeyboardInterrupt(), lambda: None)
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
     run, _ = again(tmp_path, {"lr": 0.2, "trainer": {"max_epochs": 3, "max_steps": 9}})
     run.finish()
     sent = [dict(entry.body) for entry in entries(path, "params")]
@@ -169,8 +170,8 @@ def test_checkpoint_is_published_once_when_an_attempt_was_killed_around_its_comm
 ) -> None:
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path / "runs", "it", None).path
-    run.log_metrics({"eval/loss": 0.5}, 10)
-    run.fail(KeyboardInterrupt(), lambda: None)
+    run.recorder.log_metrics({"eval/loss": 0.5}, 10)
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
     # Its directory is committed, its entry was never written.
     shutil.copytree(make_checkpoint({"w": torch.ones(3)}), path / "checkpoints" / "epoch-0001")
     for _ in range(2):
@@ -195,13 +196,17 @@ def test_checkpoint_has_the_recipe_of_its_own_attempt_when_a_later_one_has_anoth
     run = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path / "runs", "it", None).path
     task = Digits(width=4)
-    run.describe_recipe(ClassSpec("harness.tasks.Digits", {"width": 4}), task.model(), task.input_example, None)
-    run.fail(KeyboardInterrupt(), lambda: None)
+    run.recorder.describe_recipe(
+        ClassSpec("harness.tasks.Digits", {"width": 4}), task.model(), task.input_example, None
+    )
+    run.end_failed(run.report_failure(KeyboardInterrupt()))
     shutil.copytree(make_checkpoint({"w": torch.ones(3)}), path / "checkpoints" / "epoch-0001")
     for attempt, width in ((2, 8), (3, 8)):
         run, _ = again(tmp_path / "runs")
-        run.describe_recipe(ClassSpec("harness.tasks.Digits", {"width": width}), Digits(width).model(), None, None)
-        run.publish(f"epoch-000{attempt}", Manifest(f"k{attempt}", attempt, 10, 0, {}, (), {}, {}))
+        run.recorder.describe_recipe(
+            ClassSpec("harness.tasks.Digits", {"width": width}), Digits(width).model(), None, None
+        )
+        run.recorder.publish(f"epoch-000{attempt}", Manifest(f"k{attempt}", attempt, 10, 0, {}, (), {}, {}))
         run.finish()
     assert recipes_of(path) == [4, 8, 8]
     # What nobody is to have in MLflow is not run for it; and the same recipe is there once.
@@ -215,7 +220,7 @@ def test_training_goes_on_without_a_signature_when_the_example_is_wrong(
     tracking = TrackingConfig(tracking_uri=make_database(tmp_path / "mlflow.db"), start_timeout_s=60)
     run = RunSession(ALONE, tracking, Progress(enabled=True, bar=False))
     path = run.open(Collectives(0, 1), CPU, tmp_path, "it", None).path
-    run.describe_recipe(ClassSpec("torch.nn.Linear"), torch.nn.Linear(3, 2), torch.ones(2, 4), None)
+    run.recorder.describe_recipe(ClassSpec("torch.nn.Linear"), torch.nn.Linear(3, 2), torch.ones(2, 4), None)
     run.finish()
     assert "the models in MLflow have no signature: input_example: RuntimeError: mat1" in capsys.readouterr().err
     assert "signature" not in json.loads((path / "outbox" / "recipe-1.json").read_text())
@@ -227,7 +232,7 @@ def test_run_can_go_on_in_the_same_process_when_it_has_ended(tmp_path: Path) -> 
     other = RunSession(ALONE, TrackingConfig(enabled=False), Progress(enabled=False))
     with pytest.raises(RunDirError, match="in use by another PeriodicLogger of this process"):
         other.open(Collectives(0, 1), CPU, tmp_path, "it", None)
-    other.fail(KeyboardInterrupt(), lambda: None)
+    other.end_failed(other.report_failure(KeyboardInterrupt()))
     run.finish()
     run, _ = again(tmp_path)
     run.finish()

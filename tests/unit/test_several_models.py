@@ -23,7 +23,7 @@ from harness.checkpoint.format.commit import list_checkpoints
 from harness.checkpoint.format.verify import require_whole
 from harness.checkpoint.state.trainer_state import Watched
 from harness.errors import CheckpointError
-from harness.training.step_counter import StepCounter
+from harness.training.watched import StepCounter
 
 NUM_BATCHES = 8
 NUM_EPOCHS = 2
@@ -221,11 +221,11 @@ def test_step_is_not_counted_when_the_loss_scaler_skips_it() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        counts.append(counter.take())
+        counts.append(counter.pop())
     assert counts == [1, 0, 1]
     counter.close()
     optimizer.step()
-    assert counter.take() == 0
+    assert counter.pop() == 0
 
 
 def test_no_checkpoint_is_lost_when_an_optimizer_steps_late(tmp_path: Path) -> None:

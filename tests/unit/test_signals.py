@@ -101,7 +101,7 @@ def test_handler_of_the_script_is_called_too_when_it_was_there_before(called: li
     installed = StopSignals()
     os.kill(os.getpid(), number)
     assert called == [number]
-    assert (installed.received, installed.take_save_request()) == (
+    assert (installed.received, installed.pop_save_request()) == (
         (0, True) if number == signal.SIGUSR2 else (number, False)
     )
     installed.restore()

@@ -116,7 +116,7 @@ def test_run_says_so_when_its_checkpoints_take_too_much_of_the_lead(
                 optimizer.step()
                 logger.log({"train/loss": loss})
             # It is on the disk before the next window is told, which reports it.
-            logger._saver.wait()
+            logger._checkpoints.saver.wait()
     assert capsys.readouterr().err.count("s to be on disk, and the job is asked to stop 0 s before its time limit") == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -95,7 +94,7 @@ def test_figures_are_of_the_jobs_gpus_alone_and_what_one_does_not_know_stops_no_
     nvml = Nvml()
     reader = Reader(node_sources(["one", "two"], nvml))
     reader.read()
-    figures = reader.take()
+    figures = reader.pop()
     assert nvml.asked == {"GPU-one", "GPU-two", "MIG-two"}
     assert {name: value for name, value in figures.items() if name.startswith("gpu_")} == {
         "gpu_0_memory_usage_megabytes": 2000.0,
@@ -113,7 +112,7 @@ def test_figures_are_of_the_jobs_gpus_alone_and_what_one_does_not_know_stops_no_
 def test_every_figure_that_a_node_gives_has_a_rule() -> None:
     reader = Reader(node_sources(["one"], Nvml()))
     reader.read()
-    figures = reader.take()
+    figures = reader.pop()
     assert {name.replace("gpu_0_", "gpu_") for name in figures} == RULES.keys() - {"sampler_cpu_milliseconds"}
     assert 0 <= figures["cpu_utilization_percentage"] <= 100
     assert figures["system_memory_usage_megabytes"] > 1
@@ -127,8 +126,8 @@ def test_figure_is_the_mean_since_the_last_time_and_of_a_total_the_last() -> Non
     reader = Reader([both])
     for _ in range(3):
         reader.read()
-    assert reader.take() == {"cpu_utilization_percentage": 3.0, "network_receive_megabytes": 60.0}
-    assert reader.take() == {}
+    assert reader.pop() == {"cpu_utilization_percentage": 3.0, "network_receive_megabytes": 60.0}
+    assert reader.pop() == {}
 
 
 # -------------------------------------------------------------------------- reduction
@@ -173,30 +172,46 @@ def test_reduced_figure_is_in_range_or_a_whole_sum(figures: dict[int, dict[str, 
 NODES = [Node(0, "a", (0, 1), ()), Node(1, "b", (2, 3), ())]
 
 
-class Job:
+class Sink:
+    """Keeps what a collector logs and warns of."""
+
+    def __init__(self) -> None:
+        self.logged: list[Mapping[str, float]] = []
+        self.warnings: list[str] = []
+
+    def log_system_metrics(self, values: Mapping[str, float]) -> None:
+        self.logged.append(values)
+
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)
+
+
+class FakeSampler(Sampler):
+    """A sampler with a store and sources of the test's."""
+
+    store: HashStore | None = None
+    sources: Callable[[], Sequence[FigureSource]]
+
+    def connect_store(self) -> HashStore | None:
+        return self.store
+
+    def make_sources(self) -> Sequence[FigureSource]:
+        return self.sources()
+
+
+class Job(Sink):
     """Two nodes' samplers over one store, turned by hand: time passes where the test says."""
 
-    def __init__(self, sources: Mapping[int, Callable[[], dict[str, float]]] | None = None) -> None:
-        self.logged: list[Mapping[str, float]] = []
-        self.said: list[str] = []
+    def __init__(self, reads: Mapping[int, Callable[[], dict[str, float]]] | None = None) -> None:
+        super().__init__()
         store = HashStore()
-        collector = Collector(NODES, 10.0, self.logged.append, self.said.append)
-
-        def make(node: Node) -> Sequence[FigureSource]:
-            return [FigureSource("cpu", (sources or {}).get(node.index, lambda: {"cpu_utilization_percentage": 8.0}))]
-
+        collector = Collector(NODES, 10.0, self)
         self.zero, self.one = (
-            Sampler(
-                node,
-                NODES,
-                "run",
-                10.0,
-                collector if node.index == 0 else None,
-                lambda: store,
-                lambda node=node: make(node),  # type: ignore[misc]
-            )
-            for node in NODES
+            FakeSampler(node, NODES, "run", 10.0, collector if node.index == 0 else None) for node in NODES
         )
+        for sampler, node in ((self.zero, 0), (self.one, 1)):
+            source = FigureSource("cpu", (reads or {}).get(node, lambda: {"cpu_utilization_percentage": 8.0}))
+            sampler.store, sampler.sources = store, lambda source=source: [source]  # type: ignore[misc]
 
 
 def test_figures_of_all_nodes_are_logged_together_once_in_an_interval() -> None:
@@ -208,7 +223,7 @@ def test_figures_of_all_nodes_are_logged_together_once_in_an_interval() -> None:
     for logged in job.logged:
         assert logged["system/cpu_utilization_percentage"] == 8.0
         assert {"system/node_0/cpu_utilization_percentage", "system/node_1/cpu_utilization_percentage"} <= logged.keys()
-    assert job.said == []
+    assert job.warnings == []
 
 
 def test_node_that_is_gone_holds_up_nobody_and_is_no_longer_counted() -> None:
@@ -231,13 +246,12 @@ def test_reason_is_said_once_when_something_cannot_be_read() -> None:
     for second in range(0, 61, 2):
         job.one.turn(float(second))
         job.zero.turn(float(second))
-    assert job.said == ["harness: warning: system metrics: cpu on b: no such file"]
+    assert job.warnings == ["system metrics: cpu on b: no such file"]
 
 
 def test_reading_begins_later_when_the_sources_cannot_be_made_at_first() -> None:
     tries: list[int] = []
-    logged: list[Mapping[str, float]] = []
-    said: list[str] = []
+    sink = Sink()
 
     def make() -> list[FigureSource]:
         tries.append(1)
@@ -246,25 +260,25 @@ def test_reading_begins_later_when_the_sources_cannot_be_made_at_first() -> None
         return [FigureSource("cpu", lambda: {"cpu_utilization_percentage": 8.0})]
 
     nodes = [Node(0, "a", (0,), ())]
-    sampler = Sampler(
-        nodes[0], nodes, "run", 10.0, Collector(nodes, 10.0, logged.append, said.append), lambda: None, make
-    )
+    sampler = FakeSampler(nodes[0], nodes, "run", 10.0, Collector(nodes, 10.0, sink))
+    sampler.sources = make
     for second in range(0, 31, 2):
         sampler.turn(float(second))
-    assert said == ["harness: warning: system metrics: finding out what to read on a: no counters"]
-    assert logged
+    assert sink.warnings == ["system metrics: finding out what to read on a: no counters"]
+    assert sink.logged
 
 
 def test_thread_logs_what_there_is_at_its_end_and_nothing_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[Any] = []
+    sink = Sink()
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "100")
-    sampler = start_sampler(Collectives(0, 1), CPU, logged.append, logged.append)
+    sampler = start_sampler(Collectives(0, 1), CPU, sink)
     assert sampler is not None
     time.sleep(0.2)  # shorter than a reading's pause: what there is, is of the end
     begun_s = time.monotonic()
     sampler.stop()
     assert time.monotonic() - begun_s < 2
-    (values,) = logged
+    assert not sink.warnings
+    (values,) = sink.logged
     assert values["system/system_memory_usage_megabytes"] > 1
     assert values["system/sampler_cpu_milliseconds"] < 1000
     assert not sampler._thread.is_alive()
@@ -273,9 +287,8 @@ def test_thread_logs_what_there_is_at_its_end_and_nothing_after(monkeypatch: pyt
 def test_thread_takes_a_small_share_of_a_processor() -> None:
     slow = [FigureSource("slow", lambda: {"cpu_utilization_percentage": float(sum(range(200_000)) > 0)})]
     pauses: list[float] = []
-    sampler = Sampler(
-        NODES[0], NODES[:1], "run", 0.05, Collector(NODES[:1], 0.05, lambda _: None, print), str, lambda: slow
-    )  # type: ignore[arg-type]
+    sampler = FakeSampler(NODES[0], NODES[:1], "run", 0.05, Collector(NODES[:1], 0.05, Sink()))
+    sampler.sources = lambda: slow
     waits = sampler._stopping.wait
 
     def wait(pause_s: float) -> bool:

@@ -25,13 +25,13 @@ def test_percentile_is_zero_when_there_is_no_value() -> None:
 
 
 def test_gauges_are_zero_when_no_step_was_done() -> None:
-    assert set(StepTimer().take().values()) == {0.0}
+    assert set(StepTimer().pop().values()) == {0.0}
 
 
 def test_first_step_is_not_counted_when_nothing_was_resumed() -> None:
     timer = StepTimer()
     timer.step(8)
-    assert timer.take()["steps_per_s"] == 0.0
+    assert timer.pop()["steps_per_s"] == 0.0
 
 
 def test_rates_are_of_the_window_when_taken() -> None:
@@ -39,11 +39,11 @@ def test_rates_are_of_the_window_when_taken() -> None:
     timer.resume()
     for _ in range(4):
         timer.step(8)
-    gauges = timer.take()
+    gauges = timer.pop()
     assert gauges["samples_per_s"] == pytest.approx(8 * gauges["steps_per_s"])
     assert 0 < gauges["step_time_p50_s"] <= gauges["step_time_p99_s"]
     assert {*gauges, "memory_bytes"} == set(GAUGES)
-    empty = timer.take()
+    empty = timer.pop()
     assert empty["steps_per_s"] == empty["samples_per_s"] == 0.0
     assert empty["step_time_p50_s"] == gauges["step_time_p50_s"]  # over the latest steps, not the window
 

@@ -1,4 +1,4 @@
-"""Who is on which node, and which GPUs are the job's."""
+"""The nodes of a job: which ranks are on each, and with which GPUs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-# What torch's elastic agent (below `accelerate launch` and `torchrun`) and SLURM call a node's number.
+# The number of a node in torch's elastic agent (of `accelerate launch` and `torchrun`) and in SLURM.
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
 
 
 @dataclass(frozen=True)
 class NodePlace:
-    """Where one rank is.
+    """The place of one rank.
 
     Args:
         host: name of the machine.
-        group: the launcher's number of the node; empty: it gives none, and the host alone tells nodes apart.
-        gpu: UUID of the rank's GPU; None: it has none that NVML knows.
+        group: the launcher's number of the node; empty if it has none, so that nodes differ by host alone.
+        gpu: UUID of the rank's GPU; None if it has none that NVML knows.
     """
 
     host: str
@@ -35,8 +35,8 @@ class Node:
     Args:
         index: counted from 0, in the order of their lowest ranks: rank zero is on node 0.
         host: name of the machine.
-        ranks: that are on it, ascending.
-        gpus: UUIDs of their GPUs, in the order of ranks; one that two ranks share is there once.
+        ranks: on this node, ascending.
+        gpus: UUIDs of their GPUs, in the order of ranks, each once.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Node:
 
 
 def find_place(device: torch.device, environment: Mapping[str, str] = os.environ) -> NodePlace:
-    """Where this rank is."""
+    """Return the place of this rank."""
     group = next((environment[name] for name in _NODE_VARIABLES if name in environment), "")
     return NodePlace(socket.gethostname(), group, _uuid_of(device))
 
@@ -54,12 +54,12 @@ def find_place(device: torch.device, environment: Mapping[str, str] = os.environ
 def _uuid_of(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    # Indices would not do: CUDA_VISIBLE_DEVICES renumbers what torch sees, and not what NVML does.
+    # Not the index: CUDA_VISIBLE_DEVICES renumbers torch's devices, and not NVML's.
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def nodes_of(places: Sequence[NodePlace]) -> list[Node]:
-    """The nodes that the ranks are on.
+    """Group ranks by node.
 
     Args:
         places: of all ranks, in their order.

@@ -1,4 +1,4 @@
-"""One node's figures, by the names that MLflow's own monitors give them; one that cannot be read stops no other."""
+"""One node's figures, by the names of MLflow's own monitors. A source that cannot be read does not stop the others."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class FigureSource:
-    """Something that figures are read from.
+    """A source of figures.
 
     Args:
         name: for messages.
-        read: gives the figures now; raises where it cannot.
+        read: returns the current figures, or raises.
     """
 
     name: str
@@ -28,15 +28,15 @@ class FigureSource:
 
 
 class Reader:
-    """Reads all sources, and sums up what they gave since the figures were last taken.
+    """Reads all sources and averages their figures between two calls of `pop`.
 
-    Effects: not collective; one thread; blocks for as long as the sources do; nothing on disk.
+    Effects: not collective; one thread; blocks as long as the sources do; nothing on disk.
 
     Args:
-        sources: what to read.
+        sources: of the figures.
 
     Attributes:
-        failures: name of a source -> why it could last not be read.
+        failures: name of a source -> its latest error.
     """
 
     def __init__(self, sources: Sequence[FigureSource]) -> None:
@@ -50,14 +50,14 @@ class Reader:
             try:
                 figures = source.read()
             except Exception as error:
-                # Whatever it is: the next reading may work, and the other sources do.
+                # Any error: the next reading may work, and the other sources are read.
                 self.failures[source.name] = str(error) or type(error).__name__
                 continue
             for name, value in figures.items():
                 self._values.setdefault(name, []).append(value)
 
-    def take(self) -> Figures:
-        """Each figure's mean since the last call; of a total that only grows, the last."""
+    def pop(self) -> Figures:
+        """Return each figure's mean since the last call; of a growing total, the last value."""
         values, self._values = self._values, {}
         return {
             name: round(each[-1] if latest_only(name) else sum(each) / len(each), 3) for name, each in values.items()
@@ -65,13 +65,13 @@ class Reader:
 
 
 def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[FigureSource]:
-    """Processor, memory, disk and network of this node, and the GPUs of these UUIDs alone.
+    """Return the sources of this node: processor, memory, disk, network, and the GPUs of these UUIDs.
 
     Effects: not collective; any thread; with GPUs, blocks while NVML starts (up to a second).
 
     Args:
         gpus: UUIDs.
-        nvml: the module `pynvml`, or what behaves like it; None: it is imported where there are GPUs.
+        nvml: the module `pynvml` or an equivalent; None: it is imported if there are GPUs.
     """
     sources = [
         FigureSource("cpu", _cpu),
@@ -79,7 +79,7 @@ def node_sources(gpus: Sequence[str], nvml: Any = None) -> list[FigureSource]:
         FigureSource("disk", _disk),
         FigureSource("network", _network()),
     ]
-    psutil.cpu_percent()  # gives the share since its last call, and the first time nothing
+    psutil.cpu_percent()  # returns the share since its last call, and nothing the first time
     if gpus:
         try:
             sources += _gpu_sources(gpus, nvml or _start_nvml())
@@ -115,7 +115,7 @@ def _disk() -> Figures:
 
 
 def _network() -> Callable[[], Figures]:
-    """What went over the network since now: the system counts since it was started."""
+    """Return a reader of the traffic since now: the system counts since its start."""
     begun = psutil.net_io_counters()
 
     def read() -> Figures:
@@ -147,7 +147,7 @@ def _gpu_sources(gpus: Sequence[str], nvml: Any) -> list[FigureSource]:
 
 @dataclass
 class _Gpu:
-    """One reading of one GPU. Which it is, is found out when it is first read, and again until that works."""
+    """One reading of one GPU, whose handle is looked up at the first reading, and again until that works."""
 
     nvml: Any
     index: int
@@ -162,11 +162,11 @@ class _Gpu:
 
 
 def _handle(nvml: Any, uuid: str) -> Any:
-    uuid = uuid.removeprefix("GPU-").removeprefix("MIG-")  # torch gives it without
+    uuid = uuid.removeprefix("GPU-").removeprefix("MIG-")  # torch's UUID has no prefix
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
-        # A part of a GPU (MIG) has a UUID of its own.
+        # A MIG device has its own UUID.
         return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
@@ -191,7 +191,7 @@ def _gpu_power_share(nvml: Any, handle: Any) -> Mapping[str, float]:
     return {"power_usage_percentage": usage / limit * 100}
 
 
-# Apart from each other: not every GPU, and no part of one, knows them all.
+# Separate sources: some GPUs, and all MIG devices, lack some of them.
 _GPU_READINGS = {
     "memory": _gpu_memory,
     "utilization": _gpu_utilization,

@@ -1,6 +1,6 @@
 """The figures of all nodes as metrics: each node's own, and one for the whole job.
 
-The names are MLflow's. Its System metrics page shows what begins with ``system/``, over the time of the clock, and
+The names are MLflow's. Its System metrics page shows names that begin with ``system/``, over the time of the clock, and
 puts ``system/node_<k>/<name>`` of all nodes into one chart (read from the page's code, 3.17.2).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PREFIX = "system/"
-# Processor time of the thread that reads all this, since it last told.
+# Processor time of the sampler's thread since its last report.
 OWN_COST = "sampler_cpu_milliseconds"
 
 
@@ -21,11 +21,11 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a figure of several nodes or GPUs becomes one.
+    """How a figure is reduced over several nodes or GPUs.
 
     Args:
-        reduce: of all that have it.
-        is_total: it is a sum, which says something only where everyone has told.
+        reduce: over all that have it.
+        is_total: it is a sum, which is meaningful only if all have reported.
         latest_only: it only grows: of several readings the last counts, not the mean.
     """
 
@@ -35,7 +35,7 @@ class Rule:
 
 
 _MEAN, _TOTAL = Rule(_mean), Rule(sum, is_total=True)
-# Of what runs out, the one that is first to.
+# Of a resource that runs out, the first one to do so.
 _FULLEST, _LEAST = Rule(max), Rule(min)
 
 # docs/guides/tracking.md shows this table.
@@ -60,14 +60,14 @@ _GPU = re.compile(r"gpu_\d+_")
 
 
 def latest_only(name: str) -> bool:
-    """Whether a figure only grows, so that of several readings the last counts."""
+    """Whether a figure only grows, so that the last of several readings counts."""
     return name in RULES and RULES[name].latest_only
 
 
 def reduce(figures: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int) -> dict[str, float]:
-    """One figure for the whole job, over all nodes that have told, and all GPUs.
+    """Reduce the figures of all nodes and GPUs to one for the job.
 
-    A total is left out where one is missing: it would look like a fall.
+    A total is left out if a node is missing: it would look like a drop.
 
     Args:
         figures: node -> name -> value.
@@ -88,18 +88,18 @@ def reduce(figures: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus:
 
 
 def metrics_of(
-    told: Mapping[int, Mapping[str, float]], known: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int
+    reports: Mapping[int, Mapping[str, float]], known: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int
 ) -> dict[str, float]:
-    """Names in MLflow -> values.
+    """Return the metrics by their names in MLflow.
 
     Args:
-        told: node -> its figures, where it has told anew.
-        known: node -> its last figures, for what is reduced.
-        num_nodes: of the job; with one, its figures have the plain names.
+        reports: node -> its figures, for nodes with a new report.
+        known: node -> its last figures, for the reduction.
+        num_nodes: of the job; a single node's figures have the plain names.
         num_gpus: of the job.
     """
     metrics: dict[str, float] = {}
-    for node, figures in told.items():
+    for node, figures in reports.items():
         prefix = PREFIX if num_nodes == 1 else f"{PREFIX}node_{node}/"
         metrics |= {prefix + name: value for name, value in figures.items()}
     return metrics | {PREFIX + name: value for name, value in reduce(known, num_nodes, num_gpus).items()}

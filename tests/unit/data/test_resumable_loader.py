@@ -348,7 +348,7 @@ def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(
 ) -> None:
     def before(loop: Loop) -> None:
         loop.logger.register("mine", Counter())
-        with pytest.raises(CheckpointError, match="there is another thing of that name"):
+        with pytest.raises(CheckpointError, match="this name is registered already"):
             loop.logger.register("mine", Counter())
 
     Loop(tmp_path, crash_at=10).run(a_alone, before)
@@ -360,7 +360,7 @@ def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(
 
     Loop(tmp_path, crash_at=16).run(late, lambda loop: loop.logger.register("yours", Counter()))
     told = capsys.readouterr().err
-    assert "the checkpoint has a state of 'mine', and nothing of that name is registered" in told
+    assert "the checkpoint has a state of 'mine', and no object of that name is registered" in told
     assert "'yours' is not in the checkpoint: it starts from its initial state" in told
 
 
@@ -368,8 +368,8 @@ def test_it_says_so_when_a_step_takes_other_samples(tmp_path: Path, capsys: pyte
     Loop(tmp_path, crash_at=4, checkpoint=CheckpointConfig(every_n_steps=3, when_busy="wait")).run(a_alone)
     found = Loop(tmp_path, batch_size=6).run(a_alone)
     told = capsys.readouterr().err
-    assert "an optimizer step takes 6 samples from here on, and took 4" in told
-    assert "the epoch goes on at batch 2" in told
+    assert "an optimizer step now takes 6 samples; before the resume it took 4" in told
+    assert "the epoch continues at batch 2" in told
     assert sum(len(samples) for epoch, _, samples in found.seen if epoch == 0) == 22 - 12
 
 

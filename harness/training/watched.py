@@ -1,13 +1,15 @@
-"""What `PeriodicLogger.watch` was given, validated: one model, or several by name."""
+"""The models and optimizers that `PeriodicLogger.watch` was given, and the steps of one of several optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from harness.checkpoint.format.names import unwrapped
+from harness.checkpoint.sharding.find_shards import is_deepspeed_engine
 from harness.checkpoint.sharding.local_shards import innermost
 from harness.checkpoint.state.trainer_state import AnyWatched, Several, Watched
 from harness.errors import CheckpointError
@@ -16,9 +18,9 @@ _DICT_FORM = 'watch({"generator": (g, opt_g), "discriminator": (d, opt_d)})'
 
 
 def refuse_second_watch() -> CheckpointError:
-    """The error for a second call of `watch`, which would replace what the first one was given."""
+    """Return the error for a second call of `watch`."""
     return CheckpointError(
-        "watch() was called before on this logger, and a second call would replace what checkpoints hold; give several "
+        "watch() was called before on this logger, and a second call would replace what checkpoints hold; pass several "
         f"models to one call, as a dict: {_DICT_FORM}"
     )
 
@@ -26,9 +28,9 @@ def refuse_second_watch() -> CheckpointError:
 def watched_of(
     models: nn.Module | Mapping[str, Any], optimizer: Any, scheduler: Any, steps_of: str | None
 ) -> AnyWatched:
-    """What is to be saved; see `PeriodicLogger.watch`.
+    """Validate the arguments of `PeriodicLogger.watch` and return what is saved.
 
-    Effects: not collective, and the same on every rank that is given the same; reads only.
+    Effects: not collective; deterministic, so all ranks get the same result; reads only.
 
     Raises:
         CheckpointError: which argument is not as documented.
@@ -103,7 +105,7 @@ def _counted(parts: tuple[Watched, ...], steps_of: str | None) -> Watched | None
 
 
 def modules_of(watched: AnyWatched) -> tuple[nn.Module, nn.Module]:
-    """The user's own model, and the same as it is trained, wrapped; several are in an `nn.ModuleDict`.
+    """Return the user's model and the wrapped one that is trained; several are in an `nn.ModuleDict`.
 
     The names of its tensors are those in a checkpoint.
     """
@@ -113,3 +115,43 @@ def modules_of(watched: AnyWatched) -> tuple[nn.Module, nn.Module]:
         nn.ModuleDict({part.name: unwrapped(part.model) for part in watched.parts}),
         nn.ModuleDict({part.name: part.model for part in watched.parts}),
     )
+
+
+class StepCounter:
+    """Counts the steps of one optimizer of several from now on.
+
+    A step that a loss scaler skips is not counted: torch calls no hook for it, and DeepSpeed counts it as skipped.
+
+    Effects: not collective; a hook on the optimizer's step until `close`; nothing on disk.
+
+    Args:
+        part: the model and the optimizer whose steps are counted.
+    """
+
+    def __init__(self, part: Watched) -> None:
+        # DeepSpeed steps its optimizer once for each flat group, and counts complete steps in the engine.
+        self._engine: Any = part.model if is_deepspeed_engine(part.model) else None
+        self._num_seen = 0
+        # It must run at each step, so it is not traced into a compiled optimizer.
+        after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+        self._hook = innermost(part.optimizer).register_step_post_hook(after_step)
+        self._num_popped = self._num_steps
+
+    def _after_step(self, *_: Any) -> None:
+        self._num_seen += 1
+
+    @property
+    def _num_steps(self) -> int:
+        if self._engine is None:
+            return self._num_seen
+        return int(self._engine.global_steps - self._engine.skipped_steps)
+
+    def pop(self) -> int:
+        """Return the number of steps since the last call."""
+        num_new = self._num_steps - self._num_popped
+        self._num_popped += num_new
+        return num_new
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()

@@ -1,0 +1,258 @@
+"""What rank zero writes into a run's journal: metrics, parameters, model, data sets and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from harness.checkpoint.format.commit import Manifest, list_checkpoints
+from harness.config.schema import ClassSpec, TrackingConfig
+from harness.errors import reason_of
+from harness.io.progress import Progress
+from harness.io.redact import redact_message
+from harness.models.model_spec import ExampleSource, infer_signature, make_recipe
+from harness.run.stop_request import StopLead
+from harness.tracking import provenance
+from harness.tracking.journal.logged_points import Point
+from harness.tracking.tracker import Tracker
+
+
+class RunRecorder:
+    """Writes the journal of a run through its tracker.
+
+    Without a tracker, which is so on all ranks but zero and after the run's end, nothing is written.
+
+    Effects: not collective. Main thread, but for `log_system_metrics` (the sampler's thread), `sync`, `publish` and
+    `retire` (the checkpoint thread). Blocks as the tracker's entries do, and leaves what those leave.
+
+    Args:
+        config: what goes to MLflow.
+        progress: the user's display.
+        monitor: the metric that ranks checkpoints; None if there is none.
+        lead: how long before its end the job is asked to stop.
+    """
+
+    def __init__(self, config: TrackingConfig, progress: Progress, monitor: str | None, lead: StopLead) -> None:
+        self._config = config
+        self._progress = progress
+        self._monitor = monitor
+        self._lead = lead
+        self._tracker: Tracker | None = None
+        self._known_datasets: set[str] = set()
+        # Name of a metric in MLflow -> its latest point.
+        self._latest_points: dict[str, Point] = {}
+        self._points_of: dict[str, list[list[Any]]] = {}
+
+    def open(self, tracker: Tracker) -> None:
+        """Write to this tracker from now on."""
+        self._tracker = tracker
+
+    def close(self) -> Tracker | None:
+        """Write nothing more; returns the tracker, once."""
+        tracker, self._tracker = self._tracker, None
+        return tracker
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The tracker; None on all ranks but zero and after the run's end."""
+        return self._tracker
+
+    def say(self, line: str) -> None:
+        """Print a line about tracking, unless ``tracking.silent`` is set."""
+        if not self._config.silent:
+            self._progress.say(line)
+
+    def warn(self, line: str) -> None:
+        """Print a warning about tracking, unless ``tracking.silent`` is set."""
+        self.say(f"harness: warning: {line}")
+
+    def show_warnings(self, tracker: Tracker) -> None:
+        """Print the tracker's pending warnings."""
+        for warning in tracker.pop_warnings():
+            self.warn(warning)
+
+    # ------------------------------------------------------------------ metrics, parameters
+
+    def set_start(self, step: int, checkpoint: str | None) -> None:
+        """Set the step that this attempt resumes from: points that MLflow has from there on are not sent again.
+
+        Call it before any metric is logged; it reads the journal. Without it a continued run starts at step 0.
+
+        Args:
+            step: complete optimizer steps.
+            checkpoint: name of the restored one; None if there is none.
+        """
+        if self._tracker is not None:
+            self._latest_points = dict(self._tracker.resume_from(step, checkpoint).latest)
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Write reduced metrics of an optimizer step."""
+        self._log(values, step, is_own_step=False)
+
+    def log_recorded(self, values: Mapping[str, float], step: int) -> None:
+        """Write metrics of a step that the script counts itself."""
+        self._log(values, step, is_own_step=True)
+
+    def _log(self, values: Mapping[str, float], step: int, *, is_own_step: bool) -> None:
+        if self._tracker is not None:
+            self._latest_points.update(self._tracker.log_metrics(values, step, is_own_step=is_own_step))
+            self.show_warnings(self._tracker)
+
+    def log_system_metrics(self, values: Mapping[str, float]) -> None:
+        """Write the utilization of the nodes. The sampler's thread."""
+        if (tracker := self._tracker) is not None:
+            tracker.log_system_metrics(values)
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Write further parameters, nested; print which of them have changed since the run began."""
+        if self._tracker is None:
+            return
+        if (drift := self._tracker.log_params(provenance.flatten_params(values))).changed:
+            self.say(f"parameters have changed since the run began: {drift.as_line()}")
+        self.show_warnings(self._tracker)
+
+    # ---------------------------------------------------------------------- model and data
+
+    def describe_model(self, model: nn.Module, wrapped: nn.Module) -> None:
+        """Write the summary of the user's model, which is trained wrapped, as an artifact."""
+        if self._tracker is None:
+            return
+        self._tracker.log_text("model_summary.txt", provenance.model_summary(model, wrapped))
+        if not self._tracker.has_model_spec:
+            self.describe_recipe(None, model, None, None)
+            if self._publishes:
+                made = "model"
+                if isinstance(model, nn.ModuleDict):
+                    made = f"nn.ModuleDict({{{', '.join(f'{name!r}: ...' for name in model)}}})"
+                self.say(
+                    "no class is named for the models in MLflow, so mlflow.pyfunc cannot build them: load one with "
+                    f'harness.load_model("models:/...", model={made}), which fills a model that is made as here'
+                )
+
+    @property
+    def _publishes(self) -> bool:
+        return self._config.enabled and self._config.log_models
+
+    def describe_recipe(
+        self,
+        spec: ClassSpec | None,
+        model: nn.Module,
+        example: ExampleSource,
+        dynamic_axes: Mapping[str, Sequence[int]] | None,
+        packages: Sequence[str] = (),
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write how the run's models are built again and what they take and return; see `harness.models.model_spec`.
+
+        Rank zero alone runs the model. If that fails, the models have no signature, and a warning has the reason.
+        """
+        if self._tracker is None:
+            return
+        values = make_recipe(spec, model, packages)
+        if files:
+            values["files"] = dict(files)
+        if example is not None and self._publishes:
+            try:
+                values |= infer_signature(model, example, dynamic_axes)
+            except Exception as error:
+                # The task's error may contain the address of its database.
+                reason = redact_message(reason_of(error))
+                self.warn(f"the models in MLflow have no signature: input_example: {reason}")
+        self._tracker.log_model_spec(values)
+
+    def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
+        """Return the digest of a batch for `describe_dataset`, or None if it needs none.
+
+        Waits once for the device that the batch is on.
+        """
+        if self._tracker is None or not self._config.log_datasets or context in self._known_datasets:
+            return None
+        return provenance.batch_digest(batch)
+
+    def describe_dataset(self, loader: Any, context: str, batch: Any = None) -> None:
+        """Write the data set of a loader as an input of the run, once for ``train`` and ``eval``.
+
+        Args:
+            loader: its data set is described and not read.
+            context: ``train`` or ``eval``.
+            batch: the first batch that this rank had, or its `BatchDigest`; None if there is none.
+        """
+        dataset = getattr(loader, "dataset", None)
+        if self._tracker is None or dataset is None or context in self._known_datasets:
+            return
+        digest = self.digest_of(batch, context) if not isinstance(batch, provenance.BatchDigest | None) else batch
+        self._known_datasets.add(context)
+        if self._config.log_datasets:
+            record = provenance.dataset_record(dataset, context, digest)
+            self._tracker.log_dataset(record, is_exact=provenance.own_digest(dataset) is not None)
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    def log_save(self, costs: Mapping[str, float], step: int) -> None:
+        """Write what a save cost; warn if a checkpoint takes too long for how late the job is asked to stop."""
+        self.log_metrics(costs, step)
+        if (line := self._lead.check(costs.get("checkpoint/durable_s", 0.0))) is not None:
+            self._progress.say(f"harness: warning: {line}")
+
+    def keep_points(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
+        """Keep the points of a checkpoint's metrics as they are now.
+
+        By the time that it is committed, training has logged other points under the same names.
+        """
+        if (tracker := self._tracker) is not None:
+            latest = self._latest_points
+            names = [tracker.metric_name(key) for key in metrics]
+            self._points_of[checkpoint] = [[name, *latest[name]] for name in names if name in latest]
+
+    def sync(self) -> None:
+        """Make all entries durable. The checkpoint thread, before it commits a checkpoint that depends on them."""
+        if (tracker := self._tracker) is not None:
+            tracker.sync()
+
+    def publish(self, checkpoint: str, manifest: Manifest) -> None:
+        """Write the entry of a committed checkpoint. The checkpoint thread."""
+        if (tracker := self._tracker) is not None:
+            self._publish(tracker, checkpoint, manifest)
+
+    def _publish(self, tracker: Tracker, checkpoint: str, manifest: Manifest) -> None:
+        resume_files = self._resume_files(manifest)
+        tracker.log_checkpoint(
+            {
+                "name": checkpoint,
+                "key": manifest.key,
+                "epoch": manifest.epoch,
+                "step": manifest.step,
+                "files": [*manifest.weight_files, *resume_files, "manifest.json"],
+                "resume_files": resume_files,
+                "log_resume_state": self._config.log_resume_state,
+                "metrics": self._points_of.pop(checkpoint, []),
+                "monitored": None if self._monitor is None else manifest.metrics.get(self._monitor),
+                "time_ms": manifest.time_ms,
+                "size_bytes": sum(file.size_bytes for file in manifest.files if file.name in manifest.weight_files),
+            }
+        )
+
+    def _resume_files(self, manifest: Manifest) -> Sequence[str]:
+        """Names of the files that MLflow gets and only a resume needs."""
+        if self._config.log_resume_state == "none" or not manifest.can_be_resumed:
+            return []
+        return [file.name for file in manifest.files if file.name not in manifest.weight_files]
+
+    def publish_forgotten(self, checkpoints_dir: Path) -> None:
+        """Publish checkpoints of an attempt that was killed between their commit and their journal entry."""
+        tracker = self._tracker
+        if tracker is None or not self._config.log_models:
+            return
+        for name, manifest in list_checkpoints(checkpoints_dir):
+            if not tracker.has_checkpoint(manifest.key):
+                points = tracker.points_at(manifest.metrics, manifest.step)
+                self._points_of[name] = [[key, *point] for key, point in points.items()]
+                self._publish(tracker, name, manifest)
+
+    def retire(self, checkpoint: str, key: str) -> None:
+        """Write that a checkpoint is removed next. The checkpoint thread."""
+        if (tracker := self._tracker) is not None:
+            tracker.retire_checkpoint({"name": checkpoint, "key": key})
