@@ -63,6 +63,7 @@ class Tracker:
         run_id: id of the MLflow run, once it is known.
         given_run: the existing MLflow run that a new run uses; None: a new one is created. Set before `start`.
         notes: messages for the user from `start`.
+        has_model_spec: whether this attempt has called `log_model_spec`.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Tracker:
         self.run_id: str | None = None
         # The previous attempt's model spec, until `log_model_spec`.
         self._model_spec = newest_model_spec(self._outbox_dir)
-        self._has_model_spec = False
+        self.has_model_spec = False
         # Read before this attempt adds entries.
         self._logged = _read_logged(self._outbox_dir) if attempt > 1 else Logged({}, frozenset())
         self._known_datasets: dict[str, Any] = (read_record(self._outbox_dir / _DATASETS) or {}) if attempt > 1 else {}
@@ -297,18 +298,13 @@ class Tracker:
         """Flush the journal to disk, so that no crash of the machine loses an entry. Any thread."""
         self.journal.sync()
 
-    @property
-    def has_model_spec(self) -> bool:
-        """Whether this attempt has called `log_model_spec`."""
-        return self._has_model_spec
-
     def log_model_spec(self, values: Mapping[str, Any]) -> None:
         """Set the model spec of this attempt's checkpoints, see `harness.models.model_spec`.
 
         It is written to a file of its own, because an input example may have megabytes.
         """
         self._model_spec = write_model_spec(self._outbox_dir, self.attempt, values)
-        self._has_model_spec = True
+        self.has_model_spec = True
 
     def log_checkpoint(self, record: Mapping[str, Any]) -> None:
         """Log a committed checkpoint: its directory's name, epoch, step and metrics. Any thread. Blocks on fsync."""
