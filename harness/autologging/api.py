@@ -1,4 +1,4 @@
-"""`harness.autolog` and `harness.resume`: what a script, or `harness run`, calls."""
+"""`harness.autolog` and `harness.resume`, which a script or `harness run` calls."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def autolog(
     exclusive: bool = False,
     when_busy: Literal["wait", "skip"] = "wait",
 ) -> None:
-    """Log and save what an Accelerate script trains, without another line in it.
+    """Log and checkpoint the training of an unchanged Accelerate script.
 
-    From what the script prepares and does the run has its parameters, `train/loss`, learning rate and speed, its data
-    sets and where it came from, and each so many epochs a checkpoint: weights in safetensors, with the optimizer's
-    state. An epoch is one pass over the loader that is trained on. What the script logs itself lands in the same run.
+    The run gets the script's parameters, `train/loss`, learning rate and speed, its data sets and its origin, and every
+    few epochs a checkpoint: weights in safetensors, with the optimizer's state. An epoch is one iteration over the
+    training loader. The script's own metrics are logged to the same run.
 
-    Effects: imports torch and accelerate, and replaces methods of theirs (see docs/reference/autolog.md) until it is
-    called with `disable`. Every rank calls it alike, from the main thread, before the script's ``Accelerator()``.
-    What the training then does is as with `PeriodicLogger`; leaves ``runs/<run_name>/``.
+    Effects: imports torch and accelerate, and replaces methods of theirs until it is called with `disable`
+    (docs/reference/autolog.md lists them). Every rank calls it alike, from the main thread, before the script's
+    ``Accelerator()``. The training then has the effects of `PeriodicLogger`; leaves ``runs/<run_name>/``.
 
     Args:
-        every_n_epochs: a checkpoint each so many epochs, and one at the end; None: at the end alone.
-        log_models: publish each checkpoint as an MLflow LoggedModel; False: they are on disk alone.
+        every_n_epochs: epochs between checkpoints, with one more at the end; None for one at the end alone.
+        log_models: publish each checkpoint as an MLflow LoggedModel; False to keep checkpoints on disk alone.
         log_datasets: record the data sets as inputs of the run.
-        log_every_n_steps: log metrics each so many optimizer steps too; None: at ends of epochs alone.
-        monitor: the metric that ranks checkpoints, the script's own included; None: the newer is the better.
-        mode: ``min`` if a smaller monitor is better, ``max`` if a larger is.
-        save_top_k: keep so many of the best checkpoints, and always the newest; 0: the newest alone; -1: all.
+        log_every_n_steps: optimizer steps between metrics within an epoch; None for the ends of epochs alone.
+        monitor: the metric that ranks checkpoints, which may be the script's own; None to rank newer ones higher.
+        mode: ``min`` if a smaller monitor is better, ``max`` if a larger one is.
+        save_top_k: number of best checkpoints to keep, beside the newest; 0 for the newest alone; -1 for all.
         registered_model_name: register each published checkpoint under this name.
         extra_tags: further tags of the run.
-        disable: end autologging: nothing is replaced any more, and a training that runs is logged no further.
-        silent: no lines about it on the terminal.
-        exclusive: make a run of our own, where the script has an active MLflow run.
-        when_busy: when an epoch's checkpoint is due and the one before is not on disk yet: ``wait`` until it is, or
-            ``skip`` this one, with a line. Only epochs that are shorter than a save see a difference.
+        disable: end autologging: restore the replaced methods, and end the logging of a training that runs.
+        silent: print no lines.
+        exclusive: log to a run of our own, also if the script has an active MLflow run.
+        when_busy: if a checkpoint is due while the previous one is still being written: ``wait`` for it, or ``skip``
+            the new one, with a line. It matters only if an epoch is shorter than a save.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -89,25 +89,25 @@ def resume(
     experiment_name: str | None = None,
     reset_scheduler: bool = False,
 ) -> None:
-    """Have an autologged script go on in the run of this name, where there is one, or begin from a checkpoint.
+    """Resume the run of this name in an autologged script, or start from a checkpoint.
 
-    After the script's `accelerator.prepare` its model, optimizer and scheduler are as they were. The script itself
-    still counts its epochs from the first: those that are done go by with one batch each that changes nothing, and
-    what it logs meanwhile is left out; docs/guides/any-script.md says how far that goes.
+    After the script's `accelerator.prepare` its model, optimizer and scheduler are restored. The script still counts
+    its epochs from the first: completed epochs are replayed with one batch each and without effect, and what the script
+    logs meanwhile is left out. docs/reference/autolog.md has the limits.
 
-    Effects: none by itself: it says how `autolog` runs; before or after that, before the script's first batch.
+    Effects: changes the settings of `autolog`; call it before or after that, before the script's first batch.
 
     Args:
-        resume_from: ``auto``: go on with the run of this name, or begin it; ``never``: a run that is there is
-            refused; a run's directory, such as ``runs/vit``: go on with that; or a checkpoint's directory, or an
-            address in MLflow, where a new run begins, of the first training if there are several.
-        run_name: name of the run and of its directory; None: the script's. The run of a second training in the same
+        resume_from: ``auto`` to resume the run of this name, or to begin it; ``never`` to refuse an existing run; a
+            run's directory, such as ``runs/vit``, to resume that run; or a checkpoint's directory or address in MLflow,
+            from which the first training starts a new run.
+        run_name: of the run and of its directory; None for the script's name. The run of the second training of a
             process is ``<run_name>-2``, and so on.
-        run_dir: the directory that the runs' directories are in.
+        run_dir: the directory of all runs.
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        reset_scheduler: where a run goes on, take the scheduler's course as the script makes it now (more epochs, say);
-            False: the checkpoint's.
+        reset_scheduler: in a resumed run, use the schedule that the script makes now, for example for more epochs;
+            False for the checkpoint's.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -120,7 +120,7 @@ def resume(
     check_run_name(run_name)
     path = Path(resume_from)
     if run_name is None and (path / "run.json").exists():
-        # The script begins with its first training, whichever is meant.
+        # The script repeats all of its trainings, from the first.
         path = first_run_of(path)
         run_name, run_dir, resume_from = path.resolve().name, path.resolve().parent, "auto"
     if run_name is None and resume_from == "auto":

@@ -17,17 +17,17 @@ FURTHER_FILE = "further_training.json"
 
 @dataclass(frozen=True)
 class AutologSettings:
-    """What autologging was asked for.
+    """The settings of one training.
 
     Args:
         checkpoint: when and how checkpoints are written.
-        tracking: what goes to MLflow.
-        exclusive: what is logged here stays out of a run that the script has made.
-        run_name: name of the run of the first training, and of its directory; None: made up, from the script's name.
-        run_dir: the directory that the runs' directories are in.
-        resume_from: as `PeriodicLogger`'s `resume_from_checkpoint`.
-        reset_scheduler: as `PeriodicLogger` has it.
-        first_run: name of the run of the process's first training, where this is for a later one.
+        tracking: what is logged to MLflow.
+        exclusive: log to a run of our own, also if the script has an active MLflow run.
+        run_name: of the first training's run and directory; None for a name generated from the script's.
+        run_dir: the directory of all runs.
+        resume_from: as `resume_from_checkpoint` of `PeriodicLogger`.
+        reset_scheduler: as in `PeriodicLogger`.
+        first_run: name of the run of the process's first training, if this is a later one.
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -41,14 +41,14 @@ class AutologSettings:
 
 
 def script_name() -> str:
-    """A name for runs of this script: its file's, in the characters that a directory may have."""
+    """A name for runs of this script: its file name, with the characters allowed in a directory's name."""
     stem = Path(sys.argv[0]).stem or "run"
     kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
     return kept.lstrip(".") or "run"
 
 
 def first_run_of(run_dir: Path) -> Path:
-    """The run's directory of the first training of the script that has made this one."""
+    """The directory of the script's first training, for the directory of any of its trainings."""
     try:
         name = json.loads((run_dir / FURTHER_FILE).read_text())["first_run"]
     except (OSError, ValueError, KeyError):
@@ -57,7 +57,7 @@ def first_run_of(run_dir: Path) -> Path:
 
 
 def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
-    """What is known of the run of this name; None: nothing, or none is named."""
+    """The record in the run's directory; None without a record, or without a run's name."""
     if settings.run_name is None:
         return None
     try:
@@ -68,7 +68,7 @@ def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
 
 
 def run_id_of(settings: AutologSettings) -> str | None:
-    """The MLflow run that a training would go on in, where that is known before it begins."""
+    """The MLflow run that a training resumes, if it is known before the training begins; None otherwise."""
     record = None if settings.resume_from == "never" else run_record(settings)
     found = (record or {}).get("run_id")
     return None if found is None else str(found)

@@ -52,7 +52,7 @@ def train(during: Callable[[Accelerator, int], None] = lambda accelerator, numbe
     return losses, loader
 
 
-def test_loader_is_the_scripts_own_again_and_goes_on_when_turned_off_within_a_pass(tmp_path: Path) -> None:
+def test_loader_is_restored_when_turned_off_within_an_iteration(tmp_path: Path) -> None:
     def turn_off(accelerator: Accelerator, number: int) -> None:
         if number == 7:
             api.autolog(disable=True)
@@ -70,7 +70,7 @@ def test_loader_is_the_scripts_own_again_and_goes_on_when_turned_off_within_a_pa
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_training_stays_its_parents_when_a_forked_child_prepares_another_model(
+def test_training_stays_the_parents_when_a_child_prepares_a_model(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     codes = []

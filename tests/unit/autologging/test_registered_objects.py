@@ -129,7 +129,7 @@ def test_registered_objects_end_as_if_never_stopped_when_resumed(
     assert all(torch.equal(averages[0][name], value) for name, value in averages[1].items())
 
 
-def test_average_is_restored_for_the_evaluation_when_the_last_done_epoch_goes_by(on: On) -> None:
+def test_average_is_restored_when_the_last_epoch_is_replayed(on: On) -> None:
     switch = on("whole")
     whole = Averaging().run()
     switch.finish()
@@ -153,7 +153,7 @@ def test_line_is_said_when_a_registered_object_cannot_be_saved(on: On, capsys: p
 
 
 @pytest.mark.parametrize("raises", [False, True])
-def test_checkpoints_are_without_an_object_when_it_becomes_unsavable(
+def test_checkpoints_lack_an_object_when_it_becomes_unsavable(
     on: On, tmp_path: Path, capsys: pytest.CaptureFixture[str], raises: bool
 ) -> None:
     switch = on(when_failed="stop")

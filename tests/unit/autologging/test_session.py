@@ -29,7 +29,7 @@ from harness.tracking.mlflow.names import clean_key
 from tests.unit.autologging.loops import Loop, On, checkpoints, images, require_states
 
 
-def test_checkpoints_are_the_loops_own_state_when_it_trains_and_evaluates(on: On, tmp_path: Path) -> None:
+def test_checkpoints_equal_the_loops_state_when_it_evaluates(on: On, tmp_path: Path) -> None:
     switch = on()
     loop = Loop()
     loop.plain(3)
@@ -42,7 +42,7 @@ def test_checkpoints_are_the_loops_own_state_when_it_trains_and_evaluates(on: On
     assert found["epoch-0001"].metrics["train/loss"] == pytest.approx(sum(loop.losses[:5]) / 5)
 
 
-def test_loss_is_the_batchs_own_when_the_script_sums_up_in_its_tensor(on: On, tmp_path: Path) -> None:
+def test_loss_is_of_one_batch_when_the_script_adds_in_place(on: On, tmp_path: Path) -> None:
     switch = on()
     loop = Loop()
     total: Tensor | None = None
@@ -251,7 +251,7 @@ def trains_something_else_beside(loop: Loop) -> None:
         (trains_something_else_beside, [3, 6]),
     ],
 )
-def test_epochs_and_steps_are_the_loops_own_when_it(
+def test_epochs_and_steps_equal_the_loops_when_it(
     on: On, tmp_path: Path, body: Callable[[Loop], None], steps: list[int]
 ) -> None:
     switch = on()
@@ -276,7 +276,7 @@ def test_steps_are_the_optimizers_when_accelerate_accumulates(on: On, tmp_path: 
     assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 6]
 
 
-def test_checkpoint_of_the_end_is_there_when_the_script_looks_into_its_loader_at_last(on: On, tmp_path: Path) -> None:
+def test_last_checkpoint_exists_when_the_script_peeks_at_the_end(on: On, tmp_path: Path) -> None:
     switch = on(every_n_epochs=5)
     loop = Loop()
     loop.plain(2)
@@ -285,7 +285,7 @@ def test_checkpoint_of_the_end_is_there_when_the_script_looks_into_its_loader_at
     assert {name: manifest.step for name, manifest in checkpoints(tmp_path).items()} == {"epoch-0002": 10}
 
 
-def test_training_ends_within_an_epoch_when_its_iterator_is_still_there(on: On, tmp_path: Path) -> None:
+def test_training_ends_within_an_epoch_when_its_iterator_is_open(on: On, tmp_path: Path) -> None:
     switch = on()
     loop = Loop()
     iterator = iter(loop.train)
@@ -299,9 +299,7 @@ def test_training_ends_within_an_epoch_when_its_iterator_is_still_there(on: On, 
 @pytest.mark.parametrize(
     ("stop_at", "done"), [((1, 2), "step-00000009"), ((1, 3), "step-00000010"), ((0, 0), "step-00000002")]
 )
-def test_script_ends_as_if_never_stopped_when_it_is_run_again(
-    on: On, tmp_path: Path, stop_at: tuple[int, int], done: str
-) -> None:
+def test_script_ends_equal_when_it_is_resumed(on: On, tmp_path: Path, stop_at: tuple[int, int], done: str) -> None:
     switch = on("whole")
     whole = Loop()
     whole.plain(3)
@@ -359,7 +357,7 @@ def test_nothing_is_trained_when_all_epochs_are_done(on: On, tmp_path: Path, cap
     assert list(checkpoints(tmp_path)) == ["epoch-0001", "epoch-0002"]
 
 
-def test_checkpoints_are_ranked_when_monitor_is_a_metric_of_the_scripts(on: On, tmp_path: Path) -> None:
+def test_checkpoints_are_ranked_when_the_script_logs_the_monitor(on: On, tmp_path: Path) -> None:
     switch = on(monitor="score", mode="max", save_top_k=1)
     loop = Loop()
     for score in (1.0, 3.0, 2.0, 0.0):
@@ -398,7 +396,7 @@ def test_script_trains_when_it_logs_odd_names_at_odd_steps(
     assert said.count("no integer of 64 bits") == 1
 
 
-def test_values_are_taken_or_told_once_when_the_script_logs_all_kinds(
+def test_values_are_logged_or_reported_once_when_of_all_kinds(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on()
@@ -432,7 +430,7 @@ def test_script_trains_when_its_batches_are_of_no_one_size(on: On, tmp_path: Pat
     assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [2]
 
 
-def test_line_says_what_to_pass_when_models_are_several(
+def test_line_names_the_remedy_when_models_are_several(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on()
@@ -446,7 +444,7 @@ def test_line_says_what_to_pass_when_models_are_several(
     assert checkpoints(tmp_path) == {}
 
 
-def test_checkpoints_are_of_the_optimizer_that_steps_when_the_script_makes_another(
+def test_checkpoints_contain_the_new_optimizer_when_it_steps(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on()
@@ -465,7 +463,7 @@ def test_checkpoints_are_of_the_optimizer_that_steps_when_the_script_makes_anoth
         Loop().plain(3)
 
 
-def test_checkpoints_are_of_the_model_alone_when_optimizers_are_several(
+def test_checkpoints_contain_the_model_alone_when_optimizers_are_two(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on()
@@ -489,7 +487,7 @@ def test_checkpoints_are_of_the_model_alone_when_optimizers_are_several(
     assert all(torch.equal(again.model.state_dict()[key], loop.model.state_dict()[key]) for key in saved)
 
 
-def test_schedulers_go_on_when_they_are_several_for_one_optimizer(on: On, tmp_path: Path) -> None:
+def test_schedulers_are_restored_when_one_optimizer_has_several(on: On, tmp_path: Path) -> None:
     def train(num_epochs: int) -> tuple[Loop, list[Any]]:
         loop = Loop()
         inner = loop.optimizer.optimizer
@@ -519,7 +517,9 @@ def test_schedulers_go_on_when_they_are_several_for_one_optimizer(on: On, tmp_pa
     assert all(torch.equal(resumed.states[-1][key], whole.states[-1][key]) for key in whole.states[-1])
 
 
-def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_line_is_printed_when_no_training_is_observed(
+    on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     switch = on()
     loop = Loop()
     for batch in DataLoader(images(), batch_size=8):
@@ -531,7 +531,7 @@ def test_line_says_so_when_no_training_was_seen(on: On, tmp_path: Path, capfd: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_line_says_so_when_backward_is_called_past_accelerate(
+def test_line_is_printed_when_backward_bypasses_accelerate(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on()
@@ -546,7 +546,7 @@ def test_line_says_so_when_backward_is_called_past_accelerate(
     )
 
 
-def test_scripts_own_mlflow_run_is_failed_when_ours_cannot_begin(on: On, tmp_path: Path) -> None:
+def test_scripts_mlflow_run_fails_when_ours_cannot_open(on: On, tmp_path: Path) -> None:
     switch = on()
     Loop().plain(1)
     switch.finish()
@@ -576,7 +576,7 @@ def test_next_training_has_a_run_of_its_own_when_memory_is_freed(on: On, tmp_pat
     require_states(tmp_path, second.states, "second")
 
 
-def test_skipped_batches_are_no_epoch_of_their_own_when_a_script_skips_some(on: On, tmp_path: Path) -> None:
+def test_skipped_batches_make_no_epoch_when_a_script_skips_some(on: On, tmp_path: Path) -> None:
     switch = on()
     loop = Loop()
     loop.model.train()
@@ -589,7 +589,7 @@ def test_skipped_batches_are_no_epoch_of_their_own_when_a_script_skips_some(on: 
     assert [manifest.step for manifest in checkpoints(tmp_path).values()] == [3, 8]
 
 
-def test_event_of_a_summary_writer_is_in_the_run_when_mlflow_listens(on: On, tmp_path: Path) -> None:
+def test_summary_writer_event_is_in_the_run_when_mlflow_autologs(on: On, tmp_path: Path) -> None:
     switch = on()
     loop = Loop()
 
@@ -630,7 +630,7 @@ class Keeps(GeneralTracker):  # type: ignore[misc]
         self.given.append(values)
 
 
-def test_accelerates_own_tracker_gets_no_secrets_when_the_script_gives_some(on: On) -> None:
+def test_tracker_of_accelerate_gets_no_secrets_when_some_are_logged(on: On) -> None:
     on()
     tracker = Keeps()
     accelerator = Accelerator(log_with=tracker)
@@ -642,7 +642,7 @@ def test_accelerates_own_tracker_gets_no_secrets_when_the_script_gives_some(on: 
     ]
 
 
-def test_mlflow_gets_no_secrets_when_the_script_logs_some_before_it_trains(on: On, tmp_path: Path) -> None:
+def test_mlflow_gets_no_secrets_when_logged_before_training(on: On, tmp_path: Path) -> None:
     on()
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")

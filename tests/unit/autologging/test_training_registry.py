@@ -97,7 +97,7 @@ def test_each_fold_has_a_run_of_its_own_when_the_run_has_a_name(on: On, tmp_path
     assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, logged, strict=True) for name in a)
 
 
-def test_runs_of_folds_are_called_after_the_first_when_its_name_is_made_up(on: On, tmp_path: Path) -> None:
+def test_fold_runs_are_named_after_the_first_when_it_is_generated(on: On, tmp_path: Path) -> None:
     switch = on(None)
     validate_across()
     switch.finish()
@@ -105,7 +105,7 @@ def test_runs_of_folds_are_called_after_the_first_when_its_name_is_made_up(on: O
     assert others == [f"{first}-2", f"{first}-3"]
 
 
-def test_folds_end_as_if_never_stopped_when_the_third_is_cut_off_and_the_script_is_run_again(
+def test_folds_end_equal_when_the_third_is_interrupted_and_resumed(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """No fold sets a seed: its weights are those that the random numbers give which the fold before has left."""
@@ -127,7 +127,7 @@ def test_folds_end_as_if_never_stopped_when_the_third_is_cut_off_and_the_script_
     assert all(torch.equal(a[name], b[name]) for a, b in zip(whole, resumed, strict=True) for name in a)
 
 
-def test_script_goes_on_with_its_first_training_when_the_run_of_a_later_one_is_named(
+def test_first_training_is_resumed_when_a_later_run_is_named(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(fold: int, epoch: int) -> None:
@@ -146,7 +146,7 @@ def test_script_goes_on_with_its_first_training_when_the_run_of_a_later_one_is_n
         assert (api._settings.run_name, api._settings.run_dir) == ("x", str(directory))
 
 
-def test_name_counts_anew_when_another_is_given_between_trainings(on: On, tmp_path: Path) -> None:
+def test_numbers_start_at_one_when_another_name_is_given(on: On, tmp_path: Path) -> None:
     switch = on()
     validate_across(2)
     switch.change(AutologSettings(**{**vars(switch.settings), "run_name": "y"}))
@@ -155,7 +155,7 @@ def test_name_counts_anew_when_another_is_given_between_trainings(on: On, tmp_pa
     assert list(runs(tmp_path)) == ["x", "x-2", "y", "y-2"]
 
 
-def test_second_training_begins_as_the_script_made_it_when_a_checkpoint_was_named(
+def test_second_training_starts_new_when_a_checkpoint_is_named(
     on: On, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     switch = on("before")
@@ -197,7 +197,7 @@ def test_attempt_makes_no_epoch_when_memory_is_out_within_it(
     assert "the attempt of run x has failed; the next attempt is run x-2" in capfd.readouterr().err
 
 
-def test_attempts_go_their_own_ways_when_the_script_is_run_again(on: On, tmp_path: Path) -> None:
+def test_attempts_have_own_runs_when_the_script_is_resumed(on: On, tmp_path: Path) -> None:
     for _ in range(2):
         switch = on()
         attempts(Accelerator(cpu=True), (1, 2))
@@ -229,7 +229,7 @@ def test_memory_of_an_attempt_is_free_when_the_next_one_begins(on: On) -> None:
     assert alive == [False]
 
 
-def test_model_that_is_prepared_outside_trains_on_when_an_attempt_fails(on: On, tmp_path: Path) -> None:
+def test_outer_model_stays_prepared_when_an_attempt_fails(on: On, tmp_path: Path) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(*net())
@@ -248,9 +248,7 @@ def test_model_that_is_prepared_outside_trains_on_when_an_attempt_fails(on: On, 
 
 
 @pytest.mark.parametrize("training", ["outside", "around", "before"])
-def test_training_goes_on_when_memory_is_out_in_an_evaluation_that_is_tried_again(
-    on: On, tmp_path: Path, training: str
-) -> None:
+def test_training_continues_when_an_evaluation_is_retried(on: On, tmp_path: Path, training: str) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     sizes: list[int] = []
@@ -320,7 +318,7 @@ def a_loader(accelerator: Accelerator, model: nn.Module) -> None:
         a_loader,
     ],
 )
-def test_training_goes_on_when_the_script_prepares(
+def test_training_continues_when_the_script_prepares(
     on: On, tmp_path: Path, prepare: Callable[[Accelerator, nn.Module], None]
 ) -> None:
     switch = on()
@@ -337,9 +335,7 @@ def test_training_goes_on_when_the_script_prepares(
 
 
 @pytest.mark.parametrize("pieces", ["model first", "optimizer first", "each by its own method"])
-def test_another_training_begins_when_another_model_is_prepared_piece_by_piece(
-    on: On, tmp_path: Path, pieces: str
-) -> None:
+def test_next_training_begins_when_a_model_is_prepared_in_pieces(on: On, tmp_path: Path, pieces: str) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     for _ in range(2):
@@ -358,7 +354,7 @@ def test_another_training_begins_when_another_model_is_prepared_piece_by_piece(
     assert runs(tmp_path) == {"x": EPOCHS, "x-2": EPOCHS}
 
 
-def test_epochs_go_by_when_each_thing_was_prepared_by_its_own_method(on: On, tmp_path: Path) -> None:
+def test_epochs_are_replayed_when_objects_are_prepared_one_by_one(on: On, tmp_path: Path) -> None:
     for num_epochs, num_batches in ((2, 10), (3, 2 + 5)):
         switch = on()
         accelerator = Accelerator(cpu=True)
@@ -371,7 +367,7 @@ def test_epochs_go_by_when_each_thing_was_prepared_by_its_own_method(on: On, tmp
     assert runs(tmp_path) == {"x": [*EPOCHS, ("epoch-0003", 15)]}
 
 
-def test_model_for_evaluation_is_none_that_trains_when_it_is_prepared_as_such(on: On, tmp_path: Path) -> None:
+def test_model_is_not_trained_when_prepared_for_evaluation(on: On, tmp_path: Path) -> None:
     switch = on()
     accelerator = Accelerator(cpu=True)
     accelerator.prepare_model(net()[0], evaluation_mode=True)
@@ -395,9 +391,7 @@ def test_folds_share_a_loader_when_it_is_prepared_once(on: On, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("total_limit", [None, 2])
-def test_numbered_states_are_those_of_a_run_that_never_stopped_when_it_is_run_again(
-    on: On, tmp_path: Path, total_limit: int | None
-) -> None:
+def test_saved_states_are_equal_when_the_script_is_resumed(on: On, tmp_path: Path, total_limit: int | None) -> None:
     def script(directory: str, num_epochs: int, stop_at: int | None = None) -> list[str]:
         project = ProjectConfiguration(
             str(tmp_path / directory), automatic_checkpoint_naming=True, total_limit=total_limit
@@ -425,9 +419,7 @@ def test_numbered_states_are_those_of_a_run_that_never_stopped_when_it_is_run_ag
     assert there("cut") == there("whole")
 
 
-def test_numbers_go_on_behind_what_is_there_when_states_were_saved_behind_the_last_checkpoint(
-    on: On, tmp_path: Path
-) -> None:
+def test_state_numbers_continue_when_saved_after_the_checkpoint(on: On, tmp_path: Path) -> None:
     for num_epochs, names in ((2, ["checkpoint_0", "checkpoint_1"]), (3, ["checkpoint_0", "checkpoint_1"])):
         switch = on()
         project = ProjectConfiguration(str(tmp_path / "project"), automatic_checkpoint_naming=True)
@@ -442,7 +434,7 @@ def test_numbers_go_on_behind_what_is_there_when_states_were_saved_behind_the_la
         assert saved == (names if num_epochs == 2 else [*names, "checkpoint_3"])
 
 
-def test_save_state_gives_its_directory_when_epochs_go_by(on: On, tmp_path: Path) -> None:
+def test_save_state_returns_its_directory_when_replayed(on: On, tmp_path: Path) -> None:
     for num_epochs in (1, 3):
         switch = on()
         accelerator = Accelerator(cpu=True)
@@ -453,7 +445,7 @@ def test_save_state_gives_its_directory_when_epochs_go_by(on: On, tmp_path: Path
         switch.finish()
 
 
-def test_run_is_refused_when_a_later_training_finds_its_name_taken(on: On, tmp_path: Path) -> None:
+def test_run_is_refused_when_the_name_of_a_later_one_exists(on: On, tmp_path: Path) -> None:
     switch = on("x-2")
     validate_across(1)
     switch.finish()
@@ -462,7 +454,7 @@ def test_run_is_refused_when_a_later_training_finds_its_name_taken(on: On, tmp_p
         validate_across(2)
 
 
-def test_gradients_are_clipped_when_epochs_go_by_in_half_precision(on: On, tmp_path: Path) -> None:
+def test_gradients_are_clipped_when_replayed_in_half_precision(on: On, tmp_path: Path) -> None:
     def script(num_epochs: int, stop_at: int | None = None) -> dict[str, Tensor]:
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
