@@ -29,7 +29,8 @@ from accelerate.utils import set_seed
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.config.schema import TrainerConfig
 from harness.config.task import Task
-from harness.distributed.strategies import start, strategy_of
+from harness.distributed.strategies import start
+from harness.distributed.topology import strategy_of
 from harness.tasks import ByteLM, Digits
 from harness.training.fit import fit
 

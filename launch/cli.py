@@ -80,7 +80,7 @@ def _make_parser() -> CommandParser:
     listing.add_argument("--json", action="store_true", help="print JSON")
     stop = commands.add_parser("stop", help="request a running job to save a checkpoint and stop")
     stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    stop.add_argument("--reason", default="asked for", help="printed in the job's log")
+    stop.add_argument("--reason", default="requested", help="printed in the job's log")
     restarts = commands.add_parser(
         "restarts", help="count a start of a job; exit code 2 if starts make no progress (slurm/*.sbatch)"
     )

@@ -2,7 +2,8 @@
 
 In reading order:
 
-    strategies         create the Accelerator, and describe where this rank runs
+    topology           the processes and hardware of a run
+    strategies         create the Accelerator for the requested strategy
     cpu_strategies     every strategy on a CPU
     model_preparation  what a model needs before and after accelerate prepares it
     broadcast          broadcast tensors of any type and layout

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from harness.distributed import strategies
 from harness.distributed.collectives import Collectives
+from harness.distributed.topology import memory_bytes
 from harness.metrics import step_timer
 from harness.metrics.learning_rates import LearningRates
 from harness.metrics.reducer import Reduced, Reducer, WeightedSums
@@ -162,7 +162,7 @@ class MetricAggregator:
         return compute_over_ranks(collectives, objects)
 
     def _gauges(self) -> dict[str, float]:
-        return {**self.timer.pop(), "memory_bytes": strategies.memory_bytes(self._device)}
+        return {**self.timer.pop(), "memory_bytes": memory_bytes(self._device)}
 
     # ------------------------------------------------------------------------- publication
 

@@ -15,6 +15,7 @@ from harness.config.task import Task
 from harness.data import dataloaders, memory_layout
 from harness.distributed import model_preparation, strategies
 from harness.distributed.global_batch import plan_batches
+from harness.distributed.topology import strategy_of
 from harness.io.progress import Progress
 from harness.run.directory import write_config
 from harness.training.fit import fit
@@ -85,7 +86,7 @@ def prepare(
     set_seed(config.seed)
     model = task.model()
     model_preparation.check_mixed_precision(accelerator, model)
-    if strategies.strategy_of(accelerator) == "ddp":
+    if strategy_of(accelerator) == "ddp":
         model_preparation.check_ddp_tensors(accelerator, model)
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         memory_layout.make_contiguous(model)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from harness.config.cadence import Patience
 from harness.config.schema import EarlyStopping, TrainerConfig
 from harness.config.task import StepOutput, Task
-from harness.distributed.strategies import strategy_of
+from harness.distributed.topology import strategy_of
 from harness.errors import ConfigError, NonFiniteLossError
 
 if TYPE_CHECKING:

@@ -41,6 +41,7 @@ from harness.distributed import strategies
 from harness.distributed.broadcast import broadcast_buffers
 from harness.distributed.collectives import Collectives
 from harness.distributed.consensus import Consensus
+from harness.distributed.topology import topology_of
 from harness.errors import ConfigError
 from harness.io.progress import Progress
 from harness.metrics import step_timer
@@ -124,7 +125,7 @@ class PeriodicLogger:
         self.tracking_config = dataclasses.replace(
             tracking, experiment_name=experiment_name or tracking.experiment_name
         )
-        self.topology = strategies.describe(accelerator)
+        self.topology = topology_of(accelerator)
         self.progress = Progress(enabled=False)
         self.latest: dict[str, float] = {}
         self.run_name = run_name

@@ -13,7 +13,7 @@ import torch
 from harness.config.schema import Mode, TrackingConfig
 from harness.distributed.collectives import Collectives
 from harness.distributed.failure_monitor import FailureMonitor
-from harness.distributed.strategies import Topology
+from harness.distributed.topology import Topology
 from harness.errors import HarnessError, PeerFailure, Stopped, reason_of
 from harness.io.progress import Progress
 from harness.io.redact import redact_message

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from harness import CheckpointConfig, PeriodicLogger, TrackingConfig
 from harness.config.schema import TrainerConfig
 from harness.data.memory_layout import make_contiguous
-from harness.distributed.strategies import start, strategy_of
+from harness.distributed.strategies import start
+from harness.distributed.topology import strategy_of
 from tests.distributed.gathered import gather_state
 from tests.distributed.restoring_ranks import become_rank_of
 from tests.distributed.saved_models import MODELS, groups_of, logits_of

@@ -23,7 +23,8 @@ from harness.checkpoint.state.trainer_state import Moment, Watched, read_trainer
 from harness.config.schema import CheckpointConfig, TrainerConfig
 from harness.data.memory_layout import make_contiguous
 from harness.distributed.collectives import Collectives
-from harness.distributed.strategies import start, strategy_of
+from harness.distributed.strategies import start
+from harness.distributed.topology import strategy_of
 from harness.errors import CheckpointError
 from tests.checkpoint_hooks import NoHooks
 from tests.distributed.saved_models import MODELS, groups_of

@@ -11,7 +11,7 @@ import torch
 from harness.checkpoint.format.commit import Manifest
 from harness.config.schema import ClassSpec, TrackingConfig
 from harness.distributed.collectives import Collectives
-from harness.distributed.strategies import Topology
+from harness.distributed.topology import Topology
 from harness.errors import PeerFailure, RunDirError, Stopped
 from harness.io.progress import Progress
 from harness.tasks import Digits

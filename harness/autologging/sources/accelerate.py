@@ -18,6 +18,7 @@ from harness.distributed import strategies
 from harness.distributed.broadcast import broadcast_weights
 from harness.distributed.launch_identity import is_launcher_rank_zero
 from harness.distributed.model_preparation import separate_embeddings
+from harness.distributed.topology import strategy_of
 from harness.io.redact import redact_named
 
 
@@ -114,7 +115,7 @@ class AccelerateSource:
         for each in given:
             if isinstance(each, torch.nn.Module):
                 separate_embeddings(accelerator, each)
-                if strategies.strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
+                if strategy_of(accelerator) == "fsdp1" and accelerator.device.type == "cpu":
                     broadcast_weights(each)
         self._is_preparing = True
         try:

@@ -35,7 +35,7 @@ from harness.checkpoint.state.optimizer_record import check_step, has_own_state_
 from harness.checkpoint.state.trainer_state import AnyWatched, Moment, check_scheduler
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives, PendingCount
-from harness.distributed.strategies import strategy_of
+from harness.distributed.topology import strategy_of
 from harness.errors import CheckpointError
 
 

@@ -6,7 +6,7 @@ import pytest
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from harness.distributed.strategies import check_launch, describe, requested_processes
+from harness.distributed.strategies import check_launch, requested_processes
 from harness.errors import LaunchError
 
 
@@ -34,14 +34,6 @@ def test_number_is_read_when_the_launcher_has_one(tmp_path: Path, command: str, 
 def test_number_is_unknown_when_the_file_lacks_it(tmp_path: Path, content: str) -> None:
     (tmp_path / "conf.yaml").write_text(content)
     assert requested_processes(["accelerate", "launch", "--config_file", "conf.yaml", "train.py"], tmp_path) is None
-
-
-def test_topology_is_single_when_there_is_one_process(accelerator: Accelerator) -> None:
-    topology = describe(accelerator)
-    assert (topology.strategy, topology.rank, topology.world_size, topology.num_nodes) == ("single", 0, 1, 1)
-    assert topology.mixed_precision == "fp32"
-    assert topology.run_facts["device"] == "cpu"
-    assert "rank" not in topology.run_facts
 
 
 @pytest.mark.parametrize(

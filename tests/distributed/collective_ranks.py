@@ -1,4 +1,4 @@
-"""Ranks that do something together which fails on some of them, each in its own way."""
+"""Ranks that run work which fails on some of them, and broadcast unusual tensors."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ BUFFERS: dict[str, Callable[[float], Tensor]] = {
 }
 
 
-def take_buffers(rank: int, world_size: int) -> None:
-    """Each rank has other values in buffers of many types and layouts, and takes rank zero's."""
+def check_broadcast(rank: int, world_size: int) -> None:
+    """Buffers of many types and layouts, different on each rank, become those of rank 0."""
     model = nn.Module()
     for name, make in BUFFERS.items():
         model.register_buffer(name, make(rank + 1.0))
@@ -49,31 +49,31 @@ def take_buffers(rank: int, world_size: int) -> None:
     broadcast_buffers(model, world_size)
     for name, make in BUFFERS.items():
         assert torch.equal(model.get_buffer(name), make(1.0)), name
-    # What lies between the elements of a buffer is not its own.
+    # Memory between the elements of a strided buffer does not change.
     assert around.tolist() == [1.0, rank + 1.0] * 3
 
 
 def refused_by_ddp() -> dict[str, str]:
-    """What is said, before DDP is made, of models with one unusual buffer."""
-    said = {}
+    """The errors of `check_ddp_tensors` for models with one unusual buffer."""
+    errors = {}
     for name, make in BUFFERS.items():
         model = nn.Linear(2, 2)
         model.register_buffer("unusual", make(1.0))
         try:
             check_ddp_tensors(Accelerator(cpu=True), model)
         except ConfigError as error:
-            said[name] = str(error)
+            errors[name] = str(error)
         else:
             nn.parallel.DistributedDataParallel(model)
-    return said
+    return errors
 
 
-def fail_together(rank: int, world_size: int, port: int, directory: Path, cases: list[list[str]]) -> None:
-    """Each case names how each rank fails, or an empty text; leaves what was raised on this rank."""
+def run_cases(rank: int, world_size: int, port: int, directory: Path, cases: list[list[str]]) -> None:
+    """Each case names the failure of each rank, or an empty text; writes what this rank raised."""
     become_rank(rank, world_size, port)
     Accelerator(cpu=True)
     collectives = Collectives(rank, world_size, timeout_s=60)
-    # Of each flag whether any rank has set it, however many ranks and flags there are.
+    # Each flag is set if any rank sets it.
     flags = [False] * 5 + [True] + [number == rank for number in range(world_size)] * 1000
     assert collectives.all_reduce_any("flags", flags) == [False] * 5 + [True] * (1 + 1000 * world_size)
     raised = []
@@ -90,6 +90,6 @@ def fail_together(rank: int, world_size: int, port: int, directory: Path, cases:
         except CheckpointError as error:
             raised.append([type(error).__name__, str(error)])
     (directory / f"raised-{rank}").write_text(json.dumps(raised))
-    take_buffers(rank, world_size)
+    check_broadcast(rank, world_size)
     (directory / f"refused-{rank}").write_text(json.dumps(refused_by_ddp()))
     dist.destroy_process_group()
