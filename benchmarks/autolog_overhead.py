@@ -1,12 +1,12 @@
-"""What autologging costs an Accelerate loop that knows nothing of it: the same loop with and without, in one run.
+"""What autologging costs an unchanged Accelerate loop: the same loop with and without, in one run.
 
     python benchmarks/autolog_overhead.py --json                 one process
     accelerate launch ... benchmarks/autolog_overhead.py --json  several
 
-Short windows of each kind take turns (ABBA) over the same model, as in `loop_overhead`, whose figures these are too.
-With: all functions are replaced, each loss is logged, each epoch ends with its metrics reduced and appended to the
-run's history. Without: they are put back, and the loop runs as accelerate alone has it, but for two hooks on the
-optimizer's step that stay (1 us). Checkpoints are another benchmark's (`checkpoint`), and MLflow another process's.
+Short windows of each kind alternate (ABBA) over the same model, with the statistics of `loop_overhead`. With: all
+functions are patched, each loss is logged, and each epoch reduces its metrics and appends them to the run's history.
+Without: the patches are removed, except for two hooks on the optimizer's step (1 us). Checkpoints are measured in
+`checkpoint`, and MLflow runs in another process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.config.task import Task
 
 
 def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory: Path) -> list[tuple[Times, Times]]:
-    """Times of some rounds, over a model of their own."""
+    """Measure some rounds with a new model."""
     settings = AutologSettings(
         CheckpointConfig(every_n_epochs=None, save_last=False),
         TrackingConfig(enabled=False, log_every_n_steps=None),

@@ -4,20 +4,19 @@
     python benchmarks/checkpoint.py --strategy zero3 --json
     python benchmarks/checkpoint.py --strategy ddp --num_processes 4 --peers ours memcpy --rounds 20
 
-Each round has one window of a few training steps for each peer, in an order that changes, and one without
-any save. A window begins with the save. Measured for each rank, and reported of the rank it was worst for:
+Each round has one window of a few training steps for each peer, in a changing order, and one without a save. A
+window starts with the save. Measured on each rank, and reported for the worst one:
 
-    blocked_s    the trainer's thread: the call, and for ours the wait at the fence before the next step
+    blocked_s    time of the trainer's thread: the call, and for ours the wait at the fence before the next step
     added_s      the window's time less that of the window without a save in the same round
-    durable_s    from the call until all of it is on the disk (for the gathered ones until it is uploaded)
-    in flight    the 99th percentile of the steps that began before the save was durable, over the median of
-                 the steps of windows without one; beside it the same of all steps without one: the noise
-    host memory  what ours takes beside the training: the rank's peak while it saves, less what it had before,
-                 and the writer process's own
+    durable_s    from the call until all bytes are on disk (for the gathered peers: uploaded)
+    in flight    the 99th percentile of steps that started before the save was durable, over the median step of windows
+                 without a save; beside it the same of all steps without a save: the noise
+    host memory  ours: the rank's peak during the save, less its use before, and the writer process's own
 
-Between windows the writes are waited for, outside of the measured time. `memcpy` is a blocking copy of the
-rank's share into memory that is there already; `pwrite` writes and syncs it, from every rank at once. One
-process trains on one core: with two cores it has one to spare, as two processes have none.
+The writes are awaited between windows, outside of the measured time. `memcpy` is a blocking copy of the rank's share
+into existing memory; `pwrite` writes and syncs it, from all ranks at once. A process trains on one core, so on two
+cores one process leaves a core free and two leave none.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """As many layers as the size asks for."""
+    """Return a model of about the given size."""
 
     _no_split_modules = ("Layer",)
 
@@ -90,10 +89,10 @@ class Peer:
         raise NotImplementedError
 
     def finish(self) -> None:
-        """Nothing is left to wait for."""
+        """Wait until the save is durable."""
 
     def fence_s(self) -> float:
-        """What the save has cost the trainer's thread after it returned, so far."""
+        """Return the trainer thread's time for the save after `save` returned, so far."""
         return 0.0
 
     def durable_s(self, begun_s: float) -> float:
@@ -134,7 +133,7 @@ def dist_barrier() -> None:
 
 
 class WriterThread:
-    """The writer process's work in a thread of the trainer instead: what the choice between them rests on."""
+    """The writer's work in a thread of the trainer, to compare with the writer process."""
 
     def __init__(self, memory: Any, layout: Any, ranges: Any, *, makes_files: bool) -> None:
         import mmap
@@ -148,7 +147,7 @@ class WriterThread:
         self.thread = ThreadPoolExecutor(1)
 
     def start(self) -> None:
-        """Nothing is to be started."""
+        """Start nothing."""
 
     def request(self, directory: Path | None, ready_bytes: int) -> None:
         self.marks = SimpleQueue()
@@ -167,7 +166,7 @@ class WriterThread:
 
 
 class Memcpy(Peer):
-    """The limit: a copy of what this rank owns, at once."""
+    """The limit: a blocking copy of this rank's share."""
 
     def __init__(self, share: list[Tensor]) -> None:
         self.share = share
@@ -178,7 +177,7 @@ class Memcpy(Peer):
 
 
 class Pwrite(Peer):
-    """The limit: the same bytes on the disk, straight from where they are, each rank in a file of its own."""
+    """The limit: this rank's share written to its own file without a copy."""
 
     def __init__(self, share: list[Tensor]) -> None:
         self.share = share
@@ -192,7 +191,7 @@ class Pwrite(Peer):
 
 
 class Dcp(Peer):
-    """`torch.distributed.checkpoint.async_save`, on a group of its own."""
+    """`torch.distributed.checkpoint.async_save`, on its own process group."""
 
     def __init__(self, model: nn.Module, optimizer: Any, kind: str) -> None:
         self.model, self.optimizer, self.kind = model, optimizer, kind
@@ -303,7 +302,7 @@ OPTIONAL_PEERS = ("torch_checkpointing",)
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One rank."""
+    """Run one rank."""
     torch.set_num_threads(1)
     if arguments.writer == "thread":
         from harness.checkpoint.save import pipeline as pipeline_module
@@ -386,7 +385,7 @@ def _written_bytes(plan: Plan, num_processes: int) -> int:
 
 
 def _window(name: str, peer: Peer | None, step: Callable[[], float], num_steps: int, directory: Path) -> dict[str, Any]:
-    """One window: a save and some steps; then, not measured, until the save is durable."""
+    """Run one window: a save and some steps; then wait, unmeasured, until the save is durable."""
     if dist.is_initialized():
         dist.barrier()
     directory.mkdir(parents=True, exist_ok=True)
@@ -453,14 +452,14 @@ def _make_peers(
 
 
 def _peak_bytes(run: Callable[[], Any]) -> int:
-    """Most memory that this process has had while something ran, shared memory included."""
+    """Return this process's peak memory during a call, shared memory included."""
     Path("/proc/self/clear_refs").write_text("5")
     run()
     return _kilobytes("/proc/self/status", "VmHWM:")
 
 
 def _writer_bytes(logger: PeriodicLogger) -> int:
-    """What the writer process has for itself alone."""
+    """Return the writer process's private memory."""
     pipeline = logger._checkpoints.saver._pipeline
     process = None if pipeline is None else getattr(pipeline.writer, "_process", None)
     if process is None:
@@ -478,20 +477,20 @@ def _kilobytes(file: str, label: str) -> int:
 
 
 def percentile(values: list[float], part: float) -> float:
-    """The value below which that part of the values lies, by the nearest rank."""
+    """Return a quantile by the nearest-rank method."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
+    """Return the 95 % bootstrap interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(1000))
     return medians[25], medians[974]
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """For each peer: medians over the rounds of the worst rank's figures."""
+    """Return for each peer the medians over the rounds, for the worst rank."""
     ranks = [rank["windows"] for rank in record["ranks"]]
     names = list(ranks[0])
     without = [max(rank["none"][i]["wall_s"] for rank in ranks) for i in range(len(ranks[0]["none"]))]

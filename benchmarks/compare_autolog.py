@@ -1,21 +1,21 @@
-"""What autologging and trackers leave in MLflow, ours beside others: the facts of the table in docs/comparison.md.
+"""What autologging and trackers store in MLflow, ours beside others: the data of the table in docs/comparison.md.
 
     python benchmarks/compare_autolog.py                                         all cells: half an hour
     python benchmarks/compare_autolog.py --only harness_autolog,fsdp2            those of one peer, or of one situation
-    python benchmarks/compare_autolog.py --json --into benchmarks/results/compare_autolog.json    into what is there
+    python benchmarks/compare_autolog.py --json --into benchmarks/results/compare_autolog.json    update the file
 
-Each cell is a peer in a situation: its script (`benchmarks/peers`) is run to the end or to a time limit, where the
-stacks of all its processes are kept, and then MLflow is asked what there is.
+Each cell is a peer in a situation. Its script (`benchmarks/peers`) runs to the end, or to a time limit at which the
+stacks of all its processes are recorded. Then the contents of MLflow are read.
 
-    alone                    trains to the end, three epochs; values that are no number are logged too
-    ddp, fsdp2, zero2        trains to the end on two ranks, whose batches are uneven
-    loop, batches, default,  of MLflow's autologging: beside a loop of one's own, and how often it saves; elsewhere it
-    fsdp2_ and zero2_default saves each epoch
-    raise, exit, sigterm,    how it fails in its second epoch; where it was killed it is run again, and goes on by the
-    sigint, sigkill          peer's own means
-    slow                     each file that is uploaded takes `SLOW_S` more
-    away, away_longer        the server is killed in the midst, and started again; with MLflow's retries as they are,
-                             and with so few that they are spent before it is there
+    alone                    trains for three epochs; also logs values that are not finite
+    ddp, fsdp2, zero2        trains on two ranks with uneven batches
+    loop, batches, default,  MLflow's autologging: with a loop of one's own, and with other frequencies of saving; in
+    fsdp2_ and zero2_default the other cells it saves each epoch
+    raise, exit, sigterm,    fails in its second epoch; if it was killed it is run again, and resumes by the peer's own
+    sigint, sigkill          means
+    slow                     each uploaded file takes `SLOW_S` longer
+    away, away_longer        the server is killed during training and restarted, with MLflow's default retries, and with
+                             so few that they end before the restart
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SLOW_S = 2.0
 
 @dataclass(frozen=True)
 class Situation:
-    """What a script is asked for, and what befalls it.
+    """Options of a script, and the faults of its run.
 
     Args:
         words: options of the peers' scripts.
@@ -112,7 +112,7 @@ SITUATIONS = {
 
 
 def command(peer: str, situation: Situation) -> list[str | Path]:
-    """How the peer's script is started."""
+    """Return the command of the peer's script."""
     scripts = ROOT / "benchmarks" / "peers"
     words = ["--peer", peer, "--strategy", situation.strategy, *situation.words]
     ranks = ["--num_processes", "2"]
@@ -134,7 +134,7 @@ def command(peer: str, situation: Situation) -> list[str | Path]:
 
 
 def measure(peer: str, situation: Situation, limit_s: float, cwd: Path) -> dict[str, Any]:
-    """All facts of a cell."""
+    """Measure one cell."""
     with ExitStack() as stack:
         uri, outage = stack.enter_context(store(situation, cwd))
         variables = {
@@ -166,7 +166,7 @@ def attempt(
     variables: dict[str, str],
     outage: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """One start of the script: how it ended, how long its steps stood still, and how long its end took."""
+    """Run the script once: exit, longest pause between steps, and duration of its end."""
     before = len(notes(cwd))
     found: dict[str, Any] = {"exit_code": None}
     thread = threading.Thread(target=outage or (lambda: None))
@@ -200,14 +200,14 @@ def notes(cwd: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 
 def errors(output: str) -> list[str]:
-    """The last line of the last traceback, not the launcher's; or what MLflow says of an error of its own."""
+    """Return the last line of the last traceback that is not the launcher's; else MLflow's error message."""
     lines = [re.sub(r"^\[rank\d\]: |^.* WARNING mlflow.utils.autologging_utils: ", "", x) for x in output.splitlines()]
     found = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b|Encountered unexpected", line)]
     return list(dict.fromkeys(line[:200] for line in found if "ChildFailedError" not in line))[-1:]
 
 
 def frames(text: str) -> list[str]:
-    """Where each process's main thread stood, innermost frames first, of what py-spy says."""
+    """Return the main thread's frames of each process, innermost first, from py-spy's output."""
     stacks = re.findall(r'"MainThread"\n((?:    .*\n?)+)', text)
     lines = [[line.strip() for line in stack.splitlines() if "wrapper" not in line] for stack in stacks]
     return [" < ".join(each[:6]) for each in lines]
@@ -215,7 +215,7 @@ def frames(text: str) -> list[str]:
 
 @contextmanager
 def store(situation: Situation, cwd: Path) -> Iterator[tuple[str, Callable[[], None] | None]]:
-    """Where MLflow is, and what is done to it meanwhile."""
+    """The MLflow server, and its faults during a run."""
     if not situation.needs_server:
         yield make_database(cwd / "mlflow.db"), None
         return
@@ -247,7 +247,7 @@ def store(situation: Situation, cwd: Path) -> Iterator[tuple[str, Callable[[], N
 
 
 def show(cells: dict[str, dict[str, Any]]) -> None:
-    """A few lines for each cell."""
+    """Print a few lines for each cell."""
     for name, cell in cells.items():
         head = {key: value for key, value in cell.items() if key not in ("runs",)}
         print(f"{name}: {json.dumps(head)}")

@@ -1,12 +1,12 @@
-"""What our loop costs over a hand-written Accelerate loop on the same task, both in one run.
+"""The overhead of our loop over a hand-written Accelerate loop on the same task, both in one run.
 
     python benchmarks/loop_overhead.py --json                 one process
     accelerate launch ... benchmarks/loop_overhead.py --json  several
 
-Short windows of each kind take turns (ABBA), so that whatever else the machine does hits both alike; the
-figure is the median over the rounds of the ratio of their times, with its 95 % interval (bootstrap). The
-hand-written loop is the plain one of Accelerate's examples: no metrics, no checkpoints, no tracking. Ours
-logs the loss of each step, reduces it every 10 steps and appends to the outbox, as users run it.
+Short windows of each kind alternate (ABBA), so that other load on the machine affects both. The figure is the median
+over the rounds of the ratio of their times, with its 95 % bootstrap interval. The hand-written loop is that of
+Accelerate's examples, without metrics, checkpoints and tracking. Ours logs the loss of each step, reduces it every
+10 steps and appends it to the outbox, as in a usual run.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from harness.training.fit import fit
 
 
 def tasks() -> dict[str, Task]:
-    """The tasks by name: a step of 4 ms, and one of 25 ms."""
+    """Return the tasks by name, with steps of 4 ms and of 25 ms."""
     return {
         "digits": Digits(),
         "byte_lm": ByteLM(max_text_bytes=10_000, context_length=64, d_model=128, num_layers=2, batch_size=8),
     }
 
 
-# A window of either kind: so many epochs, as a run has more than one and ends only once.
+# Several epochs, as a run ends only once.
 EPOCHS_PER_WINDOW = 3
 
 
 def by_hand(accelerator: Any, task: Task, model: Any, optimizer: Any, loader: Any) -> None:
-    """The loop that one writes oneself."""
+    """Run the hand-written loop."""
     for _ in range(EPOCHS_PER_WINDOW):
         model.train()
         for batch in loader:
@@ -63,7 +63,7 @@ def by_hand(accelerator: Any, task: Task, model: Any, optimizer: Any, loader: An
 
 @dataclass(frozen=True)
 class Times:
-    """Of a window, in seconds: on the clock, and of this process's processors."""
+    """Wall time and CPU time of a window, in seconds."""
 
     wall_s: float
     cpu_s: float
@@ -77,7 +77,7 @@ Measure = Callable[[Any, str, Task, int, Path], list[tuple[Times, Times]]]
 
 
 def timed(accelerator: Any, window: Callable[[], None]) -> Times:
-    """Of one window, which all ranks begin together."""
+    """Measure one window, which all ranks start together."""
     accelerator.wait_for_everyone()
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     window()
@@ -85,21 +85,21 @@ def timed(accelerator: Any, window: Callable[[], None]) -> Times:
 
 
 def rounds(ours: Callable[[], Times], theirs: Callable[[], Times], num_rounds: int) -> Iterator[tuple[Times, Times]]:
-    """Times of both for each round, in the order ABBA."""
+    """Measure both kinds for each round, in the order ABBA."""
     for _ in range(num_rounds):
         first, second, third, fourth = ours(), theirs(), theirs(), ours()
         yield first + fourth, second + third
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
+    """Return the 95 % bootstrap interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[1949]
 
 
 def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory: Path) -> list[tuple[Times, Times]]:
-    """Times of some rounds, over a model and a logger of their own: where memory lies matters, too."""
+    """Measure some rounds with a new model and logger, since memory placement affects the times."""
     set_seed(0)
     model = task.model()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -127,7 +127,7 @@ def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory:
 
 
 def figures(name: str, steps_per_window: int, times: list[tuple[Times, Times]]) -> dict[str, Any]:
-    """One task's figures."""
+    """Return one task's figures."""
     ratios = [mine.wall_s / hand.wall_s for mine, hand in times]
     cpu_ratios = [mine.cpu_s / hand.cpu_s for mine, hand in times]
     return {
@@ -144,7 +144,7 @@ def figures(name: str, steps_per_window: int, times: list[tuple[Times, Times]]) 
 
 
 def report(benchmark: str, of_what: str, measure: Measure) -> None:
-    """Measure the tasks that are asked for, and print what came out: a benchmark's whole command line.
+    """Measure the selected tasks and print the figures: the command line of a benchmark.
 
     Args:
         benchmark: its name.

@@ -1,19 +1,19 @@
-"""How long a checkpoint takes to be put back: ours, torch DCP, and reading the same bytes, in turn within one run.
+"""How long restoring a checkpoint takes: ours, torch DCP, and reading the same bytes, in turn within one run.
 
     python benchmarks/resume.py --json                        FSDP2, 2 ranks, 100 MB of weights with AdamW
     python benchmarks/resume.py --strategy zero3 --json
     python benchmarks/resume.py --strategy ddp --num_processes 4 --rounds 20
 
-Each round has every peer once with the files in the page cache (`warm`) and once without (`cold`: the kernel
-is told to drop them). Measured on each rank, and reported of the slowest:
+Each round runs every peer once with the files in the page cache (`warm`) and once without (`cold`). Measured on each
+rank, and reported for the slowest:
 
-    seconds      ours: from a model and an optimizer without a state until all ranks have weights and moments and
-                 every digest of the checkpoint is checked; the optimizer's state is made within that time
-    read         `pread` of the bytes that this rank wants, to where they are to be: of the weights into memory that
-                 is there, of the optimizer's state into new memory
-    scan         the same bytes through one buffer of 8 MiB, which keeps none of them
-    dcp          `torch.distributed.checkpoint.load` of the same, from a checkpoint of its own, unchecked
-    host memory  the rank's peak while ours runs, less what it had before and less its own moments and weights
+    seconds      ours: from a model and an optimizer without state until all ranks have weights and moments and every
+                 digest of the checkpoint is verified; allocation of the optimizer's state included
+    read         `pread` of this rank's bytes to their destination: weights into existing memory, the optimizer's state
+                 into new memory
+    scan         the same bytes through one buffer of 8 MiB
+    dcp          `torch.distributed.checkpoint.load` of the same state from its own checkpoint, without verification
+    host memory  the rank's peak during ours, less the use before and less its own weights and moments
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def barrier() -> None:
 
 
 def drop(directory: Path) -> None:
-    """Have the kernel forget the files' pages, which are on disk."""
+    """Drop the files from the page cache."""
     barrier()
     for file in directory.rglob("*"):
         if file.is_file():
@@ -166,7 +166,7 @@ def drop(directory: Path) -> None:
 
 
 def own_bytes() -> int:
-    """What this process has now; from here on its peak is counted anew."""
+    """Return this process's memory, and reset its peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return _kilobytes("/proc/self/status", "VmRSS:")
 
@@ -176,7 +176,7 @@ def peak_bytes() -> int:
 
 
 def dcp(accelerator: Any, model: Any, optimizer: Any, directory: Path) -> Callable[[], None]:
-    """Its own checkpoint of the same state, and how that is loaded."""
+    """DCP's own checkpoint of the same state, and its loading."""
     import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -197,7 +197,7 @@ def dcp(accelerator: Any, model: Any, optimizer: Any, directory: Path) -> Callab
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the rounds of the slowest rank."""
+    """Return the medians over the rounds, for the slowest rank."""
     ranks = record["ranks"]
     peers: dict[str, Any] = {}
     for name in ranks[0]["seconds"]:
@@ -214,7 +214,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="how long a checkpoint takes to be put back")
+    parser = argparse.ArgumentParser(description="how long restoring a checkpoint takes")
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--size_mb", type=int, default=100, help="of fp32 weights; with AdamW three times as much")

@@ -2,19 +2,19 @@
 
     python benchmarks/scale.py --json
 
-A Llama of 70 B parameters under FSDP2 with AdamW: 723 tensors, their two moments and their numbers of steps. Every
-rank is what it tells the others; the code is that of a real save. For each number of ranks, of rank zero:
+A Llama of 70 B parameters under FSDP2 with AdamW: 723 tensors with two moments and a step count each. A rank consists
+of the messages that it sends; the code is that of a real save. Measured on rank zero for each number of ranks:
 
-    describe      make and pack what this rank holds
-    plan          unpack what all ranks hold, find what this rank owns, that all own each byte once, and who shares what
-    table         take what every rank has told of its ranges, in the order of the files
-    acks          from the moment at which all ranks may say that their part is written until rank zero has the records
-                  of all, taken apart: a real TCPStore, the ranks in four other processes of 16 connections each
+    describe      describe and pack this rank's shards
+    plan          unpack all ranks' shards, find this rank's ranges, and check that each byte has one owner
+    table         merge the ranges of all ranks, in the order of the files
+    acks          from the time at which ranks may acknowledge their part until rank zero has parsed all
+                  acknowledgements: a real TCPStore, with the ranks in four other processes of 16 connections each
     manifest      the records of the files, and the text of the manifest with its checksum
-    read          the manifest back from its text, every value looked at
-    gather        for each chunk that rank zero would receive, where in the files it belongs
+    read          parse and validate that text
+    gather        find the position in the files of each chunk that rank zero would receive
 
-`memory` is the growth of this process's peak, the 847 GB left out, which nobody holds.
+`memory` is the growth of this process's peak. The 847 GB of tensors do not exist.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ NUM_CONNECTIONS = 16
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Of Llama's 70 B: names as transformers has them."""
+    """Return the tensors of Llama 70 B, by transformers' names."""
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
@@ -90,7 +90,7 @@ def specifications() -> list[TensorSpec]:
 
 
 def held(spec: TensorSpec, world_size: int, rank: int) -> tuple[ElementRange, ...]:
-    """Rows as FSDP2 divides them; a number of steps is on every rank."""
+    """Return FSDP2's row shards; the step counts are on every rank."""
     if not spec.shape:
         return (ElementRange(0, 0, 1),)
     rows = -(-spec.shape[0] // world_size)
@@ -107,7 +107,7 @@ def timed(seconds: dict[str, list[float]], name: str, run: Callable[[], T]) -> T
 
 
 def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds: int) -> None:
-    """One process: some ranks, which say at once that they have written."""
+    """Run several ranks in one process, which acknowledge at once."""
     state = RankState(rng_state.capture(torch.device("cpu"))).encoded()
     records = {rank: RankRecord({"rank_state": state}, random.randbytes(16 * num)).encoded() for rank, num in which}
     stores = [TCPStore("127.0.0.1", port, is_master=False) for _ in range(NUM_CONNECTIONS)]
@@ -123,7 +123,7 @@ def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds
 
 
 def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[RankRecord]:
-    """The real board, with every other rank in another process."""
+    """Measure the acknowledgements through a real store, with all other ranks in other processes."""
     assert plan.all_ranges is not None
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     board = CommitStore(0, world_size, TCPStore("127.0.0.1", store.port, is_master=False), "scale")
@@ -162,7 +162,7 @@ def places_of_all(plan: Plan, world_size: int) -> int:
 
 
 def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
-    """One number of ranks, in a process of its own."""
+    """Measure one number of ranks, in a process of its own."""
     specs = specifications()
     structure = hash_of(specs, {})
     # What the others do, each on its own node.
@@ -216,7 +216,7 @@ def measure(world_size: int, rounds: int, directory: Path) -> dict[str, Any]:
 
 
 def told_by_all(specs: list[TensorSpec], described: list[bytes]) -> list[bytes]:
-    """What each rank would find by itself, here one after another; what is alike for all of them is found once."""
+    """Compute each rank's message one after another; results that are equal on all ranks are computed once."""
     holdings = [ShardCatalog.unpacked(part) for part in described]
     layout = plan_layout(specs, {})
     kinds = kinds_of(specs, holdings)

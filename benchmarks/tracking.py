@@ -1,18 +1,18 @@
-"""What tracking costs the trainer, and how fast the publisher brings things to MLflow; peers beside, in one run.
+"""What tracking costs the trainer, and how fast the publisher delivers to MLflow, beside peers in one run.
 
     python benchmarks/tracking.py --json
     python benchmarks/tracking.py --only log,append --json
     python benchmarks/tracking.py --only delivery --num_points 200000 --num_metrics 1 --rounds 1 --json
     python benchmarks/tracking.py --only upload --stores s3 --size_mb 256 --rounds 10
 
-    log       `PeriodicLogger.log` of tensors; on a device nothing may wait for it
-    append    a row of metrics into the outbox; beside it `json.dumps` and `write` of the same
-    delivery  points from the journal to acknowledged, by the publisher's process; beside it a loop of `log_batch`, and
-              one of bare requests that carry the same, which is as fast as the server takes them
-    upload    a checkpoint to a store; beside it the same file sent by hand, see `benchmarks.uploads`
-    step      the trainer's own steps while the publisher uploads, see `benchmarks.uploads`
+    log       `PeriodicLogger.log` of tensors, which must not synchronise with a device
+    append    a row of metrics into the outbox; peer: `json.dumps` and `write` of the same row
+    delivery  points from the journal until they are acknowledged, by the publisher's process; peers: a loop of
+              `log_batch`, and a loop of bare requests with the same points, which is the server's limit
+    upload    a checkpoint to a store; peer: the same file sent by hand, see `benchmarks.uploads`
+    step      the trainer's steps while the publisher uploads, see `benchmarks.uploads`
 
-The machine is shared and its pace changes: peers take turns within short rounds, and a figure is a median over many.
+Peers alternate in short rounds, since a shared machine's speed changes; a figure is a median over many rounds.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from tests.services.mlflow_server import MlflowServer  # noqa: E402
 
 PARTS = ("log", "append", "delivery", "upload", "step")
 NUM_METRICS = 20
-# As `tracking.log_every_n_steps` has it where nobody sets it.
+# The default of `tracking.log_every_n_steps`.
 CALLS_PER_WINDOW = 10
 POINTS_PER_REQUEST = 1000
 PUBLISHER_NICE = 10
@@ -58,24 +58,24 @@ LIMIT_S = 600
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
+    """Return the 95 % bootstrap interval of the median."""
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
     return medians[50], medians[1949]
 
 
 def over(values: list[float]) -> dict[str, Any]:
-    """Of many windows: the median with its interval, and the least."""
+    """Return the median of many windows with its interval, and the minimum."""
     return {"median": statistics.median(values), "95": interval(values), "min": min(values)}
 
 
 def p99(values: list[float]) -> float:
-    """What 99 of 100 do not exceed."""
+    """Return the 99th percentile."""
     return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
 def goal(name: str, limit: float, seen: float, unit: str, *, at_least: bool = False) -> dict[str, Any]:
-    """One line of the table."""
+    """Print one line of the table."""
     is_met = seen >= limit if at_least else seen <= limit
     return {"name": name, "at_least" if at_least else "at_most": limit, "seen": seen, "unit": unit, "met": is_met}
 
@@ -84,7 +84,7 @@ def goal(name: str, limit: float, seen: float, unit: str, *, at_least: bool = Fa
 
 
 class Operators(TorchDispatchMode):
-    """Notes what reaches PyTorch's operators."""
+    """Counts the calls of PyTorch's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Operators(TorchDispatchMode):
 
 
 def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Microseconds for each call, over windows as a run has them: ten calls, and then the reduction (not counted)."""
+    """Return microseconds per call, over windows of ten calls; the reduction after each window is not measured."""
     torch.set_num_threads(1)
     numbers = torch.rand(NUM_METRICS)
     plain = {f"train/metric_{i}": number for i, number in enumerate(numbers.unbind())}
@@ -147,7 +147,7 @@ def measure_log(arguments: argparse.Namespace, directory: Path) -> dict[str, Any
 
 
 def measure_append(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Microseconds for each row, alternating with the plainest way to write it."""
+    """Return microseconds per row, alternating with a plain write."""
     draw = random.Random(0)
     outbox = JournalWriter(directory / "append")
     descriptor = os.open(directory / "by_hand.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -191,7 +191,7 @@ def measure_append(arguments: argparse.Namespace, directory: Path) -> dict[str, 
 
 @contextmanager
 def tracked(run_dir: Path, tracking_uri: str, experiment: str = "benchmark") -> Iterator[Tracker]:
-    """Rank zero's side of a run, with its publisher, and no training."""
+    """Run rank zero's tracker and publisher, without training."""
     run_dir.mkdir(parents=True)
     (run_dir / "checkpoints").mkdir()
     (run_dir / "run.json").write_text(json.dumps({"run_name": run_dir.name, "run_key": f"key-{run_dir.name}"}))
@@ -221,9 +221,9 @@ def wait_until(is_done: Callable[[], bool], run_dir: Path, pause_s: float = 0.00
 
 
 def measure_delivery(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """Points a second, in turn with the same points by hand, 1,000 in a request; and what a call took meanwhile.
+    """Return points per second, alternating with 1,000 points per request by hand; and the time of a call meanwhile.
 
-    By hand at the publisher's priority: on a busy machine it would say how low that is, which is wanted.
+    The peer runs at the publisher's low priority, so that a busy machine slows both alike.
     """
     import mlflow
     import requests

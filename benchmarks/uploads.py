@@ -1,10 +1,10 @@
-"""A checkpoint on its way to a store: how fast it goes beside the same file sent by hand, and what steps feel of it.
+"""Uploading a checkpoint to a store: its speed beside the same file sent by hand, and its effect on training steps.
 
-    local       a server's own disk, by way of the server: there are no parts, the peer is one PUT
-    s3          S3 directly; the peers are parts sent by hand, 32 MiB and eight at a time, and boto3's `upload_file`
-    s3_proxied  S3 behind a server that gives out places for parts; the peers are those of `s3`
+    local       the server's own disk, through the server, without parts; the peer is one PUT
+    s3          S3 directly; the peers are parts sent by hand, eight at a time of 32 MiB, and boto3's `upload_file`
+    s3_proxied  S3 behind a server that returns presigned addresses of parts; the peers are those of `s3`
 
-Ours is all of a publication: the model is made, its files are sent, looked for, linked, and the model is READY.
+Ours is a whole publication: create the model, upload its files, check them, link them, and set the model to READY.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ MIB = 1024**2
 PART_BYTES = 32 * MIB
 PARTS_AT_ONCE = 8
 WEIGHTS = "model.safetensors"
-# A window of steps that nothing is uploaded in has as many as the last one with an upload, and no fewer than this.
+# Minimum of a window without an upload, which has as many steps as the last one with an upload.
 MIN_STEPS = 100
 
 
 def make_weights(directory: Path, size_mb: int) -> Path:
-    """A file that does not repeat itself within a part."""
+    """Write a file without repetition within a part."""
     path = directory / WEIGHTS
     block = random.Random(0).randbytes(PART_BYTES + 1)
     with path.open("wb") as stream:
@@ -51,7 +51,7 @@ def make_weights(directory: Path, size_mb: int) -> Path:
 
 
 def make_checkpoint(directory: Path, weights: Path, number: int) -> dict[str, Any]:
-    """A checkpoint's directory with the weights in it, and what the journal says of it."""
+    """Make a checkpoint's directory with weights, and its journal entry."""
     name = f"step-{number:08d}"
     (directory / name).mkdir(parents=True)
     os.link(weights, directory / name / WEIGHTS)
@@ -76,7 +76,7 @@ def make_checkpoint(directory: Path, weights: Path, number: int) -> dict[str, An
 
 @dataclass(frozen=True)
 class Target:
-    """Where a store's uploads go: ours by the server and experiment, the peers by themselves; and how it is emptied."""
+    """The destination of a store's uploads, for ours and for the peers, and how it is emptied."""
 
     server: MlflowServer
     artifact_location: str | None
@@ -85,7 +85,7 @@ class Target:
 
 
 def measure_upload(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """MB a second of each store and peer, in turn."""
+    """Return MB per second of each store and peer, in turn."""
     weights = make_weights(directory, arguments.size_mb)
     found, goals = {}, []
     for store in arguments.stores.split(","):
@@ -181,7 +181,7 @@ def put_whole(url: str, path: Path) -> None:
 
 
 def put_by_parts(client: Any, path: Path) -> None:
-    """As S3's own documentation has it."""
+    """Upload in parts as in S3's documentation."""
     where = {"Bucket": BUCKET, "Key": "by_hand"}
     upload = where | {"UploadId": client.create_multipart_upload(**where)["UploadId"]}
 
@@ -206,7 +206,7 @@ def remove_below(directory: Path) -> None:
 
 
 def measure_step(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    """99th percentile of the step's time with an upload beside it, over that without; and without over without."""
+    """Return the ratio of the steps' 99th percentiles with and without an upload; and between two without."""
     weights = make_weights(directory, arguments.size_mb)
     server = MlflowServer(directory / "server")
     server.start()
@@ -281,7 +281,7 @@ def steps_beside_uploads(
 
 
 def make_step(wanted_ms: float) -> Callable[[], float]:
-    """A training step of about so long, which returns how long it took in milliseconds."""
+    """Return a training step of about the given duration, which returns its time in milliseconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -305,7 +305,7 @@ def make_step(wanted_ms: float) -> Callable[[], float]:
 
 
 def pin(pids: list[int], cores: set[int]) -> None:
-    """Have all threads of these processes run on these cores, and those that they start."""
+    """Pin all threads of these processes, and those that they start, to these cores."""
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").glob("*"):
             try:

@@ -1,7 +1,7 @@
 """harness: the training loop, checkpoint and tracking layer around Accelerate.
 
-What is public is named in ``__all__``; it is imported when it is first used, so that
-``import harness`` and the command line's ``--help`` never import torch.
+``__all__`` lists the public names. Each is imported at its first use, so that ``import harness`` and ``--help`` never
+import torch.
 """
 
 from __future__ import annotations

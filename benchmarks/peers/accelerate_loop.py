@@ -1,4 +1,4 @@
-"""A loop as Accelerate's examples have it: with its MLflow tracker, or under `harness run`, unknowing."""
+"""A loop of Accelerate's examples, with its MLflow tracker, or unchanged under `harness run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a peer of `compare_autolog` has left in MLflow: how runs ended, metrics, models, and whether these are whole."""
+"""What a peer of `compare_autolog` stored in MLflow: status of runs, metrics, and models with their completeness."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 
 def ended_runs(client: MlflowClient) -> list[Run]:
-    """All runs, as they are when none is running any more, or after ten seconds."""
+    """Return all runs, once none is running any more, or after ten seconds."""
     deadline_s = time.monotonic() + 10
     while True:
         runs = all_runs(client)
@@ -33,7 +33,7 @@ def ended_runs(client: MlflowClient) -> list[Run]:
 
 
 def facts_of(client: MlflowClient, run: Run, cwd: Path) -> dict[str, Any]:
-    """Of one run: status, metrics, models."""
+    """Return the status, metrics and models of one run."""
     points = {key: client.get_metric_history(run.info.run_id, key) for key in sorted(run.data.metrics)}
     logged = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     place = Path(tempfile.mkdtemp(dir=cwd))
@@ -73,9 +73,9 @@ def facts_of(client: MlflowClient, run: Run, cwd: Path) -> dict[str, Any]:
 
 
 def facts_of_files(directory: Path) -> dict[str, Any]:
-    """Of which kinds there are, and for those with weights whether these are whole."""
+    """Return the kinds of artifacts, and for those with weights whether they are complete."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    # One directory of `torch.distributed.checkpoint` is one thing, whose parts say nothing alone.
+    # A directory of `torch.distributed.checkpoint` counts as one artifact.
     sharded = {path.parent for path in paths if path.suffix == ".distcp"}
     candidates = [*sharded, *(path for path in paths if path.suffix in WEIGHTS)]
     weights = {str(path.relative_to(directory)): wholeness(path) for path in candidates}
@@ -86,7 +86,7 @@ def facts_of_files(directory: Path) -> dict[str, Any]:
 
 
 def wholeness(path: Path) -> str:
-    """Of the model's four tensors: whole and as they were made, or what is there instead; empty: no weights."""
+    """Return whether the model's four tensors are complete, or what is there instead; empty if there are no weights."""
     try:
         content = load(path)
     except Exception as error:
@@ -113,7 +113,7 @@ def load(path: Path) -> Any:
 
 
 def tensors_of(content: Any) -> dict[str, Any]:
-    """All tensors below, by their names there."""
+    """Return all tensors in a nested structure, by name."""
     if isinstance(content, torch.nn.Module):
         content = content.state_dict()
     if not isinstance(content, dict):

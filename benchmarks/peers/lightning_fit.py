@@ -29,7 +29,7 @@ class Noting(pl.Callback):  # type: ignore[misc]
 
 
 class DeepSpeedOnCpu(strategies.DeepSpeedStrategy):  # type: ignore[misc]
-    """Lightning has it for CUDA alone: what asks for that is left out, all else is its own."""
+    """Lightning's strategy without its requirement of CUDA."""
 
     @property
     def root_device(self) -> torch.device:

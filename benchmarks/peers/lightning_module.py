@@ -1,4 +1,4 @@
-"""The `LightningModule` of `lightning_fit`, in a module of its own: what is pickled of it can be imported."""
+"""The `LightningModule` of `lightning_fit`, in a module that unpickling can import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all peers of `compare_autolog` train, what they note down of it, and how they fail.
+"""The training task of all peers of `compare_autolog`, its records, and its faults.
 
 The loss is the mean of the samples' own values, whatever the model says: batches are of six samples that are 1 and of
 two that are 2, in turn, so that with two ranks one has all the large batches. Then the value of a metric says how it
@@ -39,7 +39,7 @@ ODD_VALUES: dict[str, Any] = {
 
 
 def options() -> argparse.Namespace:
-    """What the benchmark asks of this process; what is not known is the launcher's."""
+    """Parse the benchmark's options; unknown ones are the launcher's."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", required=True)
     parser.add_argument("--strategy", default="single")
@@ -55,7 +55,7 @@ def options() -> argparse.Namespace:
 
 
 class Net(nn.Module):
-    """Small, and the same in each process."""
+    """Return a small model, equal in each process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class Batches:
-    """Six and two samples in turn; each `world`-th from `rank` on, where the framework does not divide them itself."""
+    """Batches of six and two samples in turn; every `world`-th from `rank` if the framework does not divide them."""
 
     drop_last = False
 
@@ -98,14 +98,14 @@ class Batches:
 
 
 def loader(num_steps: int, world: int, rank: int | None = None) -> DataLoader[Any]:
-    """Of all ranks' batches, or of one rank's."""
+    """Return the loader of all ranks' batches, or of one rank's."""
     num_batches = num_steps * world
     batches = Batches(num_batches) if rank is None else Batches(num_batches, rank, world)
     return DataLoader(Rows(num_batches), batch_sampler=batches)  # type: ignore[arg-type]
 
 
 class Notes:
-    """What one rank has done, a line for each step in ``rank-<rank>.jsonl``; and what the step is to suffer."""
+    """Records each step of one rank in ``rank-<rank>.jsonl``, and causes the fault of the step."""
 
     def __init__(self, asked: argparse.Namespace, rank: int) -> None:
         self._asked = asked
@@ -118,7 +118,7 @@ class Notes:
             file.write(json.dumps({"time_s": time.time(), **what}) + "\n")
 
     def step(self, step: int) -> None:
-        """A step is done, counted from 1."""
+        """Record a step, counted from 1."""
         self.write(step=step)
         time.sleep(self._asked.pace_s)
         if self._asked.fails_at != step:
@@ -131,7 +131,7 @@ class Notes:
             os.kill(os.getpid(), SIGNALS[self._asked.fails])
 
     def odd_values(self, step: int, log: Any) -> None:
-        """Have each value logged, where that is asked for, after the second step."""
+        """Log each value that is not finite after the second step, if the option is set."""
         if not self._asked.odd_values or step != 2:
             return
         for name, value in ODD_VALUES.items():

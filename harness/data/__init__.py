@@ -1,12 +1,12 @@
-"""Batches: which samples they hold, and continuing in the middle of an epoch.
+"""Batches: their samples, and resuming within an epoch.
 
 In reading order:
 
-    dataloaders        the samples that a rank really has
+    dataloaders        properties of loaders: sizes, generators, the samples of a rank
     batch_size         the number of samples in a batch
-    rng_state          the random number generators of a rank
-    memory_layout      tensors that do not lie in C order
-    batch_sampler      the sampler around a loader's own
-    resumable_loader   one epoch's batches, from any position
-    pending_iteration  a pass that may turn out to be training
+    rng_state          the random states of a rank
+    memory_layout      tensors that are not contiguous
+    batch_sampler      a wrapper that starts a loader's batch sampler at any batch
+    resumable_loader   an epoch's batches, from any position
+    pending_iteration  an iteration that may turn out to be training
 """

@@ -1,12 +1,12 @@
-"""How many samples a batch has, whatever it is made of.
+"""The number of samples in a batch of any structure.
 
-The parts of a batch agree on its size where they can: the first dimension of a tensor, the length of a list of samples.
-A list of tensors has both. The first rule that applies decides:
+A tensor's size is its first dimension, and that of a list of samples is its length. Parts of a batch usually agree on
+one size. A list of tensors has two possible sizes; the first rule that applies decides between them:
 
-1. The one that is the loader's batch size; no batch is larger than that. A pair or a triple of tensors at the top that
-   agree on a smaller size is the loader's last batch.
-2. The length, if the tensors have one shape with channels first, such as (3, 32, 32): they are images. A pair at the
-   top is inputs and targets, whatever its shape.
+1. The size that equals the loader's batch size, which no batch exceeds. A pair or a triple of tensors, as the whole
+   batch, that agree on a smaller size is the loader's last batch.
+2. The length, if the tensors are images: they have one shape with channels first, such as (3, 32, 32). A pair, as the
+   whole batch, is inputs and targets, of any shape.
 3. The first dimension, if it is the same for all; else the length.
 """
 
@@ -21,56 +21,56 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-# Of a list of thousands of samples the first ones say what they are.
-_NUM_LOOKED_AT = 16
-# Of parts within parts: an object may refer to itself.
+# Number of items of a long list that are inspected.
+_NUM_INSPECTED = 16
+# Limit of the nesting, as an object may refer to itself.
 _MAX_DEPTH = 5
-# Of an image: grey, RGB, RGBA.
+# Channels of an image: grey, RGB, RGBA.
 _NUM_CHANNELS = (1, 3, 4)
 
-# More tensors than that, of three or more dimensions each, are rather samples than fields.
+# A longer list of tensors with three or more dimensions is taken for samples, not fields.
 _MAX_TENSOR_FIELDS = 3
 
-# The possible numbers of samples of a value, the likeliest first; empty if the value has no size.
+# The possible numbers of samples of a value, the most likely first; empty if the value has no size.
 Sizes = tuple[int, ...]
 
 
-def batch_size(batch: Any, usual: int | None = None) -> int:
-    """Number of samples in a batch; 0 where it cannot be told.
+def batch_size(batch: Any, full_size: int | None = None) -> int:
+    """Return the number of samples in a batch; 0 if it is unknown.
 
     A batch may be a tensor, an array, a `PackedSequence`, a graph batch (``num_graphs``), an object with a size
     (``batch_size``) or a length of its own, or a list, dict or object of such parts.
 
     Args:
-        batch: as the loader gives it.
-        usual: samples in a whole batch of the loader on this rank; None if unknown.
+        batch: from the loader.
+        full_size: samples in a full batch of the loader on this rank; None if unknown.
     """
-    # At each step: the usual batch, a list of tensors, is told at its first item.
+    # The fast path of each step: in the usual list of tensors the first item decides.
     if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
         first = batch[0].shape[0] if not batch[0].is_nested else batch[0].size(0)
-        if first == usual:
+        if first == full_size:
             return first
     sizes = possible_sizes(batch, is_top=True)
-    if usual is not None:
-        sizes = tuple(size for size in sizes if size <= usual) or sizes
-        # Of a pair or a triple the number of fields is a batch size by chance.
-        if usual in sizes and not (usual <= _MAX_TENSOR_FIELDS and _are_tensors(batch, usual)):
-            return usual
+    if full_size is not None:
+        sizes = tuple(size for size in sizes if size <= full_size) or sizes
+        # The number of fields of a pair or a triple may equal the batch size by chance.
+        if full_size in sizes and not (full_size <= _MAX_TENSOR_FIELDS and _are_tensors(batch, full_size)):
+            return full_size
     return sizes[0] if sizes else 0
 
 
 def possible_sizes(value: Any, *, is_top: bool = False, depth: int = 0) -> Sizes:
-    """What a value's number of samples may be; empty if a method of the value's class raises, such as ``__len__``.
+    """Return the possible numbers of samples of a value; none if a method of its class raises, such as ``__len__``.
 
     Args:
         value: a batch, or a part of one.
-        is_top: whether it is the batch itself: a pair there is inputs and targets, and not two samples.
-        depth: number of parts that it is within.
+        is_top: whether it is the whole batch, where a pair is inputs and targets, and not two samples.
+        depth: level of nesting.
     """
     try:
         return _possible_sizes(value, is_top, depth)
     except Exception:
-        # A batch may be of any class, and counting its samples must not end the training.
+        # A batch may be of any class, and an error in counting its samples must not end the training.
         return ()
 
 
@@ -84,11 +84,11 @@ def are_samples(values: Sequence[Any], size: int, *, is_top: bool) -> bool:
     Args:
         values: a batch, or a list in it.
         size: number of samples in the batch.
-        is_top: whether it is the batch itself.
+        is_top: whether it is the whole batch.
     """
     if len(values) != size or hasattr(values, "_fields"):
         return False
-    # Fields all have the size of the batch; a sample may have it by chance, such as 8 boxes in a batch of 8.
+    # All fields have the batch's size; a sample may have it by chance, such as 8 boxes in a batch of 8.
     has_size = [size in sizes for each in values if (sizes := possible_sizes(each))]
     if not any(has_size) or _are_images(values, is_top):
         return True
@@ -100,7 +100,7 @@ def _are_images(values: Sequence[Any], is_top: bool) -> bool:
         return False
     shapes = {tuple(each.shape) for each in values}
     shape = shapes.pop() if len(shapes) == 1 and len(values) > 1 else ()
-    # Of a batch of images the channels are in the second dimension.
+    # A batch of images has its channels in the second dimension.
     return len(shape) >= 3 and shape[0] in _NUM_CHANNELS and shape[1] not in _NUM_CHANNELS
 
 
@@ -132,7 +132,7 @@ def _possible_sizes(value: Any, is_top: bool, depth: int) -> Sizes:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute, or None if it is missing: a class's own ``__getattr__`` may raise any error for that."""
+    """Return an attribute; None if it is missing, for which a class's ``__getattr__`` may raise any error."""
     try:
         return getattr(value, name)
     except Exception:
@@ -147,24 +147,24 @@ def _as_size(found: Any) -> int | None:
 
 
 def _sizes_of_sequence(values: Sequence[Any], is_top: bool, depth: int) -> Sizes:
-    """Of fields, which have a size each; or of samples, whose number is the length."""
-    looked_at = list(islice(values, _NUM_LOOKED_AT))
-    parts = [sizes for each in looked_at if (sizes := possible_sizes(each, depth=depth + 1))]
+    """Return the possible sizes of a list of fields, which have a size each, or of samples, which are counted."""
+    inspected = list(islice(values, _NUM_INSPECTED))
+    parts = [sizes for each in inspected if (sizes := possible_sizes(each, depth=depth + 1))]
     if not parts:
-        is_uniform = len({type(each) for each in looked_at}) == 1
+        is_uniform = len({type(each) for each in inspected}) == 1
         return (len(values),) if is_uniform and not (is_top and isinstance(values[0], Tensor)) else ()
     found = _agreed(parts)
-    if hasattr(values, "_fields") or not _may_be_samples(looked_at, is_top=is_top):
+    if hasattr(values, "_fields") or not _may_be_samples(inspected, is_top=is_top):
         return found
-    is_of_fields = set.intersection(*map(set, parts)) and not _are_images(looked_at, is_top)
+    is_of_fields = set.intersection(*map(set, parts)) and not _are_images(inspected, is_top)
     return (*found, len(values)) if is_of_fields else (len(values), *found)
 
 
 def _may_be_samples(values: Sequence[Any], *, is_top: bool) -> bool:
-    """Whether these may be samples of one kind, and not the fields of a batch."""
+    """Whether the items may be samples of one kind, and not the fields of a batch."""
     if all(isinstance(each, Tensor) for each in values):
         ndims = {each.ndim for each in values}
-        # A pair of inputs and targets is what a loader gives unless it is told otherwise.
+        # torch's default collate function makes a pair of inputs and targets.
         return len(ndims) == 1 and (not is_top or min(ndims) >= 3 or len({each.size(0) for each in values}) > 1)
     return all(isinstance(each, Mapping) for each in values) or (
         not is_top and len({type(each) for each in values}) == 1
@@ -172,11 +172,11 @@ def _may_be_samples(values: Sequence[Any], *, is_top: bool) -> bool:
 
 
 def _agreed(parts: Iterable[Sizes]) -> Sizes:
-    """What all parts may have; where they contradict each other, what any may, the first part's first."""
+    """Return the sizes that all parts may have; if there are none, those of any part, the first part's first."""
     known = [sizes for sizes in parts if sizes]
     if not known:
         return ()
     common = set.intersection(*map(set, known))
     union = dict.fromkeys(size for sizes in known for size in sizes)
-    # The likeliest by all parts: images of three channels may agree by chance with a sample of three boxes.
+    # Ranked over all parts: images of three channels may agree by chance with a sample of three boxes.
     return tuple(sorted(common, key=lambda size: sum(sizes.index(size) for sizes in known)) if common else union)

@@ -1,4 +1,4 @@
-"""Loaders: which samples a rank really has, and what cannot be trained on."""
+"""Properties of loaders: the samples of a rank, sizes, generators; and loaders that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.errors import DataError
 
 
 def check_size(loader: Any, world_size: int, what: str) -> None:
-    """Refuse a data set that does not give each rank a sample.
+    """Refuse a data set with fewer samples than ranks, or a loader without a batch. Unknown lengths pass.
 
     Args:
         loader: a loader, prepared or not.
@@ -24,7 +24,7 @@ def check_size(loader: Any, world_size: int, what: str) -> None:
         what: ``training`` or ``evaluation``, for the message.
 
     Raises:
-        DataError: if the data set is empty, or has fewer samples than there are ranks.
+        DataError: with both numbers, and the remedy.
     """
     try:
         length = len(loader.dataset)
@@ -33,7 +33,7 @@ def check_size(loader: Any, world_size: int, what: str) -> None:
     if length < world_size:
         raise DataError(
             f"the {what} data set has {length} samples for {world_size} ranks; each rank needs at least one: "
-            f"start at most {max(1, length)} processes, or give it more data"
+            f"start at most {max(1, length)} processes, or use more data"
         )
     try:
         num_batches = len(loader)
@@ -41,13 +41,17 @@ def check_size(loader: Any, world_size: int, what: str) -> None:
         return
     if num_batches == 0:
         raise DataError(
-            f"the {what} loader gives no batch: {length} samples, and its incomplete last batch is dropped; "
+            f"the {what} loader has no batch: {length} samples, and its incomplete last batch is dropped; "
             "use a smaller batch_size or drop_last=False"
         )
 
 
 def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
-    """A loader of only the first batches of another, in the data set's order, not shuffled."""
+    """Return a loader of only the first batches of another, in the data set's order.
+
+    Raises:
+        DataError: if the loader has no batch size.
+    """
     if loader.batch_size is None:
         raise DataError("trainer.overfit_batches: needs a loader with a batch_size")
     count = min(num_batches * loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
@@ -63,7 +67,7 @@ def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
 
 
 def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
-    """The same loader with batches of another size, over the same samples in the same order."""
+    """Return a loader with batches of another size, over the same samples in the same order."""
     return DataLoader(
         loader.dataset,
         batch_size=size,
@@ -82,10 +86,10 @@ def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
 
 
 def global_batch_size(loader: Any, world_size: int) -> int | None:
-    """Samples in a batch of all ranks together, of a prepared loader; None: it has no size that is known.
+    """Return the samples in one batch of all ranks together, of a prepared loader; None if unknown.
 
-    Not accelerate's `total_batch_size`, which is one rank's where each rank reads an iterable data set itself, and
-    an error where a batch sampler has no size.
+    accelerate's `total_batch_size` does not serve: it is one rank's size if each rank reads an iterable data set
+    itself, and it raises for a batch sampler without a size.
     """
     base = getattr(loader, "base_dataloader", loader)
     source = base.batch_sampler if getattr(base, "batch_sampler", None) is not None else base
@@ -99,52 +103,49 @@ def global_batch_size(loader: Any, world_size: int) -> int | None:
 
 
 def may_be_uneven(loader: Any, world_size: int) -> bool:
-    """Whether a rank may have fewer batches of a prepared loader than another."""
+    """Whether ranks may have different numbers of batches of a prepared loader."""
     if world_size == 1 or isinstance(loader, DataLoaderDispatcher) or not hasattr(loader, "base_dataloader"):
         return False
     if isinstance(loader.base_dataloader.dataset, IterableDataset):
-        # Each rank reads its own part, which may be of any length.
+        # Each rank reads its own part, of any length.
         return True
     shard = _shard_of(loader)
     return shard is not None and not shard.even_batches
 
 
 def guaranteed_num_batches(loader: Any) -> int | None:
-    """Batches that this rank has for sure, where accelerate lets the ranks have different numbers of them.
-
-    None: they have as many.
-    """
+    """Return the least number of batches on this rank; None if accelerate gives all ranks the same number."""
     shard = _shard_of(loader)
     if shard is None or shard.even_batches:
         return None
-    # Of a batch that is split the last part of them may be empty, which accelerate's own count leaves out.
+    # The last batch may have no part for this rank if batches are split; accelerate's `len` ignores that.
     may_miss_last = shard.split_batches and not shard.drop_last
     return max(0, len(loader) - int(may_miss_last))
 
 
 def _shard_of(loader: Any) -> Any:
-    """What gives a rank its batches of an indexed data set; None: there is one rank, or nothing of that kind."""
+    """Return the sampler that selects this rank's batches; None for one rank or another kind of loader."""
     base = getattr(loader, "base_dataloader", loader)
     sampler = getattr(base, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(base, "sampler", None)
-    # Inside what skips the first batches.
+    # accelerate's wrapper that skips the first batches is outside of it.
     while sampler is not None and not hasattr(sampler, "even_batches"):
         sampler = getattr(sampler, "batch_sampler", None)
     return None if sampler is None or sampler.num_processes == 1 else sampler
 
 
 def has_random_order(loader: Any) -> bool:
-    """Whether the order of a loader is drawn anew each time, and does not follow from its epoch."""
+    """Whether each iteration draws a new order, which does not follow from the epoch."""
     sampler = sampler_of(loader)
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Those that its order or its seeds come from, each once.
+    """Return the generators from which a loader draws its order or its seeds, each once.
 
-    Not that of accelerate's seedable sampler, which makes it in its first pass and seeds it by the epoch in each: its
-    state decides nothing, and differs between a process that has just resumed and one that ran on.
+    The generator of accelerate's seedable sampler is excluded: it is seeded by the epoch at each iteration, so its
+    state has no effect, and differs between a process that has just resumed and one that was not interrupted.
     """
     sampler = sampler_of(loader)
     places = [(loader, "synchronized_generator"), (getattr(loader, "base_dataloader", loader), "generator")]
@@ -155,7 +156,7 @@ def generators_of(loader: Any) -> list[torch.Generator]:
 
 
 def sampler_of(loader: Any) -> Any:
-    """What the order of the samples, or of the batches, comes from, inside all that accelerate puts around it."""
+    """Return the innermost sampler of samples or batches, inside accelerate's wrappers."""
     sampler = getattr(getattr(loader, "base_dataloader", loader), "batch_sampler", None)
     while (inner := getattr(sampler, "batch_sampler", None)) is not None:
         sampler = inner
@@ -163,17 +164,17 @@ def sampler_of(loader: Any) -> Any:
 
 
 def local_batch_size(loader: Any, world_size: int) -> int | None:
-    """Samples in a whole batch of a loader on one rank; None: it has no size that is known."""
+    """Return the samples in a full batch of a loader on one rank; None if unknown."""
     size = global_batch_size(loader, world_size)
     return None if size is None else size // world_size
 
 
 def close_iteration(loader: Any, iterator: Any) -> None:
-    """End an iteration early in good order: accelerate clears its state only at the natural end.
+    """End an iteration early: accelerate clears its state only after the last batch.
 
     Args:
         loader: that is iterated over.
-        iterator: over it, or over what was made of it.
+        iterator: over the loader, or over a generator around it.
     """
     if hasattr(iterator, "close"):
         iterator.close()
@@ -183,29 +184,29 @@ def close_iteration(loader: Any, iterator: Any) -> None:
 
 
 def without_duplicates(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
-    """The batches of a prepared evaluation loader, each sample of the data set on exactly one rank.
+    """Yield the batches of a prepared evaluation loader, with each sample on exactly one rank.
 
-    To keep the ranks in step accelerate fills the last round up with samples from the start. Those are
-    cut off here; a rank whose last batch has no sample of its own still runs it, as the strategies'
-    collectives in forward need every rank, but the batch is marked as not counting.
+    accelerate gives every rank the same number of batches by repeating samples from the start of the data set. The
+    repeated samples are cut off here. A batch of only repeated samples is still yielded, since the collectives in
+    forward need every rank, but it is marked as not counting.
 
     Effects: as the loader's own iteration; main thread.
 
     Args:
-        accelerator: which rank of how many.
-        loader: a loader that went through `accelerator.prepare`.
+        accelerator: for the rank and the number of ranks.
+        loader: a loader from `accelerator.prepare`.
 
     Yields:
         The batch, and whether it counts.
 
     Raises:
-        DataError: on several ranks, if the loader does not tell which samples repeat.
+        DataError: on several ranks, if the repeated samples are unknown.
     """
     iterable = isinstance(loader, DataLoaderDispatcher) or isinstance(loader.dataset, IterableDataset)
     if accelerator.num_processes > 1 and iterable:
         raise DataError(
-            "an iterable data set does not tell which samples repeat in the last batch; evaluate on one with a "
-            "length, or use accelerator.gather_for_metrics in a loop of your own"
+            "the repeated samples in the last batch of an iterable data set are unknown; evaluate on a data set with "
+            "a length, or use accelerator.gather_for_metrics in a loop of your own"
         )
     for batch in loader:
         num_real = _num_real_samples(accelerator, loader, batch)
@@ -218,30 +219,30 @@ def without_duplicates(accelerator: Accelerator, loader: Any) -> Iterator[tuple[
 
 
 def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:
-    """How many samples of this batch are this rank's own; None: all of them."""
+    """Return the number of samples of this batch that are not repeated; None for all of them."""
     shard: Any = getattr(loader, "batch_sampler", None)
     fills_up = getattr(shard, "even_batches", False) and getattr(shard, "num_processes", 1) > 1
     if not fills_up or getattr(shard, "drop_last", False) or not getattr(loader, "end_of_dataloader", False):
         return None
-    # Not accelerate's own `remainder`: that counts the data set, of which a sampler may take a part.
+    # accelerate's `remainder` counts the data set, of which the sampler may use only a part.
     try:
         num_samples = len(shard.batch_sampler.sampler)
     except (TypeError, AttributeError) as error:
         raise DataError(
-            "the evaluation loader's sampler has no length, so the samples that repeat in the last batch cannot be "
-            "told; give it a sampler with a length"
+            "the evaluation loader's sampler has no length, so the repeated samples in its last batch are unknown; "
+            "use a sampler with a length"
         ) from error
     remainder = num_samples % loader.total_batch_size
     if remainder == 0:
         return None
-    of_each_rank: int = loader.total_batch_size // accelerator.num_processes
-    own: int = remainder - accelerator.process_index * of_each_rank
-    return max(0, min(of_each_rank, own))
+    local_size: int = loader.total_batch_size // accelerator.num_processes
+    own: int = remainder - accelerator.process_index * local_size
+    return max(0, min(local_size, own))
 
 
-def _cut(batch: Any, num_samples: int, usual: int | None) -> Any:
-    """The first samples of a batch: of its tensors, and of its lists that have an item for each sample."""
-    size = batch_size(batch, usual)
+def _cut(batch: Any, num_samples: int, full_size: int | None) -> Any:
+    """Return the first samples of a batch: of its tensors, and of its lists with an item for each sample."""
+    size = batch_size(batch, full_size)
 
     def first(value: Any, is_top: bool = False) -> Any:
         if isinstance(value, torch.Tensor):

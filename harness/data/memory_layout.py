@@ -1,4 +1,4 @@
-"""Tensors whose elements do not lie one after another in C order: reading them in order, and writing them."""
+"""Reading and writing, in C order, the elements of tensors that are not contiguous."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from torch import Tensor, nn
 
 
 def flat_view(tensor: Tensor) -> Tensor | None:
-    """The tensor's memory with shape (numel,) and stride 1; None if its elements do not lie in C order.
+    """Return a view of the tensor's memory, shape (numel,) and stride 1; None if it is not contiguous.
 
-    Not by `view`, which keeps the stride of a dimension of one element. That stride may be anything, and such a view
-    cannot be taken as bytes.
-
-    Args:
-        tensor: of any shape and type.
+    `Tensor.view` does not serve: it keeps the arbitrary stride of a dimension with one element, and the result cannot
+    be viewed as bytes.
     """
     tensor = tensor.detach()
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
@@ -22,42 +19,39 @@ def flat_view(tensor: Tensor) -> Tensor | None:
 
 
 def contiguous_copy(tensor: Tensor) -> Tensor:
-    """A copy with shape (numel,) and stride 1."""
+    """Return a copy in C order, shape (numel,) and stride 1."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return tensor.clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def copy_into(tensor: Tensor, ordered: Tensor) -> None:
-    """Write values into a tensor of any layout.
+    """Copy values into a tensor of any layout.
 
     Args:
-        tensor: written to.
+        tensor: the destination.
         ordered: the values, shape (numel,), in C order.
 
     Raises:
-        ValueError: if elements of the tensor that share memory have different values.
+        ValueError: if elements of the tensor that share memory would get different values.
     """
     part, values = tensor.detach(), ordered.view(tensor.shape)
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:
-            # All elements along it are one.
+            # All elements along this dimension share memory.
             part, values = part.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     part.copy_(values)
-    # As bytes, so that a NaN equals itself.
+    # Compared as bytes, so that a NaN equals itself.
     if may_overlap(tensor) and not torch.equal(contiguous_copy(tensor).view(torch.uint8), ordered.view(torch.uint8)):
         raise ValueError(
-            f"elements of it that share memory (shape {list(tensor.shape)}, strides {list(tensor.stride())}) have "
-            "different values"
+            f"elements that share memory (shape {list(tensor.shape)}, strides {list(tensor.stride())}) have different "
+            "values"
         )
 
 
 def make_contiguous(model: nn.Module) -> None:
-    """Have parameters lie in C order, for DeepSpeed, which takes their memory as bytes when it starts.
+    """Make each parameter contiguous, for DeepSpeed, which reads their memory as bytes.
 
-    Effects: not collective; main thread, before an optimizer is made.
-
-    Args:
-        model: not prepared yet.
+    Effects: not collective; main thread; before the optimizer is constructed and the model is prepared.
     """
     for parameter in model.parameters():
         if parameter.layout != torch.strided:
@@ -68,7 +62,7 @@ def make_contiguous(model: nn.Module) -> None:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether elements may share memory: not if each stride leads beyond all that the smaller ones reach."""
+    """Whether elements may share memory: not if each stride exceeds the extent of all smaller strides."""
     reached = 0
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1 and stride <= reached:

@@ -2,9 +2,9 @@
 
 In reading order:
 
-    model_spec       how the models of a run are built, as JSON
-    trusted_classes  the classes that a description may name
-    annotations      what a signature's annotations say, as types that values are checked against
-    described_model  from a description to an object
+    model_spec       class, arguments, signature and packages of a run's models, as JSON
+    trusted_classes  the classes that a model spec may name
+    annotations      a constructor's annotations, and values converted to them
+    described_model  model spec -> object
     mlflow_flavor    `harness.load_model`, and MLflow's ``python_function``
 """

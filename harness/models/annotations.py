@@ -1,7 +1,7 @@
-"""Read the annotations of a constructor, and convert scalar values to them, for `harness.described_model`.
+"""Read the annotations of a constructor, and convert scalar values to them, for `harness.models.described_model`.
 
-Nothing here imports what a value names. jsonargparse converts scalars as it does in training, but only to types for
-which it imports nothing either (`is_scalar`).
+No function here imports what a value names. jsonargparse converts scalars as in training, but only to the types of
+`is_scalar`, for which it imports nothing either.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def parameters_of(found: type[Any]) -> dict[str, tuple[Any, Any]]:
     hints: dict[str, tuple[Any, Any]] = {}
     try:
         parameters = get_signature_parameters(found, logger=False)
-    except ValueError:  # a class in C, or one of a mapping
+    except ValueError:  # a class in C has no signature
         return {}
     for each in parameters:
         if each.kind in _NOT_BY_NAME:
             continue
         hint, default = each.annotation, each.default
         if hint is inspect.Parameter.empty:
-            # As jsonargparse does: a text stays one where the default is a text.
+            # As in jsonargparse: text stays text if the default is text.
             hint = (type(default), Any) if type(default) in _SCALARS else Any
         hints[each.name] = ((hint, None) if default is None else hint, default)
     return hints
 
 
 def default_of(found: type[Any], name: str, declared: Any) -> Any:
-    """Return a parameter's default, made anew where a field of a dataclass has a factory for it."""
+    """Return a parameter's default, from its factory if it is a field of a dataclass."""
     for field in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
         if field.name == name and field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
@@ -66,7 +66,7 @@ def default_of(found: type[Any], name: str, declared: Any) -> Any:
 
 
 def alternatives(hint: Any) -> Iterator[Any]:
-    """Yield the members of a union (or a tuple) with aliases resolved; for any other hint, the hint itself."""
+    """Yield the members of a union or a tuple, with aliases resolved; for any other hint, the hint itself."""
     origin = get_origin(hint)
     meaning = getattr(hint, "__supertype__", getattr(hint, "__value__", None))  # of NewType, and of ``type X = ...``
     if isinstance(hint, tuple) or origin in (Union, types.UnionType):
@@ -78,7 +78,7 @@ def alternatives(hint: Any) -> Iterator[Any]:
         yield types.NoneType
     elif inspect.isclass(hint) or origin is not None:
         yield Any if hint is object else hint
-    else:  # a variable, a name that cannot be resolved, or no type at all
+    else:  # a type variable, an unresolved name, or not a type
         yield from alternatives(meaning) if meaning is not None else (Any,)
 
 
@@ -88,9 +88,9 @@ def origin_of(member: Any) -> Any:
 
 
 def is_scalar(member: Any) -> bool:
-    """Whether `convert` can make a value of this type without importing anything.
+    """Whether `convert` converts to this type without importing anything.
 
-    For any other class jsonargparse takes a text as the import path of a subclass, and imports it. This includes
+    For any other class jsonargparse reads a text as the import path of a subclass, and imports it. This includes
     subclasses of the types that it converts, and types such as `datetime.datetime`.
     """
     origin = origin_of(member)
@@ -103,15 +103,15 @@ def is_scalar(member: Any) -> bool:
 
 
 def is_class(member: Any) -> bool:
-    """Whether the type asks for an object of a class; classes of Python's own modules do not."""
+    """Whether the type is a class of which an object may be built; classes of the standard library are not."""
     origin = origin_of(member)
     if not inspect.isclass(origin) or is_scalar(member) or typing.is_typeddict(origin):
         return False
     return origin.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
-def asks_for_class(member: Any) -> bool:
-    """Whether a class or function may be named where a value of this type is expected."""
+def accepts_class(member: Any) -> bool:
+    """Whether a value of this type may name a class or a function."""
     return origin_of(member) in (type, collections.abc.Callable) or is_class(member)
 
 
@@ -122,7 +122,7 @@ def is_subtype(found: type[Any], bound: Any) -> bool:
 
 
 def convert(place: str, members: Sequence[Any], value: Any) -> Any:
-    """Convert a scalar to the first of several types that takes it.
+    """Convert a scalar to the first of several types that accepts it.
 
     Args:
         place: of the value, for messages.
@@ -130,9 +130,9 @@ def convert(place: str, members: Sequence[Any], value: Any) -> Any:
         value: neither a list nor a mapping.
 
     Raises:
-        ConfigError: with the place, if no type takes it.
+        ConfigError: with the place, if no type accepts it.
     """
-    # As in training, where an optional parameter takes any text that YAML reads as null.
+    # As in training, an optional parameter accepts any text that YAML reads as null.
     if types.NoneType in members and (parse_text(value) if isinstance(value, str) else value) is None:
         return None
     for member in filter(is_scalar, members):
@@ -147,12 +147,12 @@ def convert(place: str, members: Sequence[Any], value: Any) -> Any:
 
 
 def _converted(member: Any, value: Any) -> Any:
-    """Convert a value to a type of `is_scalar`; raises one of the errors that `convert` suppresses if it cannot."""
+    """Convert a value to a type of `is_scalar`, or raise one of the errors that `convert` suppresses."""
     origin = origin_of(member)
     if inspect.isclass(origin) and issubclass(origin, pathlib.PurePath):
         if isinstance(value, str):
             return origin(value)
-        raise TypeError(f"{name_of(origin)} needs a text")
+        raise TypeError(f"{name_of(origin)} needs text")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=member)
     return parser.parse_object({"value": value}).value
@@ -162,12 +162,12 @@ def _is_instance(value: Any, member: Any) -> bool:
     """Whether a value is an instance of a type already, for example a number of `numbers.Number`."""
     try:
         return not is_scalar(member) and isinstance(value, origin_of(member))
-    except TypeError:  # of Any, and of a protocol
+    except TypeError:  # Any, or a protocol
         return False
 
 
 def parse_text(text: str) -> Any:
-    """Parse a text as jsonargparse does for a parameter of any type; returns the text itself if it is not YAML."""
+    """Parse text as jsonargparse does for a parameter of any type; text that is not YAML is returned unchanged."""
     try:
         return get_loader("yaml")(text) if text.strip() else text
     except (yaml.YAMLError, ValueError):

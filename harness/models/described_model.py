@@ -1,6 +1,6 @@
-"""Build an object from a description that another person may have written: a class, and JSON values as its arguments.
+"""Build an object from an untrusted description: a class, and JSON values as its arguments.
 
-Each value is read together with the annotation of its parameter, and becomes only what both name:
+The annotation of its parameter decides what a value may become:
 
     annotation                      value                                             result
     a class                         {class_path, init_args}, an import path           an object of it
@@ -8,12 +8,12 @@ Each value is read together with the annotation of its parameter, and becomes on
     ``type[...]``, ``Callable``     an import path                                    the class or function
     a container                     a list or a mapping                               the container, item by item
     text, a number, a path, ...     a scalar                                          converted to the type
-    ``Any``, or no annotation       a list, a mapping, a scalar                       the same
+    ``Any``, or no annotation       a list, a mapping, a scalar                       unchanged
 
-All else is an error. So an import path has a meaning only where the code of the model asks for a class or a function;
-`harness.trusted_classes` decides which ones it may name, and `annotations` reads the annotations. jsonargparse
-alone would also take class names from dotted keys, ``dict_kwargs``, names without a module, text that holds YAML or
-JSON, and files. Here it converts scalars only.
+Any other combination is an error. An import path therefore names a class only where the model's constructor expects
+one; `trusted_classes` checks which ones it may name, and `annotations` reads the annotations. jsonargparse is used for
+scalars only: for other types it also reads class names from dotted keys, ``dict_kwargs``, names without a module, text
+with YAML or JSON, and files.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any, get_args
 
 from harness.errors import ConfigError
 from harness.models.annotations import (
+    accepts_class,
     alternatives,
-    asks_for_class,
     convert,
     default_of,
     describe,
@@ -59,17 +59,17 @@ _MAPPINGS: Mapping[Any, Any] = {
 
 
 class DescribedModel:
-    """Builds a model, and what its arguments describe.
+    """Builds a model, and the objects that its arguments describe.
 
     Args:
-        classes: what the arguments may name.
+        classes: the classes that the arguments may name.
     """
 
     def __init__(self, classes: TrustedClasses) -> None:
         self._classes = classes
 
     def build(self, place: str, found: type[Any], init_args: Any) -> Any:
-        """Make an object of a class.
+        """Construct an object.
 
         Effects: imports the classes and functions that the arguments name, and calls the constructors.
 
@@ -79,19 +79,19 @@ class DescribedModel:
             init_args: name -> JSON value.
 
         Raises:
-            ConfigError: with the place of what may not be named, is unknown or of a wrong type, or is refused by the
-                constructor.
+            ConfigError: with the place of an argument that is unknown, of a wrong type, names a class that is not
+                allowed, or is rejected by the constructor.
         """
         return self._object(place, found, init_args, None)
 
     def _object(self, place: str, found: type[Any], init_args: Any, default: Any) -> Any:
-        """Make an object; of a dataclass that is the parameter's default, all that is not given is from there."""
+        """Construct an object. Missing fields of a dataclass are those of the parameter's default, if it has one."""
         is_changed = dataclasses.is_dataclass(default) and type(default) is found
         arguments = self._arguments(place, found, init_args, default if is_changed else None)
         try:
             return dataclasses.replace(default, **arguments) if is_changed else found(**arguments)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(place, f"{name_of(found)} refuses them: {error}") from error
+            raise ConfigError(place, f"{name_of(found)} rejects them: {error}") from error
 
     def _arguments(self, place: str, found: type[Any], init_args: Any, default: Any = None) -> dict[str, Any]:
         if not isinstance(init_args, Mapping):
@@ -109,32 +109,32 @@ class DescribedModel:
     def _value(self, place: str, hint: Any, value: Any, default: Any = None) -> Any:
         members = list(alternatives(hint))
         if isinstance(value, str) and any(member not in (str, types.NoneType) for member in members):
-            # As in training, where jsonargparse reads a text as YAML if another type than text is expected.
+            # As in training, text is read as YAML if another type than text is expected.
             loaded = parse_text(value)
             value = loaded if isinstance(loaded, (Mapping, list)) else value
         if isinstance(value, Mapping):
             return self._mapping(place, members, value, default)
         if isinstance(value, (list, tuple)):
             return self._sequence(place, members, value)
-        if isinstance(value, str) and any(map(asks_for_class, members)):
+        if isinstance(value, str) and any(map(accepts_class, members)):
             return self._text(place, members, value)
         return convert(place, members, value)
 
     def _text(self, place: str, members: Sequence[Any], text: str) -> Any:
         is_text_too = any(is_scalar(member) and member is not types.NoneType for member in members) or Any in members
-        # As in training, where the types of a union are tried in their order, and each text is a `str`.
-        is_text_first = str in members and members.index(str) < members.index(next(filter(asks_for_class, members)))
+        # As in training, the types of a union are tried in order, and any text is a `str`.
+        is_text_first = str in members and members.index(str) < members.index(next(filter(accepts_class, members)))
         if is_text_first or (is_text_too and not _is_importable(text)):
             return convert(place, members, text)
         found = self._classes.find(place, text)
-        return self._made(place, members, text, found, None)
+        return self._resolve(place, members, text, found, None)
 
     def _mapping(self, place: str, members: Sequence[Any], value: Mapping[Any, Any], default: Any) -> Any:
         if "class_path" in value:
             return self._instance(place, members, value)
         classes = [member for member in members if is_class(member)]
         for member in classes:
-            # Without class_path: the arguments of the class that the annotation names.
+            # Without class_path these are arguments of the annotated class.
             if value.keys() <= parameters_of(origin_of(member)).keys():
                 return self._object(place, origin_of(member), value, default)
         for member in members:
@@ -155,17 +155,25 @@ class DescribedModel:
 
     def _instance(self, place: str, members: Sequence[Any], value: Mapping[Any, Any]) -> Any:
         path = value["class_path"]
-        if not isinstance(path, str) or not any(map(asks_for_class, members)):
-            raise _not_asked(place, path)
+        if not isinstance(path, str) or not any(map(accepts_class, members)):
+            raise _unexpected_class(place, path)
         if unknown := [str(key) for key in value if key not in ("class_path", "init_args")]:
-            raise ConfigError(place, f"may have class_path and init_args alone, and has {', '.join(unknown)}")
+            raise ConfigError(place, f"may have only class_path and init_args, and has {', '.join(unknown)}")
         found = self._classes.find(place, path)
-        return self._made(place, members, path, found, value.get("init_args", {}))
+        return self._resolve(place, members, path, found, value.get("init_args", {}))
 
-    def _made(self, place: str, members: Sequence[Any], path: str, found: Any, init_args: Any) -> Any:
-        """What an annotation asks for, of the class or function that is found; `init_args` is None for a text."""
+    def _resolve(self, place: str, members: Sequence[Any], path: str, found: Any, init_args: Any) -> Any:
+        """Return the class or function itself, or an object of the class, as the annotation requires.
+
+        Args:
+            place: of the value, for messages.
+            members: the annotation's alternatives.
+            path: of the class or function, for messages.
+            found: the class or function.
+            init_args: its arguments; None if the value is only an import path.
+        """
         arguments_place, arguments = f"{place}.init_args", {} if init_args is None else init_args
-        for member in filter(asks_for_class, members):
+        for member in filter(accepts_class, members):
             origin, hints = origin_of(member), get_args(member)
             if origin is type:
                 if init_args is None and inspect.isclass(found) and is_subtype(found, hints[0] if hints else Any):
@@ -216,25 +224,25 @@ class DescribedModel:
 
 
 def _plain(place: str, value: Any) -> Any:
-    """A value of no type, as it is; at no depth a class."""
+    """Return a value without a type unchanged; refuses a class at any depth."""
     if isinstance(value, Mapping):
         if "class_path" in value:
-            raise _not_asked(place, value["class_path"])
+            raise _unexpected_class(place, value["class_path"])
         return {key: _plain(f"{place}.{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(f"{place}[{index}]", item) for index, item in enumerate(value)]
     return value
 
 
-def _not_asked(place: str, path: Any) -> ConfigError:
-    return ConfigError(place, f"names the class {path!r}, but the constructor asks for no class there")
+def _unexpected_class(place: str, path: Any) -> ConfigError:
+    return ConfigError(place, f"names the class {path!r}, but the constructor expects no class there")
 
 
 def _is_importable(text: str) -> bool:
-    """Whether an object could be imported by this text. Imports nothing."""
+    """Whether the text is an import path below an existing package, without an import."""
     if not is_full_path(text):
         return False
     try:
         return importlib.util.find_spec(text.partition(".")[0]) is not None
-    except (ImportError, ValueError):  # a module without a specification, such as __main__
+    except (ImportError, ValueError):  # a module without a spec, such as __main__
         return True

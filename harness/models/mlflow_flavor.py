@@ -1,9 +1,8 @@
-"""From a published checkpoint back to a model: `load_model`, and what MLflow calls for ``python_function``.
+"""Loads a published checkpoint as a model: `load_model`, and MLflow's entry point for ``python_function``.
 
-    MLmodel (or the run's own recipe) -> the class that it names -> safetensors into it -> eval mode
+    MLmodel (or the run's own model spec) -> class -> `described_model` builds it -> safetensors -> eval mode
 
-Nothing is unpickled. The class is one that can be imported here, and is built only if it is a `torch.nn.Module`, or a
-`harness.Task`, which makes one. `harness.models.described_model` builds it from the arguments.
+Nothing is unpickled. The class must be importable, and a `torch.nn.Module` or a `harness.Task` that constructs one.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from harness.models.model_spec import as_array, call, named_outputs
 from harness.models.trusted_classes import TrustedClasses
 from harness.tracking.mlflow.mlmodel import FLAVOR, MLMODEL, newest_model_spec, read_model_spec
 
-# What `mlflow models serve` and `mlflow.pyfunc.load_model` trust, with commas between.
+# The names that `mlflow models serve` and `mlflow.pyfunc.load_model` trust, separated by commas.
 TRUSTED_VARIABLE = "HARNESS_TRUSTED"
 
 
@@ -47,32 +46,30 @@ def load_model(
 ) -> nn.Module:
     """Load the model of a checkpoint, in eval mode.
 
-    The class that the model names is imported, which runs the code of its module. Its constructor is called with the
-    arguments that the model names.
+    The model spec's class is imported, which runs the code of its module, and constructed with the spec's arguments.
 
-    Effects: not collective; any thread; blocks until all is read, and checked against its digests where it has a
-    manifest; from MLflow it is downloaded first, to where MLflow keeps such files. Random numbers are as before.
+    Effects: not collective; any thread; blocks until all files are read, and verified if there is a manifest. A model
+    in MLflow is downloaded to MLflow's directory first. Random states are restored.
 
     Args:
-        where: an address in MLflow (``models:/<id>``, ``models:/<name>@best``, ``runs:/...``), a downloaded model's
-            directory, or a checkpoint's in its run's directory.
-        device: where the model shall be.
-        model: the model to fill, instead of one built by the class that was named for it. Nothing is imported then.
+        where: an address in MLflow (``models:/<id>``, ``models:/<name>@best``, ``runs:/...``), the directory of a
+            downloaded model, or that of a checkpoint within its run's directory.
+        device: device of the returned model.
+        model: the model to fill, instead of one from the model spec. Nothing is imported then.
         trusted: packages, modules or classes that the arguments may name beside ``torch.nn`` and the top-level package
             of the model's class.
 
     Raises:
-        ConfigError: if no class was named, or it cannot be imported or built, or it or an argument is of a class that
-            a model may not name.
-        CheckpointError: if the weights are damaged, or are of another model: a name is missing or too many, a shape
-            or a tie is another.
+        ConfigError: if the spec has no class, or the class cannot be imported or built, or the class or an argument
+            is not allowed.
+        CheckpointError: if the weights are damaged, or belong to another model: names, shapes or ties differ.
     """
     directory = _directory(str(where))
     if model is None:
         before = rng_state.capture(torch.device("cpu"))
         try:
-            recipe, came_with = _recipe(str(where), directory)
-            model = _build(str(where), came_with, recipe, trusted)
+            spec, untrusted_dirs = _read_spec(str(where), directory)
+            model = _build(str(where), untrusted_dirs, spec, trusted)
         finally:
             rng_state.restore(before, torch.device("cpu"))
     _fill(model, directory)
@@ -80,17 +77,17 @@ def load_model(
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFuncModel:
-    """What ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` call."""
-    # As `mlflow.pytorch` has it.
+    """Entry point of ``mlflow.pyfunc.load_model`` and ``mlflow models serve``."""
+    # The device is chosen as in `mlflow.pytorch`.
     chosen = (model_config or {}).get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
     device = torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # From the environment of who serves it: `model_config` can be set in the MLmodel file itself.
+    # From the server's environment: the untrusted MLmodel file can set `model_config`.
     trusted = [name.strip() for name in os.environ.get(TRUSTED_VARIABLE, "").split(",") if name.strip()]
     return PyFuncModel(load_model(path, device=device, trusted=trusted))
 
 
 class PyFuncModel:
-    """A model as MLflow calls it: arrays in, arrays out.
+    """A model with MLflow's interface: arrays in, arrays out.
 
     Args:
         model: in eval mode, on its device.
@@ -103,7 +100,7 @@ class PyFuncModel:
         self._dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
     def get_raw_model(self) -> nn.Module:
-        """The model itself."""
+        """Return the torch module."""
         return self._model
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
@@ -111,11 +108,11 @@ class PyFuncModel:
 
         Args:
             data: an array, a tensor, a DataFrame of numbers, or lists of them: the model's only argument. A mapping
-                of such: its arguments by name. Floating-point numbers are cast to the type of the weights.
-            params: none are known.
+                has the arguments by name. Floating-point numbers are cast to the type of the weights.
+            params: ignored.
 
         Returns:
-            An array; where the model gives several tensors, name -> array.
+            An array; name -> array if the model returns several tensors.
         """
         is_named = isinstance(data, Mapping)
         values: Mapping[str, Any] = data if is_named else {"input": data}
@@ -134,15 +131,15 @@ class PyFuncModel:
 
 
 def _numbers(value: Any) -> np.ndarray[Any, Any]:
-    """As an array of its own that can be written to, which torch asks for."""
+    """Copy to a writable array, as torch requires."""
     array = np.array(value)
     if array.dtype == object:
-        # A column of lists: MLflow's way to have an array in a cell.
+        # A column of lists: MLflow stores an array in a cell so.
         cells = array.reshape(len(array), -1)
         array = np.stack([np.stack([np.asarray(cell) for cell in row]) for row in cells])
         array = array[:, 0] if cells.shape[1] == 1 else array
     if array.dtype.kind not in "biufc":
-        raise ValueError(f"the model takes numbers, got {array.dtype}")
+        raise ValueError(f"the model's input must be numbers, got {array.dtype}")
     return array
 
 
@@ -152,61 +149,68 @@ def _directory(where: str) -> Path:
 
         return download(where)
     if not Path(where).is_dir():
-        raise ConfigError("", f"{where}: is no directory; give a checkpoint's, or an address in MLflow (models:/...)")
+        raise ConfigError(
+            "", f"{where}: is not a directory; use that of a checkpoint, or an address in MLflow (models:/...)"
+        )
     return Path(where)
 
 
-def _recipe(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Path]]:
-    """Read what the model is built by: MLflow's file, or for a checkpoint in its run's directory the run's own.
+def _read_spec(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Path]]:
+    """Read the model spec: from the MLmodel file, or for a checkpoint within its run's directory from the outbox.
 
     Returns:
-        The recipe, and the directories that came with it.
+        The spec, and the directories whose code is not trusted.
+
+    Raises:
+        ConfigError: if there is no spec, or it cannot be read.
     """
     run_dir = directory.absolute().parent.parent
     try:
         if (directory / MLMODEL).exists():
             return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR]), (directory,)
         if (directory / MANIFEST).exists() and (name := newest_model_spec(run_dir / "outbox")) is not None:
-            # The checkpoint's own directory too: it may be a link to elsewhere.
+            # The checkpoint's own directory too, as it may be a link to another place.
             return read_model_spec(run_dir / "outbox", name), (directory, run_dir)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError("", f"{where}: how its model is built cannot be read: {error!r}") from error
-    raise ConfigError("", f"{where}: does not say how its model is built; give the model to fill, with model=")
+        raise ConfigError("", f"{where}: the model spec cannot be read: {error!r}") from error
+    raise ConfigError("", f"{where}: has no model spec; pass the model to fill, with model=")
 
 
-def _build(where: str, came_with: Sequence[Path], recipe: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
-    class_path = recipe.get("class_path")
+def _build(where: str, untrusted_dirs: Sequence[Path], spec: Mapping[str, Any], trusted: Sequence[str]) -> nn.Module:
+    class_path = spec.get("class_path")
     if not isinstance(class_path, str):
         raise ConfigError(
             "",
-            f"{where}: is of a {recipe.get('model_class')}, and no class was named to build it by; give the model to "
-            "fill, with model=, or name one in training, with PeriodicLogger.describe",
+            f"{where}: the model spec of this {spec.get('model_class')} has no class; pass the model to fill, with "
+            "model=, or name its class in training, with PeriodicLogger.describe",
         )
-    _find_from_here(class_path)
+    _add_working_directory(class_path)
     key = f"{where}: task"
-    classes = TrustedClasses(class_path, came_with, trusted)
+    classes = TrustedClasses(class_path, untrusted_dirs, trusted)
     classes.require_outside(f"{key}.class_path", class_path)
     found = load_class(key, class_path)
     classes.require_model(key, class_path, found)
-    made = DescribedModel(classes).build(f"{key}.init_args", found, recipe.get("init_args", {}))
-    model = made if isinstance(made, nn.Module) else made.model()
+    built = DescribedModel(classes).build(f"{key}.init_args", found, spec.get("init_args", {}))
+    model = built if isinstance(built, nn.Module) else built.model()
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{key}.class_path", f"{class_path}.model() gives {type(model).__name__}, no module")
+        raise ConfigError(
+            f"{key}.class_path", f"{class_path}.model() returns {type(model).__name__}, not a torch.nn.Module"
+        )
     return model
 
 
-def _find_from_here(class_path: str) -> None:
-    """Let what is in the directory that one starts from be found, behind all else: MLflow's commands do not look."""
+def _add_working_directory(class_path: str) -> None:
+    """Append the working directory, which MLflow's commands lack, to ``sys.path`` if the class is not found without."""
     package = class_path.partition(".")[0]
     if package and importlib.util.find_spec(package) is None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def _fill(model: nn.Module, directory: Path) -> None:
-    """Read the weights into the model, each of its tensors once.
+    """Read the weights into the model, each tensor once.
 
     Raises:
-        CheckpointError: if they are damaged, or of another model.
+        CheckpointError: if they are damaged, or belong to another model.
     """
     if (directory / MANIFEST).exists():
         require_whole(directory, weights_only=True)
@@ -230,7 +234,7 @@ def _fill(model: nn.Module, directory: Path) -> None:
 def _check_names(stored: CheckpointIndex, state: NamedState) -> None:
     own = {**state.parameters, **state.buffers}
     missing = [name for name in own if stored.name_of(name) not in stored.model]
-    # What is one tensor in the model and two in the file has two values.
+    # One tensor of the model that has two entries in the file would have two values.
     apart = [
         f"{alias} and {name}" for alias, name in state.aliases.items() if stored.name_of(alias) != stored.name_of(name)
     ]
@@ -238,8 +242,8 @@ def _check_names(stored: CheckpointIndex, state: NamedState) -> None:
     unexpected = [name for name in stored.model if name not in taken]
     problems = [
         *([f"has no {some(missing)}"] if missing else []),
-        *([f"has {some(unexpected)}, which the model has not"] if unexpected else []),
-        *([f"has {some(apart)} apart, which are tied in the model"] if apart and not missing else []),
+        *([f"has {some(unexpected)}, which the model lacks"] if unexpected else []),
+        *([f"has separate {some(apart)}, which are tied in the model"] if apart and not missing else []),
     ]
     if problems:
-        raise CheckpointError(f"{stored.checkpoint}: {', and '.join(problems)}; it is of another model")
+        raise CheckpointError(f"{stored.checkpoint}: {', and '.join(problems)}; it belongs to another model")

@@ -1,7 +1,7 @@
-"""How the models of a run are built again, and what they take and give, as JSON values: a recipe.
+"""The model spec: class, arguments, signature and packages of a run's models, as JSON values.
 
-The trainer makes it, once, without mlflow; the publisher makes an MLmodel file of it
-(`harness.tracking.mlflow.mlmodel`), and `harness.flavor` builds the model by it.
+The trainer makes it once, without mlflow. The publisher writes it to MLmodel files (`harness.tracking.mlflow.mlmodel`),
+and `harness.models.mlflow_flavor` builds the model from it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from harness.data import rng_state
 from harness.errors import ConfigError
 from harness.io.redact import redact_tree
 
-# A batch of what the model takes, or several by the names of its arguments.
+# A batch of the model's input, or of several inputs by argument name.
 Example = Tensor | np.ndarray[Any, Any] | Mapping[str, Tensor | np.ndarray[Any, Any]]
-# That, or what gives it.
+# An example, or a function that returns one.
 ExampleSource = Example | Callable[[], Example] | None
 
 _PACKAGES = ("mlflow", "harness", "torch", "safetensors", "numpy", "accelerate")
 
 
 def check_spec(key: str, spec: ClassSpec) -> None:
-    """Refuse a class that nobody else could import, or arguments that it does not take or that cannot be written down.
+    """Refuse a class that another process cannot import, and arguments that are invalid or not JSON.
 
     Raises:
-        ConfigError: which of them, and why.
+        ConfigError: with the place and the reason.
     """
     if spec.class_path.startswith("__main__."):
         raise ConfigError(
@@ -47,19 +47,19 @@ def check_spec(key: str, spec: ClassSpec) -> None:
     try:
         json.dumps(dict(spec.init_args))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}.init_args", f"must be numbers, text, lists and mappings: {error}") from error
+        raise ConfigError(f"{key}.init_args", f"must be numbers, text, lists or mappings: {error}") from error
     check_arguments(key, spec)
 
 
-def make_recipe(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """The recipe, without what the model takes and gives.
+def make_model_spec(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Make the model spec, without the signature.
 
-    Effects: not collective; any thread; reads what is installed; nothing on disk.
+    Effects: not collective; any thread; reads the installed packages' metadata; nothing on disk.
 
     Args:
-        spec: the class that is, or makes, the model; None: nobody has named one.
+        spec: class of the model, or of the task that constructs it; None if unknown.
         model: wrapped or not.
-        packages: what it needs beside the package that the class is in.
+        packages: required packages beside that of the class.
     """
     found = type(unwrapped(model))
     requirements, notes = _requirements(spec, packages)
@@ -76,37 +76,36 @@ def make_recipe(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str
 def infer_signature(
     model: nn.Module, example: ExampleSource, dynamic_axes: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """What a model takes and gives, found by running it on an example; with the example itself.
+    """Infer a model's inputs and outputs by running it on an example.
 
-    Effects: not collective, one rank alone; main thread, outside of forward and backward; runs the model once, and
-    once more where axes are dynamic. It is in eval mode meanwhile and without gradients; modes, random numbers and
-    buffers are as before when this returns. Nothing on disk.
+    Effects: not collective; one rank; main thread, outside of forward and backward. Runs the model once, and once more
+    if axes are dynamic, in eval mode without gradients; restores modes, random states and buffers. Nothing on disk.
 
     Args:
-        model: wrapped or not; whole on this rank.
-        example: a batch, or what gives it; the first axis is that of the samples.
-        dynamic_axes: name of an input (one without a name: ``input``) -> further axes that may have any size.
+        model: wrapped or not; not sharded.
+        example: a batch, or a function that returns it; the first axis is that of the samples.
+        dynamic_axes: name of an input (``input`` for a single one) -> further axes that may have any size.
 
     Returns:
         ``signature``, in MLflow's schema of tensors, and ``example``, as nested lists.
 
     Raises:
-        ValueError: if the model cannot be run alone, or what comes out are no tensors.
+        ValueError: if the model is sharded or lazy, the example is invalid, or the outputs are not tensors.
     """
     module = unwrapped(model)
     tensors = [*module.parameters(), *module.buffers()]
     is_sharded = any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") for tensor in tensors)
     if is_sharded or any(map(is_fsdp1, model.modules())):
-        raise ValueError("the model is sharded already; describe it before accelerator.prepare")
+        raise ValueError("the model is already sharded; describe it before accelerator.prepare")
     if any(is_lazy(tensor) for tensor in tensors):
-        raise ValueError("the model has parameters that take their shape at its first batch")
+        raise ValueError("the model has lazy parameters, whose shapes are unknown before its first batch")
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     modes = [(each, each.training) for each in module.modules()]
     before = rng_state.capture(device)
     try:
         example = example() if callable(example) else example
         if example is None:
-            raise ValueError("there is none")
+            raise ValueError("there is no example")
         inputs = _by_name(example, device)
         free = {name: {0, *(dynamic_axes or {}).get(name, ())} for name in inputs}
         module.eval()
@@ -127,10 +126,10 @@ def infer_signature(
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """What a model gave, by name: one tensor is ``output``, those of a tuple ``output_0`` and so on.
+    """Return a model's outputs by name: ``output`` for one tensor, ``output_0`` and so on for those of a tuple.
 
     Raises:
-        ValueError: if there is no tensor in it.
+        ValueError: if no output is a tensor.
     """
     if isinstance(output, Tensor):
         return {"output": output}
@@ -139,18 +138,18 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
         items = ((f"output_{index}" if len(output) > 1 else "output", value) for index, value in enumerate(output))
     found = {str(name): value for name, value in items if isinstance(value, Tensor)}
     if not found:
-        raise ValueError(f"the model gives {type(output).__name__}, in which there is no tensor")
+        raise ValueError(f"the model returns {type(output).__name__}, which contains no tensor")
     return found
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """On the host, as numpy has it; bfloat16 and smaller, which numpy has not, as float32."""
+    """Copy to a NumPy array on the host; types that NumPy lacks, such as bfloat16, become float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if _numpy_name(tensor.dtype) == "float32" else tensor).numpy()
 
 
 def call(model: nn.Module, inputs: Mapping[str, Tensor], *, is_named: bool) -> Any:
-    """The model on one batch, given by name or as its only argument."""
+    """Call the model on one batch, by argument name or as its only argument."""
     return model(**inputs) if is_named else model(inputs["input"])
 
 
@@ -159,13 +158,13 @@ def _by_name(example: Example, device: torch.device) -> dict[str, Tensor]:
     tensors = {str(name): torch.as_tensor(value).to(device) for name, value in values.items()}
     for name, tensor in tensors.items():
         if not tensor.ndim:
-            raise ValueError(f"{name}: an example is a batch, and has at least one axis")
+            raise ValueError(f"{name}: an example must be a batch, with at least one axis")
     return tensors
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Tensor], *, is_named: bool) -> dict[str, Tensor]:
-    # Forward may write into buffers: into copies of them. Not inference_mode: what the model keeps for itself from
-    # a first call (rotary tables, say) could not be trained with then.
+    # Forward may change buffers, so it gets copies. Not inference_mode: a tensor that the model caches in its first
+    # call, such as a rotary table, could not be used in training then.
     copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
     arguments, names = (() if is_named else (inputs["input"],)), (dict(inputs) if is_named else {})
     with torch.no_grad():
@@ -173,7 +172,7 @@ def _run(module: nn.Module, inputs: Mapping[str, Tensor], *, is_named: bool) -> 
 
 
 def _narrowed(inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Each dynamic axis shorter by one."""
+    """Shorten each dynamic axis by one."""
     narrowed = dict(inputs)
     for name, each in axes.items():
         for axis in each:
@@ -184,7 +183,7 @@ def _narrowed(inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]]) -
 
 
 def _specs(tensors: Mapping[str, Tensor], free: Mapping[str, set[int]]) -> list[dict[str, Any]]:
-    """As ``mlflow.types.TensorSpec.to_dict`` writes them; a single tensor has no name there."""
+    """Return the format of ``mlflow.types.TensorSpec.to_dict``, in which a single tensor has no name."""
     specs = []
     for name, tensor in tensors.items():
         shape = [-1 if axis in free[name] else size for axis, size in enumerate(tensor.shape)]
@@ -204,14 +203,16 @@ def _numpy_name(dtype: torch.dtype) -> str:
 
 
 def _requirements(spec: ClassSpec | None, packages: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What the model needs, as pip takes it, and lines on what pip cannot be told."""
+    """Return the required packages in pip's format, and notes on those that pip cannot install."""
     names = [*_PACKAGES, *packages]
     module = None if spec is None else spec.class_path.partition(".")[0]
     if spec is not None and module != "harness":
         own = importlib.metadata.packages_distributions().get(str(module), ())
         names += own
         if not own:
-            return _pinned(names, [f"{spec.class_path} is in no installed package; put its directory on PYTHONPATH"])
+            return _pinned(
+                names, [f"{spec.class_path} is not in an installed package; add its directory to PYTHONPATH"]
+            )
     return _pinned(names, [])
 
 
@@ -222,7 +223,7 @@ def _pinned(names: Sequence[str], notes: list[str]) -> tuple[list[str], list[str
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        version = distribution.version.partition("+")[0]  # of a build, such as 2.13.0+cpu, an index knows no more
+        version = distribution.version.partition("+")[0]  # an index has no build suffix, as in 2.13.0+cpu
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         url = _without_user(origin.get("url", ""))
         if not origin:
@@ -232,7 +233,7 @@ def _pinned(names: Sequence[str], notes: list[str]) -> tuple[list[str], list[str
         elif url.startswith(("http://", "https://")):
             lines.append(f"{name} @ {url}")
         else:
-            # By its name pip could find somebody else's package.
+            # By name pip could install another package.
             notes.append(f"{name} {version} was installed from a directory; install it from there")
     return lines, notes
 

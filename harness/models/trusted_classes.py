@@ -1,13 +1,17 @@
-"""Which classes the description of a model may name, decided before any of them is imported.
+"""The classes that a model spec may name, checked before any of them is imported.
 
-An ``MLmodel`` file is data that another person may have written. Its class must be a `torch.nn.Module`, or a
-`harness.Task` that makes one. Its arguments may name further classes and functions (`described_model` decides
-where) only below the top-level package of the model's class (``transformers`` for its models), below ``torch.nn``, or
-below what the caller of `harness.load_model` trusts. A name that is imported there from elsewhere does not count.
+An ``MLmodel`` file is untrusted data. Its class must be a `torch.nn.Module`, or a `harness.Task` that constructs one.
+Its arguments may name further classes and functions, in the positions that `described_model` allows, but only below
 
-Importing a module runs its code, so a model is only as trustworthy as the packages that are installed. Modules that lie
-in the model's own directory, or in that of the run whose checkpoint it is, are not imported: a download into the
-working directory can be found as a package.
+- the top-level package of the model's class (``transformers`` for its models),
+- ``torch.nn``, or
+- the names that the caller of `harness.load_model` trusts.
+
+A name that such a module imports from another package is refused.
+
+Importing a module runs its code, so a model is only as trustworthy as the installed packages. Modules in the model's
+own directory, or in the directory of the run whose checkpoint it is, are not imported: Python can find a download in
+the working directory as a package.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from harness.errors import ConfigError
 
 _TORCH = "torch.nn"
 _TASK_METHODS = ("model", "train_data", "eval_data", "step")
-# A class of harness's own -> the package whose models it builds.
+# Class of harness -> package of the models that it builds.
 _PACKAGE_OF = {"harness.integrations.transformers.Pretrained": "transformers"}
 
 
@@ -33,74 +37,74 @@ class TrustedClasses:
     """The classes that one model may name.
 
     Args:
-        class_path: of the model's class, or of the task that makes it.
-        came_with: directories: the model's, and for a checkpoint of a run the run's.
+        class_path: of the model's class, or of the task that constructs it.
+        untrusted_dirs: the model's directory and, for a checkpoint, its run's.
         trusted: further packages, modules or classes, such as ``my_layers`` or ``my_layers.blocks.Block``.
     """
 
-    def __init__(self, class_path: str, came_with: Sequence[Path], trusted: Sequence[str] = ()) -> None:
+    def __init__(self, class_path: str, untrusted_dirs: Sequence[Path], trusted: Sequence[str] = ()) -> None:
         package = class_path.partition(".")[0]
-        # torch itself holds far more than layers, such as what unpickles files and compiles source text.
+        # torch also has functions that unpickle files and compile source text.
         own = () if package == "torch" else (_PACKAGE_OF.get(class_path, package),)
         self._names = (_TORCH, *trusted, *own)
         self._trusted = tuple(trusted)
-        self._came_with = [each.resolve() for each in came_with]
+        self._untrusted_dirs = [each.resolve() for each in untrusted_dirs]
 
     def require_model(self, key: str, class_path: str, found: type[Any]) -> None:
         """Refuse a class that is neither a module nor a task.
 
-        A class of harness's own, or one that the caller trusts, needs ``model()`` alone.
+        A class of harness, or one that the caller trusts, needs only ``model()``.
 
         Raises:
-            ConfigError: if it is another class.
+            ConfigError: with the place and the remedy.
         """
         is_ours = _is_below(class_path, ("harness", *self._trusted))
         methods = ("model",) if is_ours else _TASK_METHODS
         if not issubclass(found, nn.Module) and not all(callable(getattr(found, name, None)) for name in methods):
             raise ConfigError(
                 f"{key}.class_path",
-                f"{class_path} is neither a torch.nn.Module nor a harness.Task ({', '.join(_TASK_METHODS)}); to build "
-                "it nevertheless, if you trust it, name it in load_model(..., trusted=[...])",
+                f"{class_path} is neither a torch.nn.Module nor a harness.Task ({', '.join(_TASK_METHODS)}); if you "
+                "trust it, name it in load_model(..., trusted=[...])",
             )
 
     def require_outside(self, place: str, path: str) -> None:
-        """Refuse a path that leads through a module that came with the model.
+        """Refuse an import path through a module in an untrusted directory.
 
-        Effects: imports the packages that the path leads through, each once it is known to lie elsewhere.
+        Effects: imports the packages along the path, each after its location was checked.
 
         Raises:
-            ConfigError: with the place, if it does.
+            ConfigError: with the place and the module's location.
         """
         parts = path.split(".")
         for count in range(1, len(parts)):
             try:
                 spec = importlib.util.find_spec(".".join(parts[:count]))
-            except (ImportError, AttributeError, ValueError):  # no module, or one without a specification
+            except (ImportError, AttributeError, ValueError):  # not a module, or a module without a spec
                 return
             if spec is None:
                 return
-            origin = spec.origin if spec.has_location else None  # not that of a module in C
+            origin = spec.origin if spec.has_location else None  # builtin modules have none
             locations = [Path(each).resolve() for each in (origin, *(spec.submodule_search_locations or ())) if each]
-            # A package without a file is any directory, such as one that holds the model and what came with it.
-            is_any_directory = spec.origin is None
+            # A namespace package is any directory, also one that contains the untrusted directory.
+            is_namespace = spec.origin is None
             if any(
-                each.is_relative_to(directory) or (is_any_directory and directory.is_relative_to(each))
+                each.is_relative_to(directory) or (is_namespace and directory.is_relative_to(each))
                 for each in locations
-                for directory in self._came_with
+                for directory in self._untrusted_dirs
             ):
                 raise ConfigError(
                     place,
-                    f"names {path}, which comes with the model ({locations[0]}); if you trust it, import the class "
-                    "yourself and give the model to fill, with model=",
+                    f"names {path}, which is in the model's own directory ({locations[0]}); if you trust it, import "
+                    "the class yourself and pass the model to fill, with model=",
                 )
 
     def find(self, place: str, path: str) -> Any:
-        """Import the class or function that an argument names, by its full path.
+        """Import the class or function that an argument names by its full path.
 
-        Effects: imports its module, if it may be named; calls nothing.
+        Effects: imports its module, if the name is allowed; calls nothing.
 
         Raises:
-            ConfigError: with the place, if the path is not full, may not be named, or leads to nothing.
+            ConfigError: with the place, if the path is not a full one, is not allowed, or does not exist.
         """
         if not is_full_path(path):
             raise ConfigError(place, f"must be the full import path of a class or function, got {path!r}")
@@ -112,7 +116,7 @@ class TrustedClasses:
             module, self._names
         ):
             raise ConfigError(place, f"names {path}, which is in {module}, {self._outside()}")
-        # Many functions of torch.nn are defined in torch's C part.
+        # Many functions of torch.nn are defined in torch's C extension.
         allowed = (*self._names, "torch") if _is_below(path, (_TORCH,)) else self._names
         if (definition := _definition(found)) is not None and not _is_below(definition, allowed):
             raise ConfigError(place, f"names {path}, which is {definition}, {self._outside()}")
@@ -121,12 +125,12 @@ class TrustedClasses:
     def _outside(self) -> str:
         return (
             f"which is not below {', '.join(self._names)}; if you trust it, name its package in "
-            "load_model(..., trusted=[...]), or give the model to fill, with model="
+            "load_model(..., trusted=[...]), or pass the model to fill, with model="
         )
 
 
 def is_full_path(text: str) -> bool:
-    """Whether a text has the form of a module and a name in it. Imports nothing."""
+    """Whether a text has the form of a module and a name in it, without an import."""
     parts = text.split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
@@ -136,7 +140,7 @@ def _is_below(path: str, names: Sequence[str]) -> bool:
 
 
 def _imported(place: str, path: str) -> tuple[Any, Any]:
-    """The object at a path, which is in a module or in a class in a module, and what it is in."""
+    """Return the parent (a module, or a class in a module) and the object of an import path."""
     module_path, _, name = path.rpartition(".")
     try:
         try:
@@ -152,7 +156,7 @@ def _imported(place: str, path: str) -> tuple[Any, Any]:
 
 
 def _definition(found: Any) -> str | None:
-    """Where a module, class or function is defined; None if it does not say so, or is an object of another kind."""
+    """Return where a module, class or function is defined; None if unknown, or for another kind of object."""
     if inspect.ismodule(found):
         return found.__name__
     if not (inspect.isclass(found) or inspect.isroutine(found)) or getattr(found, "__module__", None) is None:

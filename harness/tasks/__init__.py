@@ -1,4 +1,4 @@
-"""Two small tasks on real data, each also an example of how to write your own.
+"""Two small tasks on real data, which are also examples for tasks of your own.
 
 In reading order:
 

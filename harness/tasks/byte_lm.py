@@ -1,11 +1,17 @@
 """A language model over bytes: a GPT in plain torch, on the text files of a directory.
 
-The default text is the source of Python's standard library: real text on every machine.
-Sizes: d_model 128, num_layers 4 is 1 M parameters; 512, 8 is 25 M; 2048, 20 is 1 B.
+The default text is the source of Python's standard library, which every machine has. Parameters by size:
+
+    d_model 128,  num_layers 4    1 M
+    d_model 512,  num_layers 8    25 M
+    d_model 2048, num_layers 20   1 B
+
+Suffixes of tensors name their dimensions: B batch, T time, D model, H heads, d model dimension of one head.
 """
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ _NUM_BYTES = 256
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each with a normalisation before it."""
+    """Attention and a feed-forward layer, each after a normalisation."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -34,8 +40,8 @@ class Block(nn.Module):
         self.up = nn.Linear(d_model, 4 * d_model)
         self.down = nn.Linear(4 * d_model, d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:  # B batch, T time, D model, H heads
-        """One layer."""
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Apply the block; shape (B, T, D) in and out."""
         size_B, size_T, size_D = x_BTD.shape
         qkv = self.qkv(self.norm_1(x_BTD)).view(size_B, size_T, 3, self.num_heads, size_D // self.num_heads)
         q_BHTd, k_BHTd, v_BHTd = qkv.permute(2, 0, 3, 1, 4)
@@ -46,9 +52,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes in, logits of the next byte out; input and output embedding are one tensor."""
+    """Predicts the logits of the next byte. Input and output embedding share one tensor."""
 
-    _no_split_modules = ("Block",)  # how FSDP and ZeRO are told what a layer is
+    # The classes that FSDP and ZeRO shard as one layer.
+    _no_split_modules = ("Block",)
 
     def __init__(self, d_model: int, num_layers: int, num_heads: int, context_length: int) -> None:
         super().__init__()
@@ -63,9 +70,9 @@ class GPT(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, bytes_BT: Tensor) -> Tensor:
-        """Logits, shape (B, T, 256)."""
-        places = torch.arange(bytes_BT.shape[1], device=bytes_BT.device)
-        x_BTD = self.embed(bytes_BT) + self.position(places)
+        """Return logits, shape (B, T, 256)."""
+        positions_T = torch.arange(bytes_BT.shape[1], device=bytes_BT.device)
+        x_BTD = self.embed(bytes_BT) + self.position(positions_T)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         logits: Tensor = self.head(self.norm(x_BTD))
@@ -73,7 +80,7 @@ class GPT(nn.Module):
 
 
 class ByteWindows(Dataset[Tensor]):
-    """Windows of `length` bytes, `stride` apart, over one long text."""
+    """Windows of `length` bytes over one text, which start `stride` bytes apart."""
 
     def __init__(self, text: Tensor, length: int, stride: int) -> None:
         self.text = text
@@ -93,13 +100,13 @@ class ByteLM:
 
     Args:
         text_dir: directory of text files; null: the Python standard library.
-        pattern: which files in it, at any depth.
-        max_text_bytes: how much of the text is read; null: all.
-        context_length: bytes that the model sees.
+        pattern: of the files' names, at any depth.
+        max_text_bytes: length at which the text is cut; null: no limit.
+        context_length: bytes in the model's context.
         d_model: width of the model.
         num_layers: number of blocks.
-        num_heads: attention heads of each.
-        batch_size: windows in a batch of one process.
+        num_heads: attention heads per block.
+        batch_size: windows per batch and process.
     """
 
     def __init__(
@@ -123,32 +130,37 @@ class ByteLM:
         self.batch_size = batch_size
 
     def model(self) -> nn.Module:
-        """The GPT of the configured size."""
+        """Construct the GPT of the configured size."""
         return GPT(self.d_model, self.num_layers, self.num_heads, self.context_length)
 
     def train_data(self) -> DataLoader[Any]:
-        """The first nine tenths of the text, shuffled windows."""
+        """Return shuffled windows of the first nine tenths of the text."""
         text = self._text()
         return self._loader(text[: len(text) * 9 // 10], shuffle=True)
 
     def eval_data(self) -> DataLoader[Any]:
-        """The last tenth."""
+        """Return windows of the last tenth of the text."""
         text = self._text()
         return self._loader(text[len(text) * 9 // 10 :], shuffle=False)
 
     def step(self, model: nn.Module, batch: Tensor) -> StepOutput:
-        """Cross entropy of each next byte, and bits per byte."""
+        """Compute the cross entropy of each next byte, and bits per byte.
+
+        Args:
+            model: the prepared model.
+            batch: bytes, shape (B, T + 1).
+        """
         logits = model(batch[:, :-1])
         targets = batch[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return StepOutput(loss, weight=targets.numel(), metrics={"bits_per_byte": loss.detach() / 0.6931471805599453})
+        return StepOutput(loss, weight=targets.numel(), metrics={"bits_per_byte": loss.detach() / math.log(2)})
 
     def input_example(self) -> Tensor:
-        """The beginning of a line, for the signature of the models in MLflow."""
+        """Return the start of a line, from which MLflow's models get their signature."""
         return torch.tensor([list(b"def main("[: self.context_length])])
 
     def dynamic_axes(self) -> dict[str, list[int]]:
-        """The text may be of any length, up to that of the context."""
+        """Allow text of any length up to the context's in that signature."""
         return {"input": [1]}
 
     def _loader(self, text: Tensor, shuffle: bool) -> DataLoader[Any]:
@@ -158,11 +170,11 @@ class ByteLM:
     def _text(self) -> Tensor:
         content = bytearray()
         for path in sorted(self.text_dir.rglob(self.pattern)):
-            # The library's own packages, not what was installed into it.
+            # Installed packages are excluded: they differ between machines.
             if "site-packages" not in path.parts and path.is_file():
                 content += path.read_bytes()
             if self.max_text_bytes is not None and len(content) >= self.max_text_bytes:
                 break
         if not content:
-            raise DataError(f"text_dir: there is no file {self.pattern} in {self.text_dir}; name another directory")
+            raise DataError(f"text_dir: {self.text_dir} has no file {self.pattern}; use another directory")
         return torch.frombuffer(content[: self.max_text_bytes], dtype=torch.uint8)

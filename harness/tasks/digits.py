@@ -1,4 +1,8 @@
-"""Handwritten digits: a small convolutional net on scikit-learn's 1,797 real images of 8 x 8 pixels."""
+"""Handwritten digits: a small convolutional net on scikit-learn's 1,797 images of 8 x 8 pixels.
+
+The example to copy for a task of your own. A `harness.Task` has four methods, and this class adds the optional
+`input_example`. The arguments of the constructor are the `init_args` in the YAML file.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harness.config.task import StepOutput
 
-_EVAL_EVERY = 5  # each fifth image is for evaluation
+# Every fifth image is used for evaluation.
+_EVAL_EVERY = 5
 
 
 class Digits:
-    """Tell digits apart.
+    """Classify handwritten digits.
 
     Args:
         width: channels of the first convolution.
-        batch_size: images in a batch of one process.
-        dropout: share of the features that are dropped in training.
+        batch_size: images per batch and process.
+        dropout: fraction of the features that are dropped in training.
     """
 
     def __init__(self, width: int = 16, batch_size: int = 16, dropout: float = 0.1) -> None:
@@ -32,7 +37,7 @@ class Digits:
         self.dropout = dropout
 
     def model(self) -> nn.Module:
-        """Two convolutions with batch normalisation, and a linear layer."""
+        """Construct two convolutions with batch normalisation, and a linear layer."""
         return nn.Sequential(
             nn.Conv2d(1, self.width, 3, padding=1, bias=False),
             nn.BatchNorm2d(self.width),
@@ -47,22 +52,27 @@ class Digits:
         )
 
     def train_data(self) -> DataLoader[Any]:
-        """1,437 images, shuffled."""
+        """Return the loader of 1,437 images, shuffled."""
         return DataLoader(self._images(evaluation=False), self.batch_size, shuffle=True, drop_last=True)
 
     def eval_data(self) -> DataLoader[Any]:
-        """360 images."""
+        """Return the loader of the other 360 images."""
         return DataLoader(self._images(evaluation=True), 4 * self.batch_size)
 
     def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
-        """Cross entropy and accuracy of one batch."""
+        """Compute the loss and the accuracy of one batch.
+
+        Args:
+            model: the prepared model.
+            batch: images, shape (B, 1, 8, 8), from 0 to 1; labels, shape (B,), from 0 to 9.
+        """
         images, labels = batch
         logits = model(images)
         accuracy = (logits.argmax(-1) == labels).float().mean()
         return StepOutput(F.cross_entropy(logits.float(), labels), weight=len(labels), metrics={"accuracy": accuracy})
 
     def input_example(self) -> Tensor:
-        """Two images, for the signature of the models in MLflow."""
+        """Return two images, from which MLflow's models get their signature."""
         images: Tensor = self._images(evaluation=True).tensors[0]
         return images[:2]
 
@@ -75,7 +85,7 @@ class Digits:
 
 
 def _digits_file() -> Path:
-    """The file that `sklearn.datasets.load_digits` reads; importing that takes each rank longer than torch does."""
+    """Return the file of `sklearn.datasets.load_digits`, without its import, which takes longer than torch's."""
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations
     return Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")

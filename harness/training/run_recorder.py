@@ -13,7 +13,7 @@ from harness.config.schema import ClassSpec, TrackingConfig
 from harness.errors import reason_of
 from harness.io.progress import Progress
 from harness.io.redact import redact_message
-from harness.models.model_spec import ExampleSource, infer_signature, make_recipe
+from harness.models.model_spec import ExampleSource, infer_signature, make_model_spec
 from harness.run.stop_request import StopLead
 from harness.tracking import provenance
 from harness.tracking.journal.logged_points import Point
@@ -151,7 +151,7 @@ class RunRecorder:
         """
         if self._tracker is None:
             return
-        values = make_recipe(spec, model, packages)
+        values = make_model_spec(spec, model, packages)
         if files:
             values["files"] = dict(files)
         if example is not None and self._publishes:

@@ -288,7 +288,7 @@ def test_architecture_is_not_imported_when_its_code_comes_with_the_model(
         ConfigError, match=r"architecture: names evil_architecture\.X, which is not below torch\.nn, tr"
     ):
         harness.load_model(".")
-    with pytest.raises(ConfigError, match=r"names evil_architecture\.X, which comes with the model"):
+    with pytest.raises(ConfigError, match=r"names evil_architecture\.X, which is in the model's own directory"):
         harness.load_model(".", trusted=["evil_architecture"])
     assert not Path("imported").exists()
 

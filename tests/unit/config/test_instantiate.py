@@ -19,7 +19,7 @@ def task_error(class_path: str, init_args: dict[str, Any] | None = None) -> str:
     return str(caught.value)
 
 
-def test_task_is_made_when_class_and_arguments_are_right() -> None:
+def test_task_is_built_when_class_and_arguments_are_valid() -> None:
     task = build_task(ClassSpec("harness.tasks.Digits", {"width": 4}))
     assert isinstance(task, Digits)
     assert task.width == 4
@@ -31,23 +31,23 @@ def test_error_names_the_module_when_it_cannot_be_imported() -> None:
     )
 
 
-def test_error_says_did_you_mean_when_a_class_is_misspelt() -> None:
+def test_error_suggests_a_class_when_it_is_misspelt() -> None:
     assert task_error("harness.tasks.Digit").endswith("did you mean harness.tasks.Digits?")
 
 
-def test_error_has_no_guess_when_no_class_is_near() -> None:
+def test_error_suggests_nothing_when_no_class_is_similar() -> None:
     message = task_error("harness.tasks.Zzzzzz")
     assert "harness.tasks has no class 'Zzzzzz'" in message
     assert "did you mean" not in message
 
 
 @pytest.mark.parametrize("class_path", ["Digits", "", ".Digits", ".tasks.Digits", "..Digits"])
-def test_error_asks_for_module_and_class_when_the_path_has_no_module(class_path: str) -> None:
+def test_error_when_the_class_path_has_no_module(class_path: str) -> None:
     assert task_error(class_path).startswith("task.class_path: must be a module and a class")
 
 
 @pytest.mark.parametrize("class_path", ["harness.config.parsing.parse_run_config", "harness.tasks.", "harness.tasks"])
-def test_error_is_told_when_the_path_is_no_class(class_path: str) -> None:
+def test_error_when_the_path_is_not_a_class(class_path: str) -> None:
     assert "has no class" in task_error(class_path)
 
 
@@ -70,7 +70,7 @@ class Untyped(Digits):
         self.depth = depth
 
 
-def test_arguments_are_taken_as_they_are_when_the_constructor_names_no_types() -> None:
+def test_arguments_are_unchanged_when_untyped() -> None:
     path = f"{__name__}.Untyped"
     task: Any = build_task(ClassSpec(path, {"width": 4}))
     assert (task.width, task.depth) == (4, 2)
@@ -78,11 +78,11 @@ def test_arguments_are_taken_as_they_are_when_the_constructor_names_no_types() -
     assert "is not an argument" in task_error(path, {"width": 4, "depht": 3})
 
 
-def test_error_names_what_is_lacking_when_the_class_is_no_task() -> None:
+def test_error_names_the_methods_when_the_class_is_no_task() -> None:
     assert "is not a harness.Task: it lacks model, train_data, eval_data, step" in task_error("torch.nn.ReLU")
 
 
-def test_error_has_the_reason_when_the_constructor_refuses() -> None:
+def test_error_has_the_reason_when_the_constructor_raises() -> None:
     message = task_error("harness.tasks.ByteLM", {"d_model": 10, "num_heads": 3})
     assert "d_model must be a multiple of num_heads, got 10 and 3" in message
 
@@ -106,13 +106,13 @@ def test_optimizer_has_the_trained_parameters_when_some_are_frozen() -> None:
         (ClassSpec("torch.optim.AdamW", {"lr": -1.0}), "Invalid learning rate: -1.0"),
     ],
 )
-def test_error_is_told_when_the_optimizer_is_wrong(spec: ClassSpec, expected: str) -> None:
+def test_error_when_the_optimizer_is_invalid(spec: ClassSpec, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_optimizer(spec, nn.Linear(1, 1))
     assert expected in str(caught.value)
 
 
-def test_scheduler_belongs_to_the_optimizer_when_made() -> None:
+def test_scheduler_gets_the_optimizer_when_built() -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     scheduler = build_scheduler(ClassSpec("torch.optim.lr_scheduler.StepLR", {"step_size": 3}), optimizer)
     assert scheduler.optimizer is optimizer
@@ -122,15 +122,13 @@ def test_scheduler_belongs_to_the_optimizer_when_made() -> None:
 @pytest.mark.parametrize(
     ("init_args", "expected"), [({}, "step_size"), ({"optimizer": 1, "step_size": 3}, "optimizer")]
 )
-def test_error_names_the_argument_when_the_scheduler_lacks_one_or_has_ours(
-    init_args: dict[str, Any], expected: str
-) -> None:
+def test_error_names_the_argument_when_the_scheduler_is_invalid(init_args: dict[str, Any], expected: str) -> None:
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     with pytest.raises(ConfigError, match=rf"scheduler\.init_args.*{expected}"):
         build_scheduler(ClassSpec("torch.optim.lr_scheduler.StepLR", init_args), optimizer)
 
 
-def test_nothing_is_made_when_only_the_arguments_are_checked() -> None:
+def test_nothing_is_built_when_arguments_are_checked() -> None:
     spec = ClassSpec("torch.optim.SGD", {"lr": 0.5})
     assert check_arguments("optimizer", spec, ("params",)).lr == 0.5
     assert load_class("optimizer", spec.class_path) is torch.optim.SGD

@@ -54,7 +54,7 @@ def error_of(path: Path, content: str, *argv: str) -> str:
 
 
 @given(st.lists(options, max_size=12))
-def test_files_come_first_and_other_words_keep_their_order_when_moved(given_options: list[tuple[str, str]]) -> None:
+def test_files_precede_options_when_reordered(given_options: list[tuple[str, str]]) -> None:
     argv: list[str] = []
     for kind, text in given_options:
         argv += {"word": [text], "pair": ["--config", text], "equals": [f"--config={text}"]}[kind]
@@ -69,7 +69,7 @@ def test_files_come_first_and_other_words_keep_their_order_when_moved(given_opti
     assert config_files_first(ordered) == ordered
 
 
-def test_error_is_told_when_config_has_no_value() -> None:
+def test_error_when_config_option_has_no_value() -> None:
     with pytest.raises(ConfigError, match="--config: needs a YAML file"):
         config_files_first(["--seed", "1", "--config"])
 
@@ -79,7 +79,7 @@ def test_error_is_told_when_config_has_no_value() -> None:
 @pytest.mark.parametrize(
     "override", [["--seed", "9", "--task.init_args.width", "3"], ["--seed=9", "--task.init_args.width=3"]]
 )
-def test_override_wins_when_it_stands_anywhere(
+def test_option_overrides_the_file_when_before_or_after_it(
     config_file: Path, before: bool, with_equals: bool, override: list[str]
 ) -> None:
     file = [f"--config={config_file}"] if with_equals else ["--config", str(config_file)]
@@ -88,7 +88,7 @@ def test_override_wins_when_it_stands_anywhere(
     assert config.task == ClassSpec("my.Task", {"width": 3, "depth": 2})
 
 
-def test_later_file_wins_when_config_is_given_twice(tmp_path: Path, config_file: Path) -> None:
+def test_later_file_overrides_when_config_is_repeated(tmp_path: Path, config_file: Path) -> None:
     second = tmp_path / "second.yaml"
     second.write_text("seed: 6\n")
     config = parse_run_config(["--config", str(config_file), "--config", str(second)])
@@ -99,23 +99,23 @@ def test_later_file_wins_when_config_is_given_twice(tmp_path: Path, config_file:
 # ------------------------------------------------------------------------- classes
 
 
-def test_init_args_are_added_when_the_file_does_not_have_them(config_file: Path) -> None:
+def test_init_args_are_added_when_the_file_lacks_them(config_file: Path) -> None:
     config = parse_run_config(["--config", str(config_file), "--task.init_args.dropout", "0.5"])
     assert config.task.init_args == {"width": 8, "depth": 2, "dropout": 0.5}
 
 
-def test_optimizer_is_adamw_with_a_learning_rate_when_none_is_given(config_file: Path) -> None:
+def test_optimizer_is_adamw_when_none_is_configured(config_file: Path) -> None:
     config = parse_run_config(["--config", str(config_file)])
     assert config.optimizer == ClassSpec("torch.optim.AdamW", {"lr": 1e-3})
     assert config.scheduler is None
 
 
-def test_default_learning_rate_stays_when_only_another_argument_is_given(config_file: Path) -> None:
+def test_default_lr_stays_when_another_argument_is_set(config_file: Path) -> None:
     config = parse_run_config(["--config", str(config_file), "--optimizer.init_args.weight_decay", "0.1"])
     assert config.optimizer.init_args == {"lr": 1e-3, "weight_decay": 0.1}
 
 
-def test_default_learning_rate_is_dropped_when_the_class_is_another(config_file: Path) -> None:
+def test_default_lr_is_dropped_when_the_class_changes(config_file: Path) -> None:
     config = parse_run_config(["--config", str(config_file), "--optimizer.class_path", "torch.optim.SGD"])
     assert config.optimizer == ClassSpec("torch.optim.SGD", {})
 
@@ -129,7 +129,7 @@ def test_default_learning_rate_is_dropped_when_the_class_is_another(config_file:
         ("torch.optim.SGD", {"lr": 0.5, "momentum": 0.9, "eps": 1}),
     ],
 )
-def test_files_arguments_stay_only_when_the_typed_class_is_the_files_own(
+def test_file_init_args_are_dropped_when_the_class_changes(
     tmp_path: Path, form: str, typed: str, expected: dict[str, object]
 ) -> None:
     content = YAML + "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.5, momentum: 0.9}}\n"
@@ -137,7 +137,7 @@ def test_files_arguments_stay_only_when_the_typed_class_is_the_files_own(
     assert parse(tmp_path / "c.yaml", content, *argv).optimizer == ClassSpec(typed, expected)
 
 
-def test_scheduler_is_made_when_given_by_options_alone(config_file: Path) -> None:
+def test_scheduler_is_configured_when_only_options_name_it(config_file: Path) -> None:
     argv = ["--scheduler.class_path", "a.B", "--scheduler.init_args.T_max", "5", "--config", str(config_file)]
     assert parse_run_config(argv).scheduler == ClassSpec("a.B", {"T_max": 5})
 
@@ -152,14 +152,12 @@ def test_scheduler_is_made_when_given_by_options_alone(config_file: Path) -> Non
         (["--reset_scheduler=true"], True),
     ],
 )
-def test_scheduler_is_reset_when_the_option_stands_with_or_without_a_value(
-    config_file: Path, words: list[str], expected: bool
-) -> None:
+def test_scheduler_is_reset_when_the_switch_is_set(config_file: Path, words: list[str], expected: bool) -> None:
     assert parse_run_config(["--config", str(config_file), *words]).reset_scheduler is expected
     assert parse(config_file, f"{YAML}reset_scheduler: true\n", *words).reset_scheduler is (expected or not words)
 
 
-def test_error_is_told_when_init_args_have_no_class(tmp_path: Path) -> None:
+def test_error_when_init_args_have_no_class(tmp_path: Path) -> None:
     message = error_of(tmp_path / "c.yaml", YAML + "scheduler: {init_args: {T_max: 5}}\n")
     assert message.startswith("scheduler.class_path: is missing, but scheduler.init_args is given")
 
@@ -177,26 +175,26 @@ def test_error_names_the_key_when_a_class_is_a_bare_string(tmp_path: Path, key: 
 # ------------------------------------------------------------------------- what is refused
 
 
-def test_error_has_file_and_line_when_a_key_stands_twice(tmp_path: Path) -> None:
+def test_error_has_file_and_line_when_a_key_is_repeated(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     message = error_of(path, YAML + "trainer: {max_epochs: 3}\nseed: 6\n")
     assert message == f"{path}:6: the key 'seed' is repeated in one mapping; keep one"
 
 
-def test_error_has_file_and_line_when_a_nested_key_stands_twice(tmp_path: Path) -> None:
+def test_error_has_line_when_a_nested_key_is_repeated(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     message = error_of(path, YAML + "trainer:\n  max_epochs: 3\n  max_steps: 3\n  max_epochs: 4\n")
     assert message.startswith(f"{path}:8: the key 'max_epochs'")
 
 
-def test_same_key_is_taken_when_it_stands_in_two_mappings(tmp_path: Path) -> None:
+def test_same_key_is_accepted_when_in_two_mappings(tmp_path: Path) -> None:
     config = parse(
         tmp_path / "c.yaml", YAML + "optimizer: {class_path: a.B, init_args: {lr: 1}}\nscheduler: {class_path: a.C}\n"
     )
     assert config.optimizer.class_path == "a.B"
 
 
-def test_merge_key_is_taken_when_a_mapping_is_reused(tmp_path: Path) -> None:
+def test_merge_key_is_accepted_when_a_mapping_is_reused(tmp_path: Path) -> None:
     content = "task:\n  class_path: my.Task\n  init_args:\n    a: &a {x: 1, y: 2}\n    b: {<<: *a, y: 3}\n"
     assert parse(tmp_path / "c.yaml", content).task.init_args["b"] == {"x": 1, "y": 3}
 
@@ -219,7 +217,7 @@ def test_error_names_the_file_when_it_is_missing(tmp_path: Path, form: str) -> N
         ("only words", "must hold keys and values"),
     ],
 )
-def test_error_names_the_file_when_it_is_no_yaml_mapping(tmp_path: Path, content: str, expected: str) -> None:
+def test_error_names_the_file_when_it_is_not_a_mapping(tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "c.yaml"
     message = error_of(path, content)
     assert message.startswith("--config: ")
@@ -268,7 +266,7 @@ def test_error_names_the_key_when_a_rule_is_broken(tmp_path: Path, by_file: bool
     assert message.startswith("checkpoint.every_n_epochs: must be at least 1, got 0")
 
 
-def test_error_names_the_choices_when_yaml_reads_no_as_false(tmp_path: Path) -> None:
+def test_error_names_the_choices_when_precision_is_no(tmp_path: Path) -> None:
     message = error_of(tmp_path / "c.yaml", YAML + "trainer: {mixed_precision: no}\n")
     assert "trainer.mixed_precision" in message
     assert "'fp32', 'bf16', 'fp16'" in message
@@ -277,7 +275,7 @@ def test_error_names_the_choices_when_yaml_reads_no_as_false(tmp_path: Path) -> 
 # ------------------------------------------------------------------------- what is printed
 
 
-def test_printed_configuration_parses_to_the_same_when_read_back(
+def test_printed_configuration_is_equal_when_parsed(
     tmp_path: Path, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [
@@ -325,7 +323,7 @@ def test_shipped_configuration_is_valid_when_parsed(name: str) -> None:
         ([], False),
     ],
 )
-def test_switch_is_on_when_it_stands_alone(config_file: Path, words: list[str], expected: bool) -> None:
+def test_switch_is_on_when_it_has_no_value(config_file: Path, words: list[str], expected: bool) -> None:
     assert parse_run_config(["--config", str(config_file), *words]).tracking.offline is expected
 
 
@@ -336,13 +334,13 @@ def test_switch_is_on_when_it_stands_alone(config_file: Path, words: list[str], 
     "uri", ["http://me:hunter2@host:5000", "https://hf_hunter2@host", "postgresql://h/d?password=hunter2"]
 )
 @pytest.mark.parametrize("form", ["--tracking.tracking_uri={}", '--tracking={{"tracking_uri": "{}"}}'])
-def test_address_with_a_password_is_refused_when_it_is_typed(config_file: Path, uri: str, form: str) -> None:
+def test_password_is_refused_when_on_the_command_line(config_file: Path, uri: str, form: str) -> None:
     message = error_of(config_file, YAML, form.format(uri))
     assert message.startswith("tracking.tracking_uri: has a password in it")
     assert "hunter2" not in message
 
 
-def test_address_with_a_password_is_taken_when_it_stands_in_a_file(config_file: Path) -> None:
+def test_password_is_accepted_when_in_a_file(config_file: Path) -> None:
     uri = "http://me:hunter2@host:5000"
     config = parse(config_file, YAML + f"tracking: {{tracking_uri: '{uri}'}}\n", "--seed", "3")
     assert config.tracking.tracking_uri == uri

@@ -53,13 +53,13 @@ def test_error_names_key_and_value_when_a_rule_is_broken(make: Any, key: str, va
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seed_is_refused_when_numpy_could_not_take_it(seed: int) -> None:
+def test_seed_is_refused_when_out_of_numpys_range(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed: must be from 0 to 4294967295"):
         RunConfig(TASK, seed=seed)
 
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1])
-def test_seed_is_taken_when_at_the_edge(seed: int) -> None:
+def test_seed_is_accepted_when_at_the_limit(seed: int) -> None:
     assert RunConfig(TASK, seed=seed).seed == seed
 
 
@@ -78,12 +78,12 @@ def test_size_is_refused_when_malformed_or_zero(text: str) -> None:
         parse_size_bytes("k", text)
 
 
-def test_there_is_no_limit_when_no_shard_size_is_given() -> None:
+def test_shard_size_is_unlimited_when_none_is_set() -> None:
     assert CheckpointConfig().max_shard_size_bytes is None
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "_x", "A.b", "2024-01-01"])
-def test_run_name_is_taken_when_it_can_be_a_directory(name: str) -> None:
+def test_run_name_is_accepted_when_it_can_be_a_directory(name: str) -> None:
     check_run_name(name)
 
 
@@ -103,17 +103,17 @@ def test_run_name_is_refused_when_it_cannot_be_a_directory(name: str) -> None:
         ({"log_resume_state": True}, "tracking.log_resume_state: must be none, last or all, got True"),
     ],
 )
-def test_tracking_is_refused_when_it_asks_for_what_cannot_be(values: dict[str, Any], reason: str) -> None:
+def test_tracking_is_refused_when_options_contradict(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         TrackingConfig(**values)
 
 
-def test_values_cannot_be_changed_when_made() -> None:
+def test_config_is_immutable_when_constructed() -> None:
     config = RunConfig(TASK)
     with pytest.raises(FrozenInstanceError):
         config.seed = 1  # type: ignore[misc]
 
 
-def test_config_error_is_caught_as_harness_error_and_value_error_when_raised() -> None:
+def test_config_error_is_a_harness_error_and_a_value_error() -> None:
     assert issubclass(ConfigError, HarnessError)
     assert issubclass(ConfigError, ValueError)  # which is what jsonargparse passes on from a constructor

@@ -35,7 +35,7 @@ ALL = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 @pytest.mark.parametrize(
     "options", [{}, {"num_workers": 1, "persistent_workers": True, "worker_init_fn": begins_worker}]
 )
-def test_loader_is_as_it_was_when_training_is_over_within_a_pass(options: dict[str, Any]) -> None:
+def test_loader_is_unwrapped_when_closed_within_an_iteration(options: dict[str, Any]) -> None:
     accelerator, loader = prepared(**options)
     base = loader.base_dataloader
     before = dict(vars(base))
@@ -52,7 +52,7 @@ def test_loader_is_as_it_was_when_training_is_over_within_a_pass(options: dict[s
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
-def test_copy_of_a_loader_is_its_own_when_training_iterates_over_it(copied: Callable[[Any], Any]) -> None:
+def test_copy_is_independent_when_the_loader_is_wrapped(copied: Callable[[Any], Any]) -> None:
     accelerator, loader = prepared()
     base = loader.base_dataloader
     own = base.batch_sampler
@@ -66,7 +66,7 @@ def test_copy_of_a_loader_is_its_own_when_training_iterates_over_it(copied: Call
     assert taken + numbers(iterator) == ALL
 
 
-def test_pass_begins_where_it_is_to_when_workers_are_there_from_before() -> None:
+def test_iteration_skips_when_persistent_workers_exist() -> None:
     accelerator, loader = prepared(num_workers=1, persistent_workers=True)
     assert numbers(loader) == ALL
     batches = ResumableLoader(accelerator)

@@ -1,22 +1,16 @@
 from __future__ import annotations
 
-from collections import UserDict
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from harness.data import dataloaders
-from harness.data.batch_size import batch_size
 from harness.errors import DataError
 
 
@@ -30,7 +24,7 @@ def dataset(num_samples: int) -> TensorDataset:
 
 
 def rank_of(num_ranks: int, rank: int) -> Any:
-    """The two facts of an Accelerator that `data` asks for."""
+    """An Accelerator's rank and number of ranks."""
     return SimpleNamespace(num_processes=num_ranks, process_index=rank)
 
 
@@ -41,9 +35,7 @@ topologies = st.tuples(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5))
 
 
 @given(topologies, st.booleans())
-def test_each_sample_is_on_one_rank_when_accelerate_fills_up_the_last_round(
-    topology: tuple[int, int, int], shuffle: bool
-) -> None:
+def test_each_sample_is_on_one_rank_when_accelerate_repeats_some(topology: tuple[int, int, int], shuffle: bool) -> None:
     num_samples, batch_size, num_ranks = topology
     seen: list[int] = []
     rounds: set[int] = set()
@@ -61,7 +53,7 @@ def test_each_sample_is_on_one_rank_when_accelerate_fills_up_the_last_round(
 
 
 @given(topologies.filter(lambda t: t[2] > 1))
-def test_own_samples_are_counted_when_asked_of_the_shard_itself(topology: tuple[int, int, int]) -> None:
+def test_own_samples_are_counted_when_the_shard_repeats_some(topology: tuple[int, int, int]) -> None:
     num_samples, batch_size, num_ranks = topology
     seen: list[int] = []
     for rank in range(num_ranks):
@@ -81,7 +73,7 @@ def test_own_samples_are_counted_when_asked_of_the_shard_itself(topology: tuple[
     assert sorted(seen) == list(range(num_samples))
 
 
-def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
+def test_incomplete_batch_is_omitted_when_drop_last_is_set() -> None:
     seen: list[int] = []
     for rank in range(2):
         own = DataLoader(dataset(11), 2, drop_last=True)
@@ -92,14 +84,14 @@ def test_incomplete_batch_is_left_out_when_the_loader_drops_it() -> None:
     assert sorted(seen) == list(range(8))
 
 
-def test_second_pass_is_the_same_when_the_loader_is_iterated_again() -> None:
+def test_batches_are_equal_when_iterated_again() -> None:
     loader = prepare_data_loader(DataLoader(dataset(5), 2), num_processes=2, process_index=1, put_on_device=False)
     passes = [[(b[0].tolist(), c) for b, c in dataloaders.without_duplicates(rank_of(2, 1), loader)] for _ in range(2)]
     assert passes[0] == passes[1]
     assert [counts for _, counts in passes[0]] == [True, False]
 
 
-def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
+def test_nested_tensors_are_cut_when_samples_repeat() -> None:
     def collate(items: list[tuple[torch.Tensor]]) -> dict[str, Any]:
         values = torch.stack([item[0] for item in items])
         return {
@@ -121,7 +113,7 @@ def test_nested_tensors_are_cut_when_the_last_batch_is_filled_up() -> None:
     assert batch["scale"].item() == 2.0
 
 
-def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
+def test_images_are_cut_when_channels_equal_the_batch_size() -> None:
     def cut(batch: Any) -> Any:
         return dataloaders._cut(batch, 2, 3)
 
@@ -133,7 +125,7 @@ def test_images_are_cut_and_not_their_channels_when_there_are_as_many() -> None:
     assert [field.shape for field in cut([torch.zeros(3, 3, 32, 32)] * 3)] == [(2, 3, 32, 32)] * 3
 
 
-def test_lists_of_samples_are_cut_when_one_sample_has_the_size_by_chance() -> None:
+def test_samples_are_cut_when_one_has_the_size_by_chance() -> None:
     targets = [{"boxes": torch.zeros(n, 4), "label": torch.tensor(n)} for n in (3, 8, 1, 2, 8, 5, 4, 6)]
     words = [list(range(n)) for n in (2, 8, 1, 3, 4, 5, 6, 7)]
     images, cut_targets, cut_words = dataloaders._cut([torch.zeros(8, 3, 9, 9), targets, words], 3, 8)
@@ -141,12 +133,12 @@ def test_lists_of_samples_are_cut_when_one_sample_has_the_size_by_chance() -> No
     assert dataloaders._cut(targets, 3, 8) == targets[:3]
 
 
-def test_fields_stay_when_one_of_as_many_as_the_samples_has_another_size() -> None:
+def test_fields_stay_when_their_number_equals_the_size() -> None:
     fields = [torch.zeros(3, 3, 9, 9), torch.zeros(40, 4), torch.zeros(3)]
     assert [field.shape for field in dataloaders._cut(fields, 2, 3)] == [(2, 3, 9, 9), (40, 4), (2,)]
 
 
-def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
+def test_error_when_repeats_of_an_iterable_are_unknown() -> None:
     loader = prepare_data_loader(
         DataLoader(Letters(), 2),
         torch.device("cpu"),
@@ -163,18 +155,18 @@ def test_error_is_told_when_an_iterable_data_set_cannot_tell_repeats() -> None:
 
 
 @pytest.mark.parametrize(("length", "world_size"), [(0, 1), (1, 2), (7, 8)])
-def test_error_has_both_numbers_when_there_are_fewer_samples_than_ranks(length: int, world_size: int) -> None:
+def test_error_has_both_numbers_when_samples_are_too_few(length: int, world_size: int) -> None:
     loader = DataLoader(dataset(length), sampler=SequentialSampler(range(length)))
     with pytest.raises(DataError, match=f"evaluation data set has {length} samples for {world_size} ranks"):
         dataloaders.check_size(loader, world_size, "evaluation")
 
 
-def test_error_is_told_when_the_only_batch_is_dropped() -> None:
-    with pytest.raises(DataError, match="training loader gives no batch: 3 samples"):
+def test_error_when_the_only_batch_is_dropped() -> None:
+    with pytest.raises(DataError, match="training loader has no batch: 3 samples"):
         dataloaders.check_size(DataLoader(dataset(3), 4, drop_last=True), 1, "training")
 
 
-def test_size_passes_when_each_rank_has_a_sample_or_it_is_unknown() -> None:
+def test_size_passes_when_sufficient_or_unknown() -> None:
     dataloaders.check_size(DataLoader(dataset(2), 4), 2, "training")
     dataloaders.check_size(DataLoader(Letters(), 4), 2, "training")
     dataloaders.check_size([1, 2], 2, "training")
@@ -188,141 +180,16 @@ def test_first_batches_are_in_order_when_the_loader_shuffles(num_batches: int, e
     assert loader.batch_size == 3
 
 
-def test_error_is_told_when_first_batches_have_no_size() -> None:
+def test_error_when_first_batches_have_no_size() -> None:
     with pytest.raises(DataError, match="overfit_batches"):
         dataloaders.first_batches(DataLoader(dataset(3), batch_size=None), 1)
-
-
-@dataclass
-class Graphs:
-    x: Tensor
-    num_graphs: int
-
-
-@dataclass
-class Padded:
-    """As detectors have it: a tensor and a mask."""
-
-    tensors: Tensor
-    mask: Tensor
-
-
-class Slotted:
-    __slots__ = ("x",)
-
-
-class Lookup:
-    """Any attribute that is not there raises KeyError, as in a class that wraps a dict."""
-
-    def __init__(self, **values: Any) -> None:
-        self.data = values
-
-    def __getattr__(self, name: str) -> Any:
-        return self.__dict__["data"][name]
-
-
-class Linked:
-    """Refers to itself, as a node of a tree or a batch with its collator does."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.me, self.all = x, self, [self]
-
-
-class Lengthless:
-    """As detectron2's instances that have no fields yet."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError("Empty Instances does not support __len__!")
-
-
-def photos(num: int, width: int = 12) -> list[Tensor]:
-    return [torch.zeros(3, 10 + i, width) for i in range(num)]
-
-
-def same_shape(num: int, *shape: int) -> list[Tensor]:
-    return [torch.zeros(shape) for _ in range(num)]
-
-
-@pytest.mark.parametrize(
-    ("batch", "usual", "size"),
-    [
-        pytest.param(Graphs(torch.zeros(40, 4), 8), None, 8, id="graphs"),
-        pytest.param(Padded(torch.zeros(4, 3, 9, 9), torch.zeros(4, 9, 9)), None, 4, id="own-class"),
-        pytest.param([photos(8), torch.zeros(8)], None, 8, id="images-and-labels"),
-        pytest.param(
-            (tuple(photos(5)), tuple({"boxes": torch.zeros(i + 1, 4)} for i in range(5))), 8, 5, id="detection"
-        ),
-        pytest.param(photos(8), 8, 8, id="images-alone"),
-        pytest.param(same_shape(8, 3, 32, 32), None, 8, id="images-of-one-shape"),
-        pytest.param(same_shape(4, 3, 32, 32), 5, 4, id="last-images"),
-        pytest.param(same_shape(2, 3, 32, 32), 2, 2, id="two-images"),
-        pytest.param(same_shape(2, 3, 32, 32), 5, 3, id="pair-of-masks"),
-        pytest.param(same_shape(4, 13, 32, 32), 5, 4, id="last-images-of-13-channels"),
-        pytest.param(same_shape(6, 1, 9, 32, 32), None, 6, id="volumes"),
-        pytest.param(same_shape(3, 8, 3, 32, 32), None, 8, id="triplets"),
-        pytest.param(same_shape(3, 4, 3, 32, 32), 8, 4, id="last-triplets"),
-        pytest.param(same_shape(3, 5, 9, 16), 8, 5, id="last-sequences"),
-        pytest.param(same_shape(2, 4, 3, 32, 32), 8, 4, id="last-inputs-and-targets"),
-        pytest.param([same_shape(2, 3, 32, 32), same_shape(2, 32, 32)], None, 2, id="images-and-masks"),
-        pytest.param({"patches": torch.zeros(40, 4), "labels": torch.zeros(5)}, 8, 5, id="last-patches"),
-        pytest.param(Lookup(x=torch.zeros(4, 2)), None, 4, id="lookup"),
-        pytest.param(Linked(torch.zeros(4, 2)), None, 4, id="linked"),
-        pytest.param(Lengthless(), None, 0, id="lengthless"),
-        pytest.param([torch.zeros(4, 2), Lengthless()], None, 4, id="lengthless-part"),
-        pytest.param([{"image": image, "label": 1} for image in photos(4)], 4, 4, id="not-collated"),
-        pytest.param([torch.zeros(8, 4), torch.zeros(8, 4)], 2, 8, id="two-views"),
-        pytest.param([torch.zeros(1, 4), torch.zeros(1, 4)], 2, 1, id="last-pair"),
-        pytest.param([torch.zeros(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)], 2, 1, id="last-image-and-mask"),
-        pytest.param([torch.zeros(1, 7, 9), torch.zeros(1, 5, 9)], 2, 1, id="last-pair-of-sequences"),
-        pytest.param(same_shape(3, 2, 7, 9), 3, 2, id="last-triple"),
-        pytest.param([torch.zeros(2, n, 9) for n in (5, 7, 4)], 3, 2, id="last-triple-of-shapes"),
-        pytest.param(photos(3), 3, 3, id="three-images"),
-        pytest.param(same_shape(3, 1, 32, 32), 3, 3, id="three-grey-images"),
-        pytest.param(photos(2), 2, 2, id="two-images-of-shapes"),
-        pytest.param(same_shape(16, 13, 32, 32), 16, 16, id="images-of-13-channels"),
-        pytest.param([{"image": torch.zeros(1, 9 + i, 9)} for i in range(2)], 2, 2, id="two-not-collated"),
-        pytest.param([torch.zeros(n) for n in (5, 7, 2)], None, 3, id="sequences"),
-        pytest.param({"text": ["a", "b"], "spans": [[1], [2, 3]]}, None, 2, id="dict-of-lists"),
-        pytest.param(UserDict({"input_ids": torch.zeros(6, 9)}), None, 6, id="batch-encoding"),
-        pytest.param({"patches": torch.zeros(70, 4), "labels": torch.zeros(8)}, 8, 8, id="patches"),
-        pytest.param(["one", "two", "three"], None, 3, id="texts"),
-        pytest.param(numpy.zeros((7, 2)), None, 7, id="array"),
-        pytest.param(
-            [pack_sequence([torch.zeros(4), torch.zeros(2), torch.zeros(1)]), torch.zeros(3)], None, 3, id="packed"
-        ),
-        pytest.param(
-            torch.nested.nested_tensor([torch.zeros(2), torch.zeros(5)], layout=torch.jagged), None, 2, id="nested"
-        ),
-        pytest.param(Slotted(), None, 0, id="unknown"),
-    ],
-)
-def test_batch_size_is_the_number_of_samples_when_the_batch_is_of_another_kind(
-    batch: Any, usual: int | None, size: int
-) -> None:
-    assert batch_size(batch, usual) == size
-
-
-@pytest.mark.parametrize(
-    ("batch", "size"),
-    [
-        (torch.zeros(4, 2), 4),
-        ([torch.zeros(3), torch.zeros(3, 3)], 3),
-        ({"a": {"b": torch.zeros(5)}}, 5),
-        ({"file": ["a", "b"], "scale": torch.tensor(1.0), "x": torch.zeros(2)}, 2),
-        ([], 0),
-        ({"text": "words"}, 0),
-        (torch.tensor(1.0), 0),
-    ],
-)
-def test_batch_size_is_the_first_dimension_when_there_is_a_tensor(batch: Any, size: int) -> None:
-    assert batch_size(batch) == size
 
 
 # ------------------------------------------------------------------------- ranks with fewer batches
 
 
 @given(topologies, st.booleans(), st.booleans(), st.integers(0, 3))
-def test_number_of_batches_is_one_that_the_rank_has_when_they_may_be_uneven(
+def test_rank_has_the_guaranteed_batches_when_uneven(
     topology: tuple[int, int, int], splits: bool, drops_last: bool, num_skipped: int
 ) -> None:
     num_samples, batch_size, num_ranks = topology
@@ -344,7 +211,7 @@ def test_number_of_batches_is_one_that_the_rank_has_when_they_may_be_uneven(
     assert all(found is None if num_ranks == 1 else 0 <= found <= real <= found + 1 for found, real in lengths)
 
 
-def test_ranks_may_be_uneven_when_each_reads_a_stream_of_its_own() -> None:
+def test_ranks_may_be_uneven_when_each_reads_a_stream() -> None:
     def prepared(**how: Any) -> Any:
         given = DataLoader(Letters(), 2)
         return prepare_data_loader(given, torch.device("cpu"), num_processes=2, process_index=0, **how)

@@ -30,7 +30,7 @@ TYPES = [torch.float32, torch.complex64, torch.bool, torch.uint16, torch.float8_
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_are_the_same_when_read_in_order_and_written(layout: str, dtype: torch.dtype) -> None:
+def test_values_are_equal_when_copied_in_order(layout: str, dtype: torch.dtype) -> None:
     view = LAYOUTS[layout]
     source, target = view(torch.arange(12).to(dtype)), view(torch.zeros(12).to(dtype))
     ordered = memory_layout.contiguous_copy(source)
@@ -47,19 +47,19 @@ def test_values_are_the_same_when_read_in_order_and_written(layout: str, dtype: 
 
 
 @pytest.mark.parametrize("layout", ["expanded", "expanded_whole", "windows"])
-def test_error_when_elements_that_share_memory_have_different_values(layout: str) -> None:
+def test_error_when_shared_elements_get_different_values(layout: str) -> None:
     target = LAYOUTS[layout](torch.zeros(12))
-    with pytest.raises(ValueError, match=r"elements of it that share memory \(shape .*, strides .*\) have different"):
+    with pytest.raises(ValueError, match=r"elements that share memory \(shape .*, strides .*\) have different"):
         memory_layout.copy_into(target, torch.arange(target.numel()).float())
 
 
-def test_nan_is_written_when_elements_share_memory() -> None:
+def test_nan_is_copied_when_elements_share_memory() -> None:
     target = torch.zeros(1).expand(3)
     memory_layout.copy_into(target, torch.full((3,), torch.nan))
     assert target.isnan().all()
 
 
-def test_conjugated_values_are_written_as_they_are() -> None:
+def test_values_are_equal_when_the_target_is_conjugated() -> None:
     target = torch.zeros(2, dtype=torch.complex64).conj()
     assert memory_layout.flat_view(target) is None
     memory_layout.copy_into(target, torch.tensor([1 + 2j, 3 - 1j]))
@@ -72,7 +72,7 @@ def test_only_layouts_with_shared_memory_may_overlap() -> None:
     assert found == ["expanded", "expanded_whole", "windows"]
 
 
-def test_parameters_are_bytes_in_order_when_they_were_put_so() -> None:
+def test_parameters_are_viewable_as_bytes_when_made_contiguous() -> None:
     model = nn.Module()
     names = [name for name in LAYOUTS if "expanded" not in name and name != "windows"]
     for name in names:

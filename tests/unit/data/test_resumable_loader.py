@@ -163,7 +163,7 @@ def a_and_evaluation_of_it(loop: Loop, epoch: int) -> None:
         (a_and_evaluation_of_it, 14, True),
     ],
 )
-def test_end_is_the_same_when_the_loop_is(
+def test_result_is_equal_when_resumed_within_an_epoch(
     tmp_path: Path, body: Callable[[Loop, int], None], crash_at: int, generator: bool
 ) -> None:
     whole = Loop(tmp_path / "whole", generator=generator).run(body)
@@ -176,7 +176,7 @@ def test_end_is_the_same_when_the_loop_is(
     assert found.names == whole.names
 
 
-def test_no_point_is_lost_when_a_save_was_asked_for_between_windows(tmp_path: Path) -> None:
+def test_no_point_is_lost_when_saved_between_windows(tmp_path: Path) -> None:
     def body(loop: Loop, epoch: int) -> None:
         for step in loop.train(epoch):
             if step == 5:
@@ -191,7 +191,7 @@ def test_no_point_is_lost_when_a_save_was_asked_for_between_windows(tmp_path: Pa
     assert torch.equal(found.weights, whole.weights)
 
 
-def test_epoch_has_its_checkpoint_when_one_was_taken_at_its_last_step(tmp_path: Path) -> None:
+def test_epoch_is_saved_when_its_last_step_was_saved(tmp_path: Path) -> None:
     def body(loop: Loop, epoch: int) -> None:
         for step in loop.train(epoch):
             if step == 6:
@@ -201,7 +201,7 @@ def test_epoch_has_its_checkpoint_when_one_was_taken_at_its_last_step(tmp_path: 
     assert Loop(tmp_path, checkpoint=config).run(body).names == ["epoch-0001", "epoch-0002", "epoch-0003"]
 
 
-def test_epoch_has_its_checkpoint_when_its_evaluation_was_interrupted(tmp_path: Path) -> None:
+def test_epoch_is_saved_when_its_evaluation_was_interrupted(tmp_path: Path) -> None:
     signals = [2]
 
     def body(loop: Loop, epoch: int) -> None:
@@ -219,7 +219,7 @@ def test_epoch_has_its_checkpoint_when_its_evaluation_was_interrupted(tmp_path: 
     assert (manifest["epoch"], manifest["metrics"]["eval/x"]) == (3, found.logger.latest["eval/x"])
 
 
-def test_random_numbers_are_those_of_the_first_evaluation_when_the_second_is_interrupted(tmp_path: Path) -> None:
+def test_draws_are_equal_when_the_second_evaluation_is_interrupted(tmp_path: Path) -> None:
     def body_with(signals: list[int]) -> Callable[[Loop, int], None]:
         def body(loop: Loop, epoch: int) -> None:
             exhaust(loop.train(epoch))
@@ -240,7 +240,7 @@ def test_random_numbers_are_those_of_the_first_evaluation_when_the_second_is_int
     assert points(tmp_path / "cut") == points(tmp_path / "whole")
 
 
-def test_step_is_counted_before_it_stops_when_the_signal_comes_in_an_evaluation_within_a_batch(tmp_path: Path) -> None:
+def test_step_is_counted_when_stopped_in_an_evaluation_within_it(tmp_path: Path) -> None:
     def body_with(signals: list[int]) -> Callable[[Loop, int], None]:
         def body(loop: Loop, epoch: int) -> None:
             for step in loop.train(epoch):
@@ -261,7 +261,7 @@ def test_step_is_counted_before_it_stops_when_the_signal_comes_in_an_evaluation_
     assert torch.equal(found.weights, whole.weights)
 
 
-def test_checkpoint_is_taken_behind_it_when_an_accumulation_is_open_at_the_epochs_end(tmp_path: Path) -> None:
+def test_epoch_is_saved_when_an_accumulation_is_open_at_its_end(tmp_path: Path) -> None:
     def plugin() -> GradientAccumulationPlugin:
         return GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)
 
@@ -275,7 +275,7 @@ def test_checkpoint_is_taken_behind_it_when_an_accumulation_is_open_at_the_epoch
     assert torch.equal(found.weights, whole.weights)
 
 
-def test_error_when_two_loaders_are_iterated_over_at_once(tmp_path: Path) -> None:
+def test_error_when_two_loaders_are_iterated_at_once(tmp_path: Path) -> None:
     def body(loop: Loop, epoch: int) -> None:
         for _ in zip(loop.train(epoch, "a"), loop.train(epoch, "b"), strict=True):
             pass
@@ -284,7 +284,7 @@ def test_error_when_two_loaders_are_iterated_over_at_once(tmp_path: Path) -> Non
         Loop(tmp_path).run(body)
 
 
-def test_it_says_so_when_the_run_was_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_message_when_the_run_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Loop(tmp_path).run(a_alone)
     assert Loop(tmp_path).run(a_alone).seen == []
     assert "the run is complete: epoch 3, step 18; to train on, raise the limits" in capsys.readouterr().err
@@ -309,7 +309,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("is_before", [True, False])
-def test_registered_state_goes_on_when_it_is_registered_before_or_after_watch(tmp_path: Path, is_before: bool) -> None:
+def test_registered_state_resumes_when_before_or_after_watch(tmp_path: Path, is_before: bool) -> None:
     def run(crash_at: int | None) -> int:
         counter = Counter()
 
@@ -331,7 +331,7 @@ def test_registered_state_goes_on_when_it_is_registered_before_or_after_watch(tm
     assert run(crash_at=None) == 18
 
 
-def test_error_when_the_state_of_what_is_registered_cannot_be_saved(tmp_path: Path) -> None:
+def test_error_when_registered_state_cannot_be_saved(tmp_path: Path) -> None:
     class Sparse(Counter):
         def state_dict(self) -> dict[str, Any]:
             return {"values": torch.eye(3).to_sparse()}
@@ -343,9 +343,7 @@ def test_error_when_the_state_of_what_is_registered_cannot_be_saved(tmp_path: Pa
     Loop(tmp_path, crash_at=1).run(a_alone, before)
 
 
-def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_error_or_warning_when_registered_names_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def before(loop: Loop) -> None:
         loop.logger.register("mine", Counter())
         with pytest.raises(CheckpointError, match="this name is registered already"):
@@ -364,7 +362,7 @@ def test_error_or_a_line_when_what_is_registered_is_not_what_was_saved(
     assert "'yours' is not in the checkpoint: it starts from its initial state" in told
 
 
-def test_it_says_so_when_a_step_takes_other_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_when_the_samples_of_a_step_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Loop(tmp_path, crash_at=4, checkpoint=CheckpointConfig(every_n_steps=3, when_busy="wait")).run(a_alone)
     found = Loop(tmp_path, batch_size=6).run(a_alone)
     told = capsys.readouterr().err
@@ -373,13 +371,13 @@ def test_it_says_so_when_a_step_takes_other_samples(tmp_path: Path, capsys: pyte
     assert sum(len(samples) for epoch, _, samples in found.seen if epoch == 0) == 22 - 12
 
 
-def test_loader_is_what_it_was_when_it_is_over_an_iterable_data_set() -> None:
+def test_batch_size_changes_when_the_data_set_is_iterable() -> None:
     from harness.data.dataloaders import with_batch_size
 
     assert [len(indices) for indices, *_ in with_batch_size(DataLoader(Stream(), 4), 6)] == [6, 6, 6, 4]
 
 
-def test_loader_is_made_uneven_for_a_while_when_accelerate_sets_so_on_what_is_wrapped(accelerator: Accelerator) -> None:
+def test_even_batches_is_set_when_the_sampler_is_wrapped(accelerator: Accelerator) -> None:
     loader: Any = prepare_data_loader(
         DataLoader(TensorDataset(torch.arange(6)), 2), num_processes=2, process_index=1, put_on_device=False
     )
@@ -448,7 +446,7 @@ def two_passes(batches: ResumableLoader, loader: Any, first: ResumePoint | None)
 
 @pytest.mark.parametrize("is_prepared", [True, False], ids=["prepared", "not_prepared"])
 @pytest.mark.parametrize("kind", LOADERS)
-def test_numbers_of_steps_and_data_are_the_same_when_resumed_within_a_pass(
+def test_draws_are_equal_when_resumed_within_an_iteration(
     accelerator: Accelerator, kind: str, is_prepared: bool
 ) -> None:
     def loader() -> Any:
@@ -468,7 +466,7 @@ def test_numbers_of_steps_and_data_are_the_same_when_resumed_within_a_pass(
         assert [drawn for drawn, _ in resumed] == [drawn for drawn, _ in whole[num_done:]], num_done
 
 
-def test_steps_draw_the_same_numbers_when_a_loader_was_not_prepared(tmp_path: Path) -> None:
+def test_draws_are_equal_when_the_loader_was_not_prepared(tmp_path: Path) -> None:
     def not_prepared(loop: Loop) -> None:
         loop.a = DataLoader(Noisy(), 4, sampler=DistributedSampler(Noisy(), 1, 0))
 

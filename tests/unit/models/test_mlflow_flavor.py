@@ -17,7 +17,7 @@ from harness.checkpoint.format.names import named_state
 from harness.config.schema import ClassSpec
 from harness.errors import CheckpointError, ConfigError
 from harness.models.mlflow_flavor import PyFuncModel
-from harness.models.model_spec import make_recipe
+from harness.models.model_spec import make_model_spec
 from harness.tasks import ByteLM
 from harness.tracking.mlflow.mlmodel import model_files
 
@@ -33,7 +33,7 @@ def publish(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
         state = named_state(model)
         tensors = {name: tensor.detach() for name, tensor in {**state.parameters, **state.buffers}.items()}
         path = make_checkpoint(tensors, aliases=state.aliases, **more)
-        for name, text in model_files(make_recipe(spec, model), RECORD, "m-1", "r-1").items():
+        for name, text in model_files(make_model_spec(spec, model), RECORD, "m-1", "r-1").items():
             (path / name).write_text(text)
         return path
 
@@ -41,9 +41,7 @@ def publish(make_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("max_shard_size_bytes", [None, 4000])
-def test_tied_model_is_the_same_when_built_and_filled(
-    publish: Callable[..., Path], max_shard_size_bytes: int | None
-) -> None:
+def test_tied_model_is_equal_when_loaded(publish: Callable[..., Path], max_shard_size_bytes: int | None) -> None:
     trained = ByteLM(**LM.init_args).model()
     nn.init.normal_(trained.embed.weight)
     loaded = harness.load_model(publish(trained, LM, max_shard_size_bytes=max_shard_size_bytes))
@@ -53,12 +51,12 @@ def test_tied_model_is_the_same_when_built_and_filled(
     assert not loaded.training
 
 
-def test_own_model_is_filled_when_no_class_was_named(publish: Callable[..., Path]) -> None:
+def test_own_model_is_filled_when_the_spec_has_no_class(publish: Callable[..., Path]) -> None:
     trained = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     trained[1].running_mean.fill_(5)
     path = publish(trained, None)
     assert "python_function" not in yaml.safe_load((path / "MLmodel").read_text())["flavors"]
-    with pytest.raises(ConfigError, match="no class was named to build it by"):
+    with pytest.raises(ConfigError, match=r"the model spec of this .* has no class"):
         harness.load_model(path)
     mine = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     assert harness.load_model(path, model=mine) is mine
@@ -78,29 +76,27 @@ class Tied(nn.Module):
     [
         (
             nn.Sequential(nn.Linear(2, 2)),
-            "has no 0.weight, 0.bias, and has a.weight, b.weight, which the model has not",
+            "has no 0.weight, 0.bias, and has a.weight, b.weight, which the model lacks",
         ),
-        (Tied(tie=True), "has b.weight and a.weight apart, which are tied in the model"),
+        (Tied(tie=True), "has separate b.weight and a.weight, which are tied in the model"),
         (nn.ModuleDict({"a": nn.Linear(2, 3, bias=False), "b": nn.Linear(2, 2, bias=False)}), r"has shape \[2, 2\] in"),
     ],
     ids=["names", "ties", "shapes"],
 )
-def test_weights_are_refused_when_they_are_of_another_model(
-    publish: Callable[..., Path], model: nn.Module, reason: str
-) -> None:
+def test_weights_are_refused_when_of_another_model(publish: Callable[..., Path], model: nn.Module, reason: str) -> None:
     path = publish(Tied(tie=False), None)
     with pytest.raises(CheckpointError, match=reason):
         harness.load_model(path, model=model)
 
 
-def test_tie_is_taken_apart_when_the_model_has_two(publish: Callable[..., Path]) -> None:
+def test_tied_weights_are_copied_when_the_model_has_two(publish: Callable[..., Path]) -> None:
     trained = Tied(tie=True)
     mine = harness.load_model(publish(trained, None), model=Tied(tie=False))
     assert torch.equal(mine.a.weight, trained.a.weight)
     assert torch.equal(mine.b.weight, trained.a.weight)
 
 
-def test_weights_are_refused_when_a_byte_is_another(publish: Callable[..., Path]) -> None:
+def test_weights_are_refused_when_a_byte_differs(publish: Callable[..., Path]) -> None:
     path = publish(Tied(tie=False), None)
     content = bytearray((path / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -116,7 +112,7 @@ def test_weights_are_refused_when_a_byte_is_another(publish: Callable[..., Path]
         ("nowhere_at_all.Net", "cannot import 'nowhere_at_all'"),
     ],
 )
-def test_nothing_is_called_when_the_class_makes_no_model(
+def test_nothing_is_called_when_the_class_has_no_model(
     publish: Callable[..., Path], tmp_path: Path, class_path: str, reason: str
 ) -> None:
     path = publish(Tied(tie=False), ClassSpec(class_path, {"args": ["touch", str(tmp_path / "called")]}))
@@ -125,13 +121,13 @@ def test_nothing_is_called_when_the_class_makes_no_model(
     assert not (tmp_path / "called").exists()
 
 
-def test_place_and_remedy_are_told_when_there_is_no_recipe(
+def test_error_has_place_and_remedy_when_the_spec_is_missing(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = make_checkpoint({"w": torch.ones(2)})
-    with pytest.raises(ConfigError, match="does not say how its model is built; give the model to fill"):
+    with pytest.raises(ConfigError, match="has no model spec; pass the model to fill"):
         harness.load_model(path)
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         harness.load_model(tmp_path / "nowhere")
 
 
@@ -158,23 +154,23 @@ class Sums(nn.Module):
     ],
     ids=["array", "tensor", "frame", "frame of lists", "lists", "mapping"],
 )
-def test_prediction_is_an_array_when_given_numbers_as(data: Any) -> None:
+def test_prediction_is_an_array_when_given_numbers(data: Any) -> None:
     found = PyFuncModel(Sums()).predict(data)
     assert (found.tolist(), found.dtype) == ([[1, 2], [3, 4]], np.float32)
 
 
-def test_prediction_has_names_when_the_model_gives_several() -> None:
+def test_prediction_is_named_when_outputs_are_several() -> None:
     read_only = np.arange(3)
     read_only.flags.writeable = False
     found: Mapping[str, Any] = PyFuncModel(Sums()).predict({"x": read_only, "y": np.ones(3, dtype=np.int64)})
     assert {name: value.tolist() for name, value in found.items()} == {"output_0": [1, 2, 3], "output_1": 3}
 
 
-def test_words_are_refused_when_numbers_are_needed() -> None:
-    with pytest.raises(ValueError, match="the model takes numbers"):
+def test_text_is_refused_when_numbers_are_expected() -> None:
+    with pytest.raises(ValueError, match="input must be numbers"):
         PyFuncModel(Sums()).predict(["a", "b"])
 
 
-def test_files_are_the_same_bytes_when_made_again() -> None:
-    recipe = json.loads(json.dumps(make_recipe(LM, ByteLM(**LM.init_args).model())))
-    assert model_files(recipe, RECORD, "m-1", "r-1") == model_files(recipe, RECORD, "m-1", "r-1")
+def test_files_are_equal_when_written_again() -> None:
+    model_spec = json.loads(json.dumps(make_model_spec(LM, ByteLM(**LM.init_args).model())))
+    assert model_files(model_spec, RECORD, "m-1", "r-1") == model_files(model_spec, RECORD, "m-1", "r-1")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.config.schema import ClassSpec
 from harness.data import rng_state
 from harness.errors import ConfigError
-from harness.models.model_spec import check_spec, infer_signature, make_recipe
+from harness.models.model_spec import check_spec, infer_signature, make_model_spec
 from harness.tasks import ByteLM, Digits
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def schema(found: Mapping[str, Any]) -> ModelSignature:
     return ModelSignature.from_dict({name: json.dumps(specs) for name, specs in found["signature"].items()})
 
 
-def test_signature_is_the_one_that_mlflow_infers_when_run_on_an_example() -> None:
+def test_signature_equals_mlflows_when_inferred_from_an_example() -> None:
     task = Digits()
     model, images = task.model(), task.input_example()
     found = infer_signature(model, task.input_example)
@@ -47,7 +47,7 @@ def test_signature_is_the_one_that_mlflow_infers_when_run_on_an_example() -> Non
     assert np.array_equal(np.array(found["example"], dtype=np.float32), images.numpy())
 
 
-def test_model_and_random_numbers_are_as_before_when_signature_was_inferred() -> None:
+def test_state_is_unchanged_when_a_signature_is_inferred() -> None:
     model = Counts()
     example = {"x": torch.ones(4, 3), "mask": np.ones((4, 2), dtype=np.float32)}
     before = rng_state.encode(rng_state.capture(CPU))
@@ -61,7 +61,7 @@ def test_model_and_random_numbers_are_as_before_when_signature_was_inferred() ->
     assert str(schema(found).outputs) == ("['logits': Tensor('float32', (-1, 2)), 'half': Tensor('float32', (-1, 2))]")
 
 
-def test_axes_are_free_in_and_out_when_the_task_says_so() -> None:
+def test_axes_have_any_size_when_the_task_names_them() -> None:
     task = ByteLM(d_model=16, num_layers=1)
     found = schema(infer_signature(task.model(), task.input_example(), task.dynamic_axes()))
     assert [spec.shape for spec in (*found.inputs.inputs, *found.outputs.inputs)] == [(-1, -1), (-1, -1, 256)]
@@ -71,30 +71,30 @@ def test_axes_are_free_in_and_out_when_the_task_says_so() -> None:
     ("example", "axes", "reason"),
     [
         (torch.ones(2, 4), None, "mat1 and mat2"),
-        (torch.tensor(1.0), None, "has at least one axis"),
+        (torch.tensor(1.0), None, "with at least one axis"),
         (torch.ones(2, 3), {"input": [2]}, "has no axis 2"),
         (torch.ones(2, 3), {"x": [1]}, "in 'x'"),
-        (lambda: None, None, "there is none"),
+        (lambda: None, None, "there is no example"),
     ],
 )
-def test_model_is_as_before_when_it_cannot_be_run(example: Any, axes: Any, reason: str) -> None:
+def test_model_is_unchanged_when_it_raises(example: Any, axes: Any, reason: str) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
     with pytest.raises((ValueError, RuntimeError), match=reason):
         infer_signature(model, example, axes)
     assert all(module.training for module in model.modules())
 
 
-def test_lazy_model_is_not_run_when_its_shapes_are_not_known() -> None:
+def test_lazy_model_is_refused_when_shapes_are_unknown() -> None:
     model = nn.Sequential(nn.LazyLinear(2))
-    with pytest.raises(ValueError, match="at its first batch"):
+    with pytest.raises(ValueError, match="before its first batch"):
         infer_signature(model, torch.ones(2, 3))
 
 
-def test_secrets_are_left_out_when_arguments_are_written_down() -> None:
+def test_secrets_are_redacted_when_arguments_are_stored() -> None:
     spec = ClassSpec("harness.tasks.Digits", {"width": 8, "api_key": "abc", "data": {"url": "s3://me:abc@host/x"}})
-    recipe = make_recipe(spec, nn.Linear(1, 1))
-    assert recipe["init_args"] == {"width": 8, "api_key": "***", "data": {"url": "s3://me:***@host/x"}}
-    assert recipe["model_class"] == "torch.nn.modules.linear.Linear"
+    model_spec = make_model_spec(spec, nn.Linear(1, 1))
+    assert model_spec["init_args"] == {"width": 8, "api_key": "***", "data": {"url": "s3://me:***@host/x"}}
+    assert model_spec["model_class"] == "torch.nn.modules.linear.Linear"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,6 @@ def test_secrets_are_left_out_when_arguments_are_written_down() -> None:
         (ClassSpec("harness.tasks.Digits", {"width": object()}), "must be numbers, text"),
     ],
 )
-def test_class_is_refused_when_nobody_else_could_build_it(spec: ClassSpec, reason: str) -> None:
+def test_class_is_refused_when_it_cannot_be_imported_elsewhere(spec: ClassSpec, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         check_spec("describe", spec)

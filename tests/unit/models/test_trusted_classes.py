@@ -69,13 +69,13 @@ class Loaded(nn.Module):
 @pytest.mark.parametrize(
     ("init_args", "reason"),
     [
-        ({"anything": BLOCK}, r"asks for no class there"),
-        ({"untyped": BLOCK}, r"asks for no class there"),
+        ({"anything": BLOCK}, r"expects no class there"),
+        ({"untyped": BLOCK}, r"expects no class there"),
         ({"untyped": [{"deep": BLOCK}]}, r"untyped\[0\]\.deep: names"),
         ({"values": {"x": BLOCK}}, r"values\.x: names"),
-        ({"anything": HIDDEN}, "asks for no class"),
-        ({"values": json.dumps({"x": BLOCK})}, "asks for no class"),
-        ({"text_or_anything": HIDDEN}, "asks for no class"),
+        ({"anything": HIDDEN}, "expects no class"),
+        ({"values": json.dumps({"x": BLOCK})}, "expects no class"),
+        ({"text_or_anything": HIDDEN}, "expects no class"),
         ({"block": BLOCK}, f"block: names {OUTSIDE}.Block, which is not below torch.nn, tests;"),
         ({"block": BLOCK["class_path"]}, "is not below"),
         ({"block": HIDDEN}, "is not below"),
@@ -85,11 +85,11 @@ class Loaded(nn.Module):
         ({"activation": BLOCK}, "is not below"),
         ({"kind": f"{OUTSIDE}.Block"}, "is not below"),
         ({"module_or_word": f"{OUTSIDE}.Block"}, "is not below"),
-        ({"block": {"class_path": f"{trusted_models.__name__}.Block", "init_args": {"extra": BLOCK}}}, "asks for no"),
-        ({"settings": {"extra": BLOCK}}, "asks for no class"),
+        ({"block": {"class_path": f"{trusted_models.__name__}.Block", "init_args": {"extra": BLOCK}}}, "expects no"),
+        ({"settings": {"extra": BLOCK}}, "expects no class"),
         ({"settings": "a_file.yaml"}, "is not below"),
         ({"settings": "/a/file"}, "must be the full import path"),
-        ({"maybe_settings": {"extra": BLOCK}}, "asks for no class"),
+        ({"maybe_settings": {"extra": BLOCK}}, "expects no class"),
         ({"activation": f"{trusted_models.__name__}.Popen"}, "which is subprocess.Popen, which is not below"),
         ({"activation": {"class_path": f"{trusted_models.__name__}.Popen"}}, "which is subprocess.Popen"),
         ({"activation": "torch.nn.modules.module.torch.load"}, "which is in torch, which is not below"),
@@ -100,9 +100,9 @@ class Loaded(nn.Module):
         ({"settings": DOTTED}, r"extra\.class_path: is not an argument of"),
         ({"named": DOTTED}, r"extra\.class_path: is not an argument of"),
         ({"rates": DOTTED}, r"has extra\.class_path, extra\.init_args; it takes"),
-        ({"rates": {"extra": BLOCK}}, "asks for no class"),
-        ({"block": {**OWN_BLOCK, "dict_kwargs": {"extra": BLOCK}}}, "may have class_path and init_args alone"),
-        ({"block": {**OWN_BLOCK, "init_args+": {}}}, "may have class_path and init_args alone"),
+        ({"rates": {"extra": BLOCK}}, "expects no class"),
+        ({"block": {**OWN_BLOCK, "dict_kwargs": {"extra": BLOCK}}}, "may have only class_path and init_args"),
+        ({"block": {**OWN_BLOCK, "init_args+": {}}}, "may have only class_path and init_args"),
         ({"block": {**OWN_BLOCK, "init_args": [BLOCK]}}, "must be a mapping"),
         ({"block": {"__class_path__": f"{OUTSIDE}.Block"}}, "__class_path__: is not an argument of"),
         ({"block": {"__path__": "file.yaml"}}, "__path__: is not an argument of"),
@@ -112,10 +112,10 @@ class Loaded(nn.Module):
         ({"activation": "Loaded"}, "must be the full import path"),
         ({"make_norm": "Loaded"}, "must be the full import path"),
         ({"block": WITH_TABS}, "is not below"),
-        ({"anything": WITH_TABS}, "asks for no class"),
-        ({"anythings": [WITH_TABS]}, "asks for no class"),
+        ({"anything": WITH_TABS}, "expects no class"),
+        ({"anythings": [WITH_TABS]}, "expects no class"),
         ({"anythings": [{"deep": [BLOCK]}]}, r"anythings\[0\]\.deep\[0\]: names"),
-        ({"unresolved": BLOCK}, "asks for no class"),
+        ({"unresolved": BLOCK}, "expects no class"),
         ({"rest": BLOCK}, "rest: is not an argument of"),
         ({"size": [BLOCK]}, "size.height: names"),
         ({"module": OUTSIDE}, "must be module or None"),
@@ -123,15 +123,15 @@ class Loaded(nn.Module):
         ({"block": ["Loaded"]}, "got a list"),
         ({"moment": f"{OUTSIDE}.Block"}, r"moment: must be datetime\.datetime or None"),
         ({"other_path": f"{OUTSIDE}.Block"}, r"other_path: must be pathlib\.WindowsPath or None"),
-        ({"pure_path": BLOCK}, "asks for no class"),
-        ({"own_path": BLOCK}, "asks for no class"),
+        ({"pure_path": BLOCK}, "expects no class"),
+        ({"own_path": BLOCK}, "expects no class"),
         ({"amount": f"{OUTSIDE}.Block"}, r"amount: must be decimal\.Decimal or None"),
         ({"positive": f"{OUTSIDE}.Block"}, "positive: must be"),
         ({"registered": f"{OUTSIDE}.Block"}, "is not below"),
     ],
     ids=str,
 )
-def test_nothing_is_imported_when_an_argument_names_a_class_it_may_not(
+def test_nothing_is_imported_when_a_class_is_not_trusted(
     write: Callable[..., Path], telltale: Path, init_args: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
@@ -152,7 +152,7 @@ def test_nothing_is_imported_when_an_argument_names_a_class_it_may_not(
     ],
     ids=str,
 )
-def test_class_is_built_when_the_annotation_asks_for_it(
+def test_class_is_built_when_the_annotation_expects_it(
     write: Callable[..., Path], init_args: dict[str, Any], expected: type
 ) -> None:
     given = harness.load_model(write(**init_args)).given
@@ -209,7 +209,7 @@ def test_class_is_built_when_the_annotation_asks_for_it(
     ],
     ids=str,
 )
-def test_value_arrives_when_it_names_nothing_foreign(
+def test_value_is_converted_when_it_names_no_class(
     write: Callable[..., Path], telltale: Path, init_args: dict[str, Any], expected: Any
 ) -> None:
     found = harness.load_model(write(**init_args)).given[next(iter(init_args))]
@@ -217,7 +217,7 @@ def test_value_arrives_when_it_names_nothing_foreign(
     assert not telltale.exists()
 
 
-def test_class_of_another_package_is_built_when_the_caller_trusts_it(
+def test_other_package_is_allowed_when_the_caller_trusts_it(
     write: Callable[..., Path], telltale: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = write(block=BLOCK)
@@ -229,34 +229,34 @@ def test_class_of_another_package_is_built_when_the_caller_trusts_it(
     assert type(_load_pyfunc(str(where)).get_raw_model().given["block"]).__module__ == OUTSIDE
 
 
-def test_class_is_refused_when_it_is_no_module_and_no_task(write: Callable[..., Path]) -> None:
+def test_class_is_refused_when_neither_module_nor_task(write: Callable[..., Path]) -> None:
     where = write(f"{trusted_models.__name__}.Makes")
     with pytest.raises(ConfigError, match=r"is neither a torch\.nn\.Module nor a harness\.Task"):
         harness.load_model(where)
     assert isinstance(harness.load_model(where, trusted=["tests"]), trusted_models.Net)
 
 
-def test_rest_of_torch_may_not_be_named_when_the_model_is_torchs_own(write: Callable[..., Path]) -> None:
+def test_rest_of_torch_is_refused_when_the_model_is_torchs(write: Callable[..., Path]) -> None:
     where = write("torch.nn.TransformerEncoderLayer", d_model=2, nhead=1, activation={"class_path": "torch.hub.load"})
     with pytest.raises(ConfigError, match=r"names torch\.hub\.load, which is not below torch\.nn;"):
         harness.load_model(where)
 
 
-def test_class_is_called_with_what_is_missing_when_the_model_wants_to_make_it(write: Callable[..., Path]) -> None:
+def test_class_is_a_factory_when_a_callable_is_expected(write: Callable[..., Path]) -> None:
     described = {"class_path": "torch.nn.LayerNorm", "init_args": {"eps": 0.5}}
     make_norm = harness.load_model(write(make_norm=described)).given["make_norm"]
     assert make_norm(3).normalized_shape == (3,)
     assert make_norm(3).eps == 0.5
 
 
-def test_arguments_arrive_when_the_constructor_passes_them_to_its_parent(write: Callable[..., Path]) -> None:
+def test_arguments_are_passed_when_the_parent_takes_them(write: Callable[..., Path]) -> None:
     given = harness.load_model(write(f"{trusted_models.__name__}.Wide", factor=3, block=OWN_BLOCK)).given
     assert (given["factor"], type(given["block"])) == (3, trusted_models.Block)
 
 
 @pytest.mark.parametrize("package", ["model", "downloads"])
 @pytest.mark.parametrize("is_regular", [False, True])
-def test_code_that_comes_with_the_model_is_not_imported(
+def test_code_in_the_models_directory_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, is_regular: bool
 ) -> None:
     """As after a download into the working directory, where each directory can be found as a package."""
@@ -270,12 +270,12 @@ def test_code_that_comes_with_the_model_is_not_imported(
         (where / "__init__.py").write_text(code)
     class_path = "model.evil.Net" if package == "model" else "downloads.model.evil.Net"
     (where / "MLmodel").write_text(yaml.safe_dump({"flavors": {"harness": {"class_path": class_path}}}))
-    with pytest.raises(ConfigError, match=f"class_path: names {class_path}, which comes with the model"):
+    with pytest.raises(ConfigError, match=f"class_path: names {class_path}, which is in the model's own directory"):
         harness.load_model(where)
     assert not (tmp_path / "imported").exists()
 
 
-def test_class_beside_the_model_is_found_when_it_is_in_the_working_directory(
+def test_class_is_found_when_in_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., Path]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -288,7 +288,7 @@ def test_class_beside_the_model_is_found_when_it_is_in_the_working_directory(
 
 @pytest.mark.parametrize("is_in_run", [True, False])
 @pytest.mark.parametrize("start", ["project", "run", "checkpoint"])
-def test_code_that_comes_with_the_run_of_a_checkpoint_is_not_imported(
+def test_code_in_the_runs_directory_is_not_imported(
     tmp_path: Path,
     make_checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -311,7 +311,7 @@ def test_code_that_comes_with_the_run_of_a_checkpoint_is_not_imported(
         monkeypatch.syspath_prepend(str(each))
     where = checkpoint.relative_to(Path.cwd())
     if is_in_run:
-        with pytest.raises(ConfigError, match=f"names {module}.Net, which comes with the model"):
+        with pytest.raises(ConfigError, match=f"names {module}.Net, which is in the model's own directory"):
             harness.load_model(where)
         assert module not in sys.modules
     else:

@@ -138,7 +138,7 @@ def test_error_names_the_buffer_when_its_elements_share_memory(
     checkpoint = saved(Watched(model, None, None), accelerator, tmp_path)
     model.register_buffer("scale", torch.ones(1).expand(3))
     restore: Any = restore_tensors if how == "resumed" else restore_weights
-    with pytest.raises(CheckpointError, match=r"scale: cannot be restored: elements of it that share memory .*clone"):
+    with pytest.raises(CheckpointError, match=r"scale: cannot be restored: elements that share memory .*clone"):
         restore(accelerator, Watched(model, None, None), checkpoint, Collectives(0, 1))
 
 
