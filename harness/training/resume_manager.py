@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoint.format.names import some
-from harness.checkpoint.restore.locate import Found, find_checkpoints, locate, locate_weights
+from harness.checkpoint.restore.locate import FoundCheckpoints, find_checkpoints, locate, locate_weights
 from harness.checkpoint.restore.remote_files import RemoteFiles
 from harness.checkpoint.restore.restore import restore_weights
-from harness.checkpoint.restore.restore_trainer import put_back
-from harness.checkpoint.restore.resume import PreviousRun, Resumed, look_before, resume, set_damaged_aside
-from harness.checkpoint.restore.visibility import open_weights, refuse_others_alone
+from harness.checkpoint.restore.resume import (
+    PreviousRun,
+    Resumed,
+    read_previous_run,
+    restore_trainer,
+    resume,
+    set_damaged_aside,
+)
+from harness.checkpoint.restore.visibility import open_weights, refuse_unseen_checkpoints
 from harness.checkpoint.state.parts import find_watched
 from harness.checkpoint.state.trainer_state import AnyWatched, TrainerState
 from harness.data import dataloaders
@@ -62,7 +68,7 @@ class ResumeManager:
         self._run_path = run_path
         self._options = options
         self._remote_files = RemoteFiles(context.collectives)
-        self._found: Found | None = None
+        self._found: FoundCheckpoints | None = None
         self._watched: AnyWatched | None = None
         # Until training begins; and what the loader that began last resumes from.
         self._resumed: Resumed | None = None
@@ -77,9 +83,9 @@ class ResumeManager:
         """
         self._found, self.previous_run = self._collectives.broadcast_from_rank_zero("find the checkpoints", self._find)
         if self._found.is_empty:
-            refuse_others_alone(self._run_path / "checkpoints", self._collectives)
+            refuse_unseen_checkpoints(self._run_path / "checkpoints", self._collectives)
 
-    def _find(self) -> tuple[Found, PreviousRun]:
+    def _find(self) -> tuple[FoundCheckpoints, PreviousRun]:
         found = find_checkpoints(self._run_path / "checkpoints")
         for _, reason in found.damaged:
             self._context.warn(reason)
@@ -90,7 +96,7 @@ class ResumeManager:
             elif found.is_empty:
                 usable = locate("resume_from_checkpoint", source, self._run_path / "downloads", self._tracking_uri)
                 found = replace(found, usable=usable)
-        return found, look_before(found.usable)
+        return found, read_previous_run(found.usable)
 
     @property
     def _tracking_uri(self) -> str | None:
@@ -143,13 +149,13 @@ class ResumeManager:
         assert self._found is not None
         if self._collectives.rank == 0:
             set_damaged_aside([path for path, _ in self._found.damaged], self._context.say)
-        return frozenset(path.name for path in (*self._found.usable, *self._found.weights_alone))
+        return frozenset(path.name for path in (*self._found.usable, *self._found.weights_only))
 
     def restore_again(self, watched: AnyWatched) -> None:
         """Restore once more all state but the tensors, before training begins. Not collective."""
         if self._resumed is not None:
             shards = find_watched(self._accelerator, watched, weights_only=False, dtype=None)
-            put_back(self._resumed.state, watched, shards.groups, self._accelerator.scaler)
+            restore_trainer(self._resumed.state, watched, shards.groups, self._accelerator.scaler)
             self._registered.restore_again()
 
     # ----------------------------------------------------------------- position in the data

@@ -278,13 +278,13 @@ def test_the_one_before_is_taken_when_the_newest_checkpoint_is_damaged(
     assert torch.equal(found.weights, expected.weights)
     told = capsys.readouterr().err
     if damage == "a tensor":
-        assert "step-00000008 cannot be used, trying the one before" in told
+        assert "step-00000008 cannot be used, trying the previous one" in told
     assert "step-00000008/manifest.json: is damaged" in told or damage == "a tensor"
     assert "resumed from epoch-0001" in told
     # Its name is free for the one that the run has come to again, and nothing of it is lost.
     assert not verify(checkpoints / "step-00000008").problems
     (aside,) = checkpoints.glob("damaged-step-00000008-*")
-    assert f"step-00000008 is damaged, and kept as {aside.name}" in told
+    assert f"step-00000008 is damaged; it was renamed to {aside.name}" in told
     assert (aside / path.name).read_bytes() == content
     assert aside.name not in [name for name, _ in list_checkpoints(checkpoints)]
 
@@ -343,7 +343,7 @@ def test_start_ends_at_once_when_it_is_no_damage(
     with pytest.raises(CheckpointError, match=said) as caught:
         train(tmp_path, setting, set())
     assert not isinstance(caught.value, DamagedError)
-    assert "trying the one before" not in capsys.readouterr().err
+    assert "trying the previous one" not in capsys.readouterr().err
     assert newest.exists()
 
 
@@ -356,7 +356,7 @@ def test_start_ends_at_once_when_it_is_no_damage(
         ),
         (
             "weights alone",
-            r"epoch-0001, step-00000004: hold weights alone.*initial_weights: \S+/checkpoints/epoch-0001",
+            r"epoch-0001, step-00000004: only weights were saved.*initial_weights: \S+/checkpoints/epoch-0001",
         ),
     ],
 )

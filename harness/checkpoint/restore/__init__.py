@@ -1,13 +1,12 @@
-"""A checkpoint into what the ranks hold now, on any number of ranks.
+"""Restore a checkpoint on any number of ranks, under any strategy.
 
 In reading order:
 
-    locate           from a path or an address to a directory
-    remote_files     files for ranks that do not see them
-    visibility       which ranks see the checkpoint
-    read             read bytes, and check them
-    read_plan        what is to be read from where
-    restore          tensors
-    restore_trainer  all else
-    resume           the newest whole checkpoint of a run
+    resume        restore the newest intact checkpoint of a run
+    locate        from a path or an address to directories
+    visibility    open a checkpoint on ranks that see it and on ranks that do not
+    remote_files  files for ranks that do not see them
+    restore       restore the tensors
+    read_plan     match names, and plan what is read from where
+    read          read bytes and check them
 """

@@ -1,4 +1,4 @@
-"""From what a user gives as a checkpoint to directories: a path, a run's directory, or an address in MLflow."""
+"""Locate the checkpoint that a user names: by its path, a run's directory, or an address in MLflow."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ from harness.io.redact import redact, without_password
 
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/")
 _DOWNLOAD_TIMEOUT_S = 3600.0
-# Of what can be read of an address in a directory's name.
+# Limit of the readable part of a download directory's name.
 _NAME_LIMIT = 100
 
 
 def longest_wait_s(*where: str | None) -> float:
-    """How long rank zero may be at it, where the others wait for it to locate what a user has given."""
-    # What was downloaded is read again for its digests, which takes no longer.
+    """Return how many seconds the other ranks have to wait while rank 0 locates what a user has named."""
+    # A download is read again for its digests, which takes no longer than the download.
     return 2 * _DOWNLOAD_TIMEOUT_S if any(each is not None and is_in_mlflow(each) for each in where) else 0.0
 
 
 def is_in_mlflow(where: str) -> bool:
-    """Whether it is an address in MLflow and not a path."""
+    """Return whether it is an address in MLflow, not a path."""
     return where.startswith(_MLFLOW_SCHEMES)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a run has to go on from.
+class FoundCheckpoints:
+    """The checkpoints that a run can resume from.
 
     Args:
-        checkpoints_dir: of the run itself; what stands elsewhere is not its own, and left as it is.
-        usable: committed checkpoints that training can go on from, the one to try first first.
-        damaged: its own whose manifest cannot be taken, with the reason.
-        weights_alone: its own that lack what training needs, the newest first.
+        checkpoints_dir: of the run itself. Checkpoints elsewhere are not its own, and are never changed.
+        usable: committed checkpoints that training can resume from, in the order to try them.
+        damaged: checkpoints of the run whose manifest is damaged, each with the reason.
+        weights_only: checkpoints of the run that lack what training needs, the newest first.
     """
 
     checkpoints_dir: Path
     usable: Sequence[Path] = ()
     damaged: Sequence[tuple[Path, str]] = ()
-    weights_alone: Sequence[Path] = ()
+    weights_only: Sequence[Path] = ()
 
     @property
     def is_empty(self) -> bool:
-        """Whether the run has no checkpoint at all: it begins. What a save that was cut off has left is none."""
-        return not (self.usable or self.damaged or self.weights_alone)
+        """Whether the run has no checkpoint, so that it starts anew. The files of an unfinished save do not count."""
+        return not (self.usable or self.damaged or self.weights_only)
 
 
-def find_checkpoints(checkpoints_dir: Path) -> Found:
-    """The committed checkpoints that training can go on from, newest first, and what is wrong with others.
+def find_checkpoints(checkpoints_dir: Path) -> FoundCheckpoints:
+    """Find the checkpoints in a directory, the newest first.
 
     Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
 
     Raises:
-        CheckpointError: if the disk does not give a manifest: it may be that of the newest.
+        CheckpointError: if a manifest cannot be read, because it may be that of the newest.
     """
     failures: list[CheckpointError] = []
 
@@ -80,7 +80,7 @@ def find_checkpoints(checkpoints_dir: Path) -> Found:
     if failures:
         raise failures[0]
     newest_first = [(checkpoints_dir / name, manifest) for name, manifest in reversed(found.good)]
-    return Found(
+    return FoundCheckpoints(
         checkpoints_dir,
         [path for path, manifest in newest_first if manifest.can_be_resumed],
         [(checkpoints_dir / name, reason) for name, reason in found.bad],
@@ -89,7 +89,7 @@ def find_checkpoints(checkpoints_dir: Path) -> Found:
 
 
 def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Sequence[Path]:
-    """The checkpoints that a user means, the one to try first first.
+    """Return the checkpoints that a user names, in the order to try them.
 
     Effects: not collective, rank zero only; any thread; an address in MLflow is downloaded, and all of it
     verified, which blocks; leaves it in `download_dir`.
@@ -119,12 +119,12 @@ def locate(key: str, where: str, download_dir: Path, tracking_uri: str | None) -
 
 
 def locate_weights(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
-    """The directory of the weights that a user means: a checkpoint's, one as Hugging Face has it, or of MLflow's.
+    """Return the directory of the weights that a user names: of a checkpoint, of Hugging Face, or in MLflow.
 
     Effects, Args, Raises: as `locate`.
     """
     if is_in_mlflow(where):
-        return _there_already(where, download_dir, weights_only=True) or _download(
+        return _existing_download(where, download_dir, weights_only=True) or _download(
             key, where, download_dir, tracking_uri
         )
     if not Path(where).is_dir():
@@ -133,11 +133,11 @@ def locate_weights(key: str, where: str, download_dir: Path, tracking_uri: str |
 
 
 def download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
-    """Fetch a checkpoint from MLflow into a directory of its own, unless it is there already, and verify it.
+    """Download a checkpoint from MLflow and verify it, unless an intact download exists.
 
     Effects, Args, Raises: as `locate`.
     """
-    if (there := _there_already(where, download_dir)) is not None:
+    if (there := _existing_download(where, download_dir)) is not None:
         return there
     path = _download(key, where, download_dir, tracking_uri)
     if not (path / MANIFEST).exists():
@@ -154,7 +154,7 @@ def download(key: str, where: str, download_dir: Path, tracking_uri: str | None)
 
 
 def remove_downloads(download_dir: Path) -> None:
-    """Remove what was downloaded: once the run has a checkpoint of its own, it goes on from that.
+    """Remove all downloads. Once the run has a checkpoint of its own, it resumes from that.
 
     Effects: not collective, rank zero only; any thread; blocks until the files are gone, as far as that is possible.
     """
@@ -163,14 +163,14 @@ def remove_downloads(download_dir: Path) -> None:
 
 
 def _target(where: str, download_dir: Path) -> Path:
-    """Of an address alone, and as a person reads it: a run that is started again finds what it has fetched."""
+    """Return the download directory of an address. It depends on the address only, so a restart finds it."""
     cleaned = re.sub(r"[^\w.-]+", "-", without_password(where))[:_NAME_LIMIT]
     return download_dir / f"{cleaned}-{xxhash.xxh3_64_hexdigest(where.encode())}"
 
 
-def _there_already(where: str, download_dir: Path, *, weights_only: bool = False) -> Path | None:
-    """What an earlier attempt has downloaded from an address, if every byte of it is what was written."""
-    # MLflow puts the files into a directory in the one that it is given, or not, by the kind of address.
+def _existing_download(where: str, download_dir: Path, *, weights_only: bool = False) -> Path | None:
+    """Return what an earlier attempt downloaded from an address, if it is intact."""
+    # By the kind of address, MLflow downloads into the target directory or into a directory in it.
     for manifest in sorted(_target(where, download_dir).rglob(MANIFEST)):
         with suppress(CheckpointError):
             if not verify(manifest.parent, weights_only=weights_only).problems:
@@ -181,12 +181,12 @@ def _there_already(where: str, download_dir: Path, *, weights_only: bool = False
 def _download(key: str, where: str, download_dir: Path, tracking_uri: str | None) -> Path:
     # The trainer never imports mlflow.
     target = _target(where, download_dir)
-    # What is left there is not whole.
+    # An earlier download here is not intact.
     shutil.rmtree(target, ignore_errors=True)
     command = child_command("harness.tracking.mlflow.artifacts", str(target))
     environment = {**os.environ, **({} if tracking_uri is None else {"MLFLOW_TRACKING_URI": tracking_uri})}
     try:
-        # By pipe, not by command line: an address may hold a password.
+        # Not in the command line, which other users see: an address may contain a password.
         done = subprocess.run(
             command, env=environment, input=where, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S
         )

@@ -1,8 +1,8 @@
-"""Reading the bytes that a rank wants out of one file, with the digests of what it has read whole.
+"""Reads the bytes that a rank needs of one file, and computes digests of what it reads.
 
-A digest covers a range of a file, of which a rank on another topology may want a part only. A range of which all
-is wanted is checked here, at no cost but the hashing; of the others the ranks put together what each knows
-(`partial_digests.combine`), and read once more what none knows: the leaves that lie across a border.
+A digest covers a range of a file, of which a rank on another topology may need a part only. A range that is read whole
+is checked here, at the cost of the hashing only. For the others the ranks combine what each has computed
+(`partial_digests.combine`), and read once more the leaves that lie across a border.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.partial_digests import LeafRange, PartialDigests, Span
 from harness.checkpoint.format.tensor_shard import DTYPES
 
-# What is hashed is still in the core's cache; the kernel reads on meanwhile.
+# Small enough that the bytes to be hashed are still in the core's cache, while the kernel reads ahead.
 CHUNK_BYTES = 512 << 10
 _LEAVES_OF_CHUNK = CHUNK_BYTES // LEAF_BYTES
 
 
-class Want(NamedTuple):
-    """Elements of a file that a rank wants.
+class ReadRequest(NamedTuple):
+    """Elements of a file that a rank needs.
 
     Args:
         start: their first byte in the file.
-        dtype: that they are stored as, by safetensors' name.
-        target: shape (num_items,), stride 1, of any type and on any device: they are cast where the types
-            differ.
+        dtype: in the file, by safetensors' name.
+        target: shape (num_items,), stride 1, any dtype and device; elements are cast if the dtypes differ.
     """
 
     start: int
@@ -48,52 +47,52 @@ class Want(NamedTuple):
 
     @property
     def item_bytes(self) -> int:
-        """Of one element in the file."""
+        """Size of an element in the file."""
         return DTYPES[self.dtype].itemsize
 
-    def part(self, start: int, end: int) -> Want:
-        """The elements from byte `start` of the file to before `end`."""
+    def part(self, start: int, end: int) -> ReadRequest:
+        """Return a request for the elements from byte `start` of the file to before `end`."""
         first, last = ((byte - self.start) // self.item_bytes for byte in (start, end))
-        return Want(start, self.dtype, self.target[first:last])
+        return ReadRequest(start, self.dtype, self.target[first:last])
 
 
 @dataclass
-class Reading:
-    """What came of reading one file.
+class ReadResult:
+    """The result of reading one file.
 
     Attributes:
-        read_bytes: from the file.
-        spans: by number of the range, what is known of its digest; one that was read whole is what was written.
+        read_bytes: number of bytes.
+        spans: index of a range -> the known parts of its digest. A range that was read whole has been checked.
     """
 
     read_bytes: int = 0
     spans: dict[int, list[Span]] = field(default_factory=dict)
 
 
-def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | None = None) -> Reading:
-    """Fill the targets.
+def read(path: Path, record: FileRecord, requests: Iterable[ReadRequest], files: Files | None = None) -> ReadResult:
+    """Read the requested elements into their targets.
 
     Effects: not collective; any thread; blocks for reading; nothing on disk; at most 512 KiB of memory beside
-    the targets. After an error the targets hold anything.
+    the targets. After an error the targets are undefined.
 
     Args:
         path: of the file.
-        record: what the manifest says of it.
-        wants: in any order.
-        files: where it is read from; None: this node's disk.
+        record: of the manifest.
+        requests: in any order.
+        files: its source; None: this node's disk.
 
     Raises:
-        DamagedError: if a range is not what was written, or the file is cut off or not there.
-        CheckpointError: if the disk does not give it.
+        DamagedError: if a range differs from its digest, or the file is truncated or missing.
+        CheckpointError: if the file cannot be read.
     """
     digests = PartialDigests(path, record.ranges)
     scratch = bytearray(CHUNK_BYTES)
-    found = Reading()
-    pieces = list(_once(wants))
+    found = ReadResult()
+    pieces = list(_grouped(requests))
     with (files or LocalFiles(path.parent)).opened(path.name) as file:
         for same, reading_on_to in zip(pieces, _ends([same[0] for same in pieces]), strict=True):
             start, dtype, item = same[0].start, DTYPES[same[0].dtype], same[0].item_bytes
-            targets = [want.target for want in same]
+            targets = [request.target for request in same]
             direct = next((target for target in targets if target.dtype == dtype and _bytes_of(target)), None)
             memory = None if direct is None else _bytes_of(direct)
             num_items = CHUNK_BYTES // item
@@ -113,48 +112,48 @@ def read(path: Path, record: FileRecord, wants: Iterable[Want], files: Files | N
     return found
 
 
-def _ends(ordered: Sequence[Want]) -> list[int]:
-    """For each want, the end of those that follow it without a gap."""
-    ends = [want.end for want in ordered]
+def _ends(ordered: Sequence[ReadRequest]) -> list[int]:
+    """Return for each request the end of the requests that follow it without a gap."""
+    ends = [request.end for request in ordered]
     for position in range(len(ordered) - 2, -1, -1):
         if ordered[position].end == ordered[position + 1].start:
             ends[position] = ends[position + 1]
     return ends
 
 
-def unique_bytes(wants: Iterable[Want]) -> int:
-    """Bytes of the file that are wanted, once or several times."""
+def unique_bytes(requests: Iterable[ReadRequest]) -> int:
+    """Return the number of bytes requested, each byte counted once."""
     found = reached = 0
-    for want in sorted(wants, key=lambda want: want.start):
-        found += max(0, want.end - max(want.start, reached))
-        reached = max(reached, want.end)
+    for request in sorted(requests, key=lambda request: request.start):
+        found += max(0, request.end - max(request.start, reached))
+        reached = max(reached, request.end)
     return found
 
 
-def _once(wants: Iterable[Want]) -> Iterator[list[Want]]:
-    """The wants in the order of the file, cut such that what several want, as a weight and its master, is together."""
-    overlapping: list[Want] = []
+def _grouped(requests: Iterable[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    """Yield the requests in file order, cut so that overlapping ones, as of a weight and its master, are together."""
+    overlapping: list[ReadRequest] = []
     end = 0
-    for want in sorted(wants, key=lambda want: want.start):
-        first = overlapping[0] if overlapping else want
-        if want.start >= end or want.dtype != first.dtype or (want.start - first.start) % want.item_bytes:
+    for request in sorted(requests, key=lambda request: request.start):
+        first = overlapping[0] if overlapping else request
+        if request.start >= end or request.dtype != first.dtype or (request.start - first.start) % request.item_bytes:
             yield from _cut(overlapping)
-            overlapping, end = [], want.end
-        overlapping.append(want)
-        end = max(end, want.end)
+            overlapping, end = [], request.end
+        overlapping.append(request)
+        end = max(end, request.end)
     yield from _cut(overlapping)
 
 
-def _cut(overlapping: Sequence[Want]) -> Iterator[list[Want]]:
-    borders = {border for want in overlapping for border in (want.start, want.end)}
+def _cut(overlapping: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    borders = {border for request in overlapping for border in (request.start, request.end)}
     for start, end in pairwise(sorted(borders)):
-        yield [want.part(start, end) for want in overlapping if want.start <= start and end <= want.end]
+        yield [request.part(start, end) for request in overlapping if request.start <= start and end <= request.end]
 
 
 def digest_leaves(
     path: Path, record: FileRecord, leaves: Iterable[LeafRange], files: Files | None = None
 ) -> tuple[int, list[int]]:
-    """Read some leaves for their digests alone: the number of bytes, and what each of the given has in its range's.
+    """Read leaves only for their digests. Returns the number of bytes, and each leaf range's part of its digest.
 
     Effects: as `read`'s.
 
@@ -179,7 +178,7 @@ def digest_leaves(
 
 
 def _bytes_of(target: Tensor) -> memoryview | None:
-    """Its memory, where a file can be read straight into it."""
+    """Return the memory of a target that a file can be read into directly, or None."""
     if target.device.type != "cpu" or not target.numel():
         return None
     return memoryview(target.detach().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,15 +1,14 @@
-"""What a rank holds and what a checkpoint has, matched by name: what is to be read from where.
+"""Plans a restore: matches what a rank holds and what a checkpoint has by name.
 
-Precision: a weight takes the fp32 master, where there is one and the weight is not of the type that is
-stored; a master without one takes the weight. So bf16 with masters -> fp32 -> bf16 with masters loses nothing.
+Precision: a weight is read from the fp32 master if there is one and the weight's dtype is not the stored dtype; a
+master without a stored master is read from the weight. So bf16 with masters -> fp32 -> bf16 with masters loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,49 +17,58 @@ from harness.checkpoint.format.index import MASTER, CheckpointIndex, StoredPlace
 from harness.checkpoint.format.layout import StoredTensor
 from harness.checkpoint.format.names import some
 from harness.checkpoint.format.tensor_shard import DTYPE_NAMES, DTYPES, TensorShard
-from harness.checkpoint.restore.read import Want, unique_bytes
+from harness.checkpoint.restore.read import ReadRequest, unique_bytes
 from harness.checkpoint.sharding.local_shards import LocalShards
 from harness.data import memory_layout
 from harness.errors import CheckpointError
 
 
+class AfterRead(Protocol):
+    """A step that remains once everything is read."""
+
+    def finish(self, notes: list[str]) -> None:
+        """Store what was read where it belongs; append what the user should know."""
+
+
 @dataclass
-class Targets:
+class ReadPlan:
     """What a rank reads.
 
     Attributes:
-        wants: by file.
-        after: what is to be done, in order, when all of them are there.
-        notes: what is not as it was saved, for a person.
+        requests: by file.
+        after: steps once all requests are read, in order.
+        notes: what differs from the saved state, for the user.
     """
 
-    wants: dict[str, list[Want]] = field(default_factory=dict)
-    after: list[Callable[[], None]] = field(default_factory=list)
+    requests: dict[str, list[ReadRequest]] = field(default_factory=dict)
+    after: list[AfterRead] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def wanted_bytes(self) -> int:
-        """Of all files, each byte once."""
-        return sum(unique_bytes(wants) for wants in self.wants.values())
+    def requested_bytes(self) -> int:
+        """Number of bytes of all files, each byte counted once."""
+        return sum(unique_bytes(requests) for requests in self.requests.values())
 
 
-def match(held: LocalShards, stored: CheckpointIndex, *, weights_only: bool, strict: bool = True) -> Targets:
-    """Find where each tensor is.
+def make_read_plan(
+    shards: LocalShards, stored: CheckpointIndex, *, weights_only: bool, strict: bool = True
+) -> ReadPlan:
+    """Find the place of each tensor in the checkpoint.
 
     Effects: not collective; main thread; reads metadata only.
 
     Args:
-        held: found with `restoring`, once the optimizer has a state for what the checkpoint has one of.
-        stored: what the checkpoint has.
-        weights_only: what it has of the optimizer's state does not matter.
-        strict: names that are missing, or that nothing is there for, are an error; else they are noted, and
-            what is missing stays as it is.
+        shards: found with `restoring`, once the optimizer has the states that the checkpoint has.
+        stored: the checkpoint's index.
+        weights_only: ignore the checkpoint's optimizer state.
+        strict: raise for names that only the checkpoint or only the model has. Otherwise they are noted, and tensors
+            that are missing in the checkpoint stay as they are.
 
     Raises:
-        CheckpointError: with all names that are missing, or that nothing is there for; or with a shape.
+        CheckpointError: with all such names, or with a shape that differs.
     """
-    pairs, missing = _find(held, stored)
-    unexpected = _unexpected(held, stored, pairs, weights_only)
+    pairs, missing = _find(shards, stored)
+    unexpected = _unexpected(shards, stored, pairs, weights_only)
     if not strict and not pairs:
         raise CheckpointError(
             f"{stored.checkpoint}: has none of the model's names; it has {some(unexpected)}, and the model "
@@ -81,38 +89,37 @@ def match(held: LocalShards, stored: CheckpointIndex, *, weights_only: bool, str
             f"{source.spec.name}: has shape {list(place.tensor.shape)} in the checkpoint and {list(source.spec.shape)} "
             f"in the model{more}; resume with the model that was saved, or start another run"
         )
-    targets = Targets()
+    plan = ReadPlan()
     if missing:
-        targets.notes.append(f"{len(missing)} tensors are missing, and stay as they were: {some(missing, 20)}")
+        plan.notes.append(f"{len(missing)} tensors are missing, and stay as they were: {some(missing, 20)}")
     if unexpected:
-        targets.notes.append(f"{len(unexpected)} tensors are not in the model, and left out: {some(unexpected, 20)}")
-    targets.notes += _notes(held, stored, pairs, weights_only)
-    names = _names(held)
+        plan.notes.append(f"{len(unexpected)} tensors are not in the model, and left out: {some(unexpected, 20)}")
+    plan.notes += _notes(shards, stored, pairs, weights_only)
+    names = _names(shards)
     numbers: dict[int, _Numbers] = {}
     for source, place in pairs:
         if not source.ranges:
             continue
-        wants = targets.wants.setdefault(place.file, [])
+        requests = plan.requests.setdefault(place.file, [])
         if _is_number(source):
             of_holder = numbers.setdefault(id(source.holder), _Numbers(source.holder))
-            wants.append(of_holder.want(source, place.tensor, split_name(source.spec.name, names)[1]))
+            requests.append(of_holder.request(source, place.tensor, split_name(source.spec.name, names)[1]))
         else:
-            wants += _wants(source, place.tensor, targets.after)
-    for each in numbers.values():
-        targets.after.append(partial(each.finish, targets.notes))
-    return targets
+            requests += _requests(source, place.tensor, plan.after)
+    plan.after += numbers.values()
+    return plan
 
 
-def _names(held: LocalShards) -> set[str]:
-    return {source.spec.name for source in held.tensors if source.spec.section == "model"}
+def _names(shards: LocalShards) -> set[str]:
+    return {source.spec.name for source in shards.tensors if source.spec.section == "model"}
 
 
-def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[TensorShard, StoredPlace]], list[str]]:
-    """What is held with its place, and the names of which the checkpoint has nothing."""
-    names = _names(held)
+def _find(shards: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[TensorShard, StoredPlace]], list[str]]:
+    """Return the tensors with their places, and the names that the checkpoint lacks."""
+    names = _names(shards)
     pairs: list[tuple[TensorShard, StoredPlace]] = []
     missing: list[str] = []
-    for source in held.tensors:
+    for source in shards.tensors:
         place: StoredPlace | None
         if source.spec.section == "model":
             place = stored.weight(source.spec.name, source.dtype)
@@ -124,9 +131,9 @@ def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[Tensor
                 kinds = stored.state_of(parameter)
                 place = kinds.get(kind)
                 if not kinds and (stored.has_state or not stored.step):
-                    continue  # it starts without; in a flat partition, with what the optimizer begins with
+                    continue  # it starts without a state, or in a flat partition with the optimizer's initial one
             if place is None and kind == MASTER:
-                continue  # its weight is missing, which says it
+                continue  # its weight is missing too, and is reported
         if place is None:
             missing.append(source.spec.name)
         else:
@@ -135,29 +142,29 @@ def _find(held: LocalShards, stored: CheckpointIndex) -> tuple[list[tuple[Tensor
 
 
 def _unexpected(
-    held: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
+    shards: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
 ) -> list[str]:
-    """What the checkpoint has and nothing is there for now."""
-    names = {stored.name_of(name) for name in _names(held)}
+    """Return the names that only the checkpoint has."""
+    names = {stored.name_of(name) for name in _names(shards)}
     unexpected = [name for name in stored.model if name not in names]
     if weights_only:
         return unexpected
-    taken = {place for source, place in pairs if source.spec.section == "optimizer"}
-    for parameter in sorted({stored.name_of(name) for name in _trained(held)}):
+    used = {place for source, place in pairs if source.spec.section == "optimizer"}
+    for parameter in sorted({stored.name_of(name) for name in _trained(shards)}):
         kinds = stored.state_of(parameter)
-        unexpected += [f"{kind}.{parameter}" for kind, place in kinds.items() if place not in taken]
+        unexpected += [f"{kind}.{parameter}" for kind, place in kinds.items() if place not in used]
     return unexpected + list(stored.strange)
 
 
-def _trained(held: LocalShards) -> Iterable[str]:
-    return (name for _, in_group in held.groups for name in in_group)
+def _trained(shards: LocalShards) -> Iterable[str]:
+    return (name for _, in_group in shards.groups for name in in_group)
 
 
 def _notes(
-    held: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
+    shards: LocalShards, stored: CheckpointIndex, pairs: Sequence[tuple[TensorShard, StoredPlace]], weights_only: bool
 ) -> Iterator[str]:
-    """What is not as it was saved."""
-    names = _names(held)
+    """Yield what differs from the saved state."""
+    names = _names(shards)
     have_masters = {
         split_name(source.spec.name, names)[1] for source, _ in pairs if source.spec.name.startswith(f"{MASTER}.")
     }
@@ -169,7 +176,7 @@ def _notes(
         name, is_weight = source.spec.name, source.spec.section == "model"
         precise = (stored.master(name) or place) if is_weight else place
         if name in have_masters:
-            continue  # what the weight is rounded from is kept beside it
+            continue  # the master has the full precision
         if precise.dtype != source.dtype and precise.dtype.itemsize >= source.dtype.itemsize:
             rounded.append((source, precise))
         if place.dtype.itemsize < source.dtype.itemsize and (is_weight or name.startswith(f"{MASTER}.")):
@@ -185,7 +192,7 @@ def _notes(
         )
     if weights_only:
         return
-    trained = [stored.name_of(name) for name in _trained(held)]
+    trained = [stored.name_of(name) for name in _trained(shards)]
     left_out = sorted({name for name in stored.states if stored.state_of(name)} - set(trained))
     if left_out:
         yield f"the state of {len(left_out)} parameters that are not trained now was left out: {some(left_out)}"
@@ -200,7 +207,7 @@ def _types(source: TensorShard, place: StoredPlace) -> str:
 
 
 def _is_number(source: TensorShard) -> bool:
-    """Of an optimizer's state: a step count, say, as a plain number or a tensor without dimensions."""
+    """Return whether it is a number of the optimizer's state, such as a step count; a tensor may hold it."""
     if source.spec.section != "optimizer" or source.spec.shape:
         return False
     live = source.live()
@@ -208,10 +215,10 @@ def _is_number(source: TensorShard) -> bool:
 
 
 class _Numbers:
-    """The numbers in one holder, such as ``step``: of one parameter, or of all in a flat partition.
+    """The numbers in one holder, such as ``step``: of one parameter, or of all parameters of a flat partition.
 
-    In a flat partition there is one number for what may have been many. It is that of the parameter with the
-    most steps: for the others, nearly always none, the correction of their moments ends a little early.
+    A flat partition has one number where the checkpoint may have several. The parameter with the most steps sets it.
+    For the others, of which there are hardly ever any, the bias correction of their moments ends a little early.
     """
 
     def __init__(self, holder: Any) -> None:
@@ -219,15 +226,15 @@ class _Numbers:
         self._read: dict[str, dict[str, Tensor]] = {}
         self._source: dict[str, TensorShard] = {}
 
-    def want(self, source: TensorShard, tensor: StoredTensor, parameter: str) -> Want:
-        """What is read for it."""
+    def request(self, source: TensorShard, tensor: StoredTensor, parameter: str) -> ReadRequest:
+        """Return the request for one number."""
         number = torch.empty(1, dtype=DTYPES[tensor.dtype])
         self._read.setdefault(source.key, {})[parameter] = number
         self._source[source.key] = source
-        return Want(tensor.start, tensor.dtype, number)
+        return ReadRequest(tensor.start, tensor.dtype, number)
 
     def finish(self, notes: list[str]) -> None:
-        """Put them there, once all are read."""
+        """Store the numbers in the holder; see `AfterRead`."""
         steps = self._read.get("step") or next(iter(self._read.values()))
         first = max(steps, key=lambda parameter: steps[parameter].item())
         for kind, numbers in self._read.items():
@@ -241,22 +248,30 @@ class _Numbers:
                 self._holder[kind] = type(live)(value.item())
 
 
-def _wants(source: TensorShard, tensor: StoredTensor, after: list[Callable[[], None]]) -> Iterator[Want]:
+def _requests(source: TensorShard, tensor: StoredTensor, after: list[AfterRead]) -> Iterator[ReadRequest]:
     item = DTYPES[tensor.dtype].itemsize
     live = source.live()
     flat = memory_layout.flat_view(live)
     if flat is None:
         flat = torch.empty(live.numel(), dtype=live.dtype, device=live.device)
-        after.append(partial(_put, source.spec.name, live, flat))
+        after.append(_Reordered(source.spec.name, live, flat))
     for run in source.ranges:
-        yield Want(tensor.start + run.logical * item, tensor.dtype, flat[run.local : run.local + run.num_items])
+        yield ReadRequest(tensor.start + run.logical * item, tensor.dtype, flat[run.local : run.local + run.num_items])
 
 
-def _put(name: str, live: Tensor, ordered: Tensor) -> None:
-    try:
-        memory_layout.copy_into(live, ordered)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{name}: cannot be restored: {error} in the checkpoint; give it memory of its own with .clone(), as it "
-            "had when the checkpoint was saved"
-        ) from error
+@dataclass(frozen=True)
+class _Reordered:
+    """A tensor whose memory is not in the order of its elements; it is read into `ordered` first."""
+
+    name: str
+    live: Tensor
+    ordered: Tensor
+
+    def finish(self, notes: list[str]) -> None:
+        try:
+            memory_layout.copy_into(self.live, self.ordered)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.name}: cannot be restored: {error} in the checkpoint; give it memory of its own with .clone(), "
+                "as it had when the checkpoint was saved"
+            ) from error

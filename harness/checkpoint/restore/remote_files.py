@@ -1,12 +1,11 @@
-"""Files for ranks that do not see them: a rank that does reads what they ask for, and sends it.
+"""Files for ranks that do not see them: a rank that does reads the requested bytes and sends them.
 
-    rank that is blind   (file, first byte, how many)  ->
-                                                       <-  that it is well, and the bytes; or what went wrong
-                         done                          ->
+    blind rank   (file, first byte, how many)  ->
+                                               <-  status, and the bytes or the error
+                 done                          ->
 
-Over a gloo group of its own, from the main thread of both, 16 MiB at a time: so much memory on either side. A
-rank asks for what it wants and for nothing else. Ranks that see the files serve the blind ones in turn, each of
-them some, before they read for themselves.
+It uses a gloo group of its own, from the main thread of both ranks, 16 MiB at a time, which bounds the memory of both.
+Ranks that see the files serve the blind ones first, each of them some, and read for themselves afterwards.
 """
 
 from __future__ import annotations
@@ -34,23 +33,23 @@ WINDOW_BYTES = 16 << 20
 # A request: number of the file, first byte, number of bytes.
 _REQUEST_NUMBERS = 3
 _DONE = -1
-# As a first byte: the length of the file is asked for.
+# As a first byte: request the length of the file.
 _LENGTH = -1
 _LENGTH_BYTES = 8
-# An answer: how it went, and how many bytes follow, of the file or of a text.
+# An answer: status, and the number of bytes that follow, of the file or of an error text.
 _ANSWER_NUMBERS = 2
-_WELL, _DAMAGED, _FAILED = range(3)
+_OK, _DAMAGED, _FAILED = range(3)
 
 
 class RemoteFiles:
-    """Makes files that some ranks read from others.
+    """Provides files that some ranks read from others.
 
-    Effects: nothing before the first call of `files`, and that only where there are blind ranks.
+    Effects: none before the first call of `files`, which needs a blind rank.
 
     Args:
         collectives: of all ranks.
-        timeout_s: limit of the wait for one request, in seconds; one for an answer is twice as long, as other ranks
-            may be served before.
+        timeout_s: limit for one request, in seconds; the limit for an answer is twice as long, because other ranks
+            may be served first.
     """
 
     def __init__(self, collectives: Collectives, timeout_s: float = 300.0) -> None:
@@ -59,9 +58,9 @@ class RemoteFiles:
         self._group: ProcessGroup | None = None
 
     def files(self, directory: Path, names: Sequence[str], blind: Sequence[int]) -> Files:
-        """The files of a directory, for every rank.
+        """Return the files of a directory, for every rank.
 
-        Effects: collective (makes a group at the first call); main thread; nothing on disk. What is read between
+        Effects: collective (creates a group at the first call); main thread; nothing on disk. What is read between
         the calls of `reading` blocks on other ranks as said above.
 
         Args:
@@ -75,7 +74,7 @@ class RemoteFiles:
         readers = [other for other in range(world_size) if other not in set(blind)]
         link = _Link(self._group, self._timeout_s)
         if rank in readers:
-            # Neighbours are of one node: each of those that see serves some of every other node.
+            # Neighbouring ranks share a node, so each reader serves some ranks of every other node.
             clients = blind[readers.index(rank) :: len(readers)]
             return _ServedFiles(directory, names, readers, clients, link)
         return _SentFiles(directory, names, readers, readers[list(blind).index(rank) % len(readers)], link)
@@ -115,16 +114,16 @@ class _ServedFiles(LocalFiles):
         self._link = link
 
     def reading(self, run: Callable[[], T]) -> T:
-        # They wait; for this rank, nobody does until all are done.
+        # First, because they wait.
         self._serve()
         return run()
 
     def _serve(self) -> None:
-        """Answer until every client has said that it is done, or is gone.
+        """Answer requests until every client is done or gone.
 
         Raises:
-            CheckpointError: if one is gone, when the others have been served; or does not ask in time, which with
-                gloo ends every connection of this rank's.
+            CheckpointError: if a client is gone, once the others are served; or sends no request in time, after which
+                gloo closes every connection of this rank.
         """
         if not self._clients:
             return
@@ -137,13 +136,13 @@ class _ServedFiles(LocalFiles):
                 for client in list(waiting):
                     try:
                         request = torch.empty(_REQUEST_NUMBERS, dtype=torch.int64)
-                        what = "say which bytes of the checkpoint it wants"
+                        what = "request bytes of the checkpoint"
                         number, start, size = self._link.receive(client, request, what, self._link.timeout_s).tolist()
                         if number == _DONE:
                             waiting.remove(client)
                             continue
                         if number not in files:
-                            files[number] = stack.enter_context(_opened_later(self, self._names[number]))
+                            files[number] = _LazyFile(stack, self, self._names[number])
                         self._answer(client, *_read(files[number], start, window[:size]))
                     except CheckpointError as error:
                         waiting.remove(client)
@@ -152,37 +151,34 @@ class _ServedFiles(LocalFiles):
             raise failures[0]
 
     def _answer(self, client: int, status: int, content: Tensor) -> None:
-        what = "take a part of the checkpoint"
+        what = "receive a part of the checkpoint"
         self._link.send(client, torch.tensor([status, content.numel()]), what)
         self._link.send(client, content, what)
 
 
 def _read(file: OpenFile, start: int, window: Tensor) -> tuple[int, Tensor]:
-    """How it went, and what follows the answer."""
+    """Return the status and the content of an answer."""
     try:
         if start == _LENGTH:
-            return _WELL, torch.tensor([file.size_bytes()]).view(torch.uint8)
+            return _OK, torch.tensor([file.size_bytes()]).view(torch.uint8)
         file.fill(memoryview(window.numpy()), start, start + window.numel())  # type: ignore[arg-type]
-        return _WELL, window
+        return _OK, window
     except Exception as error:
         status = _DAMAGED if isinstance(error, DamagedError) else _FAILED
         return status, torch.frombuffer(bytearray(str(error).encode() or b"?"), dtype=torch.uint8)
 
 
-@contextmanager
-def _opened_later(files: LocalFiles, name: str) -> Iterator[OpenFile]:
-    """A file that is opened when it is read, so that what goes wrong is told to who reads it."""
-    with ExitStack() as stack:
-        yield _Later(lambda: stack.enter_context(files.opened(name)))
+class _LazyFile:
+    """A file that is opened at its first read, so that a failure is sent to the rank that reads."""
 
-
-class _Later:
-    def __init__(self, make: Callable[[], OpenFile]) -> None:
-        self._make = make
+    def __init__(self, stack: ExitStack, files: LocalFiles, name: str) -> None:
+        self._stack = stack
+        self._files = files
+        self._name = name
         self._file: OpenFile | None = None
 
     def _open(self) -> OpenFile:
-        self._file = self._file or self._make()
+        self._file = self._file or self._stack.enter_context(self._files.opened(self._name))
         return self._file
 
     def size_bytes(self) -> int:
@@ -193,7 +189,7 @@ class _Later:
 
 
 class _SentFiles:
-    """Files of which another rank sends what this one wants."""
+    """Files whose bytes another rank sends."""
 
     def __init__(self, directory: Path, names: Sequence[str], readers: Sequence[int], server: int, link: _Link) -> None:
         self.directory = directory
@@ -212,27 +208,28 @@ class _SentFiles:
         try:
             return run()
         finally:
-            # Where that cannot be said the server knows it: the connection is gone.
+            # If this cannot be sent, the connection is closed, and the server knows that.
             with suppress(CheckpointError):
                 self._request(_DONE, 0, 0)
 
-    def ask(self, number: int, start: int, content: Tensor) -> None:
-        """Have bytes of a file sent.
+    def receive_into(self, number: int, start: int, content: Tensor) -> None:
+        """Receive bytes of a file into `content`.
 
         Raises:
-            DamagedError, CheckpointError: what the server ran into, or that it is gone.
+            DamagedError, CheckpointError: the failure of the server, or that it is gone.
         """
         self._request(number, start, content.numel())
         answer = torch.empty(_ANSWER_NUMBERS, dtype=torch.int64)
         status, size = self._receive(answer).tolist()
-        if status == _WELL:
+        if status == _OK:
             self._receive(content)
             return
         text = bytes(self._receive(torch.empty(size, dtype=torch.uint8)).numpy()).decode()
         raise (DamagedError if status == _DAMAGED else CheckpointError)(f"from rank {self._server}: {text}")
 
     def _request(self, number: int, start: int, size: int) -> None:
-        self._link.send(self._server, torch.tensor([number, start, size]), "take a request for bytes of the checkpoint")
+        request = torch.tensor([number, start, size])
+        self._link.send(self._server, request, "receive a request for bytes of the checkpoint")
 
     def _receive(self, content: Tensor) -> Tensor:
         return self._link.receive(self._server, content, f"send bytes of {self.directory}", 2 * self._link.timeout_s)
@@ -243,12 +240,12 @@ class _SentFile:
         self._files = files
         self._number = number
         self._window = torch.empty(0, dtype=torch.uint8)
-        # What of the file is in it.
+        # Bytes of the file that the window holds.
         self._begin = self._end = 0
 
     def size_bytes(self) -> int:
         length = torch.empty(_LENGTH_BYTES, dtype=torch.uint8)
-        self._files.ask(self._number, _LENGTH, length)
+        self._files.receive_into(self._number, _LENGTH, length)
         return int(length.view(torch.int64).item())
 
     def fill(self, part: memoryview, start: int, end: int) -> None:
@@ -267,5 +264,5 @@ class _SentFile:
         self._begin = self._end = 0
         if self._window.numel() < size:
             self._window = torch.empty(size, dtype=torch.uint8)
-        self._files.ask(self._number, start, self._window[:size])
+        self._files.receive_into(self._number, start, self._window[:size])
         self._begin, self._end = start, start + size

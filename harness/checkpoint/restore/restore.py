@@ -1,9 +1,9 @@
-"""A checkpoint's tensors into what the ranks hold now, whatever strategy and world size wrote them.
+"""Restores a checkpoint's tensors, whatever strategy and number of ranks wrote them.
 
-    headers  ->  the optimizer's state is built  ->  what this rank holds  ->  matched by name  ->  read and checked
+    headers  ->  build the optimizer's state  ->  find what this rank holds  ->  read plan  ->  read and check
 
-Each rank reads what it holds, and knows the digests of that; what none holds whole is put together at the end.
-After each part the ranks tell one another what went wrong, so that all of them stop with the same error.
+Each rank reads what it holds and computes digests of that; ranges that no rank reads whole are checked together at the
+end. After each stage the ranks exchange their failures, so that all of them stop with the same error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.checkpoint.format.files import Files, LocalFiles
 from harness.checkpoint.format.index import CheckpointIndex
 from harness.checkpoint.format.partial_digests import Span, are_complete, combine, require_digest
 from harness.checkpoint.restore.read import digest_leaves, read
-from harness.checkpoint.restore.read_plan import Targets, match
+from harness.checkpoint.restore.read_plan import ReadPlan, make_read_plan
 from harness.checkpoint.sharding.local_shards import LocalShards, innermost
 from harness.checkpoint.state.materialize import BuiltState, build_state
 from harness.checkpoint.state.optimizer_record import OptimizerRecord
@@ -31,12 +31,12 @@ from harness.distributed.collectives import Collectives
 
 @dataclass(frozen=True)
 class Restored:
-    """What restoring took.
+    """The result of restoring.
 
     Args:
-        wanted_bytes: of the files, that this rank holds, each once.
-        read_bytes: from the files, with what was read for its digest alone.
-        notes: what is not as it was saved (rounded, left out, started anew), for a person; the same on all ranks.
+        wanted_bytes: bytes of the files that this rank holds, each counted once.
+        read_bytes: bytes that were read, including those read only for their digests.
+        notes: what differs from the saved state (rounded, ignored, reset), for the user; the same on all ranks.
     """
 
     wanted_bytes: int
@@ -135,7 +135,7 @@ def _restore(
     *,
     strict: bool,
 ) -> Restored:
-    """Fill what is held; without records of the optimizers, the weights only."""
+    """Fill what it holds; without records of the optimizers, the weights only."""
     weights_only = records is None
     built: list[BuiltState] = []
     try:
@@ -143,23 +143,23 @@ def _restore(
             what = "building the optimizer's state"
             collectives.run_on_all_ranks(what, lambda: _build_states(built, watched, stored, records))
 
-        def matched() -> tuple[Targets, LocalShards]:
-            held = find_watched(accelerator, watched, weights_only=weights_only, dtype=None, restoring=True)
-            return match(held, stored, weights_only=weights_only, strict=strict), held
+        def make_plan() -> tuple[ReadPlan, LocalShards]:
+            shards = find_watched(accelerator, watched, weights_only=weights_only, dtype=None, restoring=True)
+            return make_read_plan(shards, stored, weights_only=weights_only, strict=strict), shards
 
-        targets, held = collectives.run_on_all_ranks("matching the names in the checkpoint", matched)
+        plan, shards = collectives.run_on_all_ranks("matching the names in the checkpoint", make_plan)
         what = "reading the tensors"
         read_bytes, spans = collectives.run_on_all_ranks(
-            what, lambda: files.reading(lambda: _fill(targets, stored, files))
+            what, lambda: files.reading(lambda: _fill(plan, stored, files))
         )
         read_bytes += _check(stored, spans, files, collectives)
         collectives.run_on_all_ranks("loading the state of the optimizer's objects", lambda: _finish(built))
-        held.refresh()
+        shards.refresh()
     except BaseException:
         for each in built:
             each.undo()
         raise
-    return Restored(targets.wanted_bytes, read_bytes, tuple(targets.notes))
+    return Restored(plan.requested_bytes, read_bytes, tuple(plan.notes))
 
 
 def _build_states(
@@ -175,17 +175,17 @@ def _finish(built: Sequence[BuiltState]) -> None:
         each.finish()
 
 
-def _fill(targets: Targets, stored: CheckpointIndex, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:
-    """Read the targets; how many bytes, and by file what this rank knows of the ranges' digests."""
+def _fill(plan: ReadPlan, stored: CheckpointIndex, files: Files) -> tuple[int, dict[str, dict[int, list[Span]]]]:
+    """Read the plan; how many bytes, and by file what this rank knows of the ranges' digests."""
     read_bytes = 0
     spans: dict[str, dict[int, list[Span]]] = {}
     with torch.no_grad():
         for name, record in stored.records.items():
-            reading = read(stored.checkpoint / name, record, targets.wants.get(name, []), files)
+            reading = read(stored.checkpoint / name, record, plan.requests.get(name, []), files)
             read_bytes += reading.read_bytes
             spans[name] = reading.spans
-        for finish in targets.after:
-            finish()
+        for step in plan.after:
+            step.finish(plan.notes)
     return read_bytes, spans
 
 

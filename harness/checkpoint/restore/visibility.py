@@ -1,4 +1,4 @@
-"""Whether every rank sees what is to be read; those that do not have it from ranks that do."""
+"""Opens a checkpoint or weights on every rank; ranks that do not see the files read them from ranks that do."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class RankView(NamedTuple):
-    """What one rank sees where rank zero has found something.
+    """What one rank sees in a directory of rank 0.
 
     Args:
-        host: of the rank, for a person.
-        key: of what is there; None: there is nothing, or no such directory.
+        host: name of the rank's node, for messages.
+        key: identifies the content; None if the rank sees none.
     """
 
     host: str
@@ -32,21 +32,21 @@ class RankView(NamedTuple):
 
 
 def open_checkpoint(
-    checkpoint: Path, collectives: Collectives, relay: RemoteFiles, say: Callable[[str], None]
+    checkpoint: Path, collectives: Collectives, remote_files: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Manifest, Files]:
-    """The manifest of a checkpoint that rank zero sees, and its files; the same on every rank.
+    """Open a checkpoint that rank 0 sees. Returns its manifest, the same on every rank, and its files.
 
     Effects: collective; main thread; blocks until every rank has looked; nothing on disk.
 
     Args:
         checkpoint: its directory.
         collectives: of all ranks.
-        relay: for the ranks that do not see it, or see another one there.
-        say: a line for the user, where there are such.
+        remote_files: for the ranks that do not see it, or see another one there.
+        say: a line for the user, if there are such ranks.
 
     Raises:
-        DamagedError: on all ranks, if it is damaged where rank zero sees it, or is gone.
-        CheckpointError: on all ranks, if a disk does not give it.
+        DamagedError: on all ranks, if it is damaged on rank 0, or gone.
+        CheckpointError: on all ranks, if a disk refuses.
     """
 
     def look() -> Manifest | None:
@@ -55,27 +55,27 @@ def open_checkpoint(
         try:
             return read_manifest(checkpoint)
         except DamagedError:
-            # Rank zero's counts. A copy that this node alone has is no more than one that is not there.
+            # Only rank 0's copy counts. A damaged copy of another node is treated as a missing one.
             if collectives.rank == 0:
                 raise
             return None
 
     manifest = collectives.run_on_all_ranks(f"reading {checkpoint / MANIFEST}", look)
     key = None if manifest is None else manifest.key
-    blind = _blind(
+    blind = _find_blind_ranks(
         checkpoint, collectives.all_gather("who sees the checkpoint", RankView(os.uname().nodename, key)), say
     )
     if not blind:
         assert manifest is not None
         return manifest, LocalFiles(checkpoint)
     found = collectives.broadcast_from_rank_zero("tell what is in the checkpoint", lambda: _present(manifest))
-    return found, relay.files(checkpoint, [file.name for file in found.files], blind)
+    return found, remote_files.files(checkpoint, [file.name for file in found.files], blind)
 
 
 def open_weights(
-    directory: Path, collectives: Collectives, relay: RemoteFiles, say: Callable[[str], None]
+    directory: Path, collectives: Collectives, remote_files: RemoteFiles, say: Callable[[str], None]
 ) -> tuple[Sequence[FileRecord], Files]:
-    """The files of weights in a directory that rank zero sees; the same on every rank.
+    """Open the weights in a directory that rank 0 sees. Returns their records, the same on every rank, and the files.
 
     Effects, Args, Raises: as `open_checkpoint`. Ranks that have files of the same names and sizes there see it.
     """
@@ -90,17 +90,18 @@ def open_weights(
 
     records = collectives.run_on_all_ranks(f"reading what is in {directory}", look)
     key = None if records is None else _key_of(records)
-    blind = _blind(directory, collectives.all_gather("who sees the weights", RankView(os.uname().nodename, key)), say)
+    views = collectives.all_gather("who sees the weights", RankView(os.uname().nodename, key))
+    blind = _find_blind_ranks(directory, views, say)
     if not blind:
         return _present(records), LocalFiles(directory)
     found = collectives.broadcast_from_rank_zero("tell what is in the directory", lambda: _present(records))
-    return found, relay.files(directory, [record.name for record in found], blind)
+    return found, remote_files.files(directory, [record.name for record in found], blind)
 
 
-def refuse_others_alone(checkpoints_dir: Path, collectives: Collectives) -> None:
-    """Where rank zero has no checkpoint of the run: nobody else may have one, or the run would begin again.
+def refuse_unseen_checkpoints(checkpoints_dir: Path, collectives: Collectives) -> None:
+    """Refuse checkpoints that only other ranks than 0 have: the run would restart at step 0.
 
-    Nodes that share no disk, and a batch system that has put rank zero on another one.
+    It happens if nodes share no disk, and the batch system has placed rank 0 on another node.
 
     Effects: collective; main thread; blocks until every rank has looked; nothing on disk.
 
@@ -108,11 +109,11 @@ def refuse_others_alone(checkpoints_dir: Path, collectives: Collectives) -> None
         CheckpointError: on all ranks, with the first rank that has one.
     """
     mine = sorted(path.parent.name for path in checkpoints_dir.glob(f"[!.]*/{MANIFEST}"))
-    sights = collectives.all_gather("who has checkpoints", RankView(os.uname().nodename, mine[-1] if mine else None))
-    for rank, sight in enumerate(sights):
-        if rank and sight.key is not None:
+    views = collectives.all_gather("who has checkpoints", RankView(os.uname().nodename, mine[-1] if mine else None))
+    for rank, view in enumerate(views):
+        if rank and view.key is not None:
             raise CheckpointError(
-                f"{checkpoints_dir}: rank {rank} on {sight.host} has {sight.key} there, and rank 0 on {sights[0].host} "
+                f"{checkpoints_dir}: rank {rank} on {view.host} has {view.key} there, and rank 0 on {views[0].host} "
                 "has none: start the run with rank 0 on that node, copy the run's directory, or give another run_name"
             )
 
@@ -127,22 +128,22 @@ def _present(found: T | None) -> T:
     return found
 
 
-def _blind(where: Path, sights: Sequence[RankView], say: Callable[[str], None]) -> list[int]:
-    """The ranks that do not see what rank zero sees.
+def _find_blind_ranks(where: Path, views: Sequence[RankView], say: Callable[[str], None]) -> list[int]:
+    """Return the ranks that do not see what rank 0 sees.
 
     Raises:
-        DamagedError: if rank zero does not see it itself.
+        DamagedError: if rank 0 does not see it.
     """
-    expected = sights[0].key
+    expected = views[0].key
     if expected is None:
         raise DamagedError(f"{where}: is gone; use another checkpoint")
-    blind = [rank for rank, sight in enumerate(sights) if sight.key != expected]
+    blind = [rank for rank, view in enumerate(views) if view.key != expected]
     if blind:
-        first = sights[blind[0]]
+        first = views[blind[0]]
         more = f" (and {len(blind) - 1} more ranks)" if len(blind) > 1 else ""
         sees = "does not see it" if first.key is None else "sees another there"
         say(
-            f"{where}: rank {blind[0]} on {first.host}{more} {sees}, which rank 0 on {sights[0].host} does, so its "
-            "bytes come from the ranks that do"
+            f"{where}: rank {blind[0]} on {first.host}{more} {sees}, which rank 0 on {views[0].host} does, so it "
+            "reads the bytes from ranks that do"
         )
     return blind

@@ -19,7 +19,7 @@ from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.ranges import Ranges
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.checkpoint.format.verify import verify
-from harness.checkpoint.restore.read import Want, read
+from harness.checkpoint.restore.read import ReadRequest, read
 from harness.checkpoint.save.plan import plan_of
 from harness.checkpoint.sharding.shard_catalog import ShardCatalog
 from harness.errors import DamagedError
@@ -115,12 +115,12 @@ def test_checkpoint_is_verified_when_a_file_has_4100_ranges(tmp_path: Path) -> N
     assert verify(final).problems == ()
     target = torch.empty(1000)
     begin = len(plans[0].layout.files[0].header)
-    found = read(final / record.name, manifest.files[0], [Want(begin + 400, "F32", target)])
+    found = read(final / record.name, manifest.files[0], [ReadRequest(begin + 400, "F32", target)])
     assert torch.equal(target, values[100:1100]) and list(found.spans) == list(range(101, 1101))
 
     damaged = bytearray(content)
     damaged[begin + 4 * 700] ^= 1
     (final / record.name).write_bytes(damaged)
     with pytest.raises(DamagedError, match="written by rank 0, are not what was written"):
-        read(final / record.name, manifest.files[0], [Want(begin + 400, "F32", target)])
+        read(final / record.name, manifest.files[0], [ReadRequest(begin + 400, "F32", target)])
     assert len(verify(final).problems) == 1

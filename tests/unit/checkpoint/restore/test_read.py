@@ -15,7 +15,7 @@ from harness.checkpoint.format.digest import LEAF_BYTES, digest_of
 from harness.checkpoint.format.partial_digests import LeafRange, Span, are_complete, combine, require_digest
 from harness.checkpoint.format.ranges import Range, Ranges
 from harness.checkpoint.format.tensor_shard import DTYPES
-from harness.checkpoint.restore.read import CHUNK_BYTES, Reading, Want, digest_leaves, read, unique_bytes
+from harness.checkpoint.restore.read import CHUNK_BYTES, ReadRequest, ReadResult, digest_leaves, read, unique_bytes
 from harness.errors import CheckpointError, DamagedError
 
 
@@ -41,7 +41,7 @@ def test_targets_are_what_is_stored_when_read(data: st.DataObject) -> None:
         count = data.draw(st.integers(0, (len(content) - start) // item))
         values = torch.frombuffer(bytearray(content[start : start + count * item] + b"\0" * item), dtype=DTYPES[stored])
         target = torch.full((count,), -1, dtype=data.draw(st.sampled_from([DTYPES[stored], torch.float64])))
-        wants.append(Want(start, stored, target))
+        wants.append(ReadRequest(start, stored, target))
         expected.append(values[:count].to(target.dtype))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "file"
@@ -104,7 +104,7 @@ def test_digests_are_put_together_when_each_rank_wants_a_part(data: st.DataObjec
         path.write_bytes(CONTENT)
         known = []
         for wanted in ranks:
-            wants = [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted]
+            wants = [ReadRequest(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted]
             known.append(read(path, record, wants).spans)
         more_bytes = finish(path, record, known)
         if len(ranks) == 1 and sorted(set(ranks[0])) == pieces:
@@ -120,7 +120,9 @@ def test_digests_are_put_together_when_each_rank_wants_a_part(data: st.DataObjec
         with pytest.raises(DamagedError, match=f"bytes {hit.start} to {hit.end}, written by rank {hit.rank}"):
             known = []
             for wanted in ranks:
-                wants = [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted]
+                wants = [
+                    ReadRequest(first, "U8", torch.empty(last - first, dtype=torch.uint8)) for first, last in wanted
+                ]
                 known.append(read(path, record, wants).spans)
             finish(path, record, known)
 
@@ -132,7 +134,8 @@ def test_only_leaves_at_borders_are_read_again_when_three_ranks_read_what_two_ha
     known = []
     for rank in range(3):
         first, last = size * rank // 3, size * (rank + 1) // 3
-        found = read(tmp_path / "file", record, [Want(first, "U8", torch.empty(last - first, dtype=torch.uint8))])
+        request = ReadRequest(first, "U8", torch.empty(last - first, dtype=torch.uint8))
+        found = read(tmp_path / "file", record, [request])
         assert found.read_bytes == last - first
         known.append(found.spans)
     _, lacking = combine(record, range(2), known)
@@ -147,7 +150,7 @@ def test_all_digests_are_checked_when_everything_is_wanted_in_parts(tmp_path: Pa
     record = record_of("file", content, [1, 700, 701, 30_000])
     (tmp_path / "file").write_bytes(content)
     bounds = [0, 5, 699, 20_000, 20_001, len(content)]
-    wants = [Want(start, "U8", torch.empty(end - start, dtype=torch.uint8)) for start, end in pairwise(bounds)]
+    wants = [ReadRequest(start, "U8", torch.empty(end - start, dtype=torch.uint8)) for start, end in pairwise(bounds)]
     found = read(tmp_path / "file", record, wants[::-1])
     assert found.read_bytes == len(content)
     assert all(are_complete(record, found.spans))
@@ -162,12 +165,12 @@ def test_error_has_the_range_when_a_byte_of_it_is_another(tmp_path: Path, byte: 
     (hit,) = [part for part in record.ranges if part.start <= byte < part.end]
     said = f"file: bytes {hit.start} to {hit.end}, written by rank {hit.rank}, are not what was written"
     with pytest.raises(CheckpointError, match=said):
-        read(tmp_path / "file", record, [Want(0, "U8", torch.empty(1000, dtype=torch.uint8))])
+        read(tmp_path / "file", record, [ReadRequest(0, "U8", torch.empty(1000, dtype=torch.uint8))])
     with pytest.raises(CheckpointError, match=said):
         finish(tmp_path / "file", record, [])
     # A part of a leaf tells nothing of it.
-    part = Want(hit.start, "U8", torch.empty(hit.end - hit.start - 1, dtype=torch.uint8))
-    assert read(tmp_path / "file", record, [part]) == Reading(hit.end - hit.start - 1, {})
+    part = ReadRequest(hit.start, "U8", torch.empty(hit.end - hit.start - 1, dtype=torch.uint8))
+    assert read(tmp_path / "file", record, [part]) == ReadResult(hit.end - hit.start - 1, {})
 
 
 def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Pat
     (tmp_path / "file").write_bytes(content)
     target = torch.empty(len(values), dtype=torch.float64)
     record = record_of("file", content, [12_345])
-    found = read(tmp_path / "file", record, [Want(0, "F32", target)])
+    found = read(tmp_path / "file", record, [ReadRequest(0, "F32", target)])
     assert torch.equal(target, values.double())
     assert found.read_bytes == len(content)
     assert all(are_complete(record, found.spans))
@@ -185,7 +188,7 @@ def test_memory_is_bounded_when_types_differ_and_a_tensor_is_large(tmp_path: Pat
 def test_error_has_the_byte_when_the_file_is_cut_off(tmp_path: Path) -> None:
     record = record_of("file", bytes(100), [])
     (tmp_path / "file").write_bytes(bytes(60))
-    want = Want(0, "U8", torch.empty(100, dtype=torch.uint8))
+    want = ReadRequest(0, "U8", torch.empty(100, dtype=torch.uint8))
     with pytest.raises(CheckpointError, match="file: ends at byte 60; use another checkpoint"):
         read(tmp_path / "file", record, [want])
     with pytest.raises(CheckpointError, match="missing: No such file or directory"):

@@ -124,17 +124,17 @@ def test_others_are_served_when_one_is_gone(tmp_path: Path, groups: list[dist.Pr
     gc.collect()
     with ThreadPoolExecutor(1) as thread:
         client = thread.submit(files.reading, lambda: read(files, "b", 0, 3, 1))
-        with pytest.raises(CheckpointError, match="waited for rank 1 to say which bytes of the checkpoint it wants: "):
+        with pytest.raises(CheckpointError, match="waited for rank 1 to request bytes of the checkpoint: "):
             server.reading(lambda: 1)
         assert client.result(timeout=30) == b"xyz"
 
 
 def test_error_names_the_rank_when_it_does_not_ask(tmp_path: Path, groups: list[dist.ProcessGroup]) -> None:
-    with pytest.raises(CheckpointError, match="waited for rank 1 to say which bytes of the checkpoint it wants: "):
+    with pytest.raises(CheckpointError, match="waited for rank 1 to request bytes of the checkpoint: "):
         served(groups, tmp_path, [1], timeout_s=0.2).reading(lambda: 1)
 
 
 def test_error_names_the_sender_when_it_does_not_answer(groups: list[dist.ProcessGroup]) -> None:
     files = sent(groups, 1, timeout_s=0.2)
-    with pytest.raises(CheckpointError, match=r"waited for rank 0 to (take a request for|send) bytes of "):
+    with pytest.raises(CheckpointError, match=r"waited for rank 0 to (receive a request for|send) bytes of "):
         files.reading(lambda: read(files, "b", 0, 3, 1))

@@ -420,7 +420,7 @@ def test_save_fails_and_the_next_one_does_not_when_the_schedulers_state_is_odd_f
     watched.scheduler.odd = object()
     saver.save(moment(20))
     saver.wait()
-    assert "step-00000020 FAILED: builtins.object is no number" in saver.status
+    assert "step-00000020 FAILED: builtins.object is not a number" in saver.status
     del watched.scheduler.odd
     saver.save(moment(30))
     saver.close()
