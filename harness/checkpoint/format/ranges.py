@@ -7,10 +7,11 @@ module never imports torch or numpy.
 from __future__ import annotations
 
 import base64
+import sys
 import zlib
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, overload
 
@@ -94,30 +95,47 @@ class Ranges(Sequence[Range]):
     def _columns(self) -> tuple[array[int], array[int], bytes]:
         return self._bounds, self._ranks, self._digests
 
-    def to_json(self) -> dict[str, Any]:
-        """The columns as JSON values: ``sizes`` and ``ranks`` are lists, ``digests`` is one hex string."""
-        bounds = self._bounds.tolist()
-        sizes = [end - start for start, end in pairwise(bounds)]
-        return {"sizes": sizes, "ranks": self._ranks.tolist(), "digests": self._digests.hex()}
+    def to_json(self) -> dict[str, str]:
+        """The columns as text: ``sizes`` (int64) and ``ranks`` (int32) as zlib in base64, ``digests`` as base64."""
+        sizes = array("q", (end - start for start, end in pairwise(self._bounds)))
+        return {"sizes": _packed(sizes), "ranks": _packed(self._ranks), "digests": _text(self._digests)}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Ranges:
+    def from_json(cls, record: Mapping[str, Any]) -> Ranges:
         """Read what `to_json` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError, OverflowError: if it is something else.
-        """
-        return cls(record["sizes"], record["ranks"], bytes.fromhex(record["digests"]))
-
-    @classmethod
-    def from_version_2(cls, record: Any) -> Ranges:
-        """Read ranges of format version 2: a list of ranges, or little-endian columns if there are many.
 
         Raises:
             KeyError, TypeError, ValueError, zlib.error: if it is something else.
         """
-        if isinstance(record, list):
-            return cls.of(Range(*part) for part in record)
-        sizes = array("q", zlib.decompress(base64.b64decode(record["sizes"])))
-        ranks = array("i", zlib.decompress(base64.b64decode(record["ranks"])))
-        return cls(sizes, ranks, base64.b64decode(record["digests"]))
+        digests = base64.b64decode(record["digests"])
+        return cls(_unpacked("q", record["sizes"]), _unpacked("i", record["ranks"]), digests)
+
+    @classmethod
+    def from_version_2(cls, record: Any) -> Ranges:
+        """Read ranges of format version 2: a list of ranges, or the columns if there are many.
+
+        Raises:
+            KeyError, TypeError, ValueError, zlib.error: if it is something else.
+        """
+        return cls.of(Range(*part) for part in record) if isinstance(record, list) else cls.from_json(record)
+
+
+def _packed(column: array[int]) -> str:
+    # Level 1: most columns repeat one number, and higher levels take several times as long.
+    return _text(zlib.compress(_little_endian(column).tobytes(), 1))
+
+
+def _unpacked(typecode: str, text: str) -> array[int]:
+    return _little_endian(array(typecode, zlib.decompress(base64.b64decode(text))))
+
+
+def _little_endian(column: array[int]) -> array[int]:
+    """The column in the byte order of the file, or back in that of the machine."""
+    if sys.byteorder == "big":
+        column = column[:]
+        column.byteswap()
+    return column
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
 import math
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,18 @@ def without(*path: Any) -> str:
     return sealed(record)
 
 
+def packed(column: bytes) -> str:
+    return base64.b64encode(zlib.compress(column)).decode()
+
+
+def int64(*values: int) -> str:
+    return packed(struct.pack(f"<{len(values)}q", *values))
+
+
+def int32(*values: int) -> str:
+    return packed(struct.pack(f"<{len(values)}i", *values))
+
+
 def canonical(version: int, **more: Any) -> str:
     """A manifest as versions 1 and 2 wrote it: the checksum is that of its canonical JSON."""
     files = [{**file, "ranges": [[0, file["size_bytes"], 0, "aa" * 16]]} for file in WHOLE["files"]]
@@ -216,16 +231,22 @@ MISMATCH = "is damaged: its checksum does not match its content"
         (changed("files", LAST, "size_bytes", to=8), "optimizer.safetensors: its ranges end at byte 7, not 8"),
         (changed("files", LAST, "size_bytes", to=-7), "its ranges end at byte 7, not -7"),
         (changed("files", LAST, "size_bytes", to=7.0), "its ranges end at byte 7, not 7.0"),
-        (changed("files", LAST, "ranges", to={}), "is damaged: it has no 'sizes'"),
+        (changed("files", LAST, "ranges", to={}), "is damaged: it has no 'digests'"),
         (changed("files", LAST, "ranges", to=[]), "is damaged"),
-        (changed("files", 0, "ranges", "sizes", to=[4]), "1 sizes, 2 ranks and 32 bytes of digests do not match"),
-        (changed("files", 0, "ranges", "ranks", to=[0, 1, 2]), "2 sizes, 3 ranks and 32 bytes of digests do not match"),
-        (changed("files", 0, "ranges", "digests", to="aa"), "2 sizes, 2 ranks and 1 bytes of digests do not match"),
-        (changed("files", 0, "ranges", "digests", to="x"), "non-hexadecimal"),
-        (changed("files", 0, "ranges", "ranks", 1, to=-1), "a size or a rank is negative"),
-        (changed("files", 0, "ranges", "sizes", to=[-1, 11]), "a size or a rank is negative"),
-        (changed("files", 0, "ranges", "sizes", to=["4", 6]), "is damaged"),
-        (changed("files", 0, "ranges", "sizes", to=[1 << 63, 0]), "is damaged"),
+        (changed("files", 0, "ranges", "sizes", to=int64(4)), "1 sizes, 2 ranks and 32 bytes of digests do not match"),
+        (
+            changed("files", 0, "ranges", "ranks", to=int32(0, 1, 2)),
+            "2 sizes, 3 ranks and 32 bytes of digests do not m",
+        ),
+        (changed("files", 0, "ranges", "digests", to="qg=="), "2 sizes, 2 ranks and 1 bytes of digests do not match"),
+        (changed("files", 0, "ranges", "digests", to="x"), "is damaged"),
+        (changed("files", 0, "ranges", "digests", to=1), "is damaged"),
+        (changed("files", 0, "ranges", "ranks", to=int32(0, -1)), "a size or a rank is negative"),
+        (changed("files", 0, "ranges", "sizes", to=int64(-1, 11)), "a size or a rank is negative"),
+        (changed("files", 0, "ranges", "sizes", to=packed(b"1234567")), "is damaged: bytes length not a multiple"),
+        (changed("files", 0, "ranges", "sizes", to="qg=="), "is damaged: Error -"),
+        (changed("files", 0, "ranges", "sizes", to=[4, 6]), "is damaged"),
+        (changed("files", 0, "ranges", "sizes", to=int64((1 << 63) - 1, 1)), "is damaged"),
     ],
 )
 def test_error_has_the_reason_when_the_manifest_is_unusable(tmp_path: Path, content: str, expected: str) -> None:
@@ -251,7 +272,10 @@ def test_manifest_is_json_of_one_line_a_key_when_written() -> None:
     record = json.loads(text)
     assert len(text.splitlines()) == len(record) + 2
     assert list(record)[:2] == ["format", "version"] and list(record)[-2:] == ["files", "checksum"]
-    assert record["files"][0]["ranges"] == {"sizes": [4, 6], "ranks": [0, 1], "digests": "aa" * 16 + "bb" * 16}
+    assert {file["name"] for file in record["files"]} == {file.name for file in manifest().files}
+    assert {key: type(value) for key, value in record["files"][0]["ranges"].items()} == dict.fromkeys(
+        ("sizes", "ranks", "digests"), str
+    )
 
 
 def test_error_has_the_path_when_the_manifest_is_not_a_file(tmp_path: Path) -> None:
