@@ -40,11 +40,11 @@ def measure(accelerator: Any, name: str, task: Task, num_rounds: int, directory:
     model, optimizer, loader = accelerator.prepare(model, optimizer, task.train_data())
 
     def logged() -> Times:
-        switch._replacements.put()
+        switch._replacements.install()
         return timed(accelerator, lambda: by_hand(accelerator, task, model, optimizer, loader))
 
     def plain() -> Times:
-        switch._replacements.take_away()
+        switch._replacements.remove()
         return timed(accelerator, lambda: by_hand(accelerator, task, model, optimizer, loader))
 
     list(rounds(logged, plain, 1))  # warm

@@ -119,7 +119,7 @@ def acknowledge(port: int, world_size: int, which: list[tuple[int, int]], rounds
         control.add(f"there/{save}", 1)
         control.wait([f"go/{save}"])
         with ThreadPoolExecutor(NUM_CONNECTIONS) as threads:
-            list(threads.map(lambda rank: boards[rank].put(save, records[rank]), boards))  # noqa: B023
+            list(threads.map(lambda rank: boards[rank].publish_record(save, records[rank]), boards))  # noqa: B023
 
 
 def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: int, rounds: int) -> list[RankRecord]:
@@ -139,7 +139,7 @@ def acknowledgements(seconds: dict[str, list[float]], plan: Plan, world_size: in
 
     def collect() -> list[RankRecord]:
         store.set(f"go/{save}", "")
-        board.put(save, own)
+        board.publish_record(save, own)
         return [RankRecord.decoded(data) for data in board.collect_records(save, 120.0)]
 
     for save in range(rounds):

@@ -22,9 +22,9 @@ ZERO_2 = {
     "gradient_accumulation_steps": "auto",
 }
 if asked.strategy == "fsdp2":
-    cpu_strategies.prepare_fsdp2(
-        "no", InitProcessGroupKwargs()
-    )  # otherwise accelerate takes DDP on a CPU, without a word
+    # On a CPU accelerate would run DDP instead, and it reads version 1 where none is named.
+    os.environ.setdefault("FSDP_VERSION", "2")
+    cpu_strategies.prepare_fsdp("no", InitProcessGroupKwargs())
 if asked.strategy == "zero2":
     cpu_strategies.prepare_deepspeed()
 

@@ -14,9 +14,9 @@ from harness.checkpoint.restore.restore import Restored, restore_tensors
 from harness.checkpoint.save.hooks import RunFacts
 from harness.checkpoint.save.saver import Saver
 from harness.checkpoint.sharding.local_shards import OptimizedTensor
-from harness.checkpoint.state.materialize import zero_step
 from harness.checkpoint.state.parts import find_watched_optimized
 from harness.checkpoint.state.trainer_state import Moment, Watched
+from harness.checkpoint.state.zero_step import zero_step
 from harness.config.schema import CheckpointConfig
 from harness.distributed.collectives import Collectives
 from harness.errors import CheckpointError, DamagedError
