@@ -7,7 +7,8 @@ JSON represents numbers, text, None and lists directly. Everything else is an ob
     tuple, set, dict, path   the items, or the text of the path
     bytes                    their number; the next blob has them
     tensor                   dtype, shape and number of bytes; the next blob has its data
-    record                   full name of a dataclass or named tuple of harness, and its fields
+    record                   full name of a dataclass or named tuple of harness, and its fields; or of a class of
+                             harness that defines `__getnewargs__`, and these arguments
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def _encode_structure(value: Any, blobs: list[bytes]) -> Any:
     if dataclasses.is_dataclass(value):
         fields = [_encode(getattr(value, field.name), blobs) for field in dataclasses.fields(value)]
         return {"record": [_name_of(type(value)), fields]}
+    if "__getnewargs__" in vars(type(value)):
+        return {"record": [_name_of(type(value)), [_encode(item, blobs) for item in value.__getnewargs__()]]}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _encode(value.item(), blobs)  # a number of numpy
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be sent to another rank")
@@ -143,7 +146,9 @@ def _decode_record(content: Any, blobs: _Blobs) -> Any:
         raise TypeError(f"{name} is not a class of harness")
     found = getattr(importlib.import_module(module), class_name)
     if not isinstance(found, type) or not (
-        dataclasses.is_dataclass(found) or (issubclass(found, tuple) and hasattr(found, "_fields"))
+        dataclasses.is_dataclass(found)
+        or (issubclass(found, tuple) and hasattr(found, "_fields"))
+        or "__getnewargs__" in vars(found)
     ):
         raise TypeError(f"{name} is not a record")
     return found(*(_decode(item, blobs) for item in values))

@@ -91,6 +91,10 @@ class Ranges(Sequence[Range]):
     def __hash__(self) -> int:
         return hash(self._digests)
 
+    def __getnewargs__(self) -> tuple[list[int], list[int], bytes]:
+        """The arguments that construct these ranges on another rank; see `harness.distributed.rank_values`."""
+        return [end - start for start, end in pairwise(self._bounds)], self._ranks.tolist(), self._digests
+
     @property
     def _columns(self) -> tuple[array[int], array[int], bytes]:
         return self._bounds, self._ranks, self._digests

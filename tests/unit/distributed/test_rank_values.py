@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from harness.checkpoint.format.commit import FileRecord
 from harness.checkpoint.format.layout import TensorSpec
+from harness.checkpoint.format.ranges import Ranges
 from harness.checkpoint.restore.visibility import RankView
 from harness.distributed.rank_values import decode, encode
 
@@ -29,6 +31,7 @@ from harness.distributed.rank_values import decode, encode
         TensorSpec("model", "w", "F32", (2, 3)),
         [RankView("node", None)],
         b"",
+        FileRecord("model.safetensors", 7, Ranges([3, 4], [0, 1], bytes(range(32)))),
     ],
     ids=repr,
 )

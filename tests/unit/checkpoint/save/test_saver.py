@@ -489,7 +489,7 @@ def test_objects_are_refused_at_the_first_save_when_a_resume_could_not_make_them
     watched.optimizer.step()  # type: ignore[union-attr]
     before, numbers = weights_of(model), torch.get_rng_state()
     if optimizer is OfLateObjects:
-        with pytest.raises(CheckpointError, match=r"OfLateObjects: has made no projectors\.0 of weight"):
+        with pytest.raises(CheckpointError, match=r"OfLateObjects: made no projectors\.0 of weight"):
             saver.prepare()
     else:
         saver.prepare()
