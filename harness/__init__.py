@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from harness.autologging.api import autolog, resume
     from harness.config.schema import CheckpointConfig, ClassSpec, RunConfig, TrackingConfig, TrainerConfig
     from harness.config.task import StepOutput, Task
+    from harness.distributed.model_preparation import separate_embeddings
     from harness.errors import HarnessError
     from harness.models.mlflow_flavor import load_model
     from harness.training.periodic_logger import PeriodicLogger
@@ -32,6 +33,7 @@ _HOME = {
     "autolog": "harness.autologging.api",
     "load_model": "harness.models.mlflow_flavor",
     "resume": "harness.autologging.api",
+    "separate_embeddings": "harness.distributed.model_preparation",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "autolog",
     "load_model",
     "resume",
+    "separate_embeddings",
 ]
 
 

@@ -25,6 +25,7 @@ PUBLIC = [
     "autolog",
     "load_model",
     "resume",
+    "separate_embeddings",
 ]
 
 
