@@ -111,7 +111,7 @@ class Ours(Peer):
         self.logger._checkpoints.save(f"step-{self.number:08d}")
 
     def finish(self) -> None:
-        self.logger._checkpoints.settle()
+        self.logger._checkpoints.resolve()
         self.saver.wait()
         self.saver._record_fence()
         self.seconds = dict(self.saver.last_seconds)

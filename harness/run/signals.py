@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, or to save. The handlers only set a flag; the loop looks at it between steps."""
+"""Signals that ask a run to stop or to save. The handlers only set a flag, which the loop reads between steps."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from harness.io.standard_streams import write_error
 # USR1 is what batch systems send ahead of a time limit.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAVE_SIGNAL = signal.SIGUSR2
-# Stands where a signal's number does: `harness stop` has asked.
+# In place of a signal's number: `harness stop` has asked.
 STOP_REQUEST = 128
 
 
 def name_of(number: int) -> str:
-    """What asked for a stop, in its user's words."""
+    """Return the user's name for what asked for a stop."""
     return "harness stop" if number == STOP_REQUEST else signal.Signals(number).name
 
 
 class StopSignals:
-    """Installs handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and puts the earlier ones back.
+    """Installs handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and restores the earlier ones.
 
-    A handler of the script's, or of what has started it, is called too, at once and after the signal is noted, be it
-    installed before these or, from the next call of `chain` on, after them.
+    A handler of the script or of its launcher is called too, after the signal is noted, whether it was installed before
+    these or, from the next call of `chain` on, after them.
 
     Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
     A second SIGINT raises KeyboardInterrupt wherever the main thread is.
 
     Attributes:
-        received: number of the signal that asked to stop; 0: none has.
-        is_save_requested: whether SIGUSR2 has come since `pop_save_request`.
+        received: number of the signal that asked to stop; 0 if none did.
+        is_save_requested: whether SIGUSR2 was received since `pop_save_request`.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.is_save_requested = False
         self._is_installed = threading.current_thread() is threading.main_thread()
-        # A handler of the script's may call the one that it has replaced, which is one of these.
+        # The script's handler may call the one that it replaced, which is one of these.
         self._handling: set[int] = set()
         self.chain()
 
@@ -53,7 +53,7 @@ class StopSignals:
                 signal.signal(number, _Handler(self, theirs))
 
     def handle(self, number: int, frame: FrameType | None, theirs: Any) -> None:
-        """A signal has come: note it, and call the handler that was there before."""
+        """Note a signal, and call the handler that was installed before."""
         if number in self._handling:
             self._call(theirs, number, frame)
             return
@@ -84,28 +84,28 @@ class StopSignals:
         return isinstance(handler, _Handler) and handler.signals is self
 
     def pop_save_request(self) -> bool:
-        """Whether a save was asked for since the last call."""
+        """Return whether a save was requested since the last call."""
         asked, self.is_save_requested = self.is_save_requested, False
         return asked
 
     @property
     def is_set(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal to stop was received."""
         return self.received != 0
 
     def restore(self) -> None:
-        """Put back the handlers that were there before; one that the script has installed since stays."""
+        """Restore the earlier handlers; one that the script has installed since stays."""
         if not self._is_installed:
             return
         self._is_installed = False
         for number in (*_SIGNALS, _SAVE_SIGNAL):
             while isinstance(handler := signal.getsignal(number), _Handler) and self._is_ours(handler):
-                # None: it was not installed from Python, and cannot be from here.
+                # None: it was not installed from Python, and cannot be restored from here.
                 signal.signal(number, signal.SIG_DFL if handler.theirs is None else handler.theirs)
 
 
 class _Handler:
-    """What is installed for a signal: its owner, and the handler that it is installed in front of."""
+    """A handler, with its owner and the handler that it was installed in front of."""
 
     def __init__(self, signals: StopSignals, theirs: Any) -> None:
         self.signals = signals

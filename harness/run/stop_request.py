@@ -1,6 +1,6 @@
-"""A request to stop, left in the run's directory: rank zero sees it, and all ranks stop after the same step.
+"""A request to stop, written into the run's directory: rank zero reads it, and all ranks stop after the same step.
 
-Nothing depends on a signal's way through a launcher and its agents.
+Unlike a signal it does not depend on a launcher and its agents.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from harness.io.durable_files import replace_file
 from harness.run.lock import is_held
 
 FILE = "stop.json"
-# A look costs some microseconds; on a network file system more.
-_LOOK_EVERY_S = 0.2
-_LOOK_AGAIN_S = 0.3
-# A step must end, and MLflow have the rest; and SLURM is exact to a minute.
+# A read costs some microseconds; on a network file system more.
+_POLL_S = 0.2
+_CHECK_AGAIN_S = 0.3
+# The rest is for the current step and for MLflow; and SLURM is exact to a minute.
 _MAX_SHARE_OF_LEAD = 0.25
 
 
 def ask_to_stop(run_dir: Path, reason: str) -> None:
-    """Ask the attempt at a run that is at work to save and to stop in good order.
+    """Ask the running attempt of a run to save and to stop in good order.
 
     Effects: not collective; any host that sees the directory; blocks on fsync; leaves ``<run_dir>/stop.json``.
 
     Raises:
-        RunDirError: if there is no such run, or nobody is at work on it.
+        RunDirError: if there is no such run, or no job runs it.
     """
     asked = None
     while (attempt := _attempt(run_dir)) != asked:
         if is_held(run_dir) is False:
             raise RunDirError(f"{run_dir}: no job is at work on it")
         replace_file(run_dir / FILE, json.dumps({"attempt": attempt, "reason": reason, "asked_s": time.time()}))
-        # A job that has just begun holds the run, and counts its attempt a moment later.
+        # A job that has just started locks the run, and writes its attempt a moment later.
         asked = attempt
-        time.sleep(_LOOK_AGAIN_S)
+        time.sleep(_CHECK_AGAIN_S)
 
 
 def _attempt(run_dir: Path) -> int:
     try:
-        # Read here, and not by `run_directory`: importing that takes seconds, and this is in a hurry.
+        # Not by `harness.run.directory`: importing that takes seconds, and a stop is urgent.
         return int(json.loads((run_dir / "run.json").read_text()).get("attempt", 1))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunDirError(f"{run_dir}: is not the directory of a run ({error}); give runs/<run_name>") from error
@@ -61,11 +61,11 @@ class StopLead:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         lead_s = environment.get("HARNESS_STOP_LEAD_S", "")
         self._lead_s = float(lead_s) if lead_s.isdigit() else math.inf
-        # After a request to stop, how long MLflow may be waited for.
+        # The longest wait for MLflow after a request to stop.
         self.delivery_s = self._lead_s * _MAX_SHARE_OF_LEAD if lead_s.isdigit() else 0.0
 
     def check(self, durable_s: float) -> str | None:
-        """A line for the user, once, where a checkpoint takes too much of that time to be on disk."""
+        """Return a line for the user, once, if a checkpoint takes too much of that time to be on disk."""
         if durable_s <= self._lead_s * _MAX_SHARE_OF_LEAD:
             return None
         lead_s, self._lead_s = self._lead_s, math.inf
@@ -77,13 +77,13 @@ class StopLead:
 
 @dataclass
 class StopRequests:
-    """Rank zero's look at the requests for its own attempt.
+    """Reads the requests for this attempt, on rank zero.
 
     Effects: not collective; main thread; reads the disk at most five times a second.
 
     Args:
         run_dir: the run's directory.
-        attempt: which in a row is this one; what an earlier one was asked for is nothing to it.
+        attempt: number of this one; requests for earlier ones are ignored.
     """
 
     run_dir: Path
@@ -92,9 +92,9 @@ class StopRequests:
     _reason: str | None = None
 
     def look(self) -> str | None:
-        """Why this attempt is to stop; None: nobody has asked."""
+        """Return why this attempt is to stop; None without a request."""
         if self._reason is None and time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + _LOOK_EVERY_S
+            self._next_s = time.monotonic() + _POLL_S
             self._reason = self._read()
         return self._reason
 

@@ -1,4 +1,4 @@
-"""The composition root: the only file that knows all the parts, and puts a run together."""
+"""The composition root: builds a run from its configuration. The only file that knows all parts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from harness.training.periodic_logger import PeriodicLogger
 
 
 def train(config: RunConfig) -> PeriodicLogger:
-    """Train what the configuration says, on the ranks that the launcher started.
+    """Train as configured, on the ranks that the launcher started.
 
     Effects: collective; main thread; returns when all is trained, written and, on rank zero,
     delivered; leaves ``<run_dir>/<run_name>/``.
 
     Raises:
-        HarnessError: for whatever a user should read as one line.
+        HarnessError: for each failure that a user can fix; its message is one line.
     """
-    # What can be refused is refused before there is an MLflow run.
+    # Configuration errors are raised before an MLflow run is created.
     set_seed(config.seed)
     task = instantiate.build_task(config.task)
     instantiate.check_optimization(config)
@@ -47,7 +47,7 @@ def train(config: RunConfig) -> PeriodicLogger:
 
 
 def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
-    """The periodic logger that the configuration describes, not started."""
+    """Return the configured periodic logger, not started."""
     logger = PeriodicLogger(
         accelerator,
         every_n_epochs=config.checkpoint.every_n_epochs,
@@ -82,7 +82,7 @@ def prepare(
     if trainer.overfit_batches is not None:
         train_loader = dataloaders.first_batches(train_loader, trainer.overfit_batches * world_size)
     train_loader = _keep_global_batch(accelerator, train_loader, logger)
-    # Again, so that the model does not depend on how many random numbers the data took.
+    # Again, so that the model does not depend on how many random numbers the data used.
     set_seed(config.seed)
     model = task.model()
     model_preparation.check_mixed_precision(accelerator, model)
@@ -99,15 +99,15 @@ def prepare(
     model_preparation.cast_inputs(accelerator, model)
     if eval_loader is not None:
         eval_loader = accelerator.prepare(eval_loader)
-    # From here on ranks may differ (dropout), each by its own and repeatable random numbers.
+    # From here on the ranks have different, repeatable random numbers (dropout).
     set_seed(config.seed, device_specific=True)
     return model, optimizer, scheduler, train_loader, eval_loader
 
 
 def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLogger) -> Any:
-    """The loader with the batches, and the accelerator with the accumulation, of the run that goes on.
+    """Give the loader and the accelerator the batch size and accumulation that keep the resumed run's global batch.
 
-    On as many ranks as before it is the configuration's that counts: it is the same, or was changed on purpose.
+    With the same number of ranks the configuration counts: it is unchanged, or was changed on purpose.
     """
     world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if logger.previous_batch is None or logger.previous_batch.world_size == world_size or loader.batch_size is None:
@@ -119,8 +119,8 @@ def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLo
     plan = plan_batches(before, world_size, loader.batch_size, accumulation)
     if not plan.keeps_global_batch:
         logger.say(
-            f"harness: warning: an optimizer step takes {now} samples from here on, and took {before}, which cannot be "
-            f"divided among {world_size} ranks; to keep it, give a number of ranks that divides {before}"
+            f"harness: warning: an optimizer step now takes {now} samples; before the resume it took {before}, which "
+            f"cannot be divided among {world_size} ranks; to keep it, use a number of ranks that divides {before}"
         )
         return loader
     logger.say(

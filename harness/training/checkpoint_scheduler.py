@@ -28,8 +28,8 @@ from harness.training.state import TrainingContext, TrainingState
 class CheckpointScheduler(CheckpointHooks):
     """Takes each checkpoint once, and publishes and prunes what is committed.
 
-    Effects: the constructor, `check`, `prepare`, `save` and `settle` are collective; main thread; they block as `Saver`
-    does. The hooks run as `CheckpointHooks` says.
+    Effects: the constructor, `watch`, `prepare`, `save` and `resolve` are collective; main thread; they block as
+    `Saver` does. The hooks run as `CheckpointHooks` says.
 
     Args:
         context: of the run.
@@ -67,7 +67,7 @@ class CheckpointScheduler(CheckpointHooks):
         self._must_prepare = False
         # The position of the last checkpoint; whether it is unknown yet if the other ranks take part in it.
         self._saved_at: tuple[int, ...] | None = None
-        self._is_unsettled = False
+        self._is_unresolved = False
         self._latest, self._latest_step = "", 0
         self.existing: frozenset[str] = frozenset()
 
@@ -83,8 +83,8 @@ class CheckpointScheduler(CheckpointHooks):
 
     @property
     def needs_next_step(self) -> bool:
-        """Whether the next step has to settle or take a checkpoint, or to allocate memory."""
-        return self._is_unsettled or self._must_prepare or self._pending is not None
+        """Whether the next step has to resolve or take a checkpoint, or to allocate memory."""
+        return self._is_unresolved or self._must_prepare or self._pending is not None
 
     # ------------------------------------------------------------------- what is watched
 
@@ -147,7 +147,7 @@ class CheckpointScheduler(CheckpointHooks):
             name: of the checkpoint.
             must: wait for the previous save in place of skipping this one.
         """
-        self.settle()
+        self.resolve()
         if not self._is_watching or self._saved_at == self._position() or name in self.existing:
             return False
         self._metrics.log_withheld()
@@ -172,21 +172,21 @@ class CheckpointScheduler(CheckpointHooks):
         )
         self._recorder.keep_points(name, metrics)
         self.saver.save(moment, must=must)
-        self._saved_at, self._is_unsettled = self._position(), True
+        self._saved_at, self._is_unresolved = self._position(), True
         self._latest, self._latest_step = name, state.step
         return True
 
     def save_and_wait(self) -> None:
         """Save the current moment, and wait until it is on disk or has failed."""
         self.save(self._state.step_name, must=True)
-        self.settle()
+        self.resolve()
         self.saver.wait()
 
-    def settle(self) -> bool:
+    def resolve(self) -> bool:
         """Whether every rank takes part in the last save: they have reported it by the next step."""
-        if not self._is_unsettled:
+        if not self._is_unresolved:
             return self._saved_at is not None
-        self._is_unsettled = False
+        self._is_unresolved = False
         if self.saver.resolve():
             return True
         self._saved_at = None

@@ -475,7 +475,7 @@ class TrainingController:
 
         A rank may call this at a step at which the others do not: it got a signal, its window was copied, 0.1 s have
         passed. So whatever is collective in here depends only on numbers that all ranks have alike (steps, cast votes,
-        an unsettled save), and happens at a step that is due on all ranks.
+        an unresolved save), and happens at a step that is due on all ranks.
         """
         state, requests, checkpoints = self.state, self._requests, self.checkpoints
         self.metrics.poll()
@@ -491,7 +491,7 @@ class TrainingController:
             if not status.all_present:
                 return
             is_loaders_last = status.is_last
-        checkpoints.settle()
+        checkpoints.resolve()
         if checkpoints.prepare():
             self.metrics.timer.resume()
         if is_passed(self._log_every_n_steps, state.step, before):
@@ -619,7 +619,7 @@ class TrainingController:
         """Save between steps; returns whether the save was begun, which is the same on every rank."""
         self.synchronize()
         self.flush_metrics_now()
-        has_begun = self.checkpoints.save(self.state.step_name) and self.checkpoints.settle()
+        has_begun = self.checkpoints.save(self.state.step_name) and self.checkpoints.resolve()
         # What follows need not be a step, which would wait for the copy.
         self.finish_copy()
         return has_begun

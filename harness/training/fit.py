@@ -1,4 +1,4 @@
-"""The loop: epochs and steps over a task. All that is periodic is `PeriodicLogger`'s."""
+"""The training loop over a task; `PeriodicLogger` does all that is periodic."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def fit(
         accelerator: of everything below.
         task: loss and metrics.
         config: limits.
-        logger: started, and told to watch the model.
+        logger: started, and watching the model.
         model: prepared.
         optimizer: prepared.
-        scheduler: not prepared: stepped here, once for each optimizer step; None: none.
+        scheduler: not prepared: it is stepped here, once for each optimizer step; None if there is none.
         train_loader: prepared.
         eval_loader: prepared, or None.
 
     Raises:
         NonFiniteLossError: if the training loss became NaN or infinite.
-        ConfigError: if early stopping monitors what is not there.
+        ConfigError: if early stopping monitors a metric that does not exist.
     """
-    # DeepSpeed clips by its own configuration, and gives the norm that it found for nothing.
+    # DeepSpeed clips by its own configuration, and returns the norm at no extra cost.
     clips = config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED
     patience = _Stopping(config.early_stopping, eval_loader)
     if patience.counter is not None:
         logger.register("early_stopping", patience.counter)
-    # The reduced loss, not each batch's: it is the same on all ranks, and reading it waits for nothing.
+    # The reduced loss, not each batch's: it is the same on all ranks, and reading it does not wait.
     logger.on_reduced(_check_finite)
     for _ in logger.epochs(config.max_epochs, config.max_steps):
         model.train()
@@ -79,7 +79,7 @@ def fit(
 
 
 def evaluate(task: Task, config: TrainerConfig, logger: PeriodicLogger, model: nn.Module, loader: Any) -> None:
-    """One pass over the evaluation data; its means are in ``logger.latest["eval/..."]`` afterwards."""
+    """Evaluate once; the means are in ``logger.latest["eval/..."]`` afterwards."""
     objects = _eval_metrics(task)
     model.eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def _log_gradient_norm(
     elif is_logged:
         # Not clipped: the norm costs a pass over the gradients.
         if strategy_of(accelerator) == "fsdp1":
-            # Its gradients are slices of which no tensor says so: its own clipping sums over the ranks.
+            # Its gradients are local slices in plain tensors: its own clipping sums over the ranks.
             norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
         else:
             accelerator.unscale_gradients()
@@ -125,7 +125,7 @@ def _check_finite(values: Mapping[str, float], step: int) -> None:
 
 
 class _Stopping:
-    """Early stopping, where it is configured."""
+    """Early stopping, if it is configured."""
 
     def __init__(self, config: EarlyStopping | None, eval_loader: Any) -> None:
         self._config = config

@@ -27,7 +27,7 @@ from harness.data import rng_state
 from harness.data.dataloaders import close_iteration
 from harness.data.resumable_loader import DataState, ResumableLoader, ResumePoint
 from harness.errors import CheckpointError, HarnessError
-from tests.unit.test_resume import Crash, Noisy, Stream, points
+from tests.unit.training.test_resume_manager import Crash, Noisy, Stream, points
 
 NUM_EPOCHS = 3
 
