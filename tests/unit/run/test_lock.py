@@ -24,7 +24,7 @@ from harness.run.lock import FILE, RunLock
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from harness.run_lock import RunLock
+from harness.run.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), 0)
 child = os.fork() if sys.argv[2] == "forks" else 0
 if child or sys.argv[2] != "forks":
