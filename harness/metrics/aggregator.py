@@ -3,7 +3,8 @@
 log, update      add to the sums and metric objects of training, or of the running evaluation
 flush            starts the reduction of training's sums
 collect          finishes it; by then every rank has started it, so it does not wait
-end_evaluation   reduces the evaluation's sums at once
+reduce_evaluation, compute_objects
+                 reduce the evaluation's sums and metric objects at once
 publish          updates the latest values and writes them to the run
 """
 
@@ -46,8 +47,8 @@ class MetricWindow(NamedTuple):
 class MetricAggregator:
     """Aggregates logged values by window, over steps and ranks, and publishes the result.
 
-    Effects: `flush`, `collect` and `end_evaluation` are collective; main thread; nothing on disk but what the sink
-    writes.
+    Effects: `flush`, `collect`, `reduce_evaluation` and `compute_objects` are collective; main thread; nothing on disk
+    but what the sink writes.
 
     Args:
         device: of the metric objects and of the memory gauge.

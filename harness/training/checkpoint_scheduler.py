@@ -28,8 +28,8 @@ from harness.training.state import TrainingContext, TrainingState
 class CheckpointScheduler(CheckpointHooks):
     """Takes each checkpoint once, and publishes and prunes what is committed.
 
-    Effects: the constructor, `watch`, `prepare`, `save` and `resolve` are collective; main thread; they block as
-    `Saver` does. The hooks run as `CheckpointHooks` says.
+    Effects: the constructor, `watch`, `prepare`, `save`, `save_and_wait` and `resolve` are collective; main thread;
+    they block as `Saver` does. The hooks run as `CheckpointHooks` says.
 
     Args:
         context: of the run.

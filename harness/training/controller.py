@@ -34,10 +34,11 @@ _POLL_S = 0.1
 class TrainingController:
     """Counts batches, steps and epochs, and does what is due.
 
-    Effects: collective, and called alike by every rank: `resume`, `begin_epoch`, `begin_inputs`, `begin_iteration`,
-    `adopt_iteration`, `batch_done`, `synchronize`, `max_over_ranks`, the events of an evaluation, `end_epoch`,
-    `end_training`, `save_now`, `stop` and `finish`. The rest is local. Main thread. They block only where a checkpoint
-    needs the metrics of its moment, for the votes of the step before, and in `synchronize`.
+    Effects: main thread. Collective, and called alike by every rank: `watch`, `resume`, `begin_epoch`, `begin_inputs`,
+    `begin_iteration`, `adopt_iteration`, `batch_done`, `synchronize`, `max_over_ranks`, the events of an evaluation,
+    `end_epoch`, `end_training`, `flush_metrics`, `flush_metrics_now`, `collect_metrics`, `save_pending`, `save_now`,
+    `stop` and `finish`. The rest is local. They block only where a checkpoint needs the metrics of its moment, for the
+    votes of the step before, and in `synchronize`.
 
     Args:
         context: of the run.

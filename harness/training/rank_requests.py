@@ -16,7 +16,8 @@ from harness.training.run_session import RunSession
 class RankRequests:
     """Exchanges requests with the other ranks.
 
-    Effects: `vote`, `read`, `ask`, `synchronize` and `max_over_ranks` are collective; main thread; nothing on disk.
+    Effects: `vote`, `read`, `ask`, `begin_inputs`, `synchronize` and `max_over_ranks` are collective; main thread;
+    nothing on disk.
 
     Args:
         session: the requests of this rank.

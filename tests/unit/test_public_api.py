@@ -33,6 +33,11 @@ def test_public_names_are_the_same_as_ever_when_listed() -> None:
     assert harness.__all__ == PUBLIC
 
 
+@pytest.mark.parametrize(("module", "function"), [("cpu", "prepare_deepspeed"), ("rendezvous", "init_method")])
+def test_function_is_found_when_a_module_is_taken_from_the_package(module: str, function: str) -> None:
+    assert inspect.isfunction(getattr(getattr(harness, module), function))
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_name_is_a_documented_class_or_function_when_resolved(name: str) -> None:
     found = getattr(harness, name)

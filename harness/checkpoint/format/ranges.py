@@ -95,6 +95,9 @@ class Ranges(Sequence[Range]):
         """The arguments that construct these ranges on another rank; see `harness.distributed.rank_values`."""
         return [end - start for start, end in pairwise(self._bounds)], self._ranks.tolist(), self._digests
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} ranges of {self.size_bytes} bytes>"
+
     @property
     def _columns(self) -> tuple[array[int], array[int], bytes]:
         return self._bounds, self._ranks, self._digests
