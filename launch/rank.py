@@ -50,7 +50,7 @@ def rank(words: Sequence[str]) -> int:
     try:
         code = main(rest, prog="harness train")
     finally:
-        if task.rank == 0 and FILE_VARIABLE in os.environ:
+        if task.rank == 0 and FILE_VARIABLE in os.environ and SECRET_VARIABLE not in os.environ:
             # The rendezvous may not have completed.
             JobSecret.from_environment().discard()
     if code == EXIT_REQUEUE and task.rank > 0:

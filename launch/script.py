@@ -32,7 +32,7 @@ LATE_IMPORTS = (
     "harness.autologging.patcher",
 )
 # Ranks exchange objects whose classes are named by these modules.
-_EXCHANGED = ("harness.checkpoint.", "harness.training.resume_manager", "harness.metrics.system.")
+_EXCHANGED = ("harness.checkpoint.", "harness.run.directory", "harness.metrics.system.")
 
 
 @dataclass(frozen=True)

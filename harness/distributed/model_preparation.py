@@ -1,9 +1,9 @@
 """What a model needs before and after accelerate prepares it, by strategy.
 
-before   `check_mixed_precision`   FSDP, ZeRO   refuse BatchNorm in 16 bits
-`check_ddp_tensors`       DDP          refuse tensors that DDP cannot send, by name
-`separate_embeddings`     FSDP2        give each parameter one group
-after    `cast_inputs`             ZeRO         cast floating-point inputs to the model's type
+before  `check_mixed_precision`  FSDP, ZeRO  refuse BatchNorm in 16 bits
+        `check_ddp_tensors`      DDP         refuse tensors that DDP cannot send, by name
+        `separate_embeddings`    FSDP2       give each parameter one group
+after   `cast_inputs`            ZeRO        cast floating-point inputs to the model's type
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read SLURM's environment variables. No other module reads them.
+"""Read SLURM's environment variables.
 
 variable                    set in                used as
 SLURM_CLUSTER_NAME          batch script, tasks   part of the identity: job ids repeat between clusters

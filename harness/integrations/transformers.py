@@ -196,8 +196,8 @@ class Pretrained:
     """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        architecture: the model's class. A model spec has its import path, which `harness.described_model` checks and
-            imports because of the annotation: it is in ``transformers`` or in a package that the caller trusts.
+        architecture: the model's class. A model spec has its import path, which `harness.models.described_model` checks
+            and imports because of the annotation: it is in ``transformers`` or in a package that the caller trusts.
         config: the values of its configuration.
     """
 

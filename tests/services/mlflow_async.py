@@ -3,7 +3,7 @@
     python -m tests.services.mlflow_async --outage_s 60 --json
 
 Both at the same time, by the same proxy, to the same real server: the same points at the same pace (`tracking_load`).
-MLflow as it comes. What `docs/comparison.md` shows of it is `benchmarks/results/faults_60.json`.
+MLflow as it comes. What `docs/comparison.md` shows of it is `benchmarks/results/tracking_faults_60.json`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from harness.checkpoint.format.commit import MANIFEST, STATES, FileRecord, Manifest, read_manifest
-from harness.checkpoint.format.files import Files
+from harness.checkpoint.format.files import Files, read_file
 from harness.checkpoint.format.layout import StoredTensor, read_header
 from harness.checkpoint.format.ranges import Ranges
 from harness.checkpoint.format.tensor_shard import DTYPES
@@ -167,14 +167,14 @@ def weight_records(directory: Path) -> tuple[FileRecord, ...]:
         return tuple(FileRecord(name, (directory / name).stat().st_size, Ranges()) for name in names)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: {error.strerror}; give a directory with safetensors") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{directory / _INDEX_FILE}: cannot be read: {error}; use another directory") from error
 
 
 def _weight_files(directory: Path) -> list[str]:
     """The files in the index, or the only file, as in `transformers`."""
     if (directory / _INDEX_FILE).exists():
-        index = json.loads((directory / _INDEX_FILE).read_bytes())
+        index = json.loads(read_file(directory / _INDEX_FILE))
         names = sorted(set(index["weight_map"].values()))
         if not all(name == Path(name).name for name in names):
             raise ValueError("it lists files in other directories")

@@ -19,7 +19,7 @@ class CheckpointHooks(Protocol):
     """
 
     def capture_rank_state(self) -> RankState:
-        """Return this rank's own state as it is now. Called once for each save."""
+        """Return this rank's own state as it is now. Called once for each save that training can be resumed from."""
 
     def on_checkpoint_committing(self) -> None:
         """Make durable what has to be on disk before the checkpoint is. The checkpoint is committed next.

@@ -370,9 +370,9 @@ class Saver:
         self._record_fence()
         seconds = self._last_seconds
         costs = {
-            "checkpoint/blocked_s": seconds["blocked_s"] + seconds.get("fence_s", 0.0),
+            "checkpoint/blocked_s": seconds.get("blocked_s", 0.0) + seconds.get("fence_s", 0.0),
             "checkpoint/num_failed": float(self._num_failed),
-            "checkpoint/overlapped": seconds["overlapped"],
+            "checkpoint/overlapped": seconds.get("overlapped", 0.0),
         }
         if "durable_s" in seconds:
             costs["checkpoint/durable_s"] = seconds["durable_s"]

@@ -158,7 +158,7 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> 
 def _leaf(
     each: OptimizedTensor, name: str, path: Path, kind: Form, stored: CheckpointIndex, example: Mapping[Any, Any]
 ) -> Any:
-    """Memory for one tensor or number. A number has the type that it has in `example`, another optimizer's state."""
+    """Memory for one tensor or number. A number gets its type from `example`, a state that this optimizer made."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
     if place is None:

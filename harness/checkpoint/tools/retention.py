@@ -89,7 +89,7 @@ def remove(checkpoint: Path) -> None:
 class Retention:
     """Applies `save_top_k` after each commit.
 
-    Effects: not collective; rank zero's writer thread; removes directories of `checkpoints_dir`.
+    Effects: not collective; rank 0's checkpoint thread; removes directories of `checkpoints_dir`.
 
     Args:
         checkpoints_dir: of the run; the checkpoints of its earlier attempts count too.
