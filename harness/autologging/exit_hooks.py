@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from typing import Any, Protocol
 from harness.autologging.replacements import Replacement, Replacements
 from harness.errors import EXIT_FAILED, EXIT_REQUEUE, HarnessError, Stopped
 from harness.io.standard_streams import flush, write_error
+
+Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class MayFail(Protocol):
@@ -51,30 +54,31 @@ class ExceptHook:
     """
 
     def __init__(self) -> None:
-        self._training: MayFail | None = None
-        self._earlier: Any = None
+        self._hook: Hook | None = None
+        self._earlier: Hook = sys.excepthook
 
     def install(self, training: MayFail) -> None:
         """Begin to notify a training."""
-        self._training = training
-        self._earlier, sys.excepthook = sys.excepthook, self._hook
+        earlier = sys.excepthook
+
+        # One function for each installation: other code that has wrapped an earlier one still calls that one.
+        def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            shown = training.fail(error) if self._hook is hook else error
+            if shown is error:
+                earlier(kind, error, trace)
+                return
+            # The error is the echo of another rank's failure, which the user reads last.
+            shown.__cause__ = error
+            earlier(type(shown), shown, shown.__traceback__)
+
+        self._hook, self._earlier = hook, earlier
+        sys.excepthook = hook
 
     def remove(self) -> None:
         """Restore the earlier hook, unless other code has wrapped this one."""
-        self._training = None
-        if sys.excepthook == self._hook:
+        if self._hook is not None and sys.excepthook is self._hook:
             sys.excepthook = self._earlier
-
-    def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        earlier, shown = self._earlier, error
-        if self._training is not None:
-            shown = self._training.fail(error)
-        if shown is error:
-            earlier(kind, error, trace)
-            return
-        # The error is the echo of another rank's failure, which the user reads last.
-        shown.__cause__ = error
-        earlier(type(shown), shown, shown.__traceback__)
+        self._hook = None
 
 
 class ExitHooks:

@@ -28,8 +28,8 @@ _MAX_FILE_NAME_BYTES: Final = 255
 _KEY = re.compile(r"[\w\-. :/]+")
 _NOT_IN_KEY = re.compile(r"[^\w\-. :/]")
 _NOT_IN_MODEL_NAME = re.compile(r"[/:\x00-\x1f\x7f\ud800-\udfff]")
-# The server decodes a path (%2e%2e) before it checks that the path stays in the directory.
-_NOT_IN_PATH = re.compile(r"[%#?:\\\x00-\x1f\x7f\ud800-\udfff]")
+# The server decodes a path (%2e%2e) before it checks that the path stays in the directory, and removes leading spaces.
+_NOT_IN_PATH = re.compile(r"^ +|[%#?:\\\x00-\x1f\x7f\ud800-\udfff]")
 
 Kind = Literal["metric", "parameter", "tag", "registered model", "text"]
 Value = TypeVar("Value")

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from harness.autologging.exit_hooks import ExceptHook
+
 HOOKS = """
 import multiprocessing, sys
 from harness.autologging.exit_hooks import ExitHooks
@@ -92,3 +94,32 @@ RAISED = FAILED if sys.version_info >= (3, 12) else "None"
 def test_failure_is_the_exit_codes_when_the_script_exits(end: str, code: int, seen: str) -> None:
     done = subprocess.run([sys.executable, "-c", CODES + end], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip()) == (code, seen)
+
+
+class Failing:
+    """A training that counts the errors of which it is notified."""
+
+    def __init__(self) -> None:
+        self.num_errors = 0
+
+    def fail(self, error: BaseException) -> BaseException:
+        self.num_errors += 1
+        return error
+
+
+def test_error_is_shown_once_when_a_hook_of_an_earlier_run_was_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other code has wrapped the hook of the first run, so that it stays below that of the second."""
+    shown: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append(error))
+    hook, first, second = ExceptHook(), Failing(), Failing()
+    hook.install(first)
+    below = sys.excepthook
+    monkeypatch.setattr(sys, "excepthook", lambda *arguments: below(*arguments))
+    hook.remove()
+    hook.install(second)
+    error = ValueError("bad batch")
+    sys.excepthook(ValueError, error, None)
+    assert (shown, first.num_errors, second.num_errors) == ([error], 0, 1)
+    hook.remove()
+    sys.excepthook(ValueError, error, None)
+    assert (shown, first.num_errors, second.num_errors) == ([error, error], 0, 1)

@@ -76,6 +76,8 @@ def test_mlflow_accepts_every_name_when_it_is_cleaned(name: str) -> None:
 
 @given(names)
 @example("%2e%2e/a")
+@example(" ")
+@example("  a/b")
 def test_path_stays_in_the_directory_when_it_is_cleaned(name: str) -> None:
     path = clean_path(name)
     assert validate_path_is_safe(path) == path
