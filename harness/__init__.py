@@ -53,13 +53,13 @@ __all__ = [
 ]
 
 
-# Modules that scripts import from the package (`from harness import cpu`).
-_MODULES = {"cpu": "harness.distributed.cpu_strategies", "rendezvous": "harness.distributed.rendezvous"}
+# Modules of functions for scripts that create their own `Accelerator`.
+_MODULES = ("cpu", "rendezvous")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(_MODULES[name])
+        return import_module(f"harness.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'harness' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -4,3 +4,4 @@ MLflow imports it to load a published checkpoint as a ``python_function``; see `
 """
 
 from harness.models.mlflow_flavor import _load_pyfunc as _load_pyfunc
+from harness.models.mlflow_flavor import load_model as load_model

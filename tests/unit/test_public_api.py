@@ -34,8 +34,9 @@ def test_public_names_are_the_same_as_ever_when_listed() -> None:
 
 
 @pytest.mark.parametrize(("module", "function"), [("cpu", "prepare_deepspeed"), ("rendezvous", "init_method")])
-def test_function_is_found_when_a_module_is_taken_from_the_package(module: str, function: str) -> None:
+def test_function_is_found_when_its_module_is_public(module: str, function: str) -> None:
     assert inspect.isfunction(getattr(getattr(harness, module), function))
+    assert getattr(harness, module) is import_module(f"harness.{module}")
 
 
 @pytest.mark.parametrize("name", PUBLIC)
