@@ -1,4 +1,4 @@
-"""The bytes of each file that each rank writes, for all ranks, as a table that rank 0 keeps."""
+"""Collect on rank 0 which bytes of each file each rank writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = 4
 
 
 class FileRange(NamedTuple):
-    """Bytes of a file that one rank writes from its staging memory; all in bytes."""
+    """Describe bytes that one rank writes: `size` bytes from `staging` in its staging buffer to `offset` in a file."""
 
     file: int
     offset: int
@@ -26,19 +26,19 @@ class FileRange(NamedTuple):
 
 
 def pack_ranges(staging_bytes: int, ranges: Iterable[FileRange]) -> bytes:
-    """The message in which a rank reports its ranges to rank 0."""
+    """Encode the message in which a rank reports its ranges to rank 0: rows of 4 int64."""
     return np.array([(staging_bytes, 0, 0, 0), *ranges], dtype=np.int64).tobytes()
 
 
 class AllRanges:
-    """The ranges of every rank.
+    """Hold the ranges of all ranks in one table.
 
     Args:
         layout: the files.
-        messages: from each rank, by `pack_ranges`.
+        messages: `pack_ranges` of each rank, in rank order.
 
     Attributes:
-        staging_bytes: size of each rank's staging memory.
+        staging_bytes: size of each rank's staging buffer.
     """
 
     def __init__(self, layout: Layout, messages: Iterable[bytes]) -> None:
@@ -49,26 +49,22 @@ class AllRanges:
         self._firsts = np.cumsum([0, *(len(table) - 1 for table in tables)])
         files, offsets, _, sizes = self._table.T
         self._ranks = np.repeat(np.arange(len(tables), dtype=np.int32), np.diff(self._firsts))
-        # The order in the files. Sorting by one number takes half as long as by two.
+        # The order in the files: sorting by one combined key takes half as long as by two keys.
         begins = np.cumsum([0, *(file.size_bytes for file in layout.files)])
         self._order = np.argsort(begins[files] + offsets).astype(np.int32)
         self._bounds = np.searchsorted(files[self._order], np.arange(len(layout.files) + 1))
         for number, file in enumerate(layout.files):
             mine = self._order[self._bounds[number] : self._bounds[number + 1]]
             ends = np.concatenate([[len(file.header)], offsets[mine] + sizes[mine]])
-            # An internal invariant; the check is cheap compared with a wrong file.
+            # Invariant: the ranges cover the file's data without gaps or overlaps.
             assert ends[-1] == file.size_bytes and np.array_equal(offsets[mine], ends[:-1]), file.name
 
     def of_rank(self, rank: int) -> list[FileRange]:
-        """The ranges of one rank, in the order of its staging memory."""
+        """Return the ranges of one rank, in the order of its staging buffer."""
         return [FileRange(*row) for row in self._table[self._firsts[rank] : self._firsts[rank + 1]].tolist()]
 
     def records(self, digests: Sequence[bytes]) -> list[FileRecord]:
-        """The manifest's entries for the files of tensors.
-
-        Args:
-            digests: of each rank's ranges, in its order, 16 bytes each.
-        """
+        """Build the manifest's file entries. `digests` has, for each rank, 16 bytes for each range in its order."""
         every = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
         assert len(every) == len(self._table)
         return [self._record(number, every) for number in range(len(self._layout.files))]

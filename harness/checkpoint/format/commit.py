@@ -1,10 +1,10 @@
-"""The commit of a checkpoint: a directory is a checkpoint if, and only if, it has a manifest.
+"""Write, read and list manifests. A directory is a checkpoint if, and only if, it has a manifest.
 
-All files are written to a temporary directory beside the final one, the manifest last. One rename makes the
-checkpoint visible. Importing this module never imports torch: `harness checkpoints` reads manifests with it.
+All files are written to a temporary directory next to the final one, the manifest last. One rename makes the checkpoint
+visible. This module never imports torch: `harness checkpoints` reads manifests with it.
 
-The last field of a manifest is the XXH3-128 of all bytes before it, so a reader verifies the bytes before it parses
-them. The digests in the manifest cover every other file.
+The last field of a manifest is the XXH3-128 of all bytes before it, so the bytes are verified before they are parsed.
+The digests in the manifest cover every other file.
 """
 
 from __future__ import annotations
@@ -47,19 +47,13 @@ _FIELD_TYPES = {
     "versions": dict,
     "save": dict,
 }
-# What parsing raises where bytes are not a manifest.
+# Errors that parsing raises if the bytes are not a manifest.
 _PARSE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error)
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its size, and the digest of each range of its bytes.
-
-    Args:
-        name: file name in the checkpoint's directory.
-        size_bytes: length of the file.
-        ranges: in order, together the whole file.
-    """
+    """Record one file of a checkpoint. `ranges` are in order and cover the whole file."""
 
     name: str
     size_bytes: int
@@ -68,16 +62,16 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``manifest.json``.
+    """Hold the content of ``manifest.json``.
 
     Args:
         key: globally unique name of the checkpoint, and a tag of its MLflow model.
         epoch: completed epochs.
         step: completed optimizer steps.
         time_ms: time of the commit, in milliseconds since 1970.
-        metrics: the latest reduced metrics.
+        metrics: latest reduced metrics.
         files: all other files of the checkpoint.
-        topology: strategy, world size and devices of the ranks that wrote it.
+        topology: strategy, world size and devices of the ranks that saved.
         versions: package -> version.
         save: transport, snapshot mode and seconds of each stage of the save.
     """
@@ -94,24 +88,24 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files together."""
+        """Return the total bytes of all files but the manifest."""
         return sum(file.size_bytes for file in self.files)
 
     @property
     def weight_files(self) -> tuple[str, ...]:
-        """Names of the files of weights, and of their index if there is one."""
+        """Return the names of the files of weights, and of their index if there is one."""
         return tuple(file.name for file in self.files if file.name.startswith("model"))
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether training can be resumed from it: a checkpoint of weights only cannot."""
+        """Return whether training can be resumed: false for a checkpoint of weights only."""
         return any(file.name == TRAINER_STATE for file in self.files)
 
 
 def temporary_of(final: Path, attempt: str) -> Path:
-    """The directory in which one attempt of a job writes the checkpoint `final`.
+    """Return the directory in which one attempt of a job writes the checkpoint `final`.
 
-    A writer process of an earlier attempt may still run; it writes to the directory of that attempt.
+    Each attempt has its own, because a writer process of an earlier attempt may still be running.
     """
     return final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{attempt}")
 
@@ -136,15 +130,15 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def discard(temporary: Path) -> None:
-    """Remove the directory of an unfinished save; errors of the disk are ignored."""
+    """Remove the directory of an unfinished save. Disk errors are ignored."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(checkpoints_dir: Path) -> None:
     """Remove the directories of interrupted saves.
 
-    Effects: not collective; any thread; blocks for at most a second: the writer process of a rank that was killed
-    finishes its request first, and may create files again that were removed.
+    Effects: not collective; any thread; retries for about a second, because the writer process of a killed rank may
+    still create files while it finishes its request.
     """
     for _ in range(_NUM_REMOVALS):
         leftovers = list(checkpoints_dir.glob(f"{TEMPORARY_PREFIX}*"))
@@ -158,7 +152,7 @@ def remove_leftovers(checkpoints_dir: Path) -> None:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint so that its name is free, and return its new path.
 
-    Effects: not collective; any thread; blocks on fsync; removes nothing. `scan_checkpoints` skips it from now on.
+    Effects: not collective; any thread; blocks on fsync; removes nothing. `scan_checkpoints` skips the new name.
 
     Raises:
         OSError: if the disk fails.
@@ -170,12 +164,12 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def names_set_aside(checkpoints_dir: Path) -> list[str]:
-    """Names of the directories that `set_aside` has renamed."""
+    """List the directories that `set_aside` has renamed."""
     return sorted(path.name for path in checkpoints_dir.glob(f"{DAMAGED_PREFIX}*"))
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """The content of ``manifest.json``.
+    """Serialize a manifest, with its checksum.
 
     Raises:
         TypeError: if a value is not JSON.
@@ -189,7 +183,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def sealed(record: Mapping[str, Any]) -> str:
-    """A JSON object, one line for each key, and a checksum of these bytes in its last line."""
+    """Serialize a JSON object, one line for each key, with a checksum of these bytes in its last line."""
     lines = (f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in record.items())
     content = "{\n" + ",\n".join(lines)
     return content + _seal(content.encode()).decode()
@@ -203,12 +197,12 @@ _SEAL_BYTES = len(_seal(b""))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Read the manifest of one checkpoint directory.
+    """Read the manifest of a checkpoint directory.
 
-    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+    Effects: not collective; any thread; blocks on reading one file.
 
     Raises:
-        DamagedError: if there is no manifest, or its bytes are not what was written.
+        DamagedError: if there is no manifest, or its checksum or content is wrong.
         CheckpointError: if another version of harness wrote it, or the disk fails.
     """
     path = checkpoint / MANIFEST
@@ -228,7 +222,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except _PARSE_ERRORS as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DamagedError(f"{path}: is damaged: {reason}; use another checkpoint") from error
-    # Not damage: skipping it would train again what another version of harness has trained.
+    # Not a DamagedError: a resume skips damaged checkpoints, and would repeat training done with another version.
     remedy = "update harness" if version > VERSION else "use the harness that wrote it"
     raise CheckpointError(
         f"{path}: has format version {version}, this harness reads {_READABLE[0]} to {VERSION}; {remedy}, or choose "
@@ -237,11 +231,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def _verified(data: bytes) -> dict[str, Any]:
-    """Parse a manifest whose checksum is right.
-
-    Raises:
-        One of `_PARSE_ERRORS`: if it is not.
-    """
+    """Verify the checksum of a manifest and parse it. Raises one of `_PARSE_ERRORS` if the checksum is wrong."""
     content = data[:-_SEAL_BYTES]
     record: dict[str, Any]
     if data == content + _seal(content):
@@ -257,15 +247,15 @@ def _verified(data: bytes) -> dict[str, Any]:
 
 
 class _NoManifest(DamagedError):
-    """A directory without a manifest: not a checkpoint, rather than a damaged one."""
+    """A directory has no manifest, so it is not a checkpoint; `scan_checkpoints` does not report it."""
 
 
 class Scan(NamedTuple):
-    """The checkpoints in a directory.
+    """List the checkpoints in a directory.
 
     Args:
-        good: name and manifest of each committed checkpoint, oldest first.
-        bad: name of each checkpoint whose manifest cannot be used, and the reason, ordered by name.
+        good: (name, manifest) of each readable checkpoint, by step, then by time.
+        bad: (name, reason) of each checkpoint whose manifest cannot be used, by name.
     """
 
     good: Sequence[tuple[str, Manifest]]
@@ -273,13 +263,9 @@ class Scan(NamedTuple):
 
 
 def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = read_manifest) -> Scan:
-    """Find the committed checkpoints of a run. Temporary directories and those that were set aside are skipped.
+    """Find the checkpoints of a run. Temporary directories and those that were set aside are skipped.
 
-    Effects: not collective; any thread; blocks for reading every manifest; nothing on disk.
-
-    Args:
-        checkpoints_dir: of a run; it may be missing.
-        read: reads one manifest.
+    Effects: not collective; any thread; blocks on reading every manifest with `read`.
 
     Raises:
         CheckpointError: if the directory itself cannot be read.
@@ -305,16 +291,12 @@ def scan_checkpoints(checkpoints_dir: Path, read: Callable[[Path], Manifest] = r
 
 
 def list_checkpoints(checkpoints_dir: Path) -> Sequence[tuple[str, Manifest]]:
-    """Name and manifest of each good checkpoint, oldest first."""
+    """Return the name and manifest of each readable checkpoint, oldest first."""
     return scan_checkpoints(checkpoints_dir).good
 
 
 def _parsed(record: dict[str, Any]) -> Manifest:
-    """The manifest in a verified object.
-
-    Raises:
-        One of `_PARSE_ERRORS`: if the writer did not follow the format.
-    """
+    """Convert a verified object. Raises one of `_PARSE_ERRORS` if it does not follow the format."""
     read_ranges = Ranges.from_version_2 if record["version"] == 2 else Ranges.from_json
     values = {name: record[name] for name in _FIELD_TYPES}
     for name, kind in _FIELD_TYPES.items():
@@ -322,7 +304,7 @@ def _parsed(record: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name} is {values[name]!r}")
     files = tuple(FileRecord(file["name"], file["size_bytes"], read_ranges(file["ranges"])) for file in record["files"])
     for file in files:
-        # The name is joined to the directory's path: it must not lead out of it.
+        # The name is joined to the directory's path and must not escape it.
         if file.name in ("", ".", "..", MANIFEST) or set(file.name) & set("/\\\0"):
             raise ValueError(f"{file.name!r} is not the name of a file in the directory")
         if type(file.size_bytes) is not int or file.ranges.size_bytes != file.size_bytes:

@@ -1,7 +1,7 @@
-"""Sources of the bytes of a checkpoint's files. Importing this module never imports torch.
+"""Read the bytes of a checkpoint's files. This module never imports torch.
 
-A reader of a checkpoint asks for bytes of a file and does not know who has them: this node's disk, or another rank if
-the nodes share no disk (`harness.checkpoint.restore.remote_files`).
+The bytes come from the local disk, or from another rank if the nodes share no disk
+(`harness.checkpoint.restore.remote_files`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 class OpenFile(Protocol):
-    """One open file of a checkpoint."""
+    """Read one open file of a checkpoint."""
 
     def size_bytes(self) -> int:
-        """Its length.
+        """Return the length of the file.
 
         Raises:
             DamagedError: if the file does not exist.
@@ -31,12 +31,7 @@ class OpenFile(Protocol):
         """
 
     def fill(self, part: memoryview, start: int, end: int) -> None:
-        """Read `part` from byte `start` on.
-
-        Args:
-            part: is filled.
-            start: its first byte in the file.
-            end: where the caller's sequence of reads ends; bytes up to it may be prefetched.
+        """Fill `part` with the file's bytes from `start`. Bytes up to `end` may be prefetched for later calls.
 
         Raises:
             DamagedError: if the file ends early or does not exist.
@@ -45,37 +40,25 @@ class OpenFile(Protocol):
 
 
 class Files(Protocol):
-    """The files of one directory.
-
-    Attributes:
-        directory: its path, also for messages.
-        readers: the ranks that read from a disk; None: every rank.
-    """
+    """Open the files of one directory."""
 
     @property
     def directory(self) -> Path:
-        """See above."""
+        """Return the path of the directory, which messages name."""
 
     @property
     def readers(self) -> Sequence[int] | None:
-        """See above."""
+        """Return the ranks that read from a disk; None if every rank does."""
 
     def opened(self, name: str) -> AbstractContextManager[OpenFile]:
-        """Open one file.
-
-        Raises:
-            DamagedError, CheckpointError: as `OpenFile`, either at once or at the first read.
-        """
+        """Open one file. The errors of `OpenFile` are raised here or at the first read."""
 
     def reading(self, run: Callable[[], T]) -> T:
-        """Call `run`, which reads on this rank, while every other rank does the same. Read only inside of it."""
+        """Call `run`, the only place where files may be read. Every rank calls this at the same time."""
 
 
 class LocalFiles:
-    """Files that this rank reads from its own disk.
-
-    Effects: not collective; any thread; blocks for reading; nothing on disk.
-    """
+    """Read files from the local disk. Not collective; any thread."""
 
     readers: Sequence[int] | None = None
 
@@ -84,7 +67,7 @@ class LocalFiles:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[OpenFile]:
-        """See `Files.opened`."""
+        """Implement `Files.opened`."""
         path = self.directory / name
         try:
             descriptor = _open_regular(path)
@@ -94,7 +77,7 @@ class LocalFiles:
             raise DamagedError(f"{path}: {error}; use another checkpoint") from error
         try:
             if sys.platform == "linux":
-                # A rank reads pieces with gaps, ahead of which the kernel would not read by itself.
+                # A rank reads ranges with gaps, which the kernel would not prefetch by default.
                 with suppress(OSError):
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield _LocalFile(path, descriptor)
@@ -102,13 +85,13 @@ class LocalFiles:
             os.close(descriptor)
 
     def reading(self, run: Callable[[], T]) -> T:
-        """See `Files.reading`: no other rank is involved."""
+        """Implement `Files.reading` without communication."""
         return run()
 
 
 class _LocalFile:
-    # `pread` rather than a memory map: a bad page or a file that is truncated meanwhile raises an error here instead
-    # of SIGBUS, and the bytes do not count as memory of this process.
+    # `pread`, not a memory map: a bad page or a concurrent truncation raises an error instead of SIGBUS, and the bytes
+    # do not count as memory of this process.
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -133,7 +116,7 @@ class _LocalFile:
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a file.
+    """Return all bytes of a file.
 
     Raises:
         OSError: if it cannot be opened or read.
@@ -144,7 +127,7 @@ def read_file(path: Path) -> bytes:
 
 
 def _open_regular(path: Path) -> int:
-    # O_NONBLOCK: opening a pipe would wait for its other end.
+    # Without O_NONBLOCK, opening a pipe blocks until its other end is opened.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -153,7 +136,7 @@ def _open_regular(path: Path) -> int:
 
 
 def read_error(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that cannot be read: a missing file is damage, a failing disk is not."""
+    """Return the error for an unreadable file: `DamagedError` if it is missing, otherwise `CheckpointError`."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return DamagedError(f"{path}: {error.strerror}; use another checkpoint")
     return CheckpointError(f"{path}: cannot be read: {error.strerror}; check the disk and start again")

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, by the names of the model's parameters."""
+"""Index the tensors of a checkpoint by the names of the model's parameters."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ MASTER = "master"
 
 
 class StoredPlace(NamedTuple):
-    """The place of a tensor: the file, and the entry in its header."""
+    """Locate a stored tensor by its file and its header entry."""
 
     file: str
     tensor: StoredTensor
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which it is stored."""
+        """Return the stored type."""
         return DTYPES[self.tensor.dtype]
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """The tensors of a checkpoint.
+    """Map the names of a checkpoint's tensors to their places.
 
     Args:
-        checkpoint: its directory.
+        checkpoint: directory of the files.
         step: completed optimizer steps.
-        records: file of tensors -> its entry in the manifest.
-        model: name -> place, of parameters and buffers.
-        aliases: name of a tied tensor -> the name under which it is stored.
-        states: parameter -> kind -> place, of the optimizer's state; ``master`` is one of the kinds.
-        strange: tensors of the optimizer's file that belong to no parameter of the checkpoint.
+        records: safetensors file -> manifest entry.
+        model: parameter or buffer -> place.
+        aliases: additional name of a tied tensor -> name under which it is stored.
+        states: parameter -> kind -> place of the optimizer's state; the kind ``master`` is the fp32 master weight.
+        strange: tensors in the optimizer's file that belong to no parameter of the checkpoint.
     """
 
     checkpoint: Path
@@ -58,17 +58,12 @@ class CheckpointIndex:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest | None = None, files: Files | None = None) -> CheckpointIndex:
-        """Read the headers, and the manifest if it is not given.
+        """Read the headers of a checkpoint's tensors, and the manifest if it is not given.
 
-        Effects: not collective; any thread; blocks for reading; nothing on disk.
-
-        Args:
-            checkpoint: its directory.
-            manifest: the checkpoint's.
-            files: source of the bytes; None: this node's disk.
+        Effects: not collective; any thread; blocks on reading `files`, by default the local disk.
 
         Raises:
-            DamagedError: if a file is missing, or not what was written.
+            DamagedError: if a file is missing or fails its check.
             CheckpointError: if the disk fails.
         """
         manifest = manifest or read_manifest(checkpoint)
@@ -82,15 +77,10 @@ class CheckpointIndex:
     ) -> CheckpointIndex:
         """Read the headers of the weights only, in a checkpoint or in a directory in Hugging Face's layout.
 
-        Effects: as `of`.
-
-        Args:
-            directory: of the weights.
-            records: its `weight_records`, if they are already known.
-            files: source of the bytes; None: this node's disk.
+        Effects: as `of`. `records` avoids a call of `weight_records`.
 
         Raises:
-            CheckpointError: if there are no weights, or they are not what was written.
+            CheckpointError: if there are no weights, a file fails its check, or the disk fails.
         """
         found = weight_records(directory) if records is None else records
         return cls._of(directory, 0, {file.name: file for file in found}, files)
@@ -124,45 +114,44 @@ class CheckpointIndex:
         return cls(checkpoint, step, records, model, aliases, states, tuple(strange))
 
     def name_of(self, name: str) -> str:
-        """The name under which a tensor of the model is stored; a tied one may have been untied since."""
+        """Return the name under which a tensor is stored; a tensor that was tied then need not be tied now."""
         return self.aliases.get(name, name)
 
     def state_of(self, parameter: str) -> Mapping[str, StoredPlace]:
-        """Kind -> place of the optimizer's state of a parameter, without its master."""
+        """Map kind to place of the optimizer's state of a parameter, without its master."""
         kinds = self.states.get(self.name_of(parameter), {})
         return {kind: place for kind, place in kinds.items() if kind != MASTER}
 
     @property
     def has_state(self) -> bool:
-        """Whether the optimizer had state of any parameter."""
+        """Return whether the checkpoint has optimizer state, other than masters, of any parameter."""
         return any(kinds.keys() != {MASTER} for kinds in self.states.values())
 
     def weight(self, name: str, dtype: torch.dtype | None) -> StoredPlace | None:
-        """The place of the most precise values of a weight or buffer that has the type `dtype` in the model."""
+        """Return the place of the most precise values: the master, if any, when the stored type is not `dtype`."""
         name = self.name_of(name)
         place, master = self.model.get(name), self.states.get(name, {}).get(MASTER)
         return master if place is not None and master is not None and place.dtype != dtype else place
 
     def master(self, parameter: str) -> StoredPlace | None:
-        """The place of the fp32 master of a weight; a weight without one is its own master."""
+        """Return the place of the fp32 master of a weight, or of the weight itself if it has no master."""
         name = self.name_of(parameter)
         return self.states.get(name, {}).get(MASTER) or self.model.get(name)
 
 
 def weight_records(directory: Path) -> tuple[FileRecord, ...]:
-    """The files of weights in a checkpoint, or in a directory in Hugging Face's layout.
+    """List the files of weights in a checkpoint, or in a directory in Hugging Face's layout, which has no digests.
 
-    Effects: not collective; any thread; blocks for reading the manifest or the index; nothing on disk.
+    Effects: not collective; any thread; blocks on reading the manifest or the index.
 
     Raises:
-        CheckpointError: if there are none, or the index is damaged.
+        CheckpointError: if there are none, or the manifest or index cannot be read.
     """
     if (directory / MANIFEST).exists():
         manifest = read_manifest(directory)
         weights = [name for name in manifest.weight_files if name.endswith(".safetensors")]
         return tuple(file for file in manifest.files if file.name in weights)
     try:
-        # There are no digests.
         names = _weight_files(directory)
         return tuple(FileRecord(name, (directory / name).stat().st_size, Ranges()) for name in names)
     except OSError as error:
@@ -172,7 +161,7 @@ def weight_records(directory: Path) -> tuple[FileRecord, ...]:
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """The files in the index, or the only file, as in `transformers`."""
+    """List the files in the index, else ``model.safetensors``, else the only file, as `transformers` does."""
     if (directory / _INDEX_FILE).exists():
         index = json.loads(read_file(directory / _INDEX_FILE))
         names = sorted(set(index["weight_map"].values()))
@@ -191,7 +180,7 @@ def _weight_files(directory: Path) -> list[str]:
 
 
 def split_name(name: str, parameters: Collection[str]) -> tuple[str, str]:
-    """Kind and parameter of ``<kind>.<parameter>``; an empty parameter if it is not among the given ones."""
+    """Split ``<kind>.<parameter>``. The parameter is empty if it is not one of `parameters`."""
     kind, _, parameter = name.partition(".")
     while parameter and parameter not in parameters:
         more, _, parameter = parameter.partition(".")

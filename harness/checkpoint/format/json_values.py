@@ -1,8 +1,8 @@
-"""Encode Python values as strict JSON, and decode them: the state of schedulers and scalers, without pickle.
+"""Encode Python values, such as the state of schedulers and scalers, as strict JSON and decode them, without pickle.
 
-JSON has no infinity (`ReduceLROnPlateau` begins with one), only text as keys (`MultiStepLR` counts by number) and no
-tuples. A value of another kind is an object with one key that begins with ``$``. Tensors of more than one element are
-stored elsewhere and referred to (`harness.checkpoint.state.kept_tensors`).
+JSON lacks infinity (the initial value of `ReduceLROnPlateau`), numbers as keys (used by `MultiStepLR`) and tuples. Such
+a value becomes an object with one key that begins with ``$``. Tensors of more than one element are stored elsewhere and
+referenced (`harness.checkpoint.state.kept_tensors`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _MARK = "$"
-# Python neither writes nor reads an int of more than 4,300 decimal digits as text.
+# Python does not convert an int of more than 4,300 decimal digits to or from text.
 _MAX_INT_BITS = 14_000
 # Store a tensor elsewhere and return a JSON reference to it; return the tensor of a reference.
 Put = Callable[[Tensor], Any]
@@ -25,17 +25,17 @@ Get = Callable[[Any], Tensor]
 
 
 class UnsavableTensor(TypeError):
-    """A tensor that cannot be stored."""
+    """A tensor cannot be stored."""
 
 
 def encode(value: Any, put: Put | None = None) -> Any:
-    """Copy a value as JSON.
+    """Encode a value as JSON.
 
-    Effects: not collective; any thread; blocks for a tensor on CUDA; nothing on disk.
+    Effects: not collective; any thread; synchronizes with CUDA for a CUDA tensor.
 
     Args:
-        value: numbers, text, None, torch's types, tensors, and lists, tuples, deques, sets, dicts, Counters of these.
-        put: stores tensors other than single numbers on the host; None: such tensors are refused.
+        value: a number, str, None, torch.dtype or tensor, or a list, tuple, deque, set, dict or Counter of these.
+        put: stores every tensor except one-element CPU tensors; if None, tensors of several elements are refused.
 
     Raises:
         UnsavableTensor: from `put`.
@@ -85,13 +85,7 @@ def _items(value: Mapping[Any, Any], inside: Callable[[Any], Any]) -> list[list[
 
 
 def decode(value: Any, get: Get | None = None) -> Any:
-    """Decode what `encode` returned.
-
-    Effects: not collective; any thread; nothing on disk.
-
-    Args:
-        value: JSON.
-        get: finds the tensors that `put` stored; None: references are refused.
+    """Decode a result of `encode`. `get` returns the tensors that `put` stored; if None, references are refused.
 
     Raises:
         ValueError: if `encode` cannot have written it.
@@ -124,7 +118,7 @@ def _decode(value: Any, get: Get | None) -> Any:
 
 
 def _float(content: Any, _: Get | None) -> float:
-    # Finite numbers are plain JSON.
+    # `encode` writes finite numbers as plain JSON.
     if content not in ("inf", "-inf", "nan"):
         raise TypeError(content)
     return float(content)

@@ -1,8 +1,7 @@
-"""The byte of the file at which each tensor's data begins, computed from names, types and shapes.
+"""Compute the file and byte offset of each tensor from names, types and shapes.
 
-The safetensors header fixes every tensor's place before any data moves. Every rank computes the same places and writes
-into them without communication. Format: https://github.com/huggingface/safetensors#format. Importing this module never
-imports torch.
+The safetensors header fixes every offset before any data is written. Every rank computes the same layout and writes to
+it without communication. Format: https://github.com/huggingface/safetensors#format. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from harness.errors import CheckpointError, DamagedError
 Section = Literal["model", "optimizer"]
 Key = tuple[Section, str]
 
-# Type -> bytes of an element, in the order in which `safetensors.serialize` puts tensors (then by name).
+# Type -> bytes of an element. `safetensors.serialize` sorts tensors in this order, then by name.
 ITEM_BYTES = {
     "U64": 8,
     "I64": 8,
@@ -53,14 +52,7 @@ _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One logical tensor, as if nothing were sharded.
-
-    Args:
-        section: weights or optimizer state.
-        name: in its file.
-        dtype: in the file, by safetensors' name, such as ``F32``.
-        shape: logical.
-    """
+    """Describe one logical (unsharded) tensor in a file. `dtype` is safetensors' name of the type, such as ``F32``."""
 
     section: Section
     name: str
@@ -69,35 +61,28 @@ class TensorSpec:
 
     @property
     def key(self) -> Key:
-        """Its unique name in the checkpoint."""
+        """Return the unique name in the checkpoint."""
         return self.section, self.name
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one element."""
+        """Return the bytes of one element."""
         return ITEM_BYTES[self.dtype]
 
     @cached_property
     def num_items(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the data."""
+        """Return the bytes of the data."""
         return self.num_items * self.item_bytes
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """One safetensors file.
-
-    Args:
-        name: file name.
-        header: the bytes before the tensors' data.
-        size_bytes: length of the file.
-        tensors: in the order of the data.
-    """
+    """Describe one safetensors file: its `header` is all bytes before the data, its `tensors` are in data order."""
 
     name: str
     header: bytes
@@ -107,12 +92,12 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """All files of tensors of a checkpoint.
+    """Describe all safetensors files of a checkpoint.
 
     Args:
-        files: the weights' first.
-        places: tensor -> (index into `files`, byte in the file at which its data begins).
-        index: content of ``model.safetensors.index.json``, or None where one file holds the weights.
+        files: weights first, then the optimizer.
+        places: tensor -> (index into `files`, byte offset of its data in that file).
+        index: content of ``model.safetensors.index.json``; None if one file holds all weights.
     """
 
     files: tuple[FileLayout, ...]
@@ -121,12 +106,12 @@ class Layout:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files together."""
+        """Return the total bytes of all files."""
         return sum(file.size_bytes for file in self.files)
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file on disk: type, shape, and the bytes of the file with its data."""
+    """Describe one tensor of a file on disk; its data are the bytes `start` to `end` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -137,17 +122,17 @@ class StoredTensor(NamedTuple):
 def read_header(
     path: Path, record: FileRecord | None = None, files: Files | None = None
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Read the tensors of a safetensors file, in the order of its data, and its metadata.
+    """Read the tensors of a safetensors file, in data order, and its metadata.
 
-    Effects: not collective; any thread; blocks for reading the header; nothing on disk.
+    Effects: not collective; any thread; blocks on reading the header.
 
     Args:
-        path: of the file.
-        record: the file's entry in the manifest, with which the header is verified; None: it is not verified.
-        files: source of the bytes; None: this node's disk.
+        path: path of the file.
+        record: manifest entry against which the header is verified; None skips the check.
+        files: source of the bytes; None reads the local disk.
 
     Raises:
-        DamagedError: if the file is missing or truncated, or its header is not what was written.
+        DamagedError: if the file is missing or truncated, or its header fails the check or breaks the format.
         CheckpointError: if the disk fails.
     """
     try:
@@ -166,7 +151,7 @@ def read_header(
             _check_digest(bytes(prefix + text), record, size_bytes)
         entries = json.loads(text.decode(), object_pairs_hook=_object)
         metadata: dict[str, str] = entries.pop("__metadata__", {})
-        "".join((*metadata, *metadata.values(), *entries)).encode()  # all are text, without half a surrogate pair
+        "".join((*metadata, *metadata.values(), *entries)).encode()  # raises unless all are valid Unicode text
         tensors = {name: _stored(name, entry, begin, size_bytes) for name, entry in entries.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: is not a whole safetensors file: {error}") from error
@@ -182,25 +167,16 @@ def read_header(
 
 
 def _check_digest(header: bytes, record: FileRecord, size_bytes: int) -> None:
-    """Verify a header before it is parsed.
-
-    Raises:
-        ValueError: if it is not what was written.
-    """
     if size_bytes != record.size_bytes:
         raise ValueError(f"it has {size_bytes} bytes, was written with {record.size_bytes}")
-    # Rank 0 writes each header as a range of its own.
+    # Rank 0 writes each header as a separate range.
     first = next(iter(record.ranges), None)
     if first is None or first.end != len(header) or first.digest != digest_of(header):
         raise ValueError("its header is not what was written; use another checkpoint")
 
 
 def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
-    """One entry of a header, which may come from any writer.
-
-    Raises:
-        ValueError: if it does not follow the format.
-    """
+    """Parse one header entry, which any program may have written. Raises `ValueError` if it breaks the format."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} is not given by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -214,7 +190,7 @@ def _stored(name: str, entry: Any, begin: int, size_bytes: int) -> StoredTensor:
     num_items = 0 if 0 in shape else 1
     for length in shape:
         num_items *= length
-        # The product of thousands of long numbers would take minutes.
+        # Check in the loop: multiplying thousands of large numbers would take minutes.
         if num_items > size_bytes:
             raise ValueError(f"{name} has more elements than the file has bytes")
     if last - first != num_items * ITEM_BYTES[dtype]:
@@ -236,14 +212,14 @@ def _is_count(value: Any) -> bool:
 def plan_layout(
     tensors: Sequence[TensorSpec], aliases: Mapping[str, str], max_shard_size_bytes: int | None = None
 ) -> Layout:
-    """Assign tensors to files and bytes. Equal arguments give equal layouts on every rank.
+    """Assign tensors to files and byte offsets. Equal arguments give equal layouts on every rank.
 
     Args:
-        tensors: in the order of the model, which decides about the file of each.
-        aliases: name of a tied tensor -> the name under which it is stored. They are written to the metadata, by the
-            convention of `safetensors.torch.save_model`.
-        max_shard_size_bytes: limit of the tensors' data in one file of weights; a larger tensor has its own file.
-            None: one file.
+        tensors: in module order; weights are assigned to files in this order.
+        aliases: additional name of a tied tensor -> name under which it is stored. They are written to the metadata, as
+            `safetensors.torch.save_model` does.
+        max_shard_size_bytes: limit of the data in one file of weights; a larger tensor gets its own file. None writes
+            one file.
     """
     model = [tensor for tensor in tensors if tensor.section == "model"]
     optimizer = [tensor for tensor in tensors if tensor.section == "optimizer"]

@@ -1,8 +1,8 @@
-"""The name of a tensor in a checkpoint: its path in the user's own model, without wrappers.
+"""Name each tensor of a model by its path in the unwrapped model.
 
-A wrapper is recognised by its class, not by an attribute's name: a user's submodule called ``module`` keeps its name.
-A model that PEFT has wrapped keeps its former names, and an adapter's tensors are named beside the weight that they
-adapt: ``fc.weight``, ``fc.lora_A.default.weight``.
+Wrappers are recognised by class name, not by attribute name, so a user's submodule called ``module`` keeps its name.
+PEFT wrapping does not rename a model's tensors; adapter tensors are named next to the weight that they adapt:
+``fc.weight``, ``fc.lora_A.default.weight``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.errors import CheckpointError
 
-# Class name -> the attribute with the wrapped module. By name, so that no framework is imported.
+# Class name -> attribute with the wrapped module. Class names avoid importing the frameworks.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -25,43 +25,40 @@ _WRAPPERS = {
     "OffloadWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
-# Wrappers with tensors of their own, which are named under the same path.
+# Wrappers that add tensors, which are named under the same path.
 _ADAPTERS = {
     "PeftModel": "base_model",
     "BaseTuner": "model",
     "BaseTunerLayer": "base_layer",
     "AuxiliaryTrainingWrapper": "original_module",
 }
-# A module, a name in it, and a placeholder for the parameter of that name, which FSDP1 has moved into a flat parameter.
+# (module, name, placeholder) of a parameter that FSDP1 has moved into a flat parameter.
 Placeholder = tuple[nn.Module, str, nn.Parameter]
 
 
 def _attribute_of(module: nn.Module, table: Mapping[str, str]) -> str | None:
-    # FSDP2 derives a subclass at run time, so the bases count too.
+    # FSDP2 derives a subclass at run time, so the base classes are checked too.
     return next((table[base.__name__] for base in type(module).__mro__ if base.__name__ in table), None)
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether FSDP1 has wrapped it: the modules inside have slices as parameters, or none."""
+    """Return whether `module` is an FSDP1 wrapper. The modules inside hold slices as parameters, or no parameters."""
     return _attribute_of(module, {"FullyShardedDataParallel": ""}) is not None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The user's own module inside any number of wrappers at the top."""
+    """Return the user's module inside any number of outer wrappers."""
     while (attribute := _attribute_of(module, _WRAPPERS)) is not None:
         module = getattr(module, attribute)
     return module
 
 
 def modules_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The user's modules, without wrappers, each with the prefix of the names in it.
-
-    Effects: not collective; any thread; reads only.
-    """
+    """Yield each unwrapped module with its name prefix, read-only. Modules that occur twice are yielded twice."""
     module = unwrapped(module)
     yield prefix, module
     adapted = _attribute_of(module, _ADAPTERS)
-    # Not named_children(), which skips the second occurrence of a module; its tensors have aliases there.
+    # named_children() skips the second occurrence of a module, whose tensors need aliases there.
     for name, child in module._modules.items():
         if child is not None:
             yield from modules_of(child, prefix if name == adapted else f"{prefix}{name}.")
@@ -69,16 +66,16 @@ def modules_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 @dataclass(frozen=True)
 class NamedState:
-    """The tensors of a model's state, each once.
+    """Hold the tensors of a model's state, each once.
 
     Args:
-        parameters: name -> parameter, in the order of the model.
+        parameters: name -> parameter, in module order.
         buffers: name -> persistent buffer.
-        aliases: further name of a tied tensor -> its name above.
-        holders: name -> the module's dictionary with the tensor, and its key there.
-        sizes: dictionaries of the modules, with their lengths, which change with the structure of the model.
-        members: (dictionary, key, value) of submodules and of empty places, which change likewise.
-        others: identity -> name of parameters of other models in the same checkpoint, which an optimizer may train too.
+        aliases: additional name of a tied tensor -> its name in `parameters` or `buffers`.
+        holders: name -> (module dictionary that contains the tensor, key).
+        sizes: (module dictionary, length); a different length means that the model's structure has changed.
+        members: (dictionary, key, value) of submodules and of entries that are None; used likewise.
+        others: `id` -> name of parameters of other models in the checkpoint, which the optimizer may also train.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -102,10 +99,10 @@ def named_state(
 
     Args:
         model: wrapped or not.
-        placeholders: of the parameters in FSDP1's flat parameters, which have no name themselves.
-        prefix: of each name.
-        named_before: identity -> name of the tensors of other models in the checkpoint. A tensor of this model that is
-            among them becomes an alias; this model's tensors are added.
+        placeholders: stand-ins for parameters inside FSDP1's flat parameters.
+        prefix: prepended to each name.
+        named_before: `id` -> name of the tensors of other models in the checkpoint; this model's tensors are added. A
+            tensor that is already in it becomes an alias.
 
     Raises:
         CheckpointError: if two tensors would have the same name.
@@ -136,7 +133,7 @@ def named_state(
                 if tensor is None or (into is buffers and key in module._non_persistent_buffers_set):
                     continue
                 if getattr(tensor, "_is_flat_param", False):
-                    continue  # FSDP1's: its parts are in `placeholders`
+                    continue  # its parts are in `placeholders`
                 name = path + key
                 if (first := first_name.setdefault(id(tensor), name)) != name:
                     aliases[name] = first
@@ -151,6 +148,6 @@ def named_state(
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-    """The first names, and the number of the others, for a message."""
+    """Format the first `limit` names and the number of the others, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{', '.join(names[:limit])}{more}"

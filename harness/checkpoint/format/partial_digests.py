@@ -1,4 +1,4 @@
-"""Digests of a file's ranges, computed from the parts of them that one rank, or several ranks, have read."""
+"""Compute the digests of a file's ranges from the parts that one or several ranks have read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.errors import DamagedError
 
 
 class Span(NamedTuple):
-    """Consecutive leaves of a range that were read, from `first` to before `end`, and their share of its digest."""
+    """Record that leaves `first` to `end` (exclusive) of a range were read; `digest` is the XOR of their hashes."""
 
     first: int
     end: int
@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
 
 class LeafRange(NamedTuple):
-    """Leaves of the range with index `range`, from `first` to before `end`."""
+    """Identify leaves `first` to `end` (exclusive) of the range with index `range`."""
 
     range: int
     first: int
@@ -29,25 +29,25 @@ class LeafRange(NamedTuple):
 
 
 class PartialDigests:
-    """Digests of the ranges of one file, updated while its bytes are read.
+    """Update the digests of one file's ranges while its bytes are read.
 
     Attributes:
-        spans: index of a range -> the leaves that were read.
+        spans: index of a range -> leaves that were read, in order.
     """
 
     def __init__(self, path: Path, ranges: Ranges) -> None:
         self._path = path
         self._ranges = ranges
-        # The beginning of a leaf whose end was not read yet, and the byte of the file that follows it.
+        # Bytes of a leaf that was read in part, and the file offset of the next byte.
         self._open_leaf = bytearray()
         self._next_byte = -1
         self.spans: dict[int, list[Span]] = {}
 
     def add(self, start: int, data: memoryview) -> None:
-        """Add the bytes from `start` on. Calls go through the file in order, but may repeat bytes.
+        """Add the bytes of the file that begin at `start`. Calls must be in file order, but may repeat bytes.
 
         Raises:
-            DamagedError: if a range was read completely and its digest is wrong.
+            DamagedError: if a range is completely read and its digest is wrong.
         """
         end = start + len(data)
         for index in range(self._ranges.index_at(start), len(self._ranges)):
@@ -59,7 +59,6 @@ class PartialDigests:
                 self._add(index, part, first, data[first - start : last - start])
 
     def _add(self, index: int, part: Range, start: int, data: memoryview) -> None:
-        """Add bytes of one range."""
         leaf, offset_in_leaf = divmod(start - part.start, LEAF_BYTES)
         if offset_in_leaf:
             rest = data[: LEAF_BYTES - offset_in_leaf]
@@ -71,7 +70,7 @@ class PartialDigests:
                     return
                 self._add_leaves(index, leaf, leaf + 1, memoryview(self._open_leaf))
                 self._next_byte = -1
-            # Otherwise the beginning of the leaf was not read.
+            # Otherwise the start of the leaf was not read, so the leaf is skipped.
             leaf += 1
         is_to_end = part.start + leaf * LEAF_BYTES + len(data) == part.end
         size_bytes = len(data) if is_to_end else len(data) - len(data) % LEAF_BYTES
@@ -82,7 +81,7 @@ class PartialDigests:
             self._next_byte = part.start + leaf * LEAF_BYTES + len(data)
 
     def _add_leaves(self, index: int, first: int, end: int, data: memoryview) -> None:
-        """Add whole leaves, without those that were added before."""
+        """Add whole leaves, skipping those already added."""
         spans = self.spans.setdefault(index, [])
         last = spans[-1] if spans else Span(0, 0, 0)
         if spans and first < last.end:
@@ -102,7 +101,7 @@ class PartialDigests:
 
 
 def are_complete(record: FileRecord, spans: Mapping[int, Sequence[Span]]) -> list[bool]:
-    """For each range of a file, whether this rank has read all of it, which includes the check of its digest."""
+    """Return, for each range of a file, whether this rank has read all of it and so verified its digest."""
     found = [False] * len(record.ranges)
     for index, parts in spans.items():
         part = record.ranges[index]
@@ -113,15 +112,15 @@ def are_complete(record: FileRecord, spans: Mapping[int, Sequence[Span]]) -> lis
 def combine(
     record: FileRecord, indices: Iterable[int], spans_by_rank: Sequence[Mapping[int, Sequence[Span]]]
 ) -> tuple[dict[int, int], list[LeafRange]]:
-    """Combine what all ranks have read of some ranges of a file.
+    """Combine the digests of some ranges of a file over all ranks.
 
     Args:
         record: the file's entry in the manifest.
-        indices: of the ranges.
+        indices: indices of the ranges.
         spans_by_rank: `PartialDigests.spans` of each rank.
 
     Returns:
-        Index of a range -> its digest so far, and the leaves that no rank has read.
+        A map from the index of a range to its digest so far, and the leaves that no rank has read.
     """
     read: dict[int, list[Span]] = {index: [] for index in indices}
     for spans in spans_by_rank:
@@ -132,7 +131,7 @@ def combine(
     for index, parts in read.items():
         part = record.ranges[index]
         reached = digest = 0
-        # Each leaf counts once, however many ranks have read it; of spans that begin together the longest is first.
+        # Count each leaf once. The longest of the spans with the same start is sorted first.
         for span in sorted(parts, key=lambda span: (span.first, -span.end)):
             if span.first < reached:
                 continue
@@ -147,11 +146,7 @@ def combine(
 
 
 def require_digest(path: Path, part: Range, digest: int) -> None:
-    """Check the digest of a range.
-
-    Raises:
-        DamagedError: if it is not the manifest's.
-    """
+    """Raise `DamagedError` if the digest of a range is not that of the manifest."""
     if in_hex(digest) != part.digest:
         raise DamagedError(
             f"{path}: bytes {part.start} to {part.end}, written by rank {part.rank}, are not what was written; use "

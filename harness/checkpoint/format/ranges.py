@@ -1,7 +1,7 @@
-"""The ranges of a file: who wrote which bytes, with which digest.
+"""Record the byte ranges of a file, each with its writer rank and digest.
 
-A thousand ranks write two million ranges, so they are kept by columns, in memory and in the manifest. Importing this
-module never imports torch or numpy.
+A thousand ranks write two million ranges, so memory and manifest store them in columns. This module imports neither
+torch nor numpy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DIGEST_BYTES = 16
 
 
 class Range(NamedTuple):
-    """Bytes `start` to `end` of a file, the rank that wrote them, and their `digest_of` in hex."""
+    """Describe bytes `start` to `end` of a file: the rank that wrote them, and their `digest_of` in hex."""
 
     start: int
     end: int
@@ -28,12 +28,12 @@ class Range(NamedTuple):
 
 
 class Ranges(Sequence[Range]):
-    """All ranges of one file, in order and without gaps.
+    """Hold all ranges of one file, in order and without gaps.
 
     Args:
         sizes: bytes of each range.
-        ranks: the rank that wrote each range.
-        digests: `DIGEST_BYTES` for each range.
+        ranks: writer rank of each range.
+        digests: `DIGEST_BYTES` bytes for each range.
 
     Raises:
         ValueError: if the columns differ in length, or a size or a rank is negative.
@@ -44,25 +44,25 @@ class Ranges(Sequence[Range]):
             raise ValueError(f"{len(sizes)} sizes, {len(ranks)} ranks and {len(digests)} bytes of digests do not match")
         if min(sizes, default=0) < 0 or min(ranks, default=0) < 0:
             raise ValueError("a size or a rank is negative")
-        # The first byte of each range, and the end of the last one.
+        # First byte of each range, then the end of the last.
         self._bounds = array("q", accumulate(sizes, initial=0))
         self._ranks = array("i", ranks)
         self._digests = digests
 
     @classmethod
     def of(cls, ranges: Iterable[Range]) -> Ranges:
-        """The columns of these ranges."""
+        """Build the columns from single ranges."""
         listed = list(ranges)
         digests = bytes.fromhex("".join(part.digest for part in listed))
         return cls([part.end - part.start for part in listed], [part.rank for part in listed], digests)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all ranges together."""
+        """Return the total bytes of all ranges."""
         return self._bounds[-1]
 
     def index_at(self, byte: int) -> int:
-        """Index of the last range that begins at or before `byte`; 0 if there is none."""
+        """Return the index of the last range that begins at or before `byte`; 0 if there is none."""
         return max(0, bisect_right(self._bounds, byte, hi=len(self)) - 1)
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Ranges(Sequence[Range]):
         return hash(self._digests)
 
     def __getnewargs__(self) -> tuple[list[int], list[int], bytes]:
-        """The arguments that construct these ranges on another rank; see `harness.distributed.rank_values`."""
+        """Return the constructor arguments for another rank; see `harness.distributed.rank_values`."""
         return [end - start for start, end in pairwise(self._bounds)], self._ranks.tolist(), self._digests
 
     def __repr__(self) -> str:
@@ -103,32 +103,28 @@ class Ranges(Sequence[Range]):
         return self._bounds, self._ranks, self._digests
 
     def to_json(self) -> dict[str, str]:
-        """The columns as text: ``sizes`` (int64) and ``ranks`` (int32) as zlib in base64, ``digests`` as base64."""
+        """Encode ``sizes`` (int64) and ``ranks`` (int32) with zlib and base64, ``digests`` with base64."""
         sizes = array("q", (end - start for start, end in pairwise(self._bounds)))
         return {"sizes": _packed(sizes), "ranks": _packed(self._ranks), "digests": _text(self._digests)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Ranges:
-        """Read what `to_json` returned.
+        """Decode a result of `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError, zlib.error: if it is something else.
+            KeyError, TypeError, ValueError, zlib.error: if `record` is anything else.
         """
         digests = base64.b64decode(record["digests"])
         return cls(_unpacked("q", record["sizes"]), _unpacked("i", record["ranks"]), digests)
 
     @classmethod
     def from_version_2(cls, record: Any) -> Ranges:
-        """Read ranges of format version 2: a list of ranges, or the columns if there are many.
-
-        Raises:
-            KeyError, TypeError, ValueError, zlib.error: if it is something else.
-        """
+        """Decode ranges of format version 2: a list of ranges, or columns if there are many. Raises as `from_json`."""
         return cls.of(Range(*part) for part in record) if isinstance(record, list) else cls.from_json(record)
 
 
 def _packed(column: array[int]) -> str:
-    # Level 1: most columns repeat one number, and higher levels take several times as long.
+    # Level 1 suffices: most columns repeat one number, and higher levels take several times as long.
     return _text(zlib.compress(_little_endian(column).tobytes(), 1))
 
 
@@ -137,7 +133,7 @@ def _unpacked(typecode: str, text: str) -> array[int]:
 
 
 def _little_endian(column: array[int]) -> array[int]:
-    """The column in the byte order of the file, or back in that of the machine."""
+    """Convert a column between the byte order of the file and that of the machine."""
     if sys.byteorder == "big":
         column = column[:]
         column.byteswap()

@@ -1,4 +1,4 @@
-"""The shard of a logical tensor that one rank holds, and the place from which each save reads it."""
+"""Describe the shard of a logical tensor that one rank holds, and where each save reads it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class ElementRange(NamedTuple):
-    """`num_items` consecutive elements, from `logical` on in the logical tensor and `local` on in this rank's."""
+    """`num_items` consecutive elements, starting at `logical` in the logical and at `local` in this rank's tensor."""
 
     logical: int
     local: int
@@ -47,18 +47,18 @@ class ElementRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """One logical tensor as this rank holds it.
+    """Describe this rank's shard of one logical tensor.
 
     Args:
-        spec: of the tensor in the file.
-        holder: a module's parameters or an optimizer's state, in which each save looks up the live tensor, so that a
-            tensor that was replaced since the plan is noticed.
-        key: in `holder`.
-        ranges: held by this rank, in the order of the logical tensor; other ranks may hold them too.
-        is_volatile: it may change before the next optimizer step (a buffer, a frozen parameter, a plain number), so it
-            is copied before `save` returns.
-        dtype: of the live tensor; None: a plain number.
-        shape: of the live tensor or DTensor in the holder.
+        spec: the tensor in the file.
+        holder: a module's or optimizer's dictionary. Each save looks up ``holder[key]``, so a tensor that was replaced
+            after planning is detected.
+        key: key in `holder`.
+        ranges: ranges that this rank holds, in logical order; other ranks may hold them too.
+        is_volatile: the value may change before the next optimizer step (a buffer, a frozen parameter, a plain number),
+            so it is copied before `save` returns.
+        dtype: type of the live tensor; None for a plain number.
+        shape: shape of the live tensor (global shape of a DTensor); None for a plain number.
     """
 
     spec: TensorSpec
@@ -70,43 +70,36 @@ class TensorShard:
     shape: torch.Size | None = None
 
     def is_as_planned(self) -> bool:
-        """Whether the holder still has a value of the planned type and shape."""
+        """Return whether the holder's value still has the planned type and shape."""
         value = self.holder[self.key]
         if isinstance(value, Tensor):
             return self.dtype == value.dtype and self.shape == value.shape
         return self.dtype is None and isinstance(value, _NUMBERS.get(self.spec.dtype, ()))
 
     def live(self) -> Any:
-        """The current tensor (the local part of a DTensor) or plain number."""
+        """Return the current tensor (the local tensor of a DTensor) or plain number."""
         value = self.holder[self.key]
         return value._local_tensor if isinstance(value, DTensor) else value
 
 
-# Types of a plain number, by the type in which it is written.
+# safetensors type -> Python types of the plain numbers written as it.
 _NUMBERS: dict[str, tuple[type, ...]] = {"F64": (float,), "I64": (int,)}
 
 
 def shard_of(
     spec: TensorSpec, place: tuple[Any, Any], ranges: tuple[ElementRange, ...], *, is_volatile: bool = False
 ) -> TensorShard:
-    """A shard of the value that is at `place`, a holder and a key, now."""
+    """Build the shard of the current value at `place`, a (holder, key)."""
     value = place[0][place[1]]
     dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else (None, None)
     return TensorShard(spec, place[0], place[1], ranges, is_volatile, dtype, shape)
 
 
 def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> TensorSpec:
-    """The specification of a tensor in the file.
-
-    Args:
-        section: weights or optimizer.
-        name: in the file.
-        value: the live tensor.
-        shape: logical.
-        dtype: in which a floating-point tensor is written; None: its own.
+    """Build the specification of a tensor of logical shape `shape`. `dtype` overrides a floating-point tensor's type.
 
     Raises:
-        CheckpointError: if safetensors has no such type, or the tensor is sparse or made of several tensors.
+        CheckpointError: if safetensors lacks the type, or the tensor is sparse or a wrapper of other tensors.
     """
     local = value._local_tensor if isinstance(value, DTensor) else value
     if is_traceable_wrapper_subclass(local):
@@ -131,22 +124,22 @@ def spec_of(section: Section, name: str, value: Any, shape: tuple[int, ...], dty
 
 
 def number_spec(section: Section, name: str, value: float) -> TensorSpec:
-    """The specification of a plain number, in 64 bits, so that it is not rounded."""
+    """Build the specification of a plain number, in 64 bits to avoid rounding."""
     return TensorSpec(section, name, "F64" if isinstance(value, float) else "I64", ())
 
 
 def full_range(value: Tensor) -> tuple[ElementRange, ...]:
-    """The range of a tensor that this rank holds completely."""
+    """Return the range of a tensor that this rank holds completely; none if the tensor is empty."""
     count = value.numel()
     return (ElementRange(0, 0, count),) if count else ()
 
 
 def scalar_range() -> tuple[ElementRange, ...]:
-    """The range of a plain number."""
+    """Return the range of a plain number."""
     return (ElementRange(0, 0, 1),)
 
 
 def clipped_range(logical_start: int, local_start: int, count: int, limit: int) -> tuple[ElementRange, ...]:
-    """A range without the elements behind the logical tensor's end, which are padding."""
+    """Return a range without padding: elements from `limit` on, the end of the logical tensor, are cut off."""
     count = min(count, limit - logical_start)
     return (ElementRange(logical_start, local_start, count),) if count > 0 else ()

@@ -1,4 +1,4 @@
-"""Verify every byte of a checkpoint against its digests. Importing this module never imports torch."""
+"""Verify every byte of a checkpoint against its digests. This module never imports torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,14 @@ from harness.checkpoint.format.digest import LEAF_BYTES, in_hex, leaves_of
 from harness.checkpoint.format.ranges import Range
 from harness.errors import CheckpointError, RunDirError
 
-# A multiple of a leaf.
+# Must be a multiple of a leaf.
 _CHUNK_BYTES = 256 * LEAF_BYTES
 _NUM_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of `verify`.
-
-    Args:
-        num_files: files in the manifest.
-        num_ranges: ranges of all files.
-        size_bytes: bytes of all files.
-        problems: one line for each damaged range or file.
-    """
+    """Report the result of `verify`: the files checked, and one line in `problems` for each damaged range or file."""
 
     num_files: int
     num_ranges: int
@@ -36,17 +29,12 @@ class Verified:
 
 
 def verify(checkpoint: Path, *, weights_only: bool = False) -> Verified:
-    """Read every range of a checkpoint against its digest.
+    """Read a checkpoint, or only its files of weights, and compare every range with its digest.
 
-    Effects: not collective; any thread; blocks for reading all of it in 4 threads, each with 4 MiB of memory; nothing
-    on disk.
-
-    Args:
-        checkpoint: its directory.
-        weights_only: verify only the files of weights.
+    Effects: not collective; any thread; blocks on reading the files in 4 threads, each with a 4 MiB buffer.
 
     Raises:
-        CheckpointError: if the manifest is missing or damaged.
+        CheckpointError: if the manifest is missing or cannot be read.
     """
     manifest = read_manifest(checkpoint)
     files = [file for file in manifest.files if not weights_only or file.name in manifest.weight_files]
@@ -60,10 +48,10 @@ def verify(checkpoint: Path, *, weights_only: bool = False) -> Verified:
 
 
 def require_whole(checkpoint: Path, *, weights_only: bool = False) -> None:
-    """Verify a checkpoint, and raise an error if it is damaged.
+    """Verify a checkpoint as `verify` does.
 
     Raises:
-        CheckpointError: with the first problem.
+        CheckpointError: if it is damaged; the message has the first problem.
     """
     problems = verify(checkpoint, weights_only=weights_only).problems
     if problems:
@@ -103,7 +91,7 @@ def _problem(path: Path, part: Range) -> str | None:
 
 
 def _read(descriptor: int, position: int, size_bytes: int) -> bytes | None:
-    """The bytes from `position` on; None if the file ends earlier."""
+    """Read `size_bytes` from `position`; None if the file ends before."""
     found = bytearray()
     while len(found) < size_bytes:
         part = os.pread(descriptor, size_bytes - len(found), position + len(found))
@@ -114,7 +102,7 @@ def _read(descriptor: int, position: int, size_bytes: int) -> bytes | None:
 
 
 def summary(checkpoint: Path, found: Verified) -> str:
-    """The result as text for the user."""
+    """Format the result for the user."""
     if found.problems:
         return "\n".join((f"{checkpoint}: is damaged:", *(f"  {problem}" for problem in found.problems)))
     return (
@@ -124,11 +112,11 @@ def summary(checkpoint: Path, found: Verified) -> str:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Raise an error if a path is not the directory of a checkpoint.
+    """Check that a path is the directory of a checkpoint.
 
     Raises:
         RunDirError: if it is not a directory.
-        CheckpointError: if it has no manifest.
+        CheckpointError: if its manifest is missing or cannot be read.
     """
     if not path.is_dir():
         raise RunDirError(f"{path}: is not a directory; give runs/<run_name>/checkpoints/<name>")
