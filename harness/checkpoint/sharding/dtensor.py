@@ -1,4 +1,4 @@
-"""FSDP2, HSDP, FSDP2 with tensor parallelism: a `DTensor`'s placements as ranges of the logical tensor."""
+"""Convert a `DTensor`'s placements (FSDP2, HSDP, tensor parallelism) to ranges of the logical tensor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from harness.errors import CheckpointError
 
 
 def ranges_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
-    """The ranges of a DTensor that this rank holds.
+    """Return the ranges of a DTensor that this rank holds.
 
     Effects: not collective; main thread; reads metadata only.
 
     Raises:
-        CheckpointError: if it holds partial sums, or has an unknown placement.
+        CheckpointError: if it holds partial sums, or has an unsupported placement.
     """
     mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
     if mesh.get_coordinate() is None:
@@ -31,7 +31,7 @@ def ranges_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
     local_shape = tuple(tensor._local_tensor.shape)
     if 0 in local_shape or 0 in shape:
         return ()
-    # The indices of a dimension do not depend on other dimensions.
+    # The indices of each dimension are independent of the other dimensions.
     indices = [_indices(dim, tensor) for dim in range(len(shape))]
     if tuple(len(part) for part in indices) != local_shape:
         raise CheckpointError(
@@ -42,7 +42,7 @@ def ranges_of(name: str, tensor: DTensor) -> tuple[ElementRange, ...]:
 
 
 def _indices(dim: int, tensor: DTensor) -> list[int] | range:
-    """The indices of a dimension that this rank holds, in any order, as torch divides it."""
+    """Return the indices of a dimension that this rank holds, in the order of the local tensor."""
     size = tensor.shape[dim]
     placements = tensor.placements
     if not any(_is_of(placement, dim) for placement in placements):
@@ -53,10 +53,7 @@ def _indices(dim: int, tensor: DTensor) -> list[int] | range:
 
 @lru_cache(maxsize=1024)
 def _divided(size: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> list[int] | range:
-    """The numbers below `size` that this rank gets.
-
-    Torch itself divides them, so every kind of sharding (uneven, strided) is right.
-    """
+    """Shard ``arange(size)`` with torch itself, so that uneven and strided sharding are right."""
     numbers = torch.arange(size, device=mesh.device_type)
     mine = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().tolist()
     if not mine:
@@ -76,8 +73,8 @@ def _along_first(placement: Placement) -> Placement:
 
 
 def _ranges(indices: list[list[int] | range], shape: tuple[int, ...]) -> tuple[ElementRange, ...]:
-    """Consecutive elements, in C order, in the outer product of the dimensions' indices."""
-    # Complete dimensions at the end make every range longer.
+    """Find the consecutive elements (C order) in the outer product of the dimensions' indices."""
+    # Complete trailing dimensions are part of every range.
     last = len(shape)
     while last > 0 and indices[last - 1] == range(shape[last - 1]):
         last -= 1

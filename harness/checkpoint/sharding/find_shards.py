@@ -1,4 +1,4 @@
-"""Find the shards of one model and its optimizer: the entry to the strategies."""
+"""Find the shards of one model and its optimizer with the module of its strategy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.errors import CheckpointError
 
 
 class NamedModel(NamedTuple):
-    """The tensors of one model by name, its FSDP1 units, and all its sharded modules, units included."""
+    """Hold the named tensors of one model, its FSDP1 units, and all its sharded modules including the units."""
 
     state: NamedState
     units: Sequence[fsdp1.Unit]
@@ -35,7 +35,7 @@ def name_model(model: nn.Module, prefix: str = "", named_before: dict[int, str] 
     Effects: not collective; main thread, between steps.
 
     Raises:
-        CheckpointError: if the model has state that is neither a parameter nor a buffer.
+        CheckpointError: if the model has state that is neither a parameter nor a buffer, or as `named_state`.
     """
     _refuse_extra_state(model)
     units = fsdp1.units_of(model)
@@ -47,18 +47,12 @@ def name_model(model: nn.Module, prefix: str = "", named_before: dict[int, str] 
 
 
 def find_shards(model: nn.Module, optimizer: Any, selection: Selection, named: NamedModel) -> LocalShards:
-    """Find what this rank holds of a model and of its optimizer.
+    """Find the shards of a prepared model and its prepared optimizer (or None) on this rank.
 
     Effects: not collective; main thread, between steps; reads metadata only.
 
-    Args:
-        model: prepared.
-        optimizer: prepared, or None.
-        selection: what to find.
-        named: the model's tensors.
-
     Raises:
-        CheckpointError: if something has an unknown structure.
+        CheckpointError: if the model or the optimizer has an unsupported structure.
     """
     state, units, sharded = named
     if units:
@@ -78,7 +72,7 @@ def find_shards(model: nn.Module, optimizer: Any, selection: Selection, named: N
 
 
 def find_optimized(model: nn.Module, optimizer: Any, named: NamedModel) -> list[OptimizedTensor]:
-    """The tensors that the innermost optimizer steps on, in the same order on every rank.
+    """List the tensors that the innermost optimizer steps on, in the same order on every rank.
 
     Effects, Raises: as `find_shards`.
     """
@@ -92,7 +86,7 @@ def find_optimized(model: nn.Module, optimizer: Any, named: NamedModel) -> list[
 
 
 def is_deepspeed_engine(model: nn.Module) -> bool:
-    """Whether a model is DeepSpeed's engine, compiled or not, whether accelerate or Lightning made it."""
+    """Return whether a model is a DeepSpeed engine, compiled or not, made by accelerate or Lightning."""
     return any(base.__name__ == "DeepSpeedEngine" for base in type(getattr(model, "_orig_mod", model)).__mro__)
 
 
@@ -106,7 +100,7 @@ def _refuse_extra_state(model: nn.Module) -> None:
                 )
     for prefix, module in modules_of(model):
         if not _has_own_state_dict(module) or any(map(is_fsdp1, module.modules())):
-            continue  # gathering what FSDP1 has sharded below it would be collective
+            continue  # state_dict() would gather FSDP1's shards, which is collective
         if more := _names_beyond_tensors(prefix, module):
             name, kind = prefix.rstrip(".") or "the model", type(module).__name__
             raise CheckpointError(
@@ -117,13 +111,13 @@ def _refuse_extra_state(model: nn.Module) -> None:
 
 
 def _has_own_state_dict(module: nn.Module) -> bool:
-    """Whether a class, an instance attribute or a hook decides what is in a module's `state_dict`."""
+    """Return whether a class, an instance attribute or a hook changes a module's `state_dict`."""
     is_overridden = type(module).state_dict is not nn.Module.state_dict or "state_dict" in vars(module)
     return is_overridden or bool(module._state_dict_hooks)
 
 
 def _names_beyond_tensors(prefix: str, module: nn.Module) -> list[str]:
-    """Names in a module's own `state_dict` that are neither parameters nor buffers of it under any name."""
+    """List the entries of a module's `state_dict` that are not its parameters or buffers under any name."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     names, addresses = {name for name, _ in tensors}, {_address(tensor) for _, tensor in tensors}
     try:
@@ -141,6 +135,6 @@ def _names_beyond_tensors(prefix: str, module: nn.Module) -> list[str]:
 
 
 def _address(tensor: Tensor) -> Any:
-    """The address of a tensor's memory; its identity if it has none."""
+    """Return the address of a tensor's memory, or its `id` if it has none."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return local.data_ptr() or id(tensor)

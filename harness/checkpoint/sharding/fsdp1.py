@@ -1,8 +1,8 @@
-"""FSDP1: each rank's slice of flat parameters, as ranges of the parameters that were flattened.
+"""Convert each rank's slice of FSDP1's flat parameters to ranges of the original parameters.
 
-With ``use_orig_params`` the optimizer steps on views of that slice, one for each parameter; without it, on the slice.
-Torch records where in the slice each parameter lies, so padding and alignment gaps are never read. This module reads
-fields of torch's handles (written for torch 2.13). Only `Fsdp1Shards.complete` is collective.
+With ``use_orig_params`` the optimizer steps on views of the slice, one for each parameter; without it, on the slice.
+Torch records the position of each parameter in the slice, so padding and alignment gaps are never read. This module
+reads private fields of torch's handles (written for torch 2.13). Only `Fsdp1Shards.complete` is collective.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from harness.errors import CheckpointError
 
 
 class Part(NamedTuple):
-    """One parameter as a rank holds it.
+    """Describe one parameter on this rank.
 
     Args:
-        parameter: the named one: itself, or its placeholder if the module has only the flat parameter.
-        shape: of the whole parameter.
-        tensor: that the optimizer steps on, and that holds the values.
-        place: (holder, key) of that tensor; None: the module's own place of the parameter.
-        ranges: of the parameter in that tensor.
-        is_absent: this rank holds none of it. Torch gives it no gradient here, so no step makes its state.
+        parameter: the named parameter, or its placeholder if the module has only the flat parameter.
+        shape: shape of the whole parameter.
+        tensor: tensor that holds the values and that the optimizer steps on.
+        place: (holder, key) of `tensor`; None if it is where the module keeps the parameter.
+        ranges: ranges of the parameter in `tensor`.
+        is_absent: this rank holds no element of it. It gets no gradient here, so no step creates its state.
     """
 
     parameter: nn.Parameter
@@ -62,10 +62,10 @@ class Part(NamedTuple):
 
 
 class Unit:
-    """One flat parameter: that of a wrapped module, without wrapped modules inside of it.
+    """Describe one flat parameter: that of a wrapped module, without the wrapped modules inside.
 
     Raises:
-        CheckpointError: if it has an unknown structure.
+        CheckpointError: with tensor parallelism, or if a parameter was not in C order when it was flattened.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -97,7 +97,7 @@ class Unit:
         return Part(meta, shape, flat, (self._handle.__dict__, "flat_param"), ranges)
 
     def placeholders(self) -> Iterator[Placeholder]:
-        """Placeholders of the parameters that their modules no longer have, including tied ones."""
+        """Yield placeholders of the parameters that FSDP1 has removed from their modules, including tied ones."""
         if self.has_views:
             return
         parameters = {}
@@ -108,9 +108,9 @@ class Unit:
             yield tied.module, tied.param_name, parameters[id(tied.prim_module), tied.prim_param_name]
 
     def reshard(self) -> None:
-        """Make the modules hold their slices; after a forward without a backward they may hold whole parameters.
+        """Make the modules hold their slices: after a forward without a backward they may hold whole parameters.
 
-        The gathered parameters are kept, as in torch: the next forward must gather on all ranks or on none.
+        The gathered parameters are not freed, because the next forward must gather on all ranks or on none.
         """
         handle, flat = self._handle, self._flat
         if self._has_run_forward:
@@ -118,23 +118,23 @@ class Unit:
                 handle.reshard(False)
                 handle.post_reshard()
         elif self.has_views and any(part.parameter.dtype != flat.dtype for part in self.parts):
-            # accelerate has cast the flat parameter from 16 to 32 bits; its views follow in the first forward.
+            # accelerate has upcast the flat parameter to fp32; torch updates its views only in the first forward.
             handle._use_sharded_views()
 
     def forget_gathered(self) -> None:
-        """Free gathered parameters whose values a restore replaces. Call it on all ranks: the next forward gathers."""
+        """Free gathered parameters, which a restore makes stale. Call this on all ranks: the next forward gathers."""
         if self._has_run_forward and self._handle.uses_sharded_strategy:
             self._handle.reshard(True)
             self._handle.post_reshard()
 
     @property
     def _has_run_forward(self) -> bool:
-        """Whether a forward has run; before it, nothing but the slice exists."""
+        """Return whether a forward has run; before it, only the slice exists."""
         return hasattr(self._flat, "_local_shard")
 
 
 def _is_in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether elements lie in C order. Unlike in torch, a dimension of length 1 may have any stride."""
+    """Return whether elements are in C order. As opposed to torch, a dimension of length 1 may have any stride."""
     if 0 in shape:
         return True
     expected = 1
@@ -146,10 +146,10 @@ def _is_in_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """The flat parameters of a model; empty without FSDP1.
+    """List the flat parameters of a model; empty without FSDP1.
 
     Raises:
-        CheckpointError: if one has an unknown structure.
+        CheckpointError: as `Unit`, or if torch's handles have an unknown structure.
     """
     wrappers: list[Any] = [module for module in model.modules() if is_fsdp1(module)]
     try:
@@ -160,13 +160,13 @@ def units_of(model: nn.Module) -> list[Unit]:
 
 @dataclass
 class Fsdp1Shards(LocalShards):
-    """Shards of FSDP1. A rank that holds nothing of a parameter learns the names of its state from the others.
+    """Hold shards of FSDP1. A rank that holds no element of a parameter receives the names of its state from others.
 
     Args:
         has_state: whether the optimizer's state is saved or restored.
         parts: the model's parameters by name.
-        specs: parameter -> its state, if this rank holds the parameter's first element.
-        optimizer: the innermost one.
+        specs: parameter -> specifications of its state, if this rank holds the parameter's first element.
+        optimizer: the innermost optimizer.
     """
 
     has_state: bool = False
@@ -175,7 +175,7 @@ class Fsdp1Shards(LocalShards):
     optimizer: Any = None
 
     def complete(self, collectives: Collectives) -> None:
-        """See `LocalShards.complete`. Collective."""
+        """Implement `LocalShards.complete`. Collective."""
         if not self.has_state:
             return
         specs_by_name: dict[str, list[TensorSpec]] = {}
@@ -185,11 +185,11 @@ class Fsdp1Shards(LocalShards):
         for name, part in self.parts.items():
             if part.is_absent:
                 self.tensors += [TensorShard(spec, {}, None, ()) for spec in specs_by_name.get(name, ())]
-        # The same order on every rank.
+        # Tensors must be in the same order on every rank.
         self.tensors.sort(key=lambda shard: shard.spec.name if shard.spec.section == "optimizer" else "")
 
     def refresh(self) -> None:
-        """Remove the state that was built for parameters of which this rank holds nothing."""
+        """Remove the state that a restore has built for parameters of which this rank holds no element."""
         if self.has_state:
             for part in self.parts.values():
                 if part.is_absent:
@@ -238,12 +238,11 @@ def find(
 
 
 def find_optimized(optimizer: Any, state: NamedState, units: Sequence[Unit]) -> list[OptimizedTensor]:
-    """The views, or the flat parameters, in the optimizer's groups."""
+    """List the views or flat parameters in the optimizer's groups."""
     return list(_optimized(innermost(optimizer), _parts(state, units), units))
 
 
 def _parts(state: NamedState, units: Sequence[Unit]) -> dict[str, Part]:
-    """All parameters of the model by name."""
     flattened = {id(part.parameter): part for unit in units for part in unit.parts}
     parts: dict[str, Part] = {}
     for name, parameter in state.parameters.items():

@@ -1,4 +1,4 @@
-"""The shards of a training state that one rank holds, whatever the strategy."""
+"""Hold the shards of a training state on one rank, for any strategy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 class Selection(NamedTuple):
-    """Which part of a state to find.
+    """Select which part of a state to find.
 
     Args:
         weights_only: skip the optimizer's state.
-        dtype: type in which floating-point weights are written; None: their own.
+        dtype: type in which floating-point weights are written; None keeps theirs.
         is_main_process: whether this is rank 0, which writes the buffers.
-        restoring: find what a restore fills rather than what a save writes: buffers on every rank, and the masters of
+        restoring: find the targets of a restore, which also include the buffers on every rank and the masters of
             weights that are fp32 themselves.
     """
 
@@ -40,12 +40,9 @@ class Selection(NamedTuple):
 
 
 class OptimizedTensor(NamedTuple):
-    """One tensor that the innermost optimizer steps on: a parameter, or a flat partition of many.
+    """Describe a tensor that the innermost optimizer steps on: a parameter, or a flat partition of those in `names`.
 
-    Args:
-        group: the live parameter group.
-        tensor: the key of its state in the optimizer.
-        names: of the parameters in it.
+    `group` is its live parameter group.
     """
 
     group: dict[str, Any]
@@ -55,17 +52,19 @@ class OptimizedTensor(NamedTuple):
 
 @dataclass
 class LocalShards:
-    """What one rank holds. A strategy whose ranks must exchange something derives from it.
+    """Hold the shards of one rank. Strategies whose ranks must communicate override `complete` or `refresh`.
+
+    `sizes`, `members` and `trees` record the structure of model and optimizer, by which `is_current` detects changes.
 
     Args:
-        tensors: every logical tensor, in the same order on every rank, including those with no range on this rank.
-        aliases: name of a tied tensor -> the name under which it is stored.
-        groups: the optimizer's parameter groups: the live dictionary, and the names of its parameters.
-        sharded_modules: FSDP2's modules, or FSDP1's units, which may hold unsharded parameters for a while.
-        sizes: containers, with the length that they have while this object is valid.
-        members: (dictionary, key, value) that stay while this object is valid; value None: the key is missing.
-        trees: (state, key, parameter, form) of optimizer state that is neither a tensor nor a number, whose form stays.
-        forms: parameter -> form of its optimizer state, unless it follows from the names in the file.
+        tensors: every logical tensor, in the same order on every rank, including those without a range on this rank.
+        aliases: additional name of a tied tensor -> name under which it is stored.
+        groups: (live parameter group, names of its parameters).
+        sharded_modules: FSDP2's modules and FSDP1's units, which may temporarily hold unsharded parameters.
+        sizes: (container, expected length).
+        members: (dictionary, key, expected value); None if the key is missing.
+        trees: (state, key, parameter, expected form) of optimizer state that is neither a tensor nor a number.
+        forms: parameter -> form of its optimizer state, unless the names in the file determine it.
     """
 
     tensors: list[TensorShard] = field(default_factory=list)
@@ -79,7 +78,7 @@ class LocalShards:
 
     @classmethod
     def of_model(cls, state: NamedState, sharded_modules: tuple[Any, ...], **more: Any) -> Self:
-        """The structure of a model, before its tensors are added."""
+        """Create an object with the structure of a model, without tensors."""
         return cls(
             aliases=state.aliases,
             sharded_modules=sharded_modules,
@@ -89,14 +88,14 @@ class LocalShards:
         )
 
     def complete(self, collectives: Collectives) -> None:
-        """Add the tensors that this rank cannot find by itself. Collective for some strategies."""
+        """Add the tensors that this rank cannot find without communication. Collective for some strategies."""
 
     def refresh(self) -> None:
-        """Update what is derived from the tensors after a restore has filled them. Collective for some strategies."""
+        """Update values derived from the tensors, after a restore has filled them. Collective for some strategies."""
 
     @property
     def is_current(self) -> bool:
-        """Whether the model and the optimizer still have the structure that was found."""
+        """Return whether the model and the optimizer still have the recorded structure."""
         (containers, sizes), (mappings, keys, values) = self._columns
         found = map(dict.get, mappings, keys)
         is_same = list(map(len, containers)) == sizes and all(map(operator.is_, found, values))
@@ -104,7 +103,7 @@ class LocalShards:
 
     @cached_property
     def _columns(self) -> tuple[tuple[list[Any], list[int]], tuple[list[Any], list[Any], list[Any]]]:
-        """Sizes and members by columns: each save compares them, with loops in C."""
+        """Store sizes and members as columns: each save compares them, with loops in C."""
         return (
             ([container for container, _ in self.sizes], [size for _, size in self.sizes]),
             (
@@ -115,22 +114,22 @@ class LocalShards:
         )
 
     def reshard(self) -> None:
-        """Make FSDP hold its sharded parameters.
+        """Make FSDP hold its sharded parameters, which are those that the optimizer updates.
 
-        After a forward without a backward (an evaluation) FSDP2's root keeps the unsharded ones, which are not the
-        tensors that the optimizer updates. So does FSDP1 if it does not reshard after forward.
+        After a forward without a backward (an evaluation) FSDP2's root keeps the unsharded parameters, and so does
+        FSDP1 if it does not reshard after forward.
         """
         for module in self.sharded_modules:
             module.reshard()
 
     def owns_parameter(self, parameter: Tensor) -> bool:
-        """Whether a parameter belongs to the model or to a group. Slow."""
+        """Return whether a parameter belongs to the model or to a group. Slow."""
         groups = (group["params"] for group, _ in self.groups)
         models = (each.holder[each.key] for each in self.tensors if each.spec.section == "model")
         return any(parameter is each for each in chain(chain.from_iterable(groups), models))
 
     def frozen_names(self) -> list[str]:
-        """Names of the parameters in groups whose requires_grad is False; flat ones (FSDP1, ZeRO) are skipped."""
+        """List the parameters in groups with requires_grad=False. Groups of flat tensors (FSDP1, ZeRO) are skipped."""
         pairs = [
             (names, list(map(_REQUIRES_GRAD, group["params"])))
             for group, names in self.groups
@@ -145,22 +144,22 @@ class LocalShards:
         ]
 
     def group_names(self) -> list[list[str]]:
-        """Names of the parameters of each group."""
+        """Return the names of the parameters of each group."""
         return [names for _, names in self.groups]
 
     def add_state(self, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], tensor: Tensor) -> list[Leaf]:
-        """Record structure and form of what an optimizer keeps for one tensor, and return its leaves.
+        """Record structure and form of an optimizer's state `values` for one tensor, and return its leaves.
 
         Effects: not collective; main thread, between steps; reads metadata only.
 
         Args:
-            optimizer: for messages.
-            names: of the parameters in the tensor.
+            optimizer: named in messages.
+            names: names of the parameters in the tensor.
             values: the state.
-            tensor: that the optimizer steps on.
+            tensor: tensor that the optimizer steps on.
 
         Raises:
-            CheckpointError: if the state has an unknown structure.
+            CheckpointError: if the state has an unsupported structure.
         """
         first = names[0] if names else "a parameter"
         self.sizes.append((values, len(values)))
@@ -181,10 +180,10 @@ class LocalShards:
         return list(leaves_of(values))
 
     def refuse_ambiguous(self, optimizer: Any, other_names: Iterable[str]) -> None:
-        """Refuse names from which a reader could not find the parameter that a part of a state belongs to.
+        """Check that each name ``<kind>.<parameter>`` of optimizer state is unique and identifies its parameter.
 
         Raises:
-            CheckpointError: with the first of them.
+            CheckpointError: with the first ambiguous name.
         """
         names = {each.spec.name for each in self.tensors if each.spec.section == "model"}.union(other_names)
         seen: set[str] = set()
@@ -206,11 +205,11 @@ def _has_form(values: Mapping[Any, Any], kind: Any, tensor: Tensor, form: Form) 
     try:
         return bool(form_of(values.get(kind), tensor) == form)
     except TypeError:
-        return False  # the next plan raises the error, with the name
+        return False  # the next plan raises an error with the name
 
 
 def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> str:
-    """The name of an optimizer's parameter.
+    """Return the name of an optimizer's parameter.
 
     Raises:
         CheckpointError: if it belongs to no watched model.
@@ -225,13 +224,13 @@ def name_of(parameter: Tensor, names: Mapping[int, str], group_index: int) -> st
 
 
 def names_by_id(state: NamedState) -> dict[int, str]:
-    """Identity of a parameter -> its name; those of other models of the checkpoint are last."""
+    """Map the `id` of each parameter to its name; parameters of other models of the checkpoint are last."""
     own = {id(parameter): name for name, parameter in state.parameters.items()}
     return {**own, **state.others}
 
 
 def state_error(optimizer: Any, kind: str, name: str, what: str) -> CheckpointError:
-    """The error for optimizer state that cannot be saved."""
+    """Return the error for optimizer state that cannot be saved."""
     return CheckpointError(
         f"{type(optimizer).__name__}: cannot save its state {kind!r} of {name}: {what}; "
         "use checkpoint.save_weights_only, or another optimizer"
@@ -239,9 +238,9 @@ def state_error(optimizer: Any, kind: str, name: str, what: str) -> CheckpointEr
 
 
 def innermost(optimizer: Any) -> Any:
-    """The user's own optimizer, inside accelerate's and DeepSpeed's wrappers.
+    """Return the user's optimizer inside accelerate's and DeepSpeed's wrappers.
 
-    A user's optimizer may hold another one as ``optimizer``, as Lookahead does; it is not unwrapped.
+    A user's optimizer that wraps another one as ``optimizer``, as Lookahead does, is not unwrapped.
     """
     while (inner := getattr(optimizer, "optimizer", None)) is not None and not _is_users_own(optimizer):
         optimizer = inner
@@ -254,7 +253,7 @@ def _is_users_own(optimizer: Any) -> bool:
 
 
 def trained_ids(parameters: Sequence[Tensor], optimizer: Any) -> set[int]:
-    """Identities of the parameters that change in an optimizer's step and at no other time."""
+    """Return the `id` of each parameter that changes in the optimizer's step only."""
     if optimizer is None:
         return {id(parameter) for parameter in parameters if parameter.requires_grad}
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

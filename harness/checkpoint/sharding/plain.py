@@ -1,4 +1,4 @@
-"""Single process, DDP, FSDP2, HSDP: parameters and moments are tensors or DTensors."""
+"""Find shards without a strategy, with DDP, FSDP2 and HSDP: parameters and moments are tensors or DTensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from harness.errors import CheckpointError
 
 
 def find(state: NamedState, optimizer: Any, selection: Selection, sharded_modules: tuple[Any, ...]) -> LocalShards:
-    """Find the shards of a model whose tensors or DTensors describe this rank's part themselves."""
+    """Find this rank's shards of a model of tensors and DTensors, and of its optimizer."""
     shards = LocalShards.of_model(state, sharded_modules)
     inner = innermost(optimizer)
     trained = trained_ids(list(state.parameters.values()), inner)
@@ -73,8 +73,8 @@ def find(state: NamedState, optimizer: Any, selection: Selection, sharded_module
 def _refuse_state_outside_groups(inner: Any, names: Mapping[int, str]) -> None:
     """Refuse state of a tensor in no parameter group.
 
-    Adagrad makes its state in its constructor. FSDP2 then replaces the parameters by DTensors, and that state remains
-    under the old tensors, where no step reads it: it is ignored.
+    An exception is state that Adagrad creates in its constructor: FSDP2 then replaces the parameters by DTensors, and
+    no step reads the state of the replaced tensors.
     """
     listed = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     are_replaced = any(isinstance(parameter, DTensor) for group in inner.param_groups for parameter in group["params"])
@@ -91,7 +91,7 @@ def _refuse_state_outside_groups(inner: Any, names: Mapping[int, str]) -> None:
 
 
 def find_optimized(optimizer: Any, names: dict[int, str]) -> list[OptimizedTensor]:
-    """The parameters in the optimizer's groups, including frozen ones, which may be trained again later."""
+    """List the parameters in the optimizer's groups, including frozen ones, which may be trained later."""
     inner = innermost(optimizer)
     return [
         OptimizedTensor(group, parameter, [name_of(parameter, names, index)])
@@ -114,7 +114,7 @@ def _is_sharded(parameter: DTensor) -> bool:
 
 
 def add_buffers(shards: LocalShards, state: NamedState, selection: Selection) -> None:
-    """Add the buffers: rank 0 writes them, as in DDP and in our evaluation; every rank restores them."""
+    """Add the buffers. Rank 0 writes them, as DDP and our evaluation broadcast its own; every rank restores them."""
     is_writer = selection.is_main_process or selection.restoring
     for name, buffer in state.buffers.items():
         shard = _shard("model", name, buffer, state.holders[name], selection.dtype, is_volatile=True)

@@ -1,6 +1,6 @@
 """Check that ranks that hold the same part of a tensor hold the same values.
 
-They divide the writing of that part, so if they differ, the checkpoint would match no rank's state.
+These ranks each write a section of that part; if they differ, the checkpoint matches no rank's state.
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(shards: Sequence[TensorShard], sharing: Sharing, collectives: Collectives) -> None:
-    """Compare the parts that several ranks hold, by sums over at most 65,536 elements of each tensor, bit for bit.
+    """Compare replicated parts by sums over samples of each tensor.
 
-    Each group of ranks exchanges a hash of its sums; only if the hashes differ, the sums are exchanged too.
+    A sample has 65,536 to about 131,072 elements, or all of a smaller tensor. All ranks exchange hashes of the sums,
+    and the sums themselves only if hashes differ.
 
-    Effects: collective; main thread; blocks for a read of the samples, on CUDA until the device is idle;
-    nothing on disk.
-
-    Args:
-        shards: this rank's.
-        sharing: groups of ranks that hold the same parts.
-        collectives: of all ranks.
+    Effects: collective; main thread; synchronizes with CUDA to read the sums.
 
     Raises:
-        CheckpointError: on all ranks, with the first tensor that differs.
+        CheckpointError: on all ranks, with the first tensor that differs, or if a rank cannot compute its sums.
     """
     mine = [indices for ranks, indices in sharing.items() if collectives.rank in ranks]
     sums: list[list[int]] = []
@@ -61,7 +56,7 @@ def _differing(sharing: Sharing, reports: Sequence[Sequence[Any]]) -> list[tuple
     """Find the groups in which a rank's report differs from that of the group's first rank.
 
     Returns:
-        Index of the group; its index in the first rank's report, and in the other rank's; the other rank.
+        For each: index of the group, its index in the first rank's report and in the other rank's, the other rank.
     """
     position = [0] * len(reports)
     found = []
@@ -102,13 +97,13 @@ def _sum(shard: TensorShard) -> Tensor | int:
     flat = value.detach().reshape(-1)
     stride = max(1, sum(part.num_items for part in shard.ranges) // _MAX_SAMPLES)
     parts = [flat[part.local : part.local + part.num_items : stride] for part in shard.ranges]
-    # As integers, so that the order of summation does not matter and a NaN compares like other numbers.
+    # Sum the bits as integers: the order of summation does not matter, and equal NaNs compare as equal.
     samples = torch.cat(parts).view(_INTEGERS[value.element_size()])
     return samples.sum(dtype=torch.int64)
 
 
 def _read_numbers(sums: Sequence[Tensor | int]) -> list[int]:
-    """The values of all sums, with one synchronisation for each device."""
+    """Read the values of all sums, with one synchronization for each device."""
     values: dict[int, int] = {}
     tensors = [each for each in sums if isinstance(each, Tensor)]
     for device in {each.device for each in tensors}:

@@ -1,7 +1,7 @@
-"""The shards of all ranks, by kinds of tensors: tensors that all ranks hold alike are examined once.
+"""Collect the shards of all ranks, with tensors that are sharded identically grouped into one kind.
 
-A transformer has thousands of tensors and a dozen shapes. FSDP2 divides tensors of one shape alike, so a rank reports a
-dozen patterns, and for each tensor the number of its pattern.
+A transformer has thousands of tensors of a dozen shapes, and FSDP2 shards tensors of one shape identically. A rank
+therefore reports a dozen patterns, and the pattern's number for each tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from harness.checkpoint.format.layout import TensorSpec
 from harness.checkpoint.format.tensor_shard import ElementRange
 from harness.errors import CheckpointError
 
-# First logical element and number of elements of each range, wherever it is in the rank's memory.
+# (first logical element, number of elements) of each range, independent of its place in the rank's memory.
 Part = tuple[tuple[int, int], ...]
 # Ranks that hold the same part of the same tensors -> indices of these tensors, ascending.
 Sharing = Mapping[tuple[int, ...], Sequence[int]]
@@ -26,12 +26,12 @@ Sharing = Mapping[tuple[int, ...], Sequence[int]]
 
 @dataclass(frozen=True, eq=False)
 class ShardCatalog:
-    """The shards of one rank.
+    """Hold the shards of one rank.
 
     Args:
         structure: `plan.hash_of` its tensors.
-        patterns: the distinct ranges.
-        which: shape (tensors,), int32: the number of each tensor's pattern.
+        patterns: the distinct tuples of ranges.
+        which: index into `patterns` of each tensor: shape (tensors,), int32.
     """
 
     structure: int
@@ -40,17 +40,17 @@ class ShardCatalog:
 
     @classmethod
     def of(cls, structure: int, ranges: Iterable[tuple[ElementRange, ...]]) -> ShardCatalog:
-        """The catalog of a rank, from its ranges of each tensor."""
+        """Build the catalog of a rank from its ranges of each tensor."""
         numbers: dict[tuple[ElementRange, ...], int] = {}
         which = [numbers.setdefault(tuple(each), len(numbers)) for each in ranges]
         return cls(structure, tuple(numbers), np.array(which, dtype=np.int32))
 
     def ranges_of(self, index: int) -> tuple[ElementRange, ...]:
-        """The ranges of one tensor."""
+        """Return the ranges of one tensor."""
         return self.patterns[self.which[index]]
 
     def packed(self) -> bytes:
-        """The catalog as bytes, for the exchange between ranks."""
+        """Serialize the catalog, for the exchange between ranks."""
         numbers = array("q", [self.structure, len(self.patterns)])
         for ranges in self.patterns:
             numbers.append(len(ranges))
@@ -61,7 +61,7 @@ class ShardCatalog:
 
     @classmethod
     def unpacked(cls, content: bytes) -> ShardCatalog:
-        """Read what `packed` returned."""
+        """Deserialize a result of `packed`."""
         data = zlib.decompress(content)
         numbers = array("q")
         numbers.frombytes(data[: 8 * int.from_bytes(data[:8], "little")])
@@ -77,11 +77,9 @@ class ShardCatalog:
 
 @dataclass(frozen=True)
 class ShardKind:
-    """Tensors that are divided alike among the ranks.
+    """Describe tensors that are sharded identically: their ascending indices, and for each part the ranks holding it.
 
-    Args:
-        tensors: indices, ascending.
-        parts: part -> the ranks that hold it, ascending.
+    Ranks are in ascending order.
     """
 
     tensors: Sequence[int]
@@ -89,16 +87,12 @@ class ShardKind:
 
 
 def kinds_of(specs: Sequence[TensorSpec], catalogs: Sequence[ShardCatalog]) -> list[ShardKind]:
-    """Group all tensors by kinds.
-
-    Args:
-        specs: of the tensors.
-        catalogs: of each rank.
+    """Group all tensors by kind. `catalogs` has one entry for each rank.
 
     Raises:
-        CheckpointError: if the ranks' parts of a tensor leave a gap, or overlap without being the same.
+        CheckpointError: if the parts of a tensor leave a gap, or overlap without being identical.
     """
-    # Ranks with the same numbers for all tensors; the patterns behind the numbers may differ.
+    # Group ranks with equal pattern numbers for all tensors; the patterns themselves may differ.
     rows: dict[bytes, list[int]] = {}
     for rank, each in enumerate(catalogs):
         rows.setdefault(each.which.tobytes(), []).append(rank)
@@ -125,7 +119,7 @@ def kinds_of(specs: Sequence[TensorSpec], catalogs: Sequence[ShardCatalog]) -> l
 
 
 def sharing_of(kinds: Sequence[ShardKind]) -> Sharing:
-    """The groups of ranks that hold the same parts."""
+    """Return the groups of ranks that hold the same parts."""
     found: dict[tuple[int, ...], list[int]] = {}
     for kind in kinds:
         for ranks in kind.parts.values():

@@ -1,16 +1,16 @@
-"""The state that an optimizer keeps for one parameter: its leaves by path, and the form from which it is rebuilt.
+"""Split the optimizer's state of one parameter into leaves, named by path, and a form from which it is rebuilt.
 
 Most optimizers keep a dict of tensors and numbers. Some keep lists, tuples, deques and dicts of these, or objects with
-``state_dict`` and ``load_state_dict``. Each tensor or number in them is a leaf, named by its path (``GG.0``). The form
-holds the rest: the containers, their order, None, text, and which leaves are plain numbers.
+``state_dict`` and ``load_state_dict``. Each tensor or number is a leaf, named by its path (``GG.0``). The form holds
+the rest: the containers, their order, None, text, and which leaves are plain numbers.
 
 A form is JSON:
 
     "tensor"                     a tensor
     "device_tensor"              a tensor of one element on the accelerator
-    "made"                       a tensor that only the optimizer can make
-    {"order": [1, 0]}            a tensor in another memory layout than expected: the order of its dimensions, which
-                                 decides how later steps are rounded
+    "made"                       a tensor that only the optimizer can create
+    {"order": [1, 0]}            a tensor in an unexpected memory layout: its dimensions, outermost first; the layout
+                                 affects the rounding of later steps
     "int", "float", "bool"       a plain number
     null, [...]                  None, a list
     {"tuple": [...]}, {"dict": [[key, form], ...]}, {"object": <form of its state_dict()>}, ...
@@ -37,14 +37,14 @@ _MADE_OF = {name: made for made, name in (*_SEQUENCES.items(), *_MAPPINGS.items(
 
 
 class Leaf(NamedTuple):
-    """One tensor or number of a state.
+    """Describe one tensor or number of a state.
 
     Args:
-        name: its path with dots.
-        holder: in which each save looks it up.
-        key: in `holder`.
+        name: its path, joined with dots.
+        holder: container in which each save looks up `key`.
+        key: key or path in `holder`.
         value: the current tensor or number.
-        is_made: an object's `state_dict` returns it, possibly a new one at each call.
+        is_made: whether an object's `state_dict` returns it, possibly a new one at each call.
     """
 
     name: str
@@ -55,21 +55,13 @@ class Leaf(NamedTuple):
 
 
 class Branch:
-    """Access to values of a state by path, so that a container may be replaced between saves.
-
-    Args:
-        values: the state.
-    """
+    """Look up values of a state by path, so that a container may be replaced between saves."""
 
     def __init__(self, values: Any) -> None:
         self._values = values
 
     def __getitem__(self, path: Path) -> Any:
-        """The current value at a path.
-
-        Raises:
-            KeyError, IndexError, TypeError: if there is none.
-        """
+        """Return the current value at a path. Raises `KeyError`, `IndexError` or `TypeError` if there is none."""
         value = self._values
         for key in path:
             value = (value.state_dict() if is_object(value) else value)[key]
@@ -88,25 +80,19 @@ class Branch:
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether it is a tensor or a plain number."""
+    """Return whether a value is a tensor or a plain number."""
     return isinstance(value, (Tensor, int, float))
 
 
 def is_object(value: Any) -> bool:
-    """Whether it is an object that saves and loads its own state."""
+    """Return whether a value is an object with `state_dict` and `load_state_dict`."""
     return not isinstance(value, (Tensor, type)) and all(
         callable(getattr(value, method, None)) for method in ("state_dict", "load_state_dict")
     )
 
 
 def leaves_of(values: Mapping[Any, Any]) -> Iterator[Leaf]:
-    """The leaves of a state, in its order.
-
-    Effects: not collective.
-
-    Raises:
-        TypeError: if a value cannot be part of a form.
-    """
+    """Yield the leaves of a state, in its order. Values of types that a form cannot have are skipped."""
     branch = Branch(values)
     for kind, value in values.items():
         if is_leaf(value):
@@ -130,15 +116,15 @@ def _walk(value: Any, path: Path, *, is_made: bool) -> Iterator[tuple[Path, Any,
 
 
 def form_of(value: Any, like: Tensor, *, in_object: bool = False) -> Form:
-    """The form of a value in a state.
+    """Return the form of a state or of a value in it.
 
     Args:
-        value: a part of the state, or the whole state.
-        like: the parameter.
+        value: the state, or a part of it.
+        like: the parameter, which determines the expected memory layout.
         in_object: whether an object's `state_dict` returned it.
 
     Raises:
-        TypeError: if it cannot be part of a form.
+        TypeError: if `value` has an unsupported type.
     """
     if isinstance(value, Tensor):
         return _tensor_form(value, like)
@@ -176,7 +162,7 @@ def _tensor_form(value: Tensor, like: Tensor) -> Form:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The dimensions by their order in memory, the outermost first; C order if they overlap or have gaps."""
+    """Return the dimensions in memory order, outermost first; C order if they overlap or have gaps."""
     order = list(range(tensor.ndim))
     if tensor.ndim < 2 or tensor.is_contiguous():
         return order
@@ -186,7 +172,7 @@ def _order(tensor: Tensor) -> list[int]:
 
 
 def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
-    """The form of a whole state, or None if `plain_form` of the names in the file gives the same state.
+    """Return the form of a whole state, or None if `plain_form` rebuilds it from the names in the file.
 
     Raises:
         TypeError: as `form_of`.
@@ -205,17 +191,17 @@ def needed_form(values: Mapping[Any, Any], like: Tensor) -> Form:
 
 
 def plain_form(kinds: Mapping[Any, Any] | set[str]) -> Form:
-    """The form of a state that is a dict of tensors, with ``step`` first, as in torch's optimizers."""
+    """Return the form of a state that is a dict of tensors, with ``step`` first, as in torch's optimizers."""
     return {"dict": [[kind, "tensor"] for kind in sorted(kinds, key=lambda kind: (kind != "step", str(kind)))]}
 
 
 def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any:
-    """Build a value of a form. In place of an object it has the argument for the object's `load_state_dict`.
+    """Build a value from a form that `checked` returned. An object is replaced by the state for its `load_state_dict`.
 
     Args:
-        form: from `checked`.
-        leaf: makes the tensor or the number at a path, by its form.
-        path: of the value.
+        form: form of the value.
+        leaf: creates the tensor or number at a path, given its form.
+        path: path of the value.
     """
     if form is None:
         return None
@@ -237,7 +223,7 @@ def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any
 
 
 def objects_in(form: Form, path: Path = ()) -> Iterator[Path]:
-    """Paths of the values that only the optimizer can make: objects, and tensors with their own sharding."""
+    """Yield the paths of values that only the optimizer can create: objects, and tensors with their own sharding."""
     if form == "made":
         yield path
     elif isinstance(form, list):
@@ -257,11 +243,7 @@ def objects_in(form: Form, path: Path = ()) -> Iterator[Path]:
 
 
 def checked(form: Any) -> Form:
-    """Validate a form.
-
-    Raises:
-        ValueError: if it is not a form.
-    """
+    """Validate a form and return it. Raises `ValueError` if it is invalid."""
     if form is None or (isinstance(form, str) and (form in _TENSORS or form in _NUMBERS)):
         return form
     if isinstance(form, list):

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO-1, 2, 3: flat partitions of parameter groups, as ranges of the logical tensors.
+"""Convert the flat partitions of DeepSpeed ZeRO-1, 2 and 3 to ranges of the logical tensors.
 
-This module does not import deepspeed; it reads fields of its engine (written for deepspeed 0.19.8). Each field is
-checked, and an error names what is unexpected. Only `ZeroShards.refresh` is collective.
+This module reads fields of DeepSpeed's engine (written for deepspeed 0.19.8) without importing deepspeed, and raises an
+error if the values are unexpected. Only `ZeroShards.refresh` is collective.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from harness.errors import CheckpointError
 
 @dataclass
 class ZeroShards(LocalShards):
-    """Shards of ZeRO; `stage` is that of the engine if they are found for a restore."""
+    """Hold shards of ZeRO. `stage` is set only for a restore."""
 
     stage: _Stage12 | _Stage3 | None = None
 
     def refresh(self) -> None:
-        """See `LocalShards.refresh`. Collective in ZeRO-3."""
+        """Implement `LocalShards.refresh`. Collective in ZeRO-3."""
         if self.stage is not None:
             self.stage.refresh()
 
@@ -86,7 +86,7 @@ def find(
 
 
 def find_optimized(model: nn.Module, names: dict[int, str]) -> list[OptimizedTensor]:
-    """This rank's flat partitions."""
+    """List this rank's flat partitions."""
     engine: Any = model
     stage = _stage(engine.optimizer)
     return [
@@ -153,7 +153,7 @@ def _add(
 
 
 def _add_groups(shards: LocalShards, stage: _Stage12 | _Stage3, names: dict[int, str]) -> None:
-    # One entry for each of the user's groups, though stage 3 may cut a group into several flat ones.
+    # Add one entry for each of the user's groups; stage 3 may split a group into several flat ones.
     members: dict[int, list[str]] = {}
     for flat in stage.flats:
         members.setdefault(flat.group_index, []).extend(
@@ -165,7 +165,7 @@ def _add_groups(shards: LocalShards, stage: _Stage12 | _Stage3, names: dict[int,
 
 
 class _Flat(NamedTuple):
-    """One flat partition of this rank: the tensor, its (holder, key), and the ranges of each parameter in it."""
+    """Describe one flat partition of this rank: the tensor, its (holder, key), and each parameter's ranges in it."""
 
     group_index: int
     tensor: Tensor
@@ -174,7 +174,7 @@ class _Flat(NamedTuple):
 
 
 class _Stage12:
-    """ZeRO-1 and 2: each rank holds whole weights, and a slice of the masters and moments of each flat group."""
+    """In ZeRO-1 and 2 each rank holds whole weights, and a slice of the masters and moments of each flat group."""
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -193,7 +193,7 @@ class _Stage12:
                     f"DeepSpeed: a parameter of group {index} with shape {tuple(parameter.shape)} is not in its "
                     "group's flat buffer; this version of DeepSpeed is not supported"
                 )
-            # The real offset: groups have padding inside, and may be in another order (round robin).
+            # Use the real offset: groups contain padding, and may be reordered (round robin).
             offset = parameter.storage_offset() - whole_group.storage_offset()
             first = max(begin, offset)
             count = min(begin + partition_size, offset + parameter.numel()) - first
@@ -202,24 +202,23 @@ class _Stage12:
         return _Flat(index, partition, (zero.single_partition_of_fp32_groups, index), members)
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Logical shape."""
         return tuple(parameter.shape)
 
     def weight(self, parameter: Tensor, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
-        """Holder and key of the weight, and the ranges of it that this rank holds."""
+        """Return holder and key of a weight, and the ranges that this rank holds."""
         return holder[0], holder[1], full_range(parameter)
 
     def group(self, index: int) -> dict[str, Any]:
-        """The live parameter group of the user's optimizer."""
+        """Return the live parameter group of the user's optimizer."""
         group: dict[str, Any] = self._zero.optimizer.param_groups[index]
         return group
 
     def refresh(self) -> None:
-        """Do nothing: each rank has read whole weights, which lie in the groups' flat buffers."""
+        """Do nothing: each rank has read whole weights into the groups' flat buffers."""
 
 
 class _Stage3:
-    """ZeRO-3: each rank holds the same range of each weight, master and moment, without the padding at its end."""
+    """In ZeRO-3 each rank holds the same range of a weight, its master and moments; the padding at the end is cut."""
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -248,11 +247,9 @@ class _Stage3:
         return clipped_range(begin, offset, size, parameter.ds_numel)
 
     def shape(self, parameter: Any) -> tuple[int, ...]:
-        """Logical shape."""
         return tuple(parameter.ds_shape)
 
     def weight(self, parameter: Any, holder: tuple[Any, Any]) -> tuple[Any, Any, tuple[ElementRange, ...]]:
-        """Holder and key of the weight, and the ranges of it that this rank holds."""
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             raise CheckpointError("DeepSpeed: hierarchical partitions (zero_hpz_partition_size) cannot be saved yet")
         if parameter.ds_tensor.dtype != parameter.dtype:
@@ -260,12 +257,11 @@ class _Stage3:
         return parameter.__dict__, "ds_tensor", self._ranges(parameter, 0)
 
     def group(self, index: int) -> dict[str, Any]:
-        """The live parameter group of the user's optimizer."""
         groups = self._zero.optimizer.param_groups
         group: dict[str, Any] = groups[index] if index < len(groups) else groups[0]
         return group
 
     def refresh(self) -> None:
-        """Gather again the small weights that DeepSpeed keeps gathered on all ranks. Collective."""
+        """Regather the small weights that DeepSpeed keeps gathered on all ranks. Collective."""
         self._zero.checkpoint_event_prologue()
         self._zero.checkpoint_event_epilogue()
