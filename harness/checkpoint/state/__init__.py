@@ -1,4 +1,4 @@
-"""The content of a checkpoint besides the tensors of model and optimizer.
+"""Save and restore the parts of a checkpoint other than the tensors of model and optimizer.
 
 In reading order:
 
@@ -6,9 +6,9 @@ In reading order:
     optimizer_record  an optimizer's class, groups, and state that belongs to no parameter
     trainer_state     ``trainer_state.json``
     rank_state        the state of one rank: random numbers, position in the data
-    parts             the shards of several models together
-    param_groups      parameter groups, matched by parameters' names
-    schedules         learning rate schedules of a resumed run
-    zero_step         a step that leaves no trace, to learn what an optimizer keeps
-    materialize       the state of an optimizer before its first step
+    parts             find and merge the shards of all watched models
+    param_groups      match parameter groups by parameter names
+    schedules         compare or reset learning rate schedules at a resume
+    zero_step         a side-effect-free step, to get the state that an optimizer creates
+    materialize       build an optimizer's state before its first step
 """

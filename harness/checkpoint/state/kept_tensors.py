@@ -1,10 +1,10 @@
-"""Tensors to which JSON values of a checkpoint refer: ``states.safetensors``, beside ``trainer_state.json``.
+"""Save and load the tensors that ``trainer_state.json`` refers to, in ``states.safetensors``.
 
     save      encode(value, kept.put)  ->  copies on the main thread  ->  write, on rank 0
     resume    read                     ->  decode(value, get)
 
-They belong to no parameter: an optimizer's state under string keys, tensors in its groups. They are usually small. Rank
-0 writes its own; the plan of a save checks that they are equal on every rank. Without such tensors there is no file.
+These tensors belong to no parameter: an optimizer's state under string keys, or tensors in its groups. They are usually
+small. Rank 0 writes its own; the plan of a save checks that all ranks have equal ones. Without any, no file is written.
 """
 
 from __future__ import annotations
@@ -33,29 +33,25 @@ _PREFIX_BYTES = 8
 
 
 class KeptTensors:
-    """Copies of the tensors of one save.
-
-    Attributes:
-        tensors: name -> copy on the host.
-    """
+    """Collect copies of the tensors of one save. `tensors` maps names to copies on the host."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def hash_with(self, record: Any) -> int:
-        """A hash of 63 bits of the JSON values and the tensors, equal in every process."""
+        """Return a 63-bit hash of JSON values and the tensors, the same in every process."""
         digest = xxhash.xxh3_64(json.dumps(record, sort_keys=True).encode())
         for tensor in self.tensors.values():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.intdigest() >> 1
 
     def put(self, value: Tensor) -> Any:
-        """Copy a tensor and return the JSON reference to it.
+        """Copy a tensor to the host and return a JSON reference to it.
 
-        Effects: not collective; main thread; blocks for a tensor on CUDA; nothing on disk.
+        Effects: not collective; main thread; synchronizes with CUDA for a CUDA tensor.
 
         Raises:
-            TypeError: see `require_savable`.
+            TypeError: as `require_savable`.
         """
         require_savable(value)
         name = str(len(self.tensors))
@@ -65,10 +61,10 @@ class KeptTensors:
 
 
 def require_savable(value: Tensor) -> None:
-    """Raise an error if `KeptTensors.put` cannot store a tensor.
+    """Check that `KeptTensors.put` can store a tensor.
 
     Raises:
-        UnsavableTensor: if safetensors has no such tensor, or it is only this rank's part of one.
+        UnsavableTensor: if the tensor is sparse, sharded or a wrapper of others, or safetensors lacks its type.
         TypeError: if it is a parameter, which is saved elsewhere.
     """
     if isinstance(value, nn.Parameter):
@@ -83,7 +79,7 @@ def require_savable(value: Tensor) -> None:
 
 
 def tensor_getter(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
-    """The `get` of `decode`: it returns each tensor where it was, on the host or on `device`."""
+    """Return the `get` of `decode`. It moves the tensors that were on an accelerator to `device`."""
 
     def get(content: Any) -> Tensor:
         name, is_on_device = content
@@ -95,7 +91,7 @@ def tensor_getter(tensors: Mapping[str, Tensor], device: torch.device) -> Get:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write the file.
+    """Write the tensors to `path` as safetensors.
 
     Effects: not collective; any thread, on rank 0; blocks on fsync.
 
@@ -107,7 +103,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    # The header is a range of its own, as in the other files of tensors.
+    # The header is a separate range, as in the other files of tensors.
     begin = _PREFIX_BYTES + int.from_bytes(data[:_PREFIX_BYTES], "little")
     borders = [0, begin, len(data)] if begin < len(data) else [0, begin]
     ranges = Ranges.of(Range(start, end, 0, digest_of(memoryview(data)[start:end])) for start, end in pairwise(borders))
@@ -115,13 +111,13 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def read(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> dict[str, Tensor]:
-    """Read the tensors, on the host; empty if the checkpoint has no such file.
+    """Read the tensors to the host; empty if the checkpoint has no such file.
 
-    Effects: not collective; any thread; blocks for reading one file; nothing on disk.
+    Effects: not collective; any thread; blocks on reading one file.
 
     Raises:
-        ValueError: if it is not what was written.
-        CheckpointError: if the disk fails.
+        ValueError: if the file's size, digests or format are wrong.
+        CheckpointError: if the file is missing or the disk fails.
     """
     record = next((file for file in manifest.files if file.name == STATES), None)
     if record is None:
@@ -133,11 +129,11 @@ def read(checkpoint: Path, manifest: Manifest, files: Files | None = None) -> di
 
 
 def content_of(files: Files, record: FileRecord) -> bytes:
-    """All bytes of a file, verified with their digests.
+    """Read all bytes of a file and verify their digests.
 
     Raises:
-        ValueError: if they are not what was written.
-        CheckpointError: if the disk fails.
+        ValueError: if the size or a digest is wrong.
+        CheckpointError: if the file is missing or the disk fails.
     """
     with files.opened(record.name) as file:
         if (size_bytes := file.size_bytes()) != record.size_bytes:

@@ -1,10 +1,10 @@
 """Build an optimizer's state before its first step, as memory into which a checkpoint is read.
 
-The state is built from names, types and shapes in the checkpoint and from the recorded form, not by a step: a step
-would change counters that the optimizer keeps elsewhere, and some optimizers cannot step with zero gradients. Two cases
-need `zero_step`:
+The state is built from names, types and shapes in the checkpoint and from the recorded form, not by a step: a step may
+change counters that the optimizer keeps elsewhere, and some optimizers cannot step with zero gradients. Two cases need
+`zero_step`:
 
-- objects in a state (with ``state_dict`` and ``load_state_dict``), which only the optimizer can make;
+- objects in a state (with ``state_dict`` and ``load_state_dict``), which only the optimizer can create;
 - the check for another optimizer, if the recorded class differs or is missing.
 """
 
@@ -47,11 +47,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class BuiltState:
-    """State that was built for a restore and can be undone.
-
-    Args:
-        optimizer: the user's own, inside all wrappers.
-    """
+    """Record the state that a restore has built, so that it can be undone. `optimizer` is the innermost one."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -64,17 +60,17 @@ class BuiltState:
         self.optimizer.state[tensor] = state
 
     def expect(self, state: dict[Any, Any], path: Path, value: Any) -> None:
-        """Register an object. `finish` loads the values that were read at its path, and stores the object there."""
+        """Register an object. `finish` loads into it the values read at `path`, and stores the object there."""
         self._objects.append((Branch(state), path, value))
 
     def finish(self) -> None:
-        """Load the values that were read into the registered objects."""
+        """Load the values that were read into the registered objects, and store the objects."""
         for branch, path, value in self._objects:
             value.load_state_dict(branch[path])
             branch[path] = value
 
     def undo(self) -> None:
-        """Restore the optimizer's previous state, after an error."""
+        """Restore the optimizer's previous state after an error."""
         for tensor, state in reversed(self._previous):
             self.optimizer.state.pop(tensor, None)
             if state is not None:
@@ -84,20 +80,19 @@ class BuiltState:
 def build_state(
     built: BuiltState, optimized: Sequence[OptimizedTensor], stored: CheckpointIndex, record: OptimizerRecord
 ) -> None:
-    """Build the innermost optimizer's state of every tensor whose state is in the checkpoint, without its values.
+    """Build the innermost optimizer's state, without values, of every tensor that has state in the checkpoint.
 
-    Effects: not collective, unless the optimizer's step is; main thread, before training; nothing on disk. State that
-    exists already is kept.
+    Effects: not collective, unless the optimizer's step is; main thread, before training. Existing state is kept.
 
     Args:
-        built: of the optimizer; undo it after an error.
-        optimized: all tensors that it steps on, by `find_optimized`.
+        built: records the changes; call its `undo` after an error.
+        optimized: all tensors that the optimizer steps on, from `find_optimized`.
         stored: the checkpoint.
-        record: the optimizer's state besides tensors of parameters.
+        record: the optimizer's record in the checkpoint.
 
     Raises:
-        CheckpointError: if another optimizer was saved, or objects in its state cannot be made.
-        DamagedError: if the checkpoint contradicts itself.
+        CheckpointError: if another optimizer was saved, or objects in its state cannot be created.
+        DamagedError: if the recorded form does not match the stored tensors.
     """
     wanted = [each for each in optimized if any(stored.state_of(name) for name in each.names)]
     example: Mapping[Any, Any] = {}
@@ -115,7 +110,7 @@ def _build(
     example: Mapping[Any, Any],
 ) -> None:
     optimizer = built.optimizer
-    # A flat partition has one state for many parameters; the one with the most kinds is the example.
+    # A flat partition has one state for many parameters; use the form of the one with the most kinds.
     name = max((stored.name_of(name) for name in each.names), key=lambda name: len(stored.state_of(name)))
     form = record.forms.get(name) or _form_without(record, stored.state_of(name))
     state = build(form, lambda path, kind: _leaf(each, name, path, kind, stored, example))
@@ -123,7 +118,7 @@ def _build(
     objects = list(objects_in(form))
     if live.keys() >= state.keys() and not objects:
         return
-    # An object returns copies of its state, so the file is read into the built state.
+    # An object's state_dict may return copies, so the file is read into the built state.
     with_objects = {path[0] for path in objects}
     state |= {kind: value for kind, value in live.items() if kind not in with_objects}
     made: Branch | None = None
@@ -140,10 +135,10 @@ def _build(
 
 
 def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> Form:
-    """The form of a state without a recorded one: a dict of tensors.
+    """Return the form of a state without a recorded one: a dict of tensors.
 
-    A checkpoint from before forms were recorded does not distinguish a plain number from a 64-bit tensor without
-    dimensions; a plain number is assumed.
+    Checkpoints of versions that did not record forms do not distinguish a plain number from a 0-dimensional 64-bit
+    tensor; a plain number is assumed, except for F64 if torch's default type is float64.
     """
     form = plain_form(set(kinds))
     if record.class_name is None:
@@ -158,7 +153,7 @@ def _form_without(record: OptimizerRecord, kinds: Mapping[str, StoredPlace]) -> 
 def _leaf(
     each: OptimizedTensor, name: str, path: Path, kind: Form, stored: CheckpointIndex, example: Mapping[Any, Any]
 ) -> Any:
-    """Memory for one tensor or number. A number gets its type from `example`, a state that this optimizer made."""
+    """Allocate one tensor or number. A number gets its type from `example`, a state that this optimizer created."""
     of_name = ".".join(map(str, path))
     place = stored.state_of(name).get(of_name)
     if place is None:
@@ -179,7 +174,7 @@ def _leaf(
     if isinstance(kind, dict) and not is_flat and not is_sharded:
         return _in_order(each, kind["order"], _dtype(each, name, place, stored), place)
     if is_like_parameter:
-        # Padding and parameters without state are zero in a flat partition.
+        # In a flat partition, padding and parameters without state must be zero.
         make = torch.zeros_like if is_flat else torch.empty_like
         value = make(each.tensor, dtype=_dtype(each, name, place, stored), requires_grad=False)
         _advise_huge_pages(getattr(value, "_local_tensor", value))
@@ -187,16 +182,13 @@ def _leaf(
     shape = place.tensor.shape
     if math.prod(shape) != 1:
         return torch.empty(shape, dtype=_dtype(each, name, place, stored), device=each.tensor.device)
-    # On the host unless a kernel reads it, as in torch's load_state_dict.
+    # Single elements are on the host unless a kernel reads them, as in torch's load_state_dict.
     is_on_device = kind == "device_tensor" or each.group.get("capturable") or each.group.get("fused")
     return torch.empty(shape, dtype=DTYPES[place.tensor.dtype], device=each.tensor.device if is_on_device else "cpu")
 
 
 def _advise_huge_pages(tensor: Tensor) -> None:
-    """Ask the kernel for large pages in a tensor's new memory on the CPU.
-
-    Reading 144 MB from the page cache into new memory takes 128 ms with pages of 4 KiB, and 62 ms with 2 MiB.
-    """
+    """Request huge pages for a new CPU tensor: reading 144 MB from the page cache takes 62 instead of 128 ms."""
     if _libc is None or _MADV_HUGEPAGE is None or tensor.device.type != "cpu" or tensor.nbytes < _MIN_HUGE_BYTES:
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -221,7 +213,7 @@ def _has_shape_of_parameter(each: OptimizedTensor, of_name: str, stored: Checkpo
 
 
 def _dtype(each: OptimizedTensor, name: str, place: StoredPlace, stored: CheckpointIndex) -> torch.dtype:
-    """The type of the optimized tensor, if the state had the type of the saved one; otherwise the stored type."""
+    """Return the type of the optimized tensor if stored state and master have the same type, else the stored type."""
     master = stored.master(name)
     is_same = master is not None and master.dtype == place.dtype and place.dtype.is_floating_point
     return each.tensor.dtype if is_same else place.dtype
@@ -238,7 +230,7 @@ def _made(optimizer: Any, made: Branch, path: Path, name: str) -> Any:
 
 
 def _found(state: Branch, path: Path) -> Any:
-    """The object or tensor at a path of a state, or None."""
+    """Return the object or tensor at a path of a state, or None."""
     try:
         value = state[path]
     except (KeyError, IndexError, TypeError):
@@ -253,13 +245,9 @@ def _check_optimizer(
     stored: CheckpointIndex,
     record: OptimizerRecord,
 ) -> Mapping[Any, Any]:
-    """Compare the checkpoint's state of one parameter with the state that this optimizer makes in a step.
+    """Compare the names in the checkpoint's state of one parameter with those that `zero_step` creates.
 
-    Returns:
-        The state that it makes; empty if it cannot make such a step, which is not an error.
-
-    Raises:
-        CheckpointError: if they differ.
+    Return the state that it creates, or an empty one if it fails. Raise `CheckpointError` if the names differ.
     """
     if not wanted and not stored.step:
         return {}
@@ -294,17 +282,17 @@ def _some(names: set[str]) -> str:
 
 
 def check_objects(optimizer: Any, optimized: Sequence[OptimizedTensor], forms: Mapping[str, Form]) -> None:
-    """Raise an error if objects in a state could not be made again at a resume.
+    """Check that a resume can create the objects in an optimizer's state, by one `zero_step` of one such tensor.
 
-    Effects: as `zero_step`, for one tensor with objects in its state; main thread, between steps.
+    Effects: as `zero_step`; the tensor's values are restored.
 
     Args:
-        optimizer: the user's own, inside all wrappers.
-        optimized: all tensors that it steps on, by `find_optimized`.
+        optimizer: the innermost optimizer.
+        optimized: all tensors that it steps on, from `find_optimized`.
         forms: parameter -> form of its state.
 
     Raises:
-        CheckpointError: if the optimizer does not make them in a step with gradients of zero.
+        CheckpointError: if the optimizer does not create the objects, or the step fails.
     """
     for each in optimized:
         name = next((name for name in each.names if any(objects_in(forms.get(name)))), None)

@@ -1,13 +1,13 @@
-"""The record of an optimizer in ``trainer_state.json``.
+"""Encode and decode the record of an optimizer in ``trainer_state.json``.
 
     "param_groups"  hyperparameters of its groups, without the parameters
-    "class"         of the optimizer inside all wrappers, by which another one is recognised
+    "class"         class of the innermost optimizer, to detect another one
     "frozen"        parameters in its groups whose requires_grad was False
-    "forms"         of states that are more than a dict of tensors: each distinct form, with its parameters
-    "state"         its state under other keys than parameters
+    "forms"         each distinct form of a state that is more than a dict of tensors, with its parameters
+    "state"         state under keys that are not parameters
     "added"         entries of an overridden `state_dict()` besides state and groups, for its `load_state_dict()`
 
-The last three are missing if they are empty. Checkpoints of earlier versions have only the groups.
+The last three are omitted if empty. Checkpoints of earlier versions have only the groups.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from harness.checkpoint.sharding.state_form import Form, checked, is_object
 from harness.checkpoint.state.kept_tensors import KeptTensors
 from harness.errors import CheckpointError
 
-# Types of values in a parameter group that do not change.
+# Types of immutable values in a parameter group.
 _CONSTANTS = (Enum, torch.dtype, torch.device, torch.layout, torch.memory_format, DeviceMesh, dist.ProcessGroup)
 
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """The decoded record, without groups.
+    """Hold the decoded record, without groups.
 
     Args:
-        class_name: module and name of the class; None: unknown, or there was no optimizer.
-        forms: parameter -> form of its state, unless it follows from the names in the file.
-        state: its state under other keys than parameters.
+        class_name: module and name of the class; None if unknown or without an optimizer.
+        forms: parameter -> form of its state, unless the names in the file determine it.
+        state: state under keys that are not parameters.
         added: entries of an overridden `state_dict`.
     """
 
@@ -55,14 +55,10 @@ class OptimizerRecord:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], get: Get | None = None) -> OptimizerRecord:
-        """Read the record.
-
-        Args:
-            record: from `record_of`.
-            get: finds the tensors to which it refers.
+        """Decode a result of `record_of`, with the ``forms`` of `groups_record`.
 
         Raises:
-            ValueError: if a value has another type.
+            ValueError: if a value has an unexpected type.
         """
         name = record.get("class")
         if not (name is None or isinstance(name, str)):
@@ -74,13 +70,9 @@ class OptimizerRecord:
 
 
 def groups_record(shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
-    """The hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
+    """Encode the hyperparameters of all optimizers' groups, and the forms of their states, as JSON values.
 
     Effects: as `record_of`.
-
-    Args:
-        shards: found with these optimizers.
-        kept: stores the tensors.
 
     Raises:
         CheckpointError: if a value cannot be saved.
@@ -97,10 +89,7 @@ def groups_record(shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
 
 
 def _hyperparameters(number: int, group: Mapping[str, Any], shards: LocalShards, kept: KeptTensors) -> dict[str, Any]:
-    """The values of a parameter group, such as the learning rate, as JSON values.
-
-    A value that cannot be saved is skipped if the code makes it again; see `_is_made_by_code`.
-    """
+    """Encode the values of a parameter group, except values that the code recreates (`_is_made_by_code`)."""
     values = {}
     for key, value in group.items():
         if key == "params":
@@ -122,9 +111,9 @@ def _hyperparameters(number: int, group: Mapping[str, Any], shards: LocalShards,
 
 
 def _is_made_by_code(value: Any, shards: LocalShards) -> bool:
-    """Whether a value has no state: the code that makes the optimizer makes an equal one again.
+    """Return whether a value has no state, so that the code that constructs the optimizer recreates it.
 
-    Functions, classes, constants, handles of the hardware, the model's own parameters, and containers of these.
+    These are functions, classes, constants, device handles, the model's parameters, and containers of these.
     """
     if value is None or isinstance(value, (str, bool)):
         return True
@@ -140,14 +129,9 @@ def _is_made_by_code(value: Any, shards: LocalShards) -> bool:
 
 
 def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
-    """The current record of an optimizer, without its groups, as JSON values.
+    """Encode the class and parameterless state of an optimizer (wrapped or not, or None) as JSON values.
 
-    Effects: not collective; main thread, between steps; copies tensors that belong to no parameter; nothing on disk.
-
-    Args:
-        optimizer: wrapped or not, or None.
-        added: from `added_state`.
-        kept: stores the tensors.
+    Effects: not collective; main thread, between steps; copies tensors that belong to no parameter to `kept`.
 
     Raises:
         CheckpointError: if a value cannot be saved.
@@ -166,16 +150,13 @@ def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> di
 
 
 def added_state(optimizer: Any) -> Mapping[str, Any]:
-    """The entries of an overridden `state_dict` besides state and groups.
+    """Return the entries besides state and groups that an overridden `state_dict` adds.
 
-    Effects: calls `state_dict` if a subclass overrides it, which may be collective: call this on every rank; main
-    thread, between steps; nothing on disk.
-
-    Args:
-        optimizer: wrapped or not, or None.
+    Effects: calls an overridden `state_dict`, which may be collective, so call this on every rank; main thread, between
+    steps.
 
     Raises:
-        CheckpointError: if `state_dict` does not return a dict with text as keys.
+        CheckpointError: if `state_dict` does not return a mapping with str keys.
     """
     if not has_own_state_dict(optimizer):
         return {}
@@ -191,11 +172,7 @@ def added_state(optimizer: Any) -> Mapping[str, Any]:
 
 
 def has_own_state_dict(optimizer: Any) -> bool:
-    """Whether a subclass overrides `state_dict`, which may then be collective.
-
-    Args:
-        optimizer: wrapped or not, or None.
-    """
+    """Return whether the innermost optimizer overrides `state_dict`, which may then be collective."""
     inner = innermost(optimizer)
     own = None if inner is None else getattr(type(inner), "state_dict", None)
     return own not in (None, torch.optim.Optimizer.state_dict)
@@ -204,30 +181,26 @@ def has_own_state_dict(optimizer: Any) -> bool:
 def restore_optimizer_extras(optimizer: Any, record: OptimizerRecord) -> None:
     """Restore the state that belongs to no parameter, after tensors and groups are restored.
 
-    Effects: calls an overridden `load_state_dict` if its `state_dict` has added entries, which may be collective: call
-    this on every rank; main thread; nothing on disk.
-
-    Args:
-        optimizer: wrapped or not, or None.
-        record: of the checkpoint.
+    Effects: calls `load_state_dict` if the record has added entries, which may be collective, so call this on every
+    rank; main thread.
     """
     inner = innermost(optimizer)
     if inner is None:
         return
-    # Copies: the optimizer changes them, and this may be called again.
+    # Copy the values: the optimizer changes them, and this may be called again.
     inner.state.update(copy.deepcopy(dict(record.state)))
     if record.added:
         _load_added(inner, copy.deepcopy(dict(record.added)))
 
 
 def has_unrecorded(optimizer: Any) -> bool:
-    """Whether an optimizer has state that belongs to no parameter. Effects: as `added_state`."""
+    """Return whether an optimizer has state that belongs to no parameter. Effects: as `added_state`."""
     inner = innermost(optimizer)
     return inner is not None and bool(_shared_state(inner) or added_state(inner))
 
 
 def _load_added(inner: Any, added: dict[str, Any]) -> None:
-    # torch's load_state_dict replaces the groups and casts the state to the parameters' types; both are restored here.
+    # torch's load_state_dict replaces the groups and casts the state to the parameters' types; undo both.
     state, groups = inner.state, inner.param_groups
     indices: dict[int, int] = {}
     packed_groups = [
@@ -245,7 +218,7 @@ def _load_added(inner: Any, added: dict[str, Any]) -> None:
 
 @contextmanager
 def _listed_state(inner: Any) -> Iterator[None]:
-    """Hide state of parameters in no group, on which torch's `state_dict` fails. ZeRO-3 has such empty groups."""
+    """Hide state of tensors in no group, on which torch's `state_dict` fails: ZeRO-3's groups are empty."""
     listed = {id(each) for group in inner.param_groups for each in group["params"]}
     shown = {key: value for key, value in inner.state.items() if not isinstance(key, Tensor) or id(key) in listed}
     if len(shown) == len(inner.state):
@@ -260,7 +233,7 @@ def _listed_state(inner: Any) -> Iterator[None]:
 
 
 def _holder(optimizer: Any) -> Any:
-    """The optimizer that holds the state: a wrapper may expose that of the one inside."""
+    """Return the optimizer that holds the state: a wrapper may expose the inner one's state as a property."""
     while isinstance(getattr(type(optimizer), "state", None), property):
         optimizer = optimizer.optimizer
     return optimizer
@@ -271,7 +244,7 @@ def _shared_state(inner: Any) -> dict[Any, Any]:
 
 
 def _not_of_parameters(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    # Each save does this for thousands of parameters; the loop over types is in C.
+    # Each save calls this for thousands of parameters; mapping `type` loops in C.
     kinds = {kind for kind in set(map(type, state)) if not issubclass(kind, Tensor)}
     return {key: value for key, value in state.items() if type(key) in kinds} if kinds else {}
 
@@ -287,17 +260,12 @@ def _encoded(inner: Any, place: str, value: Any, kept: KeptTensors) -> Any:
 
 
 def check_step(optimizer: Any) -> None:
-    """Raise an error if an optimizer's step calls the loop's forward and backward by a closure.
-
-    Effects: not collective, with the same result on every rank; nothing on disk.
-
-    Args:
-        optimizer: wrapped or not, or None.
+    """Check that an optimizer's step does not need a closure, which calls forward and backward.
 
     Raises:
-        CheckpointError: if its step needs a closure.
+        CheckpointError: on every rank, if its step requires a closure.
     """
-    # The class's method: schedulers and accelerate replace it in the instance. A Keras optimizer has none.
+    # Inspect the class: schedulers and accelerate replace the method in the instance. A Keras optimizer has no step.
     kind = type(innermost(optimizer))
     step = getattr(kind, "step", None)
     if step is None:
@@ -311,7 +279,7 @@ def check_step(optimizer: Any) -> None:
 
 
 def class_name(optimizer: Any) -> str:
-    """Module and name of an optimizer's class."""
+    """Return module and qualified name of an optimizer's class."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 

@@ -1,11 +1,11 @@
 """Match an optimizer's parameter groups with those of a checkpoint, by the names of their parameters.
 
-    add_saved_groups   add groups that the optimizer does not have yet: a script adds them during training (unfreezing)
+    add_saved_groups   add groups that the script added during training (unfreezing) and that the optimizer lacks
     require_groups     raise an error for groups that cannot be matched
-    match_groups       the saved group of each live one
+    match_groups       find the saved group of each live one
 
-A resumed script adds its group again when its loop reaches that epoch. That call finds the group with the state of the
-checkpoint, and changes nothing.
+When the resumed script calls `add_param_group` for such a group, the group already has the state of the checkpoint and
+the call changes nothing.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from harness.checkpoint.state.trainer_state import AnyWatched
 from harness.errors import CheckpointError
 
 Record = Mapping[str, Any]
-# A live group, and the names of its parameters.
+# (live group, names of its parameters).
 Group = tuple[Mapping[str, Any], Sequence[str]]
 
 
 def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Sequence[Group]) -> list[AddedGroups]:
-    """Add those saved groups to the optimizers of whose parameters they have none.
+    """Add each saved group to its optimizer if no parameter of the group is in a live group.
 
-    Effects: not collective, with the same result on every rank; main thread, before training; nothing on disk. The
-    optimizer's `add_param_group` is replaced until the script has added such a group itself.
+    Nothing is added to optimizers of flattened parameters (FSDP1, ZeRO).
+
+    Effects: not collective, with the same result on every rank; main thread, before training. The optimizer's
+    `add_param_group` is replaced until the script has added every such group itself.
 
     Args:
-        watched: the optimizers and their models. Nothing is added to optimizers of flattened parameters (FSDP1, ZeRO).
+        watched: the optimizers and their models.
         saved: the checkpoint's groups; ``params`` are names.
         groups: the optimizers' live groups.
 
     Returns:
-        The groups that were added, to undo after an error.
+        The groups that were added; call `undo` of each after an error.
     """
     trained = {name for _, names in groups for name in names}
     missing = [record for record in saved if record["params"] and trained.isdisjoint(record["params"])]
@@ -53,7 +55,7 @@ def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Seque
 
 
 class AddedGroups:
-    """Groups that were added to an optimizer from a checkpoint, until the script adds them itself."""
+    """Add a checkpoint's groups to an optimizer, and ignore the script's later calls that add the same groups."""
 
     def __init__(self, optimizer: Any, records: Sequence[Record], parameters: Mapping[str, Tensor]) -> None:
         self._optimizer = optimizer
@@ -65,11 +67,7 @@ class AddedGroups:
         vars(optimizer)["add_param_group"] = self._claim
 
     def _claim(self, param_group: dict[str, Any]) -> None:
-        """Replace the optimizer's `add_param_group`.
-
-        Raises:
-            CheckpointError: if the group and one of the checkpoint's share some parameters, but not all.
-        """
+        """Replace the optimizer's `add_param_group`; raise if a group overlaps one of the checkpoint's in part."""
         parameters = param_group["params"]
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         given = _identities([each[1] if isinstance(each, tuple) else each for each in listed])
@@ -83,17 +81,17 @@ class AddedGroups:
                 f"add_param_group: the group has {len(given)} parameters, some of which are in another group of the "
                 "checkpoint; add the group that was saved, or start another run"
             )
-        # `params` may have been an iterator, which was consumed above.
+        # `params` may be an iterator, which was consumed above.
         self._add({**param_group, "params": listed})
 
     def undo(self) -> None:
-        """Remove the groups again."""
+        """Remove the added groups and restore `add_param_group`."""
         vars(self._optimizer).pop("add_param_group", None)
         del self._optimizer.param_groups[self._num_before :]
 
 
 def _group_of(optimizer: Any, record: Record, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A saved group with live parameters. Values that JSON cannot hold are the optimizer's defaults."""
+    """Convert a saved group to live parameters. Values that JSON cannot hold get the optimizer's defaults."""
     live: list[Any] = [parameters[name] for name in record["params"]]
     if "param_names" in record:
         live = list(zip(record["param_names"], live, strict=True))
@@ -110,11 +108,11 @@ def _identities(parameters: Sequence[Tensor]) -> frozenset[int]:
 
 
 def match_groups(saved: Sequence[Record], groups: Sequence[Group]) -> list[int | None]:
-    """For each live group the number of the saved one with the same parameters, or None."""
+    """Return, for each live group, the index of the saved one with the same parameters, or None."""
     unmatched = {number: frozenset(record["params"]) for number, record in enumerate(saved)}
     found: list[int | None] = []
     for number, (_, names) in enumerate(groups):
-        # Groups without parameters, as in ZeRO-3, are distinguished by their numbers.
+        # Groups without parameters, as in ZeRO-3, are matched by index.
         same = next((each for each in (number, *unmatched) if unmatched.get(each) == frozenset(names)), None)
         if same is not None:
             del unmatched[same]
@@ -123,16 +121,18 @@ def match_groups(saved: Sequence[Record], groups: Sequence[Group]) -> list[int |
 
 
 def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_scheduler: bool) -> None:
-    """Raise an error if parameter groups cannot be matched with those of a checkpoint.
+    """Check that the live parameter groups match those of a checkpoint.
+
+    A live group whose parameters are in no saved group keeps its initial values.
 
     Args:
         saved: the checkpoint's groups; ``params`` are names.
-        groups: the optimizers' live groups. A group whose parameters are in no saved group keeps its initial values.
-        has_scheduler: whether there is a scheduler, whose state is by the groups' numbers.
+        groups: the optimizers' live groups.
+        has_scheduler: whether a scheduler exists. Its state is indexed by group, so the order must match too.
 
     Raises:
         CheckpointError: if parameters are grouped differently, a saved group has no live one, or, with a scheduler,
-            groups differ or are in another order.
+            there are additional groups or another order.
     """
     matches = match_groups(saved, groups)
     if matches == list(range(len(saved))):

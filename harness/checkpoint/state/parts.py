@@ -1,9 +1,9 @@
-"""Find what a rank holds of all watched models: each one separately, with prefixed names, then merged.
+"""Find a rank's shards of all watched models, with prefixed names, and merge them.
 
     name the tensors of every model  ->  `find_shards` for each model  ->  one `LocalShards`
 
-A tensor that two models share has the name of the first one; its name in the second is an alias, as for tied weights.
-An optimizer may train parameters of another model, unless FSDP1 or ZeRO has flattened them.
+A tensor that two models share is stored under its name in the first; its name in the second is an alias, as for tied
+weights. An optimizer may train parameters of another model, unless FSDP1 or ZeRO has flattened them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,12 @@ def find_watched(
     dtype: torch.dtype | None,
     restoring: bool = False,
 ) -> LocalShards:
-    """Find what this rank holds of weights, buffers and optimizer states.
+    """Find this rank's shards of weights, buffers and optimizer states; see `Selection` for the options.
 
     Effects: not collective; main thread, between steps; reads metadata only.
 
-    Args:
-        accelerator: knows the ranks.
-        watched: the prepared models and optimizers.
-        weights_only: see `Selection`.
-        dtype: see `Selection`.
-        restoring: see `Selection`.
-
     Raises:
-        CheckpointError: if something has an unknown structure, or two optimizers train the same parameter.
+        CheckpointError: if a model or optimizer has an unsupported structure, or two optimizers train one parameter.
     """
     selection = Selection(weights_only, dtype, accelerator.is_main_process, restoring)
     found = [
@@ -65,7 +58,7 @@ def find_watched(
 
 
 def find_watched_optimized(watched: AnyWatched) -> list[tuple[Watched, list[OptimizedTensor]]]:
-    """The tensors that each optimizer steps on, with the part that it belongs to.
+    """List the tensors that each optimizer steps on, by part.
 
     Effects: as `find_watched`.
     """
@@ -77,7 +70,7 @@ def find_watched_optimized(watched: AnyWatched) -> list[tuple[Watched, list[Opti
 
 
 def find_watched_parameters(watched: AnyWatched) -> list[tuple[Watched, Mapping[str, Tensor]]]:
-    """The parameters of each part by name, which an optimizer could step on; empty if they are flattened.
+    """List the named parameters that an optimizer can step on, by part; none if they are flattened.
 
     Effects: as `find_watched`.
     """
@@ -88,9 +81,9 @@ def find_watched_parameters(watched: AnyWatched) -> list[tuple[Watched, Mapping[
 
 
 def _named(parts: Sequence[Watched]) -> list[NamedModel]:
-    """The tensors of each part by name; each part knows the names of the others' parameters."""
+    """Name the tensors of each part; each result includes the names of the other parts' parameters."""
     named_before: dict[int, str] = {}
-    # All are kept until the last one is named: the identity of a freed tensor may be used again.
+    # Keep all results until the last part is named: the `id` of a freed tensor may be reused.
     found = [name_model(part.model, part.prefix, named_before) for part in parts]
     names = {identity: name for each in found for identity, name in names_by_id(each.state).items()}
     return [each._replace(state=replace(each.state, others=names)) for each in found] if len(found) > 1 else found
@@ -109,7 +102,7 @@ def _refuse_trained_twice(parts: Sequence[Watched], found: Sequence[LocalShards]
 
 @dataclass
 class MergedShards(LocalShards):
-    """Shards of several models; `tensors` are those of the parts, in order."""
+    """Merge the shards of several models; `tensors` are those of the parts, in order."""
 
     parts: Sequence[LocalShards] = ()
 
@@ -129,14 +122,14 @@ class MergedShards(LocalShards):
         )
 
     def complete(self, collectives: Collectives) -> None:
-        """See `LocalShards.complete`."""
+        """Implement `LocalShards.complete`."""
         for each in self.parts:
             each.complete(collectives)
         self.tensors = _tensors(self.parts)
-        self.forms = _forms(self.parts)  # FSDP1 gathers those of other ranks
+        self.forms = _forms(self.parts)  # FSDP1 adds those of other ranks
 
     def refresh(self) -> None:
-        """See `LocalShards.refresh`."""
+        """Implement `LocalShards.refresh`."""
         for each in self.parts:
             each.refresh()
 
@@ -146,7 +139,7 @@ def _forms(parts: Sequence[LocalShards]) -> dict[str, Form]:
 
 
 def _tensors(parts: Sequence[LocalShards]) -> list[TensorShard]:
-    """The tensors of all parts. A weight that no optimizer of any part trains is volatile."""
+    """Concatenate the tensors of all parts. A weight that no optimizer of any part trains is volatile."""
     trained = {name for each in parts for names in each.group_names() for name in names}
     tensors = [shard for each in parts for shard in each.tensors]
     if not trained:

@@ -1,4 +1,4 @@
-"""The state of one rank: random numbers, position in the data, logged values that are not yet reduced."""
+"""Hold the state of one rank: random numbers, position in the data, logged values that are not yet reduced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.data.resumable_loader import DataState
 
 @dataclass(frozen=True)
 class RankState:
-    """The state of one rank.
+    """Hold the state of one rank.
 
     Args:
         random: states of the random generators after the step, from `rng_state.capture`.
@@ -26,7 +26,7 @@ class RankState:
     sums: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def encoded(self) -> dict[str, Any]:
-        """The state as JSON values. Any thread."""
+        """Encode the state as JSON values. Any thread."""
         return {
             "random": rng_state.encode(self.random),
             "data": self.data.to_json(),
@@ -35,13 +35,7 @@ class RankState:
 
 
 def restored_state(records: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> RankState | None:
-    """The state from which this rank resumes; None if the number of ranks has changed.
-
-    Args:
-        records: `RankState.encoded` of each rank that saved.
-        rank: this rank.
-        world_size: number of ranks now.
-    """
+    """Decode this rank's state from the encoded states of all saving ranks; None if the number of ranks differs."""
     if len(records) != world_size:
         return None
     record = records[rank]
@@ -49,12 +43,12 @@ def restored_state(records: Sequence[Mapping[str, Any]], rank: int, world_size: 
 
 
 def shared_data_state(records: Sequence[Mapping[str, Any]]) -> DataState:
-    """The position from which another number of ranks resumes: the generators of the order, which all ranks share."""
+    """Return the data state for a different number of ranks: the generators of the order, which all ranks share."""
     return DataState(generators=DataState.from_json(records[0]["data"]).generators) if records else DataState()
 
 
 def sums_of(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Total sums and weights of what these ranks had logged."""
+    """Add up the sums and weights of the values that these ranks had logged."""
     found: dict[str, tuple[float, float]] = {}
     for record in records:
         for name, pair in record["sums"].items():

@@ -1,8 +1,8 @@
-"""Learning rate schedules of a resumed run: the checkpoint's is used, unless the scheduler is reset.
+"""Compare or reset the learning rate schedules of a resumed run.
 
 A scheduler's state contains its arguments (`T_max`, milestones), so a run that is resumed with another number of epochs
-continues the old schedule. `compare_schedules` reports this, with the learning rates ahead. `reset_schedules` steps the
-new scheduler from its start to the checkpoint's position instead.
+continues the old schedule. `compare_schedules` reports the difference and the upcoming learning rates.
+`reset_schedules` instead steps the new scheduler from its start to the checkpoint's position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.checkpoint.state.param_groups import Group, match_groups
 from harness.checkpoint.state.trainer_state import AnyWatched, TrainerState
 from harness.errors import CheckpointError
 
-# Values in a scheduler's state that change, rather than being its arguments.
+# Values in a scheduler's state that change during training; the others are its arguments.
 COUNTED = frozenset(("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "verbose", "last_lr"))
 # Values that schedulers keep in a parameter group.
 _OF_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
@@ -32,14 +32,10 @@ def compare_schedules(state: TrainerState, watched: AnyWatched) -> list[str]:
     """Compare each scheduler's arguments with those in the checkpoint, which take precedence.
 
     Effects: steps torch's own schedulers and loads the checkpoint's state into them, so schedulers and groups must be
-    restored afterwards; not collective; main thread; nothing on disk.
-
-    Args:
-        state: of the checkpoint.
-        watched: the schedulers that the code has made.
+    restored afterwards; not collective; main thread.
 
     Returns:
-        A line for the user for each scheduler that differs.
+        A message for each scheduler that differs.
     """
     lines = []
     for part, saved in zip(watched.parts, state.parts, strict=True):
@@ -72,7 +68,7 @@ def _difference(scheduler: Any, saved: Mapping[str, Any]) -> str:
 
 
 def _difference_of_functions(scheduler: LambdaLR, saved: Mapping[str, Any]) -> str:
-    """The line for a schedule that is a function: checkpoints do not contain it, so the code's is used."""
+    """Describe a changed schedule function. Checkpoints do not contain it, so that of the code is used."""
     num_steps, before = _num_steps(saved), saved.get("_last_lr")
     if num_steps is None or not before or len(before) != len(scheduler.base_lrs):
         return ""
@@ -80,7 +76,7 @@ def _difference_of_functions(scheduler: LambdaLR, saved: Mapping[str, Any]) -> s
         pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         now = [float(base * function(num_steps)) for base, function in pairs]
     except Exception:
-        return ""  # the function needs more than the number of steps, and raises its own error later
+        return ""  # the function raises its own error at the next step
     if all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12) for a, b in zip(now, map(float, before), strict=True)):
         return ""
     return (
@@ -92,18 +88,13 @@ def _difference_of_functions(scheduler: LambdaLR, saved: Mapping[str, Any]) -> s
 def reset_schedules(
     state: TrainerState, watched: AnyWatched, groups: Sequence[Group]
 ) -> tuple[TrainerState, list[str]]:
-    """Step the schedulers that the code has made to the checkpoint's position, in place of their saved state.
+    """Step the new schedulers to the checkpoint's position instead of loading their saved state.
 
-    Effects: steps the schedulers as often as they were stepped before the checkpoint; the returned state has to be
-    restored afterwards; not collective; main thread; nothing on disk.
-
-    Args:
-        state: of the checkpoint.
-        watched: the schedulers that the code has made.
-        groups: the optimizers' live parameter groups, each with the names of its parameters.
+    Effects: steps the schedulers as often as before the checkpoint; the returned state must be restored afterwards; not
+    collective; main thread.
 
     Returns:
-        The state to restore, and a line for each scheduler.
+        The state to restore, and a message for each scheduler.
 
     Raises:
         CheckpointError: if a scheduler cannot be stepped to the checkpoint's position.
@@ -145,7 +136,7 @@ def _advance_to(scheduler: Any, saved: Mapping[str, Any]) -> str:
 
 
 def _each(scheduler: Any, saved: Any) -> list[tuple[Any, Mapping[str, Any]]]:
-    """The schedulers inside accelerate's or autologging's wrappers, each with its saved state."""
+    """Unwrap accelerate's and autologging's schedulers, each with its saved state."""
     if scheduler is None or not isinstance(saved, Mapping):
         return []
     if (named := getattr(scheduler, "named", None)) is not None:
@@ -155,7 +146,7 @@ def _each(scheduler: Any, saved: Any) -> list[tuple[Any, Mapping[str, Any]]]:
 
 
 def _values(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The arguments of a scheduler that its state contains, as JSON values."""
+    """Extract the arguments of a scheduler from its state, as JSON values."""
     found: dict[str, Any] = {}
     for key, value in state.items():
         if key == "_schedulers":
@@ -177,7 +168,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 def _rates_ahead(
     scheduler: Any, saved: Mapping[str, Any]
 ) -> tuple[tuple[float, float], tuple[float, float], int] | None:
-    """Learning rates of the first group now and after some steps, saved and new; and the number of these steps."""
+    """Return ((saved rate now, later), (new rate now, later), steps until later) of the first group."""
     num_steps = _num_steps(saved)
     if num_steps is None or type(scheduler).__module__ != "torch.optim.lr_scheduler":
         return None
@@ -196,7 +187,7 @@ def _rates_ahead(
         _advance(scheduler, ahead)
         return (before, _rate(scheduler)), (now, then), ahead
     except Exception:
-        return None  # the schedule ends (OneCycleLR) or is of another class; the line has the arguments
+        return None  # the schedule ends (OneCycleLR) or has another class; the message has the arguments
 
 
 def _num_steps(state: Mapping[str, Any]) -> int | None:
@@ -208,7 +199,7 @@ def _num_steps(state: Mapping[str, Any]) -> int | None:
 
 def _advance(scheduler: Any, num_steps: int) -> None:
     with warnings.catch_warnings():
-        # Torch warns that the optimizer has made no step yet.
+        # Torch warns if the optimizer has not stepped yet.
         warnings.simplefilter("ignore")
         for _ in range(num_steps):
             scheduler.step()

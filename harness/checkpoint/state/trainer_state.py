@@ -1,4 +1,4 @@
-"""The state of training besides tensors: ``trainer_state.json``."""
+"""Encode and read ``trainer_state.json``, the state of training besides tensors."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Moment:
-    """The position of training at which a checkpoint is made.
+    """Describe the position of training at which a checkpoint is saved.
 
     Args:
-        name: of the directory: ``epoch-0005`` or ``step-00001200``.
+        name: name of the directory, such as ``epoch-0005`` or ``step-00001200``.
         epoch: completed epochs.
         step: completed optimizer steps.
-        batches_in_epoch: batches that each rank has used of the current loader in the current epoch.
-        metrics: the latest reduced metrics.
-        samples_per_batch: of all ranks together; None: unknown.
+        batches_in_epoch: batches of the current loader that each rank has used in the current epoch.
+        metrics: latest reduced metrics.
+        samples_per_batch: samples over all ranks; None if unknown.
         accumulation: batches for an optimizer step.
         states: name -> `state_dict` of each registered object.
         loaders_done: completed training loaders of the current epoch.
@@ -54,14 +54,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Watched:
-    """A prepared model with its optimizer and scheduler: the content of a checkpoint, or one part of `Several`.
-
-    Args:
-        model: prepared.
-        optimizer: prepared, or None.
-        scheduler: of the optimizer, or None.
-        name: of the part; empty if it is the only one.
-    """
+    """Hold a prepared model with its optimizer and scheduler: the only part, or one of the named parts of `Several`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -70,22 +63,22 @@ class Watched:
 
     @property
     def parts(self) -> tuple[Watched, ...]:
-        """This one; `Several` has more."""
+        """Return a tuple of this part only, so that it can be used like `Several`."""
         return (self,)
 
     @property
     def prefix(self) -> str:
-        """The prefix of the names of its tensors in a checkpoint."""
+        """Return the prefix of its tensors' names in a checkpoint."""
         return f"{self.name}." if self.name else ""
 
 
 @dataclass(frozen=True)
 class Several:
-    """Several models that are saved, restored and published together.
+    """Hold several models that are saved, restored and published together.
 
     Args:
-        parts: each with its own name.
-        counted: the part whose optimizer's steps are the run's steps; None if no part has an optimizer.
+        parts: parts with distinct names.
+        counted: part whose optimizer steps are the run's steps; None if no part has an optimizer.
     """
 
     parts: tuple[Watched, ...]
@@ -96,10 +89,10 @@ AnyWatched = Watched | Several
 
 
 def check_scheduler(watched: AnyWatched) -> None:
-    """Raise an error if a scheduler cannot be saved.
+    """Check that every scheduler's state can be saved.
 
     Raises:
-        CheckpointError: if its state has other values than numbers, text and lists of these.
+        CheckpointError: if a state has a value that `encode` refuses.
     """
     for part in watched.parts:
         try:
@@ -116,24 +109,19 @@ def _scheduler_state(part: Watched) -> Any:
 
 
 def encode_state(name: str, state: Any, kept: KeptTensors | None) -> Any:
-    """Encode the state of a registered object as JSON values.
+    """Encode the `state_dict` of a registered object as JSON values. `kept` stores its tensors; None only checks them.
 
     Effects: as `encode`; main thread, between steps.
-
-    Args:
-        name: of the object.
-        state: its `state_dict`.
-        kept: stores the tensors; None: only check that the state can be saved.
 
     Raises:
         CheckpointError: if a value cannot be saved.
     """
     put = require_savable if kept is None else kept.put
     try:
-        # The parameters of an averaged copy of a module are plain tensors here.
+        # Detach parameters (of an averaged copy of a module), which `put` refuses.
         return encode(state, lambda tensor: put(tensor.detach()))
     except Exception as error:
-        # Values may be of any class and raise any error; a state may contain itself.
+        # Values of any class may raise any error, and a state may contain itself.
         raise CheckpointError(
             f"register({name!r}): its state cannot be saved: {error}; make its state_dict() return numbers, text, "
             "tensors, and lists and dicts of these"
@@ -150,14 +138,13 @@ def capture_trainer_state(
 ) -> Any:
     """Encode the current state as JSON values.
 
-    Effects: not collective; main thread, between steps; blocks for a learning rate that is a tensor on CUDA; nothing on
-    disk.
+    Effects: not collective; main thread, between steps; synchronizes with CUDA if a state has CUDA tensors.
 
     Args:
         moment: counters and position.
-        watched: for the schedulers and DeepSpeed's loss scales.
-        groups: from `groups_record`.
-        optimizers: from `record_of`, for each part.
+        watched: source of the schedulers and DeepSpeed's loss scales.
+        groups: result of `groups_record`.
+        optimizers: result of `record_of` for each part.
         scaler: accelerate's gradient scaler, or None.
         kept: stores the tensors of registered objects.
 
@@ -173,7 +160,7 @@ def capture_trainer_state(
         }
         for part, optimizer in zip(watched.parts, optimizers, strict=True)
     ]
-    # The values of a single model are in the record itself.
+    # A single model's values are stored at the top level.
     is_single = isinstance(watched, Watched)
     of_models = {"scheduler": parts[0]["scheduler"]} if is_single else {"parts": parts}
     of_scales = {"loss_scale": parts[0]["loss_scale"]} if is_single else {}
@@ -197,7 +184,7 @@ def capture_trainer_state(
 
 
 def _loss_scale(model: Any) -> dict[str, float] | None:
-    """The loss scale of a DeepSpeed engine in fp16, whose scaler is a plain object with numbers."""
+    """Return the numbers in the dynamic loss scaler, a plain object, of a DeepSpeed fp16 engine; None for others."""
     scaler = getattr(getattr(model, "optimizer", None), "loss_scaler", None)
     if scaler is None or not getattr(scaler, "dynamic", False):
         return None
@@ -206,12 +193,12 @@ def _loss_scale(model: Any) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class PartState:
-    """The state of one model besides its tensors and its optimizer's groups.
+    """Hold the state of one model besides its tensors and its optimizer's groups.
 
     Args:
-        name: of the part; empty if it is the only one.
-        scheduler: its state, or None.
-        loss_scale: numbers of DeepSpeed's scaler, or None.
+        name: name of the part; empty if it is the only one.
+        scheduler: state of the scheduler, or None.
+        loss_scale: numbers of DeepSpeed's loss scaler, or None.
         optimizer: the optimizer's state besides groups and tensors of parameters.
     """
 
@@ -222,30 +209,22 @@ class PartState:
 
     @classmethod
     def read(cls, record: Any, forms: Any, get: Get) -> PartState:
-        """Read the record of a part; `forms` are those of all parts' optimizers."""
+        """Decode the record of a part; `forms` are those of all parts' optimizers."""
         optimizer = OptimizerRecord.read({**record["optimizer"], "forms": forms}, get)
         return cls(record["name"], decode(record["scheduler"]), decode(record["loss_scale"]), optimizer)
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The decoded content of ``trainer_state.json``; see `Moment`.
+    """Hold the decoded content of ``trainer_state.json``; see `Moment` for the fields that are not listed here.
 
     Args:
-        epoch: completed epochs.
-        step: completed optimizer steps.
-        loaders_done: completed training loaders of the current epoch.
-        batches_in_epoch: batches that each rank had used of the next loader.
         param_groups: hyperparameters of all optimizers' parameter groups; ``params`` are names.
-        frozen: parameters in these groups whose requires_grad was False; None if it was not recorded.
-        parts: of each model.
-        scaler: the state of accelerate's gradient scaler, or None.
-        samples_per_batch: of all ranks together, or None.
-        accumulation: batches for an optimizer step.
-        metrics: the latest reduced metrics.
+        frozen: parameters in these groups whose requires_grad was False; None if not recorded.
+        parts: state of each model.
+        scaler: state of accelerate's gradient scaler, or None.
         states: name -> state of each registered object, as JSON values.
-        registered: the same states with their tensors, as `state_dict` returned them.
-        is_stopped: whether training had ended early.
+        registered: name -> the same state with its tensors, as `state_dict` returned it.
         ranks: `RankState.encoded` of each rank that saved.
     """
 
@@ -271,16 +250,16 @@ def read_trainer_state(
 ) -> TrainerState:
     """Read ``trainer_state.json`` of a checkpoint, and the tensors to which it refers. Digests are verified first.
 
-    Effects: not collective; any thread; blocks for reading two files; nothing on disk.
+    Effects: not collective; any thread; blocks on reading two files.
 
     Args:
-        checkpoint: its directory.
-        manifest: the checkpoint's.
-        files: source of the bytes; None: this node's disk.
-        device: for tensors that were on an accelerator.
+        checkpoint: directory of the checkpoint.
+        manifest: its manifest.
+        files: source of the bytes; None reads the local disk.
+        device: device of tensors that were on an accelerator.
 
     Raises:
-        DamagedError: if a file is not what was written.
+        DamagedError: if a file fails its check or is missing.
         CheckpointError: if the checkpoint holds weights only, or the disk fails.
     """
     path = checkpoint / FILE
@@ -299,11 +278,6 @@ def read_trainer_state(
 
 
 def _parsed(record: Any, get: Get) -> TrainerState:
-    """The state in a verified file.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError: if the writer did not follow the format.
-    """
     position, optimizer = record["position"], record["optimizer"]
     parts = record.get("parts", [{**record, "name": ""}])
     found = TrainerState(

@@ -1,4 +1,4 @@
-"""A step of an optimizer that leaves no trace, to learn what the optimizer keeps for a tensor."""
+"""Step an optimizer without side effects, to get the state that it creates for a tensor."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from harness.errors import CheckpointError
 
 
 def zero_step(optimizer: Any, wanted: Sequence[OptimizedTensor]) -> list[dict[Any, Any]]:
-    """Make a first step with zero gradients and a zero learning rate, and return the state of some tensors.
+    """Make a first step of the innermost optimizer with zero gradients and learning rate; return the tensors' states.
 
-    The step starts without a state of these tensors. If it fails, a second one starts with a copy of the existing
-    state: some optimizers make their state in ``__init__``.
+    The step starts without state of these tensors. If it fails, it is retried with a copy of the existing state,
+    because some optimizers create their state in ``__init__``.
 
-    Effects: as the optimizer's step, which is not collective for most; main thread, between steps. State, groups,
-    attributes (numbers, tensors and containers of these) and random numbers are restored before this returns; the
-    optimizer's own hooks are not called.
-
-    Args:
-        optimizer: the user's own, inside all wrappers.
-        wanted: the tensors.
+    Effects: as the optimizer's step, which is rarely collective; main thread, between steps. State, groups, attributes
+    (numbers, tensors and containers of these) and random states are restored; the optimizer's hooks are not called.
+    The tensors' values are not restored.
 
     Raises:
         CheckpointError: if the step fails.
@@ -54,7 +50,7 @@ def _zero_step(
                 group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
         for group in optimizer.param_groups:
             group["params"] = [each.tensor for each in wanted if each.group is group]
-        # DeepSpeed has its own gradients if the optimizer is offloaded.
+        # Keep existing gradients: DeepSpeed sets its own if the optimizer is offloaded.
         gradients = [each.tensor.grad for each in wanted]
         try:
             for each in wanted:
@@ -74,13 +70,13 @@ def _zero_step(
 
 @contextmanager
 def _preserved(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore an optimizer's groups, attributes and state of some tensors on exit.
+    """Restore an optimizer's groups, attributes, and state of some tensors on exit.
 
-    Inside, the optimizer works on copies, so that neither new values nor changes in place reach the originals.
+    Inside, the optimizer works on copies, so in-place changes do not reach the originals.
     """
     groups = [dict(group) for group in optimizer.param_groups]
     attributes = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
-    # One `copies` for all, so that a value shared by a group and an attribute has one copy.
+    # All calls share `copies`, so that a value shared by a group and an attribute has one copy.
     copies: dict[int, Any] = {}
     for group in optimizer.param_groups:
         group.update({key: _copied(value, copies) for key, value in group.items() if key != "params"})
@@ -112,12 +108,7 @@ def _preserved(optimizer: Any, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """Copy a tensor or a container and the tensors and containers in it. Parameters and objects are not copied.
-
-    Args:
-        value: of any type.
-        copies: identity of a value -> its copy.
-    """
+    """Deep-copy tensors and containers, but not parameters and objects. `copies` maps `id` of a value to its copy."""
     if id(value) in copies:
         return copies[id(value)]
     if isinstance(value, Tensor):
