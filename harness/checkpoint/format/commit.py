@@ -113,7 +113,7 @@ def temporary_of(final: Path, attempt: str) -> Path:
 def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest and make the checkpoint visible under its final name.
 
-    Effects: not collective; any thread; blocks on fsync; leaves `final`, complete.
+    Effects: not collective; any thread; blocks on fsync; renames `temporary` to `final`.
 
     Raises:
         CheckpointError: if `final` exists, or the manifest cannot be written as JSON.

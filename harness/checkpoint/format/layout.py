@@ -124,12 +124,9 @@ def read_header(
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Read the tensors of a safetensors file, in data order, and its metadata.
 
-    Effects: not collective; any thread; blocks on reading the header.
+    The header is verified against `record`, the file's manifest entry, if that is given.
 
-    Args:
-        path: path of the file.
-        record: manifest entry against which the header is verified; None skips the check.
-        files: source of the bytes; None reads the local disk.
+    Effects: not collective; any thread; blocks on reading the header from `files`, by default the local disk.
 
     Raises:
         DamagedError: if the file is missing or truncated, or its header fails the check or breaks the format.

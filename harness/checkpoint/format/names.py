@@ -71,10 +71,10 @@ class NamedState:
     Args:
         parameters: name -> parameter, in module order.
         buffers: name -> persistent buffer.
-        aliases: additional name of a tied tensor -> its name in `parameters` or `buffers`.
+        aliases: additional name of a tied tensor -> its first name, which may be in another model of the checkpoint.
         holders: name -> (module dictionary that contains the tensor, key).
         sizes: (module dictionary, length); a different length means that the model's structure has changed.
-        members: (dictionary, key, value) of submodules and of entries that are None; used likewise.
+        members: (dictionary, key, value) of submodules and of entries that are None; compared in the same way.
         others: `id` -> name of parameters of other models in the checkpoint, which the optimizer may also train.
     """
 
@@ -99,7 +99,7 @@ def named_state(
 
     Args:
         model: wrapped or not.
-        placeholders: stand-ins for parameters inside FSDP1's flat parameters.
+        placeholders: one for each parameter inside FSDP1's flat parameters.
         prefix: prepended to each name.
         named_before: `id` -> name of the tensors of other models in the checkpoint; this model's tensors are added. A
             tensor that is already in it becomes an alias.

@@ -112,12 +112,7 @@ def are_complete(record: FileRecord, spans: Mapping[int, Sequence[Span]]) -> lis
 def combine(
     record: FileRecord, indices: Iterable[int], spans_by_rank: Sequence[Mapping[int, Sequence[Span]]]
 ) -> tuple[dict[int, int], list[LeafRange]]:
-    """Combine the digests of some ranges of a file over all ranks.
-
-    Args:
-        record: the file's entry in the manifest.
-        indices: indices of the ranges.
-        spans_by_rank: `PartialDigests.spans` of each rank.
+    """Combine the digests of the ranges with these indices over the `PartialDigests.spans` of all ranks.
 
     Returns:
         A map from the index of a range to its digest so far, and the leaves that no rank has read.

@@ -51,8 +51,8 @@ class TensorShard:
 
     Args:
         spec: the tensor in the file.
-        holder: a module's or optimizer's dictionary. Each save looks up ``holder[key]``, so a tensor that was replaced
-            after planning is detected.
+        holder: a module's dictionary or an optimizer's state. Each save looks up ``holder[key]``, so a tensor that was
+            replaced after planning is detected.
         key: key in `holder`.
         ranges: ranges that this rank holds, in logical order; other ranks may hold them too.
         is_volatile: the value may change before the next optimizer step (a buffer, a frozen parameter, a plain number),

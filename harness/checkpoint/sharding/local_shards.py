@@ -40,10 +40,7 @@ class Selection(NamedTuple):
 
 
 class OptimizedTensor(NamedTuple):
-    """Describe a tensor that the innermost optimizer steps on: a parameter, or a flat partition of those in `names`.
-
-    `group` is its live parameter group.
-    """
+    """Describe a tensor that the innermost optimizer steps on: a parameter, or a flat partition of those in `names`."""
 
     group: dict[str, Any]
     tensor: Tensor
@@ -148,15 +145,11 @@ class LocalShards:
         return [names for _, names in self.groups]
 
     def add_state(self, optimizer: Any, names: Sequence[str], values: Mapping[Any, Any], tensor: Tensor) -> list[Leaf]:
-        """Record structure and form of an optimizer's state `values` for one tensor, and return its leaves.
+        """Record structure and form of the state `values` that an optimizer keeps for `tensor`, and return its leaves.
+
+        `names` are the parameters in the tensor.
 
         Effects: not collective; main thread, between steps; reads metadata only.
-
-        Args:
-            optimizer: named in messages.
-            names: names of the parameters in the tensor.
-            values: the state.
-            tensor: tensor that the optimizer steps on.
 
         Raises:
             CheckpointError: if the state has an unsupported structure.

@@ -77,10 +77,7 @@ class ShardCatalog:
 
 @dataclass(frozen=True)
 class ShardKind:
-    """Describe tensors that are sharded identically: their ascending indices, and for each part the ranks holding it.
-
-    Ranks are in ascending order.
-    """
+    """Describe tensors (ascending indices) that are sharded identically. `parts` maps each part to ascending ranks."""
 
     tensors: Sequence[int]
     parts: Mapping[Part, tuple[int, ...]]

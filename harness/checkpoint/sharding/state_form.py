@@ -92,7 +92,7 @@ def is_object(value: Any) -> bool:
 
 
 def leaves_of(values: Mapping[Any, Any]) -> Iterator[Leaf]:
-    """Yield the leaves of a state, in its order. Values of types that a form cannot have are skipped."""
+    """Yield the leaves of a state, in its order. None, text and values of unsupported types are skipped."""
     branch = Branch(values)
     for kind, value in values.items():
         if is_leaf(value):
@@ -196,12 +196,9 @@ def plain_form(kinds: Mapping[Any, Any] | set[str]) -> Form:
 
 
 def build(form: Form, leaf: Callable[[Path, Form], Any], path: Path = ()) -> Any:
-    """Build a value from a form that `checked` returned. An object is replaced by the state for its `load_state_dict`.
+    """Build the value at `path` from a form that `checked` returned; `leaf` creates each tensor or number.
 
-    Args:
-        form: form of the value.
-        leaf: creates the tensor or number at a path, given its form.
-        path: path of the value.
+    An object is replaced by the state for its `load_state_dict`.
     """
     if form is None:
         return None

@@ -87,7 +87,7 @@ def build_state(
     Args:
         built: records the changes; call its `undo` after an error.
         optimized: all tensors that the optimizer steps on, from `find_optimized`.
-        stored: the checkpoint.
+        stored: index of the checkpoint.
         record: the optimizer's record in the checkpoint.
 
     Raises:
@@ -285,11 +285,6 @@ def check_objects(optimizer: Any, optimized: Sequence[OptimizedTensor], forms: M
     """Check that a resume can create the objects in an optimizer's state, by one `zero_step` of one such tensor.
 
     Effects: as `zero_step`; the tensor's values are restored.
-
-    Args:
-        optimizer: the innermost optimizer.
-        optimized: all tensors that it steps on, from `find_optimized`.
-        forms: parameter -> form of its state.
 
     Raises:
         CheckpointError: if the optimizer does not create the objects, or the step fails.

@@ -129,7 +129,7 @@ def _is_made_by_code(value: Any, shards: LocalShards) -> bool:
 
 
 def record_of(optimizer: Any, added: Mapping[str, Any], kept: KeptTensors) -> dict[str, Any]:
-    """Encode the class and parameterless state of an optimizer (wrapped or not, or None) as JSON values.
+    """Encode the class of an optimizer, its state that belongs to no parameter, and the result of `added_state`.
 
     Effects: not collective; main thread, between steps; copies tensors that belong to no parameter to `kept`.
 

@@ -31,18 +31,11 @@ Group = tuple[Mapping[str, Any], Sequence[str]]
 def add_saved_groups(watched: AnyWatched, saved: Sequence[Record], groups: Sequence[Group]) -> list[AddedGroups]:
     """Add each saved group to its optimizer if no parameter of the group is in a live group.
 
-    Nothing is added to optimizers of flattened parameters (FSDP1, ZeRO).
+    The ``params`` of saved groups are names. Nothing is added to optimizers of flattened parameters (FSDP1, ZeRO).
+    After an error, call `undo` of each returned object.
 
     Effects: not collective, with the same result on every rank; main thread, before training. The optimizer's
     `add_param_group` is replaced until the script has added every such group itself.
-
-    Args:
-        watched: the optimizers and their models.
-        saved: the checkpoint's groups; ``params`` are names.
-        groups: the optimizers' live groups.
-
-    Returns:
-        The groups that were added; call `undo` of each after an error.
     """
     trained = {name for _, names in groups for name in names}
     missing = [record for record in saved if record["params"] and trained.isdisjoint(record["params"])]
@@ -121,14 +114,10 @@ def match_groups(saved: Sequence[Record], groups: Sequence[Group]) -> list[int |
 
 
 def require_groups(saved: Sequence[Record], groups: Sequence[Group], *, has_scheduler: bool) -> None:
-    """Check that the live parameter groups match those of a checkpoint.
+    """Check that the live parameter groups match those of a checkpoint, whose ``params`` are names.
 
-    A live group whose parameters are in no saved group keeps its initial values.
-
-    Args:
-        saved: the checkpoint's groups; ``params`` are names.
-        groups: the optimizers' live groups.
-        has_scheduler: whether a scheduler exists. Its state is indexed by group, so the order must match too.
+    A live group whose parameters are in no saved group keeps its initial values. A scheduler's state is indexed by
+    group, so with a scheduler the number and order of the groups must match too.
 
     Raises:
         CheckpointError: if parameters are grouped differently, a saved group has no live one, or, with a scheduler,

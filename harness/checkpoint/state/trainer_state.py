@@ -136,17 +136,11 @@ def capture_trainer_state(
     scaler: Any,
     kept: KeptTensors,
 ) -> Any:
-    """Encode the current state as JSON values.
+    """Encode the current state as JSON values, with the tensors of registered objects in `kept`.
+
+    `groups` is the result of `groups_record`, and `optimizers` has the result of `record_of` for each part.
 
     Effects: not collective; main thread, between steps; synchronizes with CUDA if a state has CUDA tensors.
-
-    Args:
-        moment: counters and position.
-        watched: source of the schedulers and DeepSpeed's loss scales.
-        groups: result of `groups_record`.
-        optimizers: result of `record_of` for each part.
-        scaler: accelerate's gradient scaler, or None.
-        kept: stores the tensors of registered objects.
 
     Raises:
         CheckpointError: if the state of a registered object cannot be saved.
@@ -193,13 +187,9 @@ def _loss_scale(model: Any) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class PartState:
-    """Hold the state of one model besides its tensors and its optimizer's groups.
+    """Hold the state of one part (`Watched`) besides its tensors and its optimizer's groups.
 
-    Args:
-        name: name of the part; empty if it is the only one.
-        scheduler: state of the scheduler, or None.
-        loss_scale: numbers of DeepSpeed's loss scaler, or None.
-        optimizer: the optimizer's state besides groups and tensors of parameters.
+    `loss_scale` has the numbers of DeepSpeed's loss scaler, or is None.
     """
 
     name: str
@@ -250,13 +240,8 @@ def read_trainer_state(
 ) -> TrainerState:
     """Read ``trainer_state.json`` of a checkpoint, and the tensors to which it refers. Digests are verified first.
 
-    Effects: not collective; any thread; blocks on reading two files.
-
-    Args:
-        checkpoint: directory of the checkpoint.
-        manifest: its manifest.
-        files: source of the bytes; None reads the local disk.
-        device: device of tensors that were on an accelerator.
+    Effects: not collective; any thread; blocks on reading two files, by default from the local disk. Tensors that were
+    on an accelerator are moved to `device`.
 
     Raises:
         DamagedError: if a file fails its check or is missing.
