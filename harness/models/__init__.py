@@ -1,4 +1,4 @@
-"""How a published model is built again.
+"""Rebuild a published model from its description and its weights.
 
 In reading order:
 

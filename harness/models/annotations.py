@@ -1,7 +1,7 @@
 """Read the annotations of a constructor, and convert scalar values to them, for `harness.models.described_model`.
 
-No function here imports what a value names. jsonargparse converts scalars as in training, but only to the types of
-`is_scalar`, for which it imports nothing either.
+No function here imports what a value names. jsonargparse converts scalars as in training, but only to the types that
+`is_scalar` accepts, for which it imports nothing.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ _NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIO
 
 
 def parameters_of(found: type[Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the annotation and default of each parameter of a constructor, by name.
-
-    Parameters that the constructor passes on to its parents are included.
-    """
+    """Return each parameter's annotation and default, including those that the constructor passes to its parents."""
     hints: dict[str, tuple[Any, Any]] = {}
     try:
         parameters = get_signature_parameters(found, logger=False)
@@ -90,8 +87,8 @@ def origin_of(member: Any) -> Any:
 def is_scalar(member: Any) -> bool:
     """Whether `convert` converts to this type without importing anything.
 
-    For any other class jsonargparse reads a text as the import path of a subclass, and imports it. This includes
-    subclasses of the types that it converts, and types such as `datetime.datetime`.
+    For any other class, including subclasses of the scalar types and types such as `datetime.datetime`, jsonargparse
+    reads text as the import path of a subclass, and imports it.
     """
     origin = origin_of(member)
     if origin in _SCALARS or origin is Literal:
@@ -103,7 +100,7 @@ def is_scalar(member: Any) -> bool:
 
 
 def is_class(member: Any) -> bool:
-    """Whether the type is a class of which an object may be built; classes of the standard library are not."""
+    """Whether the type is a class whose objects may be built; classes of the standard library are excluded."""
     origin = origin_of(member)
     if not inspect.isclass(origin) or is_scalar(member) or typing.is_typeddict(origin):
         return False
@@ -116,7 +113,7 @@ def accepts_class(member: Any) -> bool:
 
 
 def is_subtype(found: type[Any], bound: Any) -> bool:
-    """Whether ``type[bound]`` allows a class."""
+    """Whether ``type[bound]`` accepts a class."""
     allowed = [origin_of(member) for member in alternatives(bound)]
     return Any in allowed or any(inspect.isclass(each) and issubclass(found, each) for each in allowed)
 
@@ -125,14 +122,14 @@ def convert(place: str, members: Sequence[Any], value: Any) -> Any:
     """Convert a scalar to the first of several types that accepts it.
 
     Args:
-        place: of the value, for messages.
+        place: where the value is, for messages.
         members: the types, from `alternatives`.
         value: neither a list nor a mapping.
 
     Raises:
-        ConfigError: with the place, if no type accepts it.
+        ConfigError: if no type accepts the value.
     """
-    # As in training, an optional parameter accepts any text that YAML reads as null.
+    # As in training, YAML's spellings of null mean None for an optional parameter.
     if types.NoneType in members and (parse_text(value) if isinstance(value, str) else value) is None:
         return None
     for member in filter(is_scalar, members):
@@ -147,7 +144,7 @@ def convert(place: str, members: Sequence[Any], value: Any) -> Any:
 
 
 def _converted(member: Any, value: Any) -> Any:
-    """Convert a value to a type of `is_scalar`, or raise one of the errors that `convert` suppresses."""
+    """Convert a value to a scalar type; every error it raises is suppressed by `convert`."""
     origin = origin_of(member)
     if inspect.isclass(origin) and issubclass(origin, pathlib.PurePath):
         if isinstance(value, str):
@@ -159,7 +156,6 @@ def _converted(member: Any, value: Any) -> Any:
 
 
 def _is_instance(value: Any, member: Any) -> bool:
-    """Whether a value is an instance of a type already, for example a number of `numbers.Number`."""
     try:
         return not is_scalar(member) and isinstance(value, origin_of(member))
     except TypeError:  # Any, or a protocol
@@ -167,7 +163,7 @@ def _is_instance(value: Any, member: Any) -> bool:
 
 
 def parse_text(text: str) -> Any:
-    """Parse text as jsonargparse does for a parameter of any type; text that is not YAML is returned unchanged."""
+    """Parse text as jsonargparse does for a parameter of any type; return text that is not YAML unchanged."""
     try:
         return get_loader("yaml")(text) if text.strip() else text
     except (yaml.YAMLError, ValueError):
@@ -175,7 +171,7 @@ def parse_text(text: str) -> Any:
 
 
 def describe(members: Sequence[Any]) -> str:
-    """Return the names of several types for a message."""
+    """Join the names of several types for a message."""
     return " or ".join(dict.fromkeys(name_of(member) for member in members))
 
 

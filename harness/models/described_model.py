@@ -1,6 +1,6 @@
 """Build an object from an untrusted description: a class, and JSON values as its arguments.
 
-The annotation of its parameter decides what a value may become:
+The annotation of a parameter decides how its value is converted:
 
     annotation                      value                                             result
     a class                         {class_path, init_args}, an import path           an object of it
@@ -11,9 +11,8 @@ The annotation of its parameter decides what a value may become:
     ``Any``, or no annotation       a list, a mapping, a scalar                       unchanged
 
 Any other combination is an error. An import path therefore names a class only where the model's constructor expects
-one; `trusted_classes` checks which ones it may name, and `annotations` reads the annotations. jsonargparse is used for
-scalars only: for other types it also reads class names from dotted keys, ``dict_kwargs``, names without a module, text
-with YAML or JSON, and files.
+one, and `trusted_classes` checks the name. jsonargparse converts only scalars: for other types it would also read class
+names from dotted keys, ``dict_kwargs``, names without a module, text with YAML or JSON, and files.
 """
 
 from __future__ import annotations
@@ -59,11 +58,7 @@ _MAPPINGS: Mapping[Any, Any] = {
 
 
 class DescribedModel:
-    """Builds a model, and the objects that its arguments describe.
-
-    Args:
-        classes: the classes that the arguments may name.
-    """
+    """Builds a model and the objects that its arguments describe, from the classes that the arguments may name."""
 
     def __init__(self, classes: TrustedClasses) -> None:
         self._classes = classes
@@ -74,18 +69,17 @@ class DescribedModel:
         Effects: imports the classes and functions that the arguments name, and calls the constructors.
 
         Args:
-            place: of `init_args`, for messages.
+            place: where `init_args` is, for messages.
             found: the class.
             init_args: name -> JSON value.
 
         Raises:
-            ConfigError: with the place of an argument that is unknown, of a wrong type, names a class that is not
-                allowed, or is rejected by the constructor.
+            ConfigError: if an argument is unknown, has a wrong type, names a class that is not allowed, or is rejected.
         """
         return self._object(place, found, init_args, None)
 
     def _object(self, place: str, found: type[Any], init_args: Any, default: Any) -> Any:
-        """Construct an object. Missing fields of a dataclass are those of the parameter's default, if it has one."""
+        """Construct an object. The parameter's default supplies missing fields of a dataclass."""
         is_changed = dataclasses.is_dataclass(default) and type(default) is found
         arguments = self._arguments(place, found, init_args, default if is_changed else None)
         try:
@@ -109,7 +103,7 @@ class DescribedModel:
     def _value(self, place: str, hint: Any, value: Any, default: Any = None) -> Any:
         members = list(alternatives(hint))
         if isinstance(value, str) and any(member not in (str, types.NoneType) for member in members):
-            # As in training, text is read as YAML if another type than text is expected.
+            # As in training, text is parsed as YAML if a type other than text is allowed.
             loaded = parse_text(value)
             value = loaded if isinstance(loaded, (Mapping, list)) else value
         if isinstance(value, Mapping):
@@ -122,7 +116,7 @@ class DescribedModel:
 
     def _text(self, place: str, members: Sequence[Any], text: str) -> Any:
         is_text_too = any(is_scalar(member) and member is not types.NoneType for member in members) or Any in members
-        # As in training, the types of a union are tried in order, and any text is a `str`.
+        # As in training, the types of a union are tried in order, and `str` accepts any text.
         is_text_first = str in members and members.index(str) < members.index(next(filter(accepts_class, members)))
         if is_text_first or (is_text_too and not _is_importable(text)):
             return convert(place, members, text)
@@ -165,12 +159,7 @@ class DescribedModel:
     def _resolve(self, place: str, members: Sequence[Any], path: str, found: Any, init_args: Any) -> Any:
         """Return the class or function itself, or an object of the class, as the annotation requires.
 
-        Args:
-            place: of the value, for messages.
-            members: the annotation's alternatives.
-            path: of the class or function, for messages.
-            found: the class or function.
-            init_args: its arguments; None if the value is only an import path.
+        `init_args` is None if the value is only an import path.
         """
         arguments_place, arguments = f"{place}.init_args", {} if init_args is None else init_args
         for member in filter(accepts_class, members):
@@ -224,7 +213,7 @@ class DescribedModel:
 
 
 def _plain(place: str, value: Any) -> Any:
-    """Return a value without a type unchanged; refuses a class at any depth."""
+    """Return an untyped value unchanged; refuse a class at any depth."""
     if isinstance(value, Mapping):
         if "class_path" in value:
             raise _unexpected_class(place, value["class_path"])
@@ -239,7 +228,7 @@ def _unexpected_class(place: str, path: Any) -> ConfigError:
 
 
 def _is_importable(text: str) -> bool:
-    """Whether the text is an import path below an existing package, without an import."""
+    """Whether text is an import path below an existing package; imports nothing."""
     if not is_full_path(text):
         return False
     try:

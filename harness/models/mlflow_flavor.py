@@ -1,8 +1,8 @@
-"""Loads a published checkpoint as a model: `load_model`, and MLflow's entry point for ``python_function``.
+"""Load a published checkpoint as a model: `load_model`, and MLflow's entry point for ``python_function``.
 
     MLmodel (or the run's own model spec) -> class -> `described_model` builds it -> safetensors -> eval mode
 
-Nothing is unpickled. The class must be importable, and a `torch.nn.Module` or a `harness.Task` that constructs one.
+Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def load_model(
 ) -> nn.Module:
     """Load the model of a checkpoint, in eval mode.
 
-    The model spec's class is imported, which runs the code of its module, and constructed with the spec's arguments.
+    Imports the class that the model spec names, which runs its module's code, and calls it with the spec's arguments.
+    The class is a `torch.nn.Module`, or a `harness.Task` that constructs one.
 
-    Effects: not collective; any thread; blocks until all files are read, and verified if there is a manifest. A model
-    in MLflow is downloaded to MLflow's directory first. Random states are restored.
+    Effects: not collective; any thread; blocks until all files are read, and verified if there is a manifest. Downloads
+    a model in MLflow to MLflow's directory first. Preserves random states.
 
     Args:
         where: an address in MLflow (``models:/<id>``, ``models:/<name>@best``, ``runs:/...``), the directory of a
@@ -60,9 +61,9 @@ def load_model(
             of the model's class.
 
     Raises:
-        ConfigError: if the spec has no class, or the class cannot be imported or built, or the class or an argument
-            is not allowed.
-        CheckpointError: if the weights are damaged, or belong to another model: names, shapes or ties differ.
+        ConfigError: if there is no model, the spec has no class, the class cannot be imported or built, or the class
+            or an argument is not allowed.
+        CheckpointError: if the weights are damaged, or differ from the model in names, shapes or ties.
     """
     directory = _directory(str(where))
     if model is None:
@@ -78,7 +79,7 @@ def load_model(
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFuncModel:
     """Entry point of ``mlflow.pyfunc.load_model`` and ``mlflow models serve``."""
-    # The device is chosen as in `mlflow.pytorch`.
+    # Choose the device as `mlflow.pytorch` does.
     chosen = (model_config or {}).get("device") or os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE")
     device = torch.device(chosen or ("cuda" if torch.cuda.is_available() else "cpu"))
     # From the server's environment: the untrusted MLmodel file can set `model_config`.
@@ -87,11 +88,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
 
 
 class PyFuncModel:
-    """A model with MLflow's interface: arrays in, arrays out.
-
-    Args:
-        model: in eval mode, on its device.
-    """
+    """Wraps a model, in eval mode, in MLflow's interface: arrays in, arrays out."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -107,12 +104,12 @@ class PyFuncModel:
         """Run the model on one batch.
 
         Args:
-            data: an array, a tensor, a DataFrame of numbers, or lists of them: the model's only argument. A mapping
-                has the arguments by name. Floating-point numbers are cast to the type of the weights.
+            data: an array, a tensor, a DataFrame of numbers, or lists of them: the model's only argument. A mapping has
+                the arguments by name. Floating-point numbers are cast to the dtype of the weights.
             params: ignored.
 
         Returns:
-            An array; name -> array if the model returns several tensors.
+            An array, or name -> array if the model returns several tensors.
         """
         is_named = isinstance(data, Mapping)
         values: Mapping[str, Any] = data if is_named else {"input": data}
@@ -134,7 +131,7 @@ def _numbers(value: Any) -> np.ndarray[Any, Any]:
     """Copy to a writable array, as torch requires."""
     array = np.array(value)
     if array.dtype == object:
-        # A column of lists: MLflow stores an array in a cell so.
+        # A column of lists, which is how MLflow stores arrays in cells.
         cells = array.reshape(len(array), -1)
         array = np.stack([np.stack([np.asarray(cell) for cell in row]) for row in cells])
         array = array[:, 0] if cells.shape[1] == 1 else array
@@ -156,20 +153,17 @@ def _directory(where: str) -> Path:
 
 
 def _read_spec(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Path]]:
-    """Read the model spec: from the MLmodel file, or for a checkpoint within its run's directory from the outbox.
+    """Read the model spec from the MLmodel file, or from the outbox for a checkpoint in its run's directory.
 
     Returns:
         The spec, and the directories whose code is not trusted.
-
-    Raises:
-        ConfigError: if there is no spec, or it cannot be read.
     """
     run_dir = directory.absolute().parent.parent
     try:
         if (directory / MLMODEL).exists():
             return dict(yaml.safe_load((directory / MLMODEL).read_text())["flavors"][FLAVOR]), (directory,)
         if (directory / MANIFEST).exists() and (name := newest_model_spec(run_dir / "outbox")) is not None:
-            # The checkpoint's own directory too, as it may be a link to another place.
+            # The checkpoint's directory is listed too, since it may be a link to another place.
             return read_model_spec(run_dir / "outbox", name), (directory, run_dir)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ConfigError("", f"{where}: the model spec cannot be read: {error!r}") from error
@@ -200,18 +194,14 @@ def _build(where: str, untrusted_dirs: Sequence[Path], spec: Mapping[str, Any], 
 
 
 def _add_working_directory(class_path: str) -> None:
-    """Append the working directory, which MLflow's commands lack, to ``sys.path`` if the class is not found without."""
+    """Append the working directory, which MLflow's commands omit, to ``sys.path`` if the class's package is missing."""
     package = class_path.partition(".")[0]
     if package and importlib.util.find_spec(package) is None and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def _fill(model: nn.Module, directory: Path) -> None:
-    """Read the weights into the model, each tensor once.
-
-    Raises:
-        CheckpointError: if they are damaged, or belong to another model.
-    """
+    """Copy the stored weights into the model, reading each tensor once."""
     if (directory / MANIFEST).exists():
         require_whole(directory, weights_only=True)
     stored, state = CheckpointIndex.of_weights(directory), named_state(model)
@@ -234,7 +224,7 @@ def _fill(model: nn.Module, directory: Path) -> None:
 def _check_names(stored: CheckpointIndex, state: NamedState) -> None:
     own = {**state.parameters, **state.buffers}
     missing = [name for name in own if stored.name_of(name) not in stored.model]
-    # One tensor of the model that has two entries in the file would have two values.
+    # A tied tensor must have a single entry in the file; two entries may differ.
     apart = [
         f"{alias} and {name}" for alias, name in state.aliases.items() if stored.name_of(alias) != stored.name_of(name)
     ]

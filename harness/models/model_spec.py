@@ -1,7 +1,7 @@
 """The model spec: class, arguments, signature and packages of a run's models, as JSON values.
 
-The trainer makes it once, without mlflow. The publisher writes it to MLmodel files (`harness.tracking.mlflow.mlmodel`),
-and `harness.models.mlflow_flavor` builds the model from it.
+The trainer makes it once, without importing mlflow. The publisher writes it to MLmodel files
+(`harness.tracking.mlflow.mlmodel`), and `harness.models.mlflow_flavor` builds the model from it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check_spec(key: str, spec: ClassSpec) -> None:
 def make_model_spec(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Make the model spec, without the signature.
 
-    Effects: not collective; any thread; reads the installed packages' metadata; nothing on disk.
+    Effects: not collective; any thread; reads the metadata of installed packages; writes nothing to disk.
 
     Args:
         spec: class of the model, or of the task that constructs it; None if unknown.
@@ -78,16 +78,16 @@ def infer_signature(
 ) -> dict[str, Any]:
     """Infer a model's inputs and outputs by running it on an example.
 
-    Effects: not collective; one rank; main thread, outside of forward and backward. Runs the model once, and once more
-    if axes are dynamic, in eval mode without gradients; restores modes, random states and buffers. Nothing on disk.
+    Effects: not collective; one rank; main thread, outside of forward and backward. Runs the model once in eval mode
+    without gradients, twice if axes are dynamic; restores modes, random states and buffers.
 
     Args:
         model: wrapped or not; not sharded.
-        example: a batch, or a function that returns it; the first axis is that of the samples.
-        dynamic_axes: name of an input (``input`` for a single one) -> further axes that may have any size.
+        example: a batch, or a function that returns it; axis 0 is the samples.
+        dynamic_axes: name of an input (``input`` for a single one) -> further axes of variable size.
 
     Returns:
-        ``signature``, in MLflow's schema of tensors, and ``example``, as nested lists.
+        ``signature`` in MLflow's tensor schema, and ``example`` as nested lists.
 
     Raises:
         ValueError: if the model is sharded or lazy, the example is invalid, or the outputs are not tensors.
@@ -143,13 +143,13 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Copy to a NumPy array on the host; types that NumPy lacks, such as bfloat16, become float32."""
+    """Copy to a NumPy array on the host, with dtypes that NumPy lacks, such as bfloat16, as float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if _numpy_name(tensor.dtype) == "float32" else tensor).numpy()
 
 
 def call(model: nn.Module, inputs: Mapping[str, Tensor], *, is_named: bool) -> Any:
-    """Call the model on one batch, by argument name or as its only argument."""
+    """Call the model on one batch, by argument names or with its only argument."""
     return model(**inputs) if is_named else model(inputs["input"])
 
 
@@ -163,8 +163,8 @@ def _by_name(example: Example, device: torch.device) -> dict[str, Tensor]:
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Tensor], *, is_named: bool) -> dict[str, Tensor]:
-    # Forward may change buffers, so it gets copies. Not inference_mode: a tensor that the model caches in its first
-    # call, such as a rotary table, could not be used in training then.
+    # Forward may change buffers, so it runs on copies. inference_mode would break later training if the model caches a
+    # tensor, such as a rotary table, in its first call.
     copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
     arguments, names = (() if is_named else (inputs["input"],)), (dict(inputs) if is_named else {})
     with torch.no_grad():
@@ -183,7 +183,7 @@ def _narrowed(inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int]]) -
 
 
 def _specs(tensors: Mapping[str, Tensor], free: Mapping[str, set[int]]) -> list[dict[str, Any]]:
-    """Return the format of ``mlflow.types.TensorSpec.to_dict``, in which a single tensor has no name."""
+    """Return the format of ``mlflow.types.TensorSpec.to_dict``; a single tensor has no name."""
     specs = []
     for name, tensor in tensors.items():
         shape = [-1 if axis in free[name] else size for axis, size in enumerate(tensor.shape)]
@@ -223,7 +223,7 @@ def _pinned(names: Sequence[str], notes: list[str]) -> tuple[list[str], list[str
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        version = distribution.version.partition("+")[0]  # an index has no build suffix, as in 2.13.0+cpu
+        version = distribution.version.partition("+")[0]  # an index lacks local builds such as 2.13.0+cpu
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         url = _without_user(origin.get("url", ""))
         if not origin:
@@ -233,7 +233,7 @@ def _pinned(names: Sequence[str], notes: list[str]) -> tuple[list[str], list[str
         elif url.startswith(("http://", "https://")):
             lines.append(f"{name} @ {url}")
         else:
-            # By name pip could install another package.
+            # The same name on an index may be another package.
             notes.append(f"{name} {version} was installed from a directory; install it from there")
     return lines, notes
 

@@ -1,4 +1,4 @@
-"""The classes that a model spec may name, checked before any of them is imported.
+"""Check the classes that a model spec names before any of them is imported.
 
 An ``MLmodel`` file is untrusted data. Its class must be a `torch.nn.Module`, or a `harness.Task` that constructs one.
 Its arguments may name further classes and functions, in the positions that `described_model` allows, but only below
@@ -9,9 +9,9 @@ Its arguments may name further classes and functions, in the positions that `des
 
 A name that such a module imports from another package is refused.
 
-Importing a module runs its code, so a model is only as trustworthy as the installed packages. Modules in the model's
-own directory, or in the directory of the run whose checkpoint it is, are not imported: Python can find a download in
-the working directory as a package.
+Importing a module runs its code, so a model is only as trustworthy as the installed packages. Python can find a
+download in the working directory as a package. Modules in the model's own directory, or in that of a checkpoint's run,
+are therefore not imported.
 """
 
 from __future__ import annotations
@@ -34,26 +34,24 @@ _PACKAGE_OF = {"harness.integrations.transformers.Pretrained": "transformers"}
 
 
 class TrustedClasses:
-    """The classes that one model may name.
+    """Decides which classes one model may name.
 
     Args:
-        class_path: of the model's class, or of the task that constructs it.
+        class_path: the model's class, or the task that constructs it.
         untrusted_dirs: the model's directory and, for a checkpoint, its run's.
         trusted: further packages, modules or classes, such as ``my_layers`` or ``my_layers.blocks.Block``.
     """
 
     def __init__(self, class_path: str, untrusted_dirs: Sequence[Path], trusted: Sequence[str] = ()) -> None:
         package = class_path.partition(".")[0]
-        # torch also has functions that unpickle files and compile source text.
+        # torch itself also has functions that unpickle files and compile source text.
         own = () if package == "torch" else (_PACKAGE_OF.get(class_path, package),)
         self._names = (_TORCH, *trusted, *own)
         self._trusted = tuple(trusted)
         self._untrusted_dirs = [each.resolve() for each in untrusted_dirs]
 
     def require_model(self, key: str, class_path: str, found: type[Any]) -> None:
-        """Refuse a class that is neither a module nor a task.
-
-        A class of harness, or one that the caller trusts, needs only ``model()``.
+        """Refuse a class that is neither a module nor a task. Harness's and trusted classes need only ``model()``.
 
         Raises:
             ConfigError: with the place and the remedy.
@@ -85,7 +83,7 @@ class TrustedClasses:
                 return
             origin = spec.origin if spec.has_location else None  # builtin modules have none
             locations = [Path(each).resolve() for each in (origin, *(spec.submodule_search_locations or ())) if each]
-            # A namespace package is any directory, also one that contains the untrusted directory.
+            # A namespace package can be any directory, including one that contains the untrusted directory.
             is_namespace = spec.origin is None
             if any(
                 each.is_relative_to(directory) or (is_namespace and directory.is_relative_to(each))
@@ -101,10 +99,10 @@ class TrustedClasses:
     def find(self, place: str, path: str) -> Any:
         """Import the class or function that an argument names by its full path.
 
-        Effects: imports its module, if the name is allowed; calls nothing.
+        Effects: imports its module if the name is allowed; calls nothing.
 
         Raises:
-            ConfigError: with the place, if the path is not a full one, is not allowed, or does not exist.
+            ConfigError: if the path is not a full one, is not allowed, or does not exist.
         """
         if not is_full_path(path):
             raise ConfigError(place, f"must be the full import path of a class or function, got {path!r}")
@@ -130,7 +128,7 @@ class TrustedClasses:
 
 
 def is_full_path(text: str) -> bool:
-    """Whether a text has the form of a module and a name in it, without an import."""
+    """Whether text has the form of a module and a name in it; imports nothing."""
     parts = text.split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
