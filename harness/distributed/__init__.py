@@ -1,21 +1,21 @@
-"""Ranks: how they start, find one another, exchange values and fail.
+"""Start the ranks, connect them, exchange small values between them and propagate failures.
 
 In reading order:
 
     topology           the processes and hardware of a run
     strategies         create the Accelerator for the requested strategy
-    cpu_strategies     every strategy on a CPU
-    model_preparation  what a model needs before and after accelerate prepares it
+    cpu_strategies     run every strategy on a CPU
+    model_preparation  checks and changes of a model before and after accelerate prepares it
     broadcast          broadcast tensors of any type and layout
-    global_batch       the same global batch on another number of ranks
+    global_batch       keep the global batch on another number of ranks
     slurm_env          SLURM's environment variables
-    launch_identity    the launch that this process belongs to, and its last rendezvous
-    rendezvous         ranks that torch's elastic agent starts or restarts
-    job_rendezvous     ranks of a SLURM job, without a configured port
-    job_secret         the secret of a job, and the handshake that proves it is known
+    launch_identity    the launch that this process belongs to, and its latest rendezvous
+    rendezvous         rendezvous of ranks that torch's elastic agent starts or restarts
+    job_rendezvous     rendezvous of a SLURM job's ranks, without a configured port
+    job_secret         the secret of a job, and the handshake that authenticates both peers
     rank_values        encode values for other ranks as JSON and tensors
     collectives        collective calls that carry small values
-    consensus          requests of any rank, known to all at the same step
-    uneven_inputs      ranks with different numbers of batches
+    consensus          reduce the ranks' requests without blocking the training loop
+    uneven_inputs      detect ranks that run out of batches
     failure_monitor    stop all ranks when one fails
 """

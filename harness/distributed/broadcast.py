@@ -12,15 +12,15 @@ from harness.errors import HarnessError
 
 
 def broadcast_buffers(model: nn.Module, world_size: int) -> None:
-    """Give every rank the buffers of rank 0, which are those that a checkpoint contains.
+    """Broadcast the model's buffers from rank 0, whose buffers a checkpoint contains.
 
-    DDP does so in each forward. FSDP and ZeRO leave each rank its own buffers (BatchNorm statistics), so that ranks
-    would evaluate different models and save another.
+    DDP does this in each forward. Under FSDP and ZeRO each rank updates its own buffers (BatchNorm statistics), so the
+    ranks would evaluate different models.
 
-    Effects: collective on the default group; main thread, between steps; blocks until done.
+    Effects: collective on the default group; main thread, between steps; blocks.
 
     Raises:
-        HarnessError: on all ranks, with the name of a buffer that has no bytes to send (quantized, sparse).
+        HarnessError: on all ranks, if a buffer cannot be viewed as bytes (quantized, sparse).
     """
     if world_size == 1:
         return
@@ -30,31 +30,24 @@ def broadcast_buffers(model: nn.Module, world_size: int) -> None:
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Give every rank the weights and buffers of rank 0, as FSDP1 does on GPUs and DDP anywhere.
+    """Broadcast the weights and buffers of an unprepared model from rank 0, as DDP does, and FSDP1 on GPUs.
 
     Effects: collective on the default group; main thread; blocks; nothing on disk.
-
-    Args:
-        model: not prepared yet.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         broadcast(name, tensor)
 
 
 def broadcast(name: str, tensor: Tensor) -> None:
-    """Give every rank the values of rank 0, in place.
+    """Broadcast a tensor from rank 0 in place; its type, shape and layout are the same on all ranks.
 
-    The values are sent as bytes in C order: backends lack types (gloo: 16-bit integers, 8-bit floats) and ignore
-    strides.
+    The values are sent as bytes in C order, because backends lack types (gloo: 16-bit integers, 8-bit floats) and
+    ignore strides. The name is for error messages.
 
     Effects: collective on the default group; main thread; blocks; nothing on disk.
 
-    Args:
-        name: for error messages.
-        tensor: of the same type, shape and layout on all ranks.
-
     Raises:
-        HarnessError: on all ranks, if the tensor has no bytes to send (quantized, sparse).
+        HarnessError: on all ranks, if the tensor cannot be viewed as bytes (quantized, sparse).
     """
     with torch.no_grad():
         try:

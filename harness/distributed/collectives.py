@@ -1,9 +1,9 @@
-"""Collective calls that carry small values, over a gloo group of their own.
+"""Collective calls that carry small values, over a separate gloo group.
 
-Values travel as JSON and tensors (`harness.distributed.rank_values`), so nothing received is unpickled. The calls are
+Values are sent as JSON and tensors (`harness.distributed.rank_values`), so nothing received is unpickled. The calls are
 for rare events (start, a due checkpoint, end), not for each step.
 
-The methods of the group itself are called, not the functions of `torch.distributed`: those refuse every group once a
+This module calls the methods of the group, not the functions of `torch.distributed`, which refuse every group once a
 script has called `destroy_process_group()`. The group stays connected, and a run may end after that call.
 """
 
@@ -23,15 +23,10 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """Collective calls with a time limit, each named for error messages.
+    """Collective calls with a time limit, each named for error messages. With a single rank nothing is communicated.
 
     Effects: collective on its own group, which the constructor creates on all ranks; main thread; each call blocks
     until the other ranks make the same call, at most `timeout_s`; nothing on disk.
-
-    Args:
-        rank: this rank.
-        world_size: number of ranks; with 1 nothing is communicated.
-        timeout_s: limit of each call, in seconds.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 1800.0) -> None:
@@ -42,14 +37,12 @@ class Collectives:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def broadcast_from_rank_zero(self, what: str, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and return its result on all ranks.
+        """Call `make` on rank 0 only and return its result, encoded by `rank_values`, on all ranks.
 
-        Args:
-            what: the task of rank 0, for error messages: ``make the run directory``.
-            make: called on rank 0 only; its result must be encodable by `harness.distributed.rank_values`.
+        Error messages name the call with `what`, such as ``make the run directory``.
 
         Raises:
-            Exception: on rank 0, whatever `make` raised.
+            Exception: on rank 0, the error that `make` raised.
             PeerFailure: on the other ranks, with the text of that error.
         """
         if self._group is None:
@@ -77,18 +70,14 @@ class Collectives:
         return cast(T, value)
 
     def all_gather(self, what: str, value: T) -> list[T]:
-        """Return the values of all ranks, in rank order, on all ranks.
-
-        Args:
-            what: the values, for error messages.
-            value: encodable by `harness.distributed.rank_values`.
+        """Return the values of all ranks, in rank order, on all ranks. Error messages name the values with `what`.
 
         Raises:
             PeerFailure: on all ranks, if a rank is gone or its value cannot be encoded.
         """
         if self._group is None:
             return [value]
-        # A rank whose value cannot be encoded still takes part: the others would block otherwise.
+        # A rank whose value cannot be encoded still takes part, otherwise the others would block.
         try:
             mine = rank_values.encode(["ok", value])
         except TypeError as error:
@@ -113,14 +102,9 @@ class Collectives:
             raise PeerFailure(None, f"sending {what} to rank 0: {error}") from error
 
     def run_on_all_ranks(self, what: str, run: Callable[[], T]) -> T:
-        """Run local work on every rank; a failure on one rank fails all ranks with the same error class.
+        """Run local, non-collective work on every rank and return this rank's result; fail on all ranks if one fails.
 
-        Args:
-            what: the work, for error messages: ``reading the manifest``.
-            run: called on every rank; must not be collective.
-
-        Returns:
-            The result of this rank.
+        Error messages name the work with `what`, such as ``reading the manifest``.
 
         Raises:
             DamagedError: on all ranks, if every failed rank raised it.
@@ -139,17 +123,17 @@ class Collectives:
         failed = [(rank, *each) for rank, each in enumerate(self.all_gather(f"the outcome of {what}", mine)) if each]
         if not failed:
             return result
-        # Another checkpoint helps only against damage, so the first other failure has precedence.
+        # A caller falls back to another checkpoint only on damage, so any other failure has precedence.
         rank, is_damage, text = min(failed, key=lambda each: each[1])
         if failure is not None and isinstance(failure, DamagedError) == is_damage:
             raise failure
         raise (DamagedError if is_damage else CheckpointError)(f"rank {rank}: {text}") from failure
 
     def all_gather_numbers(self, what: str, numbers: Sequence[int]) -> list[list[int]]:
-        """Return the integers of all ranks, in rank order, on all ranks. Each rank gives as many. One round trip."""
+        """Return the integers of all ranks, in rank order, on all ranks; every rank passes equally many."""
         if self._group is None:
             return [list(numbers)]
-        # All-to-all in one round: gloo's all-gather is a ring, and each of its rounds waits for every rank's thread.
+        # All-to-all takes one round. gloo's all-gather is a ring, and each of its rounds waits for every rank's thread.
         mine = torch.tensor([numbers] * self.world_size, dtype=torch.int64)
         values = torch.empty_like(mine)
         try:
@@ -160,7 +144,7 @@ class Collectives:
         return found
 
     def all_reduce_any(self, what: str, flags: Sequence[bool]) -> list[bool]:
-        """Return for each flag whether any rank sets it. Each rank gives as many flags, possibly millions."""
+        """Return for each flag whether any rank sets it; every rank passes equally many flags, possibly millions."""
         if self._group is None:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.uint8)
@@ -173,8 +157,8 @@ class Collectives:
     def start_count(self, what: str, flags: Sequence[bool]) -> PendingCount:
         """Start to count the ranks that set each flag; `PendingCount.wait` returns the counts.
 
-        Effects: as for the class, except that this call does not block. Other collective calls may follow before
-        `wait`, if they do on every rank.
+        Effects: as for the class, but does not block. Other collective calls may precede `wait`, if they do on every
+        rank.
         """
         counts = torch.tensor(flags, dtype=torch.int64)
         if self._group is None:
@@ -241,5 +225,5 @@ def _sizes(group: dist.ProcessGroup, size: int) -> list[int]:
 
 
 def _tensor(content: bytes | bytearray, size: int) -> torch.Tensor:
-    """Bytes as a uint8 tensor of shape (max(size, 1),), zero-padded."""
+    """Convert bytes to a zero-padded uint8 tensor of shape (max(size, 1),)."""
     return torch.frombuffer(bytearray(content.ljust(max(1, size), b"\0")), dtype=torch.uint8)

@@ -1,10 +1,9 @@
-"""Votes by which all ranks learn at the same step what any rank requests, without a wait.
+"""Reduce the ranks' requests without blocking, so that all ranks act on a request after the same step.
 
-    step s       each rank casts its vote: a small reduction that gloo's threads run in the background
-    step s + 1   each rank reads the result, which has had a whole step to arrive
+    step s       each rank casts its vote: starts a small all-reduce that gloo's threads run in the background
+    step s + 1   each rank reads the result, which has usually arrived by then
 
-A signal at one rank therefore stops all ranks after the same step. Where steps are short, ranks vote every few steps;
-the number is the same on every rank.
+A signal at one rank therefore stops all ranks after the same step. If steps are short, all ranks vote every few steps.
 """
 
 from __future__ import annotations
@@ -27,19 +26,17 @@ _MAX_STEPS = 1000
 
 
 class Consensus:
-    """One vote at a time, cast at one step and read at the next.
+    """Runs one vote at a time, cast at one step and read at the next.
 
     Effects: collective on its own group (every rank casts and reads at the same steps); main thread; `cast` does not
     block, `read` blocks until the other ranks have cast, at most `timeout_s`; nothing on disk.
 
     Args:
-        group: a gloo group used for nothing else; None for a single process.
-        timeout_s: limit of `read`, in seconds.
+        group: a gloo group used for nothing else; None for a single process, which may vote at any step.
 
     Attributes:
-        every_n_steps: the interval between votes, the same on every rank. A single process may vote at any step.
-        num_steps_since_vote: steps since the last vote was cast. The training loop increments it, because most steps
-            need no call into this class.
+        every_n_steps: the interval between votes, the same on every rank.
+        num_steps_since_vote: incremented by the training loop, because most steps need no call into this class.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float = 600.0) -> None:
@@ -51,7 +48,7 @@ class Consensus:
         self.every_n_steps = 1 if group is not None else sys.maxsize
 
     def adapt_interval(self, step_time_s: float) -> None:
-        """Adapt the interval to the duration of a step, which must be the same number on every rank."""
+        """Adapt the interval to the duration of a step; every rank must pass the same number."""
         if self._group is not None and step_time_s > 0:
             self.every_n_steps = max(1, min(_MAX_STEPS, int(_INTERVAL_S / step_time_s)))
 

@@ -1,7 +1,7 @@
 """Run every strategy on a CPU, for debugging, tests and laptops.
 
-Accelerate itself ignores an FSDP plugin on a CPU and silently uses DDP, and uses DDP for DeepSpeed with
-``ACCELERATE_USE_CPU``. Seen with accelerate 1.15.0, deepspeed 0.19.8, torch 2.13.0.
+On a CPU accelerate silently uses DDP in place of FSDP, and in place of DeepSpeed with ``ACCELERATE_USE_CPU`` (seen with
+accelerate 1.15.0, deepspeed 0.19.8, torch 2.13.0).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from accelerate.utils import (
 
 
 def prepare_deepspeed() -> None:
-    """Select DeepSpeed's CPU backend, without a compilation at start."""
+    """Select DeepSpeed's CPU backend, without compiling an extension."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     # With this variable accelerate would run DDP.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     import deepspeed.ops
 
-    # Otherwise the first start builds a C++ extension: 27 s, and it needs ninja and g++.
+    # Otherwise the first start builds a C++ extension, which takes 27 s and needs ninja and g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -35,21 +35,21 @@ def prepare_fsdp(
 ) -> None:
     """Create the state of the next `Accelerator()` with FSDP in place of DDP, in the requested version.
 
-    Accelerate's state is a singleton that an `Accelerator` uses if it exists. It is created by its own constructor, and
-    a few fields are corrected; nothing of accelerate is replaced.
+    Accelerate's state is a singleton that an `Accelerator` uses if it exists. This function calls its constructor and
+    then corrects a few fields; it replaces no function of accelerate.
 
-    Effects: collective: creates the process group and blocks until it exists; main thread; leaves two environment
-    variables of FSDP1 changed; nothing on disk.
+    Effects: collective: creates the process group and blocks until it exists; main thread; changes two environment
+    variables of FSDP1; nothing on disk.
 
     Args:
         mixed_precision: accelerate's name: no, bf16 or fp16.
         init: arguments of the process group.
-        plugin: of the caller; None: made from the environment of `accelerate launch`.
+        plugin: the caller's; None to create it from the environment of `accelerate launch`.
     """
     version = os.environ.get("FSDP_VERSION", "1") if plugin is None else str(plugin.fsdp_version)
     if version == "1":
-        # FSDP1 broadcasts rank 0's weights only on GPUs, and `accelerate launch` requests that by default, like loading
-        # them only on rank 0. Here each rank loads its own; see `harness.distributed.broadcast.broadcast_weights`.
+        # By default `accelerate launch` requests that only rank 0 loads the weights and FSDP1 broadcasts them, which
+        # works only on GPUs. Here each rank loads its own; see `harness.distributed.broadcast.broadcast_weights`.
         os.environ |= {"FSDP_SYNC_MODULE_STATES": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     plugin = plugin or FullyShardedDataParallelPlugin()
     uses_mesh = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"

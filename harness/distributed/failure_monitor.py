@@ -1,8 +1,8 @@
-"""Stop all ranks when one fails: the reason travels through the rendezvous store, not through a collective.
+"""Stop all ranks when one fails, through the rendezvous store and not through a collective.
 
-A rank that raises writes its reason under a key. A watcher thread on each rank polls that key; the main thread raises
-at its next step. A main thread that is blocked in a collective with the dead rank has a few seconds to return, then
-the watcher ends the process, so no rank waits for a collective's time limit.
+A rank that raises writes its reason under a key. A watcher thread on each rank polls that key, and the main thread
+raises at its next step. If the main thread is blocked in a collective for more than a few seconds, the watcher ends the
+process, so no rank waits for a collective's time limit.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _POLL_S = 0.5
-# How long a main thread has to return from its collective (gloo notices a dead peer at once).
+# Time for the main thread to return from its collective (gloo detects a dead peer at once).
 _GRACE_S = 5.0
-# Number of runs in this process; every rank starts each of them.
+# Number of runs in this process, the same on every rank.
 _num_runs = itertools.count()
 
 
 class AbortHandler(Protocol):
-    """Handles the end of a process whose main thread is blocked."""
+    """Is notified before a process whose main thread is blocked ends."""
 
     def before_abort(self, failure: PeerFailure) -> None:
         """Record the failure, just before the watcher thread ends the process."""
@@ -40,13 +40,11 @@ class AbortHandler(Protocol):
 class FailureMonitor:
     """Reports this rank's failure to the other ranks, and detects theirs.
 
-    Effects: not collective; `report` and `check` from the main thread; a daemon thread with its own connection to the
-    store, which may end the process; nothing on disk.
+    Effects: not collective; `report` and `check` from the main thread; with several ranks it starts a daemon thread
+    with its own connection to the store, which may end the process; nothing on disk.
 
     Args:
-        rank: this rank.
-        world_size: number of ranks; with 1 there is nothing to watch.
-        handler: notified by the watcher thread just before it ends the process; None: nothing is.
+        handler: called by the watcher thread.
 
     Attributes:
         failure: another rank's failure; None if none is known.
@@ -57,8 +55,8 @@ class FailureMonitor:
         self._handler = handler
         self._closing = threading.Event()
         self.failure: PeerFailure | None = None
-        # The key is of this start of the ranks and this run of the process: a report of an earlier start in the same
-        # store, or of an earlier run in a notebook, does not count.
+        # Unique to this start of the ranks and this run of the process, so that reports of an earlier start in the same
+        # store, or of an earlier run in a notebook, are ignored.
         rendezvous = latest_rendezvous()
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if rendezvous is None else rendezvous.name
         self._key = f"harness/failed/{start}/{next(_num_runs)}"
@@ -83,7 +81,7 @@ class FailureMonitor:
         reason = reason_of(error)
         signal_name = error.signal_name if isinstance(error, Stopped) else None
         record = json.dumps({"rank": self._rank, "reason": reason, "signal": signal_name})
-        # If the store is gone, so is the rank that kept it, which the others notice themselves.
+        # If the store is gone, so is the rank that hosted it, which the others detect themselves.
         with suppress(RuntimeError):
             # The first reason is the cause; later ones are consequences.
             self._store.compare_set(self._key, "", record)
@@ -108,7 +106,7 @@ class FailureMonitor:
         return error
 
     def close(self) -> None:
-        """Stop watching; from here on, other ranks end normally."""
+        """Stop watching, because the other ranks end normally from here on."""
         self._closing.set()
 
     def _watch(self) -> None:
@@ -135,7 +133,6 @@ class FailureMonitor:
 
 
 def _is_broken_collective(error: BaseException) -> bool:
-    """Whether gloo or NCCL raised this error because a peer is gone."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
@@ -144,10 +141,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def connect_to_store() -> Store | None:
-    """Open a new connection to the store of the rendezvous; None if the environment does not name it."""
+    """Open a new connection to the rendezvous store; None if the environment does not name it."""
     if (path := os.environ.get("ACCELERATE_DEBUG_RDV_FILE")) is not None:
-        # accelerate's debug_launcher also names an address, at which there is no server. Without a number of ranks,
-        # this connection does not remove the file when it closes.
+        # accelerate's debug_launcher also sets an address, at which there is no server. Without a number of ranks, this
+        # connection does not remove the file when it closes.
         return FileStore(path)
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if host is None or port is None:

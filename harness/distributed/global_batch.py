@@ -1,7 +1,7 @@
 """Keep the global batch, and with it the optimizer steps, on another number of ranks.
 
-A step uses `ranks x batch size x accumulated batches` consecutive samples of the sampler's order. On another number of
-ranks the same samples form a step if that product is the same.
+A step uses `ranks x batch size x accumulated batches` consecutive samples of the sampler's order. If that product is
+the same on another number of ranks, the same samples form a step.
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is divided.
-
-    Args:
-        batch_size: samples in each rank's batch.
-        accumulation: batches of each rank in an optimizer step.
-        keeps_global_batch: whether the product is the global batch.
-    """
+    """The division of a global batch: samples in a rank's batch, and batches of a rank in an optimizer step."""
 
     batch_size: int
     accumulation: int
@@ -25,13 +19,9 @@ class BatchPlan:
 
 
 def plan_batches(samples_per_step: int, world_size: int, batch_size: int, accumulation: int) -> BatchPlan:
-    """Divide a global batch among ranks, in batches no larger than the configured ones.
+    """Divide a global batch of `samples_per_step` among ranks, in batches no larger than the configured `batch_size`.
 
-    Args:
-        samples_per_step: the global batch.
-        world_size: number of ranks.
-        batch_size: configured batch size of a rank, which its memory allows.
-        accumulation: configured accumulation, used if the global batch cannot be divided.
+    If it cannot be divided, the plan has the configured values and does not keep the global batch.
     """
     per_rank, rest = divmod(samples_per_step, world_size)
     if rest or not per_rank:

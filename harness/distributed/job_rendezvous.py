@@ -1,12 +1,11 @@
 """Rendezvous of a job's ranks without a configured port: rank 0 publishes the port of its store.
 
-    rank 0        keeps a TCPStore at a free port; a port server at the first free port of a list publishes its number
+    rank 0        hosts a TCPStore at a free port; a port server at the first free port of a list publishes its number
     other ranks   try each port of the list on rank 0's host until a port server of their job answers
 
-The list follows from the job's name: no node chooses a port for another, two jobs on a host use different lists, and a
-port that another program uses is skipped. The list is not secret, so server and client prove that they know the job's
-secret before either uses what the other sends (`harness.distributed.job_secret`). `harness rank` sets the variables
-that this module reads.
+The list is derived from the job's name, so all nodes have the same one, and two jobs on a host different ones. Ports in
+use are skipped. The list is not secret, so server and client authenticate each other with the job's secret
+(`harness.distributed.job_secret`). `harness rank` sets the variables that this module reads.
 """
 
 from __future__ import annotations
@@ -38,22 +37,15 @@ _RETRY_S = 0.2
 
 
 def ports_of(job: str) -> list[int]:
-    """Return the ports to try, in order; the same on every node.
-
-    Args:
-        job: a name that no other job has at that time.
-    """
+    """Return the ports to try, in order; the same on every node, and different for each job."""
     return random.Random(job).sample(_PORTS, _NUM_PORTS)
 
 
 def serve(job: str, secret: JobSecret, world_size: int) -> tuple[Store, int]:
-    """Create the store of the job's ranks and publish its port to them. Rank 0 calls this.
+    """Create the store on rank 0, publish its port to the job's other ranks, and return both.
 
-    Effects: daemon threads that answer until the process ends; the file of the secret, which is removed once every
-    other rank has its answer.
-
-    Returns:
-        The store and its port.
+    Effects: starts daemon threads that answer until the process ends; leaves the file of the secret until every other
+    rank has its answer.
 
     Raises:
         LaunchError: if none of the job's ports is free, or the secret cannot be written.
@@ -80,10 +72,7 @@ def _listen(job: str) -> socket.socket:
 
 
 class _PortServer:
-    """Sends a message to each client that knows the secret.
-
-    Clients are served concurrently, so that a silent one does not delay the others.
-    """
+    """Sends a message to each authenticated client, concurrently, so that a silent one does not delay the others."""
 
     def __init__(
         self, listener: socket.socket, handshake: Handshake, message: bytes, world_size: int, secret: JobSecret
@@ -93,7 +82,7 @@ class _PortServer:
         self._message = message
         self._secret = secret
         self._connections = threading.Semaphore(_MAX_CONNECTIONS)
-        # A set of ranks, not a count: a rank whose time limit ends before it reads its answer connects again.
+        # A set of ranks, not a count, because a rank that times out before it reads its answer connects again.
         self._missing = set(range(1, world_size))
         self._lock = threading.Lock()
 
@@ -123,16 +112,9 @@ class _PortServer:
 
 
 def find(job: str, rank: int, host: str, secret: JobSecret, timeout: timedelta) -> tuple[Store, int]:
-    """Connect to the store of rank 0 and return it with its port.
+    """Connect to the store of rank 0 on `host` and return it with its port.
 
     Effects: blocks until rank 0 has started, at most `timeout`.
-
-    Args:
-        job: name of the job.
-        rank: of this process.
-        host: of rank 0.
-        secret: of the job.
-        timeout: limit of the search.
 
     Raises:
         TimeoutError: with the host and the reason.
@@ -141,7 +123,7 @@ def find(job: str, rank: int, host: str, secret: JobSecret, timeout: timedelta) 
     deadline_s = time.monotonic() + timeout.total_seconds()
     value: bytes | None = None
     while True:
-        # Read again each time: rank 0 may replace the file of an earlier start, and removes it when all have joined.
+        # Read each time, because rank 0 may replace the file of an earlier start, and removes it when all have joined.
         value = secret.read() or value
         if value is None:
             reason = "it has not written the job's secret where this rank looks for it"
@@ -155,11 +137,11 @@ def find(job: str, rank: int, host: str, secret: JobSecret, timeout: timedelta) 
 
 
 def _find_port(handshake: Handshake, rank: int, host: str) -> tuple[int | None, str]:
-    """The store's port, or None and the reason."""
+    """Return the store's port, or None and the reason."""
     reason = "no port answers"
     for port in ports_of(handshake.job):
         try:
-            # Not with torch's store: connected to another program, it blocks without a limit (torch 2.13).
+            # A TCPStore that is connected to another program blocks without a limit (torch 2.13).
             with socket.create_connection((host, port), timeout=_HANDSHAKE_S) as connection:
                 message = handshake.receive(connection, rank)
         except socket.gaierror as error:

@@ -1,7 +1,7 @@
-"""The secret of a job, and the handshake that proves a process knows it. Importing this never imports torch.
+"""The secret of a job, and the handshake that authenticates its ranks. Importing this never imports torch.
 
-slurm/train.sbatch puts the secret into the environment of the step, which other users cannot read. For a step that was
-started in another way, rank 0 writes it to a file with mode 0600 in the directory of the runs.
+slurm/train.sbatch puts the secret into the environment of the step, which other users cannot read. For a step started
+in another way, rank 0 writes it to a file with mode 0600 in the directory of the runs.
 
 The handshake authenticates both sides before either uses anything that the other sends:
 
@@ -28,16 +28,16 @@ from pathlib import Path
 
 from harness.errors import LaunchError
 
-# Set by `harness rank`: the job's name, under which its ranks find one another (`harness.distributed.job_rendezvous`).
+# Set by `harness rank`: the job's name, from which its ranks derive their ports (`harness.distributed.job_rendezvous`).
 JOB_VARIABLE = "HARNESS_JOB"
-# The secret itself, at least 32 characters; set by slurm/train.sbatch, or by the user who starts the step.
+# The secret, at least 32 characters; set by slurm/train.sbatch, or by the user who starts the step.
 SECRET_VARIABLE = "HARNESS_JOB_SECRET"
 # Path of the secret's file; set by `harness rank` if the variable above is not set.
 FILE_VARIABLE = "HARNESS_JOB_SECRET_FILE"
-# Name of that file, completed by the job's name. The directory may hold other files of the user.
+# Name of that file, for the job's name. The directory may contain other files of the user.
 FILE_NAME = "rendezvous-{}.secret"
 _MIN_CHARS = 32
-# Ranks search for half an hour; clocks of nodes and file servers differ by far less than the rest.
+# Ranks wait for half an hour at most; the rest allows for clocks of nodes and file servers that differ.
 _OLD_S = 24 * 3600.0
 
 _NONCE_BYTES = 32
@@ -49,12 +49,7 @@ _MAX_MESSAGE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class JobSecret:
-    """Where a job's secret is: in memory, or in a file that rank 0 writes and the other ranks read.
-
-    Args:
-        value: the secret; None if it is in a file.
-        path: of the file; None if there is a value.
-    """
+    """A job's secret: either a value, or the path of a file that rank 0 writes and the other ranks read."""
 
     value: bytes | None
     path: Path | None = None
@@ -79,10 +74,10 @@ class JobSecret:
         return cls(None, Path(os.environ[FILE_VARIABLE]))
 
     def create(self) -> bytes:
-        """Return the secret; rank 0 calls this, which writes a new one to the file if there is no value.
+        """Return the secret on rank 0; without a value, create one and write it to the file.
 
-        Effects: leaves the file, mode 0600, until `discard`; does not follow a link in its place. Removes old files of
-        jobs whose rank 0 was killed before its ranks had joined.
+        Effects: leaves the file, mode 0600, until `discard`, and replaces a link in its place; removes files of other
+        jobs that are older than a day, whose rank 0 was killed before its ranks had joined.
 
         Raises:
             LaunchError: if the file cannot be written.
@@ -106,7 +101,7 @@ class JobSecret:
         return value.encode()
 
     def read(self) -> bytes | None:
-        """Return the secret for a rank other than 0, or None while rank 0 has not written it.
+        """Return the secret on a rank other than 0; None until rank 0 has written it.
 
         Raises:
             LaunchError: if the file cannot be read, or another user may know its content.
@@ -131,7 +126,7 @@ class JobSecret:
         return value.encode() if len(value) >= _MIN_CHARS else None
 
     def discard(self) -> None:
-        """Remove the file, if there is one. Rank 0 calls this once every rank has joined, and when it ends."""
+        """Remove the file, if it exists. Rank 0 calls this once every rank has joined, and when it ends."""
         if self.path is not None:
             with suppress(OSError):
                 self.path.unlink()
@@ -150,13 +145,7 @@ class AuthenticationError(OSError):
 
 @dataclass(frozen=True)
 class Handshake:
-    """Both sides of the handshake, and the message that the server sends after it.
-
-    Args:
-        secret: of the job.
-        job: name of the job, the same on both sides.
-        timeout_s: limit of one whole handshake, in seconds.
-    """
+    """Runs either side of the handshake, within `timeout_s`, and transfers the server's message after it."""
 
     secret: bytes
     job: str
@@ -165,7 +154,7 @@ class Handshake:
     def send(self, connection: socket.socket, message: bytes) -> int:
         """Authenticate a client, send it the message and return its rank.
 
-        Effects: any thread; blocks for at most `timeout_s`.
+        Effects: any thread; blocks at most `timeout_s`.
 
         Raises:
             AuthenticationError: if the client does not know the secret.
@@ -182,14 +171,7 @@ class Handshake:
         return int.from_bytes(rank, "big")
 
     def receive(self, connection: socket.socket, rank: int) -> bytes:
-        """Authenticate a server and return its message.
-
-        Effects, Raises: as `send`.
-
-        Args:
-            connection: to the server.
-            rank: of this process.
-        """
+        """Authenticate a server and return its message. Effects and errors are those of `send`."""
         deadline_s = time.monotonic() + self.timeout_s
         mine = secrets.token_bytes(_NONCE_BYTES)
         connection.settimeout(self.timeout_s)

@@ -1,6 +1,6 @@
-"""The launch that this process belongs to, so that a restart finds the run of the first start.
+"""Identify the launch that this process belongs to, so that a restart finds the run of the first start.
 
-Importing this never imports torch: the publisher and the command line use it too.
+Importing this never imports torch, because the publisher and the command line use it too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from harness.distributed import slurm_env
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """One rendezvous of this process's ranks (`harness.distributed.rendezvous`).
-
-    Args:
-        name: unique to this start of the ranks.
-        is_restart: whether ranks of the same launch had a rendezvous before.
-    """
+    """A rendezvous, named uniquely for this start of the ranks; a restart follows an earlier one of the same launch."""
 
     name: str
     is_restart: bool
@@ -37,7 +32,7 @@ def record_rendezvous(rendezvous: Rendezvous) -> None:
 
 
 def latest_rendezvous() -> Rendezvous | None:
-    """Return the last rendezvous of this process's ranks; None if torch handled it."""
+    """Return the latest rendezvous of this process's ranks; None if torch handled it."""
     return _latest
 
 
@@ -49,9 +44,9 @@ def is_launcher_rank_zero() -> bool:
 def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return launcher -> an identity that all restarts of one launch share, and no other concurrent launch.
 
-    Torch's elastic agent (used by `accelerate launch` and `torchrun`) keeps address, port and run id over its restarts
-    (torch 2.13, static and c10d rendezvous, seen). An earlier launch may have had the same, ``127.0.0.1:29500:none``;
-    on a single node the agent's process distinguishes them.
+    Torch's elastic agent keeps address, port and run id over its restarts (seen with torch 2.13, static and c10d
+    rendezvous). An earlier launch may have had the same ones, such as ``127.0.0.1:29500:none``; on a single node the
+    agent's process distinguishes them.
     """
     found = {}
     if "TORCHELASTIC_RESTART_COUNT" in environment:
@@ -68,7 +63,7 @@ def launch_identity(environment: Mapping[str, str] = os.environ) -> dict[str, st
 def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
     """Return launcher and identity if this process is a launcher's restart, else None."""
     identity = launch_identity(environment)
-    # A node on which no rank has failed does not count a restart.
+    # TORCHELASTIC_RESTART_COUNT stays 0 on a node on which no rank has failed.
     if "torchelastic" in identity and (latest := latest_rendezvous()) is not None and latest.is_restart:
         return "torchelastic", identity["torchelastic"]
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -79,12 +74,12 @@ def restarted_identity(environment: Mapping[str, str] = os.environ) -> tuple[str
 
 
 def _agent_process() -> str:
-    """Host, id and start time of the nearest ancestor that the agent did not start. Linux only, else empty."""
+    """Return host, id and start time of the nearest ancestor that the agent did not start; empty except on Linux."""
     pid = os.getppid()
     try:
         while pid > 1:
             directory = Path(f"/proc/{pid}")
-            # The second field may contain spaces and brackets.
+            # The second field is the name, which may contain spaces and brackets.
             fields = (directory / "stat").read_text().rpartition(")")[2].split()
             if b"TORCHELASTIC_RESTART_COUNT=" not in (directory / "environ").read_bytes():
                 return f"{socket.gethostname()}:{pid}:{fields[19]}"

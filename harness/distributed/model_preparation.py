@@ -1,8 +1,8 @@
-"""What a model needs before and after accelerate prepares it, by strategy.
+"""Check and change a model before and after accelerate prepares it, by strategy.
 
 before  `check_mixed_precision`  FSDP, ZeRO  refuse BatchNorm in 16 bits
         `check_ddp_tensors`      DDP         refuse tensors that DDP cannot send, by name
-        `separate_embeddings`    FSDP2       give each parameter one group
+        `separate_embeddings`    FSDP2       assign each parameter to one group
 after   `cast_inputs`            ZeRO        cast floating-point inputs to the model's type
 """
 
@@ -37,11 +37,12 @@ _SENDABLE = frozenset(
 
 
 def check_mixed_precision(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse a model that would fail in its first forward.
+    """Refuse BatchNorm in 16 bits under FSDP and ZeRO, which would fail in its first forward.
+
+    Both cast its weights but not its statistics (seen on CPUs).
 
     Raises:
-        ConfigError: for BatchNorm in 16 bits under FSDP and ZeRO, which cast its weights but not its statistics (seen
-            on CPUs).
+        ConfigError: with the module's name.
     """
     casts = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if not casts or accelerator.mixed_precision == "no":
@@ -56,18 +57,14 @@ def check_mixed_precision(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def check_ddp_tensors(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse a parameter or buffer that DDP cannot send to the other ranks.
+    """Refuse a parameter or buffer of an unprepared model that DDP cannot broadcast.
 
     DDP itself fails with "Invalid scalar type" and without a name.
 
     Effects: collective on the default group, one broadcast for each unusual type; main thread; blocks.
 
-    Args:
-        accelerator: of a run under DDP.
-        model: not prepared yet.
-
     Raises:
-        ConfigError: on all ranks.
+        ConfigError: on all ranks, with the tensor's name.
     """
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     can_send = dict.fromkeys(_SENDABLE, True)
@@ -100,9 +97,7 @@ def _can_send(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def cast_inputs(accelerator: Accelerator, model: nn.Module) -> None:
-    """Cast the floating-point inputs of a 16-bit DeepSpeed model to its type.
-
-    DDP autocasts and FSDP casts inputs itself; a DeepSpeed engine does neither, and the first layer fails.
+    """Cast the floating-point inputs of a 16-bit DeepSpeed model to its type, which the engine does not do.
 
     Effects: not collective; leaves a hook on the user's module.
     """
@@ -120,25 +115,21 @@ def cast_inputs(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def separate_embeddings(accelerator: Accelerator, model: nn.Module) -> None:
-    """Put the embeddings of a transformers model only into the FSDP2 groups that accelerate makes of them.
+    """Assign the embeddings of an unprepared transformers model to one FSDP2 group each; do nothing without FSDP2.
 
     accelerate shards the layers that the model names (`_no_split_modules`), then the input and output embeddings
     separately, then the rest. torch fails on a parameter in two groups:
 
-        a layer holds an embedding (`BertEmbeddings`, `ViTEmbeddings`)              "value was None"
+        a layer contains an embedding (`BertEmbeddings`, `ViTEmbeddings`)           "value was None"
         other modules share the embedding's weight (T5's encoder and decoder)       "is shared with a parameter ..."
 
-    So layers that hold an embedding are not sharded as layers, and modules that are identical to the input embedding
-    are replaced by it. Names in the model's state stay.
+    Therefore layers that contain an embedding are not sharded as layers, and modules that are identical to the input
+    embedding are replaced by it. Names in the model's state do not change.
 
     Effects: changes accelerate's plugin and the model; not collective, and the same on every rank; nothing on disk.
 
-    Args:
-        accelerator: of the model; under another strategy than FSDP2 nothing is done.
-        model: not prepared yet.
-
     Raises:
-        ConfigError: if the user names a layer that holds an embedding.
+        ConfigError: if the user names a layer that contains an embedding.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.fsdp_version != 2:
@@ -151,7 +142,7 @@ def separate_embeddings(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def _unite(model: nn.Module, embedding: nn.Module) -> None:
-    """Replace modules that have the embedding's parameters and options by the embedding."""
+    """Replace modules that share the embedding's parameters and have its options by the embedding."""
     own = dict(embedding.named_parameters())
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -195,7 +186,6 @@ def _wraps_layers(plugin: Any) -> bool:
 
 
 def _embedding(model: nn.Module, name: str) -> Any:
-    """The embedding that the model's method of this name returns; None without such a method or embedding."""
     method = getattr(model, name, None)
     try:
         return None if method is None else method()

@@ -5,8 +5,8 @@
 JSON represents numbers, text, None and lists directly. Everything else is an object with one key:
 
     tuple, set, dict, path   the items, or the text of the path
-    bytes                    their number; the next blob has them
-    tensor                   dtype, shape and number of bytes; the next blob has its data
+    bytes                    their number; the next blob contains them
+    tensor                   dtype, shape and number of bytes; the next blob contains its data
     record                   full name of a dataclass or named tuple of harness, and its fields; or of a class of
                              harness that defines `__getnewargs__`, and these arguments
 """
@@ -28,13 +28,11 @@ _PACKAGE = "harness."
 
 
 def encode(value: Any) -> bytearray:
-    """Encode a value.
+    """Encode a value that consists of the types in the module's docstring, with dense tensors.
+
+    A value of a subclass, such as `OrderedDict`, is decoded as the base class.
 
     Effects: not collective; any thread; synchronizes with CUDA for its tensors.
-
-    Args:
-        value: numbers, text, bytes, None, paths, dense tensors, dataclasses and named tuples of harness, and lists,
-            tuples, sets and dicts of these. Subclasses of these types are decoded as the base class.
 
     Raises:
         TypeError: if it contains another type.
@@ -45,7 +43,7 @@ def encode(value: Any) -> bytearray:
 
 
 def decode(data: bytes | bytearray) -> Any:
-    """Return the value that `encode` was given; tensors are on the CPU.
+    """Decode the result of `encode`; tensors are on the CPU.
 
     Raises:
         ValueError: if `encode` did not produce the data.
@@ -105,7 +103,7 @@ def _name_of(kind: type) -> str:
 
 
 class _Blobs:
-    """Reads the bytes behind the JSON text in order."""
+    """Reads the blobs, which follow the JSON text, in order."""
 
     def __init__(self, data: bytes | bytearray, start: int) -> None:
         self._data = data

@@ -1,9 +1,9 @@
-"""Rendezvous of ranks that torch's elastic agent starts, for the first time or again after a failure.
+"""Rendezvous of ranks that torch's elastic agent starts, or restarts after a failure.
 
 The agents keep their store over restarts of the ranks (static rendezvous, which `accelerate launch` uses, and c10d),
-including the addresses that the previous ranks left there. Gloo reads such an address as the peer's and fails to
-connect (seen with torch 2.13). Each start therefore uses a prefix of its own in the store. The restart count cannot be
-the prefix: it differs between nodes, since only the node whose rank failed counts.
+including the addresses of the previous ranks. Gloo uses such a stale address and fails to connect (seen with torch
+2.13). Each start therefore uses its own prefix in the store. The prefix is not the restart count, which differs between
+nodes, because only the node whose rank failed increments it.
 
     rank 0        publishes a new name       waits for a token of every rank    publishes the list of tokens
     other ranks   write a token under it     wait for a list with their token   start over if the name changes
@@ -35,25 +35,19 @@ _POLL_S = 0.02
 
 
 def init_method() -> str | None:
-    """Return the `init_method` for `torch.distributed.init_process_group`; None: torch's default is correct."""
+    """Return the `init_method` for `torch.distributed.init_process_group`; None for torch's default."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"{_SCHEME}://"
     return f"{job_rendezvous.SCHEME}://" if JOB_VARIABLE in os.environ else None
 
 
 def join(store: Store, rank: int, world_size: int, timeout: timedelta) -> Rendezvous:
-    """Agree on the name of this start with all other ranks.
+    """Agree on the name of this start with all other ranks, through the elastic agent's store.
 
-    Effects: every rank calls it, before there are collectives; blocks until all have, at most `timeout`.
-
-    Args:
-        store: of the elastic agent.
-        rank: this rank.
-        world_size: number of ranks.
-        timeout: limit of the wait.
+    Effects: collective, but needs no process group; blocks until all ranks have called it, at most `timeout`.
 
     Raises:
-        TimeoutError: with the ranks that are missing.
+        TimeoutError: on rank 0 with the missing ranks.
     """
     deadline_s = time.monotonic() + timeout.total_seconds()
     if rank == 0:

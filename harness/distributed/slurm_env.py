@@ -30,9 +30,9 @@ class SlurmJob:
     """A job, or one job of an array.
 
     Args:
-        cluster: name of the cluster; empty if unknown.
+        cluster: empty if unknown.
         job_id: the same after a requeue.
-        array: id of the array and index in it, as users write it: ``17_3``; None outside an array.
+        array: id of the array and index in it, such as ``17_3``; None outside an array.
         restart_count: number of requeues.
     """
 
@@ -49,18 +49,7 @@ class SlurmJob:
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """One task of a job's step.
-
-    Args:
-        job: of this task.
-        step_id: of the step in the job.
-        rank: 0 to `world_size` - 1.
-        world_size: number of tasks of the step.
-        local_rank: rank among the tasks on this node.
-        local_world_size: number of tasks on this node.
-        node_rank: index of this node in the step.
-        hosts: of the step, in the order of nodes; the first runs task 0.
-    """
+    """One task (rank) of a step. Hosts are in the order of the step's nodes; the first runs task 0."""
 
     job: SlurmJob
     step_id: str
@@ -127,7 +116,7 @@ def read_task(environment: Mapping[str, str] = os.environ) -> SlurmTask:
 def hosts_of(nodelist: str) -> list[str]:
     """Expand SLURM's short form of hosts: ``n[01-03,7],gpu-[1-2]-ib[0-1],x`` -> n01, n02, n03, n7, gpu-1-ib0, ...
 
-    Source: the output of ``scontrol show hostnames``, a command that a node may lack.
+    The result is that of ``scontrol show hostnames``, a command that a node may lack.
 
     Raises:
         LaunchError: if the list has another form.
@@ -162,7 +151,6 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _split(nodelist: str) -> Iterator[str]:
-    """Split at the commas outside brackets."""
     name, depth = "", 0
     for letter in nodelist:
         if letter == "," and depth == 0:
@@ -177,7 +165,7 @@ def _split(nodelist: str) -> Iterator[str]:
 
 
 def _numbers(text: str, nodelist: str) -> Iterator[str]:
-    """``01-03,7`` -> 01, 02, 03, 7."""
+    """Expand the content of brackets: ``01-03,7`` -> 01, 02, 03, 7."""
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:

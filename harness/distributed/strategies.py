@@ -1,7 +1,7 @@
 """Create the Accelerator for the requested strategy.
 
-Accelerate may silently run less than requested: one process in place of N, DDP in place of FSDP2. Such a run stops here
-with the remedy.
+Accelerate may silently run less than requested: one process in place of N, DDP in place of FSDP2. This module raises
+instead, with the remedy.
 """
 
 from __future__ import annotations
@@ -31,14 +31,10 @@ _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(trainer: TrainerConfig, seed: int) -> Accelerator:
-    """Create the Accelerator that the launcher's environment requests.
+    """Create the Accelerator that the launcher's environment requests; `seed` determines the order of the data.
 
     Effects: collective (rendezvous of the ranks); main thread; blocks until all ranks have started, at most 30 minutes;
     nothing on disk.
-
-    Args:
-        trainer: precision, accumulation and clipping.
-        seed: of the data order.
 
     Raises:
         LaunchError: if other processes or another strategy would run than requested.
@@ -71,7 +67,7 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=trainer.gradient_accumulation_steps,
-            # The loop itself steps the scheduler once for each optimizer step.
+            # The training loop steps the scheduler once for each optimizer step.
             adjust_scheduler=False,
         ),
         step_scheduler_with_optimizer=False,
@@ -84,19 +80,16 @@ def start(trainer: TrainerConfig, seed: int) -> Accelerator:
 
 
 def with_cpu_strategies(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments for a script's `Accelerator` with which the requested strategy runs on a CPU too.
+    """Extend the arguments of a script's `Accelerator` so that the requested strategy runs on a CPU too.
 
-    Effects: collective if it creates the process group (FSDP), else not; main thread.
-
-    Args:
-        kwargs: arguments of the script.
+    Effects: collective for FSDP, whose process group it creates, else not; main thread.
     """
     plugin = kwargs.get("fsdp_plugin")
     uses_deepspeed, uses_fsdp = _flag("ACCELERATE_USE_DEEPSPEED"), _flag("ACCELERATE_USE_FSDP") or plugin is not None
     if torch.accelerator.is_available() or AcceleratorState._shared_state:
         return kwargs
     if not uses_deepspeed:
-        # Without it each process would train separately.
+        # Without this variable each process would train separately.
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if not uses_fsdp:
             return kwargs
@@ -122,7 +115,7 @@ def _deepspeed_plugin(trainer: TrainerConfig, on_cpu: bool) -> DeepSpeedPlugin:
         gradient_accumulation_steps=trainer.gradient_accumulation_steps,
         gradient_clipping=trainer.max_grad_norm,
     )
-    # accelerate turns no clipping into "auto", and "auto" into 1.0. For DeepSpeed, 0 means no clipping.
+    # accelerate converts None to "auto", and "auto" to 1.0. For DeepSpeed, 0 means no clipping.
     plugin.deepspeed_config["gradient_clipping"] = trainer.max_grad_norm or 0.0
     if on_cpu:
         # Otherwise DeepSpeed requires its own compiled CPU Adam.
@@ -131,7 +124,7 @@ def _deepspeed_plugin(trainer: TrainerConfig, on_cpu: bool) -> DeepSpeedPlugin:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Check that the processes and the strategy that run are those requested of the launcher.
+    """Check that the processes and the strategy that run are the requested ones.
 
     Raises:
         LaunchError: with the reason and the remedy.
@@ -161,9 +154,9 @@ def check_launch(accelerator: Accelerator) -> None:
 
 
 def _refuse_lost_processes() -> None:
-    """Detect a launcher that was requested to start N processes and started one.
+    """Refuse a launcher that started one process in place of N.
 
-    `accelerate launch --cpu --num_processes 2` does that, and so does a configuration file with `use_cpu: true`.
+    Both `accelerate launch --cpu --num_processes 2` and a configuration file with `use_cpu: true` do so.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
@@ -176,7 +169,7 @@ def _refuse_lost_processes() -> None:
 
 
 def _parent_requested_processes() -> str | None:
-    """`num_processes` of the parent process, if it is `accelerate launch`. Linux only."""
+    """Return `num_processes` of the parent process if it is `accelerate launch`. Linux only."""
     try:
         raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
@@ -186,12 +179,7 @@ def _parent_requested_processes() -> str | None:
 
 
 def requested_processes(words: list[str], directory: Path) -> str | None:
-    """Return `num_processes` of an `accelerate launch` command line, or of its configuration file.
-
-    Args:
-        words: the command line.
-        directory: its working directory.
-    """
+    """Return `num_processes` of an `accelerate launch` command line in a working directory, or of its config file."""
     if not any(Path(word).name.startswith("accelerate") for word in words[:3]) or "launch" not in words:
         return None
     options = _options(words[words.index("launch") + 1 :])
@@ -208,7 +196,7 @@ def requested_processes(words: list[str], directory: Path) -> str | None:
 
 
 def _options(words: list[str]) -> dict[str, str]:
-    """The ``--name value`` and ``--name=value`` options before the script or module."""
+    """Return the ``--name value`` and ``--name=value`` options before the script or module."""
     found: dict[str, str] = {}
     for position, word in enumerate(words):
         if word in ("-m", "--module") or word.endswith(".py"):

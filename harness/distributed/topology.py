@@ -1,4 +1,4 @@
-"""The processes and hardware of a run, seen from one rank."""
+"""Describe the processes and hardware of a run, as seen from one rank."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes and hardware of a run, seen from one rank.
+    """The processes and hardware of a run, as seen from one rank.
 
     Args:
         strategy: single, ddp, fsdp1, fsdp2, hsdp, zero1, zero2 or zero3.
-        rank: this rank.
-        world_size: number of ranks.
-        num_nodes: number of nodes.
         device: this rank's device, such as ``cuda:0``.
         device_name: name of the hardware.
         mixed_precision: fp32, bf16 or fp16.
@@ -39,7 +36,7 @@ class Topology:
 
     @property
     def run_facts(self) -> dict[str, str]:
-        """The facts that are the same on all ranks, as text for tags."""
+        """The values that are the same on all ranks, as text for tags."""
         return {
             "strategy": self.strategy,
             "world_size": str(self.world_size),
@@ -51,7 +48,7 @@ class Topology:
 
 
 def strategy_of(accelerator: Accelerator) -> str:
-    """Return the strategy that runs, by its name in `harness launch --strategy`, or ``fsdp1``."""
+    """Return the running strategy by its name in `harness launch --strategy`, or ``fsdp1``."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -86,7 +83,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> float:
-    """Return the peak of memory allocated for tensors (CUDA), or the resident memory of this process, in bytes."""
+    """Return the peak of memory allocated for tensors (CUDA), else the resident memory of this process, in bytes."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if sys.platform != "linux":
@@ -96,5 +93,5 @@ def memory_bytes(device: torch.device) -> float:
 
 @functools.cache
 def _statm() -> int:
-    """Descriptor of this process's memory figures, opened once because each window reads them."""
+    """Open this process's memory figures, once, because each window reads them."""
     return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,13 +1,12 @@
-"""Ranks with different numbers of batches: at which steps every rank is present.
+"""Detect ranks that run out of batches, so that collective work runs only at steps that every rank reaches.
 
-    a step at which something collective is due   every rank calls `check_step` and waits for the others
-    a rank has no further batch                   it calls `mark_exhausted` once and does not wait
-    the next `check_step` of another rank         reports the divergence; that rank does nothing collective either
-    the iteration is over on all ranks            they call `synchronize` before the next collective work
+    a step at which collective work is due   every rank calls `check_step`, which blocks until the others have
+    a rank has no further batch              it calls `mark_exhausted` once, which does not block
+    the next `check_step` of another rank    reports the divergence; that rank runs no collective work either
+    the iteration is over on all ranks       they call `synchronize` before the next collective work
 
-An exhausted rank reports itself before it joins the other ranks' gradient reductions
-(`torch.distributed.algorithms.join`), so no rank waits for one that waits elsewhere. The numbers of batches need not be
-known in advance.
+An exhausted rank calls `mark_exhausted` before it joins the other ranks' gradient reductions
+(`torch.distributed.algorithms.join`), so the ranks cannot deadlock. The numbers of batches need not be known.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from harness.distributed.consensus import Consensus
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What all ranks report at a step.
+    """The combined reports of all ranks at a step.
 
     Args:
         requests: elementwise maximum of the ranks' requests.
@@ -36,14 +35,7 @@ class StepStatus:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What all ranks report after an iteration.
-
-    Args:
-        requests: elementwise maximum of the ranks' requests.
-        max_steps: largest number of completed optimizer steps.
-        min_steps: smallest number of completed optimizer steps.
-        is_cut_short: whether any rank left the iteration before its end.
-    """
+    """The combined reports of all ranks after an iteration: maxima, and the smallest number of optimizer steps."""
 
     requests: Sequence[int]
     max_steps: int
@@ -59,12 +51,11 @@ class UnevenInputs:
 
     Args:
         votes: carries the reports; no other vote may be pending while `may_be_uneven`.
-        num_requests: length of the requests given to `check_step` and `synchronize`.
+        num_requests: length of the requests passed to `check_step` and `synchronize`.
 
     Attributes:
-        may_be_uneven: whether ranks may have different numbers of batches in the current iteration, or in one whose
-            ranks have not synchronized since.
-        has_diverged: whether nothing collective may run until the ranks have synchronized.
+        may_be_uneven: whether ranks may have different numbers of batches since they last synchronized.
+        has_diverged: whether no collective work may run until the ranks synchronize.
     """
 
     def __init__(self, votes: Consensus, num_requests: int) -> None:
@@ -73,27 +64,22 @@ class UnevenInputs:
         self.may_be_uneven = self.has_diverged = False
 
     def begin_iteration(self, *, may_be_uneven: bool) -> None:
-        """Begin an iteration, or discard the current one if it turned out not to train."""
+        """Begin an iteration, or discard the current one if it does not train."""
         self.may_be_uneven, self.has_diverged = may_be_uneven, False
 
     def check_step(self, requests: Sequence[int], *, is_last: bool) -> StepStatus:
-        """Exchange requests at a step at which collective work is due on every rank that reaches it.
-
-        Args:
-            requests: of this rank.
-            is_last: whether this rank has no further batch.
-        """
+        """Exchange requests at a step at which collective work is due; `is_last` if no batch of this rank follows."""
         is_exhausted, any_is_last, any_is_not, *largest = self._exchange([False, is_last, not is_last, *requests])
-        # Of two last batches one may be a step and the other not: collective work waits for `synchronize`.
+        # One rank's last batch may complete a step and another's not, so collective work waits for `synchronize`.
         all_present = not is_exhausted and not (any_is_last and any_is_not)
         self.has_diverged = not all_present or bool(any_is_last)
         return StepStatus(largest, all_present, not any_is_not)
 
     def mark_exhausted(self) -> None:
-        """Report that this rank has no further batch; the others learn it at their next `check_step`."""
+        """Report that this rank has no further batch; the others receive it at their next `check_step`."""
         if self.may_be_uneven and not self.has_diverged:
             self.has_diverged = True
-            # A rank that is gone is reported by the next call that waits for it.
+            # The next call that waits for a rank that is gone reports it.
             with suppress(RuntimeError):
                 self._votes.cast([True, False, False, *[0] * self._num_requests])
 
@@ -103,7 +89,7 @@ class UnevenInputs:
         Args:
             step: completed optimizer steps of this rank.
             requests: of this rank.
-            is_cut_short: whether this rank left the iteration before its end.
+            is_cut_short: whether this rank ended the iteration early.
         """
         self.mark_exhausted()
         self._votes.read()
