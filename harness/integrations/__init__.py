@@ -1,8 +1,8 @@
-"""Callbacks for other frameworks. Each module requires its own framework, and no other module imports it.
+"""Callbacks for other frameworks. Each module requires its framework; no other module imports it.
 
 In reading order:
 
-    callback_base  a run in the training loop of a framework
+    callback_base  the shared part of the callbacks
     transformers   `transformers.Trainer`
     lightning      `lightning.pytorch.Trainer`
     keras          Keras 3 on torch

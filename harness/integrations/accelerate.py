@@ -1,13 +1,13 @@
-"""`HarnessTracker`: delivers the values of `accelerator.log` to MLflow without blocking the script.
+"""Deliver the values of `accelerator.log` to MLflow without blocking the script: `HarnessTracker`.
 
     accelerator = Accelerator(log_with=HarnessTracker("my-experiment", run_name="vit"))
     accelerator.init_trackers("", config={"lr": 1e-3})
     accelerator.log({"train/loss": loss}, step=step)
     accelerator.end_training()
 
-Tracking alone, for a script with its own loop and its own checkpoints: a run directory with the outbox, and the
-process that delivers it. Accelerate accepts only the names of its own trackers, so ``log_with="harness"`` is not
-possible, and it does not pass the project's name to a tracker object.
+It only tracks: a script with its own loop and checkpoints gets a run directory with the outbox, and a process that
+delivers it. Accelerate resolves only its own trackers by name, so ``log_with="harness"`` is not possible, and it does
+not pass the project's name to a tracker object.
 """
 
 from __future__ import annotations
@@ -40,16 +40,15 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
     """A tracker for `accelerate.Accelerator(log_with=...)`; for checkpoints too, use `PeriodicLogger`.
 
     Effects: acts on rank 0 alone; not collective. `start` waits for the run's id, and `finish` for the delivery, at
-    most ``tracking.drain_timeout_s``; the other methods only append to a file. Leaves ``<run_dir>/<run_name>/``. The
-    run ends as FAILED if an exception ends the process, if the process ends without ``accelerator.end_training()``,
-    and if the next run begins while this one is open.
+    most ``tracking.drain_timeout_s``; the other methods only append to a file. Creates ``<run_dir>/<run_name>/``. The
+    run ends as FAILED if an exception ends the process, if the process ends without ``accelerator.end_training()``, and
+    if the next run begins while this one is open.
 
     Args:
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed:
-            points that it has already are not sent again.
-        run_dir: the directory of all runs.
+        experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by
+            `mlflow.set_experiment`) or of ``MLFLOW_EXPERIMENT_NAME``, or else ``default``.
+        run_name: name of the run's directory and of the MLflow run; None for a generated name. If the run exists, it is
+            resumed, and points that it already has are not sent again.
         tracking: all other options of tracking.
     """
 
@@ -95,7 +94,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         """
         if self._tracker is not None:
             if self._step is None:
-                # The accelerator keeps the trackers of its earlier `init_trackers`, and would log each value twice.
+                # The accelerator keeps the trackers of earlier `init_trackers` calls, and would log each value twice.
                 raise HarnessError(
                     "HarnessTracker: init_trackers was called twice on this Accelerator, which now has the tracker "
                     "twice; make an Accelerator and a HarnessTracker for each run"
@@ -132,13 +131,13 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
 
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Log metrics at a step. A value that is no number is left out, with a line once for each name.
+        """Log metrics at a step. A value that is not a number is dropped, with one warning for each name.
 
         Effects: waits for tensors on a device.
 
         Args:
             values: name -> number, or tensor of one element.
-            step: of the run; the step after the latest one if None, or if it is no integer of 64 bits.
+            step: step of the run; the next one after the latest if None, or if not a 64-bit integer.
         """
         tracker = self._tracker
         if tracker is None:
@@ -147,7 +146,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
         if step is None:
             step = 0 if self._step is None else self._step + 1
         if self._step is None and self._directory is not None and self._directory.continues:
-            # The script resumes by its own means: its first step is the one that it resumes at.
+            # The script restores its own state, so its first logged step is where it resumed.
             tracker.resume_from(step, None)
         self._step = step
         if numbers := self._values.numbers(values):
@@ -168,7 +167,7 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
             self._warn(warning)
 
     def fail(self, error: BaseException) -> BaseException:
-        """End the run by the exception that ends the process, which is returned."""
+        """End the run with the exception that ends the process; returns that exception."""
         is_stop = isinstance(error, (KeyboardInterrupt, Stopped))
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         self._end("KILLED" if is_stop else "FAILED", redact_message(reason), FAILURE_WAIT_S)

@@ -1,9 +1,9 @@
-"""A run in the training loop of another framework.
+"""Log and checkpoint a run in the training loop of another framework.
 
-    begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail  ->  report, of a test
+    begin  ->  (begin_epoch  ->  batch_done ...  ->  end_epoch) ...  ->  end, or fail  ->  report (test metrics)
 
-The callbacks of the frameworks are thin layers over this. They differ in where they find the parts of the training, how
-they stop the loop, and whether the framework reports a failure.
+The frameworks' callbacks are thin layers over `CallbackBase`. They differ in where they find the parts of the training,
+how they stop the loop, and whether the framework reports a failure.
 """
 
 from __future__ import annotations
@@ -37,17 +37,9 @@ from harness.training.periodic_logger import PeriodicLogger
 
 @dataclass(frozen=True)
 class CallbackOptions:
-    """The options of a callback; see `PeriodicLogger`.
+    """The options of a callback, as in `PeriodicLogger`, but `checkpoint` defaults to ``when_busy="wait"``.
 
     Args:
-        every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None for a generated name.
-        run_dir: the directory of all runs.
-        checkpoint: all other options of checkpoints; None for the defaults of `CheckpointConfig`, but with a checkpoint
-            that waits for the previous one.
-        tracking: all other options of tracking.
         params: parameters to log beside the framework's.
         input_example: an input batch of the model, for its signature in MLflow.
     """
@@ -68,7 +60,7 @@ class CallbackModelSpec:
 
     Args:
         spec: its class, or a class that builds it.
-        packages: that the class requires.
+        packages: packages that the class requires.
         files: name -> text of the files that the framework reads beside the weights.
     """
 
@@ -78,30 +70,27 @@ class CallbackModelSpec:
 
 
 class CallbackBase:
-    """A `PeriodicLogger` in the loop of a framework.
+    """Drives a `PeriodicLogger` from a framework's events.
 
     Effects: as `PeriodicLogger`: every event is collective, main thread. An error in an event ends the run before it is
     raised; `Stopped` does not, since the framework may save its own checkpoint first. While a run is open, an exception
     that ends the process ends the run too.
-
-    Args:
-        options: of the callback.
     """
 
-    # The one of this process with an open run.
+    # The callback of this process whose run is open.
     _open: ClassVar[CallbackBase | None] = None
 
     def __init__(self, options: CallbackOptions) -> None:
         self.options = options
         self._logger: PeriodicLogger | None = None
-        # On rank 0, the latest run if it has ended without an error.
+        # On rank 0, the latest run if it ended without an error.
         self._ended: EndedRun | None = None
         self._has_warned_of_no_run = False
         self._except_hook = ExceptHook()
 
     @property
     def logger(self) -> PeriodicLogger:
-        """Of the open run."""
+        """The logger of the open run."""
         assert self._logger is not None
         return self._logger
 
@@ -125,18 +114,18 @@ class CallbackBase:
         """Begin or resume a training, in the run of the given name. Turns `harness.autolog` off.
 
         Args:
-            accelerator: with the ranks and the strategy.
-            model: as it is trained: wrapped, sharded.
-            optimizer: of the model.
-            scheduler: of the learning rate, if its state can be saved.
-            completed: epochs and steps that are complete.
+            accelerator: an accelerator with the framework's ranks and strategy.
+            model: as trained, so wrapped and sharded.
+            optimizer: None for a checkpoint without optimizer state.
+            scheduler: the learning-rate scheduler, if its state can be saved.
+            completed: completed epochs and steps.
             params: the framework's configuration.
-            model_spec: how the model is rebuilt, or why that is not known.
+            model_spec: how to rebuild the model, or why that is not known.
             topology: fields of `Topology` that the accelerator does not know.
         """
         CallbackBase.fail_open_run()
         CallbackBase._open, self._ended = self, None
-        # It would log the same training in a run of its own.
+        # Autologging would log the same training to a second run.
         patcher.turn_off(reports_unseen=False)
         options = self.options
         logger = self._logger = PeriodicLogger(
@@ -145,7 +134,7 @@ class CallbackBase:
             options.experiment_name,
             options.run_name,
             options.run_dir,
-            # As many checkpoints as the user asks for, also if epochs are shorter than a save.
+            # Write every checkpoint that the user asked for, even if epochs are shorter than a save.
             options.checkpoint or CheckpointConfig(when_busy="wait"),
             options.tracking,
             {**params, **(options.params or {})},
@@ -168,17 +157,17 @@ class CallbackBase:
 
     @classmethod
     def fail_open_run(cls) -> None:
-        """End an open run as failed: in a notebook an error ends the training, and not the process."""
+        """End an open run as failed: in a notebook an error ends the training but not the process."""
         if cls._open is not None:
             cls._open.fail(HarnessError("training was abandoned: another one began in the same process"))
 
     def begin_epoch(self) -> None:
-        """An epoch begins."""
+        """Begin an epoch."""
         with self._failing_run():
             self.logger.events.begin_epoch()
 
     def batch_done(self, num_samples: int, *, is_loaders_last: bool, step: int) -> None:
-        """See `TrainingController.batch_done`."""
+        """Report a batch (see `TrainingController.batch_done`), and finish the copy of a save that it starts."""
         with self._failing_run():
             self.logger.events.batch_done(num_samples, is_loaders_last=is_loaders_last, step=step)
         self.finish_copy()
@@ -186,8 +175,8 @@ class CallbackBase:
     def report(self, values: Mapping[str, Any]) -> None:
         """Record reduced values; see `PeriodicLogger.report`.
 
-        After the end of training they are added to its run, and rank 0 waits until MLflow has them. Without a run, or
-        after one that failed, a line reports once that they are in no run.
+        After the end of training they are added to its run, and rank 0 waits until MLflow has them. If no training has
+        begun or the last one failed, they are dropped, with one message.
         """
         if self._logger is not None:
             with self._failing_run():
@@ -200,17 +189,17 @@ class CallbackBase:
             write_error(f"harness: no training has begun, or it has failed, so {names} are in no run\n")
 
     def evaluated(self) -> None:
-        """The framework has evaluated: the time is not part of a step."""
+        """Exclude the time of an evaluation from the next step."""
         if self._logger is not None:
             self._logger.events.restart_step_timer()
 
     def freeze_learning_rates(self) -> None:
-        """Report the current learning rates as the epoch's: what follows changes them for the next epoch."""
+        """Report the current learning rates as the epoch's, before they change for the next epoch."""
         if self._logger is not None:
             self._logger.events.freeze_learning_rates()
 
     def end_epoch(self, *, is_whole: bool = True, is_last: bool = False) -> None:
-        """See `TrainingController.end_epoch`."""
+        """End an epoch (see `TrainingController.end_epoch`), and finish the copy of a save that it starts."""
         with self._failing_run():
             self.logger.events.end_epoch(is_whole=is_whole, is_last=is_last)
         self.finish_copy()
@@ -222,7 +211,7 @@ class CallbackBase:
                 self.logger.events.finish_copy()
 
     def end(self) -> None:
-        """Training is complete."""
+        """End the run as FINISHED."""
         logger = self.logger
         with self._failing_run():
             logger.close()
@@ -233,7 +222,7 @@ class CallbackBase:
             )
 
     def fail(self, error: BaseException) -> BaseException:
-        """End the open run, if any, by an error or `Stopped`; returns the error that really ended the training."""
+        """End the open run, if any, with an error or `Stopped`; returns the error that really ended the training."""
         if self._logger is None:
             return error
         logger = self._logger
@@ -265,17 +254,11 @@ def _is_rank_zero() -> bool:
 
 @dataclass(frozen=True)
 class EndedRun:
-    """A FINISHED run, to which a test or an evaluation adds metrics, on rank 0.
+    """Adds the metrics of a test or an evaluation to a FINISHED run, on rank 0.
 
-    Between the end of training and the test the run has no lock, no signal handler and no publisher. The metrics are
-    appended to the journal with another end, as part of the same attempt, so the run stays FINISHED.
-
-    Args:
-        path: the run's directory.
-        name: of the run.
-        config: of tracking.
-        step: optimizer steps that were complete at its end.
-        progress: prints lines for the user.
+    Once training has ended, the run has no lock, no signal handler and no publisher. The metrics and a second end entry
+    are appended to the journal as part of the same attempt, so the run stays FINISHED. `step` is the number of
+    optimizer steps that were complete at the end.
     """
 
     path: Path
@@ -289,7 +272,7 @@ class EndedRun:
 
         Effects: not collective; main thread; blocks at most ``tracking.start_timeout_s`` and
         ``tracking.drain_timeout_s``. Metrics that cannot be delivered stay in the journal for `harness sync`, with a
-        line and without an error.
+        warning.
         """
         try:
             lock = RunLock(self.path)
@@ -307,7 +290,7 @@ class EndedRun:
             lock.release()
 
     def _log(self, values: Mapping[str, float]) -> None:
-        # Another job may have resumed the run since then.
+        # Read the attempt now: another job may have resumed the run.
         tracker = Tracker(self.path, self.config, read_run_record(self.path).get("attempt", 1))
         try:
             self._add(tracker, values)
@@ -317,7 +300,7 @@ class EndedRun:
                 self.progress.say(line)
 
     def _add(self, tracker: Tracker, values: Mapping[str, float]) -> None:
-        # An evaluation that repeats the last epoch's has the same values.
+        # An evaluation that repeats the last epoch's has its values already.
         there = tracker.points_at(values, self.step)
         values = {
             key: value for key, value in values.items() if not _is_at(self.step, there.get(tracker.metric_name(key)))

@@ -2,10 +2,9 @@
 
     model.fit(x, y, epochs=20, callbacks=[HarnessCallback(every_n_epochs=5)])
 
-Keras generates names (``dense_3``), and generates others when a model is rebuilt. So a checkpoint has names of its own:
-``<layer>.<variable>``, and ``<slot>.<layer>.<variable>`` for the optimizer's state of it, with Keras's slot names
-(``momentum``, ``velocity``). ``step`` is the number of optimizer steps, and ``iteration`` that of batches, where the
-optimizer accumulates gradients.
+Keras generates names (``dense_3``), and others when a model is rebuilt. A checkpoint therefore uses its own names:
+``<layer>.<variable>`` for weights, and ``<slot>.<layer>.<variable>`` for optimizer state, with Keras's slot names
+(``momentum``, ``velocity``). ``step`` counts optimizer steps, and ``iteration`` batches if gradients are accumulated.
 """
 
 from __future__ import annotations
@@ -42,16 +41,15 @@ if keras.backend.backend() != "torch":
 class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
     """Logs, saves and publishes what `keras.Model.fit` trains.
 
-    Effects: main thread. Leaves ``<run_dir>/<run_name>/``.
+    Effects: main thread. Creates ``<run_dir>/<run_name>/``.
 
     Args:
         every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed if
-            `fit` resumes: from the optimizer's count of steps and ``initial_epoch``, which
+        experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by
+            `mlflow.set_experiment`) or of ``MLFLOW_EXPERIMENT_NAME``, or else ``default``.
+        run_name: name of the run's directory and of the MLflow run; None for a generated name. An existing run is
+            resumed if `fit` resumes: from the optimizer's count of steps and ``initial_epoch``, which
             `keras.callbacks.BackupAndRestore` restores.
-        run_dir: the directory of all runs.
         checkpoint: all other options of checkpoints.
         tracking: all other options of tracking.
         params: parameters to log beside the optimizer's.
@@ -76,18 +74,19 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
         )
         self._optimizer: _Optimizer | None = None
-        # Batches of the optimizer in total, and in the current epoch.
+        # Batches in total, and in the current epoch.
         self._num_batches = self._in_epoch = 0
         self._is_incomplete = False
-        # The epoch's learning rate, if its length is known: an earlier callback may change it before the epoch ends.
+        # The learning rate at the epoch's last batch; None if its length is unknown. Callbacks may change the rate
+        # before the epoch ends.
         self._rate: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Another training begins. The previous one may have failed, which `fit` does not report."""
+        """Fail a previous run that is still open, since `fit` does not report errors."""
         CallbackBase.fail_open_run()
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """An epoch begins. The first one begins the run, since only now its number is known."""
+        """Begin an epoch. The first one begins the run, since its number is known only now."""
         if not self._run.is_open:
             self._begin(epoch)
         self._in_epoch, self._is_incomplete, self._rate = 0, False, None
@@ -110,7 +109,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         )
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """A batch is complete, or several that are executed together."""
+        """Report a batch, or several that are executed together."""
         assert self._optimizer is not None
         self._optimizer.follow()
         self._num_batches += batch + 1 - self._in_epoch
@@ -127,37 +126,31 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
             raise self._run.fail(stopped) from None
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """An epoch has ended, with its evaluation."""
+        """Report the metrics and the end of an epoch, after its evaluation."""
         assert self._optimizer is not None
         values = {_named(key): value for key, value in (logs or {}).items()}
         self._run.report({**values, "train/lr": self._optimizer.rate if self._rate is None else self._rate})
         stops = self.model.stop_training
-        # If the length is known, a later callback may have stopped training within the epoch too.
+        # A later callback may also have stopped training within the epoch, which shows if the length is known.
         is_incomplete = self._is_incomplete or (stops and self._in_epoch < (self.params["steps"] or 0))
         self._run.end_epoch(is_whole=not is_incomplete, is_last=stops or epoch + 1 == self.params["epochs"])
 
     def on_test_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        """An evaluation has ended. One within `fit` is reported at the epoch's end."""
+        """Report an evaluation outside of `fit`. One within `fit` is reported at the epoch's end."""
         if not self._run.is_open:
             self._run.report({f"test/{key}": value for key, value in (logs or {}).items()})
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Training is complete."""
+        """End the run."""
         if self._run.is_open:
             self._run.end()
 
 
 class Weights(nn.Module):
-    """The variables of a Keras model, with names that are the same each time it is built.
-
-    Args:
-        keras_model: built.
-
-    Attributes:
-        keras_model: the model.
+    """The variables of a built Keras model as parameters, with the same names each time the model is built.
 
     Raises:
-        ConfigError: if the model is not built, and has no variables yet.
+        ConfigError: if the model is not built, so that it has no variables.
     """
 
     keras_model: Any
@@ -166,7 +159,7 @@ class Weights(nn.Module):
         super().__init__()
         if not keras_model.built:
             raise ConfigError("", "the Keras model is not built; give it an Input, or call it once")
-        # Not as a submodule, which would register the variables twice.
+        # A submodule would register the variables twice.
         object.__setattr__(self, "keras_model", keras_model)
         self.names: dict[str, str] = {}
         for name, variable in _named_variables(keras_model):
@@ -187,7 +180,7 @@ class FromConfig:
     """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        config: of the model, as ``to_json`` returns it.
+        config: the model's ``to_json``.
     """
 
     def __init__(self, config: str) -> None:
@@ -199,27 +192,23 @@ class FromConfig:
 
 
 def load_model(where: str | Path) -> Any:
-    """Load the Keras model of a checkpoint.
-
-    Args, Raises: as `harness.load_model`, which returns a `Weights` with the model.
-    """
+    """Load the Keras model of a checkpoint, with the errors of `harness.load_model`, which returns its `Weights`."""
     return mlflow_flavor.load_model(where).keras_model
 
 
 class _Optimizer:
     """A Keras optimizer with the interface of torch's: ``param_groups``, and ``state`` by parameter.
 
-    Keras steps it without torch's hooks, so training waits until a checkpoint is copied.
-
-    Attributes:
-        may_skip: whether the optimizer may skip a step (loss-scale overflow).
+    Keras steps it without torch's hooks, so training waits until a checkpoint is copied. `may_skip` is whether the
+    optimizer may skip a step (loss-scale overflow).
     """
 
     def __init__(self, optimizer: Any, weights: Weights) -> None:
         self._inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
         self._trained = list(weights.keras_model.trainable_variables)
         self._accumulation = int(self._inner.gradient_accumulation_steps or 1)
-        # Counts batches. `iterations` counts steps, as a new tensor each time if gradients are accumulated.
+        # `iteration` counts batches. `iterations` counts steps, but is a new tensor each time if gradients are
+        # accumulated.
         self._iteration = next(each.value for each in self._inner.variables if each.name == "iteration")
         self._counts = {"step": self._iteration}
         if self._accumulation > 1:
@@ -231,27 +220,26 @@ class _Optimizer:
 
     @property
     def num_batches(self) -> int:
-        """Batches until now, including those whose step is not complete. Effects: waits for the device."""
+        """Batches so far, including those whose step is not complete. Effects: waits for the device."""
         return int(self._iteration)
 
     def steps_of(self, num_batches: int) -> int:
-        """Optimizer steps that are complete after this number of batches."""
+        """Return the optimizer steps that are complete after this number of batches."""
         return num_batches // self._accumulation
 
     @property
     def rate(self) -> float:
-        """The learning rate now."""
         return float(self._inner.learning_rate)
 
     def follow(self) -> None:
-        """Update the count of steps after a batch, on the device; find the state, which the first step creates."""
+        """Update the step count on the device after a batch; find the state, which the first step creates."""
         if self._accumulation > 1:
             torch.div(self._iteration, self._accumulation, rounding_mode="floor", out=self._counts["step"])
         if self.state or not self._inner.built:
             return
         prefixes = {variable.path.replace("/", "_") + "_": variable for variable in self._trained}
         for slot in self._inner.variables:
-            # The longest prefix, since a variable's name may begin with another's.
+            # Use the longest prefix, since one variable's name may begin with another's.
             prefix = max((each for each in prefixes if slot.name.startswith(each)), key=len, default=None)
             if prefix is not None:
                 kinds = self.state.setdefault(prefixes[prefix].value, dict(self._counts))
@@ -259,7 +247,7 @@ class _Optimizer:
 
 
 def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
-    """``<layer>.<variable>``, with an index if a layer has several variables of a name: ``mha.2.kernel``."""
+    """Name variables ``<layer>.<variable>``, with an index if a layer repeats a name: ``mha.2.kernel``."""
     found: dict[int, tuple[str, Any]] = {}
     for layer in (*keras_model.layers, keras_model):
         own = [variable for variable in layer.variables if id(variable) not in found]
@@ -272,11 +260,7 @@ def _named_variables(keras_model: Any) -> list[tuple[str, Any]]:
 
 
 def _check_count(options: CallbackOptions, epoch: int, step: int) -> None:
-    """Refuse a second `fit` that counts its epochs from 0: checkpoints of these names exist already.
-
-    Raises:
-        ConfigError: with the arguments to use.
-    """
+    """Refuse a second `fit` that counts its epochs from 0: checkpoints of these names already exist."""
     if options.run_name is None:
         return
     for name, manifest in list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")[::-1]:

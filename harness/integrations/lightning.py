@@ -3,7 +3,7 @@
     trainer = Trainer(max_epochs=20, callbacks=[HarnessCallback(every_n_epochs=5)])
 
 The Trainer resumes from its own checkpoints (``fit(ckpt_path=...)``), and the MLflow run of ``run_name`` is resumed
-with it. The run has what a module logs with ``self.log``, as each logger of the Trainer has.
+with it. The run receives what a module logs with ``self.log``, as each logger of the Trainer does.
 """
 
 from __future__ import annotations
@@ -33,29 +33,28 @@ except ImportError as error:
         "harness.integrations.lightning", f"needs lightning: pip install 'harness[lightning]' ({error})"
     ) from error
 
-# Class of the strategy -> its name here, in the order of the search.
+# Class of the strategy -> our name, in search order.
 _STRATEGIES = {
     "ModelParallelStrategy": "fsdp2",
     "FSDPStrategy": "fsdp1",
     "DDPStrategy": "ddp",
     "SingleDeviceStrategy": "single",
 }
-# Strategies whose wrapper of the module knows the local part of the weights.
+# Strategies whose module wrapper knows the local shard of the weights.
 _WRAPPING = ("DeepSpeedStrategy", "FSDPStrategy")
 
 
 class HarnessCallback(Callback):
     """Logs, saves and publishes what a `lightning.pytorch.Trainer` trains.
 
-    Effects: collective, as the Trainer's hooks are: pass it on every rank. Leaves ``<run_dir>/<run_name>/``.
+    Effects: collective, as the Trainer's hooks are: pass it on every rank. Creates ``<run_dir>/<run_name>/``.
 
     Args:
         every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed
-            if the Trainer resumes.
-        run_dir: the directory of all runs.
+        experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by
+            `mlflow.set_experiment`) or of ``MLFLOW_EXPERIMENT_NAME``, or else ``default``.
+        run_name: name of the run's directory and of the MLflow run; None for a generated name. An existing run is
+            resumed if the Trainer resumes.
         checkpoint: all other options of checkpoints.
         tracking: all other options of tracking.
         params: parameters to log beside the module's hyperparameters.
@@ -78,7 +77,8 @@ class HarnessCallback(Callback):
                 every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
             )
         )
-        # Whether the last batch was the last one of its epoch; whether an ended epoch is not reported yet.
+        # Whether the latest batch was the last of its epoch; whether an ended epoch is unreported; whether the data is
+        # described.
         self._is_whole = self._is_epoch_over = self._is_described = False
         self._usual_size: int | None = None
 
@@ -87,7 +87,7 @@ class HarnessCallback(Callback):
         self._add_logger(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add a logger for a test, which belongs to the run of the last training; its Trainer may be another one."""
+        """Add a logger for a test, which belongs to the run of the last training, even from another Trainer."""
         self._add_logger(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,11 +99,11 @@ class HarnessCallback(Callback):
             trainer.loggers = [*trainer.loggers, _Metrics(self._run)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The Trainer has prepared its objects, and restored its checkpoint."""
+        """Begin or resume the run, once the Trainer has prepared its objects and restored its checkpoint."""
         if _is_dev_run(trainer):
             return
         self._is_whole = self._is_epoch_over = self._is_described = False
-        # Lightning's sampler is of this rank alone.
+        # Lightning's sampler already yields this rank's share alone.
         self._usual_size = dataloaders.local_batch_size(trainer.train_dataloader, 1)
         schedulers = trainer.lr_scheduler_configs
         with _environment(trainer):
@@ -131,13 +131,13 @@ class HarnessCallback(Callback):
         return trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch begins, and the metrics of the previous one have been logged."""
+        """End the previous epoch, whose metrics are logged by now, and begin the next one."""
         if self._run.is_open:
             self._end_epoch(is_last=False)
             self._run.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The epoch's last batch begins: at its end the schedulers step that count epochs."""
+        """Describe the data at the first batch; freeze the learning rates at the last, at whose end schedulers step."""
         if self._run.is_open and not self._is_described:
             self._is_described = True
             self._run.logger.describe_dataset(trainer.train_dataloader, batch=batch)
@@ -147,7 +147,7 @@ class HarnessCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A batch is complete, and perhaps an optimizer step."""
+        """Report a batch, which may complete an optimizer step."""
         if self._run.is_open:
             self._is_whole = _is_last(trainer, batch_idx)
             self._run.batch_done(
@@ -155,12 +155,12 @@ class HarnessCallback(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation has ended: its time is not part of a step."""
+        """Exclude a validation's time from the next step, and report its metrics if it ran outside of a training."""
         self._run.evaluated()
         self._report_test(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A test has ended, and its metrics have been logged."""
+        """Report the metrics of a test."""
         self._report_test(trainer)
 
     def _report_test(self, trainer: Trainer) -> None:
@@ -169,13 +169,13 @@ class HarnessCallback(Callback):
                 logger.report_collected()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch has ended; its means are logged after this event."""
-        # Also if the module has skipped the rest of the batches.
+        """Note the end of an epoch; its means are logged after this event."""
+        # `is_last_batch` is also set if the module skips the remaining batches.
         self._is_whole |= trainer.is_last_batch
         self._is_epoch_over = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training is complete."""
+        """End the last epoch and the run."""
         if self._run.is_open:
             self._end_epoch(is_last=True)
             self._run.end()
@@ -186,32 +186,30 @@ class HarnessCallback(Callback):
             self._run.end_epoch(is_whole=self._is_whole, is_last=is_last)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Training has failed, or was stopped."""
+        """End the run with the error or stop."""
         self._run.fail(exception)
 
 
 class _Metrics(Logger):
-    """A logger of the Trainer, which passes reduced metrics on to the run."""
+    """A logger of the Trainer that forwards reduced metrics to the run."""
 
     def __init__(self, run: CallbackBase) -> None:
         super().__init__()
         self._run = run
-        # Metrics outside of a training: each batch of a test may log some.
+        # Metrics outside of a training, where each batch may log some.
         self._collected: dict[str, float] = {}
 
     @property
     def name(self) -> str:
-        """The logger's name."""
         return "harness"
 
     @property
     def version(self) -> str:
-        """Empty: the run's name is the callback's."""
         return ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record metrics at the number of complete steps; Lightning's own number counts from zero."""
-        # The run has the number of complete epochs already.
+        """Record metrics at the number of complete steps; Lightning counts `step` from zero."""
+        # The run already has the number of complete epochs.
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         if self._run.is_open:
             self._run.report(values)
@@ -225,12 +223,12 @@ class _Metrics(Logger):
             self._run.report(values)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run has them already."""
+        """Do nothing: the run already has them."""
 
 
 @contextmanager
 def _environment(trainer: Trainer) -> Iterator[None]:
-    """Set the variables by which accelerate finds the ranks: Lightning's launcher sets only some of them."""
+    """Set the variables from which accelerate reads the ranks; Lightning's launcher sets only some of them."""
     variables = {"ACCELERATE_TORCH_DEVICE": str(trainer.strategy.root_device)}
     if trainer.world_size > 1:
         variables |= {
@@ -238,7 +236,7 @@ def _environment(trainer: Trainer) -> Iterator[None]:
             "LOCAL_RANK": str(trainer.local_rank),
             "WORLD_SIZE": str(trainer.world_size),
             "LOCAL_WORLD_SIZE": str(trainer.num_devices),
-            # Without it, accelerate changes the number of threads.
+            # Otherwise accelerate changes the number of threads.
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
         }
     before = {name: os.environ.get(name) for name in variables}
@@ -254,11 +252,7 @@ def _environment(trainer: Trainer) -> Iterator[None]:
 
 
 def _check(accelerator: Accelerator, trainer: Trainer) -> None:
-    """Refuse an accelerator that was configured earlier in this process.
-
-    Raises:
-        LaunchError: if it has other ranks or another device.
-    """
+    """Refuse an accelerator that was configured earlier in this process for other ranks or another device."""
     found = (accelerator.num_processes, accelerator.process_index, accelerator.device.type)
     expected = (trainer.world_size, trainer.global_rank, trainer.strategy.root_device.type)
     if found != expected:
@@ -269,12 +263,12 @@ def _check(accelerator: Accelerator, trainer: Trainer) -> None:
 
 
 def _is_last(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether this batch is the epoch's last one, of the data or of the Trainer's limit."""
+    """Whether this batch is the epoch's last one, by the data or by the Trainer's limit."""
     return trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
 
 
 def _is_dev_run(trainer: Trainer) -> bool:
-    """Whether this is a ``fast_dev_run``, which leaves no files."""
+    """Whether this is a ``fast_dev_run``, which writes no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
@@ -312,7 +306,7 @@ def _facts_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def _model_spec(module: LightningModule) -> CallbackModelSpec | str:
-    """The module's class and its saved hyperparameters, if these are all of its arguments."""
+    """Return the module's class and its saved hyperparameters, if these are all of its arguments."""
     found = next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))
     spec = ClassSpec(f"{found.__module__}.{found.__qualname__}", dict(module.hparams))
     try:

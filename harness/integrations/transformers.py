@@ -3,7 +3,7 @@
     trainer = Trainer(model, args, train_dataset=..., callbacks=[HarnessCallback(every_n_epochs=5)])
 
 The Trainer resumes from its own checkpoints (``resume_from_checkpoint``), and the MLflow run of ``run_name`` is resumed
-with it. It works under each strategy that the Trainer has from accelerate.
+with it. All strategies that the Trainer uses through accelerate are supported.
 """
 
 from __future__ import annotations
@@ -34,23 +34,22 @@ except ImportError as error:
         "harness.integrations.transformers", f"needs transformers: pip install 'harness[transformers]' ({error})"
     ) from error
 
-# Logged by the Trainer; the run has them already, as train/lr and epoch.
+# Logged by the Trainer, and already in the run as train/lr and epoch.
 _KNOWN = ("learning_rate", "epoch")
 
 
 class HarnessCallback(TrainerCallback):
     """Logs, saves and publishes what a `transformers.Trainer` trains.
 
-    Effects: collective, as the Trainer's events are: pass it on every rank. Leaves ``<run_dir>/<run_name>/``. Removes
-    the Trainer's own ``MLflowCallback``, which would start a second run.
+    Effects: collective, as the Trainer's events are: pass it on every rank. Creates ``<run_dir>/<run_name>/``. Removes
+    the Trainer's ``MLflowCallback``, which would start a second run.
 
     Args:
         every_n_epochs: epochs between checkpoints; None for no checkpoints by epochs.
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None for a generated name. A run of this name is resumed
-            if the Trainer resumes.
-        run_dir: the directory of all runs.
+        experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by
+            `mlflow.set_experiment`) or of ``MLFLOW_EXPERIMENT_NAME``, or else ``default``.
+        run_name: name of the run's directory and of the MLflow run; None for a generated name. An existing run is
+            resumed if the Trainer resumes.
         checkpoint: all other options of checkpoints.
         tracking: all other options of tracking.
         params: parameters to log beside the Trainer's arguments and the model's configuration.
@@ -74,14 +73,14 @@ class HarnessCallback(TrainerCallback):
             )
         )
         self._stopped: Stopped | None = None
-        # Whether the epoch that has ended had its last batch, until the end is reported: its metrics are logged later.
-        # None without such an epoch.
+        # Whether an ended epoch that is not reported yet had its last batch; None without one. Its metrics are logged
+        # after its end.
         self._was_whole: bool | None = None
         # Whether this iteration over the data has had a batch.
         self._has_batches = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remove the Trainer's own callback before it can start a run."""
+        """Remove the Trainer's MLflow callback before it can start a run."""
         _remove_mlflow_callback(_trainer())
 
     def on_train_begin(
@@ -91,7 +90,7 @@ class HarnessCallback(TrainerCallback):
         control: TrainerControl,
         **parts: Any,
     ) -> None:
-        """The Trainer has prepared its objects, and restored its checkpoint."""
+        """Begin or resume the run, once the Trainer has prepared its objects and restored its checkpoint."""
         trainer = _trainer()
         _remove_mlflow_callback(trainer)
         self._stopped, self._was_whole = None, None
@@ -120,18 +119,18 @@ class HarnessCallback(TrainerCallback):
         hook = model.register_forward_pre_hook(record, with_kwargs=True)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An epoch begins."""
+        """End the previous epoch, and begin the next one."""
         self._end_epoch(is_last=False)
         self._has_batches = False
         self._run.begin_epoch()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A batch is complete, and its gradients are accumulated."""
+        """Report a batch whose gradients are only accumulated."""
         self._has_batches = True
         self._run.batch_done(args.train_batch_size, is_loaders_last=False, step=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A batch is complete, and with it an optimizer step."""
+        """Report a batch that completes an optimizer step."""
         self._has_batches = True
         try:
             self._run.batch_done(args.train_batch_size, is_loaders_last=self._is_whole(state), step=state.global_step)
@@ -142,27 +141,27 @@ class HarnessCallback(TrainerCallback):
             control.should_evaluate = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An epoch has ended. Its evaluation follows this event, and its checkpoint follows the evaluation."""
+        """Note the end of an epoch. Its evaluation follows this event, and its checkpoint follows the evaluation."""
         if self._stopped is not None:
             control.should_evaluate = False
         elif self._has_batches:
-            # A Trainer that resumes in a stream skips the completed steps in iterations without a batch.
+            # A Trainer that resumes in an iterable dataset skips completed steps in iterations without a batch.
             continues = not (control.should_training_stop or control.should_epoch_stop)
             self._was_whole = continues or self._is_whole(state)
-            # A plateau scheduler changes them in the evaluation.
+            # A plateau scheduler changes the rates in the evaluation.
             self._run.freeze_learning_rates()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Report metrics, which the Trainer has reduced."""
         if "train_runtime" in parts["logs"]:
-            # The last metrics of the training, before the Trainer loads its best weights.
+            # These are the last metrics of the training, before the Trainer loads its best weights.
             self._end_epoch(is_last=True)
             # A save at a step may be running without the end of an epoch.
             self._run.finish_copy()
         self._run.report({_named(key): value for key, value in parts["logs"].items() if key not in _KNOWN})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """An evaluation has ended: its time is not part of a step."""
+        """Exclude an evaluation's time from the next step."""
         self._run.evaluated()
 
     def on_predict(
@@ -172,7 +171,7 @@ class HarnessCallback(TrainerCallback):
         self._run.report({_named(key): value for key, value in (metrics or {}).items()})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Training is complete, or was stopped by a signal."""
+        """End the run, or fail it if a signal stopped training."""
         if self._stopped is not None:
             raise self._run.fail(self._stopped)
         self._end_epoch(is_last=True)
@@ -186,8 +185,8 @@ class HarnessCallback(TrainerCallback):
     def _is_whole(self, state: TrainerState) -> bool:
         """Whether this batch is the epoch's last one.
 
-        `state.epoch` counts fractions of batches, exactly. For data without a length it counts fractions of
-        `max_steps`, and accelerate's loader has seen its end.
+        `state.epoch` counts fractions of batches exactly. For data without a length it counts fractions of `max_steps`,
+        but accelerate's loader detects the end.
         """
         return float(state.epoch).is_integer() or self._run.logger.accelerator.gradient_state.end_of_dataloader
 
@@ -196,8 +195,8 @@ class Pretrained:
     """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
 
     Args:
-        architecture: the model's class. A model spec has its import path, which `harness.models.described_model` checks
-            and imports because of the annotation: it is in ``transformers`` or in a package that the caller trusts.
+        architecture: the model's class. A model spec has its import path. The annotation lets
+            `harness.models.described_model` import it, from ``transformers`` or from a package that the caller trusts.
         config: the values of its configuration.
     """
 
@@ -215,7 +214,7 @@ class Pretrained:
 def _model_spec(model: nn.Module) -> CallbackModelSpec | str:
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is no transformers.PreTrainedModel, which its configuration could rebuild"
-    # FSDP2 derives a class from it.
+    # Skip the class that FSDP2 derives.
     found = next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
     if found.__module__ == "__main__":
         return f"{found.__name__} can only be imported by this script; move the class to a module"
@@ -224,7 +223,7 @@ def _model_spec(model: nn.Module) -> CallbackModelSpec | str:
         f"{__name__}.{Pretrained.__qualname__}",
         {"architecture": f"{found.__module__}.{found.__qualname__}", "config": json.loads(text)},
     )
-    # As from_pretrained reads it.
+    # The format that from_pretrained reads.
     values = {**json.loads(model.config.to_json_string()), "architectures": [found.__name__]}
     return CallbackModelSpec(
         spec, ("transformers",), {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
@@ -232,16 +231,17 @@ def _model_spec(model: nn.Module) -> CallbackModelSpec | str:
 
 
 def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int:
-    """Epochs that are complete as training begins. Collective if training resumes in data without a length.
+    """Count the epochs that are complete as training begins. Collective if resuming in data without a length.
 
-    There the Trainer skips the completed steps as steps of the first epoch, so the run has counted more epochs.
+    With such data the Trainer skips the completed steps within its first epoch, and only the run's checkpoints have the
+    count.
     """
     state = trainer.state
     found = [int(state.epoch or 0)]
     if state.global_step == 0 or options.run_name is None or has_length(loader):
         return found[0]
     if trainer.accelerator.is_main_process:
-        # If they cannot be read, the start of the run fails on all ranks.
+        # Unreadable checkpoints fail the start of the run on all ranks.
         with suppress(OSError, HarnessError):
             known = list_checkpoints(Path(options.run_dir) / options.run_name / "checkpoints")
             found += [manifest.epoch for _, manifest in known if manifest.step <= state.global_step]
@@ -249,13 +249,13 @@ def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int
 
 
 def _values(args: Any) -> dict[str, Any]:
-    """The Trainer's arguments, with tokens redacted."""
+    """Return the Trainer's arguments; `to_dict` redacts tokens."""
     values: dict[str, Any] = args.to_dict()
     return values
 
 
 def _named(key: str) -> str:
-    """The name in the Trainer's TensorBoard: eval_loss -> eval/loss, others -> train/..."""
+    """Return the name that the Trainer's TensorBoard uses: eval_loss -> eval/loss, others -> train/..."""
     for prefix in ("eval", "test"):
         if key.startswith(f"{prefix}_"):
             return f"{prefix}/{key.removeprefix(f'{prefix}_')}"
@@ -263,7 +263,7 @@ def _named(key: str) -> str:
 
 
 def _trainer() -> Trainer:
-    """The calling Trainer, from the stack: events have its parts, and not its accelerator.
+    """Find the calling Trainer on the stack, since the events lack its accelerator.
 
     Raises:
         HarnessError: if the caller is no Trainer.
@@ -279,7 +279,7 @@ def _trainer() -> Trainer:
 
 
 def _remove_mlflow_callback(trainer: Trainer) -> None:
-    """Remove the Trainer's own callback, which starts a second run and waits for the server.
+    """Remove the Trainer's MLflow callback, which starts a second run and waits for the server.
 
     Raises:
         HarnessError: if it has started one already.
