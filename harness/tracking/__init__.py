@@ -1,8 +1,8 @@
-"""Tracking: from reduced metrics and committed checkpoints to MLflow.
+"""Record metrics and checkpoints in a journal on disk, and deliver the journal to MLflow.
 
 In reading order:
 
-    journal/    the log of what MLflow shall receive
+    journal/    the append-only log of entries for MLflow
     mlflow/     the MLflow store
     publisher/  the process that delivers the journal
     provenance  command, code, versions, machine and data of a run

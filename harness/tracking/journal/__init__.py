@@ -1,4 +1,4 @@
-"""The journal: an append-only log of what MLflow shall receive, and how much of it is delivered.
+"""Store the entries for MLflow in an append-only log, and record how much of it is delivered.
 
 In reading order:
 

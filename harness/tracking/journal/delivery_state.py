@@ -1,4 +1,4 @@
-"""How much of the journal is delivered: one record, on disk, of the publisher and its artifact worker."""
+"""Record on disk how much of the journal the publisher and its artifact worker have delivered."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from harness.io.durable_files import parse_record, replace_file
 from harness.tracking.journal.entries import FILES, has_entries, is_entry_end
 
 DELIVERED = "delivered.json"
-# The bytes of damaged journal entries.
+# Holds the bytes of damaged journal entries.
 DAMAGED_ENTRIES = "damaged_entries.jsonl"
 MAX_REFUSED_KEPT = 20
-# Minimum interval between writes after batches of points. A write costs two fsyncs.
+# Minimum interval between writes after batches of points, because a write costs two fsyncs.
 _WRITE_EVERY_S = 1.0
 
 
@@ -30,12 +30,11 @@ class Delivered:
         offset: journal offset up to which all entries except those of `FILES` are delivered.
         models_offset: journal offset up to which the entries of `FILES` are delivered.
         models: checkpoint name -> id of its LoggedModel.
-        refused: what the store has refused permanently; the first `MAX_REFUSED_KEPT` messages.
-        num_refused: number of refusals in all.
+        refused: the first `MAX_REFUSED_KEPT` messages about permanent refusals; `num_refused` counts all of them.
         num_damaged: number of damaged journal entries, which are not delivered.
-        files_trouble: why the run has ended without its files: the artifact store's error. Empty if it has its files.
+        files_trouble: the artifact store's error, if the run has ended without its files; else empty.
         ended: whether the last delivered entry is the run's end.
-        time_ms: time of the last delivered entry.
+        time_ms: time of the last delivered entry, in milliseconds since the epoch.
         step: last delivered step of the current attempt.
     """
 
@@ -52,10 +51,9 @@ class Delivered:
 
 
 def read_delivered(directory: Path) -> Delivered:
-    """Read the record of what is delivered.
+    """Read the record; if it is unreadable or does not fit the journal, nothing counts as delivered.
 
-    Without a readable record that fits the journal, nothing counts as delivered. The whole journal is then delivered
-    again, which changes nothing that MLflow has.
+    A repeated delivery changes nothing in MLflow.
     """
     delivered = parse_record(directory / DELIVERED, _parse) or Delivered()
     if not is_entry_end(directory, delivered.offset, delivered.time_ms or None):
@@ -142,9 +140,8 @@ class DeliveryState:
         Args:
             models: checkpoint name -> id of its model, None if the model is deleted.
             refused: message about a permanent refusal.
-            is_points: whether only metrics were delivered. The artifact worker skips them if it has reached them. Such
-                updates are written at most once a second; after a crash their entries are delivered again, which
-                changes nothing in MLflow.
+            is_points: whether only points were delivered. Such updates are written at most once a second, because a
+                repeated delivery after a crash is harmless. They advance an artifact worker that has no backlog.
             fields: new values of fields of `Delivered`.
         """
         with self._changed:
@@ -172,7 +169,7 @@ class DeliveryState:
                 self._write()
 
     def _write(self) -> None:
-        # On a full disk the record falls behind. After a crash the deliveries are repeated, which changes nothing.
+        # On a full disk the record is outdated. After a crash the deliveries are repeated, which is harmless.
         with suppress(OSError):
             write_delivered(self._outbox_dir, self._delivered)
             self._is_written = True
@@ -185,14 +182,14 @@ class DeliveryState:
             self._changed.notify_all()
 
     def wait_for(self, condition: Callable[[Delivered], bool], timeout_s: float | None = None) -> bool:
-        """Wait until the record meets a condition or this is closed; returns whether it meets the condition."""
+        """Wait for a condition on the record, a timeout or `close`; return whether the record meets the condition."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or condition(self._delivered), timeout_s)
             return condition(self._delivered)
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called, so that the artifact worker must stop."""
+        """Whether the artifact worker must stop."""
         return self._is_closed
 
     def close(self) -> None:

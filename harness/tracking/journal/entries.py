@@ -1,7 +1,7 @@
-"""The journal's entries and the files that hold them.
+"""Encode, store and read the journal's entries.
 
-One line for each entry: eight hex digits of CRC-32, a space, JSON, a newline. A last line without a newline is
-incomplete: its writer has died, and the reader stops there. A line with a wrong checksum is an entry of kind `damaged`.
+An entry is one line: eight hex digits of CRC-32, a space, JSON, a newline. The reader stops at a last line without a
+newline, which is incomplete. A line with a wrong checksum is an entry of kind `damaged`.
 
     journal.jsonl           from byte 0; the only file of most runs
     journal.<begin>.jsonl   from byte <begin>; begun when the previous file has grown large
@@ -39,11 +39,11 @@ class Entry(NamedTuple):
     """One entry of the journal.
 
     Args:
-        kind: what `body` holds, see `harness.tracking.tracker`; for `damaged`, the bytes of the line as `line`.
-        time_ms: time of the event in milliseconds since the epoch, 0 for `damaged`. MLflow receives this time, so that
-            a repeated delivery is the same point.
-        body: JSON values.
-        end_offset: bytes of the journal up to the end of this entry.
+        kind: the meaning of `body`, see `harness.tracking.tracker`.
+        time_ms: milliseconds since the epoch, 0 for `damaged`. It is sent to MLflow, so a repeated delivery is the same
+            point.
+        body: JSON values; for `damaged`, the bytes of the line as `line`.
+        end_offset: journal offset in bytes at the end of this entry.
     """
 
     kind: Kind
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """One file of the journal; `begin` and `end` are its byte offsets in the journal."""
+    """A file of the journal; `begin` and `end` are byte offsets in the journal."""
 
     path: Path
     begin: int
@@ -75,8 +75,8 @@ def read_entries(
     Args:
         directory: the outbox.
         offset: byte offset of the first entry.
-        kinds: only these kinds, without damaged entries; the others are not decoded. None: all kinds.
-        end: byte offset of the end of the last entry; None: the journal's end.
+        kinds: the kinds to decode, without damaged entries; None for all entries.
+        end: byte offset of the end of the last entry; None for the journal's end.
     """
     # `encode_entry` writes the kind first.
     prefixes = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
@@ -86,7 +86,7 @@ def read_entries(
         offset = max(offset, segment.begin)
         try:
             stream = segment.path.open("rb")
-        except FileNotFoundError:  # pruned meanwhile, so all of it is delivered
+        except FileNotFoundError:  # pruned since it was listed, so all of it is delivered
             continue
         with stream:
             stream.seek(offset - segment.begin)
@@ -105,15 +105,15 @@ def read_entries(
 
 
 def has_entries(directory: Path, offset: int, kinds: Collection[Kind] | None = None) -> bool:
-    """Whether there is an entry of these kinds after `offset`; None: of any kind."""
+    """Whether there is an entry of these kinds (None for any kind) after `offset`."""
     return next(read_entries(directory, offset, kinds), None) is not None
 
 
 def is_entry_end(directory: Path, offset: int, time_ms: int | None = None) -> bool:
     """Whether an entry ends at `offset` and is not later than `time_ms`, if that is given.
 
-    False if the journal was removed or replaced, since a new journal has later entries. True at the journal's
-    beginning, and where the entry is damaged.
+    False if the journal was removed or replaced, because a new journal has later entries. True at the journal's
+    beginning and for a damaged entry.
     """
     segments = list_segments(directory)
     if offset <= (segments[0].begin if segments else 0):
@@ -121,7 +121,7 @@ def is_entry_end(directory: Path, offset: int, time_ms: int | None = None) -> bo
     segment = next((each for each in segments if each.begin < offset <= each.end), None)
     try:
         line = b"" if segment is None else _line_before(segment.path, offset - segment.begin)
-    except FileNotFoundError:  # pruned meanwhile, so all of it is delivered
+    except FileNotFoundError:  # pruned since it was listed, so all of it is delivered
         return True
     if not line.endswith(b"\n"):
         return False
@@ -130,27 +130,26 @@ def is_entry_end(directory: Path, offset: int, time_ms: int | None = None) -> bo
 
 
 def segment_path(directory: Path, begin: int) -> Path:
-    """Return the path of the file that begins at a byte of the journal."""
+    """Return the path of the file that begins at this journal offset."""
     return directory / (JOURNAL if begin == 0 else f"journal.{begin:016}.jsonl")
 
 
 def list_segments(directory: Path) -> list[Segment]:
-    """List the contiguous files of the journal, in order.
+    """List the files of the journal in order, up to a gap.
 
-    After a crash of the machine, a file may have lost its end although the next file exists. Files after such a gap are
-    not listed.
+    After a crash of the machine, a file may have lost its end although the next file exists.
     """
     found: list[Segment] = []
     for begin, path in _files(directory):
         if found and begin != found[-1].end:
             break
-        with suppress(FileNotFoundError):  # pruned meanwhile
+        with suppress(FileNotFoundError):  # pruned since it was listed
             found.append(Segment(path, begin, begin + path.stat().st_size))
     return found
 
 
 def remove_segments_after(directory: Path, end: int) -> None:
-    """Remove the files that begin after `end`, that is after a gap."""
+    """Remove the files after a gap at `end`."""
     for begin, path in _files(directory):
         if begin > end:
             path.unlink()

@@ -1,7 +1,7 @@
-"""What earlier attempts at a run have logged, read back from the journal.
+"""Read from the journal the points and parameters that earlier attempts at a run have logged.
 
-A resumed run repeats the steps after its checkpoint. Points that are already in the journal are not logged again, and
-parameters with a new value, which MLflow refuses, are reported as drift.
+A resumed run repeats the steps after its checkpoint. Points that are already in the journal are not logged again.
+MLflow refuses a new value of a parameter, so a changed one is reported as drift.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Final, NamedTuple
 from harness.tracking.journal.entries import Kind, read_entries
 from harness.tracking.journal.pruning import read_pruned
 
-# Prefixes of metrics that depend on the clock. Their values differ between attempts.
+# Prefixes of metrics that are measurements, whose values differ between attempts.
 _MEASURED = ("perf/", "checkpoint/", "system/")
-# Less than MLflow's 8000 characters of a tag's value.
+# MLflow's limit for the value of a tag is 8000.
 MAX_DRIFT_CHARS = 7900
 
 _METRICS: Final[tuple[Kind, ...]] = ("metrics",)
@@ -38,7 +38,7 @@ class Point(NamedTuple):
 
 @dataclass
 class _Series:
-    """The points of one metric, sorted by step; 24 bytes for each."""
+    """The points of one metric, sorted by step; 24 bytes each."""
 
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -51,24 +51,24 @@ class _Series:
     def add(self, point: Point) -> None:
         at = bisect_left(self.steps, point.step)
         if at == len(self.steps) or self.steps[at] != point.step:  # the first point is kept
-            # Nearly always at the end, since steps increase.
+            # Usually appends, because steps increase.
             self.steps.insert(at, point.step)
             self.values.insert(at, point.value)
             self.times_ms.insert(at, point.time_ms)
 
 
 class KnownPoints:
-    """The points that the journal has from a resumed step on, and how repeated points compare with them.
+    """Finds and compares the points that a resumed run repeats.
 
-    Effects: not collective; the constructor reads the journal once (5 to 8 s and 26 MB for a million points); main
-    thread; nothing on disk.
+    Effects: not collective; main thread; the constructor reads the journal once (5 to 8 s and 26 MB for a million
+    points); nothing on disk.
 
     Attributes:
         latest: name -> the last point at or before `step`.
         num_repeated: number of repeated points.
-        num_differing: number of repeated points with a different value, without metrics that depend on the clock.
+        num_differing: number of repeated points with a different value, without measurements.
         largest_difference: the largest relative difference, 0 to 2; infinite if one value is not finite.
-        last_step: the highest step of all points.
+        last_step: the highest step in the journal, without steps that a script counts itself unless they are pruned.
     """
 
     def __init__(self, outbox_dir: Path, step: int) -> None:
@@ -79,14 +79,14 @@ class KnownPoints:
         self.last_step = step
         self._series: dict[str, _Series] = {}
         for key, point, is_own_step in _points(outbox_dir):
-            # A script's own step says nothing about the resume position, so all of these points count as known.
+            # A script's own step is unrelated to the resume step, so all of these points count as known.
             if (is_own_step or point.step <= step) and (key not in self.latest or self.latest[key].step < point.step):
                 self.latest[key] = point
             if is_own_step or point.step >= step:
                 self._series.setdefault(key, _Series()).add(point)
             if not is_own_step:
                 self.last_step = max(self.last_step, point.step)
-        # Of pruned points only the last step of each metric is known.
+        # Only the last point of each pruned metric is known.
         self._pruned = read_pruned(outbox_dir).latest
         for key, pruned in self._pruned.items():
             point = Point(*pruned)
@@ -95,9 +95,9 @@ class KnownPoints:
                 self.latest[key] = point
 
     def match(self, key: str, value: float, step: int) -> Point | None:
-        """Return the known point with this name and step, and count the repetition; None if there is none.
+        """Return the known point with this name and step and count the repetition, or return None.
 
-        A point whose entry was pruned is assumed to be equal. Its time is `UNKNOWN_TIME_MS`.
+        A pruned point is assumed to be equal; its time is `UNKNOWN_TIME_MS`.
         """
         series = self._series.get(key)
         at = None if series is None else series.find(step)
@@ -115,7 +115,7 @@ class KnownPoints:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The comparison as facts of the attempt."""
+        """The result of the comparison, as facts of the attempt."""
         facts = {"points_repeated": str(self.num_repeated), "points_differing": str(self.num_differing)}
         if self.num_differing:
             facts["largest_relative_difference"] = f"{self.largest_difference:.3g}"
@@ -123,7 +123,7 @@ class KnownPoints:
 
 
 def points_at(outbox_dir: Path, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
-    """Find the points of a checkpoint's metrics: the last one of each name up to the step, if its value is equal."""
+    """Find the last point up to `step` of each of a checkpoint's metrics, if its value is equal."""
     found: dict[str, Point] = {}
     for key, point, is_own_step in _points(outbox_dir):
         is_before = is_own_step or point.step <= step
@@ -153,12 +153,7 @@ def _relative_difference(one: float, other: float) -> float:
 
 @dataclass(frozen=True)
 class Logged:
-    """Parameters and checkpoints that earlier attempts have logged.
-
-    Args:
-        params: name -> first value.
-        checkpoints: keys of the checkpoints.
-    """
+    """Parameters (name -> first value) and keys of checkpoints that earlier attempts have logged."""
 
     params: Mapping[str, str]
     checkpoints: frozenset[str]
@@ -190,11 +185,11 @@ class Drift:
     changed: Mapping[str, tuple[str, str]]
 
     def as_json(self) -> str:
-        """Return the changes as JSON that fits into a tag: values are cut, and the last names omitted and counted."""
+        """Return the changes as JSON that fits into a tag: values are cut, and omitted names are counted."""
         shown = {name: [_cut(value) for value in pair] for name, pair in sorted(self.changed.items())}
         num_omitted = 0
         while len(text := json.dumps(shown | ({"...": num_omitted} if num_omitted else {}))) > MAX_DRIFT_CHARS:
-            # Remove an eighth at once: there may be thousands.
+            # Remove an eighth at once, because there may be thousands.
             names = list(shown)
             for name in names[-max(1, len(names) // 8) :]:
                 del shown[name]
@@ -209,7 +204,7 @@ class Drift:
 
 
 def drift(logged: Mapping[str, str], now: Mapping[str, str]) -> Drift:
-    """Compare parameters with the logged ones. Missing parameters are no drift, because MLflow keeps them."""
+    """Compare parameters with the logged ones; missing ones do not count, because MLflow keeps them."""
     return Drift(
         added={name: value for name, value in now.items() if name not in logged},
         changed={name: (logged[name], value) for name, value in now.items() if logged.get(name, value) != value},

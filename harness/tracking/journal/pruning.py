@@ -1,4 +1,4 @@
-"""Removal of delivered files of the journal, and the summary of their entries in ``pruned.json``."""
+"""Remove delivered files of the journal and summarize their entries in ``pruned.json``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Pruned:
         latest: metric -> value, time in milliseconds since the epoch, and step of its point with the highest step.
         params: name -> first value.
         checkpoints: keys of the checkpoints.
-        end: end offset of the pruned part of the journal; None: unknown, because an earlier version has pruned it.
+        end: end offset of the pruned part of the journal; None if an earlier version has pruned it.
     """
 
     latest: Mapping[str, tuple[float, int, int]] = field(default_factory=dict)
@@ -35,9 +35,9 @@ class Pruned:
 
 
 def read_pruned(directory: Path) -> Pruned:
-    """Read the summary; an empty one if nothing was pruned or the file is damaged.
+    """Read the summary; it is empty if nothing was pruned or the file is damaged.
 
-    Read the journal first, then the summary: a file may be pruned in between.
+    Read the journal first, because a file may be pruned in between.
     """
     return parse_record(directory / PRUNED, _parse) or Pruned()
 
@@ -80,12 +80,9 @@ def count_lost_bytes(directory: Path, segments: Sequence[Segment], offset: int) 
 
 
 def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
-    """Remove the oldest delivered files until the journal has at most `keep_bytes`, and summarize their entries.
+    """Remove and summarize the oldest delivered files until the journal has at most `keep_bytes`; return their number.
 
     Effects: not collective; the publisher only; blocks on the disk; leaves ``pruned.json``.
-
-    Returns:
-        The number of removed files.
     """
     segments = list_segments(directory)
     size_bytes = sum(each.end - each.begin for each in segments)
@@ -94,7 +91,7 @@ def prune(directory: Path, delivered: Delivered, keep_bytes: int) -> int:
     for segment in segments[:-1]:
         if size_bytes <= keep_bytes or segment.end > delivered_end:
             break
-        # Summarize before removing: after a crash in between, an entry that is in both places is recognized.
+        # Summarize before removing, so that a crash in between loses no entry. A repeated summary is harmless.
         entries = read_entries(directory, 0, _SUMMARIZED, segment.end)
         write_pruned(directory, replace(_summarize(read_pruned(directory), entries), end=segment.end))
         segment.path.unlink()

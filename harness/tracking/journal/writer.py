@@ -1,8 +1,7 @@
-"""The writer of the journal, the append-only log of everything that MLflow shall receive.
+"""Append entries to the journal, whose size is bounded.
 
-The journal's size is bounded. It is divided into files (`entries`), and the publisher removes delivered files once the
-journal has half of its maximum size (`pruning`). If undelivered entries fill the journal, metrics are dropped and
-counted. An incomplete last line of a writer that has died is removed by the next writer.
+The publisher removes delivered files once the journal has half of its maximum size (`pruning`). If undelivered entries
+fill the journal, metrics are dropped and counted. A new writer removes its predecessor's incomplete last line.
 """
 
 from __future__ import annotations
@@ -30,29 +29,28 @@ from harness.tracking.journal.entries import (
 )
 from harness.tracking.journal.pruning import read_pruned
 
-# Limit of the entries in memory while the disk refuses writes: about a million points.
+# Limit of the entries in memory while the disk refuses writes; about a million points.
 MAX_PENDING_BYTES = 32 * 1024**2
-# Default limit of the journal on disk; see `tracking.max_outbox_size`.
+# Default of `tracking.max_outbox_size`.
 DEFAULT_MAX_BYTES = 2 * 10**9
 _MAX_SEGMENT_BYTES = 64 * 1024**2
 _CHECK_EVERY_S = 1.0
-# Readable, so that a file that was removed can be copied from its descriptor.
+# Readable, so that a removed file can be copied from its descriptor.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 
 
 class JournalWriter:
-    """Appends entries to the journal. Only rank 0's trainer has one.
+    """Appends entries to the journal, on rank 0 only.
 
-    A full or unreachable disk does not stop training: entries are kept in memory, in order and with their times, until
-    the disk accepts them. Metrics beyond `MAX_PENDING_BYTES`, or beyond the journal's maximum size, are dropped and
-    counted.
+    A full or unreachable disk does not stop training: entries are kept in memory until the disk accepts them. Metrics
+    beyond `MAX_PENDING_BYTES` or the journal's maximum size are dropped and counted.
 
     Effects: not collective; any thread; `append` blocks for one `write` into the page cache; leaves
     ``<directory>/journal.jsonl`` and further files once it has grown large, readable only by the user.
 
     Attributes:
         num_dropped: number of dropped metrics entries.
-        path: the file that is written to.
+        path: the current file.
         warnings: pending warnings. The caller removes the ones it displays.
     """
 
@@ -63,7 +61,7 @@ class JournalWriter:
         self._max_bytes = max_bytes
         self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // 16)
         self._lock = threading.Lock()
-        # Held during fsync and acquired before `_lock`; an append never waits for it.
+        # Held during fsync and acquired before `_lock`. An append never waits for it.
         self._sync_lock = threading.Lock()
         self._pending: deque[bytes] = deque()
         self._pending_bytes = 0
@@ -71,7 +69,7 @@ class JournalWriter:
         self._is_full = False
         self._has_ended = self._is_closed = False
         self._next_check_s = 0.0
-        # Files that are not yet flushed: end offset, path, descriptor. Only `sync` and `close` close them.
+        # Full files that are not flushed: end offset, path, descriptor. Only `sync` and `close` close them.
         self._earlier_files: list[tuple[int, Path, int]] = []
         self.path = segment_path(directory, 0)
         try:
@@ -89,23 +87,18 @@ class JournalWriter:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry, or keep it in memory until the disk accepts it.
-
-        After `close` this does nothing.
+        """Write one entry and return its time in milliseconds since the epoch. After `close` this does nothing.
 
         Args:
-            kind: the entry's kind.
+            kind: the meaning of `body`.
             body: JSON values.
-            time_ms: milliseconds since the epoch; None: now.
-
-        Returns:
-            The entry's time in milliseconds since the epoch.
+            time_ms: milliseconds since the epoch; None for now.
         """
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         line = encode_entry(kind, stamp, body)
         with self._lock:
             if self._is_closed or (self._has_ended and kind == "system"):
-                # A thread that was not joined in time: no entry may follow the end.
+                # From a thread that was not joined in time. No entry may follow the end.
                 return stamp
             self._has_ended |= kind == "end"
             if kind in POINTS and self._is_at_limit():
@@ -145,10 +138,7 @@ class JournalWriter:
             return None
 
     def sync(self) -> None:
-        """Flush all entries to disk.
-
-        Files of the journal that were removed or moved are restored from their open descriptors. After `close` this
-        does nothing.
+        """Flush all entries to disk, and restore files that were removed or moved. After `close` this does nothing.
 
         Raises:
             TrackingError: if the disk refuses the entries.
@@ -187,7 +177,7 @@ class JournalWriter:
                 os.close(file)
 
     def _restore_files(self) -> None:
-        # The publisher removes delivered files. The summary is read only if there are several files.
+        # Files that the publisher has pruned are not restored.
         pruned_end = read_pruned(self._directory).end if self._earlier_files else None
         for index, (end, path, file) in enumerate(self._earlier_files):
             if pruned_end is not None and end > pruned_end:
@@ -195,7 +185,7 @@ class JournalWriter:
         self._file = self._restored(self.path, self._file)
 
     def _restored(self, path: Path, file: int) -> int:
-        """Return the descriptor of a file, or of a new copy if the file is no longer at its path."""
+        """Return the file's descriptor, or that of a new copy if the file is no longer at its path."""
         if not stat.S_ISREG(os.fstat(file).st_mode) or _is_at(path, file):
             return file
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -216,7 +206,7 @@ class JournalWriter:
         return copy
 
     def _is_at_limit(self) -> bool:
-        """Whether the journal has its maximum size. The size is read again once a second, as the publisher prunes."""
+        """Whether the journal has its maximum size; reads it again once a second, because the publisher prunes."""
         if self._total_bytes < self._max_bytes:
             self._is_full = False
         elif time.monotonic() >= self._next_check_s:
@@ -233,10 +223,10 @@ class JournalWriter:
                 self._pending_bytes -= len(self._pending.popleft())
             self._error = None
         except OSError as error:
-            self._error = self._error or error  # the first error is the cause; later ones may only be about truncation
+            self._error = self._error or error  # later errors may only be about truncation
 
     def _write(self, line: bytes) -> None:
-        """Append a whole line; a line that was written in part is truncated."""
+        """Append a whole line, or truncate what was written of it."""
         try:
             if self._is_torn:
                 os.ftruncate(self._file, self._size_bytes)
@@ -258,7 +248,7 @@ class JournalWriter:
         begin = self._begin + self._size_bytes
         path = segment_path(self._directory, begin)
         file = open_private(path, _FLAGS)
-        # Flushed by `sync`, not here on the trainer's thread.
+        # `sync` flushes it, because fsync would block the trainer's thread here.
         self._earlier_files.append((begin, self.path, self._file))
         self.path, self._file, self._begin, self._size_bytes = path, file, begin, 0
 
@@ -268,7 +258,7 @@ class JournalWriter:
 
 
 def _is_at(path: Path, file: int) -> bool:
-    """Whether a path leads to the open file. The number of links does not show it: NFS renames a removed file."""
+    """Whether a path leads to the open file. The link count is no indicator, because NFS renames a removed file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
