@@ -31,13 +31,13 @@ def autolog(
 ) -> None:
     """Log and checkpoint the training of an unchanged Accelerate script.
 
-    The run gets the script's parameters, `train/loss`, learning rate and speed, its data sets and its origin, and every
-    few epochs a checkpoint: weights in safetensors, with the optimizer's state. An epoch is one iteration over the
-    training loader. The script's own metrics are logged to the same run.
+    The run receives the script's parameters and metrics, `train/loss`, learning rate and speed, data sets and
+    provenance. A checkpoint every few epochs has weights in safetensors and the optimizer's state. An epoch is one
+    iteration over the training loader.
 
     Effects: imports torch and accelerate, and replaces methods of theirs until it is called with `disable`
     (docs/reference/autolog.md lists them). Every rank calls it alike, from the main thread, before the script's
-    ``Accelerator()``. The training then has the effects of `PeriodicLogger`; leaves ``runs/<run_name>/``.
+    ``Accelerator()``. The training then has the effects of `PeriodicLogger`, and creates ``runs/<run_name>/``.
 
     Args:
         every_n_epochs: epochs between checkpoints, with one more at the end; None for one at the end alone.
@@ -51,9 +51,9 @@ def autolog(
         extra_tags: further tags of the run.
         disable: end autologging: restore the replaced methods, and end the logging of a training that runs.
         silent: print no lines.
-        exclusive: log to a run of our own, also if the script has an active MLflow run.
+        exclusive: log to a separate run, even if the script has an active MLflow run.
         when_busy: if a checkpoint is due while the previous one is still being written: ``wait`` for it, or ``skip``
-            the new one, with a line. It matters only if an epoch is shorter than a save.
+            the new one with a message.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -91,9 +91,9 @@ def resume(
 ) -> None:
     """Resume the run of this name in an autologged script, or start from a checkpoint.
 
-    After the script's `accelerator.prepare` its model, optimizer and scheduler are restored. The script still counts
-    its epochs from the first: completed epochs are replayed with one batch each and without effect, and what the script
-    logs meanwhile is left out. docs/reference/autolog.md has the limits.
+    The script's model, optimizer and scheduler are restored after `accelerator.prepare`. The script still counts its
+    epochs from the first. Completed epochs are therefore replayed with one batch each and without effect, and what the
+    script logs in them is dropped. docs/reference/autolog.md lists the limits.
 
     Effects: changes the settings of `autolog`; call it before or after that, before the script's first batch.
 
@@ -101,13 +101,13 @@ def resume(
         resume_from: ``auto`` to resume the run of this name, or to begin it; ``never`` to refuse an existing run; a
             run's directory, such as ``runs/vit``, to resume that run; or a checkpoint's directory or address in MLflow,
             from which the first training starts a new run.
-        run_name: of the run and of its directory; None for the script's name. The run of the second training of a
-            process is ``<run_name>-2``, and so on.
+        run_name: name of the run and its directory; None for the script's name. The second training of a process uses
+            ``<run_name>-2``, and so on.
         run_dir: the directory of all runs.
-        experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
-            sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        reset_scheduler: in a resumed run, use the schedule that the script makes now, for example for more epochs;
-            False for the checkpoint's.
+        experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by
+            `mlflow.set_experiment`) or of ``MLFLOW_EXPERIMENT_NAME``, or else ``default``.
+        reset_scheduler: use the schedule that the script now makes, for example for more epochs; False for the
+            checkpoint's.
 
     Raises:
         ConfigError: if a value breaks a rule.
@@ -120,7 +120,7 @@ def resume(
     check_run_name(run_name)
     path = Path(resume_from)
     if run_name is None and (path / "run.json").exists():
-        # The script repeats all of its trainings, from the first.
+        # The script repeats all its trainings from the first.
         path = first_run_of(path)
         run_name, run_dir, resume_from = path.resolve().name, path.resolve().parent, "auto"
     if run_name is None and resume_from == "auto":

@@ -1,4 +1,4 @@
-"""What autologging adds to a checkpoint, and what it resets before a checkpoint within an evaluation."""
+"""Autologging's part of a checkpoint, and the state to reset before a checkpoint within an evaluation."""
 
 from __future__ import annotations
 
@@ -17,17 +17,13 @@ from harness.errors import CheckpointError
 
 
 class AutologState:
-    """The part of a checkpoint that a resumed run needs about the script's earlier iterations.
-
-    Args:
-        training: which iterations train.
-        prepared: by the script.
+    """The script's earlier iterations, as far as a resumed run needs them.
 
     Attributes:
-        training: which iterations train.
+        training: predicts which iterations train.
         optimizer: index of the prepared optimizer that checkpoints contain.
-        num_states: states that `accelerator.save_state` had saved at the checkpoint that the run resumes from; None
-            for a new run, and once the resumed run has numbered a state.
+        num_states: number of states that `accelerator.save_state` had saved at the checkpoint that the run resumes
+            from; None for a new run, and once the resumed run has numbered a state.
     """
 
     def __init__(self, training: TrainingIterations, prepared: Prepared) -> None:
@@ -37,14 +33,14 @@ class AutologState:
         self.num_states: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state now, as JSON values."""
+        """Return the current state as JSON values."""
         accelerator = self._prepared.accelerator
         num_states = 0 if accelerator is None else accelerator.project_configuration.iteration
         return {
             "trained": self.training.state_dict(),
             "iterations": [getattr(loader, "iteration", 0) for loader in self._prepared.loaders],
             "optimizer": self.optimizer,
-            # Until the resumed script saves a new state, accelerate counts the replayed ones.
+            # accelerate counts replayed states again, until the resumed script saves a new one.
             "num_states": max(num_states, self.num_states or 0),
         }
 
@@ -53,7 +49,7 @@ class AutologState:
         self.training.load_state_dict(state["trained"])
         self.num_states = state["num_states"]
         for loader, iteration in zip(self._prepared.loaders, state["iterations"], strict=False):
-            # accelerate seeds the order of an iteration with it.
+            # accelerate seeds the order of an iteration with this count.
             if hasattr(loader, "iteration"):
                 loader.iteration = iteration
 
@@ -62,7 +58,7 @@ def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
     """Refuse to resume from a checkpoint of an optimizer that the script makes only during training.
 
     Args:
-        state: of the `AutologState` of the previous run; None for a new run.
+        state: `AutologState` of the previous run; None for a new run.
 
     Raises:
         CheckpointError: on all ranks alike.
@@ -76,19 +72,19 @@ def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
 
 
 class IterationEnd:
-    """The state at the end of a training iteration, which a checkpoint within the following evaluation contains.
+    """The state at the end of a training iteration, for a checkpoint within the evaluation that follows.
 
-    A script that is stopped within its evaluation resumes behind the last training batch, and repeats what it had done
-    since: it steps its scheduler, for example, and draws random numbers. These are reset before the checkpoint.
+    A script that is stopped within its evaluation resumes after the last training batch, and repeats what it did since,
+    for example stepping its scheduler and drawing random numbers. These are reset before the checkpoint.
 
     Effects: not collective; main thread, between steps; one process. Copies one element of each parameter and buffer.
 
     Args:
         content: what checkpoints contain.
-        device: of the run.
-        loader: of the iteration.
-        iteration: the loader's count of its iterations as this one began; accelerate has advanced it. None if the
-            loader does not count.
+        device: the run's device.
+        loader: the iteration's loader.
+        iteration: the loader's count of iterations as this one began, which accelerate has advanced; None if the loader
+            does not count.
     """
 
     def __init__(self, content: CheckpointContent, device: torch.device, loader: Any, iteration: int | None) -> None:

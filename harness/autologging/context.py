@@ -1,4 +1,4 @@
-"""What the trainings of one process share, and the lines that autologging prints."""
+"""State that the trainings of one process share, and the messages that autologging prints."""
 
 from __future__ import annotations
 
@@ -19,19 +19,17 @@ _ADVICE = (
 
 @dataclass
 class AutologContext:
-    """What the trainings, sources and patches of one process share.
+    """State that the trainings, sources and patches of one process share.
 
     Args:
-        settings: of the trainings that have not begun.
-        replay_patches: installed while epochs are replayed, so that steps and saves of the script have no effect.
+        settings: settings of the trainings that have not begun.
+        replay_patches: installed during a replay, so that the script's steps and saves have no effect.
         exit_hooks: notified as a training begins.
-        arguments: of the script.
-        active_run_ids: MLflow runs that have been the script's active run: once one is no longer active, the script
-            has ended it.
-        params_of_runs: by MLflow run id, the parameters that trainings have logged. Several trainings may log to one
-            run of the script.
+        active_run_ids: MLflow runs that have been the script's active run. One that is no longer active was ended by
+            the script.
+        params_of_runs: MLflow run id -> logged parameters, since several trainings may log to one run of the script.
         is_in_tracker: whether a tracker of accelerate is being called.
-        is_logged_already: whether that tracker is given values that are in the run already.
+        is_logged_already: whether that tracker receives values that are already in the run.
     """
 
     settings: AutologSettings
@@ -45,7 +43,7 @@ class AutologContext:
 
     @contextmanager
     def in_tracker(self, *, is_logged_already: bool = False) -> Iterator[None]:
-        """Within it a tracker of accelerate is called."""
+        """Mark the calls within it as those of a tracker of accelerate."""
         self.is_in_tracker, self.is_logged_already = True, is_logged_already
         try:
             yield
@@ -59,15 +57,9 @@ class AutologContext:
 
 
 class UserMessages:
-    """Prints lines about one training on standard error, from rank 0.
+    """Prints messages about one training on standard error, from rank 0.
 
     Effects: not collective; any thread; nothing on disk.
-
-    Args:
-        prepared: by the script; its accelerator has the rank.
-
-    Attributes:
-        is_silent: print nothing.
     """
 
     def __init__(self, prepared: Prepared, *, is_silent: bool) -> None:
@@ -81,7 +73,7 @@ class UserMessages:
             Progress(enabled=False).say(line)
 
     def say_once(self, problem: str, *, advises: bool = True) -> None:
-        """Print, the first time, what cannot be observed from outside the script; `advises`: and the remedy."""
+        """Print a limit of observing the script from outside, once; with the remedy if `advises`."""
         if problem not in self._said:
             self._said.add(problem)
             self.say(f"harness: autolog: {problem}{_ADVICE if advises else ''}")

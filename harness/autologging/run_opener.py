@@ -1,4 +1,4 @@
-"""Open the run of a training, with what the script had logged before it."""
+"""Open the run of a training, with what the script logged before it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def open_run(
 ) -> PeriodicLogger:
     """Start the logger of a training.
 
-    Effects: collective; main thread; blocks and leaves on disk as `PeriodicLogger.start`. If it fails, an active MLflow
+    Effects: collective; main thread; blocks and writes to disk as `PeriodicLogger.start`. On failure, an active MLflow
     run that was to be used ends as FAILED.
 
     Args:
-        context: of the process.
-        settings: of this training.
-        prepared: by the script.
-        params: that the script has logged already.
+        context: the context of the process.
+        settings: the settings of this training.
+        prepared: the script's prepared objects.
+        params: parameters that the script has already logged.
 
     Raises:
         HarnessError: on all ranks, if the run's directory or the store cannot be used.
@@ -41,7 +41,7 @@ def open_run(
     try:
         return _open_run(context, settings, prepared, params, given)
     except BaseException:
-        # MLflow ends the script's active run as FINISHED, and no run of ours can fail in its place.
+        # Otherwise MLflow ends the script's active run as FINISHED, since no run of ours can fail in its place.
         end_active_run(None if given is None else given.run_id, "FAILED")
         raise
 
@@ -95,7 +95,7 @@ def _open_run(
 
 
 def _find_given_run(context: AutologContext) -> GivenRun | None:
-    """The MLflow run that the user has named, and that the training logs to; rank 0."""
+    """Return the MLflow run that the user has named for this training; rank 0."""
     if context.settings.exclusive:
         return None
     context.saw_active_run(active_run_id())
@@ -103,31 +103,31 @@ def _find_given_run(context: AutologContext) -> GivenRun | None:
 
 
 def end_active_run(run_id: str | None, status: str) -> None:
-    """End a run in MLflow's client too, if it is active there: at exit MLflow would end it as FINISHED."""
+    """End a run that is active in MLflow's client, which would end it as FINISHED at exit."""
     if run_id is not None and active_run_id() == run_id:
         with suppress(Exception):  # the server is not reachable, which the publisher reports
             sys.modules["mlflow"].end_run(status)
 
 
 class ScriptValues:
-    """The metrics and parameters that the script logs itself. Rank 0 logs them; they are not reduced.
+    """The metrics and parameters that the script logs itself, from rank 0, unreduced.
 
-    Effects: not collective; main thread; nothing on disk but by the logger.
+    Effects: not collective; main thread; writes to disk only through the logger.
 
     Attributes:
-        early_params: logged before the run was open.
+        early_params: parameters logged before the run was open.
     """
 
     def __init__(self) -> None:
         self._logger: PeriodicLogger | None = None
         self._values = LoggedValues(self._say)
         self._early_metrics: list[tuple[Mapping[str, float], int | None]] = []
-        # Kept, because only the run knows whether it is silent.
+        # Kept until the run is open, since only the run knows whether it is silent.
         self._early_lines: list[str] = []
         self.early_params: dict[str, Any] = {}
 
     def run_opened(self, logger: PeriodicLogger) -> None:
-        """Record the early metrics in the run, which was given `early_params`."""
+        """Record the early metrics in the run, which was opened with `early_params`."""
         self._logger = logger
         for numbers, step in self._early_metrics:
             logger.record(numbers, step)
@@ -137,7 +137,7 @@ class ScriptValues:
         self._early_lines.clear()
 
     def log(self, values: Mapping[str, Any], step: Any) -> None:
-        """Record metrics. A value that is no number is left out, with a line once for each name."""
+        """Record metrics. A value that is not a number is dropped, with one message for each name."""
         numbers, whole_step = self._values.numbers(values), self._values.step(step)
         if self._logger is None:
             self._early_metrics.append((numbers, whole_step))
@@ -160,8 +160,6 @@ class ScriptValues:
 
 
 class _Silent(Progress):
-    """Prints nothing."""
-
     def __init__(self) -> None:
         super().__init__(enabled=False)
 

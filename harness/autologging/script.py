@@ -1,4 +1,4 @@
-"""The objects that a script has prepared with accelerate, and the arguments of its command line."""
+"""The objects that a script has prepared with accelerate, and its command-line arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from harness.checkpoint.format.names import unwrapped
 from harness.checkpoint.state.schedules import COUNTED
 
-# Values of an optimizer that schedulers change.
+# Optimizer values that schedulers change.
 _SCHEDULED = ("lr", "betas", "momentum")
 
 
@@ -27,10 +27,10 @@ class CheckpointContent:
     """What a checkpoint contains.
 
     Args:
-        model: prepared.
-        optimizer: prepared; None if several are, and checkpoints contain the model alone.
-        scheduler: prepared, or made by the script, or several as one; None if there is none.
-        note: a line for the user; empty if none is needed.
+        model: the prepared model.
+        optimizer: the prepared optimizer; None if there are several, and checkpoints contain the model alone.
+        scheduler: prepared or made by the script, several combined into one; None if there is none.
+        note: a message for the user; empty if none is needed.
     """
 
     model: nn.Module
@@ -44,10 +44,10 @@ class Prepared:
     """The results of `Accelerator.prepare`, in order.
 
     Attributes:
-        accelerator: the last one.
-        hyperparameters: of optimizer and scheduler before training, by name.
+        accelerator: the latest one.
+        hyperparameters: optimizer and scheduler values before training, by name.
         has_local_weights: whether the weights differ between ranks, as under LocalSGD.
-        join: torch's `Join` context that the script is within, for ranks with fewer batches; None outside of one.
+        join: torch's `Join` context (ranks with fewer batches) around the script's current code; None outside of one.
     """
 
     accelerator: Accelerator | None = None
@@ -60,7 +60,7 @@ class Prepared:
     join: Any = None
 
     def add(self, accelerator: Accelerator, given: Sequence[Any], prepared: Sequence[Any]) -> None:
-        """Add the arguments of one call, and its results."""
+        """Add the arguments and results of one call."""
         self.accelerator = accelerator
         for before, after in zip(given, prepared, strict=True):
             kind = kind_of(before)
@@ -82,16 +82,16 @@ class Prepared:
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the rank that logs; True before there is an accelerator."""
+        """Whether this rank logs; True before there is an accelerator."""
         return self.accelerator is None or bool(self.accelerator.process_index == 0)
 
     def add_loader(self, loader: Any) -> None:
-        """Add a loader that is iterated over, if it was prepared for an earlier training."""
+        """Add a loader that was prepared for an earlier training."""
         if self.index_of(loader) is None:
             self.loaders.append(loader)
 
     def index_of(self, loader: Any) -> int | None:
-        """Index of the loader that reads the same data set; None if no loader does."""
+        """Return the index of the loader that reads the same data set; None if no loader does."""
         dataset = getattr(loader, "dataset", loader)
         for index, each in enumerate(self.loaders):
             if each is loader:
@@ -99,7 +99,7 @@ class Prepared:
         return next((i for i, each in enumerate(self.loaders) if getattr(each, "dataset", None) is dataset), None)
 
     def checkpoint_content(self) -> CheckpointContent | str:
-        """What checkpoints contain, or why there are none; an empty reason was reported before."""
+        """Return what checkpoints contain, or why there are none; empty if the reason was already reported."""
         if self.has_local_weights:
             return ""
         trained = [model for model in self.models if any(p.requires_grad for p in model.parameters())]
@@ -118,24 +118,24 @@ class Prepared:
         return CheckpointContent(trained[0], self.optimizers[0], _as_one(schedulers))
 
     def number_of(self, optimizer: Any) -> int | None:
-        """Index of one of torch's optimizers among the prepared ones; None if it was not prepared."""
+        """Return the index of a torch optimizer among the prepared ones; None if it was not prepared."""
         return next((number for number, each in enumerate(self.optimizers) if raw(each) is optimizer), None)
 
     def steps(self, optimizer: Any, model: nn.Module | None) -> bool:
-        """Whether one of torch's optimizers was prepared and updates parameters of the model."""
+        """Whether a torch optimizer was prepared and updates parameters of the model."""
         if model is None or self.number_of(optimizer) is None:
             return False
         own = {id(each) for each in model.parameters()}
         return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
 
     def scheduler_of(self, optimizer: Any) -> Any:
-        """The scheduler of one of torch's optimizers, or several as one; None if it has none."""
+        """Return the scheduler of a torch optimizer, several combined into one; None if it has none."""
         prepared = [each for each in self.schedulers if raw(each) is optimizer]
         return _as_one(prepared or _schedulers_of(optimizer))
 
 
 def kind_of(given: Any) -> str | None:
-    """The list of `Prepared` that an object belongs in; None for other objects."""
+    """Return the name of the list in `Prepared` that an object belongs to; None for other objects."""
     if isinstance(given, nn.Module):
         return "models"
     if isinstance(given, DataLoader):
@@ -148,19 +148,17 @@ def kind_of(given: Any) -> str | None:
 
 
 class _Schedulers:
-    """Several schedulers of one optimizer, with one state."""
+    """Combines several schedulers of one optimizer into one state."""
 
     def __init__(self, schedulers: Sequence[Any]) -> None:
-        # Sorted by their values: two processes may find them in different orders.
+        # Sort by values, since processes may find them in different orders.
         known = sorted(schedulers, key=lambda each: repr(sorted(scheduler_values(each).items())))
         self.named = {f"{number}": each for number, each in enumerate(known)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each scheduler, by its number."""
         return {name: each.state_dict() for name, each in self.named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         for name, each in self.named.items():
             each.load_state_dict(state[name])
 
@@ -172,7 +170,7 @@ def _as_one(schedulers: Sequence[Any]) -> Any:
 
 
 def _schedulers_of(optimizer: Any) -> list[Any]:
-    """The schedulers that a script steps without preparing them: the outermost ones among all objects of Python."""
+    """Find the outermost schedulers that a script steps without preparing them, among all objects of Python."""
     inner = raw(optimizer)
     found = [
         each
@@ -184,14 +182,14 @@ def _schedulers_of(optimizer: Any) -> list[Any]:
 
 
 def raw(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate or DeepSpeed."""
+    """Return the optimizer inside the wrappers of accelerate or DeepSpeed."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
 
 
 def with_unwrapped(prepared: Sequence[Any]) -> list[Any]:
-    """Prepared objects, and the script's own objects inside them."""
+    """Return prepared objects and the script's own objects inside them."""
     found = [each for each in prepared if each is not None]
     for each in found:  # the list grows in the loop
         if isinstance(each, nn.Module):
@@ -205,7 +203,7 @@ def with_unwrapped(prepared: Sequence[Any]) -> list[Any]:
 
 
 def optimizer_values(optimizer: Any) -> dict[str, Any]:
-    """The values that an optimizer was made with, and for each of its groups those that differ."""
+    """Return the values that an optimizer was made with, and those of each group that differ."""
     defaults = {name: value for name, value in getattr(optimizer, "defaults", {}).items() if _is_plain(value)}
     values: dict[str, Any] = {"class": type(optimizer).__name__, **defaults}
     groups = getattr(optimizer, "param_groups", [])
@@ -215,7 +213,7 @@ def optimizer_values(optimizer: Any) -> dict[str, Any]:
             for name in defaults
             if _is_plain(group.get(name))
             and group[name] != defaults[name]
-            # A value that a scheduler has changed is not the one that it was made with.
+            # Skip values that a scheduler has changed.
             and not ("initial_lr" in group and name in _SCHEDULED)
         }
         for group in groups
@@ -228,7 +226,7 @@ def optimizer_values(optimizer: Any) -> dict[str, Any]:
 
 
 def scheduler_values(scheduler: Any) -> dict[str, Any]:
-    """The values that a scheduler was made with, as far as its state contains them."""
+    """Return the values that a scheduler was made with, as far as its state contains them."""
     state = scheduler.state_dict() if hasattr(scheduler, "state_dict") else {}
     kept = {
         name: sorted(value) if isinstance(value, Mapping) else value
@@ -247,18 +245,18 @@ def _is_plain(value: Any) -> bool:
 
 
 class Arguments:
-    """The values that the script's argument parser has returned for its command line."""
+    """The values that the script's argument parser returned for its command line."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
 
     def parsed(self, words: Sequence[str] | None, namespace: argparse.Namespace) -> None:
-        """Keep the result of a parser, if it has parsed the command line."""
+        """Keep a parser's result if it parsed the command line."""
         if words is None or list(words) == sys.argv[1:]:
             self.values = {name: value for name, value in vars(namespace).items() if not callable(value)}
 
     def current(self) -> Mapping[str, Any]:
-        """The values; from a variable of the script if parsing was over before autologging began."""
+        """Return the values, from a variable of the script if it parsed them before autologging began."""
         if not self.values:
             for value in list(vars(sys.modules["__main__"]).values()):
                 if isinstance(value, argparse.Namespace):

@@ -1,8 +1,8 @@
 """One training of a script, from `Accelerator.prepare` to its end.
 
-prepare          prepared            what the script has prepared
+prepare          prepared            collects the script's prepared objects
 first iteration  iterate             opens the run; a resumed run restores its state
-an iteration     iterate             is replayed if its epoch is complete, or goes to the `EpochObserver`
+an iteration     iterate             is replayed if its epoch is complete; otherwise the `EpochObserver` reports it
 the end          finish, fail        ends the last epoch and the run
 """
 
@@ -33,15 +33,10 @@ class Session:
     Effects: `iterate`, `backward` (see `EpochObserver`), `finish` and `fail` are collective, as the script's own
     iterations are: every rank calls them alike, in the main thread. The rest is not.
 
-    Args:
-        context: of the process.
-        settings: of this training.
-
     Attributes:
-        prepared: by the script.
-        messages: for the user.
-        logger: of the run; None until it is open.
-        state: of autologging in the run; None until it is open.
+        prepared: the script's prepared objects.
+        logger: None until the run is open.
+        state: autologging's state in the run; None until the run is open.
         is_over: whether the training has ended.
     """
 
@@ -58,17 +53,17 @@ class Session:
         self._observer: EpochObserver | None = None
         self._replay: Replay | None = None
         self._has_failed = False
-        # The objects that checkpoints contain, and how many of the script's registered objects are among them.
+        # The objects in checkpoints, and the number of the script's registered objects that were processed.
         self._checkpointed: tuple[Any, ...] = ()
         self._num_registered = 0
 
     def change(self, settings: AutologSettings) -> None:
-        """Use other settings, before the run is open."""
+        """Change the settings, before the run is open."""
         self.settings, self.messages.is_silent = settings, settings.tracking.silent
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run is open, or was."""
+        """Whether the run is or was open."""
         return self.logger is not None
 
     @property
@@ -89,13 +84,13 @@ class Session:
     # ------------------------------------------------------------------------------ events of the script
 
     def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
-        """An iteration over a loader: yields the same batches as without autologging, or one batch in a replay."""
+        """Iterate over a loader: the same batches as without autologging, or one batch in a replay."""
         if self._observer is not None and self._observer.is_inner(loader):
             return original(loader)
         return self._iterate(loader, original)
 
     def _iterate(self, loader: Any, original: Original) -> Iterator[Any]:
-        # Runs as the first batch is requested: of two loaders that are iterated over together, the first one counts.
+        # Runs at the first batch: of two loaders that are iterated over together, the first to yield counts.
         could_not_begin = self._observer is None and self.logger is not None
         if self.is_over or could_not_begin or not self._is_ready():
             yield from original(loader)
@@ -109,7 +104,7 @@ class Session:
             yield from observer.iterate(loader, original)
 
     def backward(self, accelerator: Accelerator, loss: Any) -> bool:
-        """Backward is about to be called. False if it must not be, in a replay."""
+        """Observe a call of backward; returns False if it must be skipped, in a replay."""
         if accelerator is not self.prepared.accelerator or self.is_over:
             return True
         if self._replay is not None and self.is_replaying:
@@ -121,12 +116,12 @@ class Session:
         return True
 
     def log(self, values: Mapping[str, Any], step: int | None) -> None:
-        """Metrics that the script logs itself; rank 0's are recorded."""
+        """Record metrics that the script logs itself, from rank 0."""
         if not self.is_replaying:
             self._values.log(values, step)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Parameters that the script logs itself."""
+        """Record parameters that the script logs itself."""
         self._values.log_params(values)
 
     # ------------------------------------------------------------------------------ the run opens
@@ -200,7 +195,7 @@ class Session:
         )
 
     def epoch_begins(self) -> None:
-        """A new epoch begins, so the replay is over."""
+        """End the replay, since a new epoch begins."""
         if self._replay is not None:
             self._replay.end(self.prepared.loaders)
             self._replay = None
@@ -218,15 +213,15 @@ class Session:
             self._end_replayed_iteration()
 
     def _end_replayed_iteration(self) -> None:
-        """Count the latest replayed iteration, if it has trained."""
+        """Count the latest replayed iteration if it has trained."""
         if self._replay is None or (loader := self._replay.take_trained()) is None:
             return
         lacks_epoch_end = self._replay.end_training_iteration(loader)
         if not self.is_replaying:
-            # What the script saves behind its last epoch is saved.
+            # The script's saves after the last completed epoch take effect.
             self._context.replay_patches.remove()
         if lacks_epoch_end:
-            # The run was interrupted between an epoch's last step and its end: the end follows now.
+            # The run was interrupted after an epoch's last step but before its end, which is reported next.
             assert self._observer is not None
             self._replay = None
             self._observer.reopen_epoch()
@@ -234,7 +229,7 @@ class Session:
     # ------------------------------------------------------------------------------ the end
 
     def finish(self) -> None:
-        """The training is complete: end the last epoch, and the run as FINISHED.
+        """End the last epoch, and the run as FINISHED.
 
         Raises:
             HarnessError: if the last checkpoint could not be written.
@@ -244,14 +239,14 @@ class Session:
             self.close()
             return
         if observer is None:
-            # The script has caught the error of the start.
+            # The script has caught the error that prevented the start.
             self.fail(HarnessError("the training could not begin"))
             return
         try:
             self._end_replayed_iteration()
             observer.end()
             if self._replay is not None and not self.is_replaying:
-                # No epoch was left to train: the script continues with the random numbers of the checkpoint.
+                # No epoch was left to train, so the script continues with the checkpoint's random state.
                 logger.events.restore_rng_state()
             self.close()
             logger.close()
@@ -259,14 +254,14 @@ class Session:
             raise self.fail(error) from error.__cause__
 
     def fail(self, error: BaseException, *, is_retried: bool = False) -> BaseException:
-        """The training has failed: end the run.
+        """End the run as failed.
 
         Args:
-            error: that was raised.
-            is_retried: whether the script tries again, in an MLflow run of its own that stays active.
+            error: the error that was raised.
+            is_retried: whether the script tries again; its own MLflow run then stays active.
 
         Returns:
-            The error that ended the training: another rank's, if this one is its echo.
+            The error that ended the training: another rank's, if `error` only follows from it.
         """
         logger = self.logger
         has_ended, self._has_failed = self._has_failed or (self.is_over and logger is None), True
@@ -280,7 +275,7 @@ class Session:
         return cause
 
     def close(self) -> None:
-        """Log nothing more. The run stays as it is: in a forked child it belongs to the parent."""
+        """Stop logging without ending the run, which belongs to the parent in a forked child."""
         self.is_over = True
         self._replay = None
         self._context.replay_patches.remove()
@@ -288,7 +283,7 @@ class Session:
             self._observer.close()
 
     def report_unseen_training(self) -> None:
-        """Print a line if the script has prepared objects, and no training was observed."""
+        """Print a message if the script has prepared objects but no training was observed."""
         if self.prepared.accelerator is not None and not self._training.keys:
             lost = "nothing was logged" if self.logger is None else "the run has no loss, no epoch and no checkpoint"
             self.messages.say_once(f"no iteration over a prepared loader with accelerator.backward was seen: {lost}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.config.schema import CheckpointConfig, TrackingConfig
 
-# In the directory of a run that is not its process's first: the name of the first run.
+# Names the run of the process's first training, in the directory of a later training's run.
 FURTHER_FILE = "further_training.json"
 
 
@@ -22,12 +22,11 @@ class AutologSettings:
     Args:
         checkpoint: when and how checkpoints are written.
         tracking: what is logged to MLflow.
-        exclusive: log to a run of our own, also if the script has an active MLflow run.
-        run_name: of the first training's run and directory; None for a name generated from the script's.
-        run_dir: the directory of all runs.
+        exclusive: log to a separate run, even if the script has an active MLflow run.
+        run_name: name of the first training's run and directory; None for one generated from the script's name.
         resume_from: as `resume_from_checkpoint` of `PeriodicLogger`.
         reset_scheduler: as in `PeriodicLogger`.
-        first_run: name of the run of the process's first training, if this is a later one.
+        first_run: run name of the process's first training, for later ones.
     """
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -41,14 +40,14 @@ class AutologSettings:
 
 
 def script_name() -> str:
-    """A name for runs of this script: its file name, with the characters allowed in a directory's name."""
+    """Return a run name for this script: its file name, limited to characters allowed in a directory's name."""
     stem = Path(sys.argv[0]).stem or "run"
     kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
     return kept.lstrip(".") or "run"
 
 
 def first_run_of(run_dir: Path) -> Path:
-    """The directory of the script's first training, for the directory of any of its trainings."""
+    """Return the run directory of the script's first training, given that of any of its trainings."""
     try:
         name = json.loads((run_dir / FURTHER_FILE).read_text())["first_run"]
     except (OSError, ValueError, KeyError):
@@ -57,7 +56,7 @@ def first_run_of(run_dir: Path) -> Path:
 
 
 def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
-    """The record in the run's directory; None without a record, or without a run's name."""
+    """Return the record in the run's directory; None without a record, or without a run name."""
     if settings.run_name is None:
         return None
     try:
@@ -68,7 +67,7 @@ def run_record(settings: AutologSettings) -> Mapping[str, Any] | None:
 
 
 def run_id_of(settings: AutologSettings) -> str | None:
-    """The MLflow run that a training resumes, if it is known before the training begins; None otherwise."""
+    """Return the id of the MLflow run that a training resumes, if known before the training begins; None otherwise."""
     record = None if settings.resume_from == "never" else run_record(settings)
     found = (record or {}).get("run_id")
     return None if found is None else str(found)

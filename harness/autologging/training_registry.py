@@ -1,8 +1,8 @@
 """The trainings of one process, one after the other, and the names of their runs.
 
-A training ends when the script says so (`end_training`, `free_memory`), or when the script prepares an optimizer for
-another model: those belong to the next training. Runs are named `x`, `x-2`, `x-3` and so on in the order in which
-trainings begin, so that a script that runs again finds the run of each of its trainings.
+A training ends when the script ends it (`end_training`, `free_memory`), or when the script prepares another model and
+its optimizer, which belong to the next training. Runs are named `x`, `x-2`, `x-3` and so on in the order in which
+trainings begin, so that a restarted script finds the run of each training.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from harness.checkpoint.format.names import unwrapped
 from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped
 
-# Running calls of functions that accelerate calls again when memory is exhausted: their frames, innermost first. The
-# frames themselves, since Python reuses the `id` of one that has ended.
+# Frames of running calls of functions that accelerate retries when memory is exhausted, innermost first. Not their
+# `id`s, which Python reuses for later frames.
 Attempts = tuple[FrameType, ...]
 
 
@@ -42,35 +42,31 @@ class _PrepareCall:
 
 
 class TrainingRegistry:
-    """Has the current training, and begins the next one.
+    """Holds the current training, and begins the next one.
 
     Effects: `add_prepared`, `end_training` and `finish` are collective where they end a training: every rank calls them
     alike, in the main thread. The rest is not.
 
-    Args:
-        context: of the process.
-
     Attributes:
-        context: of the process.
         session: the training that runs, or begins next.
     """
 
     def __init__(self, context: AutologContext) -> None:
         self.context = context
-        # Number, from 1, of `session` among those with these settings, and the name of the first one's run.
+        # The number, from 1, of `session` among those with these settings, and the first one's run name.
         self._number = 1
         self._name: str | None = None
-        # Whether no training is complete: the earlier ones were attempts of the first.
+        # Whether no training is complete, so that earlier ones were attempts of the first.
         self._is_first = True
         self._config: Mapping[str, Any] | None = None
-        # Before the training began, and since.
+        # Calls before the training began, and since.
         self._calls: list[_PrepareCall] = []
         self._later_calls: list[_PrepareCall] = []
         self._begun_in: Attempts = ()
         self.session = self._new_session()
 
     def change(self, settings: AutologSettings) -> None:
-        """Use other settings for trainings that have not begun."""
+        """Change the settings of trainings that have not begun."""
         before, self.context.settings = self.context.settings, settings
         if _run_of(before) != _run_of(settings):
             # Numbers are counted for each name.
@@ -81,7 +77,6 @@ class TrainingRegistry:
     # ------------------------------------------------------------------------------ which training it is
 
     def _settings_of(self, number: int) -> AutologSettings:
-        """The settings of a training by its number."""
         settings = self.context.settings
         if number <= 1:
             return settings
@@ -96,11 +91,11 @@ class TrainingRegistry:
         return replace(settings, run_name=f"{first}-{number}", resume_from=resume_from, first_run=first)
 
     def run_id_to_resume(self) -> str | None:
-        """The MLflow run that the current training resumes, if it has not begun."""
+        """Return the id of the MLflow run that the current training resumes, if it has not begun."""
         return run_id_of(self.session.settings)
 
     def next_run_id_to_resume(self) -> str | None:
-        """The MLflow run that the next training resumes."""
+        """Return the id of the MLflow run that the next training resumes."""
         return run_id_of(self._settings_of(self._number + 1))
 
     def _new_session(self) -> Session:
@@ -162,9 +157,7 @@ class TrainingRegistry:
             for given in call.given:
                 if kind_of(given) != "optimizers":
                     continue
-                if not hasattr(
-                    given, "param_groups"
-                ):  # DeepSpeed's placeholder, which is prepared in one call with its model
+                if not hasattr(given, "param_groups"):  # DeepSpeed's placeholder, prepared in one call with its model
                     if any(each is model for each in call.prepared for model in models):
                         return True
                 elif any(id(each) in parameters for group in given.param_groups for each in group["params"]):
@@ -172,17 +165,17 @@ class TrainingRegistry:
         return False
 
     def iteration_begins(self) -> None:
-        """An iteration over a loader begins."""
+        """Record the attempt in which an iteration over a loader begins."""
         if not self.session.has_begun:
             self._begun_in = _attempts_here()
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Add the parameters of the script's tracker, which are those of each of its trainings."""
+        """Log the parameters of the script's tracker to each of its trainings."""
         self._config = config
         self.session.log_params({"config": config})
 
     def forked(self) -> None:
-        """This process is a child: the current training is its parent's, and the child's training is the next one."""
+        """Begin the next training in a forked child, since the current one belongs to the parent."""
         if self.session.has_begun:
             self.session.close()
             self._begin_next(())
@@ -190,7 +183,7 @@ class TrainingRegistry:
     # ------------------------------------------------------------------------------ the end
 
     def end_training(self, accelerator: Accelerator, *, ends_tracker: bool) -> None:
-        """The script has ended its use of an accelerator; `ends_tracker`: also that of its trackers.
+        """End the training of an accelerator; `ends_tracker`: its trackers end too.
 
         Raises:
             HarnessError: if the last checkpoint could not be written.
@@ -202,12 +195,12 @@ class TrainingRegistry:
             self._begin_next(())
 
     def attempt_failed(self, error: BaseException) -> None:
-        """Memory was exhausted, and accelerate calls the script's function again with smaller batches.
+        """Fail an attempt that ran out of memory; accelerate calls the script's function again with smaller batches.
 
         What was prepared outside of the function stays prepared for the next attempt.
         """
         here, session = next(iter(_attempts_here()), None), self.session
-        # A function within the training that fails, for example an evaluation, is no attempt of the training.
+        # A function that fails within the training, such as an evaluation, is not an attempt of the training.
         own = self._begun_in if session.is_running else [each for call in self._calls for each in call.attempts]
         if here not in own:
             return
@@ -224,7 +217,7 @@ class TrainingRegistry:
             )
 
     def finish(self, *, reports_unseen: bool = True) -> None:
-        """The training has ended; `reports_unseen`: print a line if none was observed.
+        """End the training; `reports_unseen`: print a message if none was observed.
 
         Raises:
             HarnessError: if the last checkpoint could not be written.
@@ -239,7 +232,7 @@ class TrainingRegistry:
             self._summarize(session, is_complete=True)
 
     def fail(self, error: BaseException) -> BaseException:
-        """The script has failed; returns the error that really ended it."""
+        """End the training as failed; returns the error that really ended it."""
         session = self.session
         was_running = session.is_running
         cause = session.fail(error)
@@ -251,7 +244,7 @@ class TrainingRegistry:
         logger = session.logger
         is_silent = self.context.settings.tracking.silent
         if session.prepared.is_rank_zero and not is_silent and logger is not None and logger.run_path:
-            # An error here must not hide how the training ended.
+            # Do not let an error here hide how the training ended.
             with suppress(OSError, ValueError, HarnessError):
                 first = first_run_of(logger.run_path)
                 logger.say(what_there_is(logger.run_path, goes_on_with=None if is_complete else first))

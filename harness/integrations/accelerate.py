@@ -41,8 +41,8 @@ class HarnessTracker(GeneralTracker):  # type: ignore[misc]
 
     Effects: acts on rank 0 alone; not collective. `start` waits for the run's id, and `finish` for the delivery, at
     most ``tracking.drain_timeout_s``; the other methods only append to a file. Creates ``<run_dir>/<run_name>/``. The
-    run ends as FAILED if an exception ends the process, if the process ends without ``accelerator.end_training()``, and
-    if the next run begins while this one is open.
+    run ends as FAILED if an exception ends the process (KILLED for `KeyboardInterrupt`), if the process ends without
+    ``accelerator.end_training()``, and if the next run begins while this one is open.
 
     Args:
         experiment_name: the MLflow experiment; None for that of ``MLFLOW_EXPERIMENT_ID`` (set by

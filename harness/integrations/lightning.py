@@ -137,7 +137,7 @@ class HarnessCallback(Callback):
             self._run.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Describe the data at the first batch; freeze the learning rates at the last, at whose end schedulers step."""
+        """Describe the data at the first batch; freeze the learning rates at the last, before epoch schedulers step."""
         if self._run.is_open and not self._is_described:
             self._is_described = True
             self._run.logger.describe_dataset(trainer.train_dataloader, batch=batch)
