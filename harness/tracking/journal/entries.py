@@ -186,7 +186,6 @@ def _files(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _payload_of(line: bytes) -> bytes | None:
-    """Return the JSON of a line; None if the line is damaged."""
     checksum, _, payload = line[:-1].partition(b" ")
     return payload if checksum == b"%08x" % zlib.crc32(payload) else None
 

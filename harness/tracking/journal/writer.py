@@ -192,7 +192,6 @@ class JournalWriter:
         replacement = path.with_suffix(".new")
         copy = open_private(replacement, _FLAGS | os.O_TRUNC)
         try:
-            # The removed file has no name, so it is read by its descriptor.
             while content := os.pread(file, 2**20, os.fstat(copy).st_size):
                 if os.write(copy, content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -266,7 +265,6 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def _cut_incomplete_line(path: Path) -> None:
-    """Remove an incomplete last line of an earlier writer."""
     if not path.exists():
         return
     with open(path, "r+b", opener=open_private) as stream:

@@ -1,11 +1,11 @@
-"""The MLflow store: runs, models and artifacts.
+"""Write runs, models and artifacts to MLflow.
 
 Only `client`, `store`, `models`, `uploads` and `artifacts` import mlflow.
 
 In reading order:
 
     names           names that MLflow accepts
-    given_run       the MLflow run that the user has chosen
+    given_run       the existing MLflow run that the user chose
     registry        versions and aliases of a registered model
     mlmodel         the files of an MLflow model
     store_protocol  the interface between the publisher and a store

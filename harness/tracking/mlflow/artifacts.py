@@ -1,9 +1,9 @@
-"""Downloads of artifacts from MLflow, in this process or in one of its own.
+"""Download artifacts from MLflow, in this process or in a child process.
 
     python -m harness.tracking.mlflow.artifacts DIRECTORY
 
-The trainer uses the process, because it never imports mlflow. The process reads the address from standard input and
-prints the path as the last line of standard output.
+The trainer never imports mlflow, so it starts the child process, which reads the address from standard input and prints
+the path as the last line of standard output.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from harness.io.redact import root_cause
 def download(where: str, target: str | None = None) -> Path:
     """Download artifacts by their MLflow address (``runs:/...``, ``models:/...``) and return their path.
 
-    Effects: not collective; any thread; blocks on the network; leaves the files in `target`, or in a directory that
-    MLflow creates if it is None.
+    Effects: not collective; any thread; blocks on the network; leaves the files in `target`, or in a new directory.
     """
     import mlflow
 

@@ -1,4 +1,4 @@
-"""The connection to MLflow: address, time limits, request limits, and which errors are permanent."""
+"""Connect to MLflow, with time limits and request limits, and classify its errors as permanent or transient."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ from urllib3.exceptions import ReadTimeoutError
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 
-# The request timeout grows up to this limit while a server is slow, see `extend_timeout`.
+# Limit of `extend_timeout`.
 LONGEST_TIMEOUT_S = 120
-# The timeout of a connection to a database.
 _CONNECT_S = 10
 
 # MLflow's limits on one request and on one value.
@@ -38,30 +37,29 @@ MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 MAX_DATASET_NAME_CHARS = 500
 
-# Error codes that a retry cannot fix. `is_permanent` treats BAD_REQUEST separately.
+# `is_permanent` treats BAD_REQUEST separately.
 _PERMANENT_CODES = frozenset(
     {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "FEATURE_DISABLED"}
 )
-# SQLAlchemy ends its messages with a link that names the error's class: these two are DataError and IntegrityError.
-# The other classes (QueuePool limit reached, lost connection, read-only replica) are transient.
+# SQLAlchemy's messages end with a link that names the error's class. These two are DataError and IntegrityError. The
+# other classes (QueuePool limit reached, lost connection, read-only replica) are transient.
 _SQL_ERROR = re.compile(r"sqlalche\.me/e/\w+/(\w+)")
 _SQL_REFUSALS = frozenset({"9h9h", "gkpj"})
 _CONFLICT = re.compile(r"UNIQUE constraint|duplicate key|Duplicate entry|duplicate value", re.IGNORECASE)
 _MAX_CONFLICTS = 3
-# A deleted run or experiment can be restored. MLflow has no error code for this state, and its SQL store and its file
-# store word the message differently.
+# Messages of MLflow's SQL store and file store about a deleted run or experiment, which have no error code.
 _DELETED = re.compile(r"must be in (the )?'active' |under non-active experiment")
 
 _Result = TypeVar("_Result")
 
 
 def resolve_tracking_uri(configured: str | None) -> str:
-    """The configured URI, else ``MLFLOW_TRACKING_URI``, else the embedded default."""
+    """Return the configured URI, else ``MLFLOW_TRACKING_URI``, else the embedded default."""
     return configured or MLFLOW_TRACKING_URI.get() or DEFAULT_TRACKING_URI
 
 
 def connect(tracking_uri: str) -> mlflow.MlflowClient:
-    """Create MLflow's client for an address.
+    """Create an MLflow client, and the tables of a database.
 
     Effects: not collective; any thread; blocks if the address is a database.
 
@@ -79,7 +77,7 @@ def rest_store_of(client: Any) -> Any:
 
 
 def has_run(tracking_uri: str, run_id: str) -> bool:
-    """Whether the store at an address has the run; False if the store is unreachable. Creates no database."""
+    """Whether the store at an address has the run; False if it is unreachable. Never creates an sqlite file."""
     if tracking_uri.startswith(_SQLITE) and not Path(unquote(_path_of(tracking_uri))).exists():
         return False
     try:
@@ -96,9 +94,9 @@ def _path_of(tracking_uri: str) -> str:
 def is_permanent(error: Exception) -> bool:
     """Whether MLflow has refused a request permanently, rather than being unreachable, slow or busy.
 
-    Only MLflow's JSON responses and its client's checks count; a proxy's page with status 400 does not. An MLflow
-    server responds BAD_REQUEST to nearly every database error, and most of these are transient. Errors about a deleted
-    run or experiment are transient too, because it can be restored.
+    Only MLflow's JSON responses and its client's checks count, not a proxy's page with status 400. An MLflow server
+    responds BAD_REQUEST to most database errors, including transient ones. Errors about a deleted run or experiment are
+    transient, because it can be restored.
     """
     if not isinstance(error, MlflowException) or _DELETED.search(str(error)):
         return False
@@ -109,10 +107,10 @@ def is_permanent(error: Exception) -> bool:
 
 
 def retry_conflicts(action: Callable[[], _Result]) -> _Result:
-    """Call `action`, and call it again if the database reports a duplicate row.
+    """Call `action`, and repeat it if the database reports a duplicate row.
 
-    Two identical requests at the same time, for example after a retry, both look before they insert. The second one
-    finds the row on its next call. `action` must look before it inserts, as MLflow's logging functions do.
+    Two concurrent identical requests, for example after a retry, may both insert a row. `action` must check for the row
+    before it inserts, as MLflow's logging functions do, so that a repeated call finds it.
 
     Raises:
         Exception: the store's error, including a conflict in the last of `_MAX_CONFLICTS` calls.
@@ -129,9 +127,9 @@ def retry_conflicts(action: Callable[[], _Result]) -> _Result:
 def require_json_responses() -> None:
     """Make MLflow's clients in this process raise an error if a successful response has no JSON object in its body.
 
-    MLflow reads an empty body as `{}` and ignores the body of an upload's response. A proxy or a login page responds
-    that way although the server has received nothing. `rest_utils` has no hook, so the one function that sends requests
-    is wrapped. Real servers respond to uploads with an empty body, so uploads are verified by listing the files.
+    MLflow reads an empty body as `{}` and ignores the body of an upload's response, so it would accept the page of a
+    proxy. `rest_utils` has no hook, so its function that sends requests is wrapped. Servers respond to uploads with an
+    empty body, so uploads are verified by listing the files.
 
     Effects: process-wide; only for the publisher's process. A second call does nothing.
     """
@@ -166,8 +164,9 @@ def _is_json_object(text: str) -> bool:
 def extend_timeout(error: Exception) -> None:
     """Double the request timeout, up to `LONGEST_TIMEOUT_S`, if the error is a timeout of the server's response.
 
-    With a constant timeout, a request to a slow server would fail forever. MLflow reads the timeout from the process's
-    environment before each request.
+    With a constant timeout, a request to a slow server would never succeed.
+
+    Effects: sets the process's environment, which MLflow reads before each request.
     """
     if _is_timeout(error):
         now_s = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
@@ -176,7 +175,7 @@ def extend_timeout(error: Exception) -> None:
 
 def _is_timeout(error: BaseException | None) -> bool:
     while error is not None:
-        # A timeout of the response. A timeout of the connection means an unreachable server, not a slow one.
+        # A timeout of the connection means an unreachable server, not a slow one.
         if isinstance(error, ReadTimeoutError):
             return True
         error = error.__cause__ or error.__context__
@@ -186,11 +185,8 @@ def _is_timeout(error: BaseException | None) -> bool:
 def _require_database(tracking_uri: str) -> None:
     """Connect to the database, if the address is one, and create its tables.
 
-    MLflow retries for 90 s before it reports any connection error. Its client also creates the tables without the lock
-    that its server takes, so all but one of the tasks of a SLURM array would fail (mlflow 3.17 with sqlite).
-
-    Raises:
-        Exception: the driver's error.
+    MLflow retries for 90 s before it reports a connection error. Its client also creates the tables without the lock
+    that its server acquires, so all but one of the tasks of a SLURM array would fail (mlflow 3.17 with sqlite).
     """
     if "://" not in tracking_uri or tracking_uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
         return
@@ -203,7 +199,7 @@ def _require_database(tracking_uri: str) -> None:
     engine = create_engine(url, poolclass=NullPool, connect_args=limits)
     engine.connect().close()
     _safe_initialize_tables(engine)
-    # MLflow does not remove its lock file. Removing it is safe: every process checks for the tables.
+    # MLflow does not remove its lock file. Removing it is safe, because every process checks for the tables.
     name = hashlib.md5(str(engine.url).encode(), usedforsecurity=False).hexdigest()
     with suppress(OSError):
         Path(tempfile.gettempdir(), f"db_init_lock-{name}").unlink()

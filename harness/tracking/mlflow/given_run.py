@@ -1,10 +1,10 @@
-"""The MLflow run that the user has chosen: in the environment, or as MLflow's active run.
+"""Find the MLflow run that the user chose in the environment or as MLflow's active run. Never imports mlflow.
 
     run           the one in ``run.json``, MLFLOW_RUN_ID, the active run, a new run
     experiment    of a new run: the argument, MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME, ``default``
 
 The first one that exists is used. `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID of its process, and
-`mlflow.start_run` removes MLFLOW_RUN_ID. This module never imports mlflow.
+`mlflow.start_run` removes MLFLOW_RUN_ID.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ EXPERIMENT_ID = "MLFLOW_EXPERIMENT_ID"
 # Only these characters are escaped, so that addresses written by earlier versions remain equal.
 _ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%?"})
 
-# MLFLOW_RUN_ID applies to one training. As with `mlflow.start_run`, a second training of the process gets a new run.
+# As with `mlflow.start_run`, MLFLOW_RUN_ID applies only to the first training of a process.
 _used: set[str] = set()
 
 
 @dataclass(frozen=True)
 class GivenRun:
-    """An existing MLflow run that the user has chosen for a new training.
+    """An existing MLflow run for a new training, with messages (`notes`) for the user.
 
     Args:
         run_id: id of the run.
-        source: where the user has chosen it, for messages.
-        notes: messages for the user.
+        source: where the user chose it, for messages.
     """
 
     run_id: str
@@ -41,13 +40,12 @@ class GivenRun:
 
 
 def given_run(tracking_uri: str | None) -> GivenRun | None:
-    """Return the run that the user has chosen, or None.
+    """Return the run that the user chose, or None. `mark_used` excludes the run of MLFLOW_RUN_ID.
 
-    Effects: not collective; rank 0 only; main thread, because MLflow's active run belongs to a thread. The run of
-    MLFLOW_RUN_ID is not returned again after `mark_used`.
+    Effects: not collective; rank 0 only; main thread, because MLflow's active run belongs to a thread.
 
     Args:
-        tracking_uri: the configured address; None: the one that MLflow itself uses.
+        tracking_uri: the configured address; None for MLflow's own.
     """
     active = active_run_id()
     named = os.environ.get(RUN_ID)
@@ -74,7 +72,7 @@ def active_run_id() -> str | None:
 
 
 def is_active(run_id: str | None) -> bool:
-    """Whether the run is on this thread's stack of active runs; MLflow itself then ends it."""
+    """Whether the run is on this thread's stack of active runs, which MLflow ends itself."""
     module: Any = sys.modules.get("mlflow.tracking.fluent")
     stack = getattr(module, "_active_run_stack", None)
     if stack is None:
@@ -83,7 +81,6 @@ def is_active(run_id: str | None) -> bool:
 
 
 def _is_elsewhere(tracking_uri: str | None) -> bool:
-    """Whether the active run is in a different store than the configured one."""
     if tracking_uri is None:
         return False
     theirs = sys.modules["mlflow"].get_tracking_uri()
@@ -91,10 +88,9 @@ def _is_elsewhere(tracking_uri: str | None) -> bool:
 
 
 def absolute_sqlite(uri: str) -> str:
-    """Make the path of a ``sqlite:///`` URI absolute.
+    """Make the path of a ``sqlite:///`` URI absolute, and escape ``?`` and ``%`` of the working directory.
 
-    The characters ``?`` and ``%`` of the working directory are escaped, because they have a meaning in a URI. The path
-    in `uri` is already escaped.
+    The path in `uri` is already escaped.
     """
     prefix = "sqlite:///"
     if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:

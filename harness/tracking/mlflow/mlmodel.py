@@ -1,7 +1,7 @@
-"""The files that make a directory of weights an MLflow model. Importing this module imports neither torch nor mlflow.
+"""Create the files that make a directory of weights an MLflow model. Imports neither torch nor mlflow.
 
-The format is MLflow's ``MLmodel`` (since 1.0) with the keys of mlflow 3. The files of a checkpoint are deterministic,
-so that a second upload equals the first. The journal and the files on disk call a model spec a recipe.
+The format is MLflow's ``MLmodel`` (since 1.0) with the keys of mlflow 3. The files are deterministic, so that a second
+upload equals the first. The journal and the files on disk call a model spec a recipe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODEL_SPEC = "recipe-{}.json"
 
 
 def write_model_spec(outbox_dir: Path, attempt: int, model_spec: Mapping[str, Any]) -> str:
-    """Write a model spec for the publisher and return the file's name. An unchanged one is not written again.
+    """Write a model spec for the publisher, unless it is unchanged, and return the file's name.
 
     Effects: not collective; rank 0's trainer; blocks on fsync; leaves ``<outbox_dir>/recipe-<attempt>.json``.
 
@@ -43,7 +43,7 @@ def write_model_spec(outbox_dir: Path, attempt: int, model_spec: Mapping[str, An
 
 
 def newest_model_spec(outbox_dir: Path) -> str | None:
-    """Return the file name of the newest attempt's model spec, or None."""
+    """Return the file name of the newest attempt's model spec; None if there is no file."""
     numbers = [path.stem.partition("-")[2] for path in outbox_dir.glob(_MODEL_SPEC.format("*"))]
     return _MODEL_SPEC.format(max(map(int, numbers))) if numbers else None
 
@@ -55,10 +55,10 @@ def read_model_spec(outbox_dir: Path, name: str) -> dict[str, Any]:
 
 
 def model_files(model_spec: Mapping[str, Any], record: Mapping[str, Any], model_id: str, run_id: str) -> dict[str, str]:
-    """Return name -> text of all files beside the weights.
+    """Return name -> text of all files other than the weights.
 
-    Without a class there is no ``python_function`` flavor: MLflow cannot build the model then, but
-    `harness.load_model` can load the weights into a given one.
+    Without a class there is no ``python_function`` flavor, so MLflow cannot build the model, but `harness.load_model`
+    can load the weights into a given one.
     """
     requirements: Sequence[str] = model_spec["requirements"]
     notes = "".join(f"# {line}\n" for line in model_spec["requirement_notes"])
@@ -106,7 +106,7 @@ def _mlmodel(model_spec: Mapping[str, Any], record: Mapping[str, Any], model_id:
             "loader_module": LOADER_MODULE,
             "python_version": model_spec["python"],
             "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-            # `mlflow.pyfunc.load_model(model_config=...)` accepts only the keys that are listed here.
+            # `mlflow.pyfunc.load_model(model_config=...)` accepts only these keys.
             "config": {"device": None},
         }
     created = datetime.fromtimestamp(record.get("time_ms", 0) / 1000, UTC).replace(tzinfo=None)

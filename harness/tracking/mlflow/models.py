@@ -1,4 +1,4 @@
-"""A run's checkpoints as MLflow LoggedModels: created, uploaded, linked to the run, and deleted after pruning."""
+"""Publish a run's checkpoints as MLflow LoggedModels, and delete the models of pruned checkpoints."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from harness.tracking.mlflow.uploads import UploadMeter, Uploads
 # Tags: whether a model has its resume files, and their names.
 _RESUME_TAG, _RESUME_FILES_TAG = "harness.resume_state", "harness.resume_files"
 
-# After so many failed deletions a model's files are kept.
+# After this many failed deletions a model's files are kept.
 _MAX_DELETIONS = 3
 
 
 class PublishedModels:
-    """The models of one run.
+    """Publishes and deletes the models of one run.
 
     Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network or on
-    sqlite; writes nothing to disk except a ``sqlite:`` store.
+    sqlite; leaves nothing on disk except a ``sqlite:`` store.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class PublishedModels:
     ) -> str:
         """Publish a committed checkpoint as a LoggedModel and return the model's id.
 
-        A model that is READY has all its files and metrics, so a second delivery uploads nothing.
+        A READY model has all its files and metrics, so a second delivery uploads nothing.
 
         Args:
             record: name, key, epoch, step, files, and metrics as [key, value, time_ms, step].
             directory: the checkpoint's directory.
-            registration: the registered model that receives a version; None: no version is created.
-            model_spec: how the model is built; None: unknown, so only the checkpoint's files are uploaded.
+            registration: the registered model that gets a version; None creates no version.
+            model_spec: how to build the model; None uploads only the checkpoint's files.
         """
         found = self.find(record["key"])
         model = found[0] if found else self._create_model(record)
@@ -80,7 +80,7 @@ class PublishedModels:
         return model_id
 
     def _link_to_run(self, model_id: str, step: int) -> None:
-        # MLflow's database refuses a second link permanently.
+        # MLflow's database refuses a second link with a permanent error.
         outputs = self._client.get_run(self._run_id).outputs
         if not any(output.model_id == model_id for output in (outputs.model_outputs if outputs else ())):
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
@@ -115,13 +115,13 @@ class PublishedModels:
             Uploads(repository, self._meter).put(files)
         if _identity(directory) != identity:
             raise FileNotFoundError(f"{directory}: was replaced while it was uploaded")
-        # With the original times MLflow treats these as the same points, now linked to the model.
+        # With their original times, MLflow treats these as the run's points and links them to the model.
         linked = [
             Metric(clean_key(key), value, time_ms, step, model_id=model_id)
             for key, value, time_ms, step in record["metrics"]
         ]
         for start in range(0, len(linked), MAX_METRICS_PER_BATCH):
-            # Refused points are omitted: they were reported when they were refused as the run's points.
+            # Refused points are omitted; their first refusal, as the run's points, was reported.
             for _ in send_in_halves(linked[start : start + MAX_METRICS_PER_BATCH], self._link, is_permanent):
                 continue
         self._client.finalize_logged_model(model_id, "READY")
@@ -130,13 +130,10 @@ class PublishedModels:
         retry_conflicts(partial(self._client.log_batch, self._run_id, metrics=list(metrics)))
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
-        """Delete the resume files of the run's models that are older than a checkpoint's model.
+        """Delete the resume files of all models of the run that are older than a checkpoint's model.
 
         Newer models keep theirs, because this may be a repeated delivery. If the store cannot delete single files, they
-        are kept and the tag ``harness.resume_state`` gives the reason.
-
-        Returns:
-            A line for each model that keeps its files.
+        are kept, with the reason in the tag ``harness.resume_state``. Returns a line for each model that keeps them.
         """
         with_files = (
             f"source_run_id = '{self._run_id}' AND tags.`{_RESUME_TAG}` = 'here' AND tags.`{CHECKPOINT_TAG}` != '{key}'"
@@ -154,13 +151,7 @@ class PublishedModels:
         return lines
 
     def retire(self, key: str, registration: Registration | None) -> bool:
-        """Delete a pruned checkpoint's LoggedModel, its files and our versions of it.
-
-        A model that is in use is kept: a version is in another registered model, or has a stage or a user's alias.
-
-        Returns:
-            Whether the model is gone; False if it is kept.
-        """
+        """Delete a pruned checkpoint's LoggedModel, its files and its versions; False if a version `is_in_use`."""
         for model in self.find(key):
             versions = self._registry.versions_of_model(model.model_id, self._run_id)
             if in_use := [version for version in versions if is_in_use(version, registration)]:
@@ -172,7 +163,7 @@ class PublishedModels:
             # A crash after this line must not leave a model that looks complete.
             self._client.finalize_logged_model(model.model_id, "FAILED")
             if registration is not None:
-                # Deleting a version deletes its aliases, so they move first: each alias always leads to a version.
+                # Deleting a version deletes its aliases, so they move first and always refer to a version.
                 self._registry.update_aliases(registration, excluded={version.version for version in versions})
             for version in versions:
                 self._client.delete_model_version(version.name, version.version)
@@ -184,7 +175,7 @@ class PublishedModels:
         return True
 
     def delete_duplicates(self) -> None:
-        """Delete models that exist twice, because a server executed a request after its timeout."""
+        """Delete duplicate models, which a server creates if it executes a request after its timeout."""
         first: dict[str, str] = {}
         for model in self._search(f"source_run_id = '{self._run_id}'"):
             key = model.tags.get(CHECKPOINT_TAG)
@@ -192,11 +183,10 @@ class PublishedModels:
                 self._client.delete_logged_model(model.model_id)
 
     def find(self, key: str) -> Sequence[LoggedModel]:
-        """Return the models of a checkpoint, the oldest first: one, unless it was created twice."""
+        """Return a checkpoint's model and any duplicates, the oldest first."""
         return self._search(f"tags.`{CHECKPOINT_TAG}` = '{key}'")
 
     def _search(self, filter_string: str) -> list[LoggedModel]:
-        """Return matching models, the oldest first."""
         found: list[LoggedModel] = []
         token = None
         while True:
@@ -211,9 +201,9 @@ class PublishedModels:
                 return found
 
     def _delete_files(self, model: LoggedModel, names: Sequence[str] | None = None) -> str | None:
-        """Delete some files of a model, or all; returns the reason if the store does not allow it.
+        """Delete a model's files, or only those in `names`; return the reason if the store does not allow it.
 
-        MLflow's deletion of a model keeps its files until `mlflow gc`.
+        When MLflow deletes a model, it keeps the files until `mlflow gc`.
         """
         try:
             files = get_artifact_repository(model.artifact_location, tracking_uri=self._tracking_uri)
@@ -224,7 +214,7 @@ class PublishedModels:
                 for name in {file.path for file in files.list_artifacts()} & set(names):
                     files.delete_artifacts(name)
         except Exception as error:
-            # Stores raise different errors for an empty or read-only directory; none may stop the publisher.
+            # Stores raise different errors for an empty or read-only directory. None of them may stop the publisher.
             self._num_failed_deletions[model.model_id] += 1
             if self._num_failed_deletions[model.model_id] < _MAX_DELETIONS:
                 raise
@@ -238,6 +228,6 @@ def _resume_tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _identity(directory: Path) -> tuple[int, int]:
-    """Identify the checkpoint in a directory by its manifest's inode and time."""
+    """Identify the checkpoint in a directory by the inode and time of its manifest."""
     found = os.stat(directory / "manifest.json")
     return found.st_ino, found.st_mtime_ns

@@ -1,12 +1,10 @@
-"""Names that MLflow accepts for metrics, parameters, tags, registered models and artifacts.
+"""Clean the names of metrics, parameters, tags, registered models and artifacts, so that MLflow accepts them.
 
-MLflow refuses a whole request if one of its names is invalid, so names are cleaned before they enter the journal. The
-rules repeat those of `mlflow.utils.validation`, because the trainer does not import mlflow; the tests compare the two.
-Valid names are unchanged, and cleaning is idempotent: the publisher cleans again, because journals of earlier versions
-hold unchecked names.
+MLflow refuses a whole request if one name is invalid, so names are cleaned before they enter the journal. The rules
+repeat those of `mlflow.utils.validation`, because the trainer does not import mlflow; the tests compare the two.
+Cleaning is idempotent, because the publisher repeats it for journals of earlier versions.
 
-A cleaned name depends only on the given name, so it is the same in every attempt. It ends with a digest of the given
-name, so that `acc@1` and `acc_1` remain two metrics.
+A cleaned name ends with a digest of the given name, so that `acc@1` and `acc_1` remain two metrics in every attempt.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import xxhash
 MAX_KEY_CHARS: Final = 250
 # The column's width in MLflow's database.
 MAX_MODEL_NAME_CHARS: Final = 256
-# The limit of most file systems.
 _MAX_FILE_NAME_BYTES: Final = 255
 
 _KEY = re.compile(r"[\w\-. :/]+")
@@ -46,10 +43,7 @@ def clean_key(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def clean_model_name(name: str) -> str:
-    """Clean the name of a registered model; only a name that is cut ends with a digest.
-
-    A run has one such name, so two names of the same run cannot collide.
-    """
+    """Clean the name of a registered model; only a cut name ends with a digest, because a run has one such name."""
     cleaned = quotable(_NOT_IN_MODEL_NAME.sub("_", name))
     cleaned = _clean_part(cleaned) if cleaned.strip() else "unnamed"
     return cleaned if len(cleaned) <= MAX_MODEL_NAME_CHARS else _with_digest(cleaned, name, MAX_MODEL_NAME_CHARS)
@@ -66,10 +60,7 @@ def quoted(text: str) -> str:
 
 
 def clean_path(path: str) -> str:
-    """Clean the path of an artifact so that it stays within the artifact directory.
-
-    The file name of a changed path has a digest of the given path before its suffix.
-    """
+    """Clean an artifact's path so that it is within the artifact directory; a changed one has a digest in its stem."""
     parts = [_cut_bytes(_clean_part(part)) for part in _NOT_IN_PATH.sub("_", path).split("/") if part] or ["unnamed"]
     if (cleaned := "/".join(parts)) == path:
         return path
@@ -79,9 +70,7 @@ def clean_path(path: str) -> str:
 
 
 class NameCleaner:
-    """Cleans the names of one run and warns once about each name that changes.
-
-    Effects: not collective; one thread at a time; nothing on disk.
+    """Cleans the names of one run and warns once about each name that changes. Use one thread at a time.
 
     Attributes:
         warnings: pending warnings. The caller removes the ones it displays.
@@ -130,7 +119,6 @@ def _is_not_normal(name: str) -> bool:
 
 
 def _clean_part(part: str) -> str:
-    """Clean one part of a path so that it is neither `.` nor `..`."""
     if part == ".":
         return "_"
     return f"__{part[2:]}" if part.startswith("..") else part
@@ -140,7 +128,7 @@ def _cut_bytes(part: str) -> str:
     data = part.encode()
     if len(data) <= _MAX_FILE_NAME_BYTES:
         return part
-    # The end is kept, because it has the suffix.
+    # Keep the end, which has the suffix.
     begin, end = data[: _MAX_FILE_NAME_BYTES - 32].decode(errors="ignore"), data[-16:].decode(errors="ignore")
     return f"{begin}-{_digest(part)}{end}"
 

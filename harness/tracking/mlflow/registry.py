@@ -1,6 +1,6 @@
-"""Versions of a registered model and their aliases. This module does not import mlflow.
+"""Create versions of a registered model and set their aliases. Does not import mlflow.
 
-The position of an alias depends only on the versions and their tags, so it can be recomputed after a crash.
+The aliases depend only on the versions and their tags, so they can be recomputed after a crash.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from harness.tracking.mlflow.names import quoted
 CHECKPOINT_TAG = "harness.checkpoint"
 LAST, BEST = "last", "best"
 _MONITOR_TAG, _MODE_TAG, _VALUE_TAG = "harness.monitor", "harness.monitor_mode", "harness.monitor_value"
-# Other runs' publishers may register versions at the same time, so the aliases are checked again after each change.
+# Other runs' publishers may register versions concurrently, so the aliases are checked again after each change.
 _MAX_CHECKS = 5
 
 
 @dataclass(frozen=True)
 class Registration:
-    """The registered model that receives a version for each published checkpoint.
+    """The registered model that gets a version for each published checkpoint.
 
     Args:
         name: name of the registered model.
         aliases: whether to keep `last` on the newest version and `best` on the best one.
-        monitor: the metric that defines `best`; None: no `best`.
+        monitor: the metric that defines `best`; None for no `best`.
         mode: whether the lowest or the highest value is the best.
     """
 
@@ -37,7 +37,7 @@ class Registration:
 
 
 class Registry:
-    """The registered models of one MLflow store.
+    """Creates and finds versions in the registered models of one MLflow store.
 
     Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network.
     """
@@ -53,7 +53,7 @@ class Registry:
         except Exception as error:
             if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # In MLflow 3.17 the `model_id` of a found version is None, so the source is compared.
+        # Compare the source, because MLflow 3.17 returns versions whose `model_id` is None.
         source = f"models:/{model_id}"
         if not any(version.source == source for version in self._versions_named(name)):
             tags = _tags(registration, record)
@@ -61,9 +61,9 @@ class Registry:
         self.update_aliases(registration)
 
     def update_aliases(self, registration: Registration, excluded: Collection[str] = ()) -> None:
-        """Set `last` to our newest version and `best` to the best version of all runs.
+        """Set `last` to the newest version that harness created and `best` to the best one, over all runs.
 
-        Only versions with a value of the same metric and mode are compared; of equal ones the newer is the best.
+        `best` compares versions with a value of the same metric and mode; the newest of equal ones is the best.
         Versions in `excluded` are about to be deleted.
         """
         if not registration.aliases:
@@ -83,7 +83,7 @@ class Registry:
         """Return the versions of any registered model whose source is the model's id or its files."""
         # A search by `source_path` would find only one of the two.
         found = self._versions(f"run_id = '{run_id}'")
-        # A search omits the aliases.
+        # Get each version, because a search omits the aliases.
         return [
             self._client.get_model_version(each.name, each.version) for each in found if model_id in (each.source or "")
         ]

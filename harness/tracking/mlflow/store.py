@@ -1,7 +1,7 @@
-"""One run in an MLflow store: its metrics, parameters, tags, inputs and artifacts. Its models are in `models`.
+"""Write one run's metrics, parameters, tags, inputs and artifacts to an MLflow store.
 
-All methods are idempotent: runs and models are looked up by a tag before they are created, and MLflow stores a point
-with equal key, step, time and value once (measured with sqlite and PostgreSQL).
+All methods are idempotent. Runs and models are searched by a tag before they are created. MLflow stores a point with
+equal key, step, time and value once (measured with sqlite and PostgreSQL).
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from harness.tracking.mlflow.uploads import UploadError, UploadMeter
 RUN_TAG = "harness.run"
 PARENT_TAG = "harness.parent"
 _ENDED = ("FINISHED", "FAILED", "KILLED")
-# Two jobs that create the same run at the same time see each other's after this pause.
+# After this pause, two jobs that create the same parent run concurrently find each other's.
 _DUPLICATE_PAUSE_S = 1.0
 _LOG_BATCH = "/api/2.0/mlflow/runs/log-batch"
 
 
 class MlflowStore:
-    """One run in one MLflow store; implements `Store`.
+    """Writes one run to one MLflow store; implements `Store`.
 
-    Effects: not collective; the publisher's threads only; each method blocks on the network or on sqlite; writes
-    nothing to disk except a ``sqlite:`` store.
+    Effects: not collective; the publisher's threads only; each method blocks on the network or on sqlite; leaves
+    nothing on disk except a ``sqlite:`` store.
     """
 
     def __init__(self, tracking_uri: str, client: Any = None, meter: UploadMeter | None = None) -> None:
-        # Embedded stores look up the model of a new version through the process's default address.
+        # Embedded stores find the model of a new version through the process's default address.
         mlflow.set_tracking_uri(tracking_uri)
         self._given_client = client
         self._tracking_uri = tracking_uri
@@ -68,7 +68,7 @@ class MlflowStore:
         self.run_id = ""
         self.experiment_id = ""
         self.experiment_name: str | None = None
-        # Status and end time of a run that had ended before this opened it.
+        # Status and end time of a run that had ended before `open_run`.
         self._status_before: tuple[str, int] | None = None
 
     @cached_property
@@ -82,14 +82,11 @@ class MlflowStore:
 
     @cached_property
     def _models(self) -> PublishedModels:
-        # Created on first use, after the run is open.
+        # Created on first use, because it needs the open run.
         return PublishedModels(self._client, self._tracking_uri, self.run_id, self.experiment_id, self._meter)
 
     def open_run(self, wanted: WantedRun) -> None:
-        """Find the run by its id or its key, or create it, and set it RUNNING.
-
-        A run that is found by its id may be in an experiment that was renamed.
-        """
+        """Find the run by its id or its key, or create it, and set it RUNNING."""
         self._key = wanted.key
         if wanted.run_id is not None:
             self._open_known(wanted.run_id)
@@ -121,7 +118,7 @@ class MlflowStore:
                 made: str = self._client.create_experiment(name)
                 return made
             except MlflowException:
-                # Another job has created it at the same time.
+                # Another job may have created it concurrently.
                 experiment = self._client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
@@ -133,7 +130,7 @@ class MlflowStore:
         return found
 
     def _experiment_by_id(self, experiment_id: str) -> tuple[str, str]:
-        """Return id and name of the experiment in MLFLOW_EXPERIMENT_ID. It is never created."""
+        """Return id and name of the experiment in MLFLOW_EXPERIMENT_ID, which is never created."""
         experiment = None
         try:
             experiment = self._client.get_experiment(experiment_id)
@@ -154,7 +151,6 @@ class MlflowStore:
         return experiment.experiment_id, experiment.name
 
     def _runs_with(self, tag: str, value: str) -> list[Run]:
-        """Return the experiment's runs with a tag, the oldest first."""
         return list(
             self._client.search_runs(
                 [self.experiment_id], f"tags.`{tag}` = {quoted(value)}", order_by=["attributes.start_time ASC"]
@@ -170,7 +166,7 @@ class MlflowStore:
         found = self._runs_with(PARENT_TAG, name)
         if not found:
             self._client.create_run(self.experiment_id, start_time=created_ms, tags={PARENT_TAG: name}, run_name=wanted)
-            # Search again: jobs that created two parents at the same time must choose the same one.
+            # Search again, because jobs that created two parents concurrently must choose the same one.
             time.sleep(_DUPLICATE_PAUSE_S)
             found = self._runs_with(PARENT_TAG, name)
         parent: str = min(found, key=lambda run: (run.info.start_time, run.info.run_id)).info.run_id
@@ -181,7 +177,7 @@ class MlflowStore:
         return parent
 
     def _own_parent(self, run: Run) -> str | None:
-        """Return the id of the run's parent if this class has created it; the user ends any other parent."""
+        """Return the id of the run's parent if this class created it; the user ends any other parent."""
         parent_id: str | None = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         if parent_id is None:
             return None
@@ -215,10 +211,7 @@ class MlflowStore:
         self.reopen()
 
     def reopen(self) -> None:
-        """Set the run RUNNING again.
-
-        Its earlier end time remains until it ends again: MLflow cannot clear it.
-        """
+        """Set the run RUNNING again. MLflow cannot clear its earlier end time."""
         self._client.update_run(self.run_id, status="RUNNING")
         if self._parent_id is not None:
             self._client.update_run(self._parent_id, status="RUNNING")
@@ -239,8 +232,8 @@ class MlflowStore:
         if self._rest_store is None:
             self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
         else:
-            # The client would create three objects for each point and convert the JSON twice, which takes a quarter of
-            # the delivery's time.
+            # The client would create three objects for each point and convert the JSON twice, a quarter of the
+            # delivery's time.
             rest_utils.http_request_safe(
                 self._rest_store.get_host_creds(),
                 _LOG_BATCH,
@@ -314,13 +307,13 @@ class MlflowStore:
         extend_timeout(error)
 
     def set_terminated(self, status: str | None, end_time_ms: int, *, is_user_run: bool = False) -> None:
-        """Set the run's final status, and its parent's after the last child.
+        """Delete duplicates and set the run's final status, and its parent's after the last child.
 
         Args:
-            status: FINISHED, FAILED or KILLED; None: the user's code ends its own run.
+            status: FINISHED, FAILED or KILLED; None if the user's code ends its own run.
             end_time_ms: milliseconds since the epoch.
-            is_user_run: the user has created the run, and its process has exited. A run that has ended is not changed,
-                and one that had ended before `open_run` gets its earlier status again.
+            is_user_run: whether the user created the run. A run that has ended is not changed, and one that had ended
+                before `open_run` gets its earlier status and end time again.
         """
         self._delete_duplicates()
         if status is None or (is_user_run and self._client.get_run(self.run_id).info.status in _ENDED):
@@ -336,7 +329,7 @@ class MlflowStore:
             self._client.set_terminated(self._parent_id, worst, end_time_ms)
 
     def _delete_duplicates(self) -> None:
-        """Delete runs and models that exist twice, because a server executed a request after its timeout."""
+        """Delete duplicate runs and models, which a server creates if it executes a request after its timeout."""
         for run in self._runs_with(RUN_TAG, self._key):
             if run.info.run_id != self.run_id:
                 self._client.delete_run(run.info.run_id)
@@ -344,7 +337,7 @@ class MlflowStore:
 
 
 def _log_batch_body(run_id: str, points: Sequence[tuple[str, float, int, int]]) -> str:
-    """Return a request to log points in the JSON form of its protocol buffer."""
+    """Return the body of a request to log points, in the JSON form of its protocol buffer."""
     metrics = [
         {"key": key, "value": _json_number(value), "timestamp": time_ms, "step": step}
         for key, value, time_ms, step in points
@@ -359,10 +352,10 @@ def _json_number(value: float) -> float | str:
 
 
 def _storable_point(key: str, value: float, time_ms: int, step: int) -> tuple[str, float, int, int]:
-    """Clean a point's name and convert its numbers to types that a database can store.
+    """Clean a point's name and convert its numbers to 64 bits, which a database can store.
 
     Raises:
-        MlflowException: if a number has no such type. MLflow's own error would look transient.
+        MlflowException: if a number has no such form, for which MLflow's own error would look transient.
     """
     try:
         number, whole_step = float(value), int(step)
@@ -381,5 +374,5 @@ def _storable(text: str) -> str:
 
 
 def _clean_keys(values: Mapping[str, str]) -> dict[str, str]:
-    """Clean the names of parameters or tags; journals of earlier versions hold unchecked names."""
+    # Journals of earlier versions hold unchecked names.
     return {clean_key(name): value for name, value in values.items()}

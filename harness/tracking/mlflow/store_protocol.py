@@ -1,4 +1,4 @@
-"""The interface between the publisher and a tracking store."""
+"""Define the interface between the publisher and a tracking store."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class WantedRun:
         name: display name of a new run.
         experiment_name: experiment of a new run.
         run_id: the store's id of the run, once it is known.
-        created_ms: start time of a new run, in milliseconds since the epoch; None: now.
-        parent: name or id of the parent run; None: no parent.
+        created_ms: start time of a new run, in milliseconds since the epoch; None for now.
+        parent: name or id of the parent run.
         experiment_id: experiment of a new run; takes precedence over `experiment_name`.
-        given_run_id: id of a run that the user has created and that is used in place of a new one.
+        given_run_id: id of the user's run that replaces a new one.
     """
 
     key: str
@@ -39,10 +39,7 @@ class WantedRun:
 
 
 class Store(Protocol):
-    """One run in a tracking store; `MlflowStore` implements it.
-
-    Each method can be called again with the same arguments and has the same result as one call.
-    """
+    """One run in a tracking store; `MlflowStore` implements it. Each method is idempotent."""
 
     run_id: str
     experiment_id: str
@@ -85,7 +82,7 @@ class Store(Protocol):
         ...
 
     def drop_resume_state(self, key: str) -> Sequence[str]:
-        """Delete the resume files of all older checkpoints; returns a line for each that could not be deleted."""
+        """Delete the resume files of all older checkpoints; return a line for each one that keeps them."""
         ...
 
     def retire_checkpoint(self, key: str, registration: Registration | None) -> bool:
@@ -93,10 +90,10 @@ class Store(Protocol):
         ...
 
     def set_terminated(self, status: str | None, end_time_ms: int, *, is_user_run: bool = False) -> None:
-        """Set the final status; None: the user's process is alive and ends its own run."""
+        """Set the final status; None if the user's process is alive and ends its own run."""
 
     def is_permanent(self, error: Exception) -> bool:
-        """Whether the store has refused a request permanently, so that a retry is useless."""
+        """Whether a retry is useless, because the store has refused the request permanently."""
         ...
 
     def handle_transient_error(self, error: Exception) -> None:
@@ -105,11 +102,11 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class PublisherSettings:
-    """The publisher's settings, from the trainer or from ``settings.json``. Times are in seconds.
+    """The publisher's settings, from the trainer or from ``settings.json``.
 
     Args:
         attempt: number of the trainer's attempt, from 1.
-        leaves_open: whether a run without an end entry is still being trained and must not be marked FAILED.
+        leaves_open: whether the run is still being trained, so that it is not marked FAILED without an end entry.
     """
 
     run_name: str
@@ -133,13 +130,10 @@ class RefusedError(Exception):
 def send_in_halves(
     items: Sequence[Item], send: Callable[[Sequence[Item]], None], is_permanent: Callable[[Exception], bool]
 ) -> Iterator[tuple[Item, Exception]]:
-    """Send items in one request; after a permanent error, bisect to find the refused items.
+    """Send items in one request; after a permanent error, bisect and yield each refused item with its error.
 
-    One refused item among n takes about 2 log2(n) requests. After a transient error items are sent again, so `send`
-    must be idempotent.
-
-    Yields:
-        Each refused item and its error.
+    One refused item among n takes about 2 log2(n) requests. The caller repeats everything after a transient error, so
+    `send` must be idempotent.
 
     Raises:
         Exception: an error of `send` that is not permanent.

@@ -1,8 +1,8 @@
-"""Uploads of a model's files to MLflow's artifact store: several files at once, large ones in parts.
+"""Upload a model's files to MLflow's artifact store: several files at once, large ones in parts.
 
-MLflow's `log_artifacts` uploads one file after the other, with the timeout of a small request: a server that forwards a
-gigabyte to S3 before it responds would time out each time. This module uses multipart uploads if the server offers
-them, boto3's multipart uploads for S3, and whole files for other stores.
+MLflow's `log_artifacts` uploads one file at a time with the timeout of a small request, so a server that forwards a
+gigabyte to S3 before it responds would always time out. This module uses multipart uploads if the server offers them,
+boto3's multipart uploads for S3, and whole files for other stores.
 """
 
 from __future__ import annotations
@@ -27,42 +27,37 @@ from mlflow.utils.rest_utils import http_request
 _FILES_AT_ONCE = 4
 _PARTS_AT_ONCE = 8
 PART_BYTES = 16 * 1024**2
-# Smaller files are uploaded whole: a multipart upload of one part only adds requests.
+# Smaller files are uploaded whole, because a multipart upload of one part only adds requests.
 _MULTIPART_FROM_BYTES = 2 * PART_BYTES
 _MAX_PARTS = 10_000  # the limit of S3
 _MAX_CHUNK_BYTES, _MIN_CHUNK_BYTES = 1024**2, 16 * 1024
 _MAX_TRIES_PER_PART = 4
-# Timeout of a response. A server may first forward the whole body to a store behind it, at this rate.
+# Timeout of a response, plus time for a server that first forwards the whole body to its store at this rate.
 _RESPONSE_S = 60.0
 _SLOWEST_BYTES_PER_S = 2 * 1024**2
-# Timeout of a connection. If the address for parts is unreachable, the server itself receives the file.
 _CONNECT_S = 10.0
 # Smaller files are uploaded again; larger ones are not, if the store has them in the same size.
 _TRUSTED_FROM_BYTES = 1024**2
 
-# The statuses of a server that has no multipart uploads.
+# Statuses of a server without multipart uploads.
 _NO_MULTIPART = frozenset({400, 404, 405, 501})
 
 
 class UploadError(Exception):
-    """The store has accepted a file but does not have it in its full size."""
+    """The store accepted a file but does not have its full size."""
 
 
 class ByteCounter(Protocol):
     """Counts the bytes that were sent."""
 
     def add_sent(self, num_bytes: int) -> None:
-        """Add bytes, from any thread; a negative number if they must be sent again."""
+        """Add bytes, or subtract bytes that must be sent again. Any thread."""
 
 
 class UploadMeter:
-    """Limits the rate of all uploads together and counts their bytes.
+    """Limits the total rate of all uploads and counts their bytes. None for no limit or no count.
 
     Effects: not collective; any thread; `acquire` sleeps.
-
-    Args:
-        bytes_per_s: the limit; None: unlimited.
-        counter: counts the bytes; None: they are not counted.
     """
 
     def __init__(self, bytes_per_s: float | None = None, counter: ByteCounter | None = None) -> None:
@@ -73,7 +68,7 @@ class UploadMeter:
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a chunk. It is small under a low limit, because an idle connection would time out."""
+        """Size of a chunk, small under a low limit, because an idle connection would time out."""
         if self._bytes_per_s is None:
             return _MAX_CHUNK_BYTES
         return max(_MIN_CHUNK_BYTES, min(_MAX_CHUNK_BYTES, int(self._bytes_per_s / 100)))
@@ -89,7 +84,7 @@ class UploadMeter:
         time.sleep(max(0.0, until_s - time.monotonic()))
 
     def add(self, num_bytes: int) -> None:
-        """Count bytes that were sent; a negative number if they must be sent again."""
+        """Count sent bytes, or subtract bytes that must be sent again."""
         if self._counter is not None:
             self._counter.add_sent(num_bytes)
 
@@ -97,8 +92,8 @@ class UploadMeter:
 class Uploads:
     """Uploads files to one directory of an artifact store.
 
-    Effects: not collective; any thread, one at a time; `put` blocks on the network, with a timeout for each request;
-    nothing on disk. `put` starts threads and joins them.
+    Effects: not collective; one thread at a time; `put` starts threads, joins them, and blocks on the network, with a
+    timeout for each request.
     """
 
     def __init__(self, repository: Any, meter: UploadMeter) -> None:
@@ -113,7 +108,7 @@ class Uploads:
         """Upload the files and verify their sizes.
 
         A large file that the store has in the same size is skipped. This is safe because a checkpoint's files never
-        change, and a partial upload is invisible or smaller.
+        change and a partial upload is invisible or smaller.
 
         Raises:
             UploadError: if the store does not have a file in its full size afterwards.
@@ -165,7 +160,7 @@ class Uploads:
         _require_success(response)
 
     def _put_in_parts(self, path: Path, name: str, size_bytes: int, pool: ThreadPoolExecutor) -> bool:
-        """Upload a file in parts; False if the server offers none, or their address is unreachable."""
+        """Upload a file in parts; False if the server has no multipart uploads or the parts' store fails."""
         if not self._has_multipart:
             return False
         part_bytes = max(PART_BYTES, -(-size_bytes // _MAX_PARTS))
@@ -194,7 +189,7 @@ class Uploads:
             for part in parts:
                 part.reset_count()
             if isinstance(error, (requests.ConnectionError, requests.HTTPError)):
-                # The store behind the server may be unreachable or closed to this host; the server itself is not.
+                # The server's store may be unreachable or closed to this host, so the server gets the whole file.
                 self._has_multipart = False
                 return False
             raise
@@ -208,7 +203,7 @@ class Uploads:
     def _abort(self, name: str, upload_id: str | None) -> None:
         try:
             self._repository.abort_multipart_upload(name, upload_id)
-        except Exception:  # the store expires the parts; the original error is raised by the caller
+        except Exception:  # the store expires the parts; the caller handles the original error
             return
 
     # ------------------------------------------------------------------------------ to S3
@@ -239,12 +234,12 @@ class _MeteredClient:
 
     def _on_sent(self, num_bytes: int) -> None:
         self._meter.add(num_bytes)
-        # boto3 calls this in the sending thread, so waiting here slows the upload down.
+        # boto3 calls this in the sending thread, so waiting here limits the rate.
         self._meter.acquire(max(0, num_bytes))
 
 
 class _Body:
-    """A range of a file as a request's body, in metered chunks. It can be iterated again for a retry."""
+    """The body of a request: a range of a file in metered chunks, which can be iterated again for a retry."""
 
     def __init__(self, path: Path, start: int, size_bytes: int, meter: UploadMeter) -> None:
         self._path, self._start, self._size_bytes = path, start, size_bytes
@@ -255,7 +250,6 @@ class _Body:
         return self._size_bytes
 
     def reset_count(self) -> None:
-        """Subtract the bytes of a failed request from the count."""
         self._meter.add(-self._num_sent)
         self._num_sent = 0
 
@@ -299,17 +293,17 @@ def _require_success(response: requests.Response) -> None:
     try:
         response.raise_for_status()
     except requests.HTTPError as error:
-        # The body has the store's own message.
+        # Include the body, which has the store's own message.
         raise requests.HTTPError(f"{error}: {response.text[:300]}", response=response) from None
 
 
 def _timeouts_s(size_bytes: int) -> tuple[float, float]:
-    """Timeouts of the connection and of the response."""
+    """Return the timeouts of the connection and of the response."""
     return _CONNECT_S, _RESPONSE_S + size_bytes / _SLOWEST_BYTES_PER_S
 
 
 def _results_of(futures: list[Future[Any]]) -> list[Any]:
-    """Return all results in order; after the first failure, futures that have not started are cancelled.
+    """Return all results in order; after the first failure, cancel the futures that have not started.
 
     No future is running when this returns or raises, so that a multipart upload can be aborted.
     """
