@@ -80,9 +80,6 @@ class IterationEnd:
     Effects: not collective; main thread, between steps; one process. Copies one element of each parameter and buffer.
 
     Args:
-        content: what checkpoints contain.
-        device: the run's device.
-        loader: the iteration's loader.
         iteration: the loader's count of iterations as this one began, which accelerate has advanced; None if the loader
             does not count.
     """
@@ -101,8 +98,7 @@ class IterationEnd:
     def restore(self) -> bool:
         """Reset what the script has changed since.
 
-        Returns:
-            False, with nothing reset, if the script has changed the model, for example by swapping in averaged weights.
+        Returns False, with nothing reset, if the script has changed the model, for example by swapping in averages.
         """
         tensors = list(self._tensors())
         if [tensor._version for tensor in tensors] != self._versions:

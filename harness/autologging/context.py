@@ -24,7 +24,6 @@ class AutologContext:
     Args:
         settings: settings of the trainings that have not begun.
         replay_patches: installed during a replay, so that the script's steps and saves have no effect.
-        exit_hooks: notified as a training begins.
         active_run_ids: MLflow runs that have been the script's active run. One that is no longer active was ended by
             the script.
         params_of_runs: MLflow run id -> logged parameters, since several trainings may log to one run of the script.

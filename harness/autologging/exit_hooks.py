@@ -2,15 +2,15 @@
 
     an error        `sys.excepthook`
     an exit code    `ExitCodes`: no hook of the interpreter receives `SystemExit`
-    normally        `atexit`, where neither of them was seen
-    a child         the finalizers of multiprocessing, where the training began in one of its processes: a forked
-                    process runs neither hooks nor `atexit` functions at its end
+    normally        `atexit`, if neither of them was seen
+    a child         the finalizers of multiprocessing, if the training began in one of its processes: a forked process
+                    runs neither hooks nor `atexit` functions at its end
 
 How `ExitCodes` sees an exit code:
 
-    Python 3.12 on  `sys.monitoring` reports the exception that leaves the outermost frame, whatever raised it
-    before          `sys.exit`, `exit` and `quit` are replaced, and the outermost frame shows whether it has returned:
-                    then the exit was caught, or ended another thread
+    Python 3.12 on  `sys.monitoring` reports any exception that leaves the outermost frame
+    before          `sys.exit`, `exit` and `quit` are replaced. If the outermost frame has returned, the exit was
+                    caught, or ended another thread
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ExceptHook:
         self._earlier: Hook = sys.excepthook
 
     def install(self, training: MayFail) -> None:
-        """Begin to notify a training."""
+        """Start to notify a training."""
         earlier = sys.excepthook
 
         # One function for each installation: other code that has wrapped an earlier one still calls that one.
@@ -67,7 +67,7 @@ class ExceptHook:
             if shown is error:
                 earlier(kind, error, trace)
                 return
-            # The error is the echo of another rank's failure, which the user reads last.
+            # The error follows from another rank's failure, which is printed last.
             shown.__cause__ = error
             earlier(type(shown), shown, shown.__traceback__)
 
@@ -85,7 +85,7 @@ class ExitHooks:
     """Notifies a training of the end of the script.
 
     Effects: notifies in the main thread of the process in which the latest training has begun, and not in processes
-    forked from it. `harness run` sees the script end and notifies by itself; the first notification counts.
+    forked from it. `harness run` observes the end of the script and notifies by itself; the first notification counts.
     """
 
     def __init__(self) -> None:
@@ -96,16 +96,16 @@ class ExitHooks:
         self._child_finalizer: Any = None
 
     def install(self, training: MayEnd) -> None:
-        """Begin to notify a training."""
+        """Start to notify a training."""
         self._training = training
         atexit.register(self._at_exit)
         self._except_hook.install(self)
         self._codes.install()
 
     def training_begins(self) -> None:
-        """A training begins in this process, which may be a child of the one in which the hooks were installed."""
+        """Record that a training begins in this process, perhaps a child of the process with the hooks."""
         if multiprocessing.parent_process() is not None and (self._child_finalizer is None or not self._is_own_process):
-            # First of the finalizers: others may close what a save or the delivery uses.
+            # Run first, since other finalizers may close what a save or the delivery uses.
             self._child_finalizer = Finalize(None, self._child_ends, exitpriority=sys.maxsize)
         self._pid = os.getpid()
         self._codes.forget()
@@ -131,11 +131,11 @@ class ExitHooks:
         except HarnessError as error:
             write_error(f"harness: error: {error}\n")
             flush()
-            # An exception that is raised here does not change the exit code.
+            # An exception raised here would not change the exit code.
             os._exit(EXIT_FAILED)
 
     def fail(self, error: BaseException) -> BaseException:
-        """Notify of an error, which is shown as the script raised it."""
+        """Notify of an error; returns it unchanged, as it is shown to the user."""
         if self._training is not None and self._is_own_process:
             self._training.fail(error)
         return error
@@ -156,9 +156,9 @@ class ExitHooks:
 
 
 def _error_that_ends_child() -> BaseException | None:
-    """The exception that ends a child of multiprocessing, which is in flight while its finalizers run."""
+    """Return the exception that ends a child of multiprocessing, which is in flight while its finalizers run."""
     error = sys.exc_info()[1]
-    # An error that the parent was handling when it forked has a traceback through the parent's frames.
+    # The traceback of an error that the parent was handling at the fork begins in the parent's frames.
     trace = None if error is None else error.__traceback__
     return error if trace is not None and trace.tb_frame.f_code.co_name == "_bootstrap" else None
 
@@ -167,11 +167,11 @@ def _error_that_ends_child() -> BaseException | None:
 
 
 class ExitCodeError(Exception):
-    """The script has ended with an exit code of a failure."""
+    """The script ended with a failing exit code."""
 
 
 def failure_of(exit: SystemExit) -> BaseException | None:
-    """The failure that an exit means for a run; None for an exit without a failure."""
+    """Return the failure that an exit means for a run; None for an exit without a failure."""
     code = exit.code
     if code in (None, 0):
         return None
@@ -180,15 +180,15 @@ def failure_of(exit: SystemExit) -> BaseException | None:
     if not isinstance(code, int):
         return ExitCodeError(str(code))
     handled = exit.__context__
-    # An error in whose handling the code was chosen, as in torch's launchers, says more than the number.
+    # The error whose handling chose the code, as in torch's launchers, is more informative than the number.
     return handled if isinstance(handled, (Exception, KeyboardInterrupt)) else ExitCodeError(f"exit code {code}")
 
 
 class ExitCodes:
     """Observes the exit that ends the process.
 
-    Effects: not collective; main thread; nothing on disk. From Python 3.12 on each exception that leaves a function
-    costs a call. Before that `sys.exit`, `exit` and `quit` are replaced until `remove`.
+    Effects: not collective; main thread; nothing on disk. From Python 3.12 on, each exception that leaves a function
+    costs a call. Before, `sys.exit`, `exit` and `quit` are replaced until `remove`.
     """
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class ExitCodes:
         )
 
     def install(self) -> None:
-        """Begin to observe exits."""
+        """Start to observe exits."""
         frame = sys._getframe()
         while frame.f_back is not None:
             frame = frame.f_back
@@ -212,7 +212,7 @@ class ExitCodes:
             self._exit_functions.install()
 
     def forget(self) -> None:
-        """Forget the exits until now: the script is still running."""
+        """Forget the exits so far, since the script is still running."""
         self._failure = None
 
     def remove(self) -> None:
@@ -226,7 +226,7 @@ class ExitCodes:
         self._outermost = self._failure = None
 
     def failure(self) -> BaseException | None:
-        """The failure that the process's exit means, at its end; None without a failure, or if no exit was seen."""
+        """Return the failure that the process's exit means; None without a failure, or if no exit was seen."""
         return None if self._has_returned else self._failure
 
     @property
@@ -244,10 +244,10 @@ class ExitCodes:
             raise
 
     def _monitor(self) -> bool:
-        """Register with `sys.monitoring`; False if Python has none, or no tool id is free."""
+        """Register with `sys.monitoring`; False if Python lacks it, or no tool id is free."""
         if sys.version_info >= (3, 12):
             events = sys.monitoring.events
-            # The two ids that have no purpose by convention.
+            # These two ids have no purpose by convention.
             free = [tool for tool in (4, 3) if sys.monitoring.get_tool(tool) is None]
             if free:
                 self._tool = free[0]

@@ -1,7 +1,7 @@
 """One iteration over a prepared loader, and whether it trains.
 
-An iteration trains if `accelerator.backward` is called within it. The script has its first batch before that can be
-observed. So an iteration that is likely to train begins as a training iteration, and is discarded if no backward
+An iteration trains if `accelerator.backward` is called within it, which happens only after the script has its first
+batch. An iteration that is likely to train therefore begins as a training iteration, and is discarded if no backward
 follows. An unlikely one is observed (`harness.data.pending_iteration`), and can become a training iteration later.
 
     OBSERVED  ->  LIKELY  ->  TRAINING
@@ -10,7 +10,7 @@ follows. An unlikely one is observed (`harness.data.pending_iteration`), and can
     likely at its beginning      gradients are on, no training iteration is open, and either none has been seen yet, or
                                  an iteration over this data set that began in this mode (train or eval) has trained
     likely at the first forward  this data set was trained on, gradients are on, and the model is in the mode of the
-                                 last backward: a script may call `model.train()` behind the loader's first batch
+                                 last backward: a script may call `model.train()` after the loader's first batch
     training                     backward was called
 """
 
@@ -29,7 +29,7 @@ from harness.tracking.provenance import BatchDigest
 
 
 class IterationState(Enum):
-    """What is known of an iteration; see the module."""
+    """What is known of an iteration; see the module's docstring."""
 
     OBSERVED = "observed"
     LIKELY = "likely"
@@ -42,25 +42,21 @@ class Iteration:
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
 
     Args:
-        loader: of the script.
         key: its data set, and the model's mode at its beginning.
         usual_size: samples of this rank in a full batch; None if not known.
         is_likely: whether it begins as a training iteration.
         is_part: whether it is a further iteration of the open epoch, whose position in the data is not tracked.
 
     Attributes:
-        state: what is known of it.
         is_in_train_mode: the model's mode at its first backward.
-        is_recorded: whether it is recorded as an iteration that trains.
-        is_crossed: whether another iteration over the same loader was within it, so that accelerate's
-            `end_of_dataloader` is not about this one.
-        hook: on the model's next forward; None if there is none.
-        pending: its beginning, where it did not begin as a training iteration; None otherwise.
-        num_batches: that the script has had.
+        is_crossed: whether another iteration over the same loader ran within it, so that accelerate's
+            `end_of_dataloader` does not refer to this one.
+        hook: a hook on the model's next forward; None if there is none.
+        pending: its beginning, if it did not begin as a training iteration; None otherwise.
+        num_batches: batches that the script has received.
         num_unreported: batches that were completed and not reported to the logger.
-        num_samples: of this rank, in the current batch.
-        has_stepped: whether an optimizer has stepped since `take_step`.
-        digest: of its first batch; None if not needed.
+        num_samples: samples of this rank in the current batch.
+        digest: digest of its first batch; None if not needed.
     """
 
     def __init__(
@@ -91,29 +87,29 @@ class Iteration:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the script had no batch of it."""
+        """Whether the script has received no batch of it."""
         return self.num_batches == 0
 
     @property
     def has_unreported_work(self) -> bool:
-        """Whether backward or a step followed the last batch that was reported."""
+        """Whether backward or a step followed the last reported batch."""
         return self._loss is not None or self.has_stepped
 
     def add_batch(self, batch: Any) -> None:
-        """The script receives a batch."""
+        """Count a batch as the script receives it."""
         self.num_samples = batch_size(batch, self._usual_size)
         self.num_batches += 1
         self._num_batches_of_loss += 1
         self._num_samples_of_loss += self.num_samples
 
     def add_loss(self, loss: Any) -> None:
-        """Backward is called with a loss. Several losses of one batch are added up, as their gradients are."""
+        """Add the loss of a backward. Several losses of one batch are summed, as their gradients are."""
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            # A copy: the script may add to the tensor in place.
+            # Copy, since the script may add to the tensor in place.
             self._loss = loss.detach().clone() if self._loss is None else self._loss + loss.detach()
 
     def take_loss(self) -> tuple[Tensor, int] | None:
-        """The mean loss since the last call, and its number of samples; a script may fetch several batches first."""
+        """Return and reset the mean loss since the last call, and its number of samples, over one or more batches."""
         if self._loss is None:
             return None
         loss, num_batches = self._loss, max(1, self._num_batches_of_loss)
@@ -122,7 +118,7 @@ class Iteration:
         return taken
 
     def take_step(self) -> bool:
-        """Whether an optimizer has stepped since the last call."""
+        """Return and reset whether an optimizer has stepped since the last call."""
         stepped, self.has_stepped = self.has_stepped, False
         return stepped
 
@@ -137,11 +133,11 @@ class Iteration:
         return (self.is_tracked or self.pending is not None) and not self.is_empty and other_loader is not self.loader
 
     def replaces(self, outer: Iteration) -> bool:
-        """Whether this one, within another, is the one that trains: the other's first batch was only looked at."""
+        """Whether this inner iteration trains, and the script only inspected the outer one's first batch."""
         return self.pending is not None and outer.num_batches == 1 and outer.has_unreported_work
 
     def take_over(self, outer: Iteration) -> None:
-        """Take the loss, the step and the state of the iteration that this one replaces."""
+        """Move the loss, step and state of the iteration that this one replaces to this one."""
         self._loss, outer._loss = outer._loss, None
         self.has_stepped, outer.has_stepped = outer.has_stepped, False
         self.state = IterationState.TRAINING if outer.is_training else IterationState.LIKELY
@@ -150,11 +146,10 @@ class Iteration:
 
 
 class IterationKey(NamedTuple):
-    """What iterations are recognised by.
+    """Identifies similar iterations.
 
-    Args:
-        number: index of the loader of the data set among the prepared ones; None if it was not prepared.
-        is_in_train_mode: the model's mode at the beginning.
+    `number` is the index of the data set's loader among the prepared ones, or None if it was not prepared;
+    `is_in_train_mode` is the model's mode at the beginning.
     """
 
     number: int | None
@@ -162,10 +157,10 @@ class IterationKey(NamedTuple):
 
 
 class TrainingIterations:
-    """Predicts which iterations train, from the earlier ones. Every rank predicts the same.
+    """Predicts which iterations train, from the earlier ones, alike on every rank.
 
     Attributes:
-        keys: of the iterations that have trained.
+        keys: keys of the iterations that have trained.
         is_in_train_mode: the model's mode at the last backward; None before the first.
     """
 
@@ -186,7 +181,7 @@ class TrainingIterations:
         return self.has_loader(key.number) and is_in_train_mode == self.is_in_train_mode
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as JSON values."""
+        """Return the state as JSON values."""
         return {"starts": sorted(map(list, self.keys), key=str), "is_in_train_mode": self.is_in_train_mode}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The state machine of epochs: a script's iterations over its loaders, as the epochs and steps of a run.
+"""Report a script's iterations over its loaders as the epochs and steps of a run, with a state machine.
 
     event                                       action
     an iteration begins that is likely          end the open epoch, begin the next one
@@ -6,8 +6,8 @@
     the script asks for the next batch          report the loss and the step of the last one
     the script, or the training, ends           end the open epoch, as the last one
 
-An epoch is one iteration over a loader that trains. It ends when the next one begins, or the script ends: the script's
-evaluation and its scheduler's step happen before that, and belong to the epoch.
+An epoch is one iteration over a loader that trains. It ends when the next one begins or the script ends, so it includes
+the evaluation and scheduler step before that.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class EpochState(Enum):
 
         NONE  ->  OPEN  ->  BETWEEN  ->  OPEN  ...  ->  DONE
 
-    NONE: nothing was trained. OPEN: an epoch has been trained in. BETWEEN: an epoch has ended, and nothing was trained
-    since; it was not known whether it was the last one. DONE: the last epoch has ended.
+    NONE: nothing was trained. OPEN: an epoch has been trained in. BETWEEN: an epoch has ended, perhaps the last one,
+    and nothing was trained since. DONE: the last epoch has ended.
     """
 
     NONE = "none"
@@ -50,7 +50,7 @@ class EpochState(Enum):
 
 
 class EpochListener(Protocol):
-    """What an observer notifies."""
+    """Receives an observer's notifications."""
 
     def epoch_begins(self) -> None:
         """An epoch begins that was not completed before."""
@@ -67,12 +67,8 @@ class EpochObserver:
     calls them alike, in the main thread. The rest is not. A hook on all optimizers is registered until `close`.
 
     Args:
-        logger: of the run, which has begun.
-        prepared: by the script.
         content: what checkpoints contain; None if there are none.
-        state: of autologging in the run.
-        listener: is notified of epochs and of a stop.
-        messages: for the user.
+        listener: notified of epochs and of a stop.
     """
 
     def __init__(
@@ -95,19 +91,19 @@ class EpochObserver:
         self._steps = OptimizerSteps(logger, prepared, content, state, messages)
         self._step_hook = register_optimizer_step_post_hook(self._optimizer_stepped)
         self._epoch = EpochState.NONE
-        # The open iteration that trains, or may.
+        # The open iteration that trains, or may train.
         self._current: Iteration | None = None
-        # The last one that trained, or may have: a script may fetch all batches before the first backward.
+        # The last one that trained or may have: a script may fetch all batches before the first backward.
         self._ended: Iteration | None = None
         # The loader whose iteration is part of the current one.
         self._inner: Any = None
         # The script's `Join` context as the epoch began.
         self._join_of_epoch: Any = None
-        # With one process, of the last iteration that trained, until more is trained.
+        # The end of the last training iteration, with one process; None once more is trained.
         self._iteration_end: IterationEnd | None = None
         # accelerate's count of the loader's iterations as the current one began.
         self._iteration_number: int | None = None
-        # Of the batch at which the script left an iteration, until it is reported: its samples, whether it was a step.
+        # (number of samples, whether it was a step) of the batch at which the script left an iteration, until reported.
         self._unreported: tuple[int, bool] | None = None
 
     def is_inner(self, loader: Any) -> bool:
@@ -115,15 +111,15 @@ class EpochObserver:
         return loader is self._inner
 
     def key_of(self, loader: Any) -> IterationKey:
-        """The key of an iteration that begins now."""
+        """Return the key of an iteration that begins now."""
         return IterationKey(self._prepared.index_of(loader), self._is_in_train_mode)
 
     def reopen_epoch(self) -> None:
-        """The current epoch was trained in before the run was interrupted, and only its end is missing."""
+        """Reopen the epoch that was fully trained before the run was interrupted and lacks only its end."""
         self._epoch = EpochState.OPEN
 
     def iterate(self, loader: Any, original: Original) -> Iterator[Any]:
-        """An iteration over a loader: yields the same batches as without autologging."""
+        """Iterate over a loader, with the same batches as without autologging."""
         outer, training = self._current, self._training
         if outer is None:
             return self._iterate(loader, original)
@@ -134,7 +130,7 @@ class EpochObserver:
         return self._iterate(loader, original)
 
     def backward(self, loss: Any) -> bool:
-        """Backward is about to be called. False if it belongs to no iteration."""
+        """Observe a call of backward; returns False if it belongs to no iteration."""
         this = self._current or self._ended
         if this is None:
             return False
@@ -150,7 +146,7 @@ class EpochObserver:
         return True
 
     def end(self) -> None:
-        """The training is over: end the last epoch."""
+        """End the last epoch, since the training is over."""
         this = self._current
         if this is None or not this.is_training:
             if self._epoch is EpochState.OPEN:
@@ -158,7 +154,7 @@ class EpochObserver:
             elif self._epoch is EpochState.BETWEEN:
                 self._events.end_training()
             return
-        # The script still has the iterator: the training ends within the epoch.
+        # The script still holds the iterator, so the training ends within the epoch.
         if this.has_unreported_work:
             self._report_batch(this, is_last=False)
         self._current = self._inner = None
@@ -166,7 +162,7 @@ class EpochObserver:
         self._events.end_epoch(is_whole=False, is_last=True)
 
     def close(self) -> None:
-        """Report nothing more."""
+        """Stop reporting."""
         self._current = self._inner = self._ended = None
         self._step_hook.remove()
 
@@ -181,7 +177,7 @@ class EpochObserver:
         self._current = this
         self._iteration_number = getattr(loader, "iteration", None)
         if (before is not None and before.is_tracked) or (ended is not None and not ended.is_training):
-            # It did not train, whether its iterator is still open or all its batches are fetched.
+            # The previous iteration did not train, whether its iterator is open or all its batches are fetched.
             self._events.discard_iteration()
             self._ended = None
         if is_part:
@@ -196,12 +192,12 @@ class EpochObserver:
         if torch.is_grad_enabled():
             this.pending = self._events.observe_iteration(loader)
             if self._model is not None:
-                # Before FSDP's hook, which gathers the parameters.
+                # This hook runs before FSDP's, which gathers the parameters.
                 this.hook = self._model.register_forward_pre_hook(lambda *_: self._before_forward(this), prepend=True)
         return self._batches(this, loader, original(loader))
 
     def _iterate_within(self, loader: Any, original: Original, outer: Iteration) -> Iterator[Any]:
-        """An evaluation within an iteration that trains or may train, or a second loader beside its loader."""
+        """Iterate within an iteration that trains or may train: an evaluation, or a second loader beside its loader."""
         this = Iteration(loader, self.key_of(loader), self._usual_size(loader), is_likely=False)
         outer.is_crossed |= loader is outer.loader
         if not outer.is_training:
@@ -234,7 +230,7 @@ class EpochObserver:
                 self._ended_without_batch(this)
         except GeneratorExit:
             if this is self._current and this.is_training and this.has_unreported_work:
-                # Reporting the step is collective, and a generator may be closed at any time: the end of the epoch
+                # Reporting the step is collective, and a generator may be closed at any time, so the end of the epoch
                 # reports it.
                 self._log_loss(this)
                 self._unreported = (this.num_samples, this.take_step())
@@ -252,7 +248,7 @@ class EpochObserver:
         return dataloaders.local_batch_size(loader, self._prepared.num_processes)
 
     def _describe(self, this: Iteration, batch: Any) -> None:
-        """Record the first batch before the script has it, since the script may change it."""
+        """Record the first batch before the script receives it and may change it."""
         if not (this.is_tracked or this.is_part):
             self._logger.describe_dataset(this.loader, "eval", batch)
         this.digest = self._logger.digest_of(batch, "train")
@@ -267,14 +263,14 @@ class EpochObserver:
 
     def _ended_without_batch(self, this: Iteration) -> None:
         if this.is_tracked and self._events.end_empty_iteration():
-            # The run was interrupted behind what is the loader's last batch now: this iteration completes the epoch.
+            # The run was interrupted after the loader's last batch, so this iteration completes the epoch.
             self._becomes_training(this)
             self._record_training(this)
 
     def _end_iteration(self, this: Iteration, inner: Any, iterator: Iterator[Any]) -> None:
         self._current = self._inner = None
         if this.is_tracked and this.is_empty and self._events.has_uneven_inputs and self._is_in_train_mode:
-            # Other ranks have batches of it.
+            # Other ranks have batches of this iteration.
             self._becomes_training(this)
             self._record_training(this)
         if this.is_training:
@@ -301,7 +297,7 @@ class EpochObserver:
                 self._iteration_end = IterationEnd(content, device, this.loader, self._iteration_number)
 
     def _becomes_training(self, this: Iteration) -> None:
-        """The first backward of an iteration, or of one that is empty on this rank alone."""
+        """Mark an iteration as training, at its first backward or if it is empty on this rank alone."""
         if not this.is_tracked and not this.is_part:
             self._becomes_likely(this)
         this.state, self._epoch = IterationState.TRAINING, EpochState.OPEN
@@ -309,10 +305,10 @@ class EpochObserver:
         self._events.count_batches(this.num_unreported)
 
     def _before_forward(self, this: Iteration) -> None:
-        """The first forward of an observed iteration."""
+        """Decide at an observed iteration's first forward whether it is likely to train."""
         assert self._model is not None
         if not torch.is_grad_enabled():
-            return  # an evaluation, which may be one within this iteration
+            return  # an evaluation, perhaps within this iteration
         this.remove_hook()
         if this is not self._current or this.is_tracked:
             return
@@ -322,9 +318,9 @@ class EpochObserver:
             this.pending.save_buffers(self._model)
 
     def _becomes_likely(self, this: Iteration) -> None:
-        """An observed iteration is tracked from its first forward or backward on."""
+        """Track an observed iteration from its first forward or backward on."""
         this.state = IterationState.LIKELY
-        # Before the epoch ends: its checkpoint contains how the next one begins.
+        # Add the key before the previous epoch ends, whose checkpoint contains how the next one begins.
         self._training.keys.add(this.key)
         self._begin_epoch(this.pending)
         if this.pending is not None:
@@ -343,7 +339,7 @@ class EpochObserver:
         self._report_batch(this, is_last=getattr(this.loader, "end_of_dataloader", False))
 
     def _record_training(self, this: Iteration) -> None:
-        """Record, once, that an iteration trains."""
+        """Record once that an iteration trains."""
         if this.is_recorded:
             return
         this.is_recorded = True
@@ -394,7 +390,7 @@ class EpochObserver:
             yield
         except Stopped as error:
             self._listener.fail(error)
-            # An `except Exception` of the script does not catch it, and the exit code requeues the job.
+            # The script's `except Exception` does not catch SystemExit, and the exit code requeues the job.
             raise SystemExit(EXIT_REQUEUE) from error
 
     # ------------------------------------------------------------------------------ epochs
@@ -409,7 +405,7 @@ class EpochObserver:
 
     @property
     def _is_in_join_of_epoch(self) -> bool:
-        """Whether other ranks may still be in an iteration of this epoch, waiting for this rank's gradients."""
+        """Whether other ranks may still iterate in this epoch and wait for this rank's gradients."""
         join, is_open = self._prepared.join, self._epoch is EpochState.OPEN
         return join is not None and join is self._join_of_epoch and is_open and self._events.has_uneven_inputs
 
@@ -431,7 +427,7 @@ class EpochObserver:
         with self._exit_when_stopped():
             other = self._steps.other
             if self._events.has_uneven_inputs:
-                # Another rank may have had a step since.
+                # Another rank may have stepped since.
                 self._events.synchronize()
                 other = self._events.max_over_ranks(other)
             if other:

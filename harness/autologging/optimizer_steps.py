@@ -1,4 +1,4 @@
-"""Which of a script's optimizers step, and which one checkpoints contain."""
+"""Observe which of a script's optimizers step, and select the one that checkpoints contain."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ class OptimizerSteps:
     Effects: `use_other` is collective: every rank calls it alike, between steps; the rest is not. Main thread.
 
     Args:
-        logger: of the run.
-        prepared: by the script.
         content: what checkpoints contain as training begins; None if there are none.
-        state: of the run.
-        messages: for the user.
 
     Attributes:
-        are_observed: whether steps are observed: an optimizer that is not torch's runs no hooks.
+        are_observed: whether steps are observed; an optimizer that is not torch's runs no hooks.
     """
 
     def __init__(
@@ -42,13 +38,13 @@ class OptimizerSteps:
         self._state = state
         self._messages = messages
         self._model: nn.Module | None = None if content is None else content.model
-        # Those that checkpoints contained, in order.
+        # The optimizers that checkpoints contained, in order.
         self._known = [] if content is None or content.optimizer is None else [raw(content.optimizer)]
         self._other: Any = None
         self.are_observed = isinstance(raw(prepared.optimizers[0]), torch.optim.Optimizer)
 
     def is_of_training(self, optimizer: Any) -> bool:
-        """Whether an optimizer that has stepped belongs to this training; called behind each step."""
+        """Whether an optimizer that has just stepped belongs to this training."""
         if self._known and optimizer is self._known[-1]:
             return True  # nearly every step
         if self._prepared.number_of(optimizer) is None:
@@ -59,7 +55,7 @@ class OptimizerSteps:
 
     @property
     def other(self) -> int:
-        """Number, from 1, of an optimizer that has stepped instead of the one that checkpoints contain; 0 if none."""
+        """The number, from 1, of an optimizer that steps in place of the one in checkpoints; 0 if none."""
         number = None if self._other is None else self._prepared.number_of(self._other)
         return 0 if number is None else number + 1
 
@@ -67,7 +63,7 @@ class OptimizerSteps:
         """Have checkpoints contain the optimizer that steps now, or the model alone if several step in turn.
 
         Args:
-            other: as the attribute has it, on any rank.
+            other: value of the attribute `other`, the same on every rank.
         """
         self._other = None
         number = other - 1

@@ -1,4 +1,4 @@
-"""Autologging on and off in this process: the tables of what is replaced, and the hooks at the script's end."""
+"""Turn autologging on and off in this process: the replaced functions, and the hooks at the script's end."""
 
 from __future__ import annotations
 
@@ -19,26 +19,23 @@ from harness.autologging.training_registry import TrainingRegistry
 
 
 class Patcher:
-    """Autologging in one process: replaces functions, whose calls are the events of a training.
+    """Replaces functions, whose calls are the events of a training.
 
     Effects: as `harness.autolog`.
-
-    Args:
-        settings: of the trainings.
     """
 
     def __init__(self, settings: AutologSettings) -> None:
         self._context = AutologContext(settings, Replacements(REPLAY_TABLE))
         self._registry = registry = TrainingRegistry(self._context)
         self._source = AccelerateSource(registry)
-        # The patches of other ranks are around the others, which then are called on rank 0 alone.
+        # `OtherRanks` comes last, so that it wraps the other patches, which then run on rank 0 alone.
         patches = (MlflowPatches(registry), SummaryWriters(registry), OtherRanks(registry))
         rows = [*self._source.table(), *self._table(), *(row for each in patches for row in each.table())]
         self._replacements = Replacements(rows)
 
     @property
     def settings(self) -> AutologSettings:
-        """Of the trainings that have not begun."""
+        """The settings of trainings that have not begun."""
         return self._context.settings
 
     @property
@@ -53,26 +50,26 @@ class Patcher:
         self._context.exit_hooks.install(self._registry)
 
     def turn_off(self, *, reports_unseen: bool = True) -> None:
-        """Remove them. A training that runs ends here; `reports_unseen`: print a line if none was observed."""
+        """Restore the functions and end a running training; `reports_unseen`: print a message if none was observed."""
         self._replacements.remove()
         self._source.remove()
         self._context.exit_hooks.remove()
         self._registry.finish(reports_unseen=reports_unseen)
 
     def forked(self) -> None:
-        """This process is a child of the one before."""
+        """Adapt to a fork, in the child."""
         self._registry.forked()
 
     def change(self, settings: AutologSettings) -> None:
-        """Use other settings for trainings that have not begun."""
+        """Change the settings of trainings that have not begun."""
         self._registry.change(settings)
 
     def finish(self) -> None:
-        """The script has ended normally; see `TrainingRegistry.finish`."""
+        """Report that the script ended normally; see `TrainingRegistry.finish`."""
         self._registry.finish()
 
     def fail(self, error: BaseException) -> BaseException:
-        """The script has failed; returns the error that really ended it."""
+        """Report that the script failed; returns the error that really ended it."""
         return self._registry.fail(error)
 
     def _table(self) -> list[Replacement]:
@@ -97,7 +94,7 @@ _on: Patcher | None = None
 
 
 def turn_on(settings: AutologSettings) -> None:
-    """Begin autologging, or change the settings of trainings that have not begun."""
+    """Start autologging, or change the settings of trainings that have not begun."""
     global _on
     if _on is None:
         _on = Patcher(settings)
@@ -129,7 +126,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def script_ended(error: BaseException | None) -> BaseException | None:
-    """Notify the training of the script's end, for `harness run`; returns the error that really ended it.
+    """Report the script's end to the training, for `harness run`; returns the error that really ended it.
 
     Raises:
         HarnessError: if the last checkpoint could not be written.

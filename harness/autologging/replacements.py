@@ -1,4 +1,4 @@
-"""Replace functions of other modules, also of modules that are imported later, and restore them."""
+"""Replace functions of other modules, including modules that are imported later, and restore them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Replacement:
 class Replacements(MetaPathFinder):
     """Installs a table of replacements, now or when a module is imported, and removes it.
 
-    It is a finder on `sys.meta_path` while it is installed, so that it sees imports.
+    While installed it is a finder on `sys.meta_path`, so that it sees imports.
 
     Effects: not collective; main thread; nothing on disk.
 
     Args:
-        table: the replacements. Of several for one function the later ones are around the earlier ones.
+        table: the replacements. If a function has several, the later ones wrap the earlier ones.
     """
 
     def __init__(self, table: Sequence[Replacement]) -> None:
@@ -60,10 +60,7 @@ class Replacements(MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
-        """Restore the functions.
-
-        A replacement that other code has wrapped since stays in place below it, and only calls the original.
-        """
+        """Restore the functions. A replacement that other code has wrapped stays, but only calls the original."""
         self._is_installed = False
         if self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -73,14 +70,14 @@ class Replacements(MetaPathFinder):
         self._made = []
 
     def replace_in(self, module: ModuleType) -> None:
-        """Replace the functions of one module, which has just been imported."""
+        """Replace the functions of a module that has just been imported."""
         if not self._is_installed:
             return
         for row in self._table:
             if row.module == module.__name__:
                 *owners, name = row.name.split(".")
                 owner = functools.reduce(getattr, owners, module)
-                # Another version of the library may not have the function.
+                # Other versions of the library may lack the function.
                 if name in vars(owner):
                     self._replace(owner, name, row.around)
 
@@ -95,7 +92,7 @@ class Replacements(MetaPathFinder):
         self._made.append((owner, name, original, ours))
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find a module of the table by the other finders, with a loader that replaces its functions."""
+        """Find a module of the table with the other finders, with a loader that replaces its functions."""
         if fullname not in self._not_imported:
             return None
         self._not_imported = self._not_imported - {fullname}  # the search below asks this finder again
@@ -106,7 +103,7 @@ class Replacements(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module by its own loader, then replaces its functions."""
+    """Loads a module with its own loader, then replaces its functions."""
 
     def __init__(self, inner: Any, replacements: Replacements) -> None:
         self._inner = inner

@@ -1,8 +1,8 @@
-"""Replay of epochs that were completed before the run was resumed, since the script counts them from the first.
+"""Replay completed epochs of a resumed run, since the script counts its epochs from the first.
 
-Each replayed iteration yields one batch, so that the script's own results are defined. An iteration on whose batch
-backward is called is a training iteration, as it was before. Backward and optimizer steps have no effect, so the
-weights stay as they were restored. All other state is restored again:
+Each replayed iteration yields one batch, so that the script's own results are defined. As in training, an iteration is
+a training iteration if backward is called on its batch. Backward and optimizer steps have no effect, so the weights
+stay as they were restored. All other state is restored again:
 
     buffers                              when the last replayed training iteration has ended: an evaluation follows
     random numbers                       when the first new epoch begins
@@ -26,13 +26,11 @@ from harness.training.periodic_logger import PeriodicLogger
 class Replay:
     """Replays completed epochs.
 
-    Effects: not collective beyond the script's own iterations; main thread; memory for a copy of the buffers.
+    Effects: not collective beyond the script's own iterations; main thread; allocates a copy of the buffers.
 
     Args:
-        logger: of the resumed run.
-        model: as it was restored.
         num_left: training iterations to replay.
-        loaders: with the counts of their iterations from the checkpoint.
+        loaders: loaders whose `iteration` counts are restored from the checkpoint.
 
     Attributes:
         is_empty: whether the latest iteration has yielded no batch.
@@ -42,23 +40,23 @@ class Replay:
         self._logger = logger
         self._ddp_modules = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
         self._buffers: list[tuple[Tensor, Tensor]] = [(each, each.detach().clone()) for each in model.buffers()]
-        # The counts contain the evaluation behind the last training iteration, which runs again in full.
+        # The counts include the evaluation after the last training iteration, which runs again in full.
         self._iterations = {id(each): each.iteration for each in loaders if hasattr(each, "iteration")}
         self._lacks_epoch_end = bool(logger.events.loaders_done)
-        # The latest iteration, until it is known to be one of the replayed ones.
+        # The loader of the latest iteration, until it is counted as replayed.
         self._loader: Any = None
         self._has_trained = False
         self.is_empty = False
         self.num_left = num_left
 
     def backward(self) -> None:
-        """Backward was called in the latest iteration, or would have been."""
+        """Record a call of backward in the latest iteration."""
         self._has_trained = True
 
     def take_trained(self) -> Any:
-        """The loader of the latest iteration, once, if it has trained; None otherwise.
+        """Return the loader of the latest iteration, once, if it has trained; None otherwise.
 
-        A script may fetch all batches before the first backward: then this is known when the next iteration begins.
+        If a script fetches all batches before the first backward, this is known only when the next iteration begins.
         """
         if not self._has_trained:
             return None
@@ -84,7 +82,7 @@ class Replay:
     def _without_ddp_backward(self) -> Iterator[None]:
         """Keep DDP from expecting a backward of these forwards.
 
-        Otherwise it reduces gradients in the next backward, also where they are still accumulated.
+        Otherwise it reduces gradients in the next backward, even if they are still being accumulated.
         """
         before = [
             (each, each.require_backward_grad_sync, each.require_forward_param_sync) for each in self._ddp_modules
@@ -98,7 +96,7 @@ class Replay:
                 each.require_backward_grad_sync, each.require_forward_param_sync = reduces, broadcasts
 
     def end_training_iteration(self, loader: Any) -> bool:
-        """A replayed training iteration has ended. True if it was the last one, and the end of its epoch follows."""
+        """End a replayed training iteration; returns True if it was the last one and its epoch has yet to end."""
         self.num_left -= 1
         if self.num_left:
             return False
@@ -111,14 +109,14 @@ class Replay:
         self._logger.events.skip_loader(loader)
         self.end([loader])
         if hasattr(loader, "iteration"):
-            loader.iteration += 1  # as accelerate does behind the last batch
+            loader.iteration += 1  # as accelerate does after the last batch
         self._logger.events.begin_epoch()
         # The script's scheduler may step before the epoch ends.
         self._logger.events.freeze_learning_rates()
         return True
 
     def end(self, loaders: Sequence[Any]) -> None:
-        """Restore all state: the first new epoch begins."""
+        """Restore all state as the first new epoch begins."""
         for loader in loaders:
             if id(loader) in self._iterations:
                 loader.iteration = self._iterations[id(loader)]

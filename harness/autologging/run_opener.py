@@ -23,16 +23,10 @@ from harness.training.periodic_logger import PeriodicLogger
 def open_run(
     context: AutologContext, settings: AutologSettings, prepared: Prepared, params: Mapping[str, Any]
 ) -> PeriodicLogger:
-    """Start the logger of a training.
+    """Start the logger of a training, with the parameters that the script has already logged.
 
     Effects: collective; main thread; blocks and writes to disk as `PeriodicLogger.start`. On failure, an active MLflow
     run that was to be used ends as FAILED.
-
-    Args:
-        context: the context of the process.
-        settings: the settings of this training.
-        prepared: the script's prepared objects.
-        params: parameters that the script has already logged.
 
     Raises:
         HarnessError: on all ranks, if the run's directory or the store cannot be used.

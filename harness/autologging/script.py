@@ -27,7 +27,6 @@ class CheckpointContent:
     """What a checkpoint contains.
 
     Args:
-        model: the prepared model.
         optimizer: the prepared optimizer; None if there are several, and checkpoints contain the model alone.
         scheduler: prepared or made by the script, several combined into one; None if there is none.
         note: a message for the user; empty if none is needed.

@@ -17,15 +17,11 @@ FURTHER_FILE = "further_training.json"
 
 @dataclass(frozen=True)
 class AutologSettings:
-    """The settings of one training.
+    """The settings of one training; those not listed are as in `autolog` and `PeriodicLogger`.
 
     Args:
-        checkpoint: when and how checkpoints are written.
-        tracking: what is logged to MLflow.
         exclusive: log to a separate run, even if the script has an active MLflow run.
         run_name: name of the first training's run and directory; None for one generated from the script's name.
-        resume_from: as `resume_from_checkpoint` of `PeriodicLogger`.
-        reset_scheduler: as in `PeriodicLogger`.
         first_run: run name of the process's first training, for later ones.
     """
 

@@ -4,5 +4,5 @@ In reading order:
 
     mlflow           what the script logs to MLflow itself
     other_ranks      MLflow on ranks other than 0
-    summary_writers  TensorBoard's writers where MLflow's autologging listens
+    summary_writers  TensorBoard's writers under MLflow's autologging
 """

@@ -1,6 +1,6 @@
-"""What a script logs to MLflow itself, logged to the same run, once.
+"""Log to our run, once, what a script logs to MLflow itself.
 
-MLflow is never imported here: its functions are arguments, once the script has imported it.
+MLflow is never imported here; its functions are received as arguments once the script has imported it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from harness.tracking.mlflow.given_run import active_run_id
 class MlflowPatches:
     """Replaces MLflow's functions that log to the active run.
 
-    Effects: not collective; rank 0, or another rank with an active run of its own; main thread.
-
-    Args:
-        registry: has the current training.
+    Effects: not collective; rank 0, or another rank that has its own active run; main thread.
     """
 
     def __init__(self, registry: TrainingRegistry) -> None:
@@ -50,13 +47,13 @@ class MlflowPatches:
         try:
             started = original(ours, *args, **kwargs)
         except Exception:
-            # It belongs to another experiment or server, so the script starts a run of its own.
+            # The run belongs to another experiment or server, so the script starts its own.
             return original(run_id, *args, **kwargs)
         self._context.saw_active_run(ours)
         return started
 
     def _own_run_id(self, options: Mapping[str, Any]) -> str | None:
-        """The run of ours that the script means with `start_run`; None if it means a new one."""
+        """Return the run of ours that `start_run` should use; None if the script starts a new one."""
         session, ended = self._registry.session, self._context.active_run_ids
         parent_id = options.get("parent_run_id") or (active_run_id() if options.get("nested") else None)
         ours = session.logger.mlflow_run_id if session.logger is not None and session.is_running else None
@@ -94,13 +91,13 @@ class MlflowPatches:
         return None if self._log_params_to_own(params, kwargs) else original(self._redacted(params), **kwargs)
 
     def _redacted(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Values for MLflow's own function: its run may become ours, which has no secrets."""
+        """Redact values for MLflow's own function, since its run may become ours, which has no secrets."""
         return values if self._registry.session.settings.exclusive else redact_named(values)
 
     def _log_params_to_own(self, values: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
         """Log parameters to our run; False if they are for another one.
 
-        MLflow refuses changed parameters in a resumed run, so those that the script logs early are ours too.
+        MLflow refuses changed parameters in a resumed run, so parameters that the script logs early go to our run too.
         """
         session = self._registry.session
         is_early = not session.has_begun and self._registry.run_id_to_resume() is not None
@@ -110,7 +107,7 @@ class MlflowPatches:
         return True
 
     def _is_for_other_run(self, session: Session, options: Mapping[str, Any]) -> bool:
-        """Whether a call is for another run than ours, or ours is not open."""
+        """Whether a call is for a run other than ours, or ours is not open."""
         has_options = any(value is not None for name, value in options.items() if name != "synchronous")
         if session.settings.exclusive or has_options or session.logger is None or session.is_over:
             return True
@@ -119,7 +116,7 @@ class MlflowPatches:
 
 
 def _with_parent(run_id: str, parent_id: str | None) -> str | None:
-    """The run or the nearest of its parents that is nested in this parent, or in none; None if there is none."""
+    """Return the run or its nearest ancestor that is nested in `parent_id`, or in no run for None; None if none is."""
     found: str | None = run_id
     with suppress(Exception):  # it was deleted, or belongs to another server
         while found is not None:

@@ -1,7 +1,7 @@
-"""A script's calls of MLflow on ranks other than 0, where the script does not check its rank: without effect.
+"""Disable MLflow calls on ranks other than 0, for scripts that do not check their rank.
 
-Otherwise each rank would start a run beside the job's, or create the same database at the same time. MLflow is never
-imported here. Functions that read (`mlflow.get_run`, a client) are not replaced.
+Otherwise each rank would start a run beside the job's, or create the same database concurrently. Functions that read
+(`mlflow.get_run`, a client) are not replaced. MLflow is never imported here.
 """
 
 from __future__ import annotations
@@ -29,18 +29,15 @@ _FLAVORS = ("mlflow.pytorch", "mlflow.pyfunc", "mlflow.transformers")
 class OtherRanks:
     """Replaces MLflow's functions that write, on ranks other than 0.
 
-    MLflow's own functions are called where the script names the run, has an active run on this rank, or autologging is
+    MLflow's own functions are called if the script names the run, has an active run on this rank, or autologging is
     `exclusive`.
 
     Effects: not collective; main thread; nothing on disk.
-
-    Args:
-        registry: has the current training.
     """
 
     def __init__(self, registry: TrainingRegistry) -> None:
         self._registry = registry
-        # The placeholders of active runs, each nested in the one before.
+        # The placeholders of active runs, outermost first.
         self._runs: list[Any] = []
 
     def table(self) -> list[Replacement]:
@@ -69,7 +66,7 @@ class OtherRanks:
     def _is_other_rank(self) -> bool:
         session = self._registry.session
         accelerator = session.prepared.accelerator
-        # Before the script has an accelerator, the launcher's rank.
+        # Use the launcher's rank until the script has an accelerator.
         rank = os.environ.get("RANK", "0") if accelerator is None else accelerator.process_index
         return not session.settings.exclusive and int(rank) != 0
 
@@ -83,11 +80,7 @@ class OtherRanks:
 
 
 def placeholder_run(end: Callable[[], Any]) -> Any:
-    """An object of MLflow for an active run whose id and data are not known.
-
-    Args:
-        end: called at the end of a `with` around it.
-    """
+    """Make an MLflow object for an active run whose id and data are not known; `end` is called when its `with` ends."""
     mlflow: Any = sys.modules["mlflow"]
     entities: Any = sys.modules["mlflow.entities"]
 

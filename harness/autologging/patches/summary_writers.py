@@ -1,8 +1,7 @@
-"""TensorBoard's writers under MLflow's own autologging, which logs to MLflow what the writers are given.
+"""Log the values of TensorBoard's writers to our run, once, under MLflow's own autologging.
 
-MLflow logs it to the active run, and without one starts a run for each event. Here it is logged to our run, once:
-values of `accelerator.log` that accelerate's TensorBoard tracker writes are in the run already. MLflow is never
-imported here.
+MLflow would log them to the active run, and without one start a run for each event. Values of `accelerator.log` that
+accelerate's TensorBoard tracker writes are already in our run. MLflow is never imported here.
 """
 
 from __future__ import annotations
@@ -25,15 +24,12 @@ class SummaryWriters:
     """Replaces the functions by which MLflow's autologging logs the values of a `SummaryWriter`.
 
     Effects: not collective; main thread; nothing on disk.
-
-    Args:
-        registry: has the current training.
     """
 
     def __init__(self, registry: TrainingRegistry) -> None:
         self._registry = registry
         self._context = registry.context
-        # In place of a run that MLflow's autologging starts for one event.
+        # The placeholder for a run that MLflow's autologging starts for one event.
         self._run: Any = None
 
     def table(self) -> list[Replacement]:
@@ -55,7 +51,7 @@ class SummaryWriters:
         return active is None or session.logger is None or active == session.logger.mlflow_run_id
 
     def _start_run(self, original: Function, *args: Any, **kwargs: Any) -> Any:
-        # The tag of a run that MLflow's autologging starts for one call.
+        # MLflow's autologging sets this tag on a run that it starts for one call.
         is_managed = (kwargs.get("tags") or {}).get("mlflow.autologging") == "pytorch"
         if is_managed and active_run_id() is None and self._is_ours():
             self._run = placeholder_run(lambda: self._end_run(lambda: None))

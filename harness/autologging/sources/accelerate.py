@@ -1,4 +1,4 @@
-"""Scripts with an `accelerate.Accelerator`: their events, and what has no effect while epochs are replayed."""
+"""Scripts with an `accelerate.Accelerator`: their events, and the functions without effect in a replay."""
 
 from __future__ import annotations
 
@@ -27,9 +27,6 @@ class AccelerateSource:
 
     Effects: the replacements are collective where the replaced functions are. A hook on all optimizers is registered
     between `install` and `remove`.
-
-    Args:
-        registry: has the current training.
     """
 
     def __init__(self, registry: TrainingRegistry) -> None:
@@ -37,7 +34,7 @@ class AccelerateSource:
         self._context = registry.context
         # Whether `prepare` runs, which calls the methods that prepare one object.
         self._is_preparing = False
-        # Whether it is known if the training is observed, from the first backward or the first optimizer step.
+        # Whether the first backward or optimizer step has shown if the training is observed.
         self._is_known = False
         self._step_hook: Any = None
 
@@ -85,7 +82,7 @@ class AccelerateSource:
         ]
 
     def install(self) -> None:
-        """Observe optimizer steps, for the line about a training that is not observed."""
+        """Observe optimizer steps, for the message about a training that is not observed."""
         self._step_hook = register_optimizer_step_post_hook(self._optimizer_stepped)
 
     def remove(self) -> None:
@@ -190,16 +187,16 @@ class AccelerateSource:
         session = self._registry.session
         if session.is_replaying:
             return
-        # While the run is open its values go to MLflow once, and not through a tracker too.
+        # While the run is open, values go to MLflow once, and not also through a tracker.
         is_running = session.is_running
         with self._context.in_tracker(is_logged_already=is_running):
-            # Trackers of accelerate accept texts, and keep them as they are.
+            # Redact text, which accelerate's trackers accept and store unchanged.
             original(accelerator, redact_named(values, only_text=True), step, *args, **kwargs)
         if is_running or self._context.settings.exclusive or not _tracks_in_mlflow(accelerator):
             self._registry.session.log(values, step)
 
     def _log_to_mlflow(self, original: Function, *args: Any, **kwargs: Any) -> None:
-        # The tracker would also print a line for each tensor that it drops.
+        # Skipping the call also avoids the tracker's message for each tensor that it drops.
         if self._context.settings.exclusive or not self._context.is_logged_already:
             original(*args, **kwargs)
 
@@ -215,7 +212,7 @@ class AccelerateSource:
         with self._context.in_tracker():
             redacted = redact_named(config) if isinstance(config, Mapping) else config
             original(accelerator, project_name, redacted, *args, **kwargs)
-        # accelerate's own MLflow tracker has logged it to the run.
+        # Otherwise accelerate's MLflow tracker has logged it to the run.
         if config is not None and (self._context.settings.exclusive or not _tracks_in_mlflow(accelerator)):
             self._registry.log_config(config)
 
@@ -226,8 +223,8 @@ class AccelerateSource:
     ) -> Any:
         """Save a state, or return the path of one that was saved before the run was interrupted.
 
-        accelerate numbers the states (`automatic_checkpoint_naming`) from 0 in each process. The number of a resumed
-        run is in our checkpoint.
+        accelerate numbers the states (`automatic_checkpoint_naming`) from 0 in each process. Our checkpoint has the
+        number of a resumed run.
         """
         session, project = self._registry.session, accelerator.project_configuration
         state = session.state if session.prepared.accelerator is accelerator else None
@@ -242,10 +239,10 @@ class AccelerateSource:
         else:
             project.iteration, state.num_states = max(project.iteration, state.num_states), None
         if is_numbered:
-            # States saved after the checkpoint exist already, and accelerate overwrites none.
+            # States saved after the checkpoint exist already, and accelerate does not overwrite them.
             while _numbered_state(accelerator).exists():
                 project.iteration += 1
-            accelerator.wait_for_everyone()  # another rank may still search while this one creates the directory
+            accelerator.wait_for_everyone()  # others may still search as this rank creates it
         return original(accelerator, output_dir, *args, **kwargs)
 
     # ------------------------------------------------------------------------------ the end
@@ -261,7 +258,7 @@ class AccelerateSource:
     def _destroy_process_group(self, original: Function, group: Any = None, *args: Any, **kwargs: Any) -> None:
         session = self._registry.session
         is_whole = group is None or group is torch.distributed.group.WORLD
-        # While an exception is in flight the script has failed, which is observed where the exception arrives.
+        # With an exception in flight the script has failed, which is observed where the exception arrives.
         if is_whole and session.is_running and sys.exc_info()[0] is None:
             # The checkpoint of the last epoch may need the group.
             accelerator = session.prepared.accelerator
