@@ -1,8 +1,8 @@
-"""A wrapper around a loader's batch sampler, by which an iteration can start at any batch.
+"""Wrap a loader's batch sampler so that an iteration can start at any batch.
 
-`wrap` installs it and `unwrap` removes it. While it is installed, an iteration over the loader follows an
-`IterationPlan`: it skips batches, restores random states, and reports its start and each fetch. Batches that workers
-load get a seed each, so that a worker draws the same random numbers for a batch from whichever batch it starts.
+`wrap` installs the wrapper and `unwrap` removes it. Each iteration over a wrapped loader follows an `IterationPlan`: it
+skips batches, restores random states, and reports its start and each fetch. Each batch that workers load has its own
+seed, so a worker draws the same random numbers for a batch wherever the iteration starts.
 """
 
 from __future__ import annotations
@@ -24,23 +24,21 @@ from harness.data import rng_state
 
 
 class IterationListener(Protocol):
-    """Is notified of an iteration over a wrapped sampler, on the thread that iterates."""
+    """Is notified of an iteration over a wrapped sampler, on the iterating thread."""
 
     def on_iteration_start(self) -> None:
-        """Called before the sampler draws anything."""
+        """Handle the start, before the sampler draws anything."""
 
     def on_fetch(self) -> None:
-        """Called before a batch is drawn and loaded, if the plan asks for it."""
+        """Handle a fetch, before the batch is drawn and loaded, if the plan reports fetches."""
 
 
 @dataclass(frozen=True)
 class IterationPlan:
-    """What the next iteration over a sampler does.
+    """The skipped batches, listener and random states of a sampler's next iteration.
 
     Args:
-        num_skipped: leading batches that are left out.
-        listener: is notified of the iteration.
-        reports_fetches: whether the listener is notified of fetches too.
+        num_skipped: number of leading batches to skip.
         rng_states: random states to restore, one before each of the first fetches; the last one is the state after the
             last step before the interruption.
     """
@@ -57,17 +55,12 @@ class _SeededBatch(list[int]):
     seed: int = 0
 
 
-# The wrapper's own attributes; any other attribute is read from and set on the wrapped sampler.
+# The wrapper's own attributes; all others are those of the wrapped sampler.
 _OWN = frozenset(("_inner", "_device", "_seeds_workers", "_reporting", "loads_in_process", "plan"))
 
 
 class WrappedSampler(BatchSampler):
-    """Another batch sampler, whose iterations follow a plan.
-
-    Attributes:
-        loads_in_process: whether this process loads the batches, and not workers.
-        plan: of the next iteration only.
-    """
+    """Iterates over another batch sampler by a plan, which is for the next iteration only."""
 
     def __init__(self, inner: Any, device: torch.device, *, loads_in_process: bool, seeds_workers: bool) -> None:
         self._inner = inner
@@ -79,12 +72,12 @@ class WrappedSampler(BatchSampler):
         self.plan = IterationPlan()
 
     def reset(self) -> None:
-        """Cancel the plan, and the reports of an iteration that runs."""
+        """Cancel the plan, and the reports of a running iteration."""
         self._reporting = None
         self.plan = IterationPlan()
 
     def __reduce__(self) -> Any:
-        # A copy of the loader gets the wrapped sampler: a listener would bring the training objects along.
+        # A copy of the loader gets the wrapped sampler, because a listener refers to the training objects.
         return copy.copy, (self._inner,)
 
     def __getattr__(self, name: str) -> Any:
@@ -101,12 +94,13 @@ class WrappedSampler(BatchSampler):
         return len(self._inner)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # The plan is for this iteration: a nested one over the same loader is the script's own.
+        # The plan is for this iteration only: a nested one over the same loader belongs to the script.
         plan, self.plan = self.plan, IterationPlan()
         this = object()
         if plan.reports_fetches:
             self._reporting = this
-        # Reported here and not before the loader's iteration, in which old and new workers draw differently.
+        # Reported here, because the loader has then drawn the workers' seeds, which new and persistent workers do
+        # differently.
         if plan.listener is not None:
             plan.listener.on_iteration_start()
         # One random number for each epoch; the batches' seeds follow from it, on any rank and in any worker.
@@ -119,7 +113,7 @@ class WrappedSampler(BatchSampler):
         while True:
             if rng_states:
                 rng_state.restore(rng_states.pop(0), self._device)
-            # Before the indices are drawn: a sampler may draw each of them from this process's generators.
+            # Before the indices are drawn, because a sampler may draw each from this process's generators.
             if plan.listener is not None and self._reporting is this:
                 plan.listener.on_fetch()
             indices = next(iterator, None)
@@ -133,25 +127,22 @@ class WrappedSampler(BatchSampler):
 
 def _seeded(indices: list[int], epoch_seed: int, position: int) -> _SeededBatch:
     batch = _SeededBatch(indices)
-    # Generators are seeded with this value as it is, so it must differ widely between neighbouring batches.
+    # Hashed, because generators are seeded with this value as it is, and adjacent seeds may correlate.
     batch.seed = int(np.random.SeedSequence([epoch_seed & (2**63 - 1), position]).generate_state(1, np.uint32)[0])
     return batch
 
 
 def wrap(loader: Any, base: Any, device: torch.device, *, seeds_workers: bool) -> WrappedSampler | None:
-    """Wrap a loader's batch sampler.
+    """Wrap a loader's batch sampler, or return the wrapper that it has; None if the loader's kind is not supported.
 
     Args:
-        loader: as training iterates over it.
+        loader: the loader that training iterates over.
         base: the torch loader inside it.
-        device: this rank's.
-        seeds_workers: whether batches that workers load get a seed each.
-
-    Returns:
-        The wrapper, which may be there already; None if the loader's kind is not supported.
+        device: this rank's device.
+        seeds_workers: whether to seed workers for each batch.
     """
     if isinstance(loader, DataLoaderDispatcher):
-        return None  # rank zero reads several of its batches at once, for all ranks
+        return None  # rank 0 reads several of its batches at once, for all ranks
     if type(base) is not DataLoader or isinstance(base.dataset, IterableDataset) or base.batch_sampler is None:
         return None
     if isinstance(base.batch_sampler, WrappedSampler):
@@ -166,7 +157,7 @@ def wrap(loader: Any, base: Any, device: torch.device, *, seeds_workers: bool) -
 
 
 def unwrap(base: DataLoader[Any]) -> None:
-    """Undo `wrap`; an iteration that runs continues."""
+    """Undo `wrap`; a running iteration continues."""
     sampler, init = base.batch_sampler, base.worker_init_fn
     if isinstance(sampler, WrappedSampler):
         _set_sampler(base, sampler, sampler._inner)
@@ -175,16 +166,16 @@ def unwrap(base: DataLoader[Any]) -> None:
 
 
 def _set_sampler(base: DataLoader[Any], old: Any, new: Any) -> None:
-    # A loader refuses the assignment of this attribute after its construction.
+    # A loader refuses to set this attribute after its construction.
     base.__dict__["batch_sampler"] = new
-    # Persistent workers' iterator is reused for later epochs and has a reference of its own.
+    # The iterator of persistent workers is reused in later epochs and has its own reference.
     iterator: Any = getattr(base, "_iterator", None)
     if getattr(iterator, "_index_sampler", None) is old:
         iterator._index_sampler = new
 
 
 def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker: seed its generators for each batch."""
+    """Make a worker seed its generators for each batch."""
     if init is not None:
         init(worker)
     info = get_worker_info()
@@ -200,6 +191,6 @@ def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
             torch.manual_seed(seed)
         return get_items(indices) if get_items is not None else [dataset[index] for index in indices]
 
-    # A data set with slots refuses the attribute: its workers keep torch's seeds.
+    # A data set with slots refuses the attribute; its workers keep torch's seeds.
     with suppress(AttributeError):
         dataset.__getitems__ = fetch

@@ -1,12 +1,12 @@
-"""The number of samples in a batch of any structure.
+"""Count the samples in a batch of any structure.
 
-A tensor's size is its first dimension, and that of a list of samples is its length. Parts of a batch usually agree on
-one size. A list of tensors has two possible sizes; the first rule that applies decides between them:
+The size of a tensor is its first dimension, and that of a list of samples is its length. A list of tensors has two
+possible sizes. The first rule that applies decides:
 
-1. The size that equals the loader's batch size, which no batch exceeds. A pair or a triple of tensors, as the whole
-   batch, that agree on a smaller size is the loader's last batch.
-2. The length, if the tensors are images: they have one shape with channels first, such as (3, 32, 32). A pair, as the
-   whole batch, is inputs and targets, of any shape.
+1. The size that equals the loader's batch size, which no batch exceeds. If the whole batch is a pair or a triple of
+   tensors that agree on a smaller size, it is the loader's last batch.
+2. The length, if the tensors are images: they have one shape with channels first, such as (3, 32, 32). If the whole
+   batch is a pair, it is inputs and targets, of any shape.
 3. The first dimension, if it is the same for all; else the length.
 """
 
@@ -23,29 +23,29 @@ from torch.nn.utils.rnn import PackedSequence
 
 # Number of items of a long list that are inspected.
 _NUM_INSPECTED = 16
-# Limit of the nesting, as an object may refer to itself.
+# Limit of the nesting, because an object may refer to itself.
 _MAX_DEPTH = 5
 # Channels of an image: grey, RGB, RGBA.
 _NUM_CHANNELS = (1, 3, 4)
 
-# A longer list of tensors with three or more dimensions is taken for samples, not fields.
+# A list of at most this many tensors may be fields, even if its length equals the batch size.
 _MAX_TENSOR_FIELDS = 3
 
-# The possible numbers of samples of a value, the most likely first; empty if the value has no size.
+# The possible numbers of samples, the most likely first; empty if the value has no size.
 Sizes = tuple[int, ...]
 
 
 def batch_size(batch: Any, full_size: int | None = None) -> int:
     """Return the number of samples in a batch; 0 if it is unknown.
 
-    A batch may be a tensor, an array, a `PackedSequence`, a graph batch (``num_graphs``), an object with a size
-    (``batch_size``) or a length of its own, or a list, dict or object of such parts.
+    A batch may be a tensor, an array, a `PackedSequence`, a graph batch (``num_graphs``), an object with a
+    ``batch_size`` or a length, or a list, dict or object of such parts.
 
     Args:
         batch: from the loader.
         full_size: samples in a full batch of the loader on this rank; None if unknown.
     """
-    # The fast path of each step: in the usual list of tensors the first item decides.
+    # Fast path: in the usual list of tensors the first item decides.
     if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:
         first = batch[0].shape[0] if not batch[0].is_nested else batch[0].size(0)
         if first == full_size:
@@ -60,17 +60,14 @@ def batch_size(batch: Any, full_size: int | None = None) -> int:
 
 
 def possible_sizes(value: Any, *, is_top: bool = False, depth: int = 0) -> Sizes:
-    """Return the possible numbers of samples of a value; none if a method of its class raises, such as ``__len__``.
+    """Return the possible numbers of samples of a batch or a part of it; none if a method of its class raises.
 
-    Args:
-        value: a batch, or a part of one.
-        is_top: whether it is the whole batch, where a pair is inputs and targets, and not two samples.
-        depth: level of nesting.
+    In a whole batch (`is_top`) a pair is inputs and targets, not two samples.
     """
     try:
         return _possible_sizes(value, is_top, depth)
     except Exception:
-        # A batch may be of any class, and an error in counting its samples must not end the training.
+        # A batch may be of any class, and an error in its methods must not end the training.
         return ()
 
 
@@ -79,16 +76,10 @@ def _are_tensors(batch: Any, count: int) -> bool:
 
 
 def are_samples(values: Sequence[Any], size: int, *, is_top: bool) -> bool:
-    """Whether the items are the samples of a batch, and not its fields.
-
-    Args:
-        values: a batch, or a list in it.
-        size: number of samples in the batch.
-        is_top: whether it is the whole batch.
-    """
+    """Whether the items of a batch of `size` samples (`is_top`), or of a list in it, are samples and not fields."""
     if len(values) != size or hasattr(values, "_fields"):
         return False
-    # All fields have the batch's size; a sample may have it by chance, such as 8 boxes in a batch of 8.
+    # All fields have the batch's size. A sample may have it by chance, such as 8 boxes in a batch of 8.
     has_size = [size in sizes for each in values if (sizes := possible_sizes(each))]
     if not any(has_size) or _are_images(values, is_top):
         return True
@@ -100,7 +91,7 @@ def _are_images(values: Sequence[Any], is_top: bool) -> bool:
         return False
     shapes = {tuple(each.shape) for each in values}
     shape = shapes.pop() if len(shapes) == 1 and len(values) > 1 else ()
-    # A batch of images has its channels in the second dimension.
+    # In a batch of images, the channels are the second dimension.
     return len(shape) >= 3 and shape[0] in _NUM_CHANNELS and shape[1] not in _NUM_CHANNELS
 
 
@@ -132,7 +123,7 @@ def _possible_sizes(value: Any, is_top: bool, depth: int) -> Sizes:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """Return an attribute; None if it is missing, for which a class's ``__getattr__`` may raise any error."""
+    """Return an attribute; None if it is missing, as ``__getattr__`` may report with any error."""
     try:
         return getattr(value, name)
     except Exception:
@@ -140,14 +131,14 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 def _as_size(found: Any) -> int | None:
-    """Return a number of samples: an integer, or the first dimension of a shape; None for any other value."""
+    """Return an integer, or the first dimension of a shape; None for any other value."""
     if isinstance(found, (tuple, torch.Size)):
         found = found[0] if found else None
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def _sizes_of_sequence(values: Sequence[Any], is_top: bool, depth: int) -> Sizes:
-    """Return the possible sizes of a list of fields, which have a size each, or of samples, which are counted."""
+    """Return the possible sizes of a list: those of its items if they are fields, its length if they are samples."""
     inspected = list(islice(values, _NUM_INSPECTED))
     parts = [sizes for each in inspected if (sizes := possible_sizes(each, depth=depth + 1))]
     if not parts:
@@ -164,7 +155,7 @@ def _may_be_samples(values: Sequence[Any], *, is_top: bool) -> bool:
     """Whether the items may be samples of one kind, and not the fields of a batch."""
     if all(isinstance(each, Tensor) for each in values):
         ndims = {each.ndim for each in values}
-        # torch's default collate function makes a pair of inputs and targets.
+        # torch's default collate function returns a pair of inputs and targets.
         return len(ndims) == 1 and (not is_top or min(ndims) >= 3 or len({each.size(0) for each in values}) > 1)
     return all(isinstance(each, Mapping) for each in values) or (
         not is_top and len({type(each) for each in values}) == 1
@@ -172,11 +163,11 @@ def _may_be_samples(values: Sequence[Any], *, is_top: bool) -> bool:
 
 
 def _agreed(parts: Iterable[Sizes]) -> Sizes:
-    """Return the sizes that all parts may have; if there are none, those of any part, the first part's first."""
+    """Return the sizes that all parts may have; if none, those of any part, in the order of the parts."""
     known = [sizes for sizes in parts if sizes]
     if not known:
         return ()
     common = set.intersection(*map(set, known))
     union = dict.fromkeys(size for sizes in known for size in sizes)
-    # Ranked over all parts: images of three channels may agree by chance with a sample of three boxes.
+    # Ranked over all parts, because a sample of three boxes may agree by chance with images of three channels.
     return tuple(sorted(common, key=lambda size: sum(sizes.index(size) for sizes in known)) if common else union)

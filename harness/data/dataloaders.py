@@ -1,4 +1,4 @@
-"""Properties of loaders: the samples of a rank, sizes, generators; and loaders that cannot be trained on."""
+"""Inspect and change loaders: their sizes, their generators and the samples of a rank."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from harness.errors import DataError
 def check_size(loader: Any, world_size: int, what: str) -> None:
     """Refuse a data set with fewer samples than ranks, or a loader without a batch. Unknown lengths pass.
 
-    Args:
-        loader: a loader, prepared or not.
-        world_size: number of ranks.
-        what: ``training`` or ``evaluation``, for the message.
+    The loader may be prepared or not. `what` is ``training`` or ``evaluation``, for the message.
 
     Raises:
-        DataError: with both numbers, and the remedy.
+        DataError: with the numbers and the remedy.
     """
     try:
         length = len(loader.dataset)
@@ -47,7 +44,7 @@ def check_size(loader: Any, world_size: int, what: str) -> None:
 
 
 def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
-    """Return a loader of only the first batches of another, in the data set's order.
+    """Return a loader of only the first batches of a data set, in its order.
 
     Raises:
         DataError: if the loader has no batch size.
@@ -67,7 +64,7 @@ def first_batches(loader: DataLoader[Any], num_batches: int) -> DataLoader[Any]:
 
 
 def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
-    """Return a loader with batches of another size, over the same samples in the same order."""
+    """Return a loader of the same samples in the same order, with batches of another size."""
     return DataLoader(
         loader.dataset,
         batch_size=size,
@@ -86,10 +83,10 @@ def with_batch_size(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
 
 
 def global_batch_size(loader: Any, world_size: int) -> int | None:
-    """Return the samples in one batch of all ranks together, of a prepared loader; None if unknown.
+    """Return the number of samples that all ranks together have in one batch of a prepared loader; None if unknown.
 
-    accelerate's `total_batch_size` does not serve: it is one rank's size if each rank reads an iterable data set
-    itself, and it raises for a batch sampler without a size.
+    accelerate's `total_batch_size` is one rank's size if each rank reads an iterable data set itself, and raises for a
+    batch sampler without a size.
     """
     base = getattr(loader, "base_dataloader", loader)
     source = base.batch_sampler if getattr(base, "batch_sampler", None) is not None else base
@@ -103,22 +100,22 @@ def global_batch_size(loader: Any, world_size: int) -> int | None:
 
 
 def may_be_uneven(loader: Any, world_size: int) -> bool:
-    """Whether ranks may have different numbers of batches of a prepared loader."""
+    """Whether ranks may get different numbers of batches from a prepared loader."""
     if world_size == 1 or isinstance(loader, DataLoaderDispatcher) or not hasattr(loader, "base_dataloader"):
         return False
     if isinstance(loader.base_dataloader.dataset, IterableDataset):
-        # Each rank reads its own part, of any length.
+        # Each rank reads its own part, which may have any length.
         return True
     shard = _shard_of(loader)
     return shard is not None and not shard.even_batches
 
 
 def guaranteed_num_batches(loader: Any) -> int | None:
-    """Return the least number of batches on this rank; None if accelerate gives all ranks the same number."""
+    """Return the smallest number of batches on this rank; None if all ranks have the same number."""
     shard = _shard_of(loader)
     if shard is None or shard.even_batches:
         return None
-    # The last batch may have no part for this rank if batches are split; accelerate's `len` ignores that.
+    # If batches are split, the last one may have no part for this rank, which accelerate's `len` ignores.
     may_miss_last = shard.split_batches and not shard.drop_last
     return max(0, len(loader) - int(may_miss_last))
 
@@ -129,23 +126,23 @@ def _shard_of(loader: Any) -> Any:
     sampler = getattr(base, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(base, "sampler", None)
-    # accelerate's wrapper that skips the first batches is outside of it.
+    # accelerate's wrapper that skips the first batches contains it.
     while sampler is not None and not hasattr(sampler, "even_batches"):
         sampler = getattr(sampler, "batch_sampler", None)
     return None if sampler is None or sampler.num_processes == 1 else sampler
 
 
 def has_random_order(loader: Any) -> bool:
-    """Whether each iteration draws a new order, which does not follow from the epoch."""
+    """Whether each iteration draws a new order that is not derived from the epoch."""
     sampler = sampler_of(loader)
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators from which a loader draws its order or its seeds, each once.
+    """Return the distinct generators from which a loader draws its order or its seeds.
 
-    The generator of accelerate's seedable sampler is excluded: it is seeded by the epoch at each iteration, so its
-    state has no effect, and differs between a process that has just resumed and one that was not interrupted.
+    The generator of accelerate's seedable sampler is excluded. Each iteration seeds it by the epoch, so its state has
+    no effect, and differs between a resumed and an uninterrupted process.
     """
     sampler = sampler_of(loader)
     places = [(loader, "synchronized_generator"), (getattr(loader, "base_dataloader", loader), "generator")]
@@ -164,18 +161,13 @@ def sampler_of(loader: Any) -> Any:
 
 
 def local_batch_size(loader: Any, world_size: int) -> int | None:
-    """Return the samples in a full batch of a loader on one rank; None if unknown."""
+    """Return the number of samples in a full batch of a loader on one rank; None if unknown."""
     size = global_batch_size(loader, world_size)
     return None if size is None else size // world_size
 
 
 def close_iteration(loader: Any, iterator: Any) -> None:
-    """End an iteration early: accelerate clears its state only after the last batch.
-
-    Args:
-        loader: that is iterated over.
-        iterator: over the loader, or over a generator around it.
-    """
+    """End an iteration over a loader early, because accelerate clears its state only after the last batch."""
     if hasattr(iterator, "close"):
         iterator.close()
     gradient_state = getattr(loader, "gradient_state", None)
@@ -186,21 +178,17 @@ def close_iteration(loader: Any, iterator: Any) -> None:
 def without_duplicates(accelerator: Accelerator, loader: Any) -> Iterator[tuple[Any, bool]]:
     """Yield the batches of a prepared evaluation loader, with each sample on exactly one rank.
 
-    accelerate gives every rank the same number of batches by repeating samples from the start of the data set. The
-    repeated samples are cut off here. A batch of only repeated samples is still yielded, since the collectives in
-    forward need every rank, but it is marked as not counting.
+    accelerate repeats samples from the start of the data set, so that every rank has the same number of batches. The
+    repeated samples are removed here. A batch of only repeated samples is still yielded, because the collectives in
+    forward need every rank, but it does not count.
 
     Effects: as the loader's own iteration; main thread.
-
-    Args:
-        accelerator: for the rank and the number of ranks.
-        loader: a loader from `accelerator.prepare`.
 
     Yields:
         The batch, and whether it counts.
 
     Raises:
-        DataError: on several ranks, if the repeated samples are unknown.
+        DataError: with several ranks, if the repeated samples are unknown.
     """
     iterable = isinstance(loader, DataLoaderDispatcher) or isinstance(loader.dataset, IterableDataset)
     if accelerator.num_processes > 1 and iterable:
@@ -219,12 +207,12 @@ def without_duplicates(accelerator: Accelerator, loader: Any) -> Iterator[tuple[
 
 
 def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int | None:
-    """Return the number of samples of this batch that are not repeated; None for all of them."""
+    """Return the number of samples of this batch that are not repeated; None for all."""
     shard: Any = getattr(loader, "batch_sampler", None)
     fills_up = getattr(shard, "even_batches", False) and getattr(shard, "num_processes", 1) > 1
     if not fills_up or getattr(shard, "drop_last", False) or not getattr(loader, "end_of_dataloader", False):
         return None
-    # accelerate's `remainder` counts the data set, of which the sampler may use only a part.
+    # accelerate's `remainder` is that of the data set, of which the sampler may use only a part.
     try:
         num_samples = len(shard.batch_sampler.sampler)
     except (TypeError, AttributeError) as error:
@@ -241,7 +229,7 @@ def _num_real_samples(accelerator: Accelerator, loader: Any, batch: Any) -> int 
 
 
 def _cut(batch: Any, num_samples: int, full_size: int | None) -> Any:
-    """Return the first samples of a batch: of its tensors, and of its lists with an item for each sample."""
+    """Return the first samples of a batch, from its tensors and its lists of samples."""
     size = batch_size(batch, full_size)
 
     def first(value: Any, is_top: bool = False) -> Any:

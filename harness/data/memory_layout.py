@@ -1,4 +1,4 @@
-"""Reading and writing, in C order, the elements of tensors that are not contiguous."""
+"""Read and write the elements of tensors that are not contiguous, in C order."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 def flat_view(tensor: Tensor) -> Tensor | None:
     """Return a view of the tensor's memory, shape (numel,) and stride 1; None if it is not contiguous.
 
-    `Tensor.view` does not serve: it keeps the arbitrary stride of a dimension with one element, and the result cannot
-    be viewed as bytes.
+    `Tensor.view` keeps the arbitrary stride of a dimension with one element, so its result cannot be viewed as bytes.
     """
     tensor = tensor.detach()
     if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
@@ -25,11 +24,7 @@ def contiguous_copy(tensor: Tensor) -> Tensor:
 
 
 def copy_into(tensor: Tensor, ordered: Tensor) -> None:
-    """Copy values into a tensor of any layout.
-
-    Args:
-        tensor: the destination.
-        ordered: the values, shape (numel,), in C order.
+    """Copy values of shape (numel,) in C order into a tensor of any layout.
 
     Raises:
         ValueError: if elements of the tensor that share memory would get different values.
@@ -62,7 +57,7 @@ def make_contiguous(model: nn.Module) -> None:
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Whether elements may share memory: not if each stride exceeds the extent of all smaller strides."""
+    """Whether elements may share memory. They do not if each stride exceeds the extent of all smaller strides."""
     reached = 0
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1 and stride <= reached:

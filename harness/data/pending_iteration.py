@@ -1,7 +1,7 @@
-"""An iteration over a loader that may turn out to be training.
+"""Record an iteration over a loader until it is known whether it trains.
 
-Autologging knows only at the first `backward` whether a loop trains. Until then this records what a checkpoint of the
-previous epoch, or a resume within this one, needs from before the iteration.
+Autologging detects only at the first `backward` that a loop trains. Until then this module records the states before
+the iteration, which a checkpoint of the previous epoch and a resume within this one need.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ class PendingIteration:
     Args:
         loader: a loader from `accelerator.prepare`, before it is iterated over.
         sampler: its wrapped batch sampler; None if the loader's kind is not supported.
-        device: this rank's.
-        is_accumulating: whether a gradient accumulation is open.
+        is_accumulating: whether the iteration starts within a gradient accumulation.
 
     Attributes:
-        rng_states: random states before the iteration, which are those of the epoch before.
-        generator_states: states of the loader's generators then, by `id`.
-        data: random states as the sampler started, and before the latest fetch.
+        rng_states: random states before the iteration.
+        generator_states: states of the loader's generators before the iteration, by `id`.
+        data: random states at the start of the sampler, and before the latest fetch.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class PendingIteration:
             sampler.plan = IterationPlan(listener=self, reports_fetches=sampler.loads_in_process)
 
     def on_iteration_start(self) -> None:
-        """Record the random states as the sampler starts."""
+        """Record the random states at the start of the sampler."""
         states = [each.get_state() for each in self._generators]
         self.data = DataState(rng_state.capture(self._device), [states], None)
 
@@ -66,7 +65,7 @@ class PendingIteration:
 
     @contextmanager
     def saved_buffers(self) -> Iterator[None]:
-        """Set the model's buffers to the values of `save_buffers`, if it was called, within the context."""
+        """Restore the buffers that `save_buffers` copied, if any, within the context."""
         self._swap_buffers()
         try:
             yield
@@ -75,12 +74,12 @@ class PendingIteration:
 
     def _swap_buffers(self) -> None:
         for buffer, other in self._buffers:
-            # Through `data`, which keeps the version counter: a backward may still need the buffer.
+            # Writing through `data` keeps the version counter, because a backward may still need the buffer.
             now = buffer.data.clone()
             buffer.data.copy_(other)
             other.copy_(now)
 
     def discard(self) -> None:
-        """Stop recording: the iteration is over, and was no training."""
+        """Stop recording an iteration that ended without training."""
         if self.sampler is not None:
             self.sampler.reset()

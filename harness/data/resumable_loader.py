@@ -1,14 +1,14 @@
-"""An epoch's batches from prepared loaders, from any position, with the random states of that position.
+"""Yield an epoch's batches from any position, with the random states of that position.
 
-    epoch starts   the states of this process's generators and the loader's are captured
-    fetch          in this process: the states before it are captured
-                   in a worker: the generators are seeded by epoch and batch, whichever worker loads it
-    checkpoint     stores the captured states, and the states after its step
+    epoch start    capture the states of this process's generators and the loader's
+    fetch          in this process: capture the states before it
+                   in a worker: seed the generators by epoch and batch, so that any worker can load it
+    checkpoint     store the captured states, and the states after its step
     resume         states of the epoch's start -> the sampler skips -> states before the fetch -> states after the step
 
-A loader from `accelerator.prepare` fetches one batch ahead. The batch that follows a checkpoint was therefore fetched
-before the checkpoint's step, with other random states than those after it. A loader that was not prepared fetches each
-batch on demand, with the states after the previous step.
+A loader from `accelerator.prepare` fetches one batch ahead. The batch after a checkpoint was therefore fetched before
+the checkpoint's step, with other random states. A loader that was not prepared fetches each batch on demand, with the
+states after the previous step.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ class DataState:
     """The random states of one rank that a resume within an epoch needs.
 
     Args:
-        start: of this process, before the current loader started; empty if no loader is current.
-        generators: for each loader of the epoch the states of its generators: for the current one before it started,
-            for the others now.
-        fetch: before the latest fetch in this process; None if workers fetch, or batches are fetched on demand.
+        start: states of this process before the current loader started; empty if no loader is current.
+        generators: for each loader of the epoch, the states of its generators; the current loader's before it started.
+        fetch: states before the latest fetch in this process; None if workers fetch, or batches are fetched on demand.
     """
 
     start: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +44,7 @@ class DataState:
     fetch: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values; from any thread."""
+        """Convert the states to JSON values; from any thread."""
         return {
             "start": rng_state.encode(self.start),
             "generators": [
@@ -73,10 +72,9 @@ class ResumePoint:
     """A position in a loader, of one rank.
 
     Args:
-        batches_done: number of its batches that were trained on.
-        data: the random states of the data then.
-        rng_states: the states after the last step, as `rng_state.capture` returns them; None if the number of ranks
-            has changed.
+        batches_done: number of the loader's batches that were trained on.
+        data: the random states at this position.
+        rng_states: captured states after the last step; None if the number of ranks has changed.
     """
 
     batches_done: int
@@ -85,18 +83,18 @@ class ResumePoint:
 
 
 class ResumableLoader:
-    """Iterates over an epoch's training loaders, and provides what a checkpoint needs to resume within the epoch.
+    """Iterates over an epoch's training loaders, and provides the state that a resume within the epoch needs.
 
     Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped until `close`.
 
     Args:
-        accelerator: which prepared the loaders.
-        seeds_workers: seed workers for each batch, so that they draw the same numbers after a resume; False: workers
+        accelerator: the one that prepared the loaders.
+        seeds_workers: seed workers for each batch, so that they draw the same numbers after a resume. If false, workers
             draw as without this class, and draw new numbers after a resume within an epoch.
 
     Attributes:
-        loaders_done: training loaders of the epoch that are done.
-        batches_done: batches of the next loader that are done.
+        loaders_done: number of completed training loaders of the epoch.
+        batches_done: number of completed batches of the next loader.
         iteration_id: number of the current iteration, from 1; 0 if none is current.
     """
 
@@ -114,7 +112,7 @@ class ResumableLoader:
         self._current: DataState | None = None
         self._sampler: WrappedSampler | None = None
         self._wrapped: weakref.WeakSet[DataLoader[Any]] = weakref.WeakSet()
-        # The position from which the current iteration starts; None: from the first batch.
+        # The start position of the current iteration; None for the first batch.
         self._resume_point: ResumePoint | None = None
         # The state that a resume restores, until a loader has started; and its generator states.
         self._resumed: DataState | None = None
@@ -133,7 +131,7 @@ class ResumableLoader:
         now = [[self._state_of(generator) for generator in each] for each in self._generators]
         if self._current is None:
             return DataState({}, now, None)
-        # A copy: it is encoded while the next batches are fetched.
+        # A copy, because it is encoded while the next batches are fetched.
         now[self._index] = list(self._current.generators[0])
         return replace(self._current, generators=now)
 
@@ -143,10 +141,9 @@ class ResumableLoader:
 
     @contextmanager
     def before_next_epoch(self, generator_states: Mapping[int, Tensor]) -> Iterator[None]:
-        """Within the context `state` excludes the next epoch's iteration, which has started already.
+        """Within the context, `state` excludes the next epoch's iteration, which has started already.
 
-        Args:
-            generator_states: by `id`, states of generators before that iteration.
+        The generators' states before that iteration are passed by `id`.
         """
         self._states_before_next_epoch = generator_states
         try:
@@ -155,32 +152,24 @@ class ResumableLoader:
             self._states_before_next_epoch = {}
 
     def restore(self, data: DataState, loaders_done: int, batches_done: int) -> None:
-        """Resume at a position: generators are restored as their loaders start or are skipped."""
+        """Resume at a position; generators are restored when their loaders start or are skipped."""
         self._resumed, self._saved_generators = data, data.generators
         self.loaders_done, self.batches_done = loaders_done, batches_done
 
     def skip_loader(self, loader: Any) -> None:
-        """Pass over a loader of the epoch that was done before the interruption."""
+        """Skip a loader of the epoch that was completed before the interruption."""
         self._register(loader)
         self._restore_generators()
 
     def begin(self, loader: Any, resume_point: ResumePoint | None) -> tuple[Any, Iterator[Any]]:
-        """Start the epoch's next loader.
-
-        Args:
-            loader: a loader that went through `accelerator.prepare`.
-            resume_point: the position to start from; None: the first batch.
-
-        Returns:
-            The loader that is iterated over, and its batches.
-        """
+        """Start the epoch's next loader at a position, or at its first batch, and return it with its batches."""
         point = resume_point if resume_point is not None and resume_point.batches_done else None
         self._begin_iteration(loader, 0 if point is None else point.batches_done)
         # Without worker seeds an uninterrupted run must draw exactly as without this class.
         sets_states = self._seeds_workers or self._resumed is not None
         self._state_before_seed = torch.get_rng_state() if sets_states and _draws_seed_once(loader) else None
         if point is None:
-            # Before the iteration, which draws the workers' seeds first.
+            # Before the iteration, because it draws the workers' seeds first.
             self._restore_generators()
         self._resume_point = point
         sampler = self._sampler = self.wrap_sampler(loader)
@@ -195,7 +184,7 @@ class ResumableLoader:
         reports_fetches = sampler.loads_in_process and prefetches
         sampler.plan = IterationPlan(self.batches_done, self, reports_fetches, rng_states)
         if prefetches and (point is None or rng_states):
-            # accelerate's own iteration draws nothing before its first batch is requested.
+            # accelerate's iteration draws nothing before its first batch is requested.
             return loader, iter(loader)
         return loader, self._iterate(loader, None if rng_states else point, prefetches=prefetches)
 
@@ -208,12 +197,9 @@ class ResumableLoader:
         return sampler
 
     def adopt(self, loader: Any, sampler: WrappedSampler | None, data: DataState) -> None:
-        """Make an iteration that has started already the current one.
+        """Make an iteration over a loader that has started already the current one.
 
-        Args:
-            loader: that it is over.
-            sampler: its wrapped sampler, as `wrap_sampler` returned it.
-            data: its random states; the iteration's listener continues to update them.
+        The iteration's listener continues to update `data`.
         """
         self._begin_iteration(loader, 0)
         self._resumed, self._current, self._sampler = None, data, sampler
@@ -232,14 +218,14 @@ class ResumableLoader:
         self._generators[self._index] = dataloaders.generators_of(loader)
 
     def _restore_generators(self) -> None:
-        """Restore each generator once: a loader's second iteration in an epoch continues from its first."""
+        """Restore each generator once, because a loader's second iteration in an epoch continues from its first."""
         saved = self._saved_generators[self._index] if self._index < len(self._saved_generators) else ()
         for generator, state in zip(self._generators[self._index], saved, strict=False):
             if id(generator) not in self._restored_ids:
                 generator.set_state(state)
 
     def on_iteration_start(self) -> None:
-        """Restore the states of the iteration's start where it resumes, then capture them. The sampler calls this."""
+        """Restore the states of the iteration's start on a resume, then capture them. The sampler calls this."""
         if self._state_before_seed is not None:
             torch.set_rng_state(self._state_before_seed)
         if self._resume_point is not None:
@@ -260,7 +246,7 @@ class ResumableLoader:
         """Yield the batches of a loader whose sampler skips."""
         iterator = iter(loader)
         if point is not None and point.rng_states:
-            # Workers load the batches. This process draws only indices, which a prefetching loader requests early.
+            # Workers load the batches, and this process draws only indices, which a prefetching loader requests early.
             first = next(iterator, None) if prefetches else None
             rng_state.restore(point.rng_states, self._device)
             if prefetches:
@@ -270,10 +256,9 @@ class ResumableLoader:
         yield from iterator
 
     def _replay(self, loader: Any, point: ResumePoint | None, *, prefetches: bool) -> Iterator[Any]:
-        """Yield the batches of a loader that cannot skip: it loads the batches that are done again, and drops them.
+        """Yield the batches of a loader that cannot skip, after it has loaded and dropped the completed ones again.
 
-        Each batch is requested in the same order as before the checkpoint, with the same random states where they were
-        captured.
+        Batches are requested in the same order as before the checkpoint, with the captured random states.
         """
         iterator, iteration_id = iter(loader), self.iteration_id
         loads_in_process = getattr(getattr(loader, "base_dataloader", loader), "num_workers", 0) == 0
@@ -281,7 +266,7 @@ class ResumableLoader:
             for number in range(1, point.batches_done + 1):
                 is_last = number == point.batches_done
                 if prefetches and is_last and number > 1 and point.rng_states and point.data.fetch:
-                    # With the last of these batches the loader fetches the next one.
+                    # The request for the last of these batches fetches the next one too.
                     rng_state.restore(point.data.fetch, self._device)
                 next(iterator, None)
             if point.rng_states:
@@ -296,31 +281,31 @@ class ResumableLoader:
             yield batch
 
     def end_loader(self) -> None:
-        """Mark the loader as done: a later checkpoint stores only its generators' states."""
+        """Mark the loader as completed; a later checkpoint stores only its generators' states."""
         self._current = None
         self.iteration_id, self.loaders_done, self.batches_done = 0, self._index + 1, 0
 
     def cancel(self) -> None:
-        """Undo `begin`, for an iteration that was no training and took no batch."""
+        """Undo `begin` for an iteration that does not train and has yielded no batch."""
         self.release()
         self._current = None
         self._index -= 1
         self.iteration_id = self.batches_done = 0
 
     def release(self) -> None:
-        """End the observation of the loader: its next iteration is the script's own, over all batches."""
+        """Stop observing the loader; its next iteration belongs to the script and covers all batches."""
         if self._sampler is not None:
             self._sampler.reset()
             self._sampler = None
 
     def close(self) -> None:
-        """Unwrap every loader's sampler; an iteration that runs continues."""
+        """Unwrap every loader's sampler; a running iteration continues."""
         self.release()
         while self._wrapped:
             unwrap(self._wrapped.pop())
 
     def end_epoch(self) -> None:
-        """Make the next loader the first one of an epoch."""
+        """Reset the position; the next loader is the first one of an epoch."""
         self._index, self.loaders_done, self.batches_done = -1, 0, 0
 
     @property
@@ -330,9 +315,9 @@ class ResumableLoader:
 
 
 def _draws_seed_once(loader: Any) -> bool:
-    """Whether this iteration draws a seed that later ones do not: the first one of persistent workers.
+    """Whether only this iteration, the first one of persistent workers, draws a seed.
 
-    An iteration may be a process's first one in a resumed run and not in an uninterrupted one.
+    It may be the first one in a resumed process and a later one in an uninterrupted process.
     """
     base = getattr(loader, "base_dataloader", loader)
     is_first = getattr(base, "_iterator", None) is None
@@ -340,7 +325,7 @@ def _draws_seed_once(loader: Any) -> bool:
 
 
 def _ensure_generator(loader: Any) -> None:
-    """Give a shuffling sampler a generator, where the saved run had one: accelerate adds it on several ranks."""
+    """Add a generator to a shuffling sampler, as accelerate does on several ranks."""
     sampler = dataloaders.sampler_of(loader)
     if dataloaders.has_random_order(loader) and sampler.generator is None:
         sampler.generator = torch.Generator()

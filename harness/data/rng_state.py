@@ -1,4 +1,4 @@
-"""The state of every random number generator of a rank, and its form as JSON values (no pickle)."""
+"""Capture and restore the random number generators of a rank, and encode their states as JSON values (no pickle)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-# Python's and NumPy's default generator are Mersenne Twisters: 624 words of 32 bits, and a position.
+# Python's and NumPy's default generators are Mersenne Twisters, with 624 words of 32 bits and a position.
 _WORD = np.dtype("<u4")
 
 
 def capture(device: torch.device) -> dict[str, Any]:
     """Copy the states of Python's, NumPy's, torch's and, on CUDA, the device's generator.
 
-    Effects: not collective; main thread; about 55 us, of which NumPy's state takes 45; on CUDA it synchronises with the
-    device; nothing on disk.
+    Effects: not collective; main thread; takes about 55 us; on CUDA synchronises with the device; nothing on disk.
     """
     # A Mersenne Twister's tuple takes half as long as its dictionary; other kinds have only the dictionary.
     is_twister = isinstance(np.random.get_bit_generator(), np.random.MT19937)  # type: ignore[attr-defined]
@@ -34,8 +33,8 @@ def capture(device: torch.device) -> dict[str, Any]:
 def restore(states: dict[str, Any], device: torch.device) -> None:
     """Set the generators to captured states.
 
-    The device's generator is set only if `device` and `states` both have one, and NumPy's only if it is still of the
-    kind that was captured.
+    The device's generator is set only if `device` and `states` both have one, and NumPy's only if its kind is the
+    captured one.
 
     Effects: not collective; main thread; nothing on disk.
     """
@@ -80,7 +79,7 @@ def decode(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_numpy(state: Any) -> Any:
-    """Encode a Mersenne Twister's state as a list, and that of another kind as nested mappings."""
+    """Encode the state of a Mersenne Twister as a list, and that of another kind as nested mappings."""
     if isinstance(state, tuple):
         kind, keys, *others = state
         return [kind, _to_text(np.asarray(keys, dtype=_WORD).tobytes()), *others]
