@@ -1,4 +1,4 @@
-"""The configuration of a run.
+"""Define, parse and check the configuration of a run.
 
 In reading order:
 

@@ -1,6 +1,6 @@
-"""When checkpoints are due by epochs and steps, and when early stopping ends the training.
+"""Decide when checkpoints are due by epochs and steps, and when early stopping ends the training.
 
-All of it only counts: every rank counts the same steps, so all ranks decide alike. Never imports torch.
+All ranks decide alike without communication, because they count the same steps. Importing this never imports torch.
 """
 
 from __future__ import annotations
@@ -15,28 +15,25 @@ from harness.config.schema import Mode
 
 @dataclass(frozen=True)
 class Cadence:
-    """Due every `every_n_epochs` epochs, every `every_n_steps` optimizer steps, both, or never."""
+    """An event that is due every n epochs, every n optimizer steps, both, or never."""
 
     every_n_epochs: int | None
     every_n_steps: int | None
 
     def is_due_after_epoch(self, num_epochs_done: int) -> bool:
-        """Whether an event is due after the end of an epoch."""
+        """Whether the event is due after the end of an epoch."""
         return self.every_n_epochs is not None and num_epochs_done % self.every_n_epochs == 0
 
     def is_due_after_step(self, num_steps_done: int, num_before: int | None = None) -> bool:
-        """Whether an event is due after optimizer steps.
+        """Whether the event is due after optimizer steps.
 
-        Args:
-            num_steps_done: the total.
-            num_before: the total at the previous call, as a loop of several optimizers adds more than one step at once;
-                None: one fewer.
+        A loop of several optimizers may add several steps at once, and passes the total before them as `num_before`.
         """
         return is_passed(self.every_n_steps, num_steps_done, num_before)
 
 
 def is_passed(every_n: int | None, count: int, before: int | None = None) -> bool:
-    """Whether a multiple of `every_n` is in the range above `before` (None: `count` - 1) up to `count`."""
+    """Whether a multiple of `every_n` is above `before` (default: `count` - 1) and at most `count`."""
     return every_n is not None and count // every_n > (count - 1 if before is None else before) // every_n
 
 
@@ -50,10 +47,7 @@ def is_better(value: float, best: float | None, mode: Mode) -> bool:
 
 
 class Patience:
-    """Counts evaluations without improvement.
-
-    Every rank feeds it the same reduced values, so every rank stops at the same epoch.
-    """
+    """Counts evaluations without improvement. All ranks pass the same reduced values, and so stop at the same epoch."""
 
     def __init__(self, mode: Mode, patience: int) -> None:
         self.mode = mode
@@ -62,7 +56,7 @@ class Patience:
         self.num_without_improvement = 0
 
     def is_exhausted_by(self, value: float) -> bool:
-        """Record an evaluation's value; returns whether training should stop."""
+        """Record an evaluation's value and return whether training should stop."""
         if is_better(value, self.best, self.mode):
             self.best = value
             self.num_without_improvement = 0

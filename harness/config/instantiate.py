@@ -1,6 +1,6 @@
-"""From class paths to objects: imports the classes of the configuration, and checks their arguments.
+"""Import the classes that the configuration names, check their arguments and construct the objects.
 
-jsonargparse checks names and types against the constructor's signature. This module makes one line of its errors.
+jsonargparse checks names and types against the constructor's signature. This module shortens its errors to one line.
 """
 
 from __future__ import annotations
@@ -46,15 +46,12 @@ def load_class(key: str, class_path: str) -> type[Any]:
 
 
 def check_arguments(key: str, spec: ClassSpec, provided: Sequence[str] = ()) -> Any:
-    """Check `init_args` against the constructor; returns the arguments, converted to its types.
+    """Check `init_args` against the constructor and return the arguments, converted to its types.
 
-    Effects: imports and instantiates the classes that the arguments name. Arguments from an untrusted source are for
+    The configuration may not contain the `provided` parameters, which harness passes. Messages begin with `key`.
+
+    Effects: imports and instantiates the classes that the arguments name. For arguments from an untrusted source use
     `harness.models.described_model`.
-
-    Args:
-        key: place in the configuration, for messages.
-        spec: class and arguments.
-        provided: constructor parameters that harness passes, which the configuration may not contain.
 
     Raises:
         ConfigError: for an argument that is unknown, missing or of a wrong type.
@@ -94,7 +91,7 @@ def _without_default(found: type[Any]) -> list[str]:
 
 
 def check_optimization(config: RunConfig) -> None:
-    """Check the arguments of the optimizer and the scheduler, long before they are constructed.
+    """Check the arguments of the optimizer and the scheduler before they are constructed.
 
     Raises:
         ConfigError: as `check_arguments`.
@@ -105,12 +102,7 @@ def check_optimization(config: RunConfig) -> None:
 
 
 def build(key: str, spec: ClassSpec, **provided: Any) -> Any:
-    """Construct an object of the configured class.
-
-    Args:
-        key: place in the configuration, for messages.
-        spec: class and arguments.
-        provided: the leading arguments, which harness passes, by name.
+    """Construct an object of the configured class. The `provided` arguments are passed first, by position.
 
     Raises:
         ConfigError: if class or arguments are wrong, or the constructor rejects them.

@@ -1,8 +1,8 @@
-"""From the command line and YAML files to a `RunConfig`. Importing this never imports torch.
+"""Parse the command line and YAML files into a `RunConfig`. Importing this never imports torch.
 
-jsonargparse parses. This module adds what it lacks: options before ``--config`` apply, a switch needs no value, a key
-that is repeated in a YAML file is an error, and an error is one line with a remedy.
-`harness.config.instantiate` checks the arguments of the named classes later, since that imports torch.
+This module extends jsonargparse: options before ``--config`` apply, a switch needs no value, a repeated key in a YAML
+file is an error, and an error is one line with a remedy. `harness.config.instantiate` checks the arguments of the named
+classes later, because that imports torch.
 """
 
 from __future__ import annotations
@@ -44,21 +44,17 @@ def make_parser(prog: str) -> ArgumentParser:
     for key, what in _CLASS_KEYS.items():
         default = _DEFAULT_OPTIMIZER.class_path if key == "optimizer" else None
         parser.add_argument(f"--{key}.class_path", type=str | None, default=default, help=what)
-        # `_to_run_config` adds the default optimizer's arguments: here they would apply to another class too.
+        # `_to_run_config` adds the default optimizer's arguments, which as defaults would apply to another class too.
         parser.add_argument(f"--{key}.init_args", type=dict[str, Any], default={}, help="its keyword arguments")
     parser.add_class_arguments(RunConfig, skip=set(_CLASS_KEYS))
     return parser
 
 
 def parse_run_config(argv: Sequence[str], *, prog: str = "harness train") -> RunConfig:
-    """Parse arguments into a valid configuration.
-
-    Args:
-        argv: the arguments, without the program's name.
-        prog: the program's name, for ``--help``.
+    """Parse command-line arguments into a valid configuration. `prog` is the program's name in ``--help``.
 
     Raises:
-        ConfigError: one line with the place, the rule, what was given and the remedy.
+        ConfigError: if an argument or file is wrong; one line with the place, the rule, the value and the remedy.
         SystemExit: after ``--help`` and ``--print_config``.
     """
     ordered = config_files_first(with_switch_values(argv))
@@ -82,7 +78,7 @@ def refuse_typed_password(key: str, uri: str | None, argv: Sequence[str]) -> Non
     """Refuse an address with a password or a token on the command line.
 
     Raises:
-        ConfigError: without the address.
+        ConfigError: if it has one; the message omits the address.
     """
     if uri is not None and without_password(uri) != uri and any(uri in word for word in argv):
         raise ConfigError(
@@ -112,7 +108,7 @@ def with_switch_values(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
-    """Move each ``--config FILE`` to the front: jsonargparse drops options before it.
+    """Move each ``--config FILE`` to the front, because jsonargparse drops options before it.
 
     Raises:
         ConfigError: if the last ``--config`` has no value.
@@ -134,17 +130,12 @@ def config_files_first(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 def config_files(ordered: Sequence[str]) -> tuple[Path, ...]:
-    """Return the files of the ``--config FILE`` pairs."""
+    """Return the files of the leading ``--config FILE`` pairs."""
     return tuple(Path(value) for key, value in itertools.pairwise(ordered) if key == "--config")
 
 
 def without_stale_arguments(ordered: Sequence[str], contents: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Drop a file's `init_args` if the command line names another class.
-
-    Args:
-        ordered: arguments, ``--config`` pairs first.
-        contents: of those files.
-    """
+    """Drop a file's `init_args` if the command line names another class; ``--config`` pairs are first in `ordered`."""
     num_file_words = 2 * len(contents)
     files, rest = ordered[:num_file_words], ordered[num_file_words:]
     dropped: list[str] = []
@@ -166,7 +157,7 @@ def _values_of(option: str, words: Sequence[str]) -> Iterator[str]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key of a mapping."""
+    """A SafeLoader that refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -175,7 +166,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                continue  # PyYAML's own method refuses it, with its place
+                continue  # PyYAML's method refuses it with its place
             if key in seen:
                 mark = key_node.start_mark
                 raise ConfigError(
@@ -255,7 +246,7 @@ _UNKNOWN = re.compile(
 
 
 def _with_nearest(message: str, parser: ArgumentParser) -> str:
-    """Replace the message about an unknown key by one with the most similar key."""
+    """Replace a message about an unknown key by one with the most similar key."""
     match = _UNKNOWN.search(message)
     if match is None:
         return message

@@ -1,7 +1,7 @@
-"""The configuration of a run, as frozen dataclasses. Importing this never imports torch.
+"""Define the configuration of a run as frozen dataclasses. Importing this never imports torch.
 
-`harness.config.parsing` makes a `RunConfig` from YAML and the command line, and shows these docstrings as ``--help``.
-Each class checks its values when it is constructed, so every `RunConfig` is valid.
+`harness.config.parsing` creates a `RunConfig` from YAML and the command line, and prints these docstrings as
+``--help``. Each class checks its values when it is constructed, so every `RunConfig` is valid.
 """
 
 from __future__ import annotations

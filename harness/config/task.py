@@ -1,4 +1,4 @@
-"""The protocol that a user implements: model, data, loss and metrics, without ranks or devices.
+"""Define the protocol that a user implements: model, data, loss and metrics, without ranks or devices.
 
 Importing this never imports torch, so that a configuration can be checked without it.
 """
@@ -20,7 +20,7 @@ class StepOutput:
 
     Args:
         loss: mean over `weight` items, a 0-d tensor on the model's device.
-        weight: number of items over which this batch's means are taken: images, tokens, ...
+        weight: number of items over which this batch's means are computed, such as images or tokens.
         metrics: further means over the same items, each a 0-d tensor or a number.
         predictions: input of the task's `eval_metrics`, if it has them.
         targets: the targets of the predictions.
@@ -35,16 +35,14 @@ class StepOutput:
 
 @runtime_checkable
 class Task(Protocol):
-    """A training task. `harness.tasks.Digits` is the example to copy.
-
-    A task may have three further methods:
+    """A training task, such as `harness.tasks.Digits`. These three further methods are optional.
 
     - `eval_metrics() -> Mapping[str, torchmetrics.Metric]`: metrics that are updated with the `predictions` and
       `targets` of each evaluated batch, and logged as ``eval/<name>``.
-    - `input_example()`: a batch of the model's inputs, a tensor or several by argument name. The models in MLflow then
-      have this example and a signature.
+    - `input_example()`: a batch of the model's inputs, as a tensor or as tensors by argument name. The models in MLflow
+      then have this example and a signature.
     - `dynamic_axes() -> Mapping[str, Sequence[int]]`: the axes of each input, beside the first, that may have any size
-      in that signature. The name of a single input is ``input``.
+      in that signature. A single input is named ``input``.
     """
 
     def model(self) -> nn.Module:
@@ -52,7 +50,7 @@ class Task(Protocol):
         ...
 
     def train_data(self) -> DataLoader[Any]:
-        """Construct the training loader. Its batch size is that of one process."""
+        """Construct the training loader, with the batch size of one process."""
         ...
 
     def eval_data(self) -> DataLoader[Any] | None:
@@ -63,7 +61,7 @@ class Task(Protocol):
         """Run the model on one batch, in training and in evaluation.
 
         Args:
-            model: the prepared model: call it, but do not use its submodules.
+            model: the prepared model. Call it, and do not use its submodules.
             batch: from the loader, on the model's device.
         """
         ...

@@ -1,8 +1,8 @@
-"""Files, locks, child processes and streams.
+"""Access files, locks, child processes and standard streams.
 
 In reading order:
 
-    durable_files     replace a file so that a crash leaves the old one or the new one
+    durable_files     replace a file so that a crash leaves either the old or the new content
     lock_file         lock files that other users cannot open
     redact            remove secrets from text that is written
     standard_streams  write to standard output and error, even if they are closed

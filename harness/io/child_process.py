@@ -2,9 +2,9 @@
 
     python .../harness/io/child_process.py MODULE [ARGS]      like `python -m MODULE`
 
-`python -m` searches the working directory and PYTHONPATH before the standard library, so a user's `signal.py`,
-`launch/` or `harness/` there would be imported instead. A child process executes this file by its absolute path. It
-searches the standard library first, and imports both packages from the directory of this installation.
+`python -m` searches the working directory and PYTHONPATH before the standard library, and would import a user's
+`signal.py`, `launch/` or `harness/` there. A child process executes this file by its absolute path instead. It searches
+the standard library first, and imports both packages from this installation.
 """
 
 import sys
@@ -13,12 +13,7 @@ _PACKAGES = ("harness", "launch")
 
 
 def child_command(module: str, *words: str) -> list[str]:
-    """Return the command line of a child process.
-
-    Args:
-        module: full name, such as ``harness.checkpoint.save.writer``, of a module that runs as ``__main__``.
-        words: its arguments.
-    """
+    """Return the command line that runs a module, such as ``harness.checkpoint.save.writer``, as ``__main__``."""
     import os
 
     return [sys.executable, os.path.abspath(__file__), module, *words]
@@ -39,7 +34,7 @@ def standard_library() -> list[str]:
 
 def _main() -> None:
     if not sys.flags.safe_path:
-        del sys.path[0]  # this file's directory: its modules would be importable without their package
+        del sys.path[0]  # this file's directory, whose modules would be importable without their package
     # Imports follow this change, because they depend on it. `sys` and `os` are imported already.
     standard = standard_library()
     sys.path[:] = standard + [path for path in sys.path if path not in standard]

@@ -1,4 +1,4 @@
-"""Write files so that a reader, or a crash, finds the old content or the new one, never a part."""
+"""Write files so that readers see either the old or the new content, even after a crash."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ T = TypeVar("T")
 def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
     """Replace the content of a file atomically.
 
-    Effects: not collective; any thread; blocks on fsync; leaves the complete file.
+    A private file has mode 0600, for content such as addresses. For other files the umask applies.
 
-    Args:
-        path: of the file.
-        text: its new content.
-        is_private: whether only its user can read it (mode 0600), for content such as addresses; else the umask
-            applies.
+    Effects: not collective; any thread; blocks on fsync; leaves the complete file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A file of an earlier process with this id, or a link that another user of the directory created.
+    # It may be the file of an earlier process with this id, or a link that another user of the directory created.
     temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "x", encoding="utf-8", opener=open_private if is_private else None) as stream:
@@ -41,16 +37,16 @@ def replace_file(path: Path, text: str, *, is_private: bool = False) -> None:
 
 
 def open_private(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file that only its user can read; an opener for `open`. An existing file gets mode 0600 too.
+    """Open a file and set its mode to 0600, as an opener for `open`.
 
-    A link is not followed: in a directory that a group can write to, it may lead to any file of this user. Parent
-    directories may be links.
+    A link is not followed, because in a directory that a group can write to it may lead to any file of this user.
+    Parent directories may be links.
 
     Raises:
         OSError: if it cannot be opened, or is not a regular file.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for its other end; files are not affected.
+        # Without O_NONBLOCK, opening a pipe would block until its other end is open; files are not affected.
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
@@ -68,7 +64,7 @@ def open_private(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None if there is no file, or if it is damaged (empty, truncated, no object)."""
+    """Return the JSON object in a file; None if the file is missing or damaged (empty, truncated, not an object)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -77,7 +73,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def parse_record(path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
-    """Parse the JSON object in a file; None if there is no file, or if it is damaged or lacks a field."""
+    """Parse the JSON object in a file; None if the file is missing or damaged, or lacks a field."""
     record = read_record(path)
     try:
         return None if record is None else parse(record)

@@ -1,8 +1,8 @@
-"""Lock files that other users cannot open, and the process that holds one. Importing this never imports torch.
+"""Open lock files that other users cannot open, and describe the process that holds one; never imports torch.
 
 A user who can open a file, even only for reading, can lock it forever. Lock files therefore have mode 0600. The kernel
-lists the processes that hold a lock (``/proc/locks``; on a network file system those of this host); the file itself
-contains the record of its last holder.
+lists the holders of a lock (``/proc/locks``; on a network file system only those of this host), and the file contains a
+record of its last holder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Kind = Literal["POSIX", "FLOCK"]
 
 
 def open_lock(path: Path) -> int:
-    """Open or create a lock file with mode 0600; returns its descriptor.
+    """Open or create a lock file with mode 0600 and return its descriptor.
 
     Raises:
         OSError: if it cannot be opened for writing.
@@ -43,13 +43,13 @@ def write_holder(descriptor: int) -> None:
         "user": _user_name(os.geteuid()),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    # In place: a new file of this name would be another lock.
+    # In place, because a new file of this name would be another lock.
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(record).encode() + b"\n", 0)
 
 
 def holder_of(descriptor: int, kind: Kind) -> str:
-    """Describe the holder of a lock: process, user, host and, if it wrote a record, the time since when."""
+    """Describe the holder of a lock by process, user, host and, if it wrote a record, the start time."""
     pids = _pids(os.fstat(descriptor), kind)
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
@@ -79,9 +79,9 @@ def _user_name(uid: int) -> str:
 
 
 def _pids(found: os.stat_result, kind: Kind) -> list[int]:
-    """The processes of this host that hold a lock on a file.
+    """Return the processes of this host that hold a lock on a file.
 
-    A line is ``1: POSIX ADVISORY WRITE 4711 08:01:1234 0 EOF``: pid, device, inode; ``->`` marks a waiting one.
+    A line is ``1: POSIX ADVISORY WRITE 4711 08:01:1234 0 EOF``, with pid, device and inode; ``->`` marks a waiter.
     """
     try:
         lines = _LOCKS.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The display of rank 0: a progress bar on a terminal, else one line for each epoch."""
+"""Display the progress on rank 0: a bar on a terminal, else one line for each epoch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from rich.progress import Progress as RichProgress
 
 from harness.io.standard_streams import StandardError, flush
 
-# The first metrics of an epoch's line, in this order; other evaluation metrics follow.
+# Metrics at the start of an epoch's line; other evaluation metrics follow.
 _FIRST = ("train/loss", "eval/loss", "eval/accuracy")
 _REDRAW_S = 0.1
 
 
 class Progress:
-    """A progress bar with loss, steps/s, samples/s and the status of the checkpoint.
+    """Displays loss, steps/s, samples/s and the status of the checkpoint. If disabled, only `say` writes.
 
     Effects: not collective; main thread (`say` any); writes to standard error; does not block.
-
-    Args:
-        enabled: if false, only `say` writes.
-        bar: whether a bar may be drawn; without a terminal none is.
 
     Attributes:
         shows_steps: whether a bar is drawn.
@@ -57,7 +53,7 @@ class Progress:
         self._latest = latest
 
     def epoch_begins(self, epoch: int, num_batches: int | None) -> None:
-        """Show the start of an epoch with a number of batches (None: unknown)."""
+        """Show the start of an epoch; the number of batches is None if it is unknown."""
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -65,7 +61,7 @@ class Progress:
             self._task = self._bar.add_task(f"epoch {epoch + 1}", total=num_batches, numbers="", checkpoint="")
 
     def step_done(self, num_batches: int, checkpoint_status: str) -> None:
-        """Show a completed optimizer step. Redraws at most ten times a second."""
+        """Show a completed optimizer step, at most ten times a second."""
         if self._bar is None or self._task is None or time.monotonic() - self._redrawn_s < _REDRAW_S:
             return
         self._redrawn_s = time.monotonic()
@@ -88,7 +84,7 @@ class Progress:
         self.say(f"epoch {epoch:>3}  step {step:>6}  {numbers}  {rate}  [{checkpoint_status}]")
 
     def delivering(self, share: float, left: str) -> None:
-        """Show the share that the publisher has delivered, while the end of a run waits for it."""
+        """Show the share that the publisher has delivered, while the run drains its outbox."""
         if self._enabled and self._console.is_terminal:
             if self._delivery is None:
                 self.stop()

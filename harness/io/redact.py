@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 # Up to the last @ before the path: a password may contain one.
 _URI_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]+@")
-# A user alone is often a token: https://TOKEN@host.
+# A user without a password is often a token: https://TOKEN@host.
 _URI_TOKEN = re.compile(r"(://)[^\s/:@]+@")
 # `token` only at the end of a name: `max_tokens` and `tokenizer` are not secrets.
 _SECRET = (
@@ -22,22 +22,22 @@ _SECRET = (
 )
 _SECRET_NAME = re.compile(_SECRET + r"\Z", re.IGNORECASE)
 _SECRET_OPTION = re.compile(rf"({_SECRET}[\"']?(?:\s*[=:]\s*|\s+))(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE)
-# In text that may be prose: only assigned values, as in `password=...` and `{"password": ...}`.
+# In text that may be prose, only assigned values, as in `password=...` and `{"password": ...}`.
 _ASSIGNED = re.compile(rf"({_SECRET}(?:[\"']\s*:\s*|\s*=\s*))(?:'[^']*'|\"[^\"]*\"|[^\s,;&)]+)", re.IGNORECASE)
-# The signature of a signed address, which grants access for a time.
+# The signature of a signed address, which grants temporary access.
 _SIGNATURE = re.compile(r"([?&](?:[\w-]*signature|[\w-]*security-token|sig)=)[^&\s'\"]+", re.IGNORECASE)
-# In the query of a database address.
+# The password in the query of a database address.
 _QUERY_PASSWORD = re.compile(r"([?&;][\w-]*(?:password|passwd|pwd|secret|token)=)[^&;]+", re.IGNORECASE)
-# A shorter secret occurs by chance in other words.
+# A shorter secret may occur in other words by chance.
 _MIN_KNOWN_CHARS = 6
 
 
-# Passwords of addresses given to this process, see `remember`.
+# Passwords of the addresses passed to `remember`.
 _known: set[str] = set()
 
 
 def remember(uri: str | None) -> None:
-    """Redact the password of this address, in either encoding, from all text that this process writes."""
+    """Redact the password of this address, percent-encoded or not, in all later calls of this process."""
     if uri is not None:
         _known.update(_passwords_in(uri))
 
@@ -48,7 +48,7 @@ def redact(text: str) -> str:
 
 
 def redact_message(text: str) -> str:
-    """Return a message of another program without secrets, but with the words "password" and "token"."""
+    """Return another program's message without secrets. Unlike `redact`, keep prose such as "password required"."""
     for secret in sorted({*_known, *_of_environment()}, key=len, reverse=True):
         if len(secret) >= _MIN_KNOWN_CHARS:
             text = text.replace(secret, "***")
@@ -58,9 +58,9 @@ def redact_message(text: str) -> str:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost message of a chain of errors, redacted and on one line, at most 300 characters.
+    """Return the innermost message of a chain of errors, which HTTP clients repeat in each outer error.
 
-    The outer layers of HTTP clients repeat it at length.
+    The message is redacted and on one line, with at most 300 characters.
     """
     while (inner := error.__cause__ or error.__context__) is not None and str(inner):
         error = inner
@@ -76,7 +76,7 @@ def _of_environment() -> Iterator[str]:
 
 
 def _passwords_in(uri: str) -> tuple[str, ...]:
-    """The password of a URI, percent-encoded and decoded."""
+    """Return the password of a URI, percent-encoded and decoded."""
     try:
         password = urlsplit(uri).password
     except ValueError:
@@ -85,7 +85,7 @@ def _passwords_in(uri: str) -> tuple[str, ...]:
 
 
 def redact_tree(value: Any, name: str = "") -> Any:
-    """Return nested mappings and lists of plain values with secrets replaced, by their names and by their form."""
+    """Replace secrets in nested mappings and lists, which it finds by their names and by their form."""
     if name and is_secret_name(name):
         return "***"
     if isinstance(value, Mapping):
@@ -96,11 +96,9 @@ def redact_tree(value: Any, name: str = "") -> Any:
 
 
 def redact_named(values: Mapping[str, Any], *, only_text: bool = False) -> dict[str, Any]:
-    """Return the values of a script with secrets replaced; all other values are the same objects.
+    """Replace secrets in a script's nested mappings of name -> value; all other values are the same objects.
 
-    Args:
-        values: nested mappings; name -> value.
-        only_text: whether numbers with names like secrets stay, as in metrics (``loss_per_token``).
+    With `only_text`, numbers that are named like secrets are kept, as in metrics (``loss_per_token``).
     """
     redacted: dict[str, Any] = {}
     for name, value in values.items():
@@ -114,7 +112,7 @@ def redact_named(values: Mapping[str, Any], *, only_text: bool = False) -> dict[
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
-    """Return a command line with the values of options named like secrets replaced, in any quoting."""
+    """Replace the values of options named like secrets in a command line, in any quoting."""
     redacted: list[str] = []
     for position, word in enumerate(words):
         name, equals, _ = word.partition("=")

@@ -1,7 +1,7 @@
 """Write to standard output and error, and drop the text if they are closed or their reader is gone.
 
 Supervisors and daemons start processes with closed streams, `| head` ends before its writer, and terminals hang up.
-None of these may end a training or change its exit code.
+None of these may end the training or change its exit code.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ _NUM_DESCRIPTORS = 3
 
 
 def occupy_descriptors() -> None:
-    """Open descriptors 0, 1 and 2 on the null device where they are closed.
+    """Open each closed descriptor of 0, 1 and 2 on the null device.
 
-    Otherwise the next file that is opened, such as a checkpoint, would get one of these numbers, and libraries would
-    print into it.
+    Otherwise the next file that is opened, such as a checkpoint, would get its number, and libraries would print into
+    that file.
 
-    Effects: not collective; any thread; `sys.stdin`, `sys.stdout` and `sys.stderr` stay as they are.
+    Effects: not collective; any thread; does not change `sys.stdin`, `sys.stdout` and `sys.stderr`.
     """
     for descriptor in range(_NUM_DESCRIPTORS):
         try:
             os.fstat(descriptor)
         except OSError:
-            # `open` uses the lowest free number: this one.
+            # `open` uses the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def flush() -> None:
-    """Flush both, and drop what cannot be written, so that the interpreter's shutdown does not fail with it."""
+    """Flush both streams and drop text that cannot be written, on which the interpreter's shutdown would fail."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
@@ -45,7 +45,7 @@ def flush() -> None:
 
 
 def write_output(text: str) -> None:
-    """Write to standard output, if possible, and flush both, because a child process may write next."""
+    """Write to standard output, if possible, and flush both streams, because a child process may write next."""
     if sys.stdout is not None:
         with suppress(OSError, ValueError):
             sys.stdout.write(text)
@@ -86,5 +86,5 @@ class StandardError:
 
     @staticmethod
     def _stream() -> Any:
-        # While rich draws a bar, `sys.stderr` writes to the console, which writes here.
+        # While rich draws a bar, `sys.stderr` writes to the console, which writes to this stream.
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)

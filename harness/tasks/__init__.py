@@ -1,8 +1,8 @@
-"""Two small tasks on real data, which are also examples for tasks of your own.
+"""Provide two small tasks on real data, which are also examples for your own tasks.
 
 In reading order:
 
-    digits   a convolutional net on images of handwritten digits
+    digits   a convolutional network on images of handwritten digits
     byte_lm  a GPT over the bytes of text files
 """
 

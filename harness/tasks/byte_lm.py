@@ -1,4 +1,4 @@
-"""A language model over bytes: a GPT in plain torch, on the text files of a directory.
+"""Train a language model over bytes, a GPT in plain torch, on the text files of a directory.
 
 The default text is the source of Python's standard library, which every machine has. Parameters by size:
 
@@ -28,7 +28,7 @@ _NUM_BYTES = 256
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each after a normalisation."""
+    """Applies attention and a feed-forward layer, each after a normalisation."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class GPT(nn.Module):
 
 
 class ByteWindows(Dataset[Tensor]):
-    """Windows of `length` bytes over one text, which start `stride` bytes apart."""
+    """Windows of `length` bytes over one text, `stride` bytes apart."""
 
     def __init__(self, text: Tensor, length: int, stride: int) -> None:
         self.text = text
@@ -144,23 +144,18 @@ class ByteLM:
         return self._loader(text[len(text) * 9 // 10 :], shuffle=False)
 
     def step(self, model: nn.Module, batch: Tensor) -> StepOutput:
-        """Compute the cross entropy of each next byte, and bits per byte.
-
-        Args:
-            model: the prepared model.
-            batch: bytes, shape (B, T + 1).
-        """
+        """Compute the cross entropy of each next byte, and bits per byte, from bytes of shape (B, T + 1)."""
         logits = model(batch[:, :-1])
         targets = batch[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return StepOutput(loss, weight=targets.numel(), metrics={"bits_per_byte": loss.detach() / math.log(2)})
 
     def input_example(self) -> Tensor:
-        """Return the start of a line, from which MLflow's models get their signature."""
+        """Return the start of a line, from which MLflow infers the model's signature."""
         return torch.tensor([list(b"def main("[: self.context_length])])
 
     def dynamic_axes(self) -> dict[str, list[int]]:
-        """Allow text of any length up to the context's in that signature."""
+        """Allow text of any length up to the context's in the signature."""
         return {"input": [1]}
 
     def _loader(self, text: Tensor, shuffle: bool) -> DataLoader[Any]:
@@ -170,7 +165,7 @@ class ByteLM:
     def _text(self) -> Tensor:
         content = bytearray()
         for path in sorted(self.text_dir.rglob(self.pattern)):
-            # Installed packages are excluded: they differ between machines.
+            # Installed packages differ between machines.
             if "site-packages" not in path.parts and path.is_file():
                 content += path.read_bytes()
             if self.max_text_bytes is not None and len(content) >= self.max_text_bytes:

@@ -1,6 +1,6 @@
-"""Handwritten digits: a small convolutional net on scikit-learn's 1,797 images of 8 x 8 pixels.
+"""Train a small convolutional network on scikit-learn's 1,797 images of handwritten digits, 8 x 8 pixels each.
 
-The example to copy for a task of your own. A `harness.Task` has four methods, and this class adds the optional
+Copy this example for your own task. A `harness.Task` has four methods, and this class adds the optional
 `input_example`. The arguments of the constructor are the `init_args` in the YAML file.
 """
 
@@ -28,7 +28,7 @@ class Digits:
     Args:
         width: channels of the first convolution.
         batch_size: images per batch and process.
-        dropout: fraction of the features that are dropped in training.
+        dropout: fraction of the features that is dropped in training.
     """
 
     def __init__(self, width: int = 16, batch_size: int = 16, dropout: float = 0.1) -> None:
@@ -72,7 +72,7 @@ class Digits:
         return StepOutput(F.cross_entropy(logits.float(), labels), weight=len(labels), metrics={"accuracy": accuracy})
 
     def input_example(self) -> Tensor:
-        """Return two images, from which MLflow's models get their signature."""
+        """Return two images, from which MLflow infers the model's signature."""
         images: Tensor = self._images(evaluation=True).tensors[0]
         return images[:2]
 
@@ -85,7 +85,7 @@ class Digits:
 
 
 def _digits_file() -> Path:
-    """Return the file of `sklearn.datasets.load_digits`, without its import, which takes longer than torch's."""
+    """Return the file of `sklearn.datasets.load_digits` without importing sklearn, which takes longer than torch."""
     package = find_spec("sklearn")
     assert package is not None and package.submodule_search_locations
     return Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
