@@ -1,6 +1,6 @@
-"""What a run has left, and what it is doing.
+"""Reports on a run's state.
 
 In reading order:
 
-    report  as text and as JSON
+    report  a run's checkpoints and MLflow page, as text and as JSON
 """

@@ -1,4 +1,4 @@
-"""What a run has left, as text and as JSON values. Importing this never imports torch or mlflow."""
+"""Report a run's checkpoints and MLflow page as text and as JSON values, without importing torch or mlflow."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SHOWN_METRICS = 4
 
 
 def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
-    """Each committed checkpoint of a run: name, epoch, step, bytes, metrics, MLflow model id (or None), and more.
+    """List a run's checkpoints: name, epoch, step, bytes, metrics, MLflow model id (or None), and the following.
 
-    ``best``: of all by the newest's ``checkpoint.monitor``. ``damaged``: None, or why it cannot be used.
-    ``on_disk``: false of one that was pruned, while MLflow still has its model. Of these two, which come last,
-    nothing else is known.
+    ``best``: whether it is the best by the newest checkpoint's ``checkpoint.monitor``. ``damaged``: None, or why it
+    cannot be used. ``on_disk``: False for a pruned checkpoint whose MLflow model remains. Damaged and pruned ones are
+    last, with None or empty values for the other fields.
 
     Raises:
         CheckpointError: if the directory of checkpoints cannot be read.
@@ -55,7 +55,7 @@ def checkpoint_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint_table(run_dir: Path) -> str:
-    """The same as a table of text, with the evaluation metrics."""
+    """Format `checkpoint_records` as a text table, with the evaluation metrics."""
     records = checkpoint_records(run_dir)
     aside = [f"{name}: set aside, as it was found damaged" for name in names_set_aside(run_dir / "checkpoints")]
     if not records:
@@ -86,7 +86,7 @@ def checkpoint_table(run_dir: Path) -> str:
 
 
 def how_to_open(run_dir: Path) -> str:
-    """The one command that opens the MLflow page of a run, or what to do instead.
+    """Return the URL or the command that opens a run's MLflow page, or what to do instead.
 
     Raises:
         RunDirError: if the run's record cannot be read.
@@ -103,18 +103,18 @@ def how_to_open(run_dir: Path) -> str:
 
 
 def _mlflow_command() -> str:
-    """How this environment's `mlflow` is typed here: by its path, unless the shell finds the same one."""
+    """Return the shell command for this environment's `mlflow`: its path, unless the shell finds the same one."""
     ours = Path(sys.executable).with_name("mlflow")
     found = shutil.which("mlflow")
     return "mlflow" if found is not None and Path(found).resolve() == ours.resolve() else shlex.quote(str(ours))
 
 
 def what_there_is(run_dir: Path, *, goes_on_with: Path | None) -> str:
-    """Where a run's checkpoints are, and its MLflow run; reads the run's directory.
+    """Return one line on a run's checkpoints and its MLflow run, read from the run's directory.
 
     Args:
-        run_dir: of the run.
-        goes_on_with: which run's directory it goes on with, which the line says; None: training is complete.
+        run_dir: the run's directory.
+        goes_on_with: the run directory for ``--resume``, which the line then names; None if training is complete.
     """
     names = [name for name, _ in list_checkpoints(run_dir / "checkpoints")]
     at = f" in {run_dir / 'checkpoints'}, the newest is {names[-1]}" if names else ""

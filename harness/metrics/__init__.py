@@ -1,9 +1,9 @@
-"""Metrics: from the values that each rank logs to one number over a window of steps and all ranks.
+"""Metrics: reduce the values that each rank logs to one number over a window of steps and all ranks.
 
 In reading order:
 
     values             logged values as numbers and steps
-    learning_rates     the learning rates of the optimizers
+    learning_rates     learning rates of the optimizers
     step_timer         times of optimizer steps
     torchmetrics_sync  torchmetrics objects over all ranks
     reducer            weighted means over steps and ranks, in one reduction

@@ -1,8 +1,8 @@
-"""Metrics of a loop, from the values of a batch to the reduced values of a window.
+"""Aggregate a loop's metrics from the values of a batch to the reduced values of a window.
 
 log, update      add to the sums and metric objects of training, or of the running evaluation
 flush            starts the reduction of training's sums
-collect          finishes it; by then every rank has started it, so it does not wait
+collect          finishes it, one window later, when every rank has started it and no wait is expected
 reduce_evaluation, compute_objects
                  reduce the evaluation's sums and metric objects at once
 publish          updates the latest values and writes them to the run
@@ -31,37 +31,37 @@ class MetricSink(Protocol):
     """The run that reduced metrics are written to; `RunRecorder` implements it."""
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Write metrics of an optimizer step."""
+        """Write metrics by optimizer step."""
 
     def log_recorded(self, values: Mapping[str, float], step: int) -> None:
-        """Write metrics of a step that the script counts itself."""
+        """Write metrics by a step that the script counts itself."""
 
 
 class MetricWindow(NamedTuple):
-    """The reduced values of a window and the optimizer step at its end; the same on every rank."""
+    """A window's reduced values and the optimizer step at its end; the same on every rank."""
 
     values: Mapping[str, float]
     step: int
 
 
 class MetricAggregator:
-    """Aggregates logged values by window, over steps and ranks, and publishes the result.
+    """Aggregate logged values by window, over steps and ranks, and publish the result.
 
-    Effects: `flush`, `collect`, `reduce_evaluation` and `compute_objects` are collective; main thread; nothing on disk
-    but what the sink writes.
+    Effects: `flush`, `collect`, `reduce_evaluation` and `compute_objects` are collective; main thread; only the sink
+    writes to disk.
 
     Args:
-        device: of the metric objects and of the memory gauge.
-        reducer: for this object alone.
+        device: device of the metric objects and of the memory gauge.
+        reducer: used by this object alone.
         values: converts what is logged.
         sink: receives published values.
         latest: filled with the latest value of each metric.
 
     Attributes:
-        timer: of the optimizer steps.
-        rates: the learning rates, which each window of training has.
-        latest: the latest value of each metric.
-        withholds: what is published now waits for `log_withheld`: an evaluation within an epoch that may not be logged.
+        timer: times the optimizer steps.
+        rates: learning rates, added to each window of training.
+        withholds: whether published values wait for `log_withheld`, during an evaluation within an epoch that may not
+            be logged.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MetricAggregator:
         self._sink = sink
         self._train = WeightedSums(values)
         self._eval = WeightedSums(values)
-        # What `log` adds to: training's sums, the evaluation's, or nothing (a batch of repeated samples).
+        # `log` adds to training's sums, the evaluation's, or none (a batch of repeated samples).
         self._target: WeightedSums | None = self._train
         self._objects: dict[str, torchmetrics.Metric] = {}
         self._rates_of_window: dict[str, float] = {}
@@ -108,15 +108,15 @@ class MetricAggregator:
                 metric.update(*args, **kwargs)
 
     def begin_evaluation_batch(self, *, counts: bool) -> None:
-        """Have `log` add to the evaluation's sums, or to none where the batch repeats samples."""
+        """Direct `log` to the evaluation's sums, or to none if the batch repeats samples."""
         self._target = self._eval if counts else None
 
     def resume_training(self) -> None:
-        """Have `log` add to training's sums again."""
+        """Direct `log` to training's sums again."""
         self._target = self._train
 
     def partial(self) -> dict[str, tuple[float, float]]:
-        """Sums and weights of training that are not reduced yet, for a checkpoint."""
+        """Return training's sums and weights that are not reduced yet, for a checkpoint."""
         return self._train.partial()
 
     def restore(self, partial: Mapping[str, tuple[float, float]], latest: Mapping[str, float]) -> None:
@@ -128,7 +128,7 @@ class MetricAggregator:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether `poll` has to be called at the next step."""
+        """Whether `poll` must be called at the next step."""
         return self._reducer.is_waiting
 
     def poll(self) -> None:
@@ -136,19 +136,19 @@ class MetricAggregator:
         self._reducer.poll()
 
     def flush(self, step: int) -> None:
-        """Start the reduction of training's sums. The one before must be collected."""
-        # Once for each step, though a window and a checkpoint may end at it.
+        """Start the reduction of training's sums. The previous one must be collected."""
+        # Rates are published once for each step, though both a window and a checkpoint may end at it.
         self._rates_of_window = {} if self._flushed_at_step == step else self.rates.now()
         self._flushed_at_step = step
         self._reducer.start(self._train, step, self._gauges())
 
     def collect(self) -> MetricWindow | None:
-        """Finish the reduction that was started last; None if there is none."""
+        """Finish the reduction that was started last; return None without one."""
         reduced = self._reducer.finish()
         return None if reduced is None else MetricWindow(_values(reduced) | self._rates_of_window, reduced.step)
 
     def collect_without_waiting(self) -> MetricWindow | None:
-        """Finish a reduction that is complete on this rank, for a rank that ends alone. Not collective."""
+        """Finish the reduction if it is complete on this rank, for a rank that ends alone. Not collective."""
         return self.collect() if self._reducer.is_complete else None
 
     def reduce_evaluation(self, step: int) -> MetricWindow | None:
@@ -168,7 +168,7 @@ class MetricAggregator:
     # ------------------------------------------------------------------------- publication
 
     def publish(self, values: Mapping[str, float], step: int) -> None:
-        """Publish values that every rank has alike, without names that the script records itself."""
+        """Publish values that are the same on every rank, except names that the script records itself."""
         if self._recorded_names:
             values = {name: value for name, value in values.items() if name not in self._recorded_names}
         if not values:
@@ -184,12 +184,12 @@ class MetricAggregator:
         self.publish(self._values.numbers(values), step)
 
     def record(self, values: Mapping[str, Any], step: int, own_step: Any) -> None:
-        """See `PeriodicLogger.record`. Rank zero's values alone.
+        """Publish rank zero's values; see `PeriodicLogger.record`.
 
         Args:
             values: name -> value.
             step: complete optimizer steps.
-            own_step: the script's own step; None: it counts none.
+            own_step: the script's own step; None if it counts none.
         """
         if not (numbers := self._values.numbers(values)):
             return
@@ -202,7 +202,7 @@ class MetricAggregator:
             self._sink.log_recorded(numbers, own_step)
 
     def log_withheld(self) -> None:
-        """Write the newest of the withheld values."""
+        """Write the newest withheld value of each metric."""
         withheld, self._withheld = self._withheld, {}
         for step in sorted({step for _, step in withheld.values()}):
             self._sink.log_metrics({key: value for key, (value, at) in withheld.items() if at == step}, step)

@@ -1,4 +1,4 @@
-"""The learning rates as metrics."""
+"""Log the optimizers' learning rates as metrics."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 
 
 class LearningRates:
-    """Those of the optimizers' groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
+    """Learning rates of the optimizers' groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
 
-    Of several models: ``train/lr/<model>``, or ``train/lr/<model>/group<n>``.
-
-    A group without a number for a rate has none here.
+    With several models: ``train/lr/<model>``, or ``train/lr/<model>/group<n>``. A group without a numeric rate is left
+    out.
 
     Effects: not collective; main thread; nothing on disk.
 
     Attributes:
-        optimizers: name of the model -> its optimizer; the name is empty where it is the only one.
+        optimizers: name of the model -> its optimizer; the name of an only optimizer is empty.
     """
 
     def __init__(self) -> None:
@@ -24,15 +23,15 @@ class LearningRates:
         self._kept: dict[str, float] | None = None
 
     def keep(self) -> None:
-        """Those of now are the epoch's, whatever its end does to them: a scheduler may step by epochs."""
+        """Freeze the current rates as the epoch's, as a scheduler that steps by epochs may change them at its end."""
         self._kept = self.now()
 
     def follow(self) -> None:
-        """An epoch begins: they are the optimizer's again."""
+        """Read the optimizers' rates again, from the start of an epoch."""
         self._kept = None
 
     def now(self) -> dict[str, float]:
-        """Name -> rate."""
+        """Return name -> rate."""
         if self._kept is not None:
             return self._kept
         return {name: rate for model, optimizer in self.optimizers.items() for name, rate in _rates(model, optimizer)}
@@ -49,7 +48,7 @@ def _rates(model: str, optimizer: Any) -> Iterator[tuple[str, float]]:
 
 
 def _number(rate: Any) -> float | None:
-    """A group's rate, which may be a tensor; None if it has no number for one (transformers' Adafactor: lr=None)."""
+    """Return a group's rate, which may be a tensor; None without a number (transformers' Adafactor has lr=None)."""
     try:
         return None if isinstance(rate, str) else float(rate)
     except (TypeError, ValueError, RuntimeError):

@@ -1,14 +1,13 @@
-"""Metrics: weighted means over a window of steps and over all ranks, in one fused, asynchronous reduction.
+"""Weighted means over a window of steps and all ranks, in one fused, asynchronous reduction.
 
     log({...}, weight)  ->  WeightedSums      device tensors, no synchronisation, one window's worth
     WeightedSums        ->  Reducer.start     packed into one float64 vector, copied to the host
-    Reducer.start       ->  all_reduce        gloo, a group of its own, in gloo's thread
-    Reducer.finish      ->  Reduced           one window later: by then nobody waits
+    Reducer.start       ->  all_reduce        on a separate gloo group, in gloo's thread
+    Reducer.finish      ->  Reduced           one window later, when the reduction is usually complete
 
-Ranks need not log the same names (a rank may have had no batch of some kind). Each reduction carries,
-beside the sums, the size of the list of names that a rank has and the others have not heard of; where
-that is not zero, all ranks exchange the lists and reduce what was held back. After the first window
-there is one collective for each window.
+Ranks need not log the same names: a rank may have had no batch of some kind. Beside the sums each reduction carries the
+encoded size of the names that are new on a rank. If any is new, all ranks exchange their lists and reduce the new names
+in a second collective. In the steady state there is one collective for each window.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from harness.metrics.values import LoggedValues, as_name
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# So many logged values are kept as they are; then they are summed up on their device.
+# Device values that are held for each name before they are summed on their device.
 _MAX_PENDING = 256
 
 
 class _Cell:
-    """What was logged under one name: summed up so far, and values that are not summed up yet, with their weights.
+    """The sum and the weight logged under one name, and the values that are not summed yet.
 
-    A cell without weight has had nothing: what was to come was refused.
+    A cell of weight 0 has no value: all that was logged was refused.
     """
 
     __slots__ = ("held", "total", "weight")
@@ -45,18 +44,19 @@ class _Cell:
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
         self.weight = 0.0
-        # Value, its version (-1: it has none), weight.
+        # (value, its version or -1 without one, weight)
         self.held: list[tuple[Tensor, int, float]] = []
 
 
 class WeightedSums:
-    """Sums of value x weight, and of the weights, for each name since the last `pop`.
+    """Accumulate value x weight, and the weights, for each name since the last `pop`.
 
-    Effects: not collective; main thread; never synchronises with the device; nothing on disk.
+    Effects: not collective; main thread; `add` and `pop` never synchronise with the device, `partial` does; nothing on
+    disk.
 
     Args:
-        values: converts what is neither a tensor nor a float, and says once what is left out; None: the log says it.
-        holds_all: treat tensors in host memory like a device's (so that tests reach that path anywhere).
+        values: converts what is neither a tensor nor a float, and warns once for each name; None warns in the log.
+        holds_all: treat host tensors like device tensors, so that tests reach that path without a device.
     """
 
     def __init__(self, values: LoggedValues | None = None, *, holds_all: bool = False) -> None:
@@ -65,20 +65,21 @@ class WeightedSums:
         self._cells: dict[str, _Cell] = {}
 
     def add(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
-        """Take one batch's means. What is no number is left out.
+        """Add one batch's means. Values that are not numbers are left out.
 
         Args:
             values: name -> 0-d tensor (or of one element), any dtype and device, or number.
-            weight: how many items the means are over. With weight 0 nothing is taken.
+            weight: number of items that the means are over. A batch of weight 0 is ignored.
 
         Raises:
-            MetricError: if a tensor has more than one element, or the weight is negative.
+            MetricError: if a tensor has more than one element, the weight is negative, or a held tensor was changed in
+                place.
         """
         if not weight >= 0:
             raise MetricError(f"weight: must be 0 or more, got {weight}; give the number of items of the batch")
         if weight == 0:
             return
-        # These lines run for each metric of each step: no look-up and no attribute of a tensor more than it takes.
+        # Hot path, run for each metric of each step: avoid extra look-ups and tensor attributes.
         cells, holds_all = self._cells, self._holds_all
         for name, value in values.items():
             cell = cells.get(name)
@@ -95,29 +96,29 @@ class WeightedSums:
                 if holds_all or not value.is_cpu:
                     self._hold(name, cell, value, weight)
                     continue
-                value = value.item()  # in host memory it is there already: nothing is waited for
+                value = value.item()  # in host memory: does not synchronise
             if type(value) is not float and (value := self._values.number(as_name(name), value)) is None:
                 continue
             cell.total += value * weight
             cell.weight += weight
 
     def _begin(self, name: Any) -> _Cell:
-        # A key that is no text is not found in the next batch, and comes here each time.
+        # A key that is not a str is never found in `_cells`, and is converted here each time.
         return self._cells.setdefault(as_name(name), _Cell())
 
     def _hold(self, name: str, cell: _Cell, value: Tensor, weight: float) -> None:
-        """Keep a device's value for later: reading it now would wait for all that is queued there."""
+        """Keep a device value for later, as reading it now would wait for all work queued on the device."""
         if value.is_complex():
-            # It is left out, with a line that needs its type alone: nothing is waited for.
+            # Left out with a warning that needs only the type: a host zero avoids a synchronisation.
             self._values.number(as_name(name), value.new_zeros((), device="cpu"))
             return
         if value.requires_grad:
-            value = value.detach()  # or the whole graph would be kept
+            value = value.detach()  # frees the graph
         held = cell.held
         try:
             held.append((value, value._version, weight))
         except RuntimeError:
-            # One of inference mode, which has no version by which a change could be noticed.
+            # An inference-mode tensor has no version to detect an in-place change by: copy it.
             held.append((value.clone(), -1, weight))
         if len(held) >= _MAX_PENDING:
             _sum_up(name, cell)
@@ -129,24 +130,24 @@ class WeightedSums:
                 yield name, cell
 
     def pop(self) -> tuple[dict[str, Tensor | float], dict[str, float]]:
-        """The sums and the weights by name, and start again from nothing."""
+        """Return the sums and the weights by name, and reset."""
         found = dict(self._sum_up_all())
         self._cells = {}
         return {name: cell.total for name, cell in found.items()}, {name: cell.weight for name, cell in found.items()}
 
     def partial(self) -> dict[str, tuple[float, float]]:
-        """Sum and weight of each name so far; they stay. Values on a device are waited for."""
+        """Return sum and weight of each name without a reset. Waits for values on a device."""
         return {name: (float(cell.total), cell.weight) for name, cell in self._sum_up_all()}
 
     def restore(self, partial: Mapping[str, tuple[float, float]]) -> None:
-        """Go on from what `partial` gave."""
+        """Restore what `partial` returned."""
         for name, (total, weight) in partial.items():
             cell = self._cells[name] = _Cell()
             cell.total, cell.weight = total, weight
 
 
 def _sum_up(name: str, cell: _Cell) -> None:
-    """Add what is held to the sum, on its device."""
+    """Add the held values to the sum, on their device."""
     if not cell.held:
         return
     values = [value for value, _, _ in cell.held]
@@ -157,7 +158,7 @@ def _sum_up(name: str, cell: _Cell) -> None:
             )
     device = values[-1].device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    # One conversion where all values are of one type, which they nearly always are.
+    # Values of one dtype, the usual case, are converted together.
     same = len({value.dtype for value in values}) == 1
     stacked = torch.stack(values if same else [value.to(dtype) for value in values]).to(dtype)
     held_weights = [weight for _, _, weight in cell.held]
@@ -171,7 +172,7 @@ def _sum_up(name: str, cell: _Cell) -> None:
 
 @dataclass(frozen=True)
 class Reduced:
-    """What all ranks together had in one window; the same on every rank.
+    """The reduced values of one window; the same on every rank.
 
     Args:
         step: the optimizer step at the window's end.
@@ -186,7 +187,7 @@ class Reduced:
 
 @dataclass
 class _Window:
-    """One window on its way: first on this rank, then through the reduction."""
+    """One window in flight: its copy from the device, then its reduction."""
 
     step: int
     sums: dict[str, float]
@@ -199,7 +200,7 @@ class _Window:
     vector: Tensor | None = None
 
     def settle(self) -> None:
-        """Wait for the copy from the device, and read it."""
+        """Wait for the copy from the device and read it."""
         if self.device_sums is not None:
             if self.copied is not None:
                 self.copied.synchronize()
@@ -208,15 +209,15 @@ class _Window:
 
 
 class Reducer:
-    """Reduces windows over all ranks, one at a time, in the order in which they were started.
+    """Reduce windows over all ranks, one at a time, in the order in which they were started.
 
-    Effects: collective on its own group (every rank calls `start` and `finish` at the same steps);
-    main thread; `start` does not block, `poll` does not block, `finish` waits for the other ranks to
-    have started the same window, at most `timeout_s`; nothing on disk.
+    Effects: collective on its own group (every rank calls `start` and `finish` at the same steps); main thread; `start`
+    and `poll` do not block, `finish` waits at most `timeout_s` for the other ranks to start the same window; nothing on
+    disk.
 
     Args:
-        group: a gloo group for this alone, or None for a single process.
-        gauge_names: names of the values of which each rank has its own.
+        group: a gloo group used by this object alone, or None for a single process.
+        gauge_names: names of the values that are kept for each rank.
         timeout_s: limit of each wait, in seconds.
     """
 
@@ -230,7 +231,7 @@ class Reducer:
         self._window: _Window | None = None
 
     def start(self, sums: WeightedSums, step: int, gauges: Mapping[str, float]) -> None:
-        """Begin the reduction of what was logged since the last one. `finish` must have been called."""
+        """Start the reduction of the values logged since the last one, which must be finished."""
         assert self._window is None, "a window was started before the one before it was finished"
         by_name, weights = sums.pop()
         on_device = {name: value for name, value in by_name.items() if isinstance(value, Tensor)}
@@ -242,7 +243,7 @@ class Reducer:
         self.poll()
 
     def poll(self) -> None:
-        """Send the window off once its copy from the device is there. Cheap; call it each step."""
+        """Start the all-reduce once the window's copy from the device is complete. Cheap; call it each step."""
         window = self._window
         if window is None or window.work is not None or self._group is None:
             return
@@ -251,24 +252,24 @@ class Reducer:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a window is to be sent off, and its copy from the device not there yet."""
+        """Whether a window still waits for its copy from the device."""
         return self._group is not None and self._window is not None and self._window.work is None
 
     @property
     def is_complete(self) -> bool:
-        """Whether `finish` would wait for nobody: for a rank that is about to end alone."""
+        """Whether `finish` would return without a wait for other ranks, for a rank that is about to end alone."""
         window = self._window
         if window is None or self._group is None:
             return True
         if window.work is None or window.vector is None or not window.work.is_completed():
             return False
-        return not window.vector[0]  # or the ranks would have names to exchange
+        return not window.vector[0]  # not 0: the ranks have names to exchange
 
     def _send(self, window: _Window) -> None:
         assert self._group is not None
         window.settle()
         unknown = _encode_names(window.sums.keys() - set(self._names))
-        # As a list: filling a tensor element by element takes ten times as long.
+        # A list: filling a tensor element by element takes ten times as long.
         gauges = [0.0] * (self._world_size * len(self._gauge_names))
         gauges[self._rank :: self._world_size] = [window.gauges[name] for name in self._gauge_names]
         window.vector = torch.tensor(
@@ -277,7 +278,11 @@ class Reducer:
         window.work = self._group.allreduce([window.vector])
 
     def finish(self) -> Reduced | None:
-        """The result of the window that was started, or None if there was none."""
+        """Return the result of the window that was started, or None without one.
+
+        Raises:
+            PeerFailure: if a collective fails or exceeds `timeout_s`.
+        """
         window, self._window = self._window, None
         if window is None:
             return None
@@ -302,9 +307,9 @@ class Reducer:
         return Reduced(window.step, dict(sorted(means.items())), dict(zip(self._gauge_names, of_ranks, strict=True)))
 
     def _exchange_names(self, window: _Window, num_bytes: int) -> tuple[str, ...]:
-        """The names that some rank has and the agreed list lacks. Collective."""
+        """Return the names that some rank has and the agreed list lacks. Collective."""
         mine = _encode_names(window.sums.keys() - set(self._names))
-        # Every rank's list fits into the sum of all their lengths, which every rank knows.
+        # Every rank knows the sum of all list sizes, and each list fits into it.
         padded = torch.frombuffer(bytearray(mine.ljust(num_bytes)), dtype=torch.uint8)
         gathered = [torch.empty_like(padded) for _ in range(self._world_size)]
         assert self._group is not None
@@ -327,7 +332,7 @@ class Reducer:
 
 
 def _sums_and_weights(names: Sequence[str], window: _Window) -> list[float]:
-    """Sum and weight of each name in turn; zeros for what this rank did not log."""
+    """Return sum and weight of each name in turn; zeros for names that this rank did not log."""
     return [value for name in names for value in (window.sums.get(name, 0.0), window.weights.get(name, 0.0))]
 
 
@@ -345,7 +350,7 @@ def _encode_names(names: set[str]) -> bytes:
 
 
 def _copy_to_host(values: list[Tensor]) -> tuple[Tensor | None, torch.cuda.Event | None]:
-    """0-d tensors as one host tensor, and the event after which it may be read (None: at once)."""
+    """Return 0-d tensors as one host tensor, and the event after which it may be read (None: at once)."""
     if not values:
         return None, None
     device = next((v.device for v in values if v.device.type != "cpu"), values[0].device)

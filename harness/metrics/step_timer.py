@@ -1,4 +1,4 @@
-"""Times of optimizer steps on the host, and what a rank tells of them."""
+"""Time optimizer steps on the host, and reduce the ranks' times to metrics of the job."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from collections import deque
 from collections.abc import Mapping
 
-# Percentiles are over so many of the latest steps.
+# Percentiles are over this number of latest steps.
 _NUM_KEPT = 128
 
 
 class StepTimer:
-    """Durations between the ends of optimizer steps, evaluation and saving left out.
+    """Measure durations between the ends of optimizer steps, without evaluation and saving.
 
-    Effects: not collective; main thread; never synchronises with the device (over many steps the
-    host's pace is the device's); nothing on disk.
+    Effects: not collective; main thread; never synchronises with the device (over many steps the host's pace is the
+    device's); nothing on disk.
     """
 
     def __init__(self) -> None:
@@ -26,11 +26,11 @@ class StepTimer:
         self._window_samples = 0
 
     def resume(self) -> None:
-        """A stretch of training begins: what came before is not part of the next step."""
+        """Start a stretch of training: the time before it is not part of the next step."""
         self._last_s = time.perf_counter()
 
     def step(self, num_samples: int) -> float:
-        """One optimizer step is done, over so many samples of this rank; the time that it is, in seconds."""
+        """Count an optimizer step over `num_samples` samples of this rank; return the current `perf_counter`, in seconds."""
         now_s = time.perf_counter()
         if self._last_s is not None:
             duration_s = now_s - self._last_s
@@ -42,7 +42,7 @@ class StepTimer:
         return now_s
 
     def pop(self) -> dict[str, float]:
-        """This rank's gauges since the last `pop`: steps/s, samples/s and percentiles in seconds."""
+        """Return this rank's gauges since the last `pop`: steps/s, samples/s and percentiles in seconds."""
         window_s = self._window_s or math.inf
         ordered = sorted(self._durations_s)
         gauges = {
@@ -59,23 +59,23 @@ GAUGES = ("steps_per_s", "samples_per_s", "step_time_p50_s", "step_time_p99_s", 
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """The value below which `share` of the sorted values lie (nearest rank); 0 where there is none."""
+    """Return the value below which `share` of the sorted values lie (nearest rank); 0 without values."""
     if not ordered:
         return 0.0
     return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
 def over_ranks(gauges: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
-    """Each rank's gauges as the metrics of the job."""
+    """Reduce the ranks' gauges to the metrics of the job."""
     p50 = sorted(gauges["step_time_p50_s"])
     samples_per_s = sum(gauges["samples_per_s"])
     return {
         "perf/steps_per_s": min(gauges["steps_per_s"]),
-        # Somebody else's loop may not say how large a batch was.
+        # The batch size of an instrumented loop may be unknown.
         **({"perf/samples_per_s": samples_per_s} if samples_per_s else {}),
         "perf/step_time_p50_s": percentile(p50, 0.5),
         "perf/step_time_p99_s": max(gauges["step_time_p99_s"]),
-        # How far the slowest rank's usual step is from the fastest's.
+        # Difference between the median step times of the slowest and the fastest rank.
         "perf/step_time_spread_s": p50[-1] - p50[0],
         "perf/memory_max_bytes": max(gauges["memory_bytes"]),
     }

@@ -1,7 +1,7 @@
-"""torchmetrics objects over all ranks: their states are exchanged and merged, then computed once.
+"""Merge the states of torchmetrics objects over all ranks, and compute each once.
 
-torchmetrics' own synchronisation gathers tensor by tensor on the default group, and waits for ever
-where one rank has no state of some kind (it had no sample). Merging whole states does not mind.
+torchmetrics' own synchronisation gathers tensor by tensor on the default group, and hangs if a rank has no state of
+some kind (it had no sample). Merging whole states has no such requirement.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
-    """Collections taken apart: ``name/part`` -> object."""
+    """Flatten collections to ``name/part`` -> object."""
     single: dict[str, torchmetrics.Metric] = {}
     for name, metric in metrics.items():
-        if hasattr(metric, "compute_groups"):  # a MetricCollection, without importing torchmetrics for it
+        if hasattr(metric, "compute_groups"):  # a MetricCollection, detected without importing torchmetrics
             single |= {f"{name}/{part}": found for part, found in metric.items(copy_state=False)}
         else:
             single[name] = metric
@@ -33,19 +33,19 @@ def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
 
 
 def compute_over_ranks(collectives: Collectives, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
-    """Compute each object from what all ranks have updated it with, and reset it.
+    """Compute each object from the updates of all ranks, and reset it.
 
-    Effects: collective; main thread; blocks until all ranks are here; nothing on disk.
+    Effects: collective; main thread; blocks until all ranks call it; nothing on disk.
 
     Args:
-        collectives: carries the states.
+        collectives: exchanges the states.
         metrics: name -> object; the same names on every rank.
 
     Returns:
-        name -> value; where an object gives several, ``name/key``.
+        name -> value; ``name/key`` for an object that computes several.
 
     Raises:
-        MetricError: if an object gives something that is not a number.
+        MetricError: if an object computes something that is not a number.
     """
     if not metrics:
         return {}
@@ -67,7 +67,7 @@ def _merge(metric: torchmetrics.Metric, states: list[dict[str, Any]]) -> None:
         if isinstance(parts[0], list):
             setattr(metric, name, [tensor for part in parts for tensor in part])
         elif reduce is None:
-            # torchmetrics' own meaning of it: one rank's state as it is, several stacked for `compute`.
+            # As in torchmetrics: one rank's state is unchanged, several are stacked for `compute`.
             setattr(metric, name, parts[0] if len(parts) == 1 else torch.stack(parts))
         else:
             setattr(metric, name, cast(Callable[[Tensor], Tensor], reduce)(torch.stack(parts)))

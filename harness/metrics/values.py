@@ -1,4 +1,4 @@
-"""What somebody logs, as numbers and steps that JSON and MLflow hold."""
+"""Convert logged values to numbers and steps that JSON and MLflow can represent."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class LoggedValues:
-    """Converts what is logged; says once for each name what is left out.
+    """Convert logged values, and warn once for each name that is left out.
 
     Effects: not collective; main thread; waits for a value that is on a device; nothing on disk.
 
     Args:
-        say: takes a line for the user.
+        say: displays a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -24,7 +24,7 @@ class LoggedValues:
         self._said: set[str] = set()
 
     def numbers(self, values: Mapping[Any, Any]) -> dict[str, float]:
-        """Name -> number, without the values that are no number."""
+        """Return name -> number, without the values that are not numbers."""
         numbers: dict[str, float] = {}
         for key, value in values.items():
             name = as_name(key)
@@ -33,7 +33,7 @@ class LoggedValues:
         return numbers
 
     def number(self, name: str, value: Any) -> float | None:
-        """The value, or None where it is no number."""
+        """Return the value as a float, or None if it is not a number."""
         if type(value) is float:
             return value
         if (number := as_number(value)) is None:
@@ -41,7 +41,7 @@ class LoggedValues:
         return number
 
     def step(self, value: Any) -> int | None:
-        """A step as an integer of 64 bits; None where there is none, or it is none."""
+        """Return a step as a 64-bit integer; None if it is None or cannot be converted."""
         if value is None or (type(value) is int and value in _INT64):
             return value
         step, is_exact = _step(value)
@@ -62,12 +62,12 @@ class LoggedValues:
 
 
 def as_name(key: Any) -> str:
-    """The name of a metric as text that UTF-8 can hold."""
+    """Return a metric's name as text that can be encoded as UTF-8."""
     return as_text(key).encode(errors="replace").decode()
 
 
 def as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
-    """A value as text; its type where that cannot be made, as of an int of more than 4,300 digits."""
+    """Return a value as text, or its type if the conversion fails (an int of more than 4,300 digits)."""
     try:
         return convert(value)
     except Exception:
@@ -76,7 +76,7 @@ def as_text(value: Any, convert: Callable[[Any], str] = str) -> str:
 
 
 def as_number(value: Any) -> float | None:
-    """The value of a number, a text that reads as one, or an array or tensor of one element; None: it is none."""
+    """Return the value of a number, a numeric text, or an array or tensor of one element; otherwise None."""
     try:
         value = _scalar(value)
         return None if isinstance(value, complex) else float(value)
@@ -85,14 +85,14 @@ def as_number(value: Any) -> float | None:
 
 
 def _scalar(value: Any) -> Any:
-    """An array or tensor of one element as a number; all else as it is."""
+    """Return an array or tensor of one element as a number, and any other value unchanged."""
     if isinstance(value, torch.Tensor):
         return value.item()
     return value.item() if getattr(value, "size", None) == 1 else value
 
 
 def _step(value: Any) -> tuple[int | None, bool]:
-    """A step of any type as an integer, and whether it is one."""
+    """Return a step as an integer (None if impossible), and whether the conversion is exact."""
     try:
         value = _scalar(value)
         if isinstance(value, str):

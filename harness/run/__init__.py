@@ -1,10 +1,10 @@
-"""The directory of a run, and who works on it.
+"""A run's directory and the control of the job that works on it.
 
 In reading order:
 
-    lock           one job for each run
-    directory      made or found, on rank zero
-    signals        stop and save on a signal
-    stop_request   `harness stop`
-    requeue_limit  a job that is queued again without progress
+    lock           the lock that admits one job for each run
+    directory      creates or opens the run's directory on rank zero
+    signals        signals that stop the run or request a save
+    stop_request   the file by which `harness stop` stops a run
+    requeue_limit  refuses a job that is requeued without progress
 """

@@ -1,4 +1,4 @@
-"""The directory of a run: made or found on rank zero, locked, refused where it cannot be used."""
+"""Create, open and lock a run's directory on rank zero."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ from harness.run.lock import TIMEOUT_S, RunLock
 
 FILE = "run.json"
 
-# A batch system that starts a stopped job again was asked to; torch's agent does so after whatever end but 0.
+# Torch's agent restarts after any exit code but 0; a batch system restarts a stopped job only on request.
 _RESTARTS_AFTER_ANY_END = "torchelastic"
-# Room for the outbox and the configuration; checkpoints are another matter, and say so themselves.
+# Space for the outbox and the configuration; a save checks the space for its checkpoint itself.
 _NEEDED_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's directory, made or found.
+    """A run's directory, locked by this process.
 
     Args:
-        name: of the run.
+        name: name of the run.
         path: ``<runs_dir>/<name>``.
-        attempt: which job in a row works on the run, from 1.
-        stopped_by: what this launch was stopped by in good order, where its launcher starts it again nevertheless;
-            else None.
+        attempt: number of the job that works on the run, from 1.
+        stopped_by: what stopped this launch cleanly before its launcher restarted it; None otherwise.
     """
 
     name: str
@@ -47,7 +46,7 @@ class RunDirectory:
 
     @property
     def continues(self) -> bool:
-        """Whether there was the run already."""
+        """Whether the run existed before this attempt."""
         return self.attempt > 1
 
 
@@ -58,23 +57,24 @@ def make_run_directory(
     resume: str,
     lock_timeout_s: float = TIMEOUT_S,
 ) -> tuple[RunDirectory, RunLock]:
-    """Make ``<runs_dir>/<run_name>/`` with ``run.json`` in it, or go on with the run that is there.
+    """Create ``<runs_dir>/<run_name>/`` and its ``run.json``, or open the existing run of that name.
 
-    Without a name a run is made each time, unless a launcher has started this process again: that goes on with
-    the newest run of the same launch.
+    Without a name each call creates a run, unless a launcher has restarted this process: then the newest run of the
+    same launch is opened.
 
-    Effects: not collective, rank zero only; any thread; blocks on fsync, and for a job that is just ending;
-    leaves the directory, locked until the lock is released or this process dies.
+    Effects: not collective, rank zero only; any thread; blocks on fsync and on a job that is just ending; leaves the
+    directory, locked until the lock is released or this process dies.
 
     Args:
-        runs_dir: where runs are.
-        run_name: its name, or None to make one up from `stem` and the time.
-        stem: what a made-up name begins with.
-        resume: ``never``: a run that is there is refused; anything else: it goes on.
-        lock_timeout_s: how long another job's end is waited for, in seconds.
+        runs_dir: parent directory of the runs.
+        run_name: name of the run, or None to generate one from `stem` and the time.
+        stem: first part of a generated name.
+        resume: ``never`` refuses an existing run; any other value opens it.
+        lock_timeout_s: longest wait for another job to end, in seconds.
 
     Raises:
-        RunDirError: if it cannot be made or written, another job uses it, or it holds a run and must not.
+        RunDirError: if the directory cannot be created or written, another job uses it, or `resume` is ``never`` and it
+            holds a run.
         ConfigError: if the name cannot be a directory's.
     """
     check_run_name(run_name)
@@ -86,10 +86,10 @@ def make_run_directory(
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = RunLock(path, lock_timeout_s)
         try:
-            # Again: another job may have made it meanwhile.
+            # Check again under the lock: another job may have created the run since the first check.
             _refuse_if_never(path, resume)
             attempt, stopped_by = _write_record(path, name, is_made_up=run_name is None)
-            # Only under the lock: another job's is no leftover.
+            # Only under the lock: without it, these could be the files of another job's save in progress.
             remove_leftovers(path / "checkpoints")
         except BaseException:
             lock.release()
@@ -103,13 +103,13 @@ def make_run_directory(
 
 
 def note_stop(path: Path, stopped_by: str) -> None:
-    """Note that this launch was stopped in good order: its launcher takes that for a failure, and may start it again.
+    """Record in ``run.json`` that this launch stopped cleanly, as its launcher may still restart it.
 
     Effects: not collective, rank zero only, under the lock; any thread; blocks on fsync; changes ``run.json``.
 
     Raises:
-        RunDirError: if it cannot be read.
-        OSError: if the disk refuses.
+        RunDirError: if ``run.json`` cannot be read.
+        OSError: if it cannot be written.
     """
     identity = launch_identity().get(_RESTARTS_AFTER_ANY_END)
     if identity is not None:
@@ -118,7 +118,7 @@ def note_stop(path: Path, stopped_by: str) -> None:
 
 
 def _write_record(path: Path, name: str, *, is_made_up: bool) -> tuple[int, str | None]:
-    """Put this attempt into ``run.json``; its number, and what this launch was stopped by before."""
+    """Write this attempt into ``run.json``; return its number and what stopped this launch before."""
     _require_space(path)
     record = read_run_record(path) if (path / FILE).exists() else None
     if record is None:
@@ -130,7 +130,7 @@ def _write_record(path: Path, name: str, *, is_made_up: bool) -> tuple[int, str 
         record["launch"] = launch_identity()
     stopped = record.get("stopped", {})
     if restarted_identity() != (_RESTARTS_AFTER_ANY_END, stopped.get("launch")):
-        # Somebody has started it anew, to go on.
+        # A new launch, not a restart by the same launcher: the run is to continue.
         record.pop("stopped", None)
         stopped = {}
     replace_file(path / FILE, json.dumps(record, indent=2) + "\n", is_private=True)
@@ -147,7 +147,7 @@ def _refuse_if_never(path: Path, resume: str) -> None:
 
 
 def _name_before_restart(runs_dir: Path) -> str | None:
-    """Name of the newest run that this launch has made before its launcher started it again."""
+    """Return the newest run that this launch created before its launcher restarted it."""
     restarted = restarted_identity()
     if restarted is None:
         return None
@@ -156,7 +156,7 @@ def _name_before_restart(runs_dir: Path) -> str | None:
     for file in runs_dir.glob(f"*/{FILE}"):
         try:
             record = read_run_record(file.parent)
-        except RunDirError:  # of another run: none of this one's business
+        except RunDirError:  # another run's unreadable record does not matter here
             continue
         if record.get("launch", {}).get(launcher) == identity:
             found.append((record.get("created_ms", 0), file.parent.name))
@@ -164,7 +164,7 @@ def _name_before_restart(runs_dir: Path) -> str | None:
 
 
 def _made_up(runs_dir: Path, stem: str | None) -> str:
-    """A new name, whose directory is made here: the tasks of a job array begin in the same second."""
+    """Generate a name and create its directory at once, as the tasks of a job array start in the same second."""
     name = f"{_word(stem)}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         (runs_dir / name).mkdir(parents=True)
@@ -175,10 +175,10 @@ def _made_up(runs_dir: Path, stem: str | None) -> str:
 
 
 def read_run_record(run_dir: Path) -> dict[str, Any]:
-    """What ``run.json`` holds.
+    """Read ``run.json``.
 
     Raises:
-        RunDirError: if it cannot be read.
+        RunDirError: if it cannot be read or is not the record of a run.
     """
     path = run_dir / FILE
     try:
@@ -191,7 +191,7 @@ def read_run_record(run_dir: Path) -> dict[str, Any]:
 
 
 def _require_space(path: Path) -> None:
-    """Write a little and take it away again: on a full disk the run would end at its first metric."""
+    """Write and remove a small file, so that a full disk fails here and not at the first metric."""
     probe = path / ".space"
     try:
         with probe.open("wb") as stream:
@@ -208,12 +208,12 @@ def _word(stem: str | None) -> str:
 
 
 def write_config(path: Path, config: RunConfig) -> None:
-    """Write the resolved configuration as ``config.yaml``, with secrets replaced.
+    """Write the resolved configuration as ``config.yaml``, with secrets redacted.
 
     Effects: not collective, rank zero only; any thread; blocks on fsync; leaves ``config.yaml``.
 
     Raises:
-        RunDirError: if the disk refuses it.
+        RunDirError: if the file cannot be written.
     """
     values = redact_tree(asdict(config))
     uri = config.tracking.tracking_uri

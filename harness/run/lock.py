@@ -1,4 +1,4 @@
-"""One job for each run directory: a lock that the kernel takes back when its holder dies."""
+"""A lock that admits one job for each run directory. The kernel releases it when its holder dies."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from harness.errors import RunDirError
 from harness.io.lock_file import holder_of, open_lock, write_holder
 
 FILE = "run.lock"
-# A process that was killed gives its memory back first, and only then its locks.
+# A killed process frees its memory before it releases its locks.
 TIMEOUT_S = 10.0
 _POLL_S = 0.1
 _HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-# A POSIX lock does not keep its own process out, and closing any descriptor of the file gives it up: what this
-# process holds is known here.
+# (device, inode) of the locks of this process. A POSIX lock does not exclude its own process, and closing any
+# descriptor of the file releases it.
 _held_here: set[tuple[int, int]] = set()
 
 
 class RunLock:
-    """The right to write into a run's directory, from the making of this object to `release`, or to death.
+    """The exclusive right to write into a run's directory, held from construction to `release` or the process's death.
 
-    A POSIX record lock, not `flock`: that one belongs to the open file, which a forked data loader's worker
-    shares, so that a worker that outlives its killed parent would keep the run from being continued.
+    A POSIX record lock. A `flock` belongs to the open file, which forked data loader workers share: a worker that
+    outlives its killed parent would keep the run locked.
 
-    Effects: not collective, rank zero only; any thread; blocks for at most `timeout_s`; leaves
-    ``<run_dir>/run.lock``, with who holds it, mode 0600.
+    Effects: not collective, rank zero only; any thread; blocks for at most `timeout_s`; leaves ``<run_dir>/run.lock``,
+    mode 0600, which names the holder.
 
     Args:
-        run_dir: the run's directory; it is there.
-        timeout_s: how long a holder is waited for, in seconds.
+        run_dir: an existing directory.
+        timeout_s: longest wait for the current holder, in seconds.
 
     Attributes:
-        works: whether the file system has locks; where it has none, nobody is kept out.
+        works: whether the file system supports locks; without them no job is excluded.
 
     Raises:
-        RunDirError: if another job holds it, with its host, process id, user and begin.
+        RunDirError: if another job holds the lock; names its host, process id, user and start time.
         OSError: if the file cannot be written.
     """
 
     def __init__(self, run_dir: Path, timeout_s: float = TIMEOUT_S) -> None:
         self.works = True
         path = run_dir / FILE
-        # Not opened where this process holds it: closing it again would give the lock up.
+        # Do not open a file that this process has locked: closing it again would release the lock.
         if path.exists() and _identity(os.stat(path)) in _held_here:
             raise RunDirError(_refusal(run_dir, "another PeriodicLogger of this process"))
         self._file = open_lock(path)
@@ -58,7 +58,7 @@ class RunLock:
         except BaseException:
             os.close(self._file)
             raise
-        # Not before all is well: with the file closed again, this process holds nothing.
+        # Last: the error path above closes the file, which releases the lock.
         _held_here.add(self._identity)
 
     def _lock(self, run_dir: Path, timeout_s: float) -> None:
@@ -78,16 +78,16 @@ class RunLock:
             time.sleep(_POLL_S)
 
     def release(self) -> None:
-        """Let another job have the run. Called again it does nothing."""
+        """Release the lock. Repeated calls have no effect."""
         if self._identity in _held_here:
             _held_here.discard(self._identity)
             os.close(self._file)
 
 
 def is_held(run_dir: Path) -> bool | None:
-    """Whether a job, here or elsewhere, works on the run at this moment; None where the file system has no locks.
+    """Return whether any job holds the run's lock now; None if the file system has no locks.
 
-    Effects: not collective; any thread; the lock is not kept.
+    Effects: not collective; any thread; acquires the lock for a moment and releases it.
     """
     path = run_dir / FILE
     if not path.exists():

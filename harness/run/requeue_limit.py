@@ -1,4 +1,4 @@
-"""A job that is queued again and again gets on, or is not started any more."""
+"""Refuse a job that is requeued again and again without progress."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ FILE = "restarts.json"
 
 
 def count_start(run_dir: Path, max_idle: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Note that a job starts to work on a run, and at which step.
+    """Record that a job starts to work on a run, and at which step.
 
     Effects: not collective; any thread; blocks on fsync; leaves ``<run_dir>/restarts.json``.
 
     Args:
-        run_dir: the run's directory; made where there is none.
-        max_idle: how many starts of one job in a row may begin at the same step.
-        environment: SLURM's variables. A job that is submitted anew is counted anew.
+        run_dir: the run's directory; created if missing.
+        max_idle: number of consecutive starts of one job that may begin at the same step.
+        environment: SLURM's variables. A newly submitted job is counted from zero.
 
     Raises:
-        RunDirError: if this would be one more.
+        RunDirError: if this start would exceed `max_idle`.
     """
     job = slurm_env.read_job(environment)
     steps = [] if job is None or job.restart_count == 0 else _read(run_dir, job.identity)

@@ -9,37 +9,37 @@ from typing import Any
 
 from harness.io.standard_streams import write_error
 
-# USR1 is what batch systems send ahead of a time limit.
+# Batch systems send SIGUSR1 ahead of a time limit.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _SAVE_SIGNAL = signal.SIGUSR2
-# In place of a signal's number: `harness stop` has asked.
+# Stands for `harness stop` in place of a signal's number.
 STOP_REQUEST = 128
 
 
 def name_of(number: int) -> str:
-    """Return the user's name for what asked for a stop."""
+    """Return the user's name for the source of a stop request."""
     return "harness stop" if number == STOP_REQUEST else signal.Signals(number).name
 
 
 class StopSignals:
-    """Installs handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and restores the earlier ones.
+    """Install handlers for SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (save now), and restore the earlier ones.
 
-    A handler of the script or of its launcher is called too, after the signal is noted, whether it was installed before
-    these or, from the next call of `chain` on, after them.
+    Handlers of the script or of its launcher are called too, after the signal is recorded. One that is installed later
+    is chained at the next call of `chain`.
 
-    Effects: not collective; main thread (elsewhere nothing is installed); never blocks.
-    A second SIGINT raises KeyboardInterrupt wherever the main thread is.
+    Effects: not collective; main thread (no handler is installed on any other); never blocks. A second SIGINT raises
+    KeyboardInterrupt wherever the main thread is.
 
     Attributes:
-        received: number of the signal that asked to stop; 0 if none did.
-        is_save_requested: whether SIGUSR2 was received since `pop_save_request`.
+        received: number of the signal that asked to stop; 0 without one.
+        is_save_requested: whether SIGUSR2 was received since the last `pop_save_request`.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.is_save_requested = False
         self._is_installed = threading.current_thread() is threading.main_thread()
-        # The script's handler may call the one that it replaced, which is one of these.
+        # Signals being handled: the script's handler may call the one that it replaced, which is one of these.
         self._handling: set[int] = set()
         self.chain()
 
@@ -53,7 +53,7 @@ class StopSignals:
                 signal.signal(number, _Handler(self, theirs))
 
     def handle(self, number: int, frame: FrameType | None, theirs: Any) -> None:
-        """Note a signal, and call the handler that was installed before."""
+        """Record a signal and call the handler that was installed before."""
         if number in self._handling:
             self._call(theirs, number, frame)
             return
@@ -76,7 +76,7 @@ class StopSignals:
 
     @staticmethod
     def _call(theirs: Any, number: int, frame: FrameType | None) -> None:
-        # Python's own handler of SIGINT would end the step that is to be completed.
+        # Python's own SIGINT handler would interrupt the step that is to be completed.
         if callable(theirs) and theirs is not signal.default_int_handler:
             theirs(number, frame)
 
@@ -94,18 +94,18 @@ class StopSignals:
         return self.received != 0
 
     def restore(self) -> None:
-        """Restore the earlier handlers; one that the script has installed since stays."""
+        """Restore the earlier handlers, except where the script has installed its own since."""
         if not self._is_installed:
             return
         self._is_installed = False
         for number in (*_SIGNALS, _SAVE_SIGNAL):
             while isinstance(handler := signal.getsignal(number), _Handler) and self._is_ours(handler):
-                # None: it was not installed from Python, and cannot be restored from here.
+                # A handler that was not installed from Python reads as None and cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler.theirs is None else handler.theirs)
 
 
 class _Handler:
-    """A handler, with its owner and the handler that it was installed in front of."""
+    """A signal handler with its owner and the handler that it replaced."""
 
     def __init__(self, signals: StopSignals, theirs: Any) -> None:
         self.signals = signals

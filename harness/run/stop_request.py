@@ -1,4 +1,4 @@
-"""A request to stop, written into the run's directory: rank zero reads it, and all ranks stop after the same step.
+"""A stop request in the run's directory. Rank zero reads it, and all ranks stop after the same step.
 
 Unlike a signal it does not depend on a launcher and its agents.
 """
@@ -18,44 +18,44 @@ from harness.io.durable_files import replace_file
 from harness.run.lock import is_held
 
 FILE = "stop.json"
-# A read costs some microseconds; on a network file system more.
+# A read takes some microseconds, and more on a network file system.
 _POLL_S = 0.2
 _CHECK_AGAIN_S = 0.3
-# The rest is for the current step and for MLflow; and SLURM is exact to a minute.
+# The rest of the lead is for the current step and for MLflow. SLURM's time limits are exact to a minute.
 _MAX_SHARE_OF_LEAD = 0.25
 
 
 def ask_to_stop(run_dir: Path, reason: str) -> None:
-    """Ask the running attempt of a run to save and to stop in good order.
+    """Ask the running attempt of a run to save and stop.
 
     Effects: not collective; any host that sees the directory; blocks on fsync; leaves ``<run_dir>/stop.json``.
 
     Raises:
-        RunDirError: if there is no such run, or no job runs it.
+        RunDirError: if the directory holds no run, or no job works on it.
     """
     asked = None
     while (attempt := _attempt(run_dir)) != asked:
         if is_held(run_dir) is False:
             raise RunDirError(f"{run_dir}: no job is at work on it")
         replace_file(run_dir / FILE, json.dumps({"attempt": attempt, "reason": reason, "asked_s": time.time()}))
-        # A job that has just started locks the run, and writes its attempt a moment later.
+        # A job that has just started locks the run first and writes its attempt a moment later: look again.
         asked = attempt
         time.sleep(_CHECK_AGAIN_S)
 
 
 def _attempt(run_dir: Path) -> int:
     try:
-        # Not by `harness.run.directory`: importing that takes seconds, and a stop is urgent.
+        # Read here, as importing `harness.run.directory` takes seconds and a stop is urgent.
         return int(json.loads((run_dir / "run.json").read_text()).get("attempt", 1))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunDirError(f"{run_dir}: is not the directory of a run ({error}); give runs/<run_name>") from error
 
 
 class StopLead:
-    """How long before its end a job is asked to stop, against how long a checkpoint takes.
+    """Compare the time between a stop request and the job's end with the time that a checkpoint takes.
 
     Args:
-        environment: ``HARNESS_STOP_LEAD_S`` is that time in seconds; slurm/train.sbatch sets it.
+        environment: ``HARNESS_STOP_LEAD_S`` is that lead in seconds; slurm/train.sbatch sets it.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
@@ -65,7 +65,7 @@ class StopLead:
         self.delivery_s = self._lead_s * _MAX_SHARE_OF_LEAD if lead_s.isdigit() else 0.0
 
     def check(self, durable_s: float) -> str | None:
-        """Return a line for the user, once, if a checkpoint takes too much of that time to be on disk."""
+        """Return a warning for the user, once, if a checkpoint takes too large a share of the lead to be durable."""
         if durable_s <= self._lead_s * _MAX_SHARE_OF_LEAD:
             return None
         lead_s, self._lead_s = self._lead_s, math.inf
@@ -77,13 +77,13 @@ class StopLead:
 
 @dataclass
 class StopRequests:
-    """Reads the requests for this attempt, on rank zero.
+    """Read the stop requests for this attempt, on rank zero.
 
     Effects: not collective; main thread; reads the disk at most five times a second.
 
     Args:
         run_dir: the run's directory.
-        attempt: number of this one; requests for earlier ones are ignored.
+        attempt: number of this attempt; requests for earlier ones are ignored.
     """
 
     run_dir: Path
@@ -92,7 +92,7 @@ class StopRequests:
     _reason: str | None = None
 
     def look(self) -> str | None:
-        """Return why this attempt is to stop; None without a request."""
+        """Return the reason to stop, or None without a request."""
         if self._reason is None and time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _POLL_S
             self._reason = self._read()

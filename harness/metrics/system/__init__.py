@@ -1,4 +1,4 @@
-"""Utilization of a job's nodes: read in a thread on each node, reduced on rank zero, without the trainers' threads.
+"""Measure the utilization of a job's nodes in one thread on each node, and reduce it on rank zero.
 
 In reading order:
 

@@ -1,4 +1,4 @@
-"""The nodes of a job: which ranks are on each, and with which GPUs."""
+"""Group the job's ranks and GPUs by node."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-# The number of a node in torch's elastic agent (of `accelerate launch` and `torchrun`) and in SLURM.
+# Node numbers of torch's elastic agent (`accelerate launch`, `torchrun`) and of SLURM.
 _NODE_VARIABLES = ("GROUP_RANK", "SLURM_NODEID")
 
 
 @dataclass(frozen=True)
 class NodePlace:
-    """The place of one rank.
+    """The node and the GPU of one rank.
 
     Args:
-        host: name of the machine.
-        group: the launcher's number of the node; empty if it has none, so that nodes differ by host alone.
-        gpu: UUID of the rank's GPU; None if it has none that NVML knows.
+        host: host name.
+        group: the launcher's node number; empty without one, so that nodes differ by host alone.
+        gpu: UUID of the rank's GPU; None without one that NVML supports.
     """
 
     host: str
@@ -33,10 +33,10 @@ class Node:
     """One of the job's nodes.
 
     Args:
-        index: counted from 0, in the order of their lowest ranks: rank zero is on node 0.
-        host: name of the machine.
+        index: from 0, in the order of the nodes' lowest ranks: rank zero is on node 0.
+        host: host name.
         ranks: on this node, ascending.
-        gpus: UUIDs of their GPUs, in the order of ranks, each once.
+        gpus: distinct UUIDs of the ranks' GPUs, in the order of ranks.
     """
 
     index: int
@@ -54,16 +54,12 @@ def find_place(device: torch.device, environment: Mapping[str, str] = os.environ
 def _uuid_of(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
-    # Not the index: CUDA_VISIBLE_DEVICES renumbers torch's devices, and not NVML's.
+    # The index would not do: CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def nodes_of(places: Sequence[NodePlace]) -> list[Node]:
-    """Group ranks by node.
-
-    Args:
-        places: of all ranks, in their order.
-    """
+    """Group ranks by node; `places` is in the order of ranks."""
     ranks_on: dict[tuple[str, str], list[int]] = {}
     for rank, place in enumerate(places):
         ranks_on.setdefault((place.group, place.host), []).append(rank)

@@ -1,4 +1,4 @@
-"""One node's figures, by the names of MLflow's own monitors. A source that cannot be read does not stop the others."""
+"""Read one node's figures by the names of MLflow's own monitors. A failing source does not affect the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FigureSource:
     """A source of figures.
 
     Args:
-        name: for messages.
+        name: used in messages.
         read: returns the current figures, or raises.
     """
 
@@ -28,12 +28,9 @@ class FigureSource:
 
 
 class Reader:
-    """Reads all sources and averages their figures between two calls of `pop`.
+    """Read all sources, and average their figures between two calls of `pop`.
 
     Effects: not collective; one thread; blocks as long as the sources do; nothing on disk.
-
-    Args:
-        sources: of the figures.
 
     Attributes:
         failures: name of a source -> its latest error.
@@ -50,14 +47,14 @@ class Reader:
             try:
                 figures = source.read()
             except Exception as error:
-                # Any error: the next reading may work, and the other sources are read.
+                # Any error: the next reading may succeed, and the other sources are still read.
                 self.failures[source.name] = str(error) or type(error).__name__
                 continue
             for name, value in figures.items():
                 self._values.setdefault(name, []).append(value)
 
     def pop(self) -> Figures:
-        """Return each figure's mean since the last call; of a growing total, the last value."""
+        """Return each figure's mean since the last call, or the last value of a growing total."""
         values, self._values = self._values, {}
         return {
             name: round(each[-1] if latest_only(name) else sum(each) / len(each), 3) for name, each in values.items()
@@ -115,7 +112,7 @@ def _disk() -> Figures:
 
 
 def _network() -> Callable[[], Figures]:
-    """Return a reader of the traffic since now: the system counts since its start."""
+    """Return a reader of the traffic since this call, as the system counts since boot."""
     begun = psutil.net_io_counters()
 
     def read() -> Figures:
@@ -147,7 +144,7 @@ def _gpu_sources(gpus: Sequence[str], nvml: Any) -> list[FigureSource]:
 
 @dataclass
 class _Gpu:
-    """One reading of one GPU, whose handle is looked up at the first reading, and again until that works."""
+    """One reading of one GPU. Looks up the handle at the first reading, and retries until that succeeds."""
 
     nvml: Any
     index: int
@@ -166,7 +163,6 @@ def _handle(nvml: Any, uuid: str) -> Any:
     try:
         return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
-        # A MIG device has its own UUID.
         return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 

@@ -1,7 +1,7 @@
-"""The figures of all nodes as metrics: each node's own, and one for the whole job.
+"""Reduce the figures of all nodes to metrics: each node's own, and one for the whole job.
 
-The names are MLflow's. Its System metrics page shows names that begin with ``system/``, over the time of the clock, and
-puts ``system/node_<k>/<name>`` of all nodes into one chart (read from the page's code, 3.17.2).
+The names are MLflow's. Its System metrics page shows names that begin with ``system/`` over wall-clock time, and puts
+``system/node_<k>/<name>`` of all nodes into one chart (read from the page's code, 3.17.2).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PREFIX = "system/"
-# Processor time of the sampler's thread since its last report.
+# CPU time of the sampler's thread since its last report.
 OWN_COST = "sampler_cpu_milliseconds"
 
 
@@ -25,8 +25,8 @@ class Rule:
 
     Args:
         reduce: over all that have it.
-        is_total: it is a sum, which is meaningful only if all have reported.
-        latest_only: it only grows: of several readings the last counts, not the mean.
+        is_total: the result is a sum, which is meaningful only if all have reported.
+        latest_only: the figure only grows, so the last of several readings counts, not the mean.
     """
 
     reduce: Callable[[Sequence[float]], float]
@@ -35,7 +35,7 @@ class Rule:
 
 
 _MEAN, _TOTAL = Rule(_mean), Rule(sum, is_total=True)
-# Of a resource that runs out, the first one to do so.
+# For a resource that can run out: the node or GPU nearest to its limit.
 _FULLEST, _LEAST = Rule(max), Rule(min)
 
 # docs/guides/tracking.md shows this table.
@@ -67,7 +67,7 @@ def latest_only(name: str) -> bool:
 def reduce(figures: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int) -> dict[str, float]:
     """Reduce the figures of all nodes and GPUs to one for the job.
 
-    A total is left out if a node is missing: it would look like a drop.
+    A total is left out if a node is missing, as it would look like a drop.
 
     Args:
         figures: node -> name -> value.

@@ -1,9 +1,9 @@
-"""The thread that reads a node's figures, and how nodes report them to rank zero: a key-value store, no collective.
+"""Read a node's figures in a thread, and report them to rank zero through a key-value store, without collectives.
 
-    each node's lowest rank   reads every few seconds; each interval it writes the figures under its own key
+    each node's lowest rank   reads every few seconds, and writes the figures under its own key each interval
     rank zero                 reads the keys; logs when all nodes have reported, or when its own next interval is over
 
-A node that is late or gone blocks no other: its figures are missing.
+A node that is late or lost blocks no other; its figures are missing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 INTERVAL_VARIABLE = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 DEFAULT_EVERY_S = 10.0
-# Some figures are instantaneous, above all a GPU's utilization: one reading in ten seconds is too few.
+# Some figures are instantaneous, such as a GPU's utilization: one reading in ten seconds is too few.
 READINGS_PER_INTERVAL = 5
-# The thread's share of one processor: if reading is slow, it reads less often.
+# Limit of the thread's share of one processor: if reading is slow, it reads less often.
 _MAX_SHARE = 0.01
-# A node without a report for so many intervals is no longer reduced with the others.
+# A node without a report for this number of intervals is excluded from the reduction.
 _STALE_INTERVALS = 3
 _MAX_WARNINGS = 8
 _STOP_TIMEOUT_S = 2.0
@@ -53,14 +53,14 @@ class SystemMetricSink(Protocol):
 
 
 class Collector:
-    """Collects the reports of all nodes on rank zero, and logs them together.
+    """Collect the reports of all nodes on rank zero, and log them together.
 
-    Effects: not collective; one thread; blocks in the sink; nothing on disk but what the sink writes.
+    Effects: not collective; one thread; blocks in the sink; only the sink writes to disk.
 
     Args:
         nodes: of the job.
         every_s: interval of the reports, in seconds.
-        sink: receives metrics, and a warning the first time that something cannot be read.
+        sink: receives metrics, and a warning for the first failure of each source.
     """
 
     def __init__(self, nodes: Sequence[Node], every_s: float, sink: SystemMetricSink) -> None:
@@ -74,7 +74,7 @@ class Collector:
         self._warned: set[tuple[int, str]] = set()
 
     def add(self, node: int, record: Record, now_s: float) -> None:
-        """Add a node's newest record, which may be known already."""
+        """Add a node's newest record; one that was added before is ignored."""
         if self._rounds.get(node) == record["round"]:
             return
         self._rounds[node] = record["round"]
@@ -84,7 +84,7 @@ class Collector:
             self.warn(node, what, reason)
 
     def warn(self, node: int, what: str, reason: str) -> None:
-        """Warn that something of a node cannot be read: once each, at most eight times."""
+        """Warn of a failed reading on a node: once each, at most eight in all."""
         if (node, what) in self._warned or len(self._warned) >= _MAX_WARNINGS:
             return
         self._warned.add((node, what))
@@ -100,7 +100,7 @@ class Collector:
         return len(self._reports) == len(self._nodes)
 
     def flush(self, now_s: float) -> None:
-        """Log the reports since the last call, if there are any."""
+        """Log the reports since the last call, if any."""
         if not self._reports:
             return
         reports, self._reports = self._reports, {}
@@ -109,10 +109,10 @@ class Collector:
 
 
 class Sampler:
-    """Reads the figures of one node in a thread, and reports them.
+    """Read the figures of one node in a thread, and report them.
 
     Effects: not collective; a daemon thread, which alone reads, connects and logs; `start` does not block, `stop` at
-    most two seconds; nothing on disk but what the collector writes.
+    most two seconds; only the collector writes to disk.
 
     Args:
         node: this node.
@@ -150,7 +150,7 @@ class Sampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Report what was read since the last report, and end. A thread that does not end in time is abandoned."""
+        """Report the readings since the last report, and end. A thread that does not end in time is abandoned."""
         self._stopping.set()
         self._thread.join(_STOP_TIMEOUT_S)
 
@@ -158,14 +158,14 @@ class Sampler:
         pause_s = 0.0
         is_last = False
         while not is_last:
-            # The rest is reported at the end: a short run has only that.
+            # The last turn reports the remaining readings, which are the only ones of a short run.
             is_last = self._stopping.wait(pause_s)
             begun_s = time.thread_time()
             self.turn(time.monotonic(), is_last=is_last)
             pause_s = max(self._every_s / READINGS_PER_INTERVAL, (time.thread_time() - begun_s) / _MAX_SHARE)
 
     def turn(self, now_s: float, *, is_last: bool = False) -> None:
-        """Read; report, if the interval is over; on rank zero, read the reports of the other nodes. Never raises.
+        """Read all sources, report if the interval is over, and on rank zero read the other nodes' reports; never raise.
 
         Args:
             now_s: the time of a monotonic clock, in seconds.
@@ -180,7 +180,7 @@ class Sampler:
             return
         reader.read()
         self._try("reading the other nodes' figures", lambda: self._read_reports(now_s))
-        # The pauses are not exact: a little early is on time.
+        # The pauses are not exact: allow half a reading's pause.
         if is_last or now_s - self._reported_at_s >= self._every_s * (1 - 0.5 / READINGS_PER_INTERVAL):
             self._reported_at_s = now_s
             self._try("reporting this node's figures", lambda: self._report(now_s))
@@ -191,18 +191,18 @@ class Sampler:
         self._reader = Reader(self.make_sources())
 
     def make_sources(self) -> Sequence[FigureSource]:
-        """Return what to read. The thread; tests override it."""
+        """Return the sources to read. Called in the thread; tests override it."""
         return node_sources(self._node.gpus)
 
     def connect_store(self) -> Store | None:
-        """Return the thread's own connection to the store that the nodes share. Not called for a single node."""
+        """Connect the thread to the store that the nodes share. Not called for a single node."""
         return connect_to_store()
 
     def _try(self, what: str, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:
-            # For example the store is gone or the disk is full. The thread continues, and the next turn tries again.
+            # For example the store is closed or the disk is full. The next turn retries.
             self._store = None
             reason = str(error).partition("\n")[0] or type(error).__name__
             if self._collector is not None:
@@ -219,7 +219,7 @@ class Sampler:
         record = {"round": self._round, "figures": figures, "failures": {**self._reader.failures, **self._problems}}
         if self._collector is not None:
             if self._collector.has_reported(self._node.index):
-                # Nodes that are a whole interval late are not waited for.
+                # The other nodes are a whole interval late: log without them.
                 self._collector.flush(now_s)
             self._collector.add(self._node.index, record, now_s)
         elif (store := self._connected()) is not None:
@@ -247,7 +247,7 @@ class Sampler:
 
 
 def interval_s(text: str | None) -> float:
-    """Parse MLflow's own variable: seconds between two points.
+    """Parse MLflow's own interval variable, in seconds.
 
     Raises:
         ConfigError: if it is not a positive number.
