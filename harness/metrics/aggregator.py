@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class MetricSink(Protocol):
-    """The run that reduced metrics are written to; `RunRecorder` implements it."""
+    """The run that reduced metrics are written to. `RunRecorder` implements it."""
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Write metrics by optimizer step."""
@@ -184,13 +184,7 @@ class MetricAggregator:
         self.publish(self._values.numbers(values), step)
 
     def record(self, values: Mapping[str, Any], step: int, own_step: Any) -> None:
-        """Publish rank zero's values; see `PeriodicLogger.record`.
-
-        Args:
-            values: name -> value.
-            step: complete optimizer steps.
-            own_step: the script's own step; None if it counts none.
-        """
+        """Publish rank zero's values; see `PeriodicLogger.record`. `step` counts optimizer steps, `own_step` the script's own."""
         if not (numbers := self._values.numbers(values)):
             return
         own_step = self._values.step(own_step)

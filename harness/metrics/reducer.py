@@ -147,7 +147,6 @@ class WeightedSums:
 
 
 def _sum_up(name: str, cell: _Cell) -> None:
-    """Add the held values to the sum, on their device."""
     if not cell.held:
         return
     values = [value for value, _, _ in cell.held]
@@ -176,7 +175,7 @@ class Reduced:
 
     Args:
         step: the optimizer step at the window's end.
-        values: name -> weighted mean over the window and all ranks.
+        values: name -> weighted mean.
         gauges: name -> each rank's own value, in the order of ranks.
     """
 
@@ -200,7 +199,6 @@ class _Window:
     vector: Tensor | None = None
 
     def settle(self) -> None:
-        """Wait for the copy from the device and read it."""
         if self.device_sums is not None:
             if self.copied is not None:
                 self.copied.synchronize()

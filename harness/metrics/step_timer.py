@@ -30,7 +30,7 @@ class StepTimer:
         self._last_s = time.perf_counter()
 
     def step(self, num_samples: int) -> float:
-        """Count an optimizer step over `num_samples` samples of this rank; return the current `perf_counter`, in seconds."""
+        """Count an optimizer step over `num_samples` samples of this rank; return its time of `perf_counter`."""
         now_s = time.perf_counter()
         if self._last_s is not None:
             duration_s = now_s - self._last_s

@@ -11,12 +11,9 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class LoggedValues:
-    """Convert logged values, and warn once for each name that is left out.
+    """Convert logged values, and warn once through `say` for each name that is left out.
 
     Effects: not collective; main thread; waits for a value that is on a device; nothing on disk.
-
-    Args:
-        say: displays a line to the user.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:

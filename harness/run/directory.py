@@ -59,15 +59,15 @@ def make_run_directory(
 ) -> tuple[RunDirectory, RunLock]:
     """Create ``<runs_dir>/<run_name>/`` and its ``run.json``, or open the existing run of that name.
 
-    Without a name each call creates a run, unless a launcher has restarted this process: then the newest run of the
-    same launch is opened.
+    Without a name each call creates a run, named by `stem` and the time. A process that its launcher has restarted
+    opens the newest run of the same launch.
 
     Effects: not collective, rank zero only; any thread; blocks on fsync and on a job that is just ending; leaves the
     directory, locked until the lock is released or this process dies.
 
     Args:
         runs_dir: parent directory of the runs.
-        run_name: name of the run, or None to generate one from `stem` and the time.
+        run_name: name of the run, or None.
         stem: first part of a generated name.
         resume: ``never`` refuses an existing run; any other value opens it.
         lock_timeout_s: longest wait for another job to end, in seconds.

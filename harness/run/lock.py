@@ -29,12 +29,8 @@ class RunLock:
     A POSIX record lock. A `flock` belongs to the open file, which forked data loader workers share: a worker that
     outlives its killed parent would keep the run locked.
 
-    Effects: not collective, rank zero only; any thread; blocks for at most `timeout_s`; leaves ``<run_dir>/run.lock``,
-    mode 0600, which names the holder.
-
-    Args:
-        run_dir: an existing directory.
-        timeout_s: longest wait for the current holder, in seconds.
+    Effects: not collective, rank zero only; any thread; blocks for at most `timeout_s`; leaves ``<run_dir>/run.lock``
+    (0600), which names the holder.
 
     Attributes:
         works: whether the file system supports locks; without them no job is excluded.

@@ -77,13 +77,9 @@ class StopLead:
 
 @dataclass
 class StopRequests:
-    """Read the stop requests for this attempt, on rank zero.
+    """Read the stop requests for this attempt, on rank zero; requests for earlier attempts are ignored.
 
     Effects: not collective; main thread; reads the disk at most five times a second.
-
-    Args:
-        run_dir: the run's directory.
-        attempt: number of this attempt; requests for earlier ones are ignored.
     """
 
     run_dir: Path

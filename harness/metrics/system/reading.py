@@ -16,12 +16,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class FigureSource:
-    """A source of figures.
-
-    Args:
-        name: used in messages.
-        read: returns the current figures, or raises.
-    """
+    """A named source. `read` returns its current figures, or raises."""
 
     name: str
     read: Callable[[], Figures]

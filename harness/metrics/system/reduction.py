@@ -65,14 +65,9 @@ def latest_only(name: str) -> bool:
 
 
 def reduce(figures: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int) -> dict[str, float]:
-    """Reduce the figures of all nodes and GPUs to one for the job.
+    """Reduce the figures of all nodes and GPUs, by node and name, to one for the job.
 
     A total is left out if a node is missing, as it would look like a drop.
-
-    Args:
-        figures: node -> name -> value.
-        num_nodes: of the job.
-        num_gpus: of the job.
     """
     values: dict[str, list[float]] = {}
     for each in figures.values():
@@ -90,12 +85,12 @@ def reduce(figures: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus:
 def metrics_of(
     reports: Mapping[int, Mapping[str, float]], known: Mapping[int, Mapping[str, float]], num_nodes: int, num_gpus: int
 ) -> dict[str, float]:
-    """Return the metrics by their names in MLflow.
+    """Return the metrics by their names in MLflow. With one node its figures have the plain names.
 
     Args:
         reports: node -> its figures, for nodes with a new report.
         known: node -> its last figures, for the reduction.
-        num_nodes: of the job; a single node's figures have the plain names.
+        num_nodes: of the job.
         num_gpus: of the job.
     """
     metrics: dict[str, float] = {}

@@ -58,7 +58,7 @@ class Collector:
     Effects: not collective; one thread; blocks in the sink; only the sink writes to disk.
 
     Args:
-        nodes: of the job.
+        nodes: all nodes of the job.
         every_s: interval of the reports, in seconds.
         sink: receives metrics, and a warning for the first failure of each source.
     """
@@ -116,8 +116,8 @@ class Sampler:
 
     Args:
         node: this node.
-        nodes: all nodes.
-        run: unique name of this attempt of the job.
+        nodes: all nodes of the job.
+        run: unique name of this attempt.
         every_s: interval of the reports, in seconds.
         collector: on rank zero; None elsewhere.
     """
@@ -165,11 +165,9 @@ class Sampler:
             pause_s = max(self._every_s / READINGS_PER_INTERVAL, (time.thread_time() - begun_s) / _MAX_SHARE)
 
     def turn(self, now_s: float, *, is_last: bool = False) -> None:
-        """Read all sources, report if the interval is over, and on rank zero read the other nodes' reports; never raise.
+        """Read all sources, report if the interval is over, and on rank zero read the other nodes' reports.
 
-        Args:
-            now_s: the time of a monotonic clock, in seconds.
-            is_last: report in any case.
+        Never raises. `now_s` is the time of a monotonic clock; `is_last` reports in any case.
         """
         if self._reader is None:
             self._try("finding out what to read", self._begin)
@@ -262,17 +260,10 @@ def interval_s(text: str | None) -> float:
 
 
 def start_sampler(collectives: Collectives, device: torch.device, sink: SystemMetricSink) -> Sampler | None:
-    """Start this node's thread, on the node's lowest rank.
+    """Start a thread on each node's lowest rank, which returns its sampler; the other ranks return None.
 
-    Effects: collective, one small exchange; main thread; starts a daemon thread; nothing on disk.
-
-    Args:
-        collectives: of all ranks.
-        device: of this rank.
-        sink: rank zero's thread writes to it.
-
-    Returns:
-        The sampler; None on the other ranks of a node.
+    Effects: collective, one small exchange; main thread; starts a daemon thread, which uses `sink` on rank zero;
+    nothing on disk.
 
     Raises:
         ConfigError: on all ranks, if the interval is invalid.
