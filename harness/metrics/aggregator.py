@@ -184,7 +184,7 @@ class MetricAggregator:
         self.publish(self._values.numbers(values), step)
 
     def record(self, values: Mapping[str, Any], step: int, own_step: Any) -> None:
-        """Publish rank zero's values; see `PeriodicLogger.record`. `own_step` is the script's step, None if it counts none."""
+        """Publish rank zero's values; see `PeriodicLogger.record`. `own_step` is None if the script counts none."""
         if not (numbers := self._values.numbers(values)):
             return
         own_step = self._values.step(own_step)
