@@ -1,4 +1,4 @@
-"""The `harness` command. `harness --help` imports neither torch nor jsonargparse."""
+"""Run the `harness` command. `harness --help` imports neither torch nor jsonargparse."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _WITH_OWN_PARSER = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code (0 done, 2 usage, 75 to be requeued, 1 anything else)."""
+    """Run one subcommand and return the exit code: 0 done, 2 usage error, 75 requeue, 1 any other failure."""
     words = list(sys.argv[1:] if argv is None else argv)
     occupy_descriptors()
     if argv is None and not sys.flags.safe_path and sys.path[0] not in standard_library():
-        del sys.path[0]  # the directory of this command's file: nothing may be imported from there
+        del sys.path[0]  # the directory of this command's file, from which nothing may be imported
     try:
         if words and words[0] in _WITH_OWN_PARSER:
             return _run_with_own_parser(words[0], words[1:])
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_FAILED
     except BrokenPipeError:
-        # The reader, such as `head`, has ended. Redirect what is still buffered.
+        # The reader, such as `head`, has ended. Redirect the text that is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
 
@@ -107,11 +107,11 @@ def _make_parser() -> CommandParser:
 
 
 def _run_with_own_parser(command: str, words: Sequence[str]) -> int:
-    # Imports are late, so that errors and help of other subcommands stay fast.
+    # Imports are late, so that errors and help of other subcommands are fast.
     if command == "run":
         from launch.run import main as run_script
 
-        run_script(words)  # sets up sys.path for its script itself
+        run_script(words)  # sets sys.path for its script
     _add_working_directory()
     if command == "train":
         from harness.__main__ import exit_process
@@ -136,7 +136,7 @@ def _run_with_own_parser(command: str, words: Sequence[str]) -> int:
 
 
 def _add_working_directory() -> None:
-    """Make the user's classes importable, behind the standard library so that no file hides one of its modules."""
+    """Make the user's classes importable, after the standard library, so that they cannot shadow its modules."""
     standard = standard_library()
     behind = max((number for number, path in enumerate(sys.path) if path in standard), default=-1) + 1
     sys.path.insert(behind, os.getcwd())
@@ -171,7 +171,7 @@ def _sync(arguments: argparse.Namespace) -> int:
             return EXIT_DONE
 
     def deliver() -> bool:
-        # Listed each time, because new jobs create runs.
+        # Listed again each time, because new jobs create runs.
         run_dirs = [run for each in directories for run in runs_in(each)] if arguments.all else directories
         is_whole = True
         for _, error in deliver_all(run_dirs, arguments.tracking_uri, lambda line: write_output(f"{line}\n")):

@@ -1,4 +1,4 @@
-"""An argument parser whose errors are one line instead of a usage text."""
+"""Parse arguments with one-line errors instead of a usage text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,5 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that raises instead of printing its usage and ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the error.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Raise the message as a `ConfigError`."""
         raise ConfigError("", f"{message}; see `{self.prog} --help`")

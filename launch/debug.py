@@ -29,7 +29,7 @@ DEBUG_OPTIONS = (
 def debug(words: Sequence[str]) -> int:
     """Print the model and the first batches, then train a few batches in this process.
 
-    Breakpoints in the task work: standard input is the terminal, and there is no progress bar.
+    Breakpoints in the task work, because standard input is the terminal and there is no progress bar.
 
     Raises:
         HarnessError: if a launcher started this process, or the configuration is wrong.
@@ -52,7 +52,6 @@ def debug(words: Sequence[str]) -> int:
             train(config)
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, KeyboardInterrupt):
-                # A debug run prints the traceback of every error.
                 import traceback
 
                 traceback.print_exc()

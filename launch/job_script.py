@@ -15,20 +15,15 @@ from launch.local import data_dir
 
 @dataclass(frozen=True)
 class Submission:
-    """A SLURM job.
+    """The options of a SLURM job; `nodes`, `time` and `array` are in SLURM's form.
 
     Args:
         name: name of the run's directory, the MLflow run and the job.
-        run_dir: directory of the runs.
-        strategy: one of `STRATEGIES`.
-        nodes: number of nodes in SLURM's form: ``2``, or ``1-4`` for as many as are free at each start.
-        tasks_per_node: ranks on each node.
-        gpus_per_node: GPUs on each node; 0: none are requested.
-        cpus_per_task: cores for each rank and its data loaders.
-        time: time limit in SLURM's form.
-        lead_s: seconds before the limit at which the training stops.
+        run_dir: parent directory of the runs.
+        nodes: ``2``, or ``1-4`` for as many as are free at each start.
+        lead_s: seconds before the time limit at which the training stops.
         options: further ``#SBATCH`` lines, name -> value; None for an option without a value.
-        array: indices of a job array in SLURM's form; None for a single job.
+        array: indices of a job array; None for a single job.
         sweep: file with a line of options for each task of the array.
         training_words: the options of `harness train`.
     """
@@ -54,7 +49,7 @@ class Submission:
 
 
 def render(submission: Submission) -> str:
-    """Return the template with this job's ``#SBATCH`` lines, variables and arguments."""
+    """Render the template with this job's ``#SBATCH`` lines, variables and arguments."""
     is_array = submission.array is not None
     source = data_dir("slurm") / ("array.sbatch" if is_array else "train.sbatch")
     lines = source.read_text().splitlines()
@@ -108,7 +103,7 @@ def _sbatch_lines(submission: Submission) -> Iterable[str]:
 
 
 def _quoted(value: str) -> str:
-    """Quote a value for sbatch, which ends a word at a space and the line at a #."""
+    """Quote a value for sbatch, which ends a word at a space and a line at a #."""
     if not re.search(r"[\s#\"'\\\\]", value):
         return value
     return '"' + re.sub(r'(["\\\\])', r"\\\1", value) + '"'
@@ -121,7 +116,7 @@ def _without_blank_start(lines: list[str]) -> list[str]:
 
 
 def num_nodes(text: str) -> list[int]:
-    """Return the number of nodes, or the minimum and maximum.
+    """Parse the number of nodes, or the minimum and the maximum.
 
     Raises:
         ConfigError: if the text is neither ``N`` nor ``MIN-MAX``.

@@ -1,4 +1,4 @@
-"""`harness launch`: start several processes on this machine with accelerate, and print the command."""
+"""Implement `harness launch`: start several processes on this machine with accelerate, and print the command."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ class LaunchPlan:
 
     Args:
         strategy: one of `STRATEGIES`.
-        num_processes: number of ranks on this machine.
-        main_process_port: port of the rendezvous; 0: a free one.
-        training_words: the words behind the subcommand of each rank.
+        main_process_port: port of the rendezvous; 0 for a free one.
+        training_words: arguments of each rank's subcommand.
         max_restarts: how often all ranks are restarted, and resume, after one has failed.
-        command: subcommand of each rank: ``train`` or ``run``.
+        command: subcommand of each rank, ``train`` or ``run``.
     """
 
     strategy: str
@@ -49,18 +48,15 @@ def launch(words: Sequence[str]) -> int:
         HarnessError: if a value is wrong or the port is in use.
     """
     plan, dry_run = _parse(words)
-    # Checked here, so that an error is one line and not the traceback of N ranks.
+    # Checked here, so that an error is one line and not N tracebacks.
     config = parse_run_config(plan.training_words, prog="harness launch")
     return start_ranks(plan, config, dry_run=dry_run)
 
 
 def start_ranks(plan: LaunchPlan, config: RunConfig | None, *, dry_run: bool) -> int:
-    """Print the accelerate command and replace this process by it.
+    """Print the accelerate command and, unless `dry_run`, replace this process by it.
 
-    Args:
-        plan: the processes.
-        config: whose classes are imported and checked first; None for a script.
-        dry_run: only print the command.
+    The classes of a configuration are imported and checked first; a script has none.
 
     Raises:
         HarnessError: if a value is wrong or the port is in use.
@@ -139,7 +135,7 @@ def accelerate_command(plan: LaunchPlan) -> list[str]:
         *("accelerate", "launch", "--config_file", _short(config_file)),
         *("--num_processes", str(count), "--main_process_port", str(plan.main_process_port)),
         *(("--max_restarts", str(plan.max_restarts)) if plan.max_restarts else ()),
-        # torch's agent would leave a directory torchelastic_* in /tmp for every run. Ranks print to the terminal.
+        # By default torch's agent leaves a directory torchelastic_* in /tmp for every run. Ranks print to the terminal.
         *(("--log_dir", os.devnull) if count > 1 else ()),
         *extra,
         *("--no_python", *_rank_command(plan.command), *plan.training_words),
@@ -147,7 +143,7 @@ def accelerate_command(plan: LaunchPlan) -> list[str]:
 
 
 def _rank_command(command: str) -> list[str]:
-    """The command of a rank, which no module in the working directory can shadow."""
+    """Return the command of a rank, which no module in the working directory can shadow."""
     python, *words = child_command("launch.cli", command)
     # Unbuffered, as torch starts a rank that it knows to be Python.
     return [python, "-u", *words]
@@ -160,7 +156,7 @@ def data_dir(name: str) -> Path:
         LaunchError: if it is missing.
     """
     here = Path(__file__).resolve().parent
-    # Above an installed package, a directory of that name may belong to another project.
+    # Beside an installed package, a directory of that name may belong to another project.
     contents = {"configs": "accelerate", "slurm": "train.sbatch"}
     for candidate in (here.parent / name, here / name):
         if (candidate / contents[name]).exists():
@@ -169,7 +165,6 @@ def data_dir(name: str) -> Path:
 
 
 def _short(path: Path) -> str:
-    """The path relative to the working directory, if it is below it."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -177,7 +172,7 @@ def _short(path: Path) -> str:
 
 
 def _default_num_processes() -> int:
-    # Counted by their device files: importing torch takes seconds.
+    # Counted by their device files, because importing torch takes seconds.
     num_gpus = len([name for name in os.listdir("/dev") if name.startswith("nvidia") and name[6:].isdigit()])
     return num_gpus or 2
 

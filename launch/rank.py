@@ -23,7 +23,7 @@ _STRATEGY_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def rank(words: Sequence[str]) -> int:
-    """Train as the rank that SLURM's variables describe; returns the exit code.
+    """Train as the rank that SLURM's variables describe, and return the exit code.
 
     Raises:
         HarnessError: if srun did not start this process, or the strategy cannot run on the number of ranks.
@@ -32,7 +32,7 @@ def rank(words: Sequence[str]) -> int:
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     own, rest = parser.parse_known_args(list(words))
     task = read_task()
-    # Before torch is imported, which reads it at import.
+    # Before torch is imported, which reads the variable once.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(rank_environment(task))
     try:
@@ -54,15 +54,15 @@ def rank(words: Sequence[str]) -> int:
             # The rendezvous may not have completed.
             JobSecret.from_environment().discard()
     if code == EXIT_REQUEUE and task.rank > 0:
-        # Rank 0 returns the code for all ranks once it has delivered the run to MLflow; any other code but 0 would make
-        # `srun --kill-on-bad-exit` end it before.
+        # Rank 0 returns the code for all ranks after it has delivered the run to MLflow. If another rank returned it,
+        # `srun --kill-on-bad-exit` would end rank 0 before that.
         flush()
         os._exit(EXIT_DONE)
     exit_process(code)
 
 
 def _strategy(requested: str, task: SlurmTask) -> str:
-    """The requested strategy; ``single`` for a job that resumes on one rank."""
+    """Return the requested strategy, or ``single`` for a job that resumes on one rank."""
     if task.world_size > 1 or requested == "single":
         return requested
     write_error(f"harness: one rank: using strategy single in place of {requested}\n")
@@ -80,21 +80,17 @@ def rank_environment(task: SlurmTask) -> Mapping[str, str]:
         "LOCAL_WORLD_SIZE": str(task.local_world_size),
         "GROUP_RANK": str(task.node_rank),
         "MASTER_ADDR": task.hosts[0],
-        # A requeued job, and a second step of a job, have a rendezvous of their own.
+        # A requeued job and a second step of a job each have their own rendezvous.
         JOB_VARIABLE: f"{task.job.cluster}:{task.job.job_id}.{task.step_id}.{task.job.restart_count}",
     }
 
 
 def strategy_environment(strategy: str, num_processes: int) -> Mapping[str, str]:
-    """Return the variables by which `accelerate launch` configures a strategy, computed by accelerate's own code.
+    """Compute the variables by which `accelerate launch` configures a strategy, with accelerate's own code.
 
     configs/accelerate/ defines the strategies, for `harness launch` and for SLURM.
 
     Effects: imports torch (seconds); any thread; nothing on disk.
-
-    Args:
-        strategy: one of `STRATEGIES`.
-        num_processes: number of ranks.
 
     Raises:
         LaunchError: if the strategy cannot run on that number of ranks.
@@ -121,7 +117,7 @@ def strategy_environment(strategy: str, num_processes: int) -> Mapping[str, str]
 
 
 def _secret_file(run_dir: str) -> Path:
-    """The secret's file for a step without a secret in its environment; the same on all ranks."""
+    """Return the secret's file, which is the same on all ranks, for a step without a secret in its environment."""
     job = re.sub(r"[^A-Za-z0-9._-]", "-", os.environ[JOB_VARIABLE])
     return Path(run_dir).absolute() / "slurm" / FILE_NAME.format(job)
 

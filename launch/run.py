@@ -1,7 +1,8 @@
-"""`harness run SCRIPT [ARGS]`: run an unchanged Accelerate script or module with autologging.
+"""Implement `harness run SCRIPT [ARGS]`: run an unchanged Accelerate script or module with autologging.
 
-It runs in one process, or as one rank of a launcher; with `--num_processes` the command is the launcher. Arguments,
-`sys.path`, `__main__`, exit code and traceback are those of ``python SCRIPT ARGS`` or ``python -m MODULE ARGS``.
+The script runs in one process, or as one rank of a launcher; with `--num_processes` or `--strategy` the command is the
+launcher. Arguments, `sys.path`, `__main__`, exit code and traceback are those of ``python SCRIPT ARGS`` or
+``python -m MODULE ARGS``.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ _FLAGS = ("-h", "--help", "--dry_run", "--reset_scheduler")
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the script; returns its exit code, unless the script raises `SystemExit`.
+    """Run the script and return its exit code.
 
     Raises:
         HarnessError: if an option is wrong or the script does not exist.
-        SystemExit: from the script.
+        SystemExit: if the script raises it.
     """
     own_words, script_words = _split(words)
     own = _parse(own_words)
@@ -48,7 +49,7 @@ def run(words: Sequence[str]) -> int:
         return _launch(own, own_words, script_words)
     if own.dry_run:
         raise ConfigError("--dry_run", "prints the launcher's command; give --num_processes or --strategy too")
-    # The script reads it, and runs are named after it.
+    # The script reads its arguments here, and runs are named after the script.
     sys.argv = [script.path, *script.words]
     _enable_autologging(own)
     return run_script(script, silent=own.silent)
@@ -58,7 +59,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the options of this command from the script and its arguments, which are not parsed."""
+    """Split the options of this command from the script and its arguments."""
     position = 0
     while position < len(words) and words[position].startswith("-") and words[position] != MODULE:
         position += 1 if words[position] in _FLAGS or "=" in words[position] else 2
@@ -141,7 +142,7 @@ def _tag(text: str) -> tuple[str, str]:
 
 
 def _check_resume(own: argparse.Namespace) -> None:
-    """Check `--resume` before the script runs, and point to the latest run if `auto` starts a new one beside it.
+    """Check `--resume` before the script runs, and print the latest unnamed run if `auto` would start a new one.
 
     Raises:
         ConfigError: if the path does not exist.
@@ -193,7 +194,7 @@ def _enable_autologging(own: argparse.Namespace) -> None:
 
 
 def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Sequence[str]) -> int:
-    """Start the ranks, each of which is `harness run` again."""
+    """Start the ranks, each of which runs `harness run`."""
     kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)
@@ -202,7 +203,6 @@ def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Seq
 
 
 def _without_launcher(words: Sequence[str]) -> list[str]:
-    """The options for the ranks, without those of the launcher."""
     names = ("--strategy", "--num_processes", "--main_process_port", "--max_restarts")
     kept: list[str] = []
     position = 0

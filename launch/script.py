@@ -1,8 +1,8 @@
-"""The script of `harness run`: find it and execute it as ``python SCRIPT`` or ``python -m MODULE`` would.
+"""Find the script of `harness run` and execute it as ``python SCRIPT`` or ``python -m MODULE`` would.
 
-The script may have packages named `harness` or `launch` itself. It then imports its own: our modules refer to one
-another as imported objects, so their names in `sys.modules` can be released. A module of ours whose name does not exist
-in the script's package keeps it, for our late imports and for pickle, which looks classes up by module name.
+The script may have its own packages named `harness` or `launch`, which it then imports. Our modules refer to one
+another as imported objects, so their names in `sys.modules` can be released. Only names that exist in the script's
+package are released: our late imports need the others, and so does pickle, which finds classes by module name.
 """
 
 from __future__ import annotations
@@ -25,25 +25,19 @@ from harness.io.standard_streams import write_error
 MODULE = "-m"
 
 _OURS = {"harness": Path(harness.__file__).resolve().parent, "launch": Path(__file__).resolve().parent}
-# Modules that functions import and that may run while the script does.
+# Modules that functions import while the script may be running.
 LATE_IMPORTS = (
     "harness.__main__",
     "harness.autologging.exit_hooks",
     "harness.autologging.patcher",
 )
-# Ranks exchange objects whose classes are named by these modules.
+# Modules of the classes whose objects ranks exchange, by name.
 _EXCHANGED = ("harness.checkpoint.", "harness.run.directory", "harness.metrics.system.")
 
 
 @dataclass(frozen=True)
 class Script:
-    """The script to run.
-
-    Args:
-        path: of its file, as in `sys.argv`.
-        words: its arguments.
-        spec: of the module; None for a script.
-    """
+    """The script to run, with its path as in `sys.argv` and its arguments; only a module has a spec."""
 
     path: str
     words: tuple[str, ...]
@@ -82,20 +76,17 @@ def find_script(words: Sequence[str]) -> Script:
 
 
 def _insert_path(directory: str) -> None:
-    # Python omits it with PYTHONSAFEPATH, too.
+    # Python too omits the directory with PYTHONSAFEPATH.
     if not sys.flags.safe_path:
         sys.path.insert(0, directory)
 
 
 def run_script(script: Script, *, silent: bool) -> int:
-    """Execute the script as `__main__`, and report to the training how it ended.
-
-    Returns:
-        The exit code, unless the script raises `SystemExit`.
+    """Execute the script as `__main__`, report its end to the training, and return the exit code.
 
     Raises:
-        HarnessError: if harness rejects what the script does.
-        SystemExit: from the script.
+        HarnessError: if harness rejects a call of the script.
+        SystemExit: if the script raises it.
     """
     from harness.autologging.exit_hooks import failure_of
     from harness.autologging.patcher import script_ended
@@ -110,14 +101,14 @@ def run_script(script: Script, *, silent: bool) -> int:
     module = _main_module(script)
     sys.modules["__main__"] = module
     try:
-        # dont_inherit: without this file's `from __future__` import.
+        # dont_inherit excludes this file's `from __future__` import.
         code = compile(Path(script.path).read_bytes(), vars(module)["__file__"], "exec", dont_inherit=True)
         exec(code, vars(module))
     except SystemExit as exit:
         script_ended(failure_of(exit))
         raise
     except HarnessError as error:
-        # The message has the remedy; the traceback would not help.
+        # The message contains the remedy, so no traceback is printed.
         script_ended(error)
         raise
     except BaseException as error:
@@ -129,7 +120,7 @@ def run_script(script: Script, *, silent: bool) -> int:
 
 
 def _main_module(script: Script) -> ModuleType:
-    """`__main__` with the attributes that Python sets."""
+    """Create `__main__` with the attributes that Python sets."""
     module = ModuleType("__main__")
     path = os.path.abspath(script.path)
     spec = script.spec
@@ -157,12 +148,9 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _release_package(package: str) -> str | None:
-    """Let the script import its own package of this name, if `sys.path` has one before ours.
+    """Let the script import its own package of this name, if `sys.path` has one before ours, and return its path.
 
     Effects: imports torch and removes modules from `sys.modules`, if there is such a package.
-
-    Returns:
-        The path of the script's package; None if it has none.
 
     Raises:
         ConfigError: if ranks could no longer exchange objects.
@@ -186,7 +174,6 @@ def _release_package(package: str) -> str | None:
 
 
 def _imported_modules(package: str) -> list[str]:
-    """Names of the imported modules of our package."""
     return [
         name
         for name, module in sys.modules.items()
@@ -197,7 +184,7 @@ def _imported_modules(package: str) -> list[str]:
 
 
 def _find(name: str, top: ModuleSpec) -> ModuleSpec | None:
-    """The spec of a module within a package, without an import."""
+    """Find the spec of a module within a package, without an import."""
     spec: ModuleSpec | None = top
     parts = name.split(".")
     for number in range(2, len(parts) + 1):

@@ -1,4 +1,4 @@
-"""`harness submit`: check the options of a SLURM job, render its script and submit it."""
+"""Implement `harness submit`: check the options of a SLURM job, render its script and submit it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launch.job_script import Submission, num_nodes, render
 from launch.local import STRATEGIES, LaunchPlan, accelerate_command, check_classes
 
 _LEAD_S = 300
-# Options of sbatch that --sbatch refuses, and the options that set them.
+# Options of sbatch that --sbatch refuses, and our options that set them.
 _OWN_OPTIONS = {
     "job-name": "--run_name",
     "nodes": "--nodes",
@@ -42,7 +42,7 @@ _OWN_OPTIONS = {
 
 
 def submit(words: Sequence[str]) -> int:
-    """Render the script; print it, or submit it and print how to follow the job.
+    """Render the script, then print it, or submit it and print how to follow the job.
 
     Raises:
         HarnessError: if an option is wrong, or SLURM rejects the job.
@@ -150,7 +150,7 @@ def _make_parser() -> CommandParser:
 
 
 def _check_resources(own: argparse.Namespace) -> int:
-    """Check numbers of nodes, tasks and GPUs against the strategy; returns the tasks per node."""
+    """Check numbers of nodes, tasks and GPUs against the strategy, and return the tasks per node."""
     for name, least in (("gpus_per_node", 0), ("tasks_per_node", 1), ("cpus_per_task", 1), ("lead_s", 1)):
         if (value := getattr(own, name)) is not None and value < least:
             raise ConfigError(f"--{name}", f"must be at least {least}, got {value}")
@@ -179,7 +179,7 @@ def _sbatch_options(own: argparse.Namespace) -> dict[str, str | None]:
 
 
 def limit_s(text: str) -> float:
-    """Return the seconds of a SLURM time limit.
+    """Convert a SLURM time limit to seconds.
 
     Raises:
         ConfigError: if SLURM would reject it.
@@ -195,7 +195,7 @@ def limit_s(text: str) -> float:
     numbers = [int(part) for part in parts]
     if not days and not any(numbers):
         raise ConfigError("--time", f"must be longer than 0, got {text!r}; use UNLIMITED for no limit")
-    # With days the first number is hours; without, the last is seconds, or minutes if it is the only one.
+    # With days, the first number is hours. Without, the last is seconds, or minutes if it is the only one.
     units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
     return 86_400 * int(days or 0) + sum(n * unit for n, unit in zip(numbers, units, strict=False))
 
@@ -226,15 +226,13 @@ def indices_of(text: str) -> list[int]:
 
 
 def check_sweep(path: Path, array: str | None, words: Sequence[str]) -> str:
-    """Check that each task of an array has a line of valid options; returns the array's indices.
+    """Check that each task of an array has a line of valid options, and return the array's indices.
 
-    Args:
-        path: the file; line n, from 0, has the options of task n.
-        array: the tasks, in SLURM's form; None: one for each line.
-        words: the options of all tasks.
+    Line n of the file, from 0, has the options of task n, in addition to the common `words`. Without `array` there is
+    one task for each line.
 
     Raises:
-        ConfigError: with the line.
+        ConfigError: if a line is missing or wrong; with its number.
     """
     if not path.is_file():
         raise ConfigError("--sweep", f"there is no file {path}")
@@ -254,11 +252,11 @@ def check_sweep(path: Path, array: str | None, words: Sequence[str]) -> str:
 
 
 def _refuse_unknown(words: Iterable[str], own: Sequence[str]) -> None:
-    """Raise for an option that is neither of this command nor of the configuration, and name the nearest one."""
+    """Refuse an option that is neither of this command nor of the configuration, and name the nearest one."""
     training = {option for action in make_parser("harness submit")._actions for option in action.option_strings}
     for word in words:
         option = word.partition("=")[0]
-        # The configuration's parser checks dotted options, and names the nearest one.
+        # The configuration's parser checks dotted options.
         if not option.startswith("--") or "." in option or option in training:
             continue
         near = difflib.get_close_matches(option, [*own, *training], 1)
@@ -270,7 +268,7 @@ def _refuse_unknown(words: Iterable[str], own: Sequence[str]) -> None:
 
 
 def _without(words: Iterable[str], options: Sequence[str]) -> list[str]:
-    """The words without these options and their values, which the script sets."""
+    """Return the words without these options and their values, which the job script sets."""
     kept: list[str] = []
     is_value = False
     for word in words:
@@ -284,7 +282,7 @@ def _without(words: Iterable[str], options: Sequence[str]) -> list[str]:
 
 
 def _stem(words: Sequence[str]) -> str:
-    """The stem of a generated name: that of the last configuration file."""
+    """Return the stem of the last configuration file, for a generated run name."""
     found = [after for before, after in itertools.pairwise(words) if before == "--config"]
     found += [word.partition("=")[2] for word in words if word.startswith("--config=")]
     return re.sub(r"[^A-Za-z0-9_-]", "-", Path(found[-1]).stem) if found else "run"
