@@ -1,4 +1,4 @@
-"""Autologging's part of a checkpoint, and the state to reset before a checkpoint within an evaluation."""
+"""Save autologging's part of a checkpoint, and reset state before a checkpoint within an evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.errors import CheckpointError
 
 
 class AutologState:
-    """The script's earlier iterations, as far as a resumed run needs them.
+    """Holds what a resumed run needs to know about the script's earlier iterations.
 
     Attributes:
         training: predicts which iterations train.
@@ -72,7 +72,7 @@ def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
 
 
 class IterationEnd:
-    """The state at the end of a training iteration, for a checkpoint within the evaluation that follows.
+    """Captures the state at the end of a training iteration, for a checkpoint within the evaluation that follows.
 
     A script that is stopped within its evaluation resumes after the last training batch, and repeats what it did since,
     for example stepping its scheduler and drawing random numbers. These are reset before the checkpoint.

@@ -1,4 +1,4 @@
-"""State that the trainings of one process share, and the messages that autologging prints."""
+"""Share state between the trainings of one process, and print autologging's messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ADVICE = (
 
 @dataclass
 class AutologContext:
-    """State that the trainings, sources and patches of one process share.
+    """Holds the state that the trainings, sources and patches of one process share.
 
     Args:
         settings: settings of the trainings that have not begun.

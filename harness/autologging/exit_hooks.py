@@ -34,14 +34,14 @@ Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class MayFail(Protocol):
-    """A training that is notified of an error."""
+    """Is notified of an error."""
 
     def fail(self, error: BaseException) -> BaseException:
         """The training has failed; returns the error that is shown to the user."""
 
 
 class MayEnd(MayFail, Protocol):
-    """A training that is notified of either end."""
+    """Is notified of either end."""
 
     def finish(self) -> None:
         """The training has ended normally."""
@@ -61,7 +61,7 @@ class ExceptHook:
         """Start to notify a training."""
         earlier = sys.excepthook
 
-        # One function for each installation: other code that has wrapped an earlier one still calls that one.
+        # Make one function per installation, since code that wrapped an earlier one still calls it.
         def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
             shown = training.fail(error) if self._hook is hook else error
             if shown is error:

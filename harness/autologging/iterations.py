@@ -1,4 +1,4 @@
-"""One iteration over a prepared loader, and whether it trains.
+"""Track one iteration over a prepared loader, and decide whether it trains.
 
 An iteration trains if `accelerator.backward` is called within it, which happens only after the script has its first
 batch. An iteration that is likely to train therefore begins as a training iteration, and is discarded if no backward
@@ -37,7 +37,7 @@ class IterationState(Enum):
 
 
 class Iteration:
-    """One iteration over a loader.
+    """Tracks one iteration over a loader.
 
     Effects: not collective; main thread; never synchronises with the device; nothing on disk.
 

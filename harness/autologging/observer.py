@@ -230,8 +230,7 @@ class EpochObserver:
                 self._ended_without_batch(this)
         except GeneratorExit:
             if this is self._current and this.is_training and this.has_unreported_work:
-                # Reporting the step is collective, and a generator may be closed at any time, so the end of the epoch
-                # reports it.
+                # Reporting is collective, so the end of the epoch does it: generators may be closed at any time.
                 self._log_loss(this)
                 self._unreported = (this.num_samples, this.take_step())
             raise

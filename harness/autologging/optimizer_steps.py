@@ -48,7 +48,7 @@ class OptimizerSteps:
         if self._known and optimizer is self._known[-1]:
             return True  # nearly every step
         if self._prepared.number_of(optimizer) is None:
-            return False  # the script trains something else too
+            return False  # of something else that the script trains
         if self._known and self._prepared.steps(optimizer, self._model):
             self._other = optimizer
         return True

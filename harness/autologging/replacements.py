@@ -17,10 +17,9 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Replacement:
-    """One row of a table: a function and what replaces it.
+    """Describes a function and what replaces it: one row of a table.
 
     Args:
-        module: the function's module.
         name: its name within the module: ``function`` or ``Class.method``.
         why: what the replacement observes or does.
         around: called in its place, with the original and the arguments of the call.

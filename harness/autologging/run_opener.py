@@ -104,7 +104,7 @@ def end_active_run(run_id: str | None, status: str) -> None:
 
 
 class ScriptValues:
-    """The metrics and parameters that the script logs itself, from rank 0, unreduced.
+    """Logs the metrics and parameters that the script logs itself, from rank 0, unreduced.
 
     Effects: not collective; main thread; writes to disk only through the logger.
 

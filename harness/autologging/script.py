@@ -1,4 +1,4 @@
-"""The objects that a script has prepared with accelerate, and its command-line arguments."""
+"""Collect the objects that a script has prepared with accelerate, and its command-line arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCHEDULED = ("lr", "betas", "momentum")
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What a checkpoint contains.
+    """Describes what a checkpoint contains.
 
     Args:
         optimizer: the prepared optimizer; None if there are several, and checkpoints contain the model alone.
@@ -40,7 +40,7 @@ class CheckpointContent:
 
 @dataclass
 class Prepared:
-    """The results of `Accelerator.prepare`, in order.
+    """Collects the results of `Accelerator.prepare`, in order.
 
     Attributes:
         accelerator: the latest one.
@@ -244,7 +244,7 @@ def _is_plain(value: Any) -> bool:
 
 
 class Arguments:
-    """The values that the script's argument parser returned for its command line."""
+    """Keeps the values that the script's argument parser returned for its command line."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

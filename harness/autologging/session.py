@@ -1,4 +1,4 @@
-"""One training of a script, from `Accelerator.prepare` to its end.
+"""Log one training of a script, from `Accelerator.prepare` to its end.
 
 prepare          prepared            collects the script's prepared objects
 first iteration  iterate             opens the run; a resumed run restores its state

@@ -1,4 +1,4 @@
-"""The settings of autologging, and the names of the runs that a script makes."""
+"""Define the settings of autologging, and name the runs of a script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FURTHER_FILE = "further_training.json"
 
 @dataclass(frozen=True)
 class AutologSettings:
-    """The settings of one training; those not listed are as in `autolog` and `PeriodicLogger`.
+    """Configures one training; fields not listed are as in `autolog` and `PeriodicLogger`.
 
     Args:
         exclusive: log to a separate run, even if the script has an active MLflow run.

@@ -1,4 +1,4 @@
-"""The trainings of one process, one after the other, and the names of their runs.
+"""Track the trainings of one process, one after the other, and name their runs.
 
 A training ends when the script ends it (`end_training`, `free_memory`), or when the script prepares another model and
 its optimizer, which belong to the next training. Runs are named `x`, `x-2`, `x-3` and so on in the order in which
@@ -26,15 +26,12 @@ from harness.checkpoint.format.names import unwrapped
 from harness.diagnostics.report import what_there_is
 from harness.errors import HarnessError, Stopped
 
-# Frames of running calls of functions that accelerate retries when memory is exhausted, innermost first. Not their
-# `id`s, which Python reuses for later frames.
+# Frames, innermost first, of running calls that accelerate retries on exhausted memory. Python reuses their `id`s.
 Attempts = tuple[FrameType, ...]
 
 
 @dataclass(frozen=True)
 class _PrepareCall:
-    """The arguments and results of one call of `prepare`."""
-
     accelerator: Accelerator
     given: tuple[Any, ...]
     prepared: tuple[Any, ...]
@@ -59,7 +56,6 @@ class TrainingRegistry:
         # Whether no training is complete, so that earlier ones were attempts of the first.
         self._is_first = True
         self._config: Mapping[str, Any] | None = None
-        # Calls before the training began, and since.
         self._calls: list[_PrepareCall] = []
         self._later_calls: list[_PrepareCall] = []
         self._begun_in: Attempts = ()

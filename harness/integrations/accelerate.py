@@ -37,7 +37,7 @@ from harness.training.run_session import FAILURE_WAIT_S
 
 
 class HarnessTracker(GeneralTracker):  # type: ignore[misc]
-    """A tracker for `accelerate.Accelerator(log_with=...)`; for checkpoints too, use `PeriodicLogger`.
+    """Delivers what an `Accelerator` logs to MLflow; for checkpoints too, use `PeriodicLogger`.
 
     Effects: acts on rank 0 alone; not collective. `start` waits for the run's id, and `finish` for the delivery, at
     most ``tracking.drain_timeout_s``; the other methods only append to a file. Creates ``<run_dir>/<run_name>/``. The

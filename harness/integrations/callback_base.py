@@ -37,7 +37,7 @@ from harness.training.periodic_logger import PeriodicLogger
 
 @dataclass(frozen=True)
 class CallbackOptions:
-    """The options of a callback, as in `PeriodicLogger`, but `checkpoint` defaults to ``when_busy="wait"``.
+    """Configures a callback as `PeriodicLogger`, but `checkpoint` defaults to ``when_busy="wait"``.
 
     Args:
         params: parameters to log beside the framework's.
@@ -56,7 +56,7 @@ class CallbackOptions:
 
 @dataclass(frozen=True)
 class CallbackModelSpec:
-    """How a framework's model is rebuilt.
+    """Describes how a framework's model is rebuilt.
 
     Args:
         spec: its class, or a class that builds it.

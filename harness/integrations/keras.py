@@ -77,8 +77,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
         # Batches in total, and in the current epoch.
         self._num_batches = self._in_epoch = 0
         self._is_incomplete = False
-        # The learning rate at the epoch's last batch; None if its length is unknown. Callbacks may change the rate
-        # before the epoch ends.
+        # The learning rate at the epoch's last batch, if its length is known, before callbacks change it.
         self._rate: float | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -147,7 +146,7 @@ class HarnessCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class Weights(nn.Module):
-    """The variables of a built Keras model as parameters, with the same names each time the model is built.
+    """Exposes the variables of a built Keras model as parameters, with the same names each time it is built.
 
     Raises:
         ConfigError: if the model is not built, so that it has no variables.
@@ -197,7 +196,7 @@ def load_model(where: str | Path) -> Any:
 
 
 class _Optimizer:
-    """A Keras optimizer with the interface of torch's: ``param_groups``, and ``state`` by parameter.
+    """Gives a Keras optimizer the interface of torch's: ``param_groups``, and ``state`` by parameter.
 
     Keras steps it without torch's hooks, so training waits until a checkpoint is copied. `may_skip` is whether the
     optimizer may skip a step (loss-scale overflow).
@@ -207,8 +206,7 @@ class _Optimizer:
         self._inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
         self._trained = list(weights.keras_model.trainable_variables)
         self._accumulation = int(self._inner.gradient_accumulation_steps or 1)
-        # `iteration` counts batches. `iterations` counts steps, but is a new tensor each time if gradients are
-        # accumulated.
+        # `iteration` counts batches; `iterations` counts steps, but as a new tensor each time if accumulating.
         self._iteration = next(each.value for each in self._inner.variables if each.name == "iteration")
         self._counts = {"step": self._iteration}
         if self._accumulation > 1:

@@ -77,8 +77,7 @@ class HarnessCallback(Callback):
                 every_n_epochs, experiment_name, run_name, run_dir, checkpoint, tracking, params, input_example
             )
         )
-        # Whether the latest batch was the last of its epoch; whether an ended epoch is unreported; whether the data is
-        # described.
+        # Whether the latest batch was its epoch's last, an ended epoch is unreported, and the data is described.
         self._is_whole = self._is_epoch_over = self._is_described = False
         self._usual_size: int | None = None
 
@@ -191,7 +190,7 @@ class HarnessCallback(Callback):
 
 
 class _Metrics(Logger):
-    """A logger of the Trainer that forwards reduced metrics to the run."""
+    """Forwards reduced metrics from the Trainer to the run."""
 
     def __init__(self, run: CallbackBase) -> None:
         super().__init__()
@@ -278,7 +277,7 @@ def _is_a(trainer: Trainer, strategy: str) -> bool:
 
 
 def _model(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """The object that knows the local weights: DeepSpeed's engine, FSDP1's wrapper, or the module itself."""
+    """Return the object that knows the local weights: DeepSpeed's engine, FSDP1's wrapper, or the module itself."""
     wrapper = trainer.strategy.model
     return wrapper if any(_is_a(trainer, each) for each in _WRAPPING) and wrapper is not None else module
 

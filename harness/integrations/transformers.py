@@ -73,10 +73,8 @@ class HarnessCallback(TrainerCallback):
             )
         )
         self._stopped: Stopped | None = None
-        # Whether an ended epoch that is not reported yet had its last batch; None without one. Its metrics are logged
-        # after its end.
+        # Whether an ended, unreported epoch had its last batch; None without one. Its metrics are logged later.
         self._was_whole: bool | None = None
-        # Whether this iteration over the data has had a batch.
         self._has_batches = False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

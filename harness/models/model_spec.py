@@ -1,4 +1,4 @@
-"""The model spec: class, arguments, signature and packages of a run's models, as JSON values.
+"""Make the model spec: class, arguments, signature and packages of a run's models, as JSON values.
 
 The trainer makes it once, without importing mlflow. The publisher writes it to MLmodel files
 (`harness.tracking.mlflow.mlmodel`), and `harness.models.mlflow_flavor` builds the model from it.

@@ -1,4 +1,4 @@
-"""Replaced functions of libraries that are no source of events.
+"""Replace functions of libraries whose calls are not events of a training.
 
 In reading order:
 

@@ -29,7 +29,7 @@ class MlflowPatches:
         self._context = registry.context
 
     def table(self) -> list[Replacement]:
-        """The functions that are replaced."""
+        """Return the replacements."""
         return [
             Replacement("mlflow", "start_run", "one run for the script and for us", self._start_run),
             Replacement("mlflow", "log_metric", "the script's metrics", self._log_metric),

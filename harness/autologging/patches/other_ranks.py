@@ -41,7 +41,7 @@ class OtherRanks:
         self._runs: list[Any] = []
 
     def table(self) -> list[Replacement]:
-        """The functions that are replaced."""
+        """Return the replacements."""
         why = "rank 0 logs"
         results: dict[str, Function] = {
             **dict.fromkeys(_WRITING, _nothing),

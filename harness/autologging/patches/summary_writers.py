@@ -33,7 +33,7 @@ class SummaryWriters:
         self._run: Any = None
 
     def table(self) -> list[Replacement]:
-        """The functions that are replaced."""
+        """Return the replacements."""
         return [
             Replacement("mlflow", "start_run", _WHY, self._start_run),
             Replacement("mlflow", "active_run", _WHY, lambda original: self._run or original()),

@@ -1,4 +1,4 @@
-"""One file for each kind of script, with the table of the functions whose calls are the script's events.
+"""Observe each kind of script: one module each, with the table of functions whose calls are events.
 
 In reading order:
 

@@ -1,4 +1,4 @@
-"""Scripts with an `accelerate.Accelerator`: their events, and the functions without effect in a replay."""
+"""Observe scripts with an `accelerate.Accelerator`, and list the functions without effect in a replay."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AccelerateSource:
         self._step_hook: Any = None
 
     def table(self) -> list[Replacement]:
-        """The functions that are replaced."""
+        """Return the replacements."""
         accelerator, loaders, join = (
             "accelerate.accelerator",
             "accelerate.data_loader",
@@ -285,7 +285,6 @@ def _do_nothing(original: Function, *args: Any, **kwargs: Any) -> None:
     """Replaces a function that would change or save state."""
 
 
-# Replaced while completed epochs are replayed.
 REPLAY_TABLE = [
     Replacement(f"accelerate.{module}", name, "without effect in a replay", _do_nothing)
     for module, name in (
