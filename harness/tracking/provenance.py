@@ -1,4 +1,4 @@
-"""Where a run comes from: command, code, versions, machine and data. Rank 0 collects it once, at the start."""
+"""Collect a run's provenance on rank 0: command, code, versions, machine and data."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from harness.io.redact import is_secret_name, redact, redact_words
 from harness.metrics.values import as_text
 
 _PACKAGES = ("harness", "torch", "accelerate", "deepspeed", "safetensors", "mlflow")
-# Limit of a batch's digest, which is computed while training waits.
+# Limits the digest of a batch, which blocks training.
 _MAX_DIGEST_BYTES = 1024 * 1024
 
 
 def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict[str, str]:
     """Return the run's tags: ``mlflow.*`` where MLflow defines a name, else ``harness.*``.
 
-    Effects: runs git (a few milliseconds, 5 s at most); reads only.
+    Effects: blocks on up to three git commands, a few milliseconds, at most 5 s each.
     """
     entry_file, job = sys.argv[0], slurm_env.read_job()
     record = {
@@ -55,7 +55,7 @@ def tags(accelerator_facts: Mapping[str, str], extra: Mapping[str, str]) -> dict
 
 
 def attempt_facts(run_facts: Mapping[str, str]) -> dict[str, str]:
-    """Return the facts that are recorded for each attempt; the run's tags only show the newest attempt."""
+    """Return the facts to record for each attempt, because the run's tags only describe the newest one."""
     job = slurm_env.read_job()
     return {**run_facts, "host": socket.gethostname(), **({} if job is None else {"slurm_job_id": job.job_id})}
 
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 
 
 def git_facts(directory: Path) -> dict[str, str]:
-    """Return commit, branch and dirtiness of the work tree at `directory`; empty if there is none."""
+    """Return tags with commit, branch and dirtiness of the work tree at `directory`; empty if there is none."""
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -108,7 +108,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
-    """Flatten a nested configuration to dotted names, ``trainer.max_epochs`` -> ``20``, with secrets replaced."""
+    """Flatten a nested configuration to dotted names, ``trainer.max_epochs`` -> ``20``, and redact secrets."""
     if is_dataclass(config) and not isinstance(config, type):
         config = asdict(config)
     if isinstance(config, Mapping) and config:
@@ -126,7 +126,7 @@ def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:
 
     Args:
         model: the user's model.
-        wrapped: the prepared model, which has the sizes of sharded parameters; None: the model is not wrapped.
+        wrapped: the prepared model, which has the sizes of sharded parameters; None if the model is not wrapped.
     """
     sizes = _fsdp1_sizes(model if wrapped is None else wrapped)
     rows = [("module", "class", "parameters", "trainable")]
@@ -155,7 +155,7 @@ def _num_elements(parameters: Iterable[nn.Parameter], sizes: Mapping[int, int]) 
 
 
 def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
-    """Return id -> full size of FSDP1's parameters, which are slices, and of its flat parameters, which are padded."""
+    """Return id -> number of elements of FSDP1's parameters without sharding, and of its flat ones without padding."""
     sizes: dict[int, int] = {}
     for module in model.modules():
         flat = getattr(getattr(module, "_handle", None), "flat_param", None)
@@ -167,26 +167,24 @@ def _fsdp1_sizes(model: nn.Module) -> dict[int, int]:
 
 @dataclass(frozen=True)
 class BatchDigest:
-    """Digest of a batch, which describes its data set."""
+    """The digest of a batch, for `dataset_record`."""
 
     text: str
 
 
 def batch_digest(batch: Any) -> BatchDigest:
-    """Digest the first MiB of a batch's tensors, arrays, numbers and texts, and of other objects' fields.
+    """Digest the first MiB of a batch's tensors, arrays, numbers and strings, and of other objects' attributes.
 
-    Effects: does not change the batch; waits once for the device if the batch is on an accelerator.
+    Effects: copies each digested tensor to the CPU, which synchronizes with its device.
     """
     state = _Digest()
-    # Some tensors have no bytes. An incomplete digest must not stop the training.
+    # Some tensors have no bytes. An incomplete digest must not stop training.
     with suppress(Exception):
         state.add(batch)
     return BatchDigest(state.text)
 
 
 class _Digest:
-    """Digests nested values, at most `_MAX_DIGEST_BYTES`."""
-
     def __init__(self) -> None:
         self._state = xxhash.xxh3_64()
         self._bytes_left = _MAX_DIGEST_BYTES
@@ -227,20 +225,19 @@ class _Digest:
 
     def _add_bytes(self, data: bytes) -> None:
         self._state.update(data)
-        # Counts a fixed cost for each value.
+        # 64 is a fixed cost for each value.
         self._bytes_left -= len(data) + 64
 
 
 def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None) -> dict[str, Any]:
-    """Return name, digest and size of a data set for `Tracker.log_dataset`. No sample is read.
+    """Return name, digest and size of a data set for `Tracker.log_dataset`, without reading a sample.
 
-    The digest is the data set's own if it has one: an attribute ``digest``, or the ``_fingerprint`` of a
-    `datasets.Dataset`. Otherwise it covers the class, the length and the first batch.
+    The digest is the data set's own (`own_digest`), else it covers the class, the length and the first batch, if given.
 
     Args:
         dataset: the data set.
         context: ``train`` or ``eval``.
-        batch: digest of the first batch; None: the digest covers the class and the length.
+        batch: digest of the first batch.
     """
     name = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     try:
@@ -260,16 +257,13 @@ def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None)
 
 
 def own_digest(dataset: Any) -> str | None:
-    """Return a data set's own digest, or None."""
+    """Return the attribute ``digest``, or ``_fingerprint`` of a `datasets.Dataset`; None if it has neither."""
     found = _attribute(dataset, "digest") or _attribute(dataset, "_fingerprint")
     return str(found) if isinstance(found, (str, int)) else None
 
 
 def _attribute(dataset: Any, name: str) -> Any:
-    """Return an attribute of the object or its class, or None.
-
-    `__getattr__` is not called: it may open a file that the data set opens later, in a worker.
-    """
+    """Return an attribute, or None. Does not call `__getattr__`, which may open a file that a worker opens later."""
     try:
         inspect.getattr_static(dataset, name)
         return getattr(dataset, name, None)

@@ -1,4 +1,4 @@
-"""The trainer's interface to tracking: it appends to the journal, and the publisher's process delivers it to MLflow.
+"""Append what the trainer logs to the journal, which the publisher's process delivers to MLflow.
 
 The trainer never imports mlflow and never uses the network.
 """
@@ -36,9 +36,9 @@ from harness.tracking.mlflow.names import NameCleaner, clean_key
 from harness.tracking.publisher.launcher import PublisherProcess, write_settings
 from harness.tracking.publisher.progress import DeliveryProgress, Remaining
 
-# The previous attempt's publisher needs about this long to finish its present delivery.
+# How long the previous attempt's publisher may need to finish its current delivery.
 _LOCK_TIMEOUT_S = 30.0
-# Context -> the run's data set in that context, in the outbox.
+# File in the outbox: context -> the run's data set in that context.
 _DATASETS = "datasets.json"
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -47,21 +47,21 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker:
     """Logs one attempt at a run to the journal, and starts, supervises and awaits the publisher.
 
-    Effects: rank 0 only; not collective. `start`, `finish` and `log_after_finish` block, each with a time limit; all
-    other methods only append to a file. Leaves ``<run_dir>/outbox/`` and, through the publisher, ``run.json`` and
-    ``attempts.json``.
+    Effects: rank 0 only; not collective. `start`, `finish` and `log_after_finish` block, with time limits. `sync`,
+    `log_model_spec`, `log_dataset`, `log_checkpoint` and `retire_checkpoint` block on fsync. `resume_from` and
+    `points_at` read the journal. The other methods only append to a file. Leaves ``<run_dir>/outbox/`` and, through the
+    publisher, ``run.json`` and ``attempts.json``.
 
     Args:
-        run_dir: the run's directory; no other process may write to it.
+        run_dir: the run's directory; no other trainer may write to it.
         config: the tracking configuration.
         attempt: number of this attempt, from 1.
-        monitor: the metric that ranks checkpoints; None: no ranking.
+        monitor: the metric that ranks checkpoints; None for no ranking.
         mode: whether a lower or a higher value is better.
 
     Attributes:
-        journal: the journal's writer.
         run_id: id of the MLflow run, once it is known.
-        given_run: the existing MLflow run that a new run uses; None: a new one is created. Set before `start`.
+        given_run: the existing MLflow run to use; None to create one. Set before `start`.
         notes: messages for the user from `start`.
         has_model_spec: whether this attempt has called `log_model_spec`.
     """
@@ -105,7 +105,7 @@ class Tracker:
         Raises:
             TrackingError: if the store refuses the run or does not respond within ``tracking.start_timeout_s``.
         """
-        # The first entry: a publisher of the previous attempt stops when it reads this.
+        # The previous attempt's publisher exits when it reads this first entry.
         self._log_facts(facts)
         self._start(run_name, _LOCK_TIMEOUT_S if self.attempt > 1 else 0.0)
 
@@ -145,13 +145,13 @@ class Tracker:
             "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
             "max_outbox_bytes": self.config.max_outbox_bytes,
             "offline": self.config.offline,
-            # `mlflow.set_experiment` sets it, too.
+            # `mlflow.set_experiment` also sets it.
             "experiment_id": None if self.config.experiment_name else os.environ.get(EXPERIMENT_ID) or None,
             "given_run": None if self.given_run is None else [self.given_run.run_id, self.given_run.source],
         }
 
     def _keep_for_sync(self, settings: Mapping[str, Any]) -> None:
-        """Keep the settings of an offline run for `harness sync`, which may run in another directory."""
+        """Keep the settings of an offline run for `harness sync`, which may run in a different directory."""
         uri = settings["tracking_uri"] or os.environ.get("MLFLOW_TRACKING_URI")
         kept = {
             **settings,
@@ -177,7 +177,7 @@ class Tracker:
 
         Args:
             step: completed optimizer steps.
-            checkpoint: name of the checkpoint; None: the run starts from the beginning.
+            checkpoint: name of the checkpoint; None if the run starts from the beginning.
         """
         self._log_facts({"step_from": str(step)} | ({} if checkpoint is None else {"resumed_from": checkpoint}))
         self._known_points = KnownPoints(self._outbox_dir, step)
@@ -185,10 +185,10 @@ class Tracker:
         return self._known_points
 
     def log_params(self, values: Mapping[str, str]) -> Drift:
-        """Log parameters, and return how they differ from those of earlier attempts.
+        """Log new parameters, and return the differences from earlier attempts.
 
         MLflow refuses a new value of a parameter, so a changed one is recorded as a fact of this attempt. Names that
-        MLflow refuses are replaced, with a warning; this applies to metrics, tags and texts too.
+        MLflow refuses are replaced with a warning, as are those of metrics, tags and texts.
         """
         found = drift(self._logged.params, self._names.clean_all("parameter", values))
         if found.added:
@@ -202,7 +202,7 @@ class Tracker:
         return key in self._logged.checkpoints
 
     def points_at(self, metrics: Mapping[str, float], step: int) -> dict[str, Point]:
-        """Find a checkpoint's metrics in the journal; see `logged_points.points_at`. Keys are the names in MLflow."""
+        """Find the points of a checkpoint's metrics, by their names in MLflow; see `logged_points.points_at`."""
         return points_at(self._outbox_dir, self._names.clean_all("metric", metrics), step)
 
     def metric_name(self, name: str) -> str:
@@ -214,7 +214,7 @@ class Tracker:
         self.journal.append("tags", self._names.clean_all("tag", values))
 
     def log_metrics(self, values: Mapping[str, float], step: int, *, is_own_step: bool = False) -> dict[str, Point]:
-        """Log metrics at an optimizer step.
+        """Log metrics, except points that an earlier attempt has logged.
 
         Args:
             values: name -> number.
@@ -222,7 +222,7 @@ class Tracker:
             is_own_step: whether a script counts the step itself, for example epochs.
 
         Returns:
-            The points by their names in MLflow. A repeated point is the earlier attempt's. Points with an unknown time
+            The points by their names in MLflow; for a repeated one, the earlier attempt's. Points with an unknown time
             are omitted, because a model cannot refer to them.
         """
         if self._publisher is not None:
@@ -247,11 +247,11 @@ class Tracker:
         return {key: point for key, point in points.items() if point.time_ms != UNKNOWN_TIME_MS}
 
     def log_system_metrics(self, values: Mapping[str, float]) -> None:
-        """Log the machines' utilization. Any thread. The step is the time in seconds since the epoch."""
+        """Log the machines' utilization, with the seconds since the epoch as the step. Any thread."""
         self.journal.append("system", {"step": int(time.time()), "values": values})
 
     def _check_journal(self) -> None:
-        """Warn when the journal begins to drop or keep back metrics, and when it accepts them again."""
+        """Warn when the journal starts to drop or buffer metrics, and when it accepts them again."""
         problem = self.journal.problem
         if (problem is not None) == self._has_journal_problem:
             return
@@ -267,18 +267,18 @@ class Tracker:
             self._log_facts({"metrics_left_out": str(self.journal.num_dropped)})
 
     def _log_repetition(self) -> None:
-        """Log how repeated points compare with the earlier attempt's, if that has changed."""
+        """Log the comparison of repeated points, if it has changed."""
         if self._known_points is not None and self._known_points.facts != self._logged_repetition:
             self._logged_repetition = self._known_points.facts
             self._log_facts(self._logged_repetition)
 
     def log_dataset(self, record: Mapping[str, Any], *, is_exact: bool = False) -> None:
-        """Log a data set.
+        """Log a data set, unless its record is known.
 
         Args:
             record: name, digest, source, context and profile.
-            is_exact: whether the digest covers all the data. If not, the first attempt's record is kept: an attempt
-                that resumes in the middle of the data computes another digest of the same data.
+            is_exact: whether the digest covers all the data. If not, a different digest alone is ignored, because an
+                attempt that resumes in the middle of the data computes another digest of the same data.
         """
         context = record["context"]
         known = self._known_datasets.get(context, {})
@@ -286,12 +286,12 @@ class Tracker:
             return
         self._known_datasets[context] = dict(record)
         self.journal.append("dataset", record)
-        # In a file of its own, because the journal's first files may be pruned before the next attempt.
+        # In its own file, because the journal's first files may be pruned before the next attempt.
         with suppress(OSError):  # on a full disk, the next attempt logs the data set again
             replace_file(self._outbox_dir / _DATASETS, json.dumps(self._known_datasets) + "\n", is_private=True)
 
     def log_text(self, name: str, content: str) -> None:
-        """Log a small text file as an artifact of the run, at a relative path."""
+        """Log a small text file as an artifact of the run; `name` is a relative path."""
         self.journal.append("text", {"name": self._names.clean("text", name), "content": content})
 
     def sync(self) -> None:
@@ -301,7 +301,7 @@ class Tracker:
     def log_model_spec(self, values: Mapping[str, Any]) -> None:
         """Set the model spec of this attempt's checkpoints, see `harness.models.model_spec`.
 
-        It is written to a file of its own, because an input example may have megabytes.
+        It is written to its own file, because an input example may have megabytes.
         """
         self._model_spec = write_model_spec(self._outbox_dir, self.attempt, values)
         self.has_model_spec = True
@@ -313,9 +313,9 @@ class Tracker:
             self.journal.sync()
 
     def retire_checkpoint(self, record: Mapping[str, Any]) -> None:
-        """Log, by name and key, that a checkpoint will be removed. Any thread. Blocks on fsync.
+        """Log the name and key of a checkpoint that will be removed. Any thread. Blocks on fsync.
 
-        Call this after `log_checkpoint` of its successor, and before the removal.
+        Call this after `log_checkpoint` of its successor and before the removal.
         """
         if self.config.log_models:
             self.journal.append("retire", record)
@@ -324,16 +324,13 @@ class Tracker:
     def finish(
         self, status: RunStatus, reason: str, timeout_s: float, keep_waiting: Callable[[Remaining], bool]
     ) -> bool:
-        """Log the run's end and wait until everything is delivered, at most `timeout_s`.
+        """Log the run's end, wait at most `timeout_s` for the delivery, and return whether everything is delivered.
 
         Args:
             status: final status in MLflow.
             reason: one line, for the tag ``harness.end_reason``.
             timeout_s: time limit in seconds.
-            keep_waiting: called twice a second with what remains; False ends the wait.
-
-        Returns:
-            Whether everything is delivered.
+            keep_waiting: called twice a second with the undelivered part; False ends the wait.
 
         Raises:
             TrackingError: if the disk does not accept the journal's end within that time.
@@ -351,7 +348,7 @@ class Tracker:
     def log_after_finish(
         self, run_name: str, values: Mapping[str, float], step: int, reason: str, timeout_s: float
     ) -> bool:
-        """Add metrics to a finished run, finish it again, and wait until everything is delivered.
+        """Add metrics to a finished run, finish it again, wait, and return whether everything is delivered.
 
         Call this instead of `start`, on a tracker that logs nothing else.
 
@@ -360,10 +357,7 @@ class Tracker:
             values: metrics, as for `log_metrics`.
             step: completed optimizer steps.
             reason: one line, for the tag ``harness.end_reason``.
-            timeout_s: time limit in seconds of the wait after the start.
-
-        Returns:
-            Whether everything is delivered.
+            timeout_s: time limit of the wait after the start, in seconds.
 
         Raises:
             TrackingError: as `start` and `finish`; the entries remain in the journal.
@@ -382,7 +376,7 @@ class Tracker:
         self._log_repetition()
         self._log_dropped()
         body = {"status": status, "reason": reason, "step": self._last_step}
-        # If the run is or was active in the user's process, MLflow ends it there; the later end would overwrite this.
+        # If the run is or was active in the user's process, MLflow ends it there and would overwrite this end.
         self.journal.append("end", body | {"is_held": True} if self._is_user_run or is_active(self.run_id) else body)
 
     def _close_journal(self, may_wait: Callable[[], bool]) -> None:
@@ -391,7 +385,7 @@ class Tracker:
         self.journal.close()
 
     def _flush(self, may_wait: bool) -> bool:
-        """Flush the journal; False if the disk refuses it and there is time to try again."""
+        """Flush the journal; False if the disk refuses it and there is time to retry."""
         try:
             self.journal.sync()
             return True
@@ -404,7 +398,7 @@ class Tracker:
         if self._publisher is None:
             return not self.config.enabled
         if self.run_id is None:
-            # The start has failed, so no other publisher could deliver the end either.
+            # The start has failed, so a new publisher would fail too.
             return False
         self._publisher.wait(may_wait)
         self.detach()
@@ -412,12 +406,12 @@ class Tracker:
         return delivered.offset == self.journal.end_offset and not delivered.files_trouble
 
     def detach(self) -> None:
-        """Detach the publisher: it delivers what it can for a while, and exits by itself."""
+        """Detach the publisher, which then retries for a limited time and exits."""
         if self._publisher is not None:
             self._publisher.detach()
 
 
 def _read_logged(outbox_dir: Path) -> Logged:
-    """Read what earlier attempts have logged. Earlier versions wrote unchecked names."""
     logged = read_logged(outbox_dir)
+    # Earlier versions wrote unchecked names.
     return Logged({clean_key(name): value for name, value in logged.params.items()}, logged.checkpoints)

@@ -1,8 +1,8 @@
-"""The publisher: a process beside rank 0's trainer that delivers the journal to MLflow.
+"""Deliver the journal to MLflow in a separate process, the publisher, on rank 0's host.
 
 In reading order:
 
-    progress         log, heartbeat, and what remains to be delivered
+    progress         log, heartbeat and progress of the delivery
     launcher         starts, restarts and awaits the process
     retries          retries while the store is unreachable
     attempts         records of the attempts at a run

@@ -1,4 +1,4 @@
-"""The publisher's thread for files: it publishes checkpoints as models, and texts as artifacts."""
+"""Deliver checkpoints as models, and texts as artifacts, in a thread of the publisher."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from harness.tracking.publisher.progress import Heartbeat, log
 from harness.tracking.publisher.retries import LONGEST_PAUSE_S, RetryPolicy
 
 _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
-# The run's end waits this long for an unreachable artifact store. Longer than the longest pause between two tries, so
-# that a store that is reachable again is noticed.
+# How long the run's end waits for an unreachable artifact store. Longer than any pause between two tries, so that at
+# least one more try is made.
 _MAX_OUTAGE_S = 2 * LONGEST_PAUSE_S
 
 
 class ArtifactWorker:
     """Delivers the entries of `FILES` to the artifact store, in order.
 
-    It only delivers entries that the publisher has passed, so a model's run has its parameters. The publisher waits for
-    this worker before it delivers a run's end, so a finished run has its models. If the artifact store is unreachable,
-    the publisher waits for `_MAX_OUTAGE_S` only.
+    It only delivers entries before the publisher's offset, so a model's run has its parameters. The publisher waits for
+    this worker before it delivers a run's end, so a finished run has its models; the wait is limited to
+    `_MAX_OUTAGE_S` while the artifact store is unreachable.
 
-    Effects: not collective; has a thread, which blocks on the network; leaves what `DeliveryState` leaves.
+    Effects: not collective; has a thread, which blocks on the network; leaves ``<outbox_dir>/delivered.json``.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class ArtifactWorker:
         self._retries = retries
         self._error: BaseException | None = None
         self._has_given_up = False
-        # Monotonic time since which the store is unreachable, and its error.
+        # Monotonic start time of the store's outage, and its error.
         self._outage: tuple[float, str] | None = None
-        # Whether a try is running, for example a long upload after a failed one.
+        # A running try, for example a long upload, is not counted as an outage.
         self._is_trying = False
         self._thread = threading.Thread(target=self._run, name="harness-artifacts", daemon=True)
 
@@ -55,15 +55,17 @@ class ArtifactWorker:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread after its present delivery."""
+        """Stop the thread after its current delivery."""
         self._state.close()
         self._thread.join()
 
     def wait_until_delivered(self, offset: int, heartbeat: Heartbeat) -> bool:
-        """Wait until all files before a journal offset are delivered.
+        """Wait until all files before a journal offset are delivered; False if the artifact store is unreachable.
 
-        Returns:
-            False if the artifact store is unreachable; the reason is in `Delivered.files_trouble`.
+        Records the store's error in `Delivered.files_trouble`.
+
+        Raises:
+            BaseException: the error that ended the thread.
         """
         start_s = time.monotonic()
         while not self._state.wait_for(
@@ -102,7 +104,7 @@ class ArtifactWorker:
 
     def _deliver_passed(self) -> bool:
         passed = self._state.current
-        # Only up to the publisher's offset: otherwise a long backlog would be read again after each of its steps.
+        # Read only up to the publisher's offset. Otherwise a long backlog would be read after each of its updates.
         for entry in read_entries(self._outbox_dir, passed.models_offset, FILES, end=passed.offset):
             if self._state.is_closed:
                 return True
@@ -140,7 +142,7 @@ class ArtifactWorker:
         return models
 
     def _deliver(self, entry: Entry) -> dict[str, str | None]:
-        """Deliver an entry and return checkpoint name -> id of its model, None if the model is deleted."""
+        """Deliver an entry and return checkpoint name -> model id, None for a deleted model."""
         body = entry.body
         if entry.kind == "checkpoint":
             return self._publish(entry)
@@ -159,20 +161,20 @@ class ArtifactWorker:
         if not directory.is_dir():
             raise RefusedError(f"{directory} is gone; it was removed before it could be published")
         if _read_key(directory) not in (None, body["key"]):
-            # A damaged checkpoint was set aside, and the run has saved under its name again.
+            # A damaged checkpoint was moved, and the run has saved another one under its name.
             raise RefusedError(f"{directory} is another one now; it was replaced before it could be published")
         try:
             model_spec = read_model_spec(self._outbox_dir, body["recipe"]) if body.get("recipe") else None
             model_id = self._store.log_checkpoint(body, directory, self._settings.registration, model_spec)
             if body.get("log_resume_state") == "last" and body["resume_files"]:
-                # Only after the new model is complete: at any time there is one to resume from.
+                # Only after the new model is complete, so that there is always one to resume from.
                 for reason in self._store.drop_resume_state(body["key"]):
                     log(reason)
             return {body["name"]: model_id}
         except Exception as error:
             if not self._is_retired(entry):
                 raise
-            # The retirement's delivery deletes the incomplete model.
+            # Delivering the retirement deletes the incomplete model.
             log(f"{body['name']} was pruned while it was published: {error}")
             return {}
 
@@ -182,7 +184,7 @@ class ArtifactWorker:
 
 
 def _read_key(checkpoint: Path) -> str | None:
-    """Read a checkpoint's key; None if it is unreadable, and then assumed to be the expected one."""
+    """Read a checkpoint's key; None if it is unreadable, which the caller accepts."""
     try:
         return read_manifest(checkpoint).key
     except CheckpointError:

@@ -1,7 +1,7 @@
-"""Records of the attempts at a run: the tags ``harness.attempt.<n>.*`` and ``attempts.json``.
+"""Record the attempts at a run in the tags ``harness.attempt.<n>.*`` and in ``attempts.json``.
 
-The publisher alone writes them, in the order of the journal. An attempt that was killed has no end entry; its record
-ends when the next attempt begins.
+Only the publisher writes them, in the order of the journal. A killed attempt has no end entry; its record is completed
+when the next attempt begins.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class AttemptRecorder:
         self._state = state
         self._has_predecessor = attempt > 1
         self._records: Records | None = parse_record(run_dir / FILE, _parse)
-        # The attempt whose entries are being delivered; None until its first entry, which means the newest.
+        # The attempt whose entries are being delivered; None until its first entry, then `end` assumes the newest.
         self._number: int | None = None
 
     def begin(self, entry: Entry) -> None:
-        """Deliver an entry of kind `attempt`."""
+        """Deliver an entry of kind `attempt`: reopen the run for a new attempt, and record its facts."""
         number, delivered, known = entry.body["number"], self._state.current, self._known()
         # If the whole journal is delivered again, an earlier attempt's end may precede a known attempt.
         if number > 1 and (number not in known or delivered.ended):
@@ -60,7 +60,7 @@ class AttemptRecorder:
         self._publish(records)
 
     def end(self, entry: Entry) -> None:
-        """Deliver the record of an entry of kind `end`."""
+        """Deliver the record of an entry of kind `end`; the caller ends the run."""
         known = self._known()
         number = max(known, default=None) if self._number is None else self._number
         if number is None or number not in known:
@@ -70,7 +70,7 @@ class AttemptRecorder:
         self._publish({**known, number: {**known[number], **end}})
 
     def _known(self) -> Records:
-        """The records; from the run's tags if the file is missing or damaged and something was delivered before."""
+        """Return the records, from the run's tags if ``attempts.json`` is missing or damaged."""
         if self._records is None:
             has_begun = self._has_predecessor or self._state.current.offset > 0
             self._records = _from_tags(self._store.tags()) if has_begun else {}
@@ -85,7 +85,7 @@ class AttemptRecorder:
         try:
             self._store.log_text(FILE, _as_text(records))
         except Exception as error:
-            # The tags have the same content. An unreachable artifact store must not delay the run's end.
+            # Not retried: the tags have the same content, and an unreachable artifact store must not delay the end.
             log(f"{FILE} not logged: {error}")
 
 
@@ -116,7 +116,6 @@ def _changed_tags(before: Records, after: Records) -> dict[str, str]:
 
 
 def _from_tags(tags: Mapping[str, str]) -> Records:
-    """Rebuild the records from the tags of `_changed_tags`."""
     records: dict[int, dict[str, str]] = {}
     for name, value in tags.items():
         number, _, fact = name.removeprefix(_TAG).partition(".")

@@ -1,6 +1,6 @@
-"""The trainer's side of the publisher: starts it, restarts it when it dies, and waits for it.
+"""Start the publisher from the trainer, restart it when it dies, and wait for it.
 
-The settings are sent on standard input, because a tracking URI may hold a password. They are also kept, without the
+The settings are sent on standard input, because a tracking URI may contain a password. They are also kept, without the
 password, in ``settings.json`` for `harness sync`.
 """
 
@@ -23,18 +23,17 @@ from harness.tracking.publisher.progress import DEAD_AFTER_S, seconds_since_hear
 
 LOG = "publisher.log"
 SETTINGS = "settings.json"
-# The publisher's exit code if the run's end is delivered but its files are not.
+# Exit code if the run's end is delivered but its files are not.
 FILES_LEFT = 3
-# While the store is unreachable, the publisher writes a few lines a minute.
+# A longer log is renamed before the next start; an unreachable store adds a few lines a minute.
 MAX_LOG_BYTES = 8_000_000
 _CHECK_EVERY_S = 10.0
 _MAX_STARTS = 3
-# Time for the interpreter's start and its imports, in addition to the publisher's own time limit.
+# Time for the interpreter's start and its imports.
 _START_MARGIN_S = 60.0
 
-# Environment variables that are set unless the user has set them. With MLflow's defaults a request to an unreachable
-# server blocks for 246 s. The publisher retries by itself: MLflow would repeat the creation of a run or a model without
-# looking for it first.
+# Defaults of environment variables. With MLflow's, a request to an unreachable server blocks for 246 s. The publisher
+# retries instead of MLflow, which would create a run or a model again without searching for it first.
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -42,16 +41,16 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "true",
 }
 
-# A launcher's variables for the ranks. The publisher is not a rank.
+# Not passed on, because the publisher is not a rank.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class PublisherDiedError(TrackingError):
-    """The publisher has died before it responded, for example killed or out of memory. A restart may help."""
+    """The publisher died before it responded, for example out of memory. A restart may help."""
 
 
 class PublisherProcess:
-    """The trainer's handle on its publisher.
+    """Starts, restarts and awaits the publisher's process.
 
     Effects: not collective; rank 0 only; main thread; `start` and `wait` block.
 
@@ -68,10 +67,7 @@ class PublisherProcess:
         self._next_check_s = 0.0
 
     def start(self) -> tuple[str, list[str]]:
-        """Start the publisher and wait until it has opened the MLflow run; a publisher that dies is restarted.
-
-        Returns:
-            The MLflow run's id, and messages for the user.
+        """Start the publisher, restarting it if it dies; return the MLflow run's id and messages for the user.
 
         Raises:
             TrackingError: if the run cannot be opened, or the publisher does not respond in time.
@@ -96,23 +92,19 @@ class PublisherProcess:
         raise AssertionError
 
     def restart_if_dead(self) -> None:
-        """Start the publisher again if it has died or hangs. Costs one system call, sometimes two."""
+        """Start the publisher again if it has died or hangs. Usually costs one or two system calls."""
         if self.process is None or (self.process.poll() is None and not self._kill_if_hung()):
             return
         if time.monotonic() - self._started_s < _CHECK_EVERY_S:
             return
         self.detach()
-        # The new publisher finds the run by its key, and its response is not awaited, so training is not blocked. If
-        # there is no memory for it now, a later call tries again.
+        # The response is not awaited, so training is not blocked. If there is no memory for a process now, a later call
+        # retries.
         with suppress(OSError):
             self._start(self._settings)
 
     def wait(self, keep_waiting: Callable[[], bool]) -> None:
-        """Wait until everything is delivered.
-
-        Args:
-            keep_waiting: called about twice a second; False ends the wait.
-        """
+        """Wait until everything is delivered or `keep_waiting`, called about twice a second, returns False."""
         assert self.process is not None
         while self.process.poll() not in (0, FILES_LEFT) and keep_waiting():
             self.restart_if_dead()
@@ -121,7 +113,7 @@ class PublisherProcess:
                     time.sleep(0.5)  # until it may be restarted
 
     def detach(self) -> None:
-        """Close the pipes. The publisher then delivers what it can for a while, and exits."""
+        """Close the pipes. The publisher then retries for a limited time and exits."""
         if self.process is not None:
             for stream in (self.process.stdin, self.process.stdout):
                 if stream is not None:
@@ -132,7 +124,7 @@ class PublisherProcess:
         self.process = start_publisher(self._run_dir, settings)
 
     def _kill_if_hung(self) -> bool:
-        """Kill a publisher whose heartbeat has stopped. Its successor repeats the delivery, which is idempotent."""
+        """Kill a publisher whose heartbeat has stopped; its successor repeats the idempotent delivery."""
         assert self.process is not None
         if time.monotonic() < self._next_check_s:
             return False
@@ -148,7 +140,7 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
     """Start the publisher's process and send it its settings."""
     path = run_dir / "outbox" / LOG
     if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
-        # A publisher that is still running writes on into the renamed file.
+        # A publisher that is still running continues to write to the renamed file.
         path.replace(path.with_suffix(".log.1"))
     with open(path, "ab", opener=open_private) as log:
         publisher = subprocess.Popen(
@@ -157,22 +149,22 @@ def start_publisher(run_dir: Path, settings: Mapping[str, Any]) -> subprocess.Po
             stdout=subprocess.PIPE,
             stderr=log,
             env=_publisher_environment(),
-            # A new session, so that Ctrl-C does not end the process that reports it.
+            # A new session, so that Ctrl-C does not end the process that reports the run's end.
             start_new_session=True,
         )
     assert publisher.stdin is not None
-    # The pipe remains open: its end shows the publisher that the trainer has exited.
+    # The pipe remains open until the trainer exits, which the publisher detects.
     publisher.stdin.write(json.dumps(settings).encode() + b"\n")
     publisher.stdin.flush()
     return publisher
 
 
 def read_response(publisher: subprocess.Popen[bytes], run_dir: Path, start_timeout_s: float) -> tuple[str, list[str]]:
-    """Wait for the publisher's response: the MLflow run's id, and messages for the user.
+    """Wait for the publisher's response and return the MLflow run's id and messages for the user.
 
     Raises:
-        PublisherDiedError: if the publisher has died before it responded.
-        TrackingError: if the publisher has reported an error, or does not respond in time.
+        PublisherDiedError: if the publisher dies before it responds.
+        TrackingError: if the publisher reports an error or does not respond in time.
     """
     assert publisher.stdout is not None
     limit_s = start_timeout_s + _START_MARGIN_S

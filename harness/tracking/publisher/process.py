@@ -1,6 +1,6 @@
-"""The publisher's process, beside rank 0.
+"""Run the publisher's process, which the trainer starts.
 
-    python -m harness.tracking.publisher.process RUN_DIR      (started by the trainer)
+    python -m harness.tracking.publisher.process RUN_DIR
 
 It reads its settings from the first line of standard input, opens the MLflow run, responds with one line on standard
 output, and delivers the journal (`harness.tracking.publisher.publisher`). The end of standard input means that the
@@ -39,15 +39,14 @@ from harness.tracking.publisher.launcher import FILES_LEFT, write_settings
 from harness.tracking.publisher.progress import Heartbeat, log
 from harness.tracking.publisher.publisher import POLL_S, Publisher
 
-# Lower priority than the trainer.
 _NICE = 10
 
 
 def main(argv: list[str]) -> int:
-    """Run the process; returns 0 if everything is delivered."""
+    """Run the process; return 0 if everything is delivered, `FILES_LEFT` if only files are missing, else 1."""
     run_dir = Path(argv[0])
-    # A cluster signals each process of a job that it stops. The publisher exits after the trainer, which first writes a
-    # last checkpoint.
+    # A cluster signals all processes of a job that it stops. The publisher must outlive the trainer, which first saves
+    # a last checkpoint.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     pipe = TrainerPipe()
@@ -60,17 +59,17 @@ def main(argv: list[str]) -> int:
             holder = holder_of(lock.fileno(), "FLOCK")
             pipe.respond(error=f"{run_dir}: another publisher delivers this run already: {holder}; wait for it to end")
             return 1
-        # A process that waits for the lock shows this.
+        # For the messages of a process that waits for the lock.
         with suppress(OSError):
             write_holder(lock.fileno())
         return _deliver_run(run_dir, raw, pipe)
 
 
 class TrainerPipe:
-    """The pipes to the trainer: settings on standard input, one response on standard output.
+    """Communicates with the trainer: settings on standard input, one response on standard output.
 
-    Effects: keeps standard output for the response and redirects all other output to the log, redacted. MLflow prints a
-    run's address, which may hold a password, and would fail once the trainer has exited.
+    Effects: redirects all other output to the log, redacted. MLflow prints a run's address, which may contain a
+    password, and would fail after the trainer's exit.
     """
 
     def __init__(self) -> None:
@@ -80,7 +79,7 @@ class TrainerPipe:
 
     def read_settings(self) -> dict[str, Any]:
         """Read the settings from the first line."""
-        # Byte by byte: a buffered reader would hide the pipe's end from `select`.
+        # Byte by byte, because a buffered reader would hide the pipe's end from `select`.
         line = b""
         while (byte := os.read(sys.stdin.fileno(), 1)) not in (b"", b"\n"):
             line += byte
@@ -89,17 +88,17 @@ class TrainerPipe:
 
     def respond(self, **values: Any) -> None:
         """Send a response. The trainer reads only the first one."""
-        with suppress(BrokenPipeError):  # the trainer has exited; its outbox is delivered nevertheless
+        with suppress(BrokenPipeError):  # the trainer has exited; its outbox is still delivered
             os.write(self._responses, json.dumps(values).encode() + b"\n")
 
     def has_exited(self) -> bool:
-        """Whether the trainer has closed its end of the pipe. It writes nothing after the settings."""
+        """Whether the trainer has closed its end of the pipe, to which it writes only the settings."""
         readable, _, _ = select.select([sys.stdin], [], [], 0)
         return bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
 
 
 class _Redacted(io.TextIOBase):
-    """A stream that removes secrets from what is written to it, line by line. Any thread."""
+    """A stream that redacts secrets in each line. Any thread."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -121,7 +120,6 @@ class _Redacted(io.TextIOBase):
 
 
 def _acquire(lock: TextIO, timeout_s: float) -> bool:
-    """Acquire the run's lock within a time; returns whether that succeeded."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -134,10 +132,9 @@ def _acquire(lock: TextIO, timeout_s: float) -> bool:
 
 
 def _acquire_after_predecessor(lock: TextIO, run_dir: Path, raw: Mapping[str, Any], pipe: TrainerPipe) -> bool:
-    """Wait for the previous attempt's publisher, for example while it uploads a large checkpoint.
+    """Wait for the previous attempt's publisher, which exits when it reaches this attempt's entries.
 
-    The MLflow run exists already, so the trainer gets its id and does not wait. The other publisher exits when it
-    reaches this attempt's entries.
+    It may be uploading a large checkpoint. The MLflow run exists, so the trainer gets its id and does not wait.
     """
     run_id = read_run_record(run_dir).get("run_id")
     if raw["attempt"] == 1 or run_id is None or pipe.has_exited():
@@ -157,7 +154,7 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], pipe: TrainerPipe) -> int:
         pipe.respond(run_id=record["run_id"])
         return 0
 
-    # Imported only now, because it takes seconds.
+    # Imported here, because it takes seconds.
     from harness.tracking.mlflow import client
     from harness.tracking.mlflow.store import MlflowStore
     from harness.tracking.mlflow.uploads import UploadMeter
@@ -185,9 +182,9 @@ def _deliver_run(run_dir: Path, raw: dict[str, Any], pipe: TrainerPipe) -> int:
         )
     pipe.respond(run_id=store.run_id, notes=[*notes, *publisher.notes])
     if raw.get("is_awaited"):
-        # Until here all ranks have waited for this process.
+        # Only now, because all ranks wait for the response.
         os.nice(_NICE)
-    # The objects of the imports are permanent. Full collections during a long backlog would search them, for 0.14 s.
+    # Exclude the imports' permanent objects from full collections, which would take 0.14 s during a long backlog.
     gc.freeze()
     if publisher.run():
         return 0
@@ -243,18 +240,15 @@ def _open_error(
 def locate_run(
     settings: PublisherSettings, record: Mapping[str, Any], has_run: Callable[[str, str], bool]
 ) -> tuple[PublisherSettings, list[str]]:
-    """Correct the settings of a run that MLflow already has.
+    """Correct the settings of a run that MLflow already has; also return messages for the user about each difference.
 
-    A run stays at its address and in its experiment, unless the configured address has it too, for example because the
-    server was moved.
+    A run remains in its experiment and at its address, unless the configured address has it too, for example because
+    the server was moved.
 
     Args:
         settings: the configured settings.
         record: the content of ``run.json``.
         has_run: whether the store at an address has a run with an id.
-
-    Returns:
-        The settings, and messages for the user about each difference.
 
     Raises:
         TrackingError: if the run's own address is only known without its password.

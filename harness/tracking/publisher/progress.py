@@ -1,4 +1,4 @@
-"""What the publisher reports to the trainer and the user: its log, its heartbeat, and what remains to be delivered."""
+"""Report the publisher's log, heartbeat and progress to the trainer and the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.tracking.journal.entries import Kind, journal_end, read_entries
 
 HEARTBEAT = "alive.json"
 _BEAT_EVERY_S = 0.5
-# A publisher without a heartbeat for this long is dead. Longer than any request and its retry.
+# A publisher without a heartbeat for this long is restarted. Longer than any request of its main thread and its retry.
 DEAD_AFTER_S = 300.0
 
 _CHECKPOINTS: Final[tuple[Kind, ...]] = ("checkpoint",)
@@ -28,17 +28,16 @@ _CHECKPOINTS: Final[tuple[Kind, ...]] = ("checkpoint",)
 def log(message: str) -> None:
     """Write one line to the publisher's log, which is its standard error."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-    # A full disk must not stop the publisher.
     with suppress(OSError):
         sys.stderr.write(f"{stamp} {redact(' '.join(message.split()))}\n")
         sys.stderr.flush()
 
 
 class Heartbeat:
-    """Shows the trainer that the publisher is alive, and how many bytes of files it has sent.
+    """Reports that the publisher is alive, and how many bytes of files it has sent.
 
-    Effects: not collective; any thread; writes a small file at most twice a second, without fsync; ignores a full disk.
-    Leaves ``<outbox_dir>/alive.json``.
+    Effects: not collective; any thread; writes ``<outbox_dir>/alive.json`` at most twice a second, without fsync, and
+    ignores a full disk.
     """
 
     def __init__(self, outbox_dir: Path) -> None:
@@ -61,21 +60,21 @@ class Heartbeat:
                 temporary.replace(self._path)
 
     def add_sent(self, num_bytes: int) -> None:
-        """Count bytes of files that were sent; a negative number if they must be sent again."""
+        """Count sent bytes of files, or subtract bytes that must be sent again."""
         with self._lock:
             self._sent_bytes += num_bytes
         self.beat()
 
 
 def seconds_since_heartbeat(outbox_dir: Path, started_at_s: float) -> float:
-    """Return the seconds since the last heartbeat, or since `started_at_s` (of `time.time`) if that is later."""
+    """Return the seconds since the last heartbeat, or since `started_at_s` (since the epoch) if that is later."""
     with suppress(OSError):
         started_at_s = max(started_at_s, (outbox_dir / HEARTBEAT).stat().st_mtime)
     return time.time() - started_at_s
 
 
 def read_sent_bytes(outbox_dir: Path) -> int:
-    """Return the bytes of files that the present publisher has sent; 0 if unknown."""
+    """Return the bytes of files that the current publisher has sent; 0 if unknown."""
     try:
         return int(json.loads((outbox_dir / HEARTBEAT).read_text())["sent_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -84,12 +83,12 @@ def read_sent_bytes(outbox_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class Remaining:
-    """What remains to be delivered.
+    """The undelivered part of an outbox.
 
     Args:
-        num_checkpoints: checkpoints that are not published.
+        num_checkpoints: number of unpublished checkpoints.
         size_bytes: undelivered bytes of their files and of the journal.
-        share: delivered share, 0 to 1, of what remained at the start.
+        share: delivered share, 0 to 1, of the bytes that remained at the start.
     """
 
     num_checkpoints: int
@@ -122,7 +121,7 @@ class DeliveryProgress:
         self._total_bytes = max(1, self.remaining_bytes())
 
     def remaining(self) -> Remaining:
-        """Measure what remains now."""
+        """Measure the undelivered part."""
         remaining_bytes = self.remaining_bytes()
         models_offset = read_delivered(self._outbox_dir).models_offset
         num_checkpoints = sum(offset > models_offset for offset, _ in self._checkpoints)
@@ -133,7 +132,7 @@ class DeliveryProgress:
         delivered = read_delivered(self._outbox_dir)
         unpublished = sum(size for offset, size in self._checkpoints if offset > delivered.models_offset)
         published = sum(size for offset, size in self._checkpoints if offset <= delivered.models_offset)
-        # Bytes of the checkpoint that is being uploaded.
+        # Sent bytes of the checkpoint that is being uploaded.
         in_progress = max(0, read_sent_bytes(self._outbox_dir) - self._sent_before_bytes - published)
         return max(0, unpublished - in_progress) + self._journal_bytes - delivered.offset
 

@@ -1,7 +1,7 @@
-"""The publisher: delivers the journal's entries to a tracking store, in order.
+"""Deliver the journal's entries to a tracking store, in order.
 
-It retries while the store is unreachable, as long as the trainer is alive. After the trainer has exited, it delivers
-what remains, and marks the run FAILED if the journal has no end entry. `harness.tracking.publisher.process` runs it.
+The publisher retries while the store is unreachable, as long as the trainer is alive. After the trainer has exited, it
+delivers the rest, and marks the run FAILED if the journal has no end entry.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _ENDS: Final[tuple[Kind, ...]] = ("end",)
 class Publisher:
     """Delivers the outbox of one run directory to one store.
 
-    Effects: not collective; the publisher's process; `run` starts a thread, and blocks until all is delivered.
+    Effects: not collective; the publisher's process; `run` starts a thread, and blocks until everything is delivered;
+    leaves ``run.json``, ``attempts.json`` and ``outbox/delivered.json``.
 
     Attributes:
         notes: messages for the user about damaged records on disk.
@@ -81,8 +82,7 @@ class Publisher:
         Raises:
             Exception: the store's error, from the last try.
         """
-        # The key identifies the run: after a crash between creating the run and writing its id, the next attempt finds
-        # the run instead of creating a second one.
+        # After a crash between creating the run and writing its id, the next attempt finds the run by its key.
         record = read_run_record(self.run_dir)
         wanted = WantedRun(
             record["run_key"],
@@ -105,7 +105,7 @@ class Publisher:
                     raise
                 log(f"cannot open the run yet: {error}")
                 self._clock.sleep(FIRST_PAUSE_S)
-        # Read again: the next attempt may have written its number meanwhile.
+        # Read again, because the next attempt may have written its number in between.
         record = read_run_record(self.run_dir) | {
             "run_id": self.store.run_id,
             "experiment_id": self.store.experiment_id,
@@ -120,7 +120,7 @@ class Publisher:
         return self._state.current.ended and self._delivered_end() is not None
 
     def run(self) -> bool:
-        """Deliver until the run's end is delivered, or the trainer has exited and nothing remains.
+        """Deliver until the run's end is delivered, the trainer has exited, or a newer attempt has begun.
 
         Returns:
             Whether everything is delivered. If only files are missing, `Delivered.files_trouble` has the reason.
@@ -134,13 +134,13 @@ class Publisher:
             self._artifacts.close()
 
     def _deliver_remaining_files(self) -> bool:
-        """Deliver the files of a run whose end is delivered, and the end again, because the run was reopened."""
+        """Deliver the files of an ended run, and the end again, because `open_run` has reopened the run."""
         are_files_delivered = self._wait_for_files()
         end = self._delivered_end()
         return end is not None and self._deliver_with_retries([end]) and are_files_delivered
 
     def _delivered_end(self) -> Entry | None:
-        """The end entry that was delivered last; None if entries follow it or it is not in the journal."""
+        """Return the end entry that was delivered last; None if entries follow it or the journal lacks it."""
         offset = self._state.current.offset
         if has_entries(self._outbox_dir, offset):
             return None
@@ -164,7 +164,7 @@ class Publisher:
             if ended:
                 return are_files_delivered
             if self._trainer.has_exited():
-                # The trainer writes its end entry before it closes the pipe, so look for entries once more.
+                # The trainer writes its end entry before it closes the pipe, so check for entries once more.
                 if not has_entries(self._outbox_dir, self._state.current.offset):
                     are_files_delivered = self._wait_for_files()
                     return (self.settings.leaves_open or self._mark_failed()) and are_files_delivered
@@ -178,10 +178,10 @@ class Publisher:
         return self._artifacts.wait_until_delivered(self._state.current.offset, self._heartbeat)
 
     def _durable_entries(self) -> Iterator[Entry]:
-        """Flush the journal and read the undelivered entries.
+        """Flush the journal, then read the undelivered entries.
 
-        After a crash of the machine the store must not have points that the journal has lost: the next attempt would
-        log them a second time.
+        Otherwise a crash of the machine could lose entries that the store has, and the next attempt would log them
+        again.
         """
         offset = self._state.current.offset
         segments = list_segments(self._outbox_dir)
@@ -208,7 +208,7 @@ class Publisher:
         return self._deliver_with_retries([Entry("end", time_ms, body, self._state.current.offset)])
 
     def _deliver_with_retries(self, group: list[Entry]) -> bool:
-        """Deliver a group of entries; False if given up, in which case they remain undelivered."""
+        """Deliver a group of entries; False if the retries are given up and the entries remain undelivered."""
         try:
             if not self._retries.run(group[0].kind, lambda: self._deliver(group)):
                 return False
@@ -247,10 +247,10 @@ class Publisher:
             self._deliver_end(group[0])
         elif kind == "damaged":
             self._keep_damaged(body["line"], group[0].end_offset)
-        # The artifact worker delivers the entries of `FILES`.
+        # The artifact worker delivers the entries of `FILES`, the other kinds.
 
     def _send(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], None]) -> None:
-        """Send items, whose first element is their name, and collect those that the store refuses."""
+        """Send items, whose first element is their name, and collect refusals."""
 
         def send_some(some: Sequence[Any]) -> None:
             self._heartbeat.beat()
@@ -265,7 +265,7 @@ class Publisher:
         status = entry.body["status"]
         self.store.set_tags({"harness.end_reason": entry.body["reason"]})
         if entry.body.get("is_held"):
-            # A run of the user's own: its process ends it, unless it has exited.
+            # The user's process ends its own run, unless it has exited.
             self.store.set_terminated(status if self._trainer.has_exited() else None, entry.time_ms, is_user_run=True)
         else:
             self.store.set_terminated(status, entry.time_ms)
@@ -284,7 +284,7 @@ def _points_of(entry: Entry) -> Iterator[tuple[str, float, int, int]]:
 
 
 def _last_step(step: int, group: list[Entry]) -> int:
-    """Return the last known step of the current attempt after these entries."""
+    """Return the last step of the current attempt after these entries."""
     for entry in group:
         if entry.kind == "attempt":
             step = int(entry.body["facts"].get("step_from", 0))
@@ -294,7 +294,7 @@ def _last_step(step: int, group: list[Entry]) -> int:
 
 
 def _grouped(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    """Group consecutive metrics up to the limit of a request; other entries are alone."""
+    """Group consecutive entries of `POINTS` up to the limit of a request; other entries form their own groups."""
     group: list[Entry] = []
     num_points = 0
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Retries while the store is unreachable: how long to pause, and when to give up."""
+"""Retry deliveries while the store is unreachable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.tracking.publisher.progress import Heartbeat, log
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-# After the trainer has exited, an unreachable store is retried for this long.
+# How long an unreachable store is retried after the trainer has exited.
 LINGER_S = 20.0
 
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Trainer(Protocol):
-    """The trainer, as the publisher sees it."""
+    """Shows whether the trainer is alive."""
 
     def has_exited(self) -> bool:
         """Whether the trainer has exited."""
@@ -38,7 +38,7 @@ class Trainer(Protocol):
 
 
 class RetryPolicy:
-    """Retries for the publisher and its artifact worker.
+    """Retries deliveries of the publisher and its artifact worker, with exponential backoff.
 
     Effects: not collective; any thread; `run` blocks until the action succeeds or is given up.
     """
@@ -56,7 +56,7 @@ class RetryPolicy:
         return isinstance(error, RefusedError) or self._store.is_permanent(error)
 
     def run(self, what: str, action: Callable[[], None], is_cancelled: Callable[[], bool] | None = None) -> bool:
-        """Call `action` until it succeeds; False if the trainer has exited and the store remains unreachable.
+        """Call `action` until it succeeds; False if cancelled, or `LINGER_S` after the trainer's exit.
 
         Args:
             what: name of the action in the log.
@@ -79,13 +79,13 @@ class RetryPolicy:
                 self._heartbeat.beat()
                 if self._has_lingered():
                     return False
-                # With jitter, so that jobs that lost the same server do not retry in step.
+                # With jitter, so that jobs that lost the same server do not retry simultaneously.
                 if not self._pause(random.uniform(0.5, 1.0) * pause_s, is_cancelled):
                     return False
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _pause(self, pause_s: float, is_cancelled: Callable[[], bool] | None) -> bool:
-        """Pause; False if cancelled."""
+        """Sleep; False if cancelled."""
         if is_cancelled is None:
             self._clock.sleep(pause_s)
             return True

@@ -1,4 +1,4 @@
-"""`harness sync`: delivers the outboxes of runs without their trainers."""
+"""Deliver the outboxes of runs without their trainers, for `harness sync`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _QUIET_S = 60.0
 def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     """Deliver the rest of a run's outbox and return a message for the user.
 
-    A run whose trainer is alive stays RUNNING. A run whose trainer was killed is marked FAILED.
+    A run whose trainer is alive remains RUNNING. A run whose trainer was killed is marked FAILED.
 
-    Effects: not collective; any host with access to the directory; blocks until everything is delivered or the store
-    has been unreachable for a while; leaves what the publisher leaves.
+    Effects: not collective; any host with access to the directory; blocks on the publisher's process until everything
+    is delivered or the retries are given up; leaves the publisher's files.
 
     Args:
         run_dir: the run's directory.
-        tracking_uri: the store's address; None: the run's own.
+        tracking_uri: the store's address; None for the run's own.
 
     Raises:
         TrackingError: if not everything was delivered.
@@ -41,12 +41,12 @@ def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
             f"{run_dir}: was run without tracking (tracking.enabled false); there is nothing to deliver"
         )
     uri = tracking_uri or settings["tracking_uri"]
-    # Passwords are never written to disk, so an address with one must be given again.
+    # Passwords are never written to disk, so an address with a password must be passed again.
     settings["tracking_uri"] = None if uri is not None and "***" in uri else uri
     settings["lock_timeout_s"] = _LOCK_TIMEOUT_S
     settings["is_awaited"] = True
     settings["leaves_open"] = _is_training(run_dir)
-    # The settings may be an earlier attempt's, if the last publisher was killed before it wrote its own.
+    # If the last publisher was killed before it wrote its settings, these are from an earlier attempt.
     settings["attempt"] = read_run_record(run_dir).get("attempt", 1)
     publisher = start_publisher(run_dir, settings)
     run_id, notes = read_response(publisher, run_dir, settings["start_timeout_s"] + _LOCK_TIMEOUT_S)
@@ -88,7 +88,7 @@ def refused_line(run_dir: Path, delivered: Delivered) -> str:
 
 
 def undelivered_line(run_dir: Path, delivered: Delivered) -> str:
-    """Return the message about a run that is not completely delivered."""
+    """Return the message about an incomplete delivery."""
     if not delivered.files_trouble:
         return f"MLflow does not have everything yet; deliver it with `harness sync {run_dir}`"
     return (
@@ -103,7 +103,7 @@ def runs_in(runs_dir: Path) -> list[Path]:
 
 
 def is_online(run_dir: Path) -> bool:
-    """Whether the run was tracked, and not offline."""
+    """Whether the run was tracked online."""
     try:
         settings = read_settings(run_dir / "outbox")
     except TrackingError:
@@ -120,7 +120,7 @@ def is_incomplete(run_dir: Path) -> bool:
 def deliver_all(
     run_dirs: Sequence[Path], tracking_uri: str | None, say: Callable[[str], None]
 ) -> Iterator[tuple[Path, HarnessError]]:
-    """Deliver several runs; yields each run that fails, with its error, and continues with the next."""
+    """Deliver several runs; yield each run whose delivery fails, with its error, and continue."""
     for run_dir in run_dirs:
         if not is_incomplete(run_dir):
             continue
