@@ -57,8 +57,7 @@ class AutologState:
 def require_first_optimizer(state: Mapping[str, Any] | None) -> None:
     """Refuse to resume from a checkpoint of an optimizer that the script makes only during training.
 
-    Args:
-        state: `AutologState` of the previous run; None for a new run.
+    `state` is that of the previous run's `AutologState`, or None for a new run.
 
     Raises:
         CheckpointError: on all ranks alike.

@@ -338,7 +338,6 @@ class EpochObserver:
         self._report_batch(this, is_last=getattr(this.loader, "end_of_dataloader", False))
 
     def _record_training(self, this: Iteration) -> None:
-        """Record once that an iteration trains."""
         if this.is_recorded:
             return
         this.is_recorded = True

@@ -20,7 +20,7 @@ class Replacement:
     """Describes a function and what replaces it: one row of a table.
 
     Args:
-        name: its name within the module: ``function`` or ``Class.method``.
+        name: the name within the module: ``function`` or ``Class.method``.
         why: what the replacement observes or does.
         around: called in its place, with the original and the arguments of the call.
     """

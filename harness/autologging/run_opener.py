@@ -107,9 +107,6 @@ class ScriptValues:
     """Logs the metrics and parameters that the script logs itself, from rank 0, unreduced.
 
     Effects: not collective; main thread; writes to disk only through the logger.
-
-    Attributes:
-        early_params: parameters logged before the run was open.
     """
 
     def __init__(self) -> None:

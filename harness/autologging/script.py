@@ -27,7 +27,7 @@ class CheckpointContent:
     """Describes what a checkpoint contains.
 
     Args:
-        optimizer: the prepared optimizer; None if there are several, and checkpoints contain the model alone.
+        optimizer: None if several were prepared, and checkpoints contain the model alone.
         scheduler: prepared or made by the script, several combined into one; None if there is none.
         note: a message for the user; empty if none is needed.
     """
@@ -147,8 +147,6 @@ def kind_of(given: Any) -> str | None:
 
 
 class _Schedulers:
-    """Combines several schedulers of one optimizer into one state."""
-
     def __init__(self, schedulers: Sequence[Any]) -> None:
         # Sort by values, since processes may find them in different orders.
         known = sorted(schedulers, key=lambda each: repr(sorted(scheduler_values(each).items())))

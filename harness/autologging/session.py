@@ -213,7 +213,6 @@ class Session:
             self._end_replayed_iteration()
 
     def _end_replayed_iteration(self) -> None:
-        """Count the latest replayed iteration if it has trained."""
         if self._replay is None or (loader := self._replay.take_trained()) is None:
             return
         lacks_epoch_end = self._replay.end_training_iteration(loader)

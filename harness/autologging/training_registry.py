@@ -136,7 +136,6 @@ class TrainingRegistry:
             session.prepared.add(accelerator, [*compress(given, own)], [*compress(prepared, own)])
 
     def _is_other_model(self, model: Any) -> bool:
-        """Whether this is a trainable model that the current training does not have."""
         if not isinstance(model, nn.Module):
             return False
         known = self.session.prepared.models

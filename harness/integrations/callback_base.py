@@ -60,7 +60,6 @@ class CallbackModelSpec:
 
     Args:
         spec: its class, or a class that builds it.
-        packages: packages that the class requires.
         files: name -> text of the files that the framework reads beside the weights.
     """
 

@@ -176,11 +176,7 @@ class Weights(nn.Module):
 
 
 class FromConfig:
-    """Builds the model of a published checkpoint from its configuration, for `harness.load_model`.
-
-    Args:
-        config: the model's ``to_json``.
-    """
+    """Builds the model of a published checkpoint from its ``to_json`` configuration, for `harness.load_model`."""
 
     def __init__(self, config: str) -> None:
         self.config = config

@@ -183,8 +183,8 @@ class HarnessCallback(TrainerCallback):
     def _is_whole(self, state: TrainerState) -> bool:
         """Whether this batch is the epoch's last one.
 
-        `state.epoch` counts fractions of batches exactly. For data without a length it counts fractions of `max_steps`,
-        but accelerate's loader detects the end.
+        `state.epoch` counts epochs exactly. For data without a length it is a fraction of `max_steps`, but accelerate
+        detects the end.
         """
         return float(state.epoch).is_integer() or self._run.logger.accelerator.gradient_state.end_of_dataloader
 
@@ -195,7 +195,6 @@ class Pretrained:
     Args:
         architecture: the model's class. A model spec has its import path. The annotation lets
             `harness.models.described_model` import it, from ``transformers`` or from a package that the caller trusts.
-        config: the values of its configuration.
     """
 
     def __init__(self, architecture: type[PreTrainedModel], config: dict[str, Any]) -> None:
@@ -231,8 +230,7 @@ def _model_spec(model: nn.Module) -> CallbackModelSpec | str:
 def _epochs_done(trainer: Trainer, loader: Any, options: CallbackOptions) -> int:
     """Count the epochs that are complete as training begins. Collective if resuming in data without a length.
 
-    With such data the Trainer skips the completed steps within its first epoch, and only the run's checkpoints have the
-    count.
+    For such data the Trainer skips all completed steps within its first epoch; only the checkpoints have the count.
     """
     state = trainer.state
     found = [int(state.epoch or 0)]
@@ -261,11 +259,7 @@ def _named(key: str) -> str:
 
 
 def _trainer() -> Trainer:
-    """Find the calling Trainer on the stack, since the events lack its accelerator.
-
-    Raises:
-        HarnessError: if the caller is no Trainer.
-    """
+    """Find the calling Trainer on the stack, since the events lack its accelerator."""
     frame = sys._getframe(1)
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), Trainer):
@@ -277,11 +271,7 @@ def _trainer() -> Trainer:
 
 
 def _remove_mlflow_callback(trainer: Trainer) -> None:
-    """Remove the Trainer's MLflow callback, which starts a second run and waits for the server.
-
-    Raises:
-        HarnessError: if it has started one already.
-    """
+    """Remove the Trainer's MLflow callback, which starts a second run; refuse one that has started it."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ != "MLflowCallback":
             continue

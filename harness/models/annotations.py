@@ -119,15 +119,10 @@ def is_subtype(found: type[Any], bound: Any) -> bool:
 
 
 def convert(place: str, members: Sequence[Any], value: Any) -> Any:
-    """Convert a scalar to the first of several types that accepts it.
-
-    Args:
-        place: where the value is, for messages.
-        members: the types, from `alternatives`.
-        value: neither a list nor a mapping.
+    """Convert a scalar (neither list nor mapping) to the first of several types (`alternatives`) that accepts it.
 
     Raises:
-        ConfigError: if no type accepts the value.
+        ConfigError: if no type accepts the value; `place` is where it is.
     """
     # As in training, YAML's spellings of null mean None for an optional parameter.
     if types.NoneType in members and (parse_text(value) if isinstance(value, str) else value) is None:

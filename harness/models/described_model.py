@@ -64,14 +64,9 @@ class DescribedModel:
         self._classes = classes
 
     def build(self, place: str, found: type[Any], init_args: Any) -> Any:
-        """Construct an object.
+        """Construct an object from its class and arguments (name -> JSON value); `place` is for messages.
 
         Effects: imports the classes and functions that the arguments name, and calls the constructors.
-
-        Args:
-            place: where `init_args` is, for messages.
-            found: the class.
-            init_args: name -> JSON value.
 
         Raises:
             ConfigError: if an argument is unknown, has a wrong type, names a class that is not allowed, or is rejected.
@@ -157,10 +152,7 @@ class DescribedModel:
         return self._resolve(place, members, path, found, value.get("init_args", {}))
 
     def _resolve(self, place: str, members: Sequence[Any], path: str, found: Any, init_args: Any) -> Any:
-        """Return the class or function itself, or an object of the class, as the annotation requires.
-
-        `init_args` is None if the value is only an import path.
-        """
+        """Return the class or function, or an object of it; `init_args` is None if the value is only an import path."""
         arguments_place, arguments = f"{place}.init_args", {} if init_args is None else init_args
         for member in filter(accepts_class, members):
             origin, hints = origin_of(member), get_args(member)

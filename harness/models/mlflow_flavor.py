@@ -101,12 +101,10 @@ class PyFuncModel:
         return self._model
 
     def predict(self, data: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """Run the model on one batch.
+        """Run the model on one batch; `params` are ignored.
 
-        Args:
-            data: an array, a tensor, a DataFrame of numbers, or lists of them: the model's only argument. A mapping has
-                the arguments by name. Floating-point numbers are cast to the dtype of the weights.
-            params: ignored.
+        `data` is the model's only argument: an array, a tensor, a DataFrame of numbers, or lists of them. A mapping has
+        the arguments by name. Floating-point numbers are cast to the dtype of the weights.
 
         Returns:
             An array, or name -> array if the model returns several tensors.
@@ -153,11 +151,7 @@ def _directory(where: str) -> Path:
 
 
 def _read_spec(where: str, directory: Path) -> tuple[Mapping[str, Any], Sequence[Path]]:
-    """Read the model spec from the MLmodel file, or from the outbox for a checkpoint in its run's directory.
-
-    Returns:
-        The spec, and the directories whose code is not trusted.
-    """
+    """Read the spec from the MLmodel file or the run's outbox; return it and the directories with untrusted code."""
     run_dir = directory.absolute().parent.parent
     try:
         if (directory / MLMODEL).exists():

@@ -52,14 +52,9 @@ def check_spec(key: str, spec: ClassSpec) -> None:
 
 
 def make_model_spec(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Make the model spec, without the signature.
+    """Make the model spec, without the signature. `spec` is the model's class or its task's; None if unknown.
 
     Effects: not collective; any thread; reads the metadata of installed packages; writes nothing to disk.
-
-    Args:
-        spec: class of the model, or of the task that constructs it; None if unknown.
-        model: wrapped or not.
-        packages: required packages beside that of the class.
     """
     found = type(unwrapped(model))
     requirements, notes = _requirements(spec, packages)
