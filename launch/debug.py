@@ -1,4 +1,4 @@
-"""`harness debug`: train a few batches in one process, and print the model and the first batches."""
+"""Implement `harness debug`: print the model and the first batches, then train a few batches in one process."""
 
 from __future__ import annotations
 

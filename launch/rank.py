@@ -32,7 +32,7 @@ def rank(words: Sequence[str]) -> int:
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     own, rest = parser.parse_known_args(list(words))
     task = read_task()
-    # Before torch is imported, which reads the variable once.
+    # Before torch is imported, because torch reads the variable at import.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(rank_environment(task))
     try:

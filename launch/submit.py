@@ -232,7 +232,7 @@ def check_sweep(path: Path, array: str | None, words: Sequence[str]) -> str:
     one task for each line.
 
     Raises:
-        ConfigError: if a line is missing or wrong; with its number.
+        ConfigError: if the file is missing or empty, or a task's line is missing or wrong.
     """
     if not path.is_file():
         raise ConfigError("--sweep", f"there is no file {path}")

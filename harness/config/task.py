@@ -22,8 +22,7 @@ class StepOutput:
         loss: mean over `weight` items, a 0-d tensor on the model's device.
         weight: number of items over which this batch's means are computed, such as images or tokens.
         metrics: further means over the same items, each a 0-d tensor or a number.
-        predictions: input of the task's `eval_metrics`, if it has them.
-        targets: the targets of the predictions.
+        predictions: input of the task's `eval_metrics`, together with the targets.
     """
 
     loss: Tensor
@@ -58,10 +57,8 @@ class Task(Protocol):
         ...
 
     def step(self, model: nn.Module, batch: Any) -> StepOutput:
-        """Run the model on one batch, in training and in evaluation.
+        """Run the model on one batch, which is on its device, in training and in evaluation.
 
-        Args:
-            model: the prepared model. Call it, and do not use its submodules.
-            batch: from the loader, on the model's device.
+        The model is prepared. Call it as a whole, and do not use its submodules.
         """
         ...

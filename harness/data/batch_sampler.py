@@ -127,7 +127,7 @@ class WrappedSampler(BatchSampler):
 
 def _seeded(indices: list[int], epoch_seed: int, position: int) -> _SeededBatch:
     batch = _SeededBatch(indices)
-    # Hashed, because generators are seeded with this value as it is, and adjacent seeds may correlate.
+    # Hashed, because generators use this seed as it is, so seeds of adjacent batches must differ widely.
     batch.seed = int(np.random.SeedSequence([epoch_seed & (2**63 - 1), position]).generate_state(1, np.uint32)[0])
     return batch
 
@@ -135,11 +135,7 @@ def _seeded(indices: list[int], epoch_seed: int, position: int) -> _SeededBatch:
 def wrap(loader: Any, base: Any, device: torch.device, *, seeds_workers: bool) -> WrappedSampler | None:
     """Wrap a loader's batch sampler, or return the wrapper that it has; None if the loader's kind is not supported.
 
-    Args:
-        loader: the loader that training iterates over.
-        base: the torch loader inside it.
-        device: this rank's device.
-        seeds_workers: whether to seed workers for each batch.
+    Training iterates over `loader`, which is or contains the torch loader `base`.
     """
     if isinstance(loader, DataLoaderDispatcher):
         return None  # rank 0 reads several of its batches at once, for all ranks

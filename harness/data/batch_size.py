@@ -39,11 +39,8 @@ def batch_size(batch: Any, full_size: int | None = None) -> int:
     """Return the number of samples in a batch; 0 if it is unknown.
 
     A batch may be a tensor, an array, a `PackedSequence`, a graph batch (``num_graphs``), an object with a
-    ``batch_size`` or a length, or a list, dict or object of such parts.
-
-    Args:
-        batch: from the loader.
-        full_size: samples in a full batch of the loader on this rank; None if unknown.
+    ``batch_size`` or a length, or a list, dict or object of such parts. `full_size` is the number of samples in a full
+    batch of the loader on this rank, if known.
     """
     # Fast path: in the usual list of tensors the first item decides.
     if type(batch) in (list, tuple) and batch and isinstance(batch[0], Tensor) and batch[0].ndim:

@@ -18,8 +18,6 @@ from harness.errors import DataError
 def check_size(loader: Any, world_size: int, what: str) -> None:
     """Refuse a data set with fewer samples than ranks, or a loader without a batch. Unknown lengths pass.
 
-    The loader may be prepared or not. `what` is ``training`` or ``evaluation``, for the message.
-
     Raises:
         DataError: with the numbers and the remedy.
     """
@@ -126,7 +124,7 @@ def _shard_of(loader: Any) -> Any:
     sampler = getattr(base, "batch_sampler", None)
     if sampler is None:
         sampler = getattr(base, "sampler", None)
-    # accelerate's wrapper that skips the first batches contains it.
+    # It may be inside accelerate's wrapper that skips the first batches.
     while sampler is not None and not hasattr(sampler, "even_batches"):
         sampler = getattr(sampler, "batch_sampler", None)
     return None if sampler is None or sampler.num_processes == 1 else sampler

@@ -73,7 +73,6 @@ class ResumePoint:
 
     Args:
         batches_done: number of the loader's batches that were trained on.
-        data: the random states at this position.
         rng_states: captured states after the last step; None if the number of ranks has changed.
     """
 
@@ -88,7 +87,6 @@ class ResumableLoader:
     Effects: as accelerate's own iteration; main thread; a loader's batch sampler is wrapped until `close`.
 
     Args:
-        accelerator: the one that prepared the loaders.
         seeds_workers: seed workers for each batch, so that they draw the same numbers after a resume. If false, workers
             draw as without this class, and draw new numbers after a resume within an epoch.
 
@@ -125,7 +123,7 @@ class ResumableLoader:
 
     @property
     def state(self) -> DataState:
-        """What a checkpoint stores now beside the process's random states."""
+        """The state that a checkpoint stores now, besides the process's random states."""
         if self._resumed is not None:
             return self._resumed
         now = [[self._state_of(generator) for generator in each] for each in self._generators]

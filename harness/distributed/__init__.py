@@ -10,11 +10,11 @@ In reading order:
     global_batch       keep the global batch on another number of ranks
     slurm_env          SLURM's environment variables
     launch_identity    the launch that this process belongs to, and its latest rendezvous
-    rendezvous         rendezvous of ranks that torch's elastic agent starts or restarts
-    job_rendezvous     rendezvous of a SLURM job's ranks, without a configured port
+    rendezvous         connect ranks that torch's elastic agent starts or restarts
+    job_rendezvous     connect the ranks of a SLURM job, without a configured port
     job_secret         the secret of a job, and the handshake that authenticates both peers
     rank_values        encode values for other ranks as JSON and tensors
-    collectives        collective calls that carry small values
+    collectives        make collective calls that carry small values
     consensus          reduce the ranks' requests without blocking the training loop
     uneven_inputs      detect ranks that run out of batches
     failure_monitor    stop all ranks when one fails

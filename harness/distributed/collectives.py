@@ -1,4 +1,4 @@
-"""Collective calls that carry small values, over a separate gloo group.
+"""Make collective calls that carry small values, over a separate gloo group.
 
 Values are sent as JSON and tensors (`harness.distributed.rank_values`), so nothing received is unpickled. The calls are
 for rare events (start, a due checkpoint, end), not for each step.
@@ -23,10 +23,11 @@ T = TypeVar("T")
 
 
 class Collectives:
-    """Collective calls with a time limit, each named for error messages. With a single rank nothing is communicated.
+    """Makes collective calls with a time limit, each named for error messages; a single rank communicates nothing.
 
     Effects: collective on its own group, which the constructor creates on all ranks; main thread; each call blocks
-    until the other ranks make the same call, at most `timeout_s`; nothing on disk.
+    until the other ranks make the same call, at most `timeout_s`, and raises `PeerFailure` if a rank is gone; nothing
+    on disk.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float = 1800.0) -> None:
@@ -39,7 +40,7 @@ class Collectives:
     def broadcast_from_rank_zero(self, what: str, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 only and return its result, encoded by `rank_values`, on all ranks.
 
-        Error messages name the call with `what`, such as ``make the run directory``.
+        Error messages name the work with `what`, such as ``make the run directory``.
 
         Raises:
             Exception: on rank 0, the error that `make` raised.

@@ -38,13 +38,11 @@ def prepare_fsdp(
     Accelerate's state is a singleton that an `Accelerator` uses if it exists. This function calls its constructor and
     then corrects a few fields; it replaces no function of accelerate.
 
+    `mixed_precision` is accelerate's name: no, bf16 or fp16. The default plugin is created from the environment of
+    `accelerate launch`.
+
     Effects: collective: creates the process group and blocks until it exists; main thread; changes two environment
     variables of FSDP1; nothing on disk.
-
-    Args:
-        mixed_precision: accelerate's name: no, bf16 or fp16.
-        init: arguments of the process group.
-        plugin: the caller's; None to create it from the environment of `accelerate launch`.
     """
     version = os.environ.get("FSDP_VERSION", "1") if plugin is None else str(plugin.fsdp_version)
     if version == "1":

@@ -31,10 +31,10 @@ _num_runs = itertools.count()
 
 
 class AbortHandler(Protocol):
-    """Is notified before a process whose main thread is blocked ends."""
+    """Is notified before the watcher thread ends a process whose main thread is blocked."""
 
     def before_abort(self, failure: PeerFailure) -> None:
-        """Record the failure, just before the watcher thread ends the process."""
+        """Record the failure; the process ends on return."""
 
 
 class FailureMonitor:

@@ -1,4 +1,4 @@
-"""Rendezvous of a job's ranks without a configured port: rank 0 publishes the port of its store.
+"""Connect the ranks of a job without a configured port: rank 0 publishes the port of its store.
 
     rank 0        hosts a TCPStore at a free port; a port server at the first free port of a list publishes its number
     other ranks   try each port of the list on rank 0's host until a port server of their job answers
@@ -117,7 +117,7 @@ def find(job: str, rank: int, host: str, secret: JobSecret, timeout: timedelta) 
     Effects: blocks until rank 0 has started, at most `timeout`.
 
     Raises:
-        TimeoutError: with the host and the reason.
+        TimeoutError: if rank 0 is not found in time; with the host and the reason.
         LaunchError: if the secret cannot be read.
     """
     deadline_s = time.monotonic() + timeout.total_seconds()

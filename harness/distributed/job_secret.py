@@ -1,4 +1,4 @@
-"""The secret of a job, and the handshake that authenticates its ranks. Importing this never imports torch.
+"""Share a job's secret among its ranks, and authenticate them with it. Importing this never imports torch.
 
 slurm/train.sbatch puts the secret into the environment of the step, which other users cannot read. For a step started
 in another way, rank 0 writes it to a file with mode 0600 in the directory of the runs.

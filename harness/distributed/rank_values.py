@@ -91,7 +91,7 @@ def _encode_structure(value: Any, blobs: list[bytes]) -> Any:
     if "__getnewargs__" in vars(type(value)):
         return {"record": [_name_of(type(value)), [_encode(item, blobs) for item in value.__getnewargs__()]]}
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return _encode(value.item(), blobs)  # a number of numpy
+        return _encode(value.item(), blobs)  # a NumPy scalar
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be sent to another rank")
 
 

@@ -1,4 +1,4 @@
-"""Rendezvous of ranks that torch's elastic agent starts, or restarts after a failure.
+"""Connect ranks that torch's elastic agent starts, or restarts after a failure.
 
 The agents keep their store over restarts of the ranks (static rendezvous, which `accelerate launch` uses, and c10d),
 including the addresses of the previous ranks. Gloo uses such a stale address and fails to connect (seen with torch
@@ -47,7 +47,7 @@ def join(store: Store, rank: int, world_size: int, timeout: timedelta) -> Rendez
     Effects: collective, but needs no process group; blocks until all ranks have called it, at most `timeout`.
 
     Raises:
-        TimeoutError: on rank 0 with the missing ranks.
+        TimeoutError: if not all ranks have joined in time; on rank 0 with the missing ones.
     """
     deadline_s = time.monotonic() + timeout.total_seconds()
     if rank == 0:

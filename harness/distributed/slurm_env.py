@@ -33,7 +33,6 @@ class SlurmJob:
         cluster: empty if unknown.
         job_id: the same after a requeue.
         array: id of the array and index in it, such as ``17_3``; None outside an array.
-        restart_count: number of requeues.
     """
 
     cluster: str

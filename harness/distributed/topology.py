@@ -22,7 +22,6 @@ class Topology:
     Args:
         strategy: single, ddp, fsdp1, fsdp2, hsdp, zero1, zero2 or zero3.
         device: this rank's device, such as ``cuda:0``.
-        device_name: name of the hardware.
         mixed_precision: fp32, bf16 or fp16.
     """
 

@@ -1,6 +1,6 @@
 """Detect ranks that run out of batches, so that collective work runs only at steps that every rank reaches.
 
-    a step at which collective work is due   every rank calls `check_step`, which blocks until the others have
+    a step at which collective work is due   every rank calls `check_step`, which blocks for the other ranks
     a rank has no further batch              it calls `mark_exhausted` once, which does not block
     the next `check_step` of another rank    reports the divergence; that rank runs no collective work either
     the iteration is over on all ranks       they call `synchronize` before the next collective work
@@ -86,10 +86,7 @@ class UnevenInputs:
     def synchronize(self, step: int, requests: Sequence[int], *, is_cut_short: bool) -> SyncResult:
         """Wait until the iteration is over on every rank.
 
-        Args:
-            step: completed optimizer steps of this rank.
-            requests: of this rank.
-            is_cut_short: whether this rank ended the iteration early.
+        `step` counts this rank's completed optimizer steps. `is_cut_short` if this rank ended the iteration early.
         """
         self.mark_exhausted()
         self._votes.read()

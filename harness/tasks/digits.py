@@ -60,12 +60,7 @@ class Digits:
         return DataLoader(self._images(evaluation=True), 4 * self.batch_size)
 
     def step(self, model: nn.Module, batch: list[Tensor]) -> StepOutput:
-        """Compute the loss and the accuracy of one batch.
-
-        Args:
-            model: the prepared model.
-            batch: images, shape (B, 1, 8, 8), from 0 to 1; labels, shape (B,), from 0 to 9.
-        """
+        """Compute the loss and the accuracy from images (B, 1, 8, 8), from 0 to 1, and labels (B,), from 0 to 9."""
         images, labels = batch
         logits = model(images)
         accuracy = (logits.argmax(-1) == labels).float().mean()
