@@ -52,7 +52,9 @@ def check_spec(key: str, spec: ClassSpec) -> None:
 
 
 def make_model_spec(spec: ClassSpec | None, model: nn.Module, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """Make the model spec, without the signature. `spec` is the model's class or its task's; None if unknown.
+    """Make the model spec, without the signature.
+
+    `spec` is the class of the model or of its task, None if unknown; `packages` are required beside that of the class.
 
     Effects: not collective; any thread; reads the metadata of installed packages; writes nothing to disk.
     """
