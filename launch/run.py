@@ -194,7 +194,6 @@ def _enable_autologging(own: argparse.Namespace) -> None:
 
 
 def _launch(own: argparse.Namespace, own_words: Sequence[str], script_words: Sequence[str]) -> int:
-    """Start the ranks, each of which runs `harness run`."""
     kept = _without_launcher(own_words)
     strategy = own.strategy or "ddp"
     count = own.num_processes or (1 if strategy == "single" else 2)

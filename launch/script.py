@@ -120,7 +120,6 @@ def run_script(script: Script, *, silent: bool) -> int:
 
 
 def _main_module(script: Script) -> ModuleType:
-    """Create `__main__` with the attributes that Python sets."""
     module = ModuleType("__main__")
     path = os.path.abspath(script.path)
     spec = script.spec

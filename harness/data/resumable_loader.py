@@ -139,9 +139,9 @@ class ResumableLoader:
 
     @contextmanager
     def before_next_epoch(self, generator_states: Mapping[int, Tensor]) -> Iterator[None]:
-        """Within the context, `state` excludes the next epoch's iteration, which has started already.
+        """Exclude the next epoch's iteration, which has started already, from `state` within the context.
 
-        The generators' states before that iteration are passed by `id`.
+        The argument has the generators' states before that iteration, by `id`.
         """
         self._states_before_next_epoch = generator_states
         try:

@@ -158,8 +158,7 @@ class Collectives:
     def start_count(self, what: str, flags: Sequence[bool]) -> PendingCount:
         """Start to count the ranks that set each flag; `PendingCount.wait` returns the counts.
 
-        Effects: as for the class, but does not block. Other collective calls may precede `wait`, if they do on every
-        rank.
+        Effects: as for the class, but does not block. Other collective calls may precede `wait`, on every rank alike.
         """
         counts = torch.tensor(flags, dtype=torch.int64)
         if self._group is None:

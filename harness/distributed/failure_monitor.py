@@ -43,9 +43,6 @@ class FailureMonitor:
     Effects: not collective; `report` and `check` from the main thread; with several ranks it starts a daemon thread
     with its own connection to the store, which may end the process; nothing on disk.
 
-    Args:
-        handler: called by the watcher thread.
-
     Attributes:
         failure: another rank's failure; None if none is known.
     """

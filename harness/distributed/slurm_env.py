@@ -27,13 +27,7 @@ from harness.errors import LaunchError
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job, or one job of an array.
-
-    Args:
-        cluster: empty if unknown.
-        job_id: the same after a requeue.
-        array: id of the array and index in it, such as ``17_3``; None outside an array.
-    """
+    """A job, or one job of an array; `array` is the array's id and the index in it, such as ``17_3``."""
 
     cluster: str
     job_id: str

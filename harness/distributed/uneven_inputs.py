@@ -51,7 +51,6 @@ class UnevenInputs:
 
     Args:
         votes: carries the reports; no other vote may be pending while `may_be_uneven`.
-        num_requests: length of the requests passed to `check_step` and `synchronize`.
 
     Attributes:
         may_be_uneven: whether ranks may have different numbers of batches since they last synchronized.
