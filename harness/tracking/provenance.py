@@ -124,9 +124,7 @@ def flatten_params(config: Any, prefix: str | None = None) -> dict[str, str]:
 def model_summary(model: nn.Module, wrapped: nn.Module | None = None) -> str:
     """Return a text table of the modules down to the third level with their numbers of parameters.
 
-    Args:
-        model: the user's model.
-        wrapped: the prepared model, which has the sizes of sharded parameters; None if the model is not wrapped.
+    Sizes of sharded parameters are read from `wrapped`, the prepared model, if given.
     """
     sizes = _fsdp1_sizes(model if wrapped is None else wrapped)
     rows = [("module", "class", "parameters", "trainable")]
@@ -230,14 +228,9 @@ class _Digest:
 
 
 def dataset_record(dataset: Any, context: str, batch: BatchDigest | None = None) -> dict[str, Any]:
-    """Return name, digest and size of a data set for `Tracker.log_dataset`, without reading a sample.
+    """Return the record of a data set in a context (``train`` or ``eval``) for `Tracker.log_dataset`. Reads no sample.
 
     The digest is the data set's own (`own_digest`), else it covers the class, the length and the first batch, if given.
-
-    Args:
-        dataset: the data set.
-        context: ``train`` or ``eval``.
-        batch: digest of the first batch.
     """
     name = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
     try:

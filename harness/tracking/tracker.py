@@ -54,7 +54,7 @@ class Tracker:
 
     Args:
         run_dir: the run's directory; no other trainer may write to it.
-        config: the tracking configuration.
+        config: the section ``tracking``.
         attempt: number of this attempt, from 1.
         monitor: the metric that ranks checkpoints; None for no ranking.
         mode: whether a lower or a higher value is better.
@@ -219,7 +219,7 @@ class Tracker:
         Args:
             values: name -> number.
             step: completed optimizer steps.
-            is_own_step: whether a script counts the step itself, for example epochs.
+            is_own_step: whether `step` is a script's own count, for example of epochs.
 
         Returns:
             The points by their names in MLflow; for a repeated one, the earlier attempt's. Points with an unknown time
@@ -299,10 +299,8 @@ class Tracker:
         self.journal.sync()
 
     def log_model_spec(self, values: Mapping[str, Any]) -> None:
-        """Set the model spec of this attempt's checkpoints, see `harness.models.model_spec`.
-
-        It is written to its own file, because an input example may have megabytes.
-        """
+        """Set the model spec (see `harness.models.model_spec`) of this attempt's checkpoints. Blocks on fsync."""
+        # In its own file, because an input example may have megabytes.
         self._model_spec = write_model_spec(self._outbox_dir, self.attempt, values)
         self.has_model_spec = True
 
@@ -329,7 +327,7 @@ class Tracker:
         Args:
             status: final status in MLflow.
             reason: one line, for the tag ``harness.end_reason``.
-            timeout_s: time limit in seconds.
+            timeout_s: seconds from this call.
             keep_waiting: called twice a second with the undelivered part; False ends the wait.
 
         Raises:
@@ -354,10 +352,10 @@ class Tracker:
 
         Args:
             run_name: name of the run in MLflow.
-            values: metrics, as for `log_metrics`.
+            values: metrics.
             step: completed optimizer steps.
             reason: one line, for the tag ``harness.end_reason``.
-            timeout_s: time limit of the wait after the start, in seconds.
+            timeout_s: limit in seconds of the wait after the start.
 
         Raises:
             TrackingError: as `start` and `finish`; the entries remain in the journal.

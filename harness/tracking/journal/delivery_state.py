@@ -51,10 +51,7 @@ class Delivered:
 
 
 def read_delivered(directory: Path) -> Delivered:
-    """Read the record; if it is unreadable or does not fit the journal, nothing counts as delivered.
-
-    A repeated delivery changes nothing in MLflow.
-    """
+    """Read the record; if it is unreadable or does not fit the journal, nothing counts as delivered."""
     delivered = parse_record(directory / DELIVERED, _parse) or Delivered()
     if not is_entry_end(directory, delivered.offset, delivered.time_ms or None):
         return replace(delivered, offset=0, models_offset=0, ended=False, refused=(), num_refused=0, num_damaged=0)
@@ -109,8 +106,7 @@ def write_delivered(directory: Path, delivered: Delivered) -> None:
 class DeliveryState:
     """The publisher's record of what is delivered, shared by its threads.
 
-    Effects: not collective; any thread; `update`, `flush` and `close` block on fsync; leaves
-    ``<outbox_dir>/delivered.json``.
+    Effects: any thread; `update`, `flush` and `close` block on fsync; leaves ``<outbox_dir>/delivered.json``.
     """
 
     def __init__(self, outbox_dir: Path) -> None:
@@ -139,7 +135,7 @@ class DeliveryState:
 
         Args:
             models: checkpoint name -> id of its model, None if the model is deleted.
-            refused: message about a permanent refusal.
+            refused: message about one permanent refusal.
             is_points: whether only points were delivered. Such updates are written at most once a second, because a
                 repeated delivery after a crash is harmless. They advance an artifact worker that has no backlog.
             fields: new values of fields of `Delivered`.

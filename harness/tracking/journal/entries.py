@@ -74,9 +74,9 @@ def read_entries(
 
     Args:
         directory: the outbox.
-        offset: byte offset of the first entry.
-        kinds: the kinds to decode, without damaged entries; None for all entries.
-        end: byte offset of the end of the last entry; None for the journal's end.
+        offset: journal offset of the first entry.
+        kinds: the kinds to decode; damaged entries are only yielded without it.
+        end: journal offset at the end of the last entry; None for the journal's end.
     """
     # `encode_entry` writes the kind first.
     prefixes = None if kinds is None else tuple(f'{{"kind":"{kind}"'.encode() for kind in kinds)
@@ -135,10 +135,7 @@ def segment_path(directory: Path, begin: int) -> Path:
 
 
 def list_segments(directory: Path) -> list[Segment]:
-    """List the files of the journal in order, up to a gap.
-
-    After a crash of the machine, a file may have lost its end although the next file exists.
-    """
+    """List the journal's files in order, up to a gap, where a crash of the machine has cut a file's end."""
     found: list[Segment] = []
     for begin, path in _files(directory):
         if found and begin != found[-1].end:

@@ -60,12 +60,10 @@ class _Series:
 class KnownPoints:
     """Finds and compares the points that a resumed run repeats.
 
-    Effects: not collective; main thread; the constructor reads the journal once (5 to 8 s and 26 MB for a million
-    points); nothing on disk.
+    Effects: rank 0's main thread; the constructor reads the journal once (5 to 8 s and 26 MB for a million points).
 
     Attributes:
         latest: name -> the last point at or before `step`.
-        num_repeated: number of repeated points.
         num_differing: number of repeated points with a different value, without measurements.
         largest_difference: the largest relative difference, 0 to 2; infinite if one value is not finite.
         last_step: the highest step in the journal, without steps that a script counts itself unless they are pruned.
@@ -174,12 +172,7 @@ def read_logged(outbox_dir: Path) -> Logged:
 
 @dataclass(frozen=True)
 class Drift:
-    """Differences between the parameters of this attempt and of earlier ones.
-
-    Args:
-        added: new parameters.
-        changed: name -> first value and present value.
-    """
+    """New parameters of this attempt (`added`), and changed ones: name -> first value and current value."""
 
     added: Mapping[str, str]
     changed: Mapping[str, tuple[str, str]]

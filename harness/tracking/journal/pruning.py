@@ -24,7 +24,6 @@ class Pruned:
     Args:
         latest: metric -> value, time in milliseconds since the epoch, and step of its point with the highest step.
         params: name -> first value.
-        checkpoints: keys of the checkpoints.
         end: end offset of the pruned part of the journal; None if an earlier version has pruned it.
     """
 
@@ -35,10 +34,7 @@ class Pruned:
 
 
 def read_pruned(directory: Path) -> Pruned:
-    """Read the summary; it is empty if nothing was pruned or the file is damaged.
-
-    Read the journal first, because a file may be pruned in between.
-    """
+    """Read the summary, after the journal, because a file may be pruned in between; empty if missing or damaged."""
     return parse_record(directory / PRUNED, _parse) or Pruned()
 
 
@@ -56,10 +52,7 @@ def _parse(record: dict[str, Any]) -> Pruned:
 
 
 def write_pruned(directory: Path, pruned: Pruned) -> None:
-    """Replace the summary atomically.
-
-    Effects: not collective; the publisher only; blocks on fsync; leaves ``<directory>/pruned.json``.
-    """
+    """Replace ``pruned.json`` atomically. The publisher only; blocks on fsync."""
     record = {
         "latest": pruned.latest,
         "params": pruned.params,

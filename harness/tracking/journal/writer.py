@@ -42,15 +42,14 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 class JournalWriter:
     """Appends entries to the journal, on rank 0 only.
 
-    A full or unreachable disk does not stop training: entries are kept in memory until the disk accepts them. Metrics
-    beyond `MAX_PENDING_BYTES` or the journal's maximum size are dropped and counted.
+    While the disk is full or unreachable, entries are kept in memory and training continues. Metrics beyond
+    `MAX_PENDING_BYTES` or the journal's maximum size are dropped and counted.
 
     Effects: not collective; any thread; `append` blocks for one `write` into the page cache; leaves
     ``<directory>/journal.jsonl`` and further files once it has grown large, readable only by the user.
 
     Attributes:
         num_dropped: number of dropped metrics entries.
-        path: the current file.
         warnings: pending warnings. The caller removes the ones it displays.
     """
 
@@ -87,13 +86,7 @@ class JournalWriter:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry and return its time in milliseconds since the epoch. After `close` this does nothing.
-
-        Args:
-            kind: the meaning of `body`.
-            body: JSON values.
-            time_ms: milliseconds since the epoch; None for now.
-        """
+        """Write one entry of JSON values, unless closed, and return its time (ms since the epoch; default: now)."""
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         line = encode_entry(kind, stamp, body)
         with self._lock:

@@ -164,8 +164,6 @@ def _is_json_object(text: str) -> bool:
 def extend_timeout(error: Exception) -> None:
     """Double the request timeout, up to `LONGEST_TIMEOUT_S`, if the error is a timeout of the server's response.
 
-    With a constant timeout, a request to a slow server would never succeed.
-
     Effects: sets the process's environment, which MLflow reads before each request.
     """
     if _is_timeout(error):

@@ -27,12 +27,7 @@ _used: set[str] = set()
 
 @dataclass(frozen=True)
 class GivenRun:
-    """An existing MLflow run for a new training, with messages (`notes`) for the user.
-
-    Args:
-        run_id: id of the run.
-        source: where the user chose it, for messages.
-    """
+    """An existing MLflow run for a new training, where the user chose it (`source`), and messages (`notes`)."""
 
     run_id: str
     source: str
@@ -43,9 +38,6 @@ def given_run(tracking_uri: str | None) -> GivenRun | None:
     """Return the run that the user chose, or None. `mark_used` excludes the run of MLFLOW_RUN_ID.
 
     Effects: not collective; rank 0 only; main thread, because MLflow's active run belongs to a thread.
-
-    Args:
-        tracking_uri: the configured address; None for MLflow's own.
     """
     active = active_run_id()
     named = os.environ.get(RUN_ID)
@@ -88,10 +80,7 @@ def _is_elsewhere(tracking_uri: str | None) -> bool:
 
 
 def absolute_sqlite(uri: str) -> str:
-    """Make the path of a ``sqlite:///`` URI absolute, and escape ``?`` and ``%`` of the working directory.
-
-    The path in `uri` is already escaped.
-    """
+    """Make the (escaped) path of a ``sqlite:///`` URI absolute; escape ``?`` and ``%`` of the working directory."""
     prefix = "sqlite:///"
     if not uri.startswith(prefix) or uri.startswith(prefix + "/") or ":memory:" in uri:
         return uri

@@ -32,8 +32,7 @@ _MAX_DELETIONS = 3
 class PublishedModels:
     """Publishes and deletes the models of one run.
 
-    Effects: not collective; one of the publisher's threads; each method is idempotent and blocks on the network or on
-    sqlite; leaves nothing on disk except a ``sqlite:`` store.
+    Effects: one of the publisher's threads; each method is idempotent and blocks on the network or on sqlite.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class PublishedModels:
 
         Args:
             record: name, key, epoch, step, files, and metrics as [key, value, time_ms, step].
-            directory: the checkpoint's directory.
+            directory: directory of the files.
             registration: the registered model that gets a version; None creates no version.
             model_spec: how to build the model; None uploads only the checkpoint's files.
         """

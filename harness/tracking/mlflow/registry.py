@@ -24,7 +24,6 @@ class Registration:
     """The registered model that gets a version for each published checkpoint.
 
     Args:
-        name: name of the registered model.
         aliases: whether to keep `last` on the newest version and `best` on the best one.
         monitor: the metric that defines `best`; None for no `best`.
         mode: whether the lowest or the highest value is the best.

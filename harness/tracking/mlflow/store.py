@@ -53,8 +53,7 @@ _LOG_BATCH = "/api/2.0/mlflow/runs/log-batch"
 class MlflowStore:
     """Writes one run to one MLflow store; implements `Store`.
 
-    Effects: not collective; the publisher's threads only; each method blocks on the network or on sqlite; leaves
-    nothing on disk except a ``sqlite:`` store.
+    Effects: the publisher's threads only; each method blocks on the network or on sqlite.
     """
 
     def __init__(self, tracking_uri: str, client: Any = None, meter: UploadMeter | None = None) -> None:

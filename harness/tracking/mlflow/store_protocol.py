@@ -20,11 +20,10 @@ class WantedRun:
     Args:
         key: identifies the run while its id is unknown; stored as a tag.
         name: display name of a new run.
-        experiment_name: experiment of a new run.
         run_id: the store's id of the run, once it is known.
         created_ms: start time of a new run, in milliseconds since the epoch; None for now.
         parent: name or id of the parent run.
-        experiment_id: experiment of a new run; takes precedence over `experiment_name`.
+        experiment_id: experiment of a new run; overrides `experiment_name`.
         given_run_id: id of the user's run that replaces a new one.
     """
 

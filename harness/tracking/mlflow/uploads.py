@@ -55,7 +55,7 @@ class ByteCounter(Protocol):
 
 
 class UploadMeter:
-    """Limits the total rate of all uploads and counts their bytes. None for no limit or no count.
+    """Limits the total rate of all uploads, if `bytes_per_s` is given, and counts their bytes.
 
     Effects: not collective; any thread; `acquire` sleeps.
     """
@@ -92,8 +92,7 @@ class UploadMeter:
 class Uploads:
     """Uploads files to one directory of an artifact store.
 
-    Effects: not collective; one thread at a time; `put` starts threads, joins them, and blocks on the network, with a
-    timeout for each request.
+    Effects: one thread at a time; `put` starts and joins threads, and blocks on the network, with timeouts.
     """
 
     def __init__(self, repository: Any, meter: UploadMeter) -> None:

@@ -30,7 +30,7 @@ class ArtifactWorker:
     this worker before it delivers a run's end, so a finished run has its models; the wait is limited to
     `_MAX_OUTAGE_S` while the artifact store is unreachable.
 
-    Effects: not collective; has a thread, which blocks on the network; leaves ``<outbox_dir>/delivered.json``.
+    Effects: has a thread, which blocks on the network; leaves ``<outbox_dir>/delivered.json``.
     """
 
     def __init__(
@@ -60,9 +60,7 @@ class ArtifactWorker:
         self._thread.join()
 
     def wait_until_delivered(self, offset: int, heartbeat: Heartbeat) -> bool:
-        """Wait until all files before a journal offset are delivered; False if the artifact store is unreachable.
-
-        Records the store's error in `Delivered.files_trouble`.
+        """Wait until all files before a journal offset are delivered; False, with `files_trouble`, if given up.
 
         Raises:
             BaseException: the error that ended the thread.

@@ -29,8 +29,7 @@ Records = Mapping[int, Mapping[str, str]]
 class AttemptRecorder:
     """Writes the records of the attempts to the store and to disk.
 
-    Effects: not collective; the publisher's main thread; blocks on the network and on fsync; leaves
-    ``<run_dir>/attempts.json``.
+    Effects: the publisher's main thread; blocks on the network and on fsync; leaves ``<run_dir>/attempts.json``.
     """
 
     def __init__(self, run_dir: Path, store: Store, state: DeliveryState, attempt: int) -> None:
@@ -90,10 +89,7 @@ class AttemptRecorder:
 
 
 def write_attempts(run_dir: Path, records: Records) -> None:
-    """Replace ``attempts.json`` atomically.
-
-    Effects: not collective; the publisher only; blocks on fsync.
-    """
+    """Replace ``attempts.json`` atomically. The publisher only; blocks on fsync."""
     # Private, because errors may name hosts.
     replace_file(run_dir / FILE, _as_text(records), is_private=True)
 

@@ -53,9 +53,6 @@ class PublisherProcess:
     """Starts, restarts and awaits the publisher's process.
 
     Effects: not collective; rank 0 only; main thread; `start` and `wait` block.
-
-    Attributes:
-        process: the child process; None before `start`.
     """
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:

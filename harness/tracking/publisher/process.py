@@ -242,13 +242,8 @@ def locate_run(
 ) -> tuple[PublisherSettings, list[str]]:
     """Correct the settings of a run that MLflow already has; also return messages for the user about each difference.
 
-    A run remains in its experiment and at its address, unless the configured address has it too, for example because
-    the server was moved.
-
-    Args:
-        settings: the configured settings.
-        record: the content of ``run.json``.
-        has_run: whether the store at an address has a run with an id.
+    A run remains in its experiment and at its address (in `record`, the content of ``run.json``), unless the configured
+    address has it too, for example because the server was moved. `has_run` checks an address for a run id.
 
     Raises:
         TrackingError: if the run's own address is only known without its password.

@@ -36,8 +36,7 @@ def log(message: str) -> None:
 class Heartbeat:
     """Reports that the publisher is alive, and how many bytes of files it has sent.
 
-    Effects: not collective; any thread; writes ``<outbox_dir>/alive.json`` at most twice a second, without fsync, and
-    ignores a full disk.
+    Effects: any thread; writes ``<outbox_dir>/alive.json`` at most twice a second, without fsync; ignores a full disk.
     """
 
     def __init__(self, outbox_dir: Path) -> None:
@@ -83,13 +82,7 @@ def read_sent_bytes(outbox_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class Remaining:
-    """The undelivered part of an outbox.
-
-    Args:
-        num_checkpoints: number of unpublished checkpoints.
-        size_bytes: undelivered bytes of their files and of the journal.
-        share: delivered share, 0 to 1, of the bytes that remained at the start.
-    """
+    """The undelivered part of an outbox; `share` (0 to 1) of the bytes that remained at the start is delivered."""
 
     num_checkpoints: int
     size_bytes: int
@@ -102,10 +95,7 @@ class Remaining:
 
 
 class DeliveryProgress:
-    """Measures the delivery of an outbox whose trainer has finished.
-
-    Effects: not collective; any thread; reads small files.
-    """
+    """Measures the delivery of an outbox whose trainer has finished. Any thread; reads small files."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir

@@ -39,13 +39,10 @@ _ENDS: Final[tuple[Kind, ...]] = ("end",)
 
 
 class Publisher:
-    """Delivers the outbox of one run directory to one store.
+    """Delivers the outbox of one run directory to one store; `notes` has messages about damaged records on disk.
 
-    Effects: not collective; the publisher's process; `run` starts a thread, and blocks until everything is delivered;
-    leaves ``run.json``, ``attempts.json`` and ``outbox/delivered.json``.
-
-    Attributes:
-        notes: messages for the user about damaged records on disk.
+    Effects: the publisher's process; `run` starts a thread, and blocks until everything is delivered; leaves
+    ``run.json``, ``attempts.json`` and ``outbox/delivered.json``.
     """
 
     def __init__(
@@ -120,7 +117,7 @@ class Publisher:
         return self._state.current.ended and self._delivered_end() is not None
 
     def run(self) -> bool:
-        """Deliver until the run's end is delivered, the trainer has exited, or a newer attempt has begun.
+        """Deliver entries until the run's end, a newer attempt's first entry, or all of them after the trainer's exit.
 
         Returns:
             Whether everything is delivered. If only files are missing, `Delivered.files_trouble` has the reason.
@@ -180,8 +177,7 @@ class Publisher:
     def _durable_entries(self) -> Iterator[Entry]:
         """Flush the journal, then read the undelivered entries.
 
-        Otherwise a crash of the machine could lose entries that the store has, and the next attempt would log them
-        again.
+        Without the flush, a crash could lose entries that the store has, and the next attempt would log them again.
         """
         offset = self._state.current.offset
         segments = list_segments(self._outbox_dir)

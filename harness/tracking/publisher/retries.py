@@ -40,7 +40,7 @@ class Trainer(Protocol):
 class RetryPolicy:
     """Retries deliveries of the publisher and its artifact worker, with exponential backoff.
 
-    Effects: not collective; any thread; `run` blocks until the action succeeds or is given up.
+    Effects: any thread; `run` blocks until the action succeeds or is given up.
     """
 
     def __init__(self, store: Store, trainer: Trainer, heartbeat: Heartbeat, clock: Clock) -> None:
@@ -58,10 +58,7 @@ class RetryPolicy:
     def run(self, what: str, action: Callable[[], None], is_cancelled: Callable[[], bool] | None = None) -> bool:
         """Call `action` until it succeeds; False if cancelled, or `LINGER_S` after the trainer's exit.
 
-        Args:
-            what: name of the action in the log.
-            action: raises an error if it fails.
-            is_cancelled: polled each second of a pause; True ends the retries.
+        `what` names the action in the log. `is_cancelled` is polled each second of a pause.
 
         Raises:
             Exception: a permanent error of the action.

@@ -22,14 +22,10 @@ _QUIET_S = 60.0
 def deliver_rest(run_dir: Path, tracking_uri: str | None) -> str:
     """Deliver the rest of a run's outbox and return a message for the user.
 
-    A run whose trainer is alive remains RUNNING. A run whose trainer was killed is marked FAILED.
+    A run whose trainer is alive remains RUNNING. A run whose trainer was killed is marked FAILED. `tracking_uri` is the
+    store's address; None for the run's own.
 
-    Effects: not collective; any host with access to the directory; blocks on the publisher's process until everything
-    is delivered or the retries are given up; leaves the publisher's files.
-
-    Args:
-        run_dir: the run's directory.
-        tracking_uri: the store's address; None for the run's own.
+    Effects: any host with access to the directory; blocks until everything is delivered or the retries are given up.
 
     Raises:
         TrackingError: if not everything was delivered.
