@@ -145,7 +145,7 @@ class Tracker:
             "max_upload_bytes_per_s": self.config.max_upload_bytes_per_s,
             "max_outbox_bytes": self.config.max_outbox_bytes,
             "offline": self.config.offline,
-            # `mlflow.set_experiment` also sets it.
+            # `mlflow.set_experiment` sets this variable.
             "experiment_id": None if self.config.experiment_name else os.environ.get(EXPERIMENT_ID) or None,
             "given_run": None if self.given_run is None else [self.given_run.run_id, self.given_run.source],
         }
@@ -267,7 +267,6 @@ class Tracker:
             self._log_facts({"metrics_left_out": str(self.journal.num_dropped)})
 
     def _log_repetition(self) -> None:
-        """Log the comparison of repeated points, if it has changed."""
         if self._known_points is not None and self._known_points.facts != self._logged_repetition:
             self._logged_repetition = self._known_points.facts
             self._log_facts(self._logged_repetition)

@@ -51,7 +51,6 @@ class _Series:
     def add(self, point: Point) -> None:
         at = bisect_left(self.steps, point.step)
         if at == len(self.steps) or self.steps[at] != point.step:  # the first point is kept
-            # Usually appends, because steps increase.
             self.steps.insert(at, point.step)
             self.values.insert(at, point.value)
             self.times_ms.insert(at, point.time_ms)
@@ -84,7 +83,6 @@ class KnownPoints:
                 self._series.setdefault(key, _Series()).add(point)
             if not is_own_step:
                 self.last_step = max(self.last_step, point.step)
-        # Only the last point of each pruned metric is known.
         self._pruned = read_pruned(outbox_dir).latest
         for key, pruned in self._pruned.items():
             point = Point(*pruned)

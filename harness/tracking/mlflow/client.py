@@ -25,7 +25,6 @@ from urllib3.exceptions import ReadTimeoutError
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 _SQLITE = "sqlite:///"
 
-# Limit of `extend_timeout`.
 LONGEST_TIMEOUT_S = 120
 _CONNECT_S = 10
 
@@ -173,7 +172,7 @@ def extend_timeout(error: Exception) -> None:
 
 def _is_timeout(error: BaseException | None) -> bool:
     while error is not None:
-        # A timeout of the connection means an unreachable server, not a slow one.
+        # A connect timeout means an unreachable server, not a slow one.
         if isinstance(error, ReadTimeoutError):
             return True
         error = error.__cause__ or error.__context__

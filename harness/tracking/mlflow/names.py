@@ -4,7 +4,7 @@ MLflow refuses a whole request if one name is invalid, so names are cleaned befo
 repeat those of `mlflow.utils.validation`, because the trainer does not import mlflow; the tests compare the two.
 Cleaning is idempotent, because the publisher repeats it for journals of earlier versions.
 
-A cleaned name ends with a digest of the given name, so that `acc@1` and `acc_1` remain two metrics in every attempt.
+A changed name ends with a digest of the given name, so that `acc@1` and `acc_1` remain two metrics in every attempt.
 """
 
 from __future__ import annotations
@@ -128,7 +128,6 @@ def _cut_bytes(part: str) -> str:
     data = part.encode()
     if len(data) <= _MAX_FILE_NAME_BYTES:
         return part
-    # Keep the end, which has the suffix.
     begin, end = data[: _MAX_FILE_NAME_BYTES - 32].decode(errors="ignore"), data[-16:].decode(errors="ignore")
     return f"{begin}-{_digest(part)}{end}"
 

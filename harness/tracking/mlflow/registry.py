@@ -62,8 +62,7 @@ class Registry:
     def update_aliases(self, registration: Registration, excluded: Collection[str] = ()) -> None:
         """Set `last` to the newest version that harness created and `best` to the best one, over all runs.
 
-        `best` compares versions with a value of the same metric and mode; the newest of equal ones is the best.
-        Versions in `excluded` are about to be deleted.
+        `best` compares versions with the same metric and mode, newest first. `excluded` versions will be deleted.
         """
         if not registration.aliases:
             return

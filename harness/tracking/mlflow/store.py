@@ -72,7 +72,7 @@ class MlflowStore:
 
     @cached_property
     def _client(self) -> mlflow.MlflowClient:
-        # Created on first use, so that a failure is retried.
+        # On first use, so that a failure is retried.
         return self._given_client or connect(self._tracking_uri)
 
     @cached_property
@@ -81,7 +81,7 @@ class MlflowStore:
 
     @cached_property
     def _models(self) -> PublishedModels:
-        # Created on first use, because it needs the open run.
+        # On first use, because it needs the open run.
         return PublishedModels(self._client, self._tracking_uri, self.run_id, self.experiment_id, self._meter)
 
     def open_run(self, wanted: WantedRun) -> None:
@@ -336,7 +336,7 @@ class MlflowStore:
 
 
 def _log_batch_body(run_id: str, points: Sequence[tuple[str, float, int, int]]) -> str:
-    """Return the body of a request to log points, in the JSON form of its protocol buffer."""
+    """Return the body of a log-batch request, in the JSON form of its protocol buffer."""
     metrics = [
         {"key": key, "value": _json_number(value), "timestamp": time_ms, "step": step}
         for key, value, time_ms, step in points
@@ -351,11 +351,7 @@ def _json_number(value: float) -> float | str:
 
 
 def _storable_point(key: str, value: float, time_ms: int, step: int) -> tuple[str, float, int, int]:
-    """Clean a point's name and convert its numbers to 64 bits, which a database can store.
-
-    Raises:
-        MlflowException: if a number has no such form, for which MLflow's own error would look transient.
-    """
+    """Clean a point's name and require 64-bit numbers, for which MLflow's own error would look transient."""
     try:
         number, whole_step = float(value), int(step)
         if -(2**63) <= whole_step < 2**63:

@@ -214,7 +214,7 @@ class Uploads:
 
 
 class _MeteredClient:
-    """An S3 client that uploads in parts of our size and meters them."""
+    """An S3 client that uploads in parts of `PART_BYTES` and meters them."""
 
     def __init__(self, client: Any, meter: UploadMeter, parts_at_once: int) -> None:
         self._client = client
@@ -292,12 +292,11 @@ def _require_success(response: requests.Response) -> None:
     try:
         response.raise_for_status()
     except requests.HTTPError as error:
-        # Include the body, which has the store's own message.
         raise requests.HTTPError(f"{error}: {response.text[:300]}", response=response) from None
 
 
 def _timeouts_s(size_bytes: int) -> tuple[float, float]:
-    """Return the timeouts of the connection and of the response."""
+    """Return the timeouts of connect and response."""
     return _CONNECT_S, _RESPONSE_S + size_bytes / _SLOWEST_BYTES_PER_S
 
 

@@ -97,7 +97,7 @@ class ArtifactWorker:
         except BaseException as error:
             self._error = error
         finally:
-            # Wakes the publisher.
+            # Wake the publisher.
             self._state.skip_files(self._state.current.models_offset)
 
     def _deliver_passed(self) -> bool:

@@ -122,7 +122,6 @@ class DeliveryProgress:
         delivered = read_delivered(self._outbox_dir)
         unpublished = sum(size for offset, size in self._checkpoints if offset > delivered.models_offset)
         published = sum(size for offset, size in self._checkpoints if offset <= delivered.models_offset)
-        # Sent bytes of the checkpoint that is being uploaded.
         in_progress = max(0, read_sent_bytes(self._outbox_dir) - self._sent_before_bytes - published)
         return max(0, unpublished - in_progress) + self._journal_bytes - delivered.offset
 

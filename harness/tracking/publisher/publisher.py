@@ -66,7 +66,7 @@ class Publisher:
         self._artifacts = ArtifactWorker(run_dir, settings, store, self._state, self._retries)
         self._attempts = AttemptRecorder(run_dir, store, self._state, settings.attempt)
         self._has_seen_trainer = False
-        # Permanent refusals of the entries that are being delivered.
+        # Permanent refusals in the current delivery.
         self._refused: list[str] = []
         problems = (delivered_problem(self._outbox_dir), pruned_problem(self._outbox_dir))
         self.notes = [problem for problem in problems if problem is not None]
@@ -243,7 +243,7 @@ class Publisher:
             self._deliver_end(group[0])
         elif kind == "damaged":
             self._keep_damaged(body["line"], group[0].end_offset)
-        # The artifact worker delivers the entries of `FILES`, the other kinds.
+        # The artifact worker delivers the other kinds, `FILES`.
 
     def _send(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], None]) -> None:
         """Send items, whose first element is their name, and collect refusals."""
@@ -280,7 +280,6 @@ def _points_of(entry: Entry) -> Iterator[tuple[str, float, int, int]]:
 
 
 def _last_step(step: int, group: list[Entry]) -> int:
-    """Return the last step of the current attempt after these entries."""
     for entry in group:
         if entry.kind == "attempt":
             step = int(entry.body["facts"].get("step_from", 0))

@@ -82,7 +82,6 @@ class RetryPolicy:
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _pause(self, pause_s: float, is_cancelled: Callable[[], bool] | None) -> bool:
-        """Sleep; False if cancelled."""
         if is_cancelled is None:
             self._clock.sleep(pause_s)
             return True
