@@ -1,4 +1,4 @@
-"""The composition root: builds a run from its configuration. The only file that knows all parts."""
+"""The composition root: builds a run from its configuration. Only this file knows all parts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from harness.training.periodic_logger import PeriodicLogger
 def train(config: RunConfig) -> PeriodicLogger:
     """Train as configured, on the ranks that the launcher started.
 
-    Effects: collective; main thread; returns when all is trained, written and, on rank zero,
-    delivered; leaves ``<run_dir>/<run_name>/``.
+    Effects: collective; main thread; returns when all is trained, written and, on rank zero, delivered; leaves
+    ``<run_dir>/<run_name>/``.
 
     Raises:
-        HarnessError: for each failure that a user can fix; its message is one line.
+        HarnessError: if a failure is one that a user can fix; its message is one line.
     """
     # Configuration errors are raised before an MLflow run is created.
     set_seed(config.seed)
@@ -68,9 +68,9 @@ def make_logger(accelerator: Accelerator, config: RunConfig) -> PeriodicLogger:
 def prepare(
     accelerator: Accelerator, task: Task, config: RunConfig, logger: PeriodicLogger
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any, Any, Any]:
-    """Make model, optimizer, scheduler and loaders, and let accelerate prepare them.
+    """Build model, optimizer, scheduler and loaders, and prepare them with accelerate.
 
-    On another number of ranks a run keeps its global batch, where it can be divided among them.
+    A run that is resumed on another number of ranks keeps its global batch if that number divides it.
 
     Effects: collective; main thread; blocks until the ranks have the same model; nothing on disk.
     """
@@ -82,7 +82,7 @@ def prepare(
     if trainer.overfit_batches is not None:
         train_loader = dataloaders.first_batches(train_loader, trainer.overfit_batches * world_size)
     train_loader = _keep_global_batch(accelerator, train_loader, logger)
-    # Again, so that the model does not depend on how many random numbers the data used.
+    # Seed again, so that the model does not depend on how many random numbers the data used.
     set_seed(config.seed)
     model = task.model()
     model_preparation.check_mixed_precision(accelerator, model)
@@ -105,9 +105,9 @@ def prepare(
 
 
 def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLogger) -> Any:
-    """Give the loader and the accelerator the batch size and accumulation that keep the resumed run's global batch.
+    """Set the batch size and the accumulation that keep the resumed run's global batch.
 
-    With the same number of ranks the configuration counts: it is unchanged, or was changed on purpose.
+    With the same number of ranks the configuration applies: it is unchanged, or was changed on purpose.
     """
     world_size, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if logger.previous_batch is None or logger.previous_batch.world_size == world_size or loader.batch_size is None:
@@ -129,6 +129,6 @@ def _keep_global_batch(accelerator: Accelerator, loader: Any, logger: PeriodicLo
     )
     accelerator.gradient_accumulation_steps = plan.accumulation
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Its engine, which is made of this, counts batches itself.
+        # DeepSpeed's engine is built from this configuration and counts batches itself.
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
     return loader if plan.batch_size == loader.batch_size else dataloaders.with_batch_size(loader, plan.batch_size)

@@ -1,7 +1,7 @@
-"""Which moment of training a checkpoint is of, and what follows from its commit.
+"""Decide when a checkpoint is taken, and publish and prune checkpoints once they are committed.
 
 A checkpoint is pending while it is due and cannot be taken: gradients are being accumulated, or the evaluation that
-belongs to it has not run. It is taken at the next moment that allows it.
+belongs to it has not run. It is taken as soon as possible.
 
     controller: due  ->  save  ->  Saver: copied, written  ->  on_checkpoint_committed  ->  journal, retention
 """
@@ -26,21 +26,14 @@ from harness.training.state import TrainingContext, TrainingState
 
 
 class CheckpointScheduler(CheckpointHooks):
-    """Takes each checkpoint once, and publishes and prunes what is committed.
+    """Take each checkpoint once, and publish and prune committed ones. Reads `state` and never changes it.
 
     Effects: the constructor, `watch`, `prepare`, `save`, `save_and_wait` and `resolve` are collective; main thread;
-    they block as `Saver` does. The hooks run as `CheckpointHooks` says.
-
-    Args:
-        context: of the run.
-        run_path: the run's directory.
-        state: of training; read only.
-        metrics: of training.
-        registered: whose states checkpoints hold, too.
+    they block as `Saver` does. The threads of the hooks are documented in `CheckpointHooks`.
 
     Attributes:
         saver: writes the checkpoints.
-        existing: names of checkpoints of an earlier attempt, which are not saved again.
+        existing: names of an earlier attempt's checkpoints, which are not saved again.
     """
 
     def __init__(
@@ -63,9 +56,9 @@ class CheckpointScheduler(CheckpointHooks):
         self.saver = Saver(context.accelerator, context.collectives, context.checkpoint, directory, facts, self)
         self._pending: str | None = None
         self._is_watching = False
-        # The memory for saving is allocated once the optimizer has a state: after its first step.
+        # Staging memory is allocated once the optimizer has a state: after its first step.
         self._must_prepare = False
-        # The position of the last checkpoint; whether it is unknown yet if the other ranks take part in it.
+        # The position of the last checkpoint, and whether the other ranks have yet to report if they take part in it.
         self._saved_at: tuple[int, ...] | None = None
         self._is_unresolved = False
         self._latest, self._latest_step = "", 0
@@ -73,7 +66,7 @@ class CheckpointScheduler(CheckpointHooks):
 
     @property
     def pending(self) -> str | None:
-        """Name of the checkpoint that is due and not taken yet; None if there is none."""
+        """Name of the checkpoint that is due and not taken yet; None without one."""
         return self._pending
 
     @property
@@ -83,26 +76,26 @@ class CheckpointScheduler(CheckpointHooks):
 
     @property
     def needs_next_step(self) -> bool:
-        """Whether the next step has to resolve or take a checkpoint, or to allocate memory."""
+        """Whether the next step must resolve or take a checkpoint, or allocate memory."""
         return self._is_unresolved or self._must_prepare or self._pending is not None
 
     # ------------------------------------------------------------------- what is watched
 
     def watch(self, watched: AnyWatched) -> None:
-        """Save this from now on.
+        """Save these models and optimizers from now on.
 
         Raises:
-            CheckpointError: on all ranks, if its state could not be saved.
+            CheckpointError: on all ranks, if their state could not be saved.
         """
         self.saver.check(watched)
         self._is_watching = self._must_prepare = True
 
     def unwatch(self) -> None:
-        """Save nothing from now on."""
+        """Stop saving."""
         self._is_watching = self._must_prepare = False
 
     def prepare(self) -> bool:
-        """Allocate the memory for saving, once, after an optimizer step; returns whether it did."""
+        """Allocate the memory for saving, once, after an optimizer step; return whether it did."""
         if not self._must_prepare:
             return False
         self._must_prepare = False
@@ -112,7 +105,7 @@ class CheckpointScheduler(CheckpointHooks):
         return True
 
     def mark_ranks_differ(self, num_steps: int, num_fewer: int) -> None:
-        """Note that some ranks had fewer optimizer steps than others, so that their optimizer states differ."""
+        """Record that some ranks had fewer optimizer steps than others, so their optimizer states differ."""
         if self.saver.save_rank_zero_only():
             self._context.say(
                 f"harness: of {num_steps} optimizer steps some ranks had {num_fewer} fewer: what was due in these "
@@ -120,7 +113,7 @@ class CheckpointScheduler(CheckpointHooks):
             )
 
     def mark_saved(self) -> None:
-        """Note that the current position is in a checkpoint: the run resumed from it."""
+        """Record that a checkpoint holds the current position, from which the run resumed."""
         self._saved_at = self._position()
 
     def _position(self) -> tuple[int, ...]:
@@ -130,22 +123,18 @@ class CheckpointScheduler(CheckpointHooks):
     # -------------------------------------------------------------------------- one save
 
     def defer(self, name: str) -> None:
-        """Take a checkpoint at the next moment that allows it, under this name unless one is pending already."""
+        """Make a checkpoint pending under this name, unless one is pending already."""
         self._pending = self._pending or name
 
     def pop_pending(self) -> str | None:
-        """Return the pending checkpoint's name; nothing is pending afterwards."""
+        """Return the pending checkpoint's name and clear it."""
         pending, self._pending = self._pending, None
         return pending
 
     def save(self, name: str, *, must: bool = False) -> bool:
-        """Begin to save the current moment; False if it is saved already or nothing is watched.
+        """Start to save the current state; return False if it is saved already or nothing is watched.
 
-        The metrics of the moment must be collected.
-
-        Args:
-            name: of the checkpoint.
-            must: wait for the previous save in place of skipping this one.
+        The current metrics must be collected. With `must`, wait for the previous save in place of skipping this one.
         """
         self.resolve()
         if not self._is_watching or self._saved_at == self._position() or name in self.existing:
@@ -177,13 +166,13 @@ class CheckpointScheduler(CheckpointHooks):
         return True
 
     def save_and_wait(self) -> None:
-        """Save the current moment, and wait until it is on disk or has failed."""
+        """Save the current state, and wait until it is on disk or has failed."""
         self.save(self._state.step_name, must=True)
         self.resolve()
         self.saver.wait()
 
     def resolve(self) -> bool:
-        """Whether every rank takes part in the last save: they have reported it by the next step."""
+        """Return whether every rank takes part in the last save; each has reported by the next step."""
         if not self._is_unresolved:
             return self._saved_at is not None
         self._is_unresolved = False
@@ -192,14 +181,14 @@ class CheckpointScheduler(CheckpointHooks):
         self._saved_at = None
         num_skipped = self.saver.num_skipped
         self._metrics.publish({"checkpoint/num_skipped": float(num_skipped)}, self._latest_step)
-        # At 1, 2, 4, 8 and so on: if one is skipped, most are.
+        # Warn at 1, 2, 4, 8 and so on, as most saves are skipped once one is.
         if num_skipped & (num_skipped - 1) == 0:
             reason = self.saver.last_skip
             self._context.warn(f"{self._latest}: {reason} (checkpoint.when_busy; {num_skipped} so far)")
         return False
 
     def report(self, step: int) -> None:
-        """Log what the last save cost, and warn if it failed. Rank zero's."""
+        """Log the costs of the last save, and warn if it failed. Only rank zero reports."""
         costs, failure = self.saver.pop_report()
         if costs:
             self._recorder.log_save(costs, step)
@@ -210,7 +199,7 @@ class CheckpointScheduler(CheckpointHooks):
 
     def capture_rank_state(self) -> RankState:
         """See `CheckpointHooks`."""
-        # No part of an evaluation is saved: it is repeated from its start, with the same random numbers.
+        # An evaluation is not saved in part: it is repeated from its start, with the same random numbers.
         now = self._state.rng_override or rng_state.capture(self._context.accelerator.device)
         return RankState(now, self._state.data.state, self._metrics.partial())
 
@@ -222,7 +211,7 @@ class CheckpointScheduler(CheckpointHooks):
         """See `CheckpointHooks`."""
         self._recorder.publish(name, manifest)
         remove_downloads(self._downloads_dir)
-        # After its publication: MLflow removes nothing before the replacement is there.
+        # After its publication, so that MLflow has the replacement before it removes a checkpoint.
         self._retention.apply(name)
 
     def on_checkpoint_retired(self, name: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The events of a training loop, and what is due at each: windows of metrics, checkpoints, the end.
+"""Process the events of a training loop: reduce metrics, take checkpoints and stop when due.
 
     begin_epoch -> begin_iteration -> batch_done, for each batch -> end_iteration, close_iteration -> end_epoch
 
@@ -27,30 +27,23 @@ from harness.training.resume_manager import ResumeManager
 from harness.training.state import TrainingContext, TrainingState
 from harness.training.watched import StepCounter
 
-# How often the display is updated and, with one process, `harness stop` is noticed.
+# Interval of display updates and, with one process, of checks for `harness stop`.
 _POLL_S = 0.1
 
 
 class TrainingController:
-    """Counts batches, steps and epochs, and does what is due.
+    """Count batches, steps and epochs, and run the actions due at each.
 
     Effects: main thread. Collective, and called alike by every rank: `watch`, `resume`, `begin_epoch`, `begin_inputs`,
     `begin_iteration`, `adopt_iteration`, `batch_done`, `synchronize`, `max_over_ranks`, the events of an evaluation,
     `end_epoch`, `end_training`, `flush_metrics`, `flush_metrics_now`, `collect_metrics`, `save_pending`, `save_now`,
-    `stop` and `finish`. The rest is local. They block only where a checkpoint needs the metrics of its moment, for the
-    votes of the step before, and in `synchronize`.
-
-    Args:
-        context: of the run.
-        state: of training; changed here alone.
-        metrics: of training.
-        checkpoints: takes the checkpoints.
-        resume: what the run resumes from.
-        requests: of all ranks.
+    `stop` and `finish`. The rest is local. They block only for the metrics that a checkpoint holds, for the votes of
+    the previous step, and in `synchronize`.
 
     Attributes:
-        max_steps: optimizer steps after which training ends; None for any number.
-        step_counter: counts the steps of one optimizer of several; None: a step is counted for each batch at which the
+        state: changed by this object alone.
+        max_steps: optimizer steps after which training ends; None for no limit.
+        step_counter: counts the steps of one optimizer of several. None counts a step for each batch at which the
             accelerator synchronizes gradients.
         callbacks: called with each window's values and step, on every rank.
     """
@@ -75,15 +68,15 @@ class TrainingController:
         self._consensus = requests.consensus
         self._cadence = Cadence(context.checkpoint.every_n_epochs, context.checkpoint.every_n_steps)
         self._log_every_n_steps = context.tracking.log_every_n_steps
-        # All that was due by steps is done up to this one.
+        # Everything due by steps is done up to this step.
         self._step_attended = 0
         self._samples_in_step = 0
-        # Until this step or this time, whichever is first, a step is only counted, unless this rank has a request.
+        # Before this step and this time, a step is only counted, unless this rank has a request.
         self._due_at_step = 0
         self._poll_at_s = 0.0
         self._withholds_evaluation = self._was_synchronized = False
         self._rng_to_restore: dict[str, Any] | None = None
-        # Whether any training loader was iterated over in this process, and whether any gave a batch.
+        # Whether any training loader was iterated over in this process, and whether any yielded a batch.
         self._has_iterated = self._has_batches = False
         self.max_steps: int | None = None
         self.step_counter: StepCounter | None = None
@@ -91,7 +84,7 @@ class TrainingController:
 
     @property
     def is_log_step_next(self) -> bool:
-        """Whether metrics will be reduced at the end of the optimizer step that is running."""
+        """Whether metrics will be reduced at the end of the current optimizer step."""
         next_step = self.state.step + 1
         if is_passed(self._log_every_n_steps, next_step):
             return True
@@ -100,10 +93,10 @@ class TrainingController:
     # ------------------------------------------------------------------- start and resume
 
     def watch(self, watched: AnyWatched) -> None:
-        """Save this, and log its learning rates, from now on.
+        """Save these models and optimizers, and log their learning rates, from now on.
 
         Raises:
-            CheckpointError: on all ranks, if its state could not be saved.
+            CheckpointError: on all ranks, if their state could not be saved.
         """
         self.checkpoints.watch(watched)
         self.metrics.rates.optimizers = {
@@ -112,7 +105,7 @@ class TrainingController:
         self.restart_step_timer()
 
     def resume(self, watched: AnyWatched) -> None:
-        """Restore the newest checkpoint and continue from its position; or start a new run."""
+        """Restore the newest checkpoint and its position, if the run has one."""
         resumed = self._resume.restore(watched)
         if resumed is None:
             return
@@ -129,7 +122,7 @@ class TrainingController:
         """Continue from a position that the loop has restored itself.
 
         Raises:
-            CheckpointError: if it is step 0 and the run has checkpoints.
+            CheckpointError: if `step` is 0 and the run has checkpoints.
         """
         existing = self._resume.skip_restore()
         if existing and not step:
@@ -149,7 +142,7 @@ class TrainingController:
         self.context.say(f"resumed{source} (epoch {state.epoch}, step {state.step})")
 
     def restore_rng_state(self) -> None:
-        """Restore the random numbers of the checkpoint that the run resumes from, once."""
+        """Restore the RNG states of the checkpoint that the run resumes from, once."""
         if self._rng_to_restore is not None:
             rng_state.restore(self._rng_to_restore, self._accelerator.device)
             self._rng_to_restore = None
@@ -165,13 +158,13 @@ class TrainingController:
         self.restart_step_timer()
 
     def restart_step_timer(self) -> None:
-        """Exclude the time until now from the next step's: it was an evaluation, for example."""
+        """Exclude the time until now, such as an evaluation's, from the next step's duration."""
         self.metrics.timer.resume()
-        # A save or a window may have ended meanwhile: the next step attends to it.
+        # A save or a reduction may have completed since: check at the next step.
         self._due_at_step = 0
 
     def freeze_learning_rates(self) -> None:
-        """Log the current learning rates as the epoch's, whatever a scheduler does at its end."""
+        """Log the current learning rates as the epoch's, even if a scheduler changes them at its end."""
         self.metrics.rates.keep()
 
     def end_epoch(
@@ -182,17 +175,17 @@ class TrainingController:
         is_last: bool = False,
         next_iteration: PendingIteration | None = None,
     ) -> None:
-        """End an epoch: reduce what was logged, and save if a checkpoint is due.
+        """End an epoch: reduce the logged metrics, and save if a checkpoint is due.
 
         Args:
             max_epochs: number of epochs in all; None if unknown.
-            is_whole: the epoch was not left before its last batch.
+            is_whole: whether the epoch reached its last batch.
             is_last: no other epoch follows, whatever `max_epochs` is.
-            next_iteration: an iteration that has begun and belongs to the next epoch: a checkpoint is of the moment
-                before it.
+            next_iteration: an iteration of the next epoch that has begun already: a checkpoint holds the state before
+                it.
 
         Raises:
-            Stopped: on all ranks, if a signal asked any of them to stop at a step that not all ranks had.
+            Stopped: on all ranks, if a signal asked any rank to stop at a step that not all ranks had.
         """
         self._resume.begin_training()
         self.state.is_cut_short |= not is_whole
@@ -216,7 +209,7 @@ class TrainingController:
         is_last = state.epoch == max_epochs or state.is_ending
         self._log_and_save_epoch(is_last=is_last, is_accumulating=is_accumulating)
         if is_last:
-            # No step follows that would wait for the copy, and the best weights are often loaded next.
+            # No later step waits for the copy, and the script may load other weights next.
             self.finish_copy()
         state.rng_override = None
         self.context.progress.epoch_done(
@@ -236,13 +229,13 @@ class TrainingController:
         saves = by_epoch or pending is not None or (is_last and self.context.checkpoint.save_last)
         self.collect_metrics()
         if saves or is_last or state.epoch % self.context.tracking.log_every_n_epochs == 0:
-            # A checkpoint holds the metrics of its moment. Without one nothing waits for them here.
+            # A checkpoint holds the current metrics, so it waits for them. Without one, do not wait.
             self.flush_metrics(wait=saves or is_last)
             self.metrics.log_withheld()
             if is_whole:
                 self.metrics.publish({"epoch": float(state.epoch)}, state.step)
         if saves and (is_last or not is_accumulating):
-            # The last one is not skipped because the disk is busy.
+            # The last checkpoint waits for a save in flight in place of being skipped.
             checkpoints.save(name, must=is_last)
         elif saves:
             # No checkpoint holds accumulated gradients.
@@ -253,14 +246,14 @@ class TrainingController:
         return f"epoch-{self.state.epoch:04d}"
 
     def end_training(self) -> None:
-        """End training with the epoch that was ended last, which was not known to be the last. Waits for the disk."""
+        """End training after an epoch that was not known to be the last. Blocks until the last save is copied."""
         if self.context.checkpoint.save_last:
             self.collect_metrics()
             self.checkpoints.save(self._epoch_name, must=True)
         self.finish_copy()
 
     def finish(self) -> None:
-        """Reduce what is left and wait for the checkpoint in flight.
+        """Reduce the remaining metrics and wait for the checkpoint in flight.
 
         Raises:
             DataError: on all ranks, if training loaders were iterated over and no rank got a batch.
@@ -270,7 +263,7 @@ class TrainingController:
         self.collect_metrics()
         self.flush_metrics(wait=True)
         self._requests.read()
-        # One rank may have batches where others have none.
+        # Some ranks may have batches while others have none.
         has_iterated, has_batches = self.context.collectives.all_reduce_any(
             "whether any batch came", [self._has_iterated, self._has_batches]
         )
@@ -282,18 +275,18 @@ class TrainingController:
         self.checkpoints.saver.close()
 
     def request_stop(self) -> None:
-        """End training for good after the current epoch's body."""
+        """End training permanently after the current epoch's body."""
         self.state.is_ending = self.state.is_stopped = True
 
     # ------------------------------------------------------------------- iterations over data
 
     @property
     def loaders_done(self) -> int:
-        """Complete training loaders of the current epoch."""
+        """Number of complete training loaders in the current epoch."""
         return self.state.data.loaders_done
 
     def cut_epoch_short(self) -> None:
-        """Note that the current epoch ends before its last batch."""
+        """Record that the current epoch ends before its last batch."""
         self.state.is_cut_short = True
 
     def skip_loader(self, loader: Any) -> None:
@@ -301,17 +294,14 @@ class TrainingController:
         self.state.data.skip_loader(loader)
 
     def skip_if_done(self, loader: Any) -> bool:
-        """Skip the epoch's next training loader if it was complete at the checkpoint; returns whether it was."""
+        """Skip the epoch's next training loader if it was complete at the checkpoint; return whether it was."""
         if not self._resume.is_loader_done(self.state.data.next_loader_index):
             return False
         self.skip_loader(loader)
         return True
 
     def begin_iteration(self, loader: Any) -> tuple[Any, Iterator[Any]]:
-        """Begin to iterate over a training loader, from the position that the run resumes from.
-
-        Args:
-            loader: a loader that went through `accelerator.prepare`.
+        """Begin to iterate over a prepared training loader, from the position that the run resumes from.
 
         Returns:
             The loader that is iterated over, and its batches; pass both to `close_iteration`.
@@ -321,12 +311,15 @@ class TrainingController:
         return self.state.data.begin(loader, self._resume.begin_loader(loader))
 
     def observe_iteration(self, loader: Any) -> PendingIteration:
-        """Observe an iteration that may turn out to train: then `adopt_iteration`, else `PendingIteration.discard`."""
+        """Observe an iteration that may turn out to train.
+
+        Call `adopt_iteration` if it does, else `PendingIteration.discard`.
+        """
         is_accumulating = not self._accelerator.sync_gradients
         return PendingIteration(loader, self.state.data.wrap_sampler(loader), self._accelerator.device, is_accumulating)
 
     def adopt_iteration(self, pending: PendingIteration) -> None:
-        """Continue an observed iteration as if `begin_iteration` had begun it."""
+        """Continue an observed iteration as if `begin_iteration` had started it."""
         self._begin_iteration(pending.loader)
         self.state.data.adopt(pending.loader, pending.sampler, pending.data)
 
@@ -336,16 +329,16 @@ class TrainingController:
         self.restart_step_timer()
 
     def count_batches(self, num_batches: int) -> None:
-        """Count batches that were done before the iteration was known to train."""
+        """Count batches that were completed before the iteration was known to train."""
         self.state.data.batches_done += num_batches
 
     def record_iteration(self, *, has_batches: bool) -> None:
-        """Note that an iteration has given its first batch, or has ended without one."""
+        """Record that an iteration has yielded its first batch, or has ended without one."""
         self._has_iterated = True
         self._has_batches |= has_batches
 
     def end_empty_iteration(self) -> bool:
-        """Note, before `end_iteration`, that the iteration gave no batch.
+        """Record, before `end_iteration`, that the iteration had no batch.
 
         Returns:
             Whether it was the rest of an interrupted epoch.
@@ -356,18 +349,18 @@ class TrainingController:
         return num_batches > 0
 
     def end_iteration(self) -> None:
-        """Note that no further batch of the loader is used."""
+        """Record that no further batch of the loader is used."""
         self.state.data.end_loader()
 
     def discard_iteration(self) -> None:
-        """Undo `begin_iteration`, as the loader was not trained on: the next one resumes in its place."""
+        """Undo `begin_iteration`, as the loader was not trained on: the next loader resumes in its place."""
         self._requests.discard_inputs()
         self.state.data.cancel()
         if (resumed := self._resume.undo_begin_loader()) is not None:
             self.state.data.restore(resumed.data, resumed.state.loaders_done, resumed.state.batches_in_epoch)
 
     def close_iteration(self, loader: Any, iterator: Iterator[Any]) -> None:
-        """Close the iteration of `begin_iteration`, at its end or before."""
+        """Close the iteration of `begin_iteration`, whether it is exhausted or not."""
         self.state.data.release()
         dataloaders.close_iteration(loader, iterator)
 
@@ -379,7 +372,7 @@ class TrainingController:
         return self._requests.has_uneven_inputs
 
     def begin_inputs(self, loader: Any) -> None:
-        """Note that an iteration over a prepared loader begins; `begin_iteration` does so."""
+        """Record that an iteration over a prepared loader begins. `begin_iteration` calls this."""
         self.synchronize()
         may_be_uneven = dataloaders.may_be_uneven(loader, self._accelerator.num_processes)
         self._requests.begin_inputs(may_be_uneven=may_be_uneven)
@@ -390,11 +383,11 @@ class TrainingController:
         self._requests.end_inputs()
 
     def max_over_ranks(self, number: int) -> int:
-        """Return the largest number of any rank, after `synchronize`. Blocks until every rank has called it."""
+        """Return the largest number of any rank, after `synchronize`. Blocks until every rank calls it."""
         return self._requests.max_over_ranks(number)
 
     def synchronize(self) -> None:
-        """Wait until every rank has ended a loader of uneven inputs; from here on all have the same steps."""
+        """Wait until every rank has ended a loader of uneven inputs. Afterwards all ranks have the same steps."""
         if not self._requests.has_uneven_inputs:
             return
         state, checkpoints = self.state, self.checkpoints
@@ -409,7 +402,7 @@ class TrainingController:
         if state.step and checkpoints.prepare():
             self.metrics.timer.resume()
         if self._requests.is_save_requested or self._cadence.is_due_after_step(state.step, self._step_attended):
-            # It is taken at the end of the epoch, with the metrics of its evaluation.
+            # Saved at the end of the epoch, with the metrics of its evaluation.
             checkpoints.defer(state.step_name)
         self._requests.is_save_requested, self._step_attended = False, state.step
 
@@ -419,16 +412,16 @@ class TrainingController:
         """Count a batch and, unless gradients are still being accumulated, an optimizer step.
 
         Args:
-            num_samples: of this rank, in the batch.
+            num_samples: this rank's samples in the batch.
             is_loaders_last: no other batch of this loader follows.
             step: complete optimizer steps, as the loop counts them; None: as the accelerator does.
 
         Raises:
             PeerFailure: if another rank has failed.
-            Stopped: on all ranks, if a signal asked any of them to stop.
+            Stopped: on all ranks, if a signal asked any rank to stop.
             CheckpointError: on all ranks, if the state that is due cannot be saved, or a save has failed and
                 ``checkpoint.when_failed`` is stop.
-            Exception: what a callback of `PeriodicLogger.on_reduced` raises.
+            Exception: if a callback of `PeriodicLogger.on_reduced` raises it.
         """
         state, session, consensus = self.state, self._session, self._consensus
         data = state.data
@@ -445,7 +438,7 @@ class TrainingController:
         if step is None and self.step_counter is not None:
             step = before + self.step_counter.pop()
         elif step is None:
-            # A step that was skipped because of fp16's overflow is not counted.
+            # A step that was skipped after an fp16 overflow is not counted.
             step = before + (self._accelerator.sync_gradients and not self._accelerator.optimizer_step_was_skipped)
         if step <= before:
             return
@@ -461,7 +454,7 @@ class TrainingController:
         self._poll_at_s = now_s + _POLL_S
 
     def _next_due_step(self) -> int:
-        """The next step at which more is due than to count it; what is due on all ranks is due at the same step."""
+        """Return the next step that has actions due. Actions due on all ranks are due at the same step."""
         step, requests = self.state.step, self._requests
         if requests.is_save_requested or self._consensus.is_pending:
             return step + 1
@@ -472,11 +465,11 @@ class TrainingController:
         return min([*due, sys.maxsize if self.max_steps is None else self.max_steps])
 
     def _attend(self, before: int, num_batches: int, is_loaders_last: bool) -> None:
-        """Do what is due at a step, or may be; `before` steps were complete at the previous call of `batch_done`.
+        """Run the actions due at a step; `before` is the number of steps at the previous `batch_done`.
 
-        A rank may call this at a step at which the others do not: it got a signal, its window was copied, 0.1 s have
-        passed. So whatever is collective in here depends only on numbers that all ranks have alike (steps, cast votes,
-        an unresolved save), and happens at a step that is due on all ranks.
+        A rank may call this at a step at which the others do not: it got a signal, its window was copied, or 0.1 s have
+        passed. Every collective in here must therefore depend only on numbers that all ranks share (steps, cast votes,
+        an unresolved save), and run at a step that is due on all ranks.
         """
         state, requests, checkpoints = self.state, self._requests, self.checkpoints
         self.metrics.poll()
@@ -508,7 +501,6 @@ class TrainingController:
             self._vote()
 
     def _is_collective_due(self, before: int) -> bool:
-        """Whether anything collective is due, by what every rank at this step knows."""
         step, requests = self.state.step, self._requests
         return (
             self._consensus.is_due
@@ -527,15 +519,14 @@ class TrainingController:
             return
         name = self.state.step_name
         if (is_due or is_requested) and is_loaders_last:
-            # At the epoch's last step it is taken after the evaluation, with its metrics.
+            # At the epoch's last step, save after the evaluation, with its metrics.
             self.checkpoints.defer(name)
             return
         if is_due or self.checkpoints.pending is not None:
             self.checkpoints.defer(name)
             self.save_pending()
         else:
-            # What was logged since the last window stays unreduced, so that a request for a checkpoint changes no
-            # metric; the checkpoint holds the sums.
+            # Do not flush the window, so that a requested save changes no metric; the checkpoint holds the sums.
             self.collect_metrics()
             self.checkpoints.save(name)
         self.metrics.timer.resume()
@@ -547,7 +538,7 @@ class TrainingController:
     # ---------------------------------------------------------------------- evaluations
 
     def begin_evaluation(self, *, is_in_batch: bool) -> None:
-        """Begin an evaluation, of this epoch or within a training batch."""
+        """Begin an evaluation of the epoch or, with `is_in_batch`, within a training batch."""
         if not is_in_batch:
             self.synchronize()
         self.collect_metrics()
@@ -555,10 +546,10 @@ class TrainingController:
             self.state.rng_override = rng_state.capture(self._accelerator.device)
 
     def evaluation_batch_done(self, *, may_stop: bool) -> None:
-        """Exchange requests at a batch that every rank has; it counts as a step.
+        """Exchange requests at a batch that every rank has; the batch counts as a step for the votes.
 
         Raises:
-            Stopped: on all ranks, if a signal asked any of them to stop and nothing is being accumulated.
+            Stopped: on all ranks, if a signal asked any rank to stop and no gradients are being accumulated.
         """
         signal_number = self._requests.read()
         if signal_number and may_stop and self._accelerator.sync_gradients:
@@ -567,7 +558,7 @@ class TrainingController:
         self._vote()
 
     def end_evaluation(self) -> None:
-        """Reduce and publish an evaluation; within an epoch that is not logged it is withheld."""
+        """Reduce and publish an evaluation. Within an epoch that may not be logged its values are withheld."""
         if self._requests.has_uneven_inputs:
             self._requests.read()
         self.metrics.withholds = self._withholds_evaluation
@@ -602,7 +593,7 @@ class TrainingController:
             return
         values, step = window
         if "perf/step_time_p50_s" in values:
-            # The same number on every rank, and so the same cadence of votes.
+            # The value is the same on every rank, so the cadence of votes is too.
             self._consensus.adapt_interval(values["perf/step_time_p50_s"])
         self.metrics.publish(values, step)
         self.checkpoints.report(step)
@@ -612,47 +603,47 @@ class TrainingController:
     # ---------------------------------------------------------------------- saving, stopping
 
     def request_save(self) -> None:
-        """Save when the running step is counted."""
+        """Save once the current step is counted."""
         self._requests.is_save_requested = True
         self._due_at_step = 0
 
     def save_now(self) -> bool:
-        """Save between steps; returns whether the save was begun, which is the same on every rank."""
+        """Save between steps; return whether the save was started, which is the same on every rank."""
         self.synchronize()
         self.flush_metrics_now()
         has_begun = self.checkpoints.save(self.state.step_name) and self.checkpoints.resolve()
-        # What follows need not be a step, which would wait for the copy.
+        # The next write to the weights may not be a step, which would wait for the copy.
         self.finish_copy()
         return has_begun
 
     def save_pending(self) -> None:
-        """Take the pending checkpoint, with the metrics of its moment."""
+        """Take the pending checkpoint, with the current metrics."""
         self.flush_metrics_now()
         name = self.checkpoints.pop_pending()
         assert name is not None, "a checkpoint is pending"
         self.checkpoints.save(name)
 
     def flush_metrics_now(self) -> None:
-        """Reduce and publish all that was logged."""
+        """Reduce and publish all logged metrics."""
         self.collect_metrics()
         self.flush_metrics(wait=True)
 
     def finish_copy(self) -> None:
-        """Block until the save in flight has copied everything: what follows may write weights outside a step.
+        """Block until the save in flight has copied its tensors, as weights may be written outside a step next.
 
-        Effects: not collective; blocks for the rest of the copy, not for the disk.
+        Effects: not collective; does not wait for the disk.
         """
         self.checkpoints.saver.finish_copy()
 
     def stop_signal_in_evaluation(self) -> int:
-        """Number of the signal that asks this process to stop within an evaluation; 0: none, or it cannot stop now.
+        """Return the signal that asks this process to stop in an evaluation; 0 without one or while accumulating.
 
-        For a run of one process: other ranks do not learn of it.
+        Only for a run of one process: other ranks do not learn of the signal.
         """
         return self._session.stop_signal if self._accelerator.sync_gradients else 0
 
     def stop(self, signal_number: int) -> None:
-        """Stop in good order: save the current moment, wait for the disk, and raise the error that ends the loop.
+        """Save the current state, wait for the disk, and raise `Stopped` to end the loop.
 
         Raises:
             Stopped: on all ranks.

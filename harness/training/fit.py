@@ -1,4 +1,4 @@
-"""The training loop over a task; `PeriodicLogger` does all that is periodic."""
+"""The training loop over a task. `PeriodicLogger` does all periodic work."""
 
 from __future__ import annotations
 
@@ -35,29 +35,21 @@ def fit(
 ) -> None:
     """Train until `max_epochs`, `max_steps` or early stopping.
 
-    Effects: collective; main thread; as `PeriodicLogger` on disk.
+    Model, optimizer and loaders are prepared; `logger` is started and watches the model. The scheduler (or None) is not
+    prepared: it is stepped here, once for each optimizer step.
 
-    Args:
-        accelerator: of everything below.
-        task: loss and metrics.
-        config: limits.
-        logger: started, and watching the model.
-        model: prepared.
-        optimizer: prepared.
-        scheduler: not prepared: it is stepped here, once for each optimizer step; None if there is none.
-        train_loader: prepared.
-        eval_loader: prepared, or None.
+    Effects: collective; main thread; writes to disk through `PeriodicLogger`.
 
     Raises:
         NonFiniteLossError: if the training loss became NaN or infinite.
-        ConfigError: if early stopping monitors a metric that does not exist.
+        ConfigError: if early stopping has no evaluation data, or monitors a metric that does not exist.
     """
-    # DeepSpeed clips by its own configuration, and returns the norm at no extra cost.
+    # DeepSpeed clips by its own configuration and returns the norm at no extra cost.
     clips = config.max_grad_norm is not None or accelerator.distributed_type == DistributedType.DEEPSPEED
     patience = _Stopping(config.early_stopping, eval_loader)
     if patience.counter is not None:
         logger.register("early_stopping", patience.counter)
-    # The reduced loss, not each batch's: it is the same on all ranks, and reading it does not wait.
+    # Check the reduced loss: unlike a batch's it is the same on all ranks, and needs no device synchronisation.
     logger.on_reduced(_check_finite)
     for _ in logger.epochs(config.max_epochs, config.max_steps):
         model.train()
@@ -79,7 +71,7 @@ def fit(
 
 
 def evaluate(task: Task, config: TrainerConfig, logger: PeriodicLogger, model: nn.Module, loader: Any) -> None:
-    """Evaluate once; the means are in ``logger.latest["eval/..."]`` afterwards."""
+    """Evaluate once and store the means in ``logger.latest["eval/..."]``."""
     objects = _eval_metrics(task)
     model.eval()
     with torch.no_grad():
@@ -102,14 +94,14 @@ def _named(prefix: str, output: StepOutput) -> dict[str, Tensor | float]:
 def _log_gradient_norm(
     accelerator: Accelerator, clips: bool, max_norm: float | None, logger: PeriodicLogger, model: nn.Module
 ) -> None:
-    """Clip if configured, and log the norm before clipping, of each step at whose end metrics are logged."""
+    """Clip if configured, and log the norm before clipping at steps at whose end metrics are reduced."""
     is_logged = logger.is_log_step_next
     if clips:
         norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
     elif is_logged:
-        # Not clipped: the norm costs a pass over the gradients.
+        # Without clipping the norm costs an extra pass over the gradients.
         if strategy_of(accelerator) == "fsdp1":
-            # Its gradients are local slices in plain tensors: its own clipping sums over the ranks.
+            # FSDP1's gradients are local slices in plain tensors; only its own clipping sums over the ranks.
             norm = accelerator.clip_grad_norm_(model.parameters(), math.inf)
         else:
             accelerator.unscale_gradients()
@@ -125,8 +117,6 @@ def _check_finite(values: Mapping[str, float], step: int) -> None:
 
 
 class _Stopping:
-    """Early stopping, if it is configured."""
-
     def __init__(self, config: EarlyStopping | None, eval_loader: Any) -> None:
         self._config = config
         self.counter: Patience | None = None

@@ -1,4 +1,4 @@
-"""The generators of `PeriodicLogger`: they send the loop's events to the controller between what they yield."""
+"""The generators of `PeriodicLogger`. They send the loop's events to the controller between the items they yield."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from harness.training.controller import TrainingController
 
 
 class OwnLoop:
-    """Iterates over epochs, training batches and evaluation batches.
-
-    Args:
-        controller: receives the events.
+    """Iterate over epochs, training batches and evaluation batches.
 
     Attributes:
-        is_in_batch: the body of a training batch runs, which is not counted yet.
+        is_in_batch: the body of a training batch is running, and its batch is not counted yet.
     """
 
     def __init__(self, controller: TrainingController) -> None:
@@ -57,7 +54,7 @@ class OwnLoop:
             return
         controller.synchronize()
         if controller.checkpoints.pending and data.loaders_done and self._context.accelerator.sync_gradients:
-            # It was deferred to the epoch's end, and there is another loader before that.
+            # The save was deferred to the epoch's end, but another loader precedes that.
             controller.save_pending()
         dataloaders.check_size(loader, world_size, "training")
         if hasattr(loader, "set_epoch"):
@@ -112,10 +109,10 @@ class OwnLoop:
         """See `PeriodicLogger.eval_batches`."""
         controller = self._controller
         dataloaders.check_size(loader, self._context.collectives.world_size, "evaluation")
-        # Within a training batch its step may be taken and not counted: it stops after that step.
+        # Within a training batch its step may be done and not counted: the run stops after that step.
         is_in_batch = self.is_in_batch
         controller.begin_evaluation(is_in_batch=is_in_batch)
-        # Without even_batches a rank may have one batch more than another: they vote at those that all have.
+        # Without even_batches a rank may have one batch more than another: vote only at batches that all ranks have.
         num_votes = self._num_votes(loader)
         iterator = dataloaders.without_duplicates(self._context.accelerator, loader)
         try:
@@ -135,7 +132,6 @@ class OwnLoop:
         controller.end_evaluation()
 
     def _num_votes(self, loader: Any) -> int | None:
-        """Number of batches that all ranks have; None if the ranks have equally many."""
         own = dataloaders.guaranteed_num_batches(loader)
         if own is None:
             return None

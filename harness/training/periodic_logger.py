@@ -8,13 +8,13 @@
                 accelerator.backward(loss); optimizer.step(); optimizer.zero_grad()
                 logger.log({"train/loss": loss}, weight=len(batch))
 
-Every rank runs the same lines. The parts behind this class:
+Every rank runs the same lines. The class combines these parts:
 
     RunSession           the run: directory, journal, signals, failures, end
-    TrainingController   the events of the loop, and what is due at each
+    TrainingController   the events of the loop, and the actions due at each
     CheckpointScheduler  the checkpoints
     MetricAggregator     the metrics
-    ResumeManager        what the run resumes from
+    ResumeManager        the checkpoint that the run resumes from
 """
 
 from __future__ import annotations
@@ -67,37 +67,37 @@ if TYPE_CHECKING:
 
 
 class PeriodicLogger:
-    """Logs, saves and publishes every n epochs, from every rank of a training loop.
+    """Log metrics, save checkpoints and publish them to MLflow every n epochs, from every rank of a training loop.
 
-    Effects: `start`, `watch`, `epochs`, `batches`, `eval_batches`, `save` and `close` are collective:
-    every rank calls them alike, from the main thread. `log` and `update` are not, and never
-    synchronize. Leaves ``<run_dir>/<run_name>/``.
+    Effects: `start`, `watch`, `epochs`, `batches`, `eval_batches`, `save` and `close` are collective: every rank calls
+    them alike, from the main thread. `log` and `update` are not, and never synchronize. Leaves
+    ``<run_dir>/<run_name>/``.
 
     Args:
         accelerator: of the loop.
-        every_n_epochs: epochs between two checkpoints; None for none by epochs.
+        every_n_epochs: epochs between two checkpoints; None disables the cadence by epochs.
         experiment_name: the MLflow experiment; None: that of ``MLFLOW_EXPERIMENT_ID``, which `mlflow.set_experiment`
             sets, or of ``MLFLOW_EXPERIMENT_NAME``, else ``default``.
-        run_name: of the run's directory and the MLflow run; None: made up.
-        run_dir: the directory that holds the runs' directories.
-        checkpoint: further options of checkpoints; its `every_n_epochs` is replaced by the one above.
-        tracking: further options of tracking; its `experiment_name` is replaced by the one above.
+        run_name: name of the run's directory and of the MLflow run; None generates one.
+        run_dir: parent directory of the runs' directories.
+        checkpoint: further options of checkpoints; `every_n_epochs` above replaces its own.
+        tracking: further options of tracking; `experiment_name` above replaces its own.
         params: parameters to log; nested ones get dotted names.
         resume_from_checkpoint: ``auto``: if a run of this name exists, `watch` restores its newest checkpoint and
-            `epochs` continues from there; ``never``: such a run is refused. Or what a new run starts from: the
-            directory of a checkpoint or of a run, or an address in MLflow (``runs:/...``, ``models:/...``).
+            `epochs` continues from there; ``never``: such a run is refused. Or the source of a new run: the directory
+            of a checkpoint or of a run, or an address in MLflow (``runs:/...``, ``models:/...``).
         initial_weights: the weights of a new run: the directory of a checkpoint or of a Hugging Face model, or an
             address in MLflow.
         seeds_workers: make the random numbers in a loader's workers the same after a resume within an epoch; False:
-            leave them as they are.
-        reset_scheduler: after a resume, step the schedulers as they are constructed now to the checkpoint's position;
-            False: restore their state, with the arguments of their construction then.
+            leave them unchanged.
+        reset_scheduler: after a resume, step the newly constructed schedulers to the checkpoint's position; False:
+            restore their state, including the arguments they had then.
 
     Attributes:
         latest: the latest reduced value of each metric; the same on every rank.
-        run_name_prefix: of a made-up name of the run; None: the experiment's name. Set before `start`.
-        mlflow_run_id: of the MLflow run, on rank zero; None elsewhere. Set before `start` to use an existing MLflow run
-            for a new run.
+        run_name_prefix: first part of a generated run name; None: the experiment's name. Set before `start`.
+        mlflow_run_id: id of the MLflow run on rank zero; None elsewhere. Set before `start` to use an existing MLflow
+            run for a new run.
         given_run: the MLflow run that a new run uses, on rank zero; None: see `uses_given_run`. Set before `start`.
         uses_given_run: whether a new run uses the MLflow run that the user has named elsewhere, see
             `harness.tracking.mlflow.given_run`. Set before `start`.
@@ -167,28 +167,29 @@ class PeriodicLogger:
             return
         cause = self.fail(error)
         if cause is not error:
-            # This rank's error is the consequence of another's: the user reads the cause.
+            # This rank's error is the consequence of another's: raise the cause.
             raise cause from error
 
     def start(self) -> None:
-        """Create the run's directory and the MLflow run; its id is on disk when this returns.
+        """Create the run's directory and the MLflow run. Its id is on disk when this returns.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
+            Stopped: on all ranks, if this launch stopped cleanly and its launcher has restarted it.
         """
         strategies.check_launch(self.accelerator)
         rank, world_size = self.topology.rank, self.topology.world_size
         options, checkpoint = self._resume_options, self.checkpoint_config
-        # Longer than any wait for a checkpoint, so that an aborted save does not end the run; or for a download, or of
-        # rank zero for the tracking store at the start.
+        # Longer than any wait for a checkpoint, so that an aborted save does not end the run; also longer than a
+        # download, and than rank zero's wait for the tracking store at the start.
         longest_s = max(
             checkpoint.timeout_s,
             self.tracking_config.start_timeout_s,
             longest_wait_s(options.resume_from, options.initial_weights),
         )
         collectives = Collectives(rank, world_size, timeout_s=longest_s + 600)
-        # A group of its own: its reductions are started when their copies are ready, which may be
-        # before a collective call on one rank and after it on another.
+        # A separate group: its reductions start when their copies are ready, which may be before another collective
+        # on one rank and after it on another.
         reducer = Reducer(dist.new_group(backend="gloo") if world_size > 1 else None, step_timer.GAUGES)
         consensus = Consensus(dist.new_group(backend="gloo") if world_size > 1 else None)
         if self.mlflow_run_id is not None:
@@ -216,7 +217,6 @@ class PeriodicLogger:
             raise self.fail(error) from None
 
     def _build(self, collectives: Collectives, reducer: Reducer, consensus: Consensus, run_path: Path) -> None:
-        """Construct the parts that need the run's directory, each from the parts before it."""
         context = TrainingContext(
             self.accelerator,
             collectives,
@@ -241,7 +241,7 @@ class PeriodicLogger:
 
     @property
     def events(self) -> TrainingController:
-        """Receives the events of a loop that does not use `epochs` and `batches`; from `start` on."""
+        """The controller, for loops that do not use `epochs` and `batches`; available after `start`."""
         assert self._controller is not None, "start() was not called"
         return self._controller
 
@@ -251,12 +251,12 @@ class PeriodicLogger:
         return self._resume.previous_run.batch
 
     def previous_state(self, name: str) -> Any:
-        """Return the state under that name (`register`) of the run that is resumed; None if there is none."""
+        """Return the resumed run's state that was registered under `name`; None without one."""
         state = self._resume.previous_run.states.get(name)
         return None if state is None else decode(state)
 
     def close(self) -> None:
-        """Write and deliver what is in flight, and end the run as FINISHED.
+        """Write and deliver all pending data, and end the run as FINISHED.
 
         Blocks for the write in flight, and then, on rank zero alone, for the delivery, at most
         ``tracking.drain_timeout_s``.
@@ -285,8 +285,8 @@ class PeriodicLogger:
         self._release_loop()
         cause = self._session.report_failure(error)
         if self._controller is not None:
-            # The metrics of the last complete step, if they are reduced. An error of a user's callback in here is not
-            # what ended the run.
+            # Publish the last window if its reduction is complete. An error of a user's callback in here must not hide
+            # the error that ended the run.
             with suppress(Exception):
                 self._controller.collect_metrics_without_waiting()
         checkpoints: CheckpointScheduler | None = getattr(self, "_checkpoints", None)
@@ -311,17 +311,17 @@ class PeriodicLogger:
         steps_of: str | None = None,
         completed: tuple[int, int] | None = None,
     ) -> None:
-        """Set what checkpoints hold: the prepared model, optimizer and scheduler, or several of these by name.
+        """Set the prepared model, optimizer and scheduler that checkpoints hold, or several of these by name.
 
         If the run is resumed, they hold the state of its newest checkpoint when this returns. Call it once::
 
             logger.watch(model, optimizer, scheduler)
             logger.watch({"generator": (g, opt_g), "discriminator": (d, opt_d)}, steps_of="generator")
 
-        Several models are saved, restored and published together. The names of their tensors begin with the name of
-        the model (``generator.<name>``). With one process and DDP, an optimizer may hold parameters of several models.
-        The logger's step counts the steps of one of the optimizers: a batch without a step of it counts none, a batch
-        with two counts two.
+        Several models are saved, restored and published together. The names of their tensors begin with the model's
+        name (``generator.<name>``). With one process and DDP, an optimizer may hold parameters of several models. The
+        logger counts the steps of one of the optimizers: a batch without a step of it counts none, a batch with two
+        counts two.
 
         Args:
             model: prepared. Several: name -> model, or a tuple (model,), (model, optimizer), (model, optimizer,
@@ -330,7 +330,7 @@ class PeriodicLogger:
             scheduler: prepared.
             steps_of: name of the model whose optimizer's steps are counted; None: the first one with an optimizer.
             completed: complete epochs and steps of a loop that has restored its state itself: nothing is restored, the
-                MLflow run continues from there, and checkpoints that the run has already stay.
+                MLflow run continues from there, and the run's existing checkpoints are kept.
 
         Raises:
             CheckpointError: on all ranks, if their state could not be saved; if none of the run's checkpoints can be
@@ -348,7 +348,7 @@ class PeriodicLogger:
         else:
             controller.resume_at(*completed)
         if not isinstance(watched, Watched) and watched.counted is not None:
-            # Only now: a restore may have stepped the optimizer to create its state.
+            # After the restore, which may have stepped the optimizer to create its state.
             controller.step_counter = StepCounter(watched.counted)
         self._session.recorder.describe_model(*modules_of(watched))
 
@@ -368,11 +368,11 @@ class PeriodicLogger:
         watched = Watched(self._watched.model, optimizer, scheduler)
         self.events.watch(watched)
         self._watched = watched
-        # The optimizer has stepped, or there is none.
+        # No need to wait for a step: the optimizer has stepped, or there is none.
         self._checkpoints.prepare()
 
     def restore_again(self) -> None:
-        """Restore scheduler, learning rates and scalers of the run's checkpoint once more.
+        """Restore scheduler, learning rates and scalers of the run's checkpoint again.
 
         A script that repeats its complete epochs has changed them. Not collective; main thread.
         """
@@ -380,7 +380,7 @@ class PeriodicLogger:
             self._resume.restore_again(self._watched)
 
     def unwatch(self) -> None:
-        """Take no checkpoint from now on. Not collective, but every rank calls it alike; main thread."""
+        """Stop taking checkpoints. Not collective, but every rank calls it alike; main thread."""
         self._checkpoints.unwatch()
 
     def describe(
@@ -393,11 +393,11 @@ class PeriodicLogger:
         packages: Sequence[str] = (),
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """Describe how the models in MLflow are built, so that `mlflow.pyfunc` and `mlflow models serve` can.
+        """Describe how to build the models in MLflow, for `mlflow.pyfunc` and `mlflow models serve`.
 
         Effects: not collective, but every rank calls it alike; main thread, before `watch` and, with an example, before
-        ``accelerator.prepare``. Rank zero runs the model on the example, in eval mode; modes, random numbers and
-        buffers are as before when this returns. A model that fails on it has no signature, with a warning.
+        ``accelerator.prepare``. Rank zero runs the model on the example, in eval mode, and restores modes, random
+        numbers and buffers. A model that fails on it has no signature, with a warning.
 
         Args:
             spec: the class of the model, or of a task whose `model` makes it, and its arguments; importable elsewhere.
@@ -423,7 +423,7 @@ class PeriodicLogger:
         self._session.recorder.describe_recipe(spec, model, input_example, dynamic_axes, packages, files)
 
     def epochs(self, max_epochs: int, max_steps: int | None = None) -> Iterator[int]:
-        """Count epochs; after each, reduce what was logged and save if a checkpoint is due.
+        """Iterate over epochs; after each, reduce the logged metrics and save if a checkpoint is due.
 
         Args:
             max_epochs: number of epochs in all.
@@ -438,7 +438,7 @@ class PeriodicLogger:
         """Iterate over a prepared training loader, counting steps and logging between them.
 
         Args:
-            loader: a loader that went through `accelerator.prepare`.
+            loader: a loader returned by `accelerator.prepare`.
             limit: end after this many batches; None: all.
 
         Raises:
@@ -449,14 +449,13 @@ class PeriodicLogger:
         return self._loop.batches(loader, limit)
 
     def eval_batches(self, loader: Any, limit: int | None = None) -> Iterator[Any]:
-        """Iterate over a prepared evaluation loader; what is logged meanwhile is reduced to one value at its end.
+        """Iterate over a prepared evaluation loader, and reduce the values logged in it to one at its end.
 
-        Each sample of the data set is on exactly one rank, whatever the number of ranks: samples that
-        accelerate repeats to fill the last batch are removed, and `log` and `update` ignore a batch of only such
-        samples.
+        Each sample of the data set is on exactly one rank, whatever the number of ranks: samples that accelerate
+        repeats to fill the last batch are removed, and `log` and `update` ignore a batch of only such samples.
 
         Args:
-            loader: a loader that went through `accelerator.prepare`.
+            loader: a loader returned by `accelerator.prepare`.
             limit: end after this many batches; None: all.
         """
         if self._watched is not None:
@@ -474,16 +473,16 @@ class PeriodicLogger:
     def register(self, name: str, thing: Any, *, is_lenient: bool = False) -> None:
         """Save and restore the state of a further object.
 
-        Effects: not collective; main thread, before the first `batches`. At each checkpoint the state is copied on
-        rank 0; after the first step all ranks compare theirs once.
+        Effects: not collective; main thread, before the first `batches`. At each checkpoint the state is copied on rank
+        0; after the first step all ranks compare theirs once.
 
         Args:
-            name: of its own.
+            name: unique among the registered objects.
             thing: with `state_dict`, of tensors, numbers, text, lists and dicts, the same on every rank, and
                 `load_state_dict`, which is called here, or in `watch`, if the run is resumed.
-            is_lenient: if the ranks' states differ, rank 0's is saved, with a warning; if its state can no longer be
-                saved, checkpoints are without it, with a warning; and it may be registered after the first `batches`,
-                when a saved state is no longer loaded. False: all three are errors.
+            is_lenient: if the ranks' states differ, save rank 0's, with a warning; while the state cannot be saved,
+                omit it from checkpoints, with a warning; and allow registration after the first `batches`, when a saved
+                state is no longer loaded. False: all three are errors.
 
         Raises:
             CheckpointError: if its state cannot be saved, the name is used already, or training has begun. If the
@@ -496,12 +495,10 @@ class PeriodicLogger:
         self.events.request_stop()
 
     def save(self) -> bool:
-        """Save now, whatever the cadence; returns whether the save was begun (see ``checkpoint.when_busy``).
+        """Save now, whatever the cadence; return whether the save was started (see ``checkpoint.when_busy``).
 
-        Within a batch of `batches` it is done when that batch's optimizer step is counted, so that step and
-        data position are those of the weights: it returns true then.
-
-        The signal SIGUSR2 to any rank does the same on all of them.
+        Within a batch of `batches` this returns True, and the save starts once that batch's optimizer step is counted,
+        so that step and data position match the weights. The signal SIGUSR2 to any rank does the same on all of them.
         """
         if self._loop.is_in_batch:
             self.events.request_save()
@@ -516,10 +513,10 @@ class PeriodicLogger:
     # ----------------------------------------------------------------------- logging
 
     def log(self, values: Mapping[str, Any], weight: float = 1.0) -> None:
-        """Add the means of one batch. Nothing is synchronized, reduced or sent here.
+        """Add the means of one batch, without a synchronization, reduction or transfer.
 
-        The published value is the mean over all that was logged under the name, by any rank, since the last
-        window: weighted, so that uneven batches and ranks give what one process would.
+        The published value is the weighted mean over all values logged under the name, by any rank, since the last
+        window. Uneven batches and ranks thus give the same result as one process.
 
         Args:
             values: name -> tensor of one element on any device, or number. Anything else, such as None or text, is left
@@ -527,39 +524,39 @@ class PeriodicLogger:
             weight: number of items that the means are over.
 
         Raises:
-            MetricError: if a tensor has more than one element, or was changed after it was logged.
+            MetricError: if a tensor has more than one element or was changed after it was logged, or the weight is
+                negative.
         """
         self._metrics.log(values, weight)
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Log values that are reduced already, at the current step: nothing is averaged.
+        """Log values that are reduced already, at the current step, without averaging.
 
-        What is not a number is left out, with one warning for each name.
+        Values that are not numbers are left out, with one warning for each name.
 
         Effects: not collective, but every rank calls it alike; main thread; waits for a tensor that is on a device.
         """
         self._metrics.report(values, self.step)
 
     def record(self, values: Mapping[str, Any], step: Any = None) -> None:
-        """Log values that a script has computed for all ranks: nothing is reduced.
+        """Log values that a script has computed for all ranks, without a reduction.
 
-        From then on such a name is the script's: what this class would log under it is left out. The next checkpoint
-        is linked to the values.
+        From then on the script owns such a name: values that this class would log under it are left out. The next
+        checkpoint is linked to the values.
 
-        Effects: not collective: rank zero's values count, and other ranks may call it or not; any step may be given,
-            since the script may count epochs.
+        Effects: not collective: only rank zero's values count, and other ranks need not call it.
 
         Args:
             values: name -> number, or array or tensor of one element. Anything else is left out, with one warning for
                 each name.
-            step: as the script counts; None, or what is no integer of 64 bits: the complete optimizer steps. Fractions
-                are cut off. Both with one warning.
+            step: the script's own step or epoch, any number; fractions are truncated, with one warning. None, or with
+                one warning a value that is not a 64-bit integer: the complete optimizer steps.
         """
         if self.topology.rank == 0:
             self._metrics.record(values, self.step, step)
 
     def update(self, metrics: Mapping[str, torchmetrics.Metric], *args: Any, **kwargs: Any) -> None:
-        """Update torchmetrics objects with a batch of `eval_batches`; they are computed at its end.
+        """Update torchmetrics objects with a batch of `eval_batches`, which computes them at its end.
 
         Args:
             metrics: name -> object, or collection of them; pass the same objects for each batch.
@@ -569,13 +566,13 @@ class PeriodicLogger:
         self._metrics.update(metrics, args, kwargs)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Log further parameters of the run, possibly nested. Not collective: rank zero's count."""
+        """Log further parameters of the run, possibly nested. Not collective: only rank zero's count."""
         self._session.recorder.log_params(values)
 
     def describe_dataset(self, loader: Any, context: str = "train", batch: Any = None) -> None:
-        """Record the data set of a loader that `batches` and `eval_batches` do not iterate over as an input of the run.
+        """Record the data set of a loader that `batches` and `eval_batches` do not read as an input of the run.
 
-        Effects: not collective: rank zero's counts; no sample is read; waits once for the device that `batch` is on.
+        Effects: not collective: only rank zero's counts; reads no sample; waits once for the device that `batch` is on.
 
         Args:
             loader: of the data set.
@@ -591,5 +588,5 @@ class PeriodicLogger:
 
     @property
     def is_log_step_next(self) -> bool:
-        """Whether metrics will be reduced at the end of the optimizer step that is running."""
+        """Whether metrics will be reduced at the end of the current optimizer step."""
         return self.events.is_log_step_next

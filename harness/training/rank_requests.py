@@ -1,7 +1,7 @@
-"""Requests to stop or to save, agreed upon by all ranks, and the steps that all ranks have.
+"""Agree with all ranks on requests to stop or to save, and on the steps that all ranks have.
 
 A request at one rank is known to all of them one step later, without a wait (`Consensus`). While ranks may have
-different numbers of batches, they exchange requests at the steps at which something collective is due (`UnevenInputs`).
+different numbers of batches, they exchange requests at the steps at which a collective is due (`UnevenInputs`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,14 @@ from harness.training.run_session import RunSession
 
 
 class RankRequests:
-    """Exchanges requests with the other ranks.
+    """Exchange requests with the other ranks through `consensus`, which this object uses alone.
 
     Effects: `vote`, `read`, `ask`, `begin_inputs`, `synchronize` and `max_over_ranks` are collective; main thread;
     nothing on disk.
 
-    Args:
-        session: the requests of this rank.
-        consensus: for this object alone.
-
     Attributes:
-        consensus: counts steps and votes.
-        stop_signal: number of the signal that all ranks stop by; 0 for none.
-        is_save_requested: all ranks save at the next step.
+        stop_signal: number of the signal at which all ranks stop; 0 without one.
+        is_save_requested: whether all ranks save at the next step.
     """
 
     def __init__(self, session: RunSession, consensus: Consensus) -> None:
@@ -39,20 +34,20 @@ class RankRequests:
     # --------------------------------------------------------------- one vote in so many steps
 
     def vote(self) -> bool:
-        """Cast this rank's requests if a vote is due; returns whether it was."""
+        """Cast this rank's requests if a vote is due; return whether it was."""
         if not self.consensus.is_due:
             return False
         self.consensus.cast(self._own())
         return True
 
     def read(self) -> int:
-        """Read the vote that was cast last; returns the signal to stop by, or 0."""
+        """Read the vote that was cast last; return the signal to stop by, or 0."""
         if (requests := self.consensus.read()) is not None:
             self._add(requests)
         return self.stop_signal
 
     def max_over_ranks(self, number: int) -> int:
-        """Return the largest number of any rank. Blocks until every rank has called it."""
+        """Return the largest number of any rank. Blocks until every rank calls it."""
         self.read()
         self.consensus.cast([number])
         found = self.consensus.read()
@@ -68,7 +63,7 @@ class RankRequests:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether nothing collective may be done until `synchronize`."""
+        """Whether collectives are forbidden until `synchronize`."""
         return self._uneven.has_diverged
 
     def begin_inputs(self, *, may_be_uneven: bool) -> None:
@@ -78,7 +73,7 @@ class RankRequests:
         self._uneven.begin_iteration(may_be_uneven=may_be_uneven)
 
     def discard_inputs(self) -> None:
-        """Undo `begin_inputs`: the loader was not trained on, on any rank."""
+        """Undo `begin_inputs`: no rank trained on the loader."""
         self._uneven.begin_iteration(may_be_uneven=False)
 
     def end_inputs(self) -> None:
@@ -86,23 +81,20 @@ class RankRequests:
         self._uneven.mark_exhausted()
 
     def ask(self, *, is_last: bool) -> StepStatus:
-        """Ask whether every rank is at this step; requests are exchanged, too.
+        """Check whether every rank is at this step, and exchange requests.
 
-        Args:
-            is_last: this rank has no further batch.
+        `is_last` reports that this rank has no further batch.
         """
-        # Votes of an evaluation within the loader, which was left before its end.
+        # Read the votes of an evaluation within the loader that ended before its last batch.
         self.read()
         status = self._uneven.check_step(self._own_or_known(), is_last=is_last)
         self._add(status.requests)
         return status
 
     def synchronize(self, step: int, *, is_cut_short: bool) -> SyncResult:
-        """Wait until every rank has ended the loader; requests are exchanged, too.
+        """Wait until every rank has ended the loader, and exchange requests.
 
-        Args:
-            step: complete optimizer steps of this rank.
-            is_cut_short: this rank left the loader before its end.
+        `step` counts this rank's optimizer steps; `is_cut_short` reports that it left the loader before its end.
         """
         result = self._uneven.synchronize(step, self._own_or_known(), is_cut_short=is_cut_short)
         self._add(result.requests)
@@ -112,7 +104,7 @@ class RankRequests:
         return [self._session.stop_signal, self._session.pop_save_request()]
 
     def _own_or_known(self) -> list[int]:
-        """This rank's requests and those that it knows of, as other ranks may not know them."""
+        """Return this rank's requests and those that it knows of, as other ranks may not know them."""
         signal_number, is_save_requested = self._own()
         return [self.stop_signal or signal_number, self.is_save_requested or is_save_requested]
 

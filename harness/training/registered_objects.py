@@ -1,4 +1,4 @@
-"""Further objects whose states checkpoints hold; see `PeriodicLogger.register`."""
+"""Save and restore further objects in checkpoints; see `PeriodicLogger.register`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from harness.training.state import TrainingContext
 
 
 class RegisteredObjects:
-    """The registered objects by name: saves, compares and restores their states.
+    """Save, compare and restore the states of registered objects by name.
 
     Effects: `require_same_on_all_ranks` is collective, the rest is not; main thread; nothing on disk.
-
-    Args:
-        context: of the run.
 
     Attributes:
         is_closed: training has begun; only lenient objects may still be registered.
@@ -27,7 +24,7 @@ class RegisteredObjects:
     def __init__(self, context: TrainingContext) -> None:
         self._context = context
         self._objects: dict[str, Any] = {}
-        # Objects that are left out if they cannot be saved, and those for which a warning was printed.
+        # Names of objects that are left out if they cannot be saved, and of those that a warning was printed for.
         self._lenient: set[str] = set()
         self._left_out: set[str] = set()
         # Name -> state of the restored checkpoint, until training begins.
@@ -57,21 +54,21 @@ class RegisteredObjects:
         self.restore_again()
 
     def restore_again(self) -> None:
-        """Load the states of the checkpoint once more."""
+        """Load the states of the checkpoint again."""
         self._load(self._objects)
 
     def close(self) -> None:
-        """Load no saved state from now on: training has begun."""
+        """Stop loading saved states, as training has begun."""
         self._saved, self.is_closed = {}, True
 
     def reopen(self, saved: Mapping[str, Any]) -> None:
-        """Load these states into lenient objects that are still registered: what has begun was no training."""
+        """Load these states into lenient objects that are registered later, as the loop has not trained yet."""
         self._saved = saved
 
     def _load(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self._saved:
-                # A copy: the object may keep and change the tensors, and this may be called again.
+                # Copy: the object may keep and change the tensors, and they may be loaded again.
                 self._objects[name].load_state_dict(copy.deepcopy(self._saved[name]))
 
     def states(self) -> dict[str, Any]:
@@ -94,9 +91,9 @@ class RegisteredObjects:
         return found
 
     def require_same_on_all_ranks(self) -> None:
-        """Compare the ranks' states: a checkpoint holds rank 0's.
+        """Compare the ranks' states, as a checkpoint holds rank 0's.
 
-        Effects: collective; main thread; blocks until every rank has called it; copies the states for their hashes.
+        Effects: collective; main thread; blocks until every rank calls it; copies the states for their hashes.
 
         Raises:
             CheckpointError: on all ranks, if the state of an object that is not lenient differs.
@@ -130,7 +127,7 @@ def _savable_state(name: str, thing: Any) -> Any:
     """Return the state of a registered object.
 
     Raises:
-        CheckpointError: if its `state_dict` raises, or returns what cannot be saved.
+        CheckpointError: if `state_dict` raises or returns a state that cannot be saved.
     """
     try:
         state = thing.state_dict()

@@ -1,4 +1,4 @@
-"""What a run resumes from: found at its start, restored by `watch`, used up by the first training batch.
+"""Find the checkpoint that a run resumes from at its start, and restore it in `watch`.
 
 start     ->  find                                 the run's own checkpoints, or the one that the user named
 watch     ->  restore                              tensors, optimizer, scheduler; or initial weights; or nothing
@@ -36,7 +36,7 @@ from harness.training.state import TrainingContext
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What a run starts from; see `PeriodicLogger`."""
+    """The source of a run's initial state; see `PeriodicLogger`."""
 
     resume_from: str = "auto"
     initial_weights: str | None = None
@@ -44,18 +44,12 @@ class ResumeOptions:
 
 
 class ResumeManager:
-    """Finds and restores the checkpoint that a run resumes from.
+    """Find and restore the checkpoint that a run resumes from.
 
-    Effects: `find` and `restore` are collective; main thread; they block for reading; nothing on disk but downloads.
-
-    Args:
-        context: of the run.
-        registered: whose states are restored, too.
-        run_path: the run's directory.
-        options: what the run starts from.
+    Effects: `find` and `restore` are collective; main thread; they block for reading and may download files.
 
     Attributes:
-        previous_run: what is known of the resumed run before anything is restored; empty for a new run.
+        previous_run: facts of the resumed run, known before anything is restored; empty for a new run.
     """
 
     def __init__(
@@ -70,7 +64,7 @@ class ResumeManager:
         self._remote_files = RemoteFiles(context.collectives)
         self._found: FoundCheckpoints | None = None
         self._watched: AnyWatched | None = None
-        # Until training begins; and what the loader that began last resumes from.
+        # The restored checkpoint until training begins, and the one that the last loader resumed from.
         self._resumed: Resumed | None = None
         self._begun_from: Resumed | None = None
         self.previous_run = PreviousRun()
@@ -79,7 +73,7 @@ class ResumeManager:
         """Find the checkpoints to resume from, on rank zero.
 
         Raises:
-            HarnessError: on all ranks, if what the user named does not exist.
+            HarnessError: on all ranks, if the source that the user named does not exist.
         """
         self._found, self.previous_run = self._collectives.broadcast_from_rank_zero("find the checkpoints", self._find)
         if self._found.is_empty:
@@ -103,7 +97,7 @@ class ResumeManager:
         return self._context.tracking.tracking_uri
 
     def restore(self, watched: AnyWatched) -> Resumed | None:
-        """Restore the newest checkpoint, or the initial weights of a new run; None for a new run.
+        """Restore the newest checkpoint, or the initial weights of a new run; return None for a new run.
 
         Raises:
             CheckpointError: on all ranks, if none of the checkpoints can be restored.
@@ -142,7 +136,7 @@ class ResumeManager:
             context.warn(f"{source}: {note}")
 
     def skip_restore(self) -> frozenset[str]:
-        """Restore nothing, as the loop restored its state itself; returns the names of the run's checkpoints.
+        """Return the names of the run's checkpoints without a restore, as the loop restored its state itself.
 
         Effects: not collective; rank zero renames damaged checkpoints, as `restore` does.
         """
@@ -152,7 +146,7 @@ class ResumeManager:
         return frozenset(path.name for path in (*self._found.usable, *self._found.weights_only))
 
     def restore_again(self, watched: AnyWatched) -> None:
-        """Restore once more all state but the tensors, before training begins. Not collective."""
+        """Restore all state but the tensors again, before training begins. Not collective."""
         if self._resumed is not None:
             shards = find_watched(self._accelerator, watched, weights_only=False, dtype=None)
             restore_trainer(self._resumed.state, watched, shards.groups, self._accelerator.scaler)
@@ -161,11 +155,11 @@ class ResumeManager:
     # ----------------------------------------------------------------- position in the data
 
     def is_loader_done(self, number: int) -> bool:
-        """Whether the training loader of this number in the epoch, from 0, was complete at the checkpoint."""
+        """Return whether training loader `number` of the epoch, from 0, was complete at the checkpoint."""
         return self._resumed is not None and number < self._resumed.state.loaders_done
 
     def begin_training(self) -> Resumed | None:
-        """Complete the resume: what follows is not in the checkpoint. Returns what it resumes from, once."""
+        """Complete the resume, as the state changes from here on. Returns the restored checkpoint, once."""
         resumed, self._resumed = self._resumed, None
         if not self._registered.is_closed and resumed is not None:
             self._warn_of_differences(resumed.state)
@@ -173,7 +167,7 @@ class ResumeManager:
         return resumed
 
     def begin_loader(self, loader: Any) -> ResumePoint | None:
-        """Return the position at which a loader continues, once after a resume, in batches of this loader's size."""
+        """Return the position at which a loader resumes, once, in batches of this loader's size."""
         is_again = self._begun_from is not None
         resumed = self._begun_from = self.begin_training()
         if resumed is None:
@@ -184,7 +178,7 @@ class ResumeManager:
             self._warn_of_batch_size(state, now)
         num_batches, before = state.batches_in_epoch, state.samples_per_batch
         if before is None or now is None:
-            # All that is known of the batches is how many ranks had one each.
+            # The batch sizes are unknown: compare the numbers of ranks, each of which had one batch.
             before, now = len(state.ranks), world_size
         if num_batches and before != now:
             num_batches, remainder = divmod(num_batches * before, now)
@@ -203,7 +197,7 @@ class ResumeManager:
         return ResumePoint(num_batches, resumed.data, None if own is None else own.random)
 
     def undo_begin_loader(self) -> Resumed | None:
-        """Have the next loader continue in place of the last one, which was no training; None if it did not resume."""
+        """Have the next loader resume in place of the last one, which did not train; None if that did not resume."""
         self._resumed = self._begun_from
         if self._begun_from is not None:
             self._registered.reopen(self._begun_from.state.registered)
@@ -235,7 +229,7 @@ class ResumeManager:
             self._context.warn(f"{name!r} is not in the checkpoint: it starts from its initial state")
 
     def _warn_of_frozen_parameters(self, state: TrainerState) -> None:
-        """Warn of parameters that were trained and are frozen now: the loop may have unfrozen them in an epoch."""
+        """Warn of parameters that are frozen now but were trained, as the loop may have unfrozen them in an epoch."""
         if state.frozen is None or self._watched is None:
             return
         try:

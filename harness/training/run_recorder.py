@@ -1,4 +1,4 @@
-"""What rank zero writes into a run's journal: metrics, parameters, model, data sets and checkpoints."""
+"""Write rank zero's metrics, parameters, model, data sets and checkpoints into a run's journal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ from harness.tracking.tracker import Tracker
 
 
 class RunRecorder:
-    """Writes the journal of a run through its tracker.
+    """Write the journal of a run through its tracker.
 
-    Without a tracker, which is so on all ranks but zero and after the run's end, nothing is written.
+    Nothing is written without a tracker: on all ranks but zero, and after the run's end.
 
-    Effects: not collective. Main thread, but for `log_system_metrics` (the sampler's thread), `sync`, `publish` and
-    `retire` (the checkpoint thread). Blocks as the tracker's entries do, and leaves what those leave.
+    Effects: not collective. Main thread, except `log_system_metrics` (the sampler's thread), `sync`, `publish` and
+    `retire` (the checkpoint thread). Blocks and writes as the tracker does.
 
     Args:
-        config: what goes to MLflow.
-        progress: the user's display.
-        monitor: the metric that ranks checkpoints; None if there is none.
-        lead: how long before its end the job is asked to stop.
+        monitor: metric that ranks checkpoints; None without one.
+        lead: time between a stop request and the job's end.
     """
 
     def __init__(self, config: TrackingConfig, progress: Progress, monitor: str | None, lead: StopLead) -> None:
@@ -51,7 +49,7 @@ class RunRecorder:
         self._tracker = tracker
 
     def close(self) -> Tracker | None:
-        """Write nothing more; returns the tracker, once."""
+        """Stop writing; return the tracker, once."""
         tracker, self._tracker = self._tracker, None
         return tracker
 
@@ -77,23 +75,20 @@ class RunRecorder:
     # ------------------------------------------------------------------ metrics, parameters
 
     def set_start(self, step: int, checkpoint: str | None) -> None:
-        """Set the step that this attempt resumes from: points that MLflow has from there on are not sent again.
+        """Set the step, and the checkpoint if any, that this attempt resumes from; reads the journal.
 
-        Call it before any metric is logged; it reads the journal. Without it a continued run starts at step 0.
-
-        Args:
-            step: complete optimizer steps.
-            checkpoint: name of the restored one; None if there is none.
+        Points that MLflow has from that step on are not sent again. Call it before any metric is logged; otherwise a
+        continued run starts at step 0.
         """
         if self._tracker is not None:
             self._latest_points = dict(self._tracker.resume_from(step, checkpoint).latest)
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Write reduced metrics of an optimizer step."""
+        """Write reduced metrics by optimizer step."""
         self._log(values, step, is_own_step=False)
 
     def log_recorded(self, values: Mapping[str, float], step: int) -> None:
-        """Write metrics of a step that the script counts itself."""
+        """Write metrics by a step that the script counts itself."""
         self._log(values, step, is_own_step=True)
 
     def _log(self, values: Mapping[str, float], step: int, *, is_own_step: bool) -> None:
@@ -102,12 +97,12 @@ class RunRecorder:
             self.show_warnings(self._tracker)
 
     def log_system_metrics(self, values: Mapping[str, float]) -> None:
-        """Write the utilization of the nodes. The sampler's thread."""
+        """Write the utilization of the nodes. Called by the sampler's thread."""
         if (tracker := self._tracker) is not None:
             tracker.log_system_metrics(values)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Write further parameters, nested; print which of them have changed since the run began."""
+        """Write further nested parameters; print which of them have changed since the run began."""
         if self._tracker is None:
             return
         if (drift := self._tracker.log_params(provenance.flatten_params(values))).changed:
@@ -117,7 +112,7 @@ class RunRecorder:
     # ---------------------------------------------------------------------- model and data
 
     def describe_model(self, model: nn.Module, wrapped: nn.Module) -> None:
-        """Write the summary of the user's model, which is trained wrapped, as an artifact."""
+        """Write a summary of the user's model, which is trained as `wrapped`, as an artifact."""
         if self._tracker is None:
             return
         self._tracker.log_text("model_summary.txt", provenance.model_summary(model, wrapped))
@@ -145,9 +140,9 @@ class RunRecorder:
         packages: Sequence[str] = (),
         files: Mapping[str, str] | None = None,
     ) -> None:
-        """Write how the run's models are built again and what they take and return; see `harness.models.model_spec`.
+        """Write how to rebuild the run's models, with their signature; see `harness.models.model_spec`.
 
-        Rank zero alone runs the model. If that fails, the models have no signature, and a warning has the reason.
+        Rank zero alone runs the model. If that fails, the models have no signature, and a warning gives the reason.
         """
         if self._tracker is None:
             return
@@ -158,7 +153,7 @@ class RunRecorder:
             try:
                 values |= infer_signature(model, example, dynamic_axes)
             except Exception as error:
-                # The task's error may contain the address of its database.
+                # The task's error may contain a database address with its password.
                 reason = redact_message(reason_of(error))
                 self.warn(f"the models in MLflow have no signature: input_example: {reason}")
         self._tracker.log_model_spec(values)
@@ -173,12 +168,9 @@ class RunRecorder:
         return provenance.batch_digest(batch)
 
     def describe_dataset(self, loader: Any, context: str, batch: Any = None) -> None:
-        """Write the data set of a loader as an input of the run, once for ``train`` and ``eval``.
+        """Write the data set of a loader as an input of the run, once for each of ``train`` and ``eval``.
 
-        Args:
-            loader: its data set is described and not read.
-            context: ``train`` or ``eval``.
-            batch: the first batch that this rank had, or its `BatchDigest`; None if there is none.
+        The data set is described, not read. `batch` is the first batch of this rank, its `BatchDigest`, or None.
         """
         dataset = getattr(loader, "dataset", None)
         if self._tracker is None or dataset is None or context in self._known_datasets:
@@ -192,28 +184,25 @@ class RunRecorder:
     # ------------------------------------------------------------------------- checkpoints
 
     def log_save(self, costs: Mapping[str, float], step: int) -> None:
-        """Write what a save cost; warn if a checkpoint takes too long for how late the job is asked to stop."""
+        """Write the costs of a save; warn if a checkpoint takes too long for the job's stop lead."""
         self.log_metrics(costs, step)
         if (line := self._lead.check(costs.get("checkpoint/durable_s", 0.0))) is not None:
             self._progress.say(f"harness: warning: {line}")
 
     def keep_points(self, checkpoint: str, metrics: Mapping[str, float]) -> None:
-        """Keep the points of a checkpoint's metrics as they are now.
-
-        By the time that it is committed, training has logged other points under the same names.
-        """
+        """Keep the current points of a checkpoint's metrics, as training logs newer ones before it is committed."""
         if (tracker := self._tracker) is not None:
             latest = self._latest_points
             names = [tracker.metric_name(key) for key in metrics]
             self._points_of[checkpoint] = [[name, *latest[name]] for name in names if name in latest]
 
     def sync(self) -> None:
-        """Make all entries durable. The checkpoint thread, before it commits a checkpoint that depends on them."""
+        """Make all entries durable. Called by the checkpoint thread before it commits a checkpoint that needs them."""
         if (tracker := self._tracker) is not None:
             tracker.sync()
 
     def publish(self, checkpoint: str, manifest: Manifest) -> None:
-        """Write the entry of a committed checkpoint. The checkpoint thread."""
+        """Write the entry of a committed checkpoint. Called by the checkpoint thread."""
         if (tracker := self._tracker) is not None:
             self._publish(tracker, checkpoint, manifest)
 
@@ -236,7 +225,6 @@ class RunRecorder:
         )
 
     def _resume_files(self, manifest: Manifest) -> Sequence[str]:
-        """Names of the files that MLflow gets and only a resume needs."""
         if self._config.log_resume_state == "none" or not manifest.can_be_resumed:
             return []
         return [file.name for file in manifest.files if file.name not in manifest.weight_files]
@@ -253,6 +241,6 @@ class RunRecorder:
                 self._publish(tracker, name, manifest)
 
     def retire(self, checkpoint: str, key: str) -> None:
-        """Write that a checkpoint is removed next. The checkpoint thread."""
+        """Write that a checkpoint is about to be removed. Called by the checkpoint thread."""
         if (tracker := self._tracker) is not None:
             tracker.retire_checkpoint({"name": checkpoint, "key": key})

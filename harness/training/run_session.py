@@ -1,6 +1,6 @@
-"""A run from its directory to its end: journal, other ranks, signals, and the status that it ends with.
+"""Open a run, observe signals and the other ranks, and end it with its true status.
 
-Rank zero alone writes the directory and the journal. The other ranks hold the same objects, which only observe there.
+Rank zero alone writes the directory and the journal. On the other ranks the same objects only observe.
 """
 
 from __future__ import annotations
@@ -30,24 +30,20 @@ from harness.tracking.publisher.sync import damaged_line, refused_line, undelive
 from harness.tracking.tracker import RunStatus, Tracker
 from harness.training.run_recorder import RunRecorder
 
-# After a failure, how long the checkpoint in flight and the outbox are waited for.
+# Longest wait, after a failure, for the checkpoint in flight and for the outbox.
 FAILURE_WAIT_S = 20.0
 
 
 class RunSession:
-    """Opens a run, observes signals and the other ranks, and ends the run with its true status.
+    """A run from its directory to its end: journal, signals, failures of other ranks, and final status.
 
     Effects: `open` is collective, the rest is not. Main thread. Leaves the run's directory without its checkpoints.
 
     Args:
-        topology: of this rank.
-        config: what goes to MLflow.
-        progress: the user's display.
-        monitor: the metric that ranks checkpoints; None if there is none.
-        mode: whether less of it is better, or more.
+        monitor: metric that ranks checkpoints; None without one.
+        mode: whether a smaller or a larger value is better.
 
     Attributes:
-        topology: of this rank.
         run_path: the run's directory, once it is open.
         recorder: writes the run's journal.
     """
@@ -87,24 +83,24 @@ class RunSession:
         given: GivenRun | None = None,
         uses_given_run: bool = False,
     ) -> RunDirectory:
-        """Create or reopen the directory and the MLflow run on rank zero; returns the directory on all ranks.
+        """Create or reopen the directory and the MLflow run on rank zero; return the directory on all ranks.
 
-        Collective; blocks until the MLflow run's id is on disk.
+        Effects: collective; blocks until the MLflow run's id is on disk.
 
         Args:
             collectives: of all ranks.
             device: of this rank.
-            runs_dir: the directory of all runs.
-            run_name: of the run; None: made up, see `make_run_directory`.
-            params: parameters to log, nested; None if there are none.
-            resume: ``never``: an existing run is refused; anything else: it is continued.
-            run_name_prefix: of a made-up name; None: the experiment's name.
+            runs_dir: parent directory of the runs.
+            run_name: name of the run; None generates one, see `make_run_directory`.
+            params: nested parameters to log, or None.
+            resume: ``never`` refuses an existing run; any other value continues it.
+            run_name_prefix: first part of a generated name; None for the experiment's name.
             given: the MLflow run that a new run uses; None: see `uses_given_run`.
-            uses_given_run: whether a new run uses the MLflow run that the user has named, if there is one.
+            uses_given_run: whether a new run uses the MLflow run that the user named, if any.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
-            Stopped: on all ranks, if this launch was stopped in good order, and its launcher has started it again.
+            Stopped: on all ranks, if this launch stopped cleanly and its launcher has restarted it.
         """
 
         def make() -> RunDirectory:
@@ -113,7 +109,7 @@ class RunSession:
             if directory.stopped_by is not None:
                 return directory
             tracker = Tracker(directory.path, self._config, directory.attempt, self._monitor, self._mode)
-            # Before it starts: a failure there is recorded, too.
+            # Before `start`, so that its failure is recorded too.
             self.recorder.open(tracker)
             tracker.given_run = given
             if given is None and uses_given_run:
@@ -150,19 +146,19 @@ class RunSession:
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """Id of the MLflow run on rank zero; None elsewhere, and if there is no MLflow run."""
+        """Id of the MLflow run on rank zero; None on other ranks and without an MLflow run."""
         return None if self.recorder.tracker is None else self.recorder.tracker.run_id
 
     # ------------------------------------------------------------- requests and failures
 
     @property
     def has_request(self) -> bool:
-        """Whether this rank got a signal or learned of another rank's failure. Costs three attributes."""
+        """Whether this rank got a signal or learned of another rank's failure. Cheap: reads three attributes."""
         signals = self._signals
         return bool(signals.received) or signals.is_save_requested or self._failures.failure is not None
 
     def check(self) -> None:
-        """Raise if another rank has failed. Costs one attribute.
+        """Raise if another rank has failed. Cheap: reads one attribute.
 
         Raises:
             PeerFailure: if another rank has failed.
@@ -171,7 +167,7 @@ class RunSession:
 
     @property
     def stop_signal(self) -> int:
-        """Number of the signal that asked this rank to stop, or `STOP_REQUEST`; 0 if none did."""
+        """Number of the signal that asked this rank to stop, or `STOP_REQUEST`; 0 without one."""
         self._signals.chain()
         if not self._signals.received and self._requests is not None and (reason := self._requests.look()) is not None:
             if not self._is_request_shown:
@@ -181,7 +177,7 @@ class RunSession:
         return self._signals.received
 
     def pop_save_request(self) -> bool:
-        """Whether a signal asked this rank to save since the last call."""
+        """Return whether a signal asked this rank to save since the last call."""
         return self._signals.pop_save_request()
 
     # ---------------------------------------------------------------------------- the end
@@ -190,13 +186,13 @@ class RunSession:
         """End the run as FINISHED. Rank zero waits for the delivery."""
         self._failures.close()
         self._stop_sampler()
-        # From here on a signal ends the wait for MLflow, and nothing else.
+        # From here on a signal only ends the wait for MLflow.
         self._end("FINISHED", "training is complete", self._config.drain_timeout_s, ends_on_signal=True)
         self._release()
         self._signals.restore()
 
     def report_failure(self, error: BaseException) -> BaseException:
-        """Report this rank's error to the other ranks. `end_failed` follows.
+        """Report this rank's error to the other ranks. Call `end_failed` afterwards.
 
         Returns:
             The cause: another rank's failure, if this error is its consequence.
@@ -212,11 +208,11 @@ class RunSession:
         if (tracker := self.recorder.tracker) is not None:
             if isinstance(cause, Stopped):
                 self._note_stop(tracker.run_dir, cause)
-            # `harness stop` asks ahead of the time limit, and so leaves more time than a signal.
+            # `harness stop` is requested well ahead of the time limit, so more time remains than after a signal.
             limit_s = max(FAILURE_WAIT_S, self._lead.delivery_s if self._is_request_shown else 0.0)
             self._end(_status_of(cause), _reason_of(cause), limit_s)
         self._release()
-        # Last: a launcher sends SIGTERM to the remaining ranks, and this one had work to finish.
+        # Last: a launcher sends SIGTERM to the remaining ranks, which must not interrupt the work above.
         self._signals.restore()
 
     def _note_stop(self, run_dir: Path, stopped: Stopped) -> None:
@@ -234,7 +230,7 @@ class RunSession:
             self._lock.release()
 
     def before_abort(self, failure: PeerFailure) -> None:
-        """Record the failure. The monitor's thread, just before it ends a process that is stuck."""
+        """Record the failure. Called by the monitor's thread before it terminates a stuck process."""
         if self.topology.rank == 0:
             self._progress.say(redact_message(f"harness: error: {failure}"))
             self._stop_sampler()
@@ -256,7 +252,7 @@ class RunSession:
                 self._progress.stop()
                 recorder.show_warnings(tracker)
         except HarnessError as error:
-            # For example a full disk: the publisher notices the trainer's end, and marks the run itself.
+            # For example a full disk: the publisher detects the trainer's exit and sets the run's status itself.
             tracker.detach()
             recorder.warn(str(error))
             return
@@ -272,12 +268,11 @@ class RunSession:
 
 
 def _status_of(error: BaseException) -> RunStatus:
-    """MLflow's status: KILLED if a signal or a user stopped the run, else FAILED."""
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         return "KILLED"
     return "KILLED" if isinstance(error, PeerFailure) and error.signal_name else "FAILED"
 
 
 def _reason_of(error: BaseException) -> str:
-    # The task's error may contain the address of its database.
+    # The task's error may contain a database address with its password.
     return redact_message(reason_of(error))

@@ -1,4 +1,4 @@
-"""The state of training and what every part of the loop shares."""
+"""The state of training and the context shared by the parts of a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TrainingState:
     Attributes:
         epoch: complete epochs.
         step: complete optimizer steps.
-        samples_per_batch: of the current loader, over all ranks; None if unknown.
-        is_stopped: whether training was ended for good before its last epoch.
-        is_ending: no further batch is taken.
+        samples_per_batch: batch size of the current loader over all ranks; None if unknown.
+        is_stopped: training was ended permanently before its last epoch.
+        is_ending: no further batch is read.
         is_cut_short: the current epoch ended before its last batch.
-        rng_override: random numbers that a checkpoint holds in place of the current ones: those at the first evaluation
-            since the last training batch, or those before the next epoch. None: the current ones.
+        rng_override: RNG states that a checkpoint holds in place of the current ones: those at the first evaluation
+            since the last training batch, or those before the next epoch. None for the current ones.
     """
 
     data: ResumableLoader
@@ -43,22 +43,13 @@ class TrainingState:
 
     @property
     def step_name(self) -> str:
-        """The name of a checkpoint of the current step."""
+        """Name of a checkpoint of the current step."""
         return f"step-{self.step:08d}"
 
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What the parts of one run share.
-
-    Args:
-        accelerator: of the loop.
-        collectives: of all ranks.
-        session: the run.
-        checkpoint: which checkpoints are made.
-        tracking: what is logged.
-        progress: the user's display.
-    """
+    """The objects and configuration that the parts of one run share."""
 
     accelerator: Accelerator
     collectives: Collectives

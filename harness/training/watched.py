@@ -1,4 +1,4 @@
-"""The models and optimizers that `PeriodicLogger.watch` was given, and the steps of one of several optimizers."""
+"""Validate the arguments of `PeriodicLogger.watch`, and count the steps of one of several optimizers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def refuse_second_watch() -> CheckpointError:
 def watched_of(
     models: nn.Module | Mapping[str, Any], optimizer: Any, scheduler: Any, steps_of: str | None
 ) -> AnyWatched:
-    """Validate the arguments of `PeriodicLogger.watch` and return what is saved.
+    """Validate the arguments of `PeriodicLogger.watch` and return the models, optimizers and schedulers to save.
 
     Effects: not collective; deterministic, so all ranks get the same result; reads only.
 
     Raises:
-        CheckpointError: which argument is not as documented.
+        CheckpointError: if an argument is not as documented.
     """
     if isinstance(models, nn.Module):
         for name, value in (("optimizer", optimizer), ("scheduler", scheduler)):
@@ -105,9 +105,9 @@ def _counted(parts: tuple[Watched, ...], steps_of: str | None) -> Watched | None
 
 
 def modules_of(watched: AnyWatched) -> tuple[nn.Module, nn.Module]:
-    """Return the user's model and the wrapped one that is trained; several are in an `nn.ModuleDict`.
+    """Return the user's model and the wrapped one that is trained; several models are in an `nn.ModuleDict`.
 
-    The names of its tensors are those in a checkpoint.
+    The names of the model's tensors are those in a checkpoint.
     """
     if isinstance(watched, Watched):
         return unwrapped(watched.model), watched.model
@@ -118,21 +118,18 @@ def modules_of(watched: AnyWatched) -> tuple[nn.Module, nn.Module]:
 
 
 class StepCounter:
-    """Counts the steps of one optimizer of several from now on.
+    """Count the steps of one optimizer of several from now on.
 
     A step that a loss scaler skips is not counted: torch calls no hook for it, and DeepSpeed counts it as skipped.
 
     Effects: not collective; a hook on the optimizer's step until `close`; nothing on disk.
-
-    Args:
-        part: the model and the optimizer whose steps are counted.
     """
 
     def __init__(self, part: Watched) -> None:
         # DeepSpeed steps its optimizer once for each flat group, and counts complete steps in the engine.
         self._engine: Any = part.model if is_deepspeed_engine(part.model) else None
         self._num_seen = 0
-        # It must run at each step, so it is not traced into a compiled optimizer.
+        # The hook must run at each step, so it is not traced into a compiled optimizer.
         after_step = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._hook = innermost(part.optimizer).register_step_post_hook(after_step)
         self._num_popped = self._num_steps
