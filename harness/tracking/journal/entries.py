@@ -40,8 +40,7 @@ class Entry(NamedTuple):
 
     Args:
         kind: the meaning of `body`, see `harness.tracking.tracker`.
-        time_ms: milliseconds since the epoch, 0 for `damaged`. It is sent to MLflow, so a repeated delivery is the same
-            point.
+        time_ms: milliseconds since the epoch, 0 for `damaged`. With it, a repeated delivery is the same point in MLflow.
         body: JSON values; for `damaged`, the bytes of the line as `line`.
         end_offset: journal offset in bytes at the end of this entry.
     """
@@ -112,8 +111,7 @@ def has_entries(directory: Path, offset: int, kinds: Collection[Kind] | None = N
 def is_entry_end(directory: Path, offset: int, time_ms: int | None = None) -> bool:
     """Whether an entry ends at `offset` and is not later than `time_ms`, if that is given.
 
-    False if the journal was removed or replaced, because a new journal has later entries. True at the journal's
-    beginning and for a damaged entry.
+    False if the journal was replaced: a new one has later entries. True at its beginning and for a damaged entry.
     """
     segments = list_segments(directory)
     if offset <= (segments[0].begin if segments else 0):
@@ -159,10 +157,7 @@ def journal_end(directory: Path) -> int:
 
 
 def sync_segments(segments: Sequence[Segment], offset: int) -> int:
-    """Flush the journal's files after `offset` to disk and return the end offset of what is flushed.
-
-    Effects: not collective; any thread or process; blocks on fsync if there is anything after `offset`.
-    """
+    """Flush the journal's files after `offset` and return the flushed end offset. Any process; blocks on fsync."""
     pending = [segment for segment in segments if segment.end > offset]
     for segment in pending:
         descriptor = os.open(segment.path, os.O_RDONLY)

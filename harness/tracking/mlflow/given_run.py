@@ -3,8 +3,8 @@
     run           the one in ``run.json``, MLFLOW_RUN_ID, the active run, a new run
     experiment    of a new run: the argument, MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME, ``default``
 
-The first one that exists is used. `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID of its process, and
-`mlflow.start_run` removes MLFLOW_RUN_ID.
+The first one that exists is used. `mlflow.set_experiment` sets MLFLOW_EXPERIMENT_ID; `mlflow.start_run` removes
+MLFLOW_RUN_ID.
 """
 
 from __future__ import annotations

@@ -70,11 +70,7 @@ def clean_path(path: str) -> str:
 
 
 class NameCleaner:
-    """Cleans the names of one run and warns once about each name that changes. Use one thread at a time.
-
-    Attributes:
-        warnings: pending warnings. The caller removes the ones it displays.
-    """
+    """Cleans the names of one run, and appends to `warnings` once for each changed name. One thread at a time."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

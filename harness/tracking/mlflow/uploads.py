@@ -55,10 +55,7 @@ class ByteCounter(Protocol):
 
 
 class UploadMeter:
-    """Limits the total rate of all uploads, if `bytes_per_s` is given, and counts their bytes.
-
-    Effects: not collective; any thread; `acquire` sleeps.
-    """
+    """Limits the total rate of all uploads, if `bytes_per_s` is given, and counts their bytes. Any thread."""
 
     def __init__(self, bytes_per_s: float | None = None, counter: ByteCounter | None = None) -> None:
         self._bytes_per_s = bytes_per_s

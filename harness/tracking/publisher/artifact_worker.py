@@ -18,8 +18,7 @@ from harness.tracking.publisher.progress import Heartbeat, log
 from harness.tracking.publisher.retries import LONGEST_PAUSE_S, RetryPolicy
 
 _RETIREMENTS: Final[tuple[Kind, ...]] = ("retire",)
-# How long the run's end waits for an unreachable artifact store. Longer than any pause between two tries, so that at
-# least one more try is made.
+# How long the run's end waits for an unreachable artifact store; longer than any pause between two tries.
 _MAX_OUTAGE_S = 2 * LONGEST_PAUSE_S
 
 

@@ -95,8 +95,7 @@ class PublisherProcess:
         if time.monotonic() - self._started_s < _CHECK_EVERY_S:
             return
         self.detach()
-        # The response is not awaited, so training is not blocked. If there is no memory for a process now, a later call
-        # retries.
+        # The response is not awaited, so training is not blocked. If memory is short, a later call retries.
         with suppress(OSError):
             self._start(self._settings)
 

@@ -3,8 +3,7 @@
     python -m harness.tracking.publisher.process RUN_DIR
 
 It reads its settings from the first line of standard input, opens the MLflow run, responds with one line on standard
-output, and delivers the journal (`harness.tracking.publisher.publisher`). The end of standard input means that the
-trainer has exited.
+output, and delivers the journal. The end of standard input means that the trainer has exited.
 """
 
 from __future__ import annotations

@@ -38,10 +38,7 @@ class Trainer(Protocol):
 
 
 class RetryPolicy:
-    """Retries deliveries of the publisher and its artifact worker, with exponential backoff.
-
-    Effects: any thread; `run` blocks until the action succeeds or is given up.
-    """
+    """Retries deliveries of the publisher and its artifact worker, with exponential backoff. Any thread."""
 
     def __init__(self, store: Store, trainer: Trainer, heartbeat: Heartbeat, clock: Clock) -> None:
         self._store = store
@@ -56,9 +53,9 @@ class RetryPolicy:
         return isinstance(error, RefusedError) or self._store.is_permanent(error)
 
     def run(self, what: str, action: Callable[[], None], is_cancelled: Callable[[], bool] | None = None) -> bool:
-        """Call `action` until it succeeds; False if cancelled, or `LINGER_S` after the trainer's exit.
+        """Call `action`, named `what` in the log, until it succeeds; return False when it is given up.
 
-        `what` names the action in the log. `is_cancelled` is polled each second of a pause.
+        It is given up `LINGER_S` after the trainer's exit, or if `is_cancelled`, polled each second of a pause.
 
         Raises:
             Exception: a permanent error of the action.
