@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
     Args:
         kind: the meaning of `body`, see `harness.tracking.tracker`.
-        time_ms: milliseconds since the epoch, 0 for `damaged`. With it, a repeated delivery is the same point in MLflow.
+        time_ms: milliseconds since the epoch, 0 for `damaged`; makes a repeated delivery idempotent in MLflow.
         body: JSON values; for `damaged`, the bytes of the line as `line`.
         end_offset: journal offset in bytes at the end of this entry.
     """
