@@ -53,8 +53,6 @@ class MetricAggregator:
     Args:
         device: device of the metric objects and of the memory gauge.
         reducer: used by this object alone.
-        values: converts what is logged.
-        sink: receives published values.
         latest: filled with the latest value of each metric.
 
     Attributes:

@@ -30,11 +30,9 @@ _NEEDED_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's directory, locked by this process.
+    """A run's directory ``<runs_dir>/<name>``.
 
     Args:
-        name: name of the run.
-        path: ``<runs_dir>/<name>``.
         attempt: number of the job that works on the run, from 1.
         stopped_by: what stopped this launch cleanly before its launcher restarted it; None otherwise.
     """

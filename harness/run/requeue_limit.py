@@ -20,13 +20,9 @@ def count_start(run_dir: Path, max_idle: int, environment: Mapping[str, str] = o
 
     Effects: not collective; any thread; blocks on fsync; leaves ``<run_dir>/restarts.json``.
 
-    Args:
-        run_dir: the run's directory; created if missing.
-        max_idle: number of consecutive starts of one job that may begin at the same step.
-        environment: SLURM's variables. A newly submitted job is counted from zero.
-
     Raises:
-        RunDirError: if this start would exceed `max_idle`.
+        RunDirError: if more than `max_idle` consecutive starts of one job, by SLURM's variables in `environment`, begin
+            at the same step. A newly submitted job is counted from zero.
     """
     job = slurm_env.read_job(environment)
     steps = [] if job is None or job.restart_count == 0 else _read(run_dir, job.identity)

@@ -54,8 +54,7 @@ def _attempt(run_dir: Path) -> int:
 class StopLead:
     """Compare the time between a stop request and the job's end with the time that a checkpoint takes.
 
-    Args:
-        environment: ``HARNESS_STOP_LEAD_S`` is that lead in seconds; slurm/train.sbatch sets it.
+    ``HARNESS_STOP_LEAD_S`` is that lead in seconds; slurm/train.sbatch sets it.
     """
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:

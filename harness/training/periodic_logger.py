@@ -353,13 +353,9 @@ class PeriodicLogger:
         self._session.recorder.describe_model(*modules_of(watched))
 
     def replace_optimizer(self, optimizer: torch.optim.Optimizer | None, scheduler: Any = None) -> None:
-        """Save the same model with another optimizer from now on.
+        """Save the same model with another prepared optimizer from now on; with None, save the model alone.
 
         Effects: collective; main thread, between steps; waits for the save in flight.
-
-        Args:
-            optimizer: prepared; None: checkpoints hold the model alone.
-            scheduler: of the optimizer.
 
         Raises:
             CheckpointError: on all ranks, if their state could not be saved.
@@ -560,8 +556,8 @@ class PeriodicLogger:
 
         Args:
             metrics: name -> object, or collection of them; pass the same objects for each batch.
-            args: passed to ``update`` of each.
-            kwargs: likewise.
+            *args: passed to ``update`` of each.
+            **kwargs: passed to ``update`` of each.
         """
         self._metrics.update(metrics, args, kwargs)
 

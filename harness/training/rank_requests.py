@@ -31,7 +31,7 @@ class RankRequests:
         self.stop_signal = 0
         self.is_save_requested = False
 
-    # --------------------------------------------------------------- one vote in so many steps
+    # ----------------------------------------------------------------------------------- votes
 
     def vote(self) -> bool:
         """Cast this rank's requests if a vote is due; return whether it was."""

@@ -18,7 +18,6 @@ class NodePlace:
     """The node and the GPU of one rank.
 
     Args:
-        host: host name.
         group: the launcher's node number; empty without one, so that nodes differ by host alone.
         gpu: UUID of the rank's GPU; None without one that NVML supports.
     """
@@ -34,7 +33,6 @@ class Node:
 
     Args:
         index: from 0, in the order of the nodes' lowest ranks: rank zero is on node 0.
-        host: host name.
         ranks: on this node, ascending.
         gpus: distinct UUIDs of the ranks' GPUs, in the order of ranks.
     """
@@ -46,7 +44,7 @@ class Node:
 
 
 def find_place(device: torch.device, environment: Mapping[str, str] = os.environ) -> NodePlace:
-    """Return the place of this rank."""
+    """Return this rank's node and GPU."""
     group = next((environment[name] for name in _NODE_VARIABLES if name in environment), "")
     return NodePlace(socket.gethostname(), group, _uuid_of(device))
 

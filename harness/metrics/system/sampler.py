@@ -58,7 +58,6 @@ class Collector:
     Effects: not collective; one thread; blocks in the sink; only the sink writes to disk.
 
     Args:
-        nodes: all nodes of the job.
         every_s: interval of the reports, in seconds.
         sink: receives metrics, and a warning for the first failure of each source.
     """
@@ -115,8 +114,6 @@ class Sampler:
     most two seconds; only the collector writes to disk.
 
     Args:
-        node: this node.
-        nodes: all nodes of the job.
         run: unique name of this attempt.
         every_s: interval of the reports, in seconds.
         collector: on rank zero; None elsewhere.
