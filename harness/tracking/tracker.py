@@ -54,7 +54,7 @@ class Tracker:
 
     Args:
         run_dir: the run's directory; no other trainer may write to it.
-        config: the section ``tracking``.
+        config: the section ``tracking`` of the configuration.
         attempt: number of this attempt, from 1.
         monitor: the metric that ranks checkpoints; None for no ranking.
         mode: whether a lower or a higher value is better.

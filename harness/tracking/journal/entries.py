@@ -133,7 +133,7 @@ def segment_path(directory: Path, begin: int) -> Path:
 
 
 def list_segments(directory: Path) -> list[Segment]:
-    """List the journal's files in order, up to a gap, where a crash of the machine has cut a file's end."""
+    """List the journal's files in order, up to a gap, where a file has lost its end in a crash of the machine."""
     found: list[Segment] = []
     for begin, path in _files(directory):
         if found and begin != found[-1].end:

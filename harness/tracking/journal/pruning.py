@@ -34,7 +34,7 @@ class Pruned:
 
 
 def read_pruned(directory: Path) -> Pruned:
-    """Read the summary, after the journal, because a file may be pruned in between; empty if missing or damaged."""
+    """Read the summary, empty if missing or damaged. Read the journal first: a file may be pruned in between."""
     return parse_record(directory / PRUNED, _parse) or Pruned()
 
 

@@ -86,7 +86,7 @@ class JournalWriter:
             raise TrackingError(f"{self.path}: cannot open the outbox: {error.strerror}") from error
 
     def append(self, kind: Kind, body: Mapping[str, Any], time_ms: int | None = None) -> int:
-        """Write one entry of JSON values, unless closed, and return its time (ms since the epoch; default: now)."""
+        """Write one entry of JSON values, unless closed, and return its time in ms since the epoch (default: now)."""
         stamp = time.time_ns() // 1_000_000 if time_ms is None else time_ms
         line = encode_entry(kind, stamp, body)
         with self._lock:

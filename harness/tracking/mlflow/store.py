@@ -351,7 +351,7 @@ def _json_number(value: float) -> float | str:
 
 
 def _storable_point(key: str, value: float, time_ms: int, step: int) -> tuple[str, float, int, int]:
-    """Clean a point's name and require 64-bit numbers, for which MLflow's own error would look transient."""
+    """Clean a point's name, and reject numbers without a 64-bit form, for which MLflow's error would look transient."""
     try:
         number, whole_step = float(value), int(step)
         if -(2**63) <= whole_step < 2**63:

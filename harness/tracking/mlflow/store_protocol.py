@@ -42,7 +42,7 @@ class Store(Protocol):
 
     run_id: str
     experiment_id: str
-    # None: the requested experiment.
+    # None for the requested experiment.
     experiment_name: str | None
 
     def open_run(self, wanted: WantedRun) -> None:
