@@ -7,7 +7,7 @@ from typing import Any
 
 
 class LearningRates:
-    """Learning rates of the optimizers' groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
+    """Read the learning rates of the optimizers' groups: ``train/lr``, or ``train/lr/group<n>`` where they differ.
 
     With several models: ``train/lr/<model>``, or ``train/lr/<model>/group<n>``. A group without a numeric rate is left
     out.

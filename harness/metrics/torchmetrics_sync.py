@@ -33,16 +33,11 @@ def each_metric(metrics: Mapping[str, Any]) -> dict[str, torchmetrics.Metric]:
 
 
 def compute_over_ranks(collectives: Collectives, metrics: Mapping[str, torchmetrics.Metric]) -> dict[str, float]:
-    """Compute each object from the updates of all ranks, and reset it.
+    """Compute each object from the updates of all ranks, and reset it; return name -> value.
+
+    An object that computes several values gives ``name/key`` -> value. All ranks pass the same names.
 
     Effects: collective; main thread; blocks until all ranks call it; nothing on disk.
-
-    Args:
-        collectives: exchanges the states.
-        metrics: name -> object; the same names on every rank.
-
-    Returns:
-        name -> value; ``name/key`` for an object that computes several.
 
     Raises:
         MetricError: if an object computes something that is not a number.

@@ -30,7 +30,7 @@ _NEEDED_BYTES = 256 * 1024
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's directory ``<runs_dir>/<name>``.
+    """Describe a run's directory, ``<runs_dir>/<name>``, and the attempt that opened it.
 
     Args:
         attempt: number of the job that works on the run, from 1.

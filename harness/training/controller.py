@@ -303,8 +303,7 @@ class TrainingController:
     def begin_iteration(self, loader: Any) -> tuple[Any, Iterator[Any]]:
         """Begin to iterate over a prepared training loader, from the position that the run resumes from.
 
-        Returns:
-            The loader that is iterated over, and its batches; pass both to `close_iteration`.
+        Returns the loader that is iterated over, and its batches; pass both to `close_iteration`.
         """
         self._begin_iteration(loader)
         self.state.rng_override = None
@@ -340,8 +339,7 @@ class TrainingController:
     def end_empty_iteration(self) -> bool:
         """Record, before `end_iteration`, that the iteration had no batch.
 
-        Returns:
-            Whether it was the rest of an interrupted epoch.
+        Returns whether it was the rest of an interrupted epoch.
         """
         self.record_iteration(has_batches=False)
         if num_batches := self.state.data.batches_done:

@@ -1,4 +1,4 @@
-"""The training loop over a task. `PeriodicLogger` does all periodic work."""
+"""Train a task. `PeriodicLogger` does all periodic work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generators of `PeriodicLogger`. They send the loop's events to the controller between the items they yield."""
+"""Implement the generators of `PeriodicLogger`, which send the loop's events to the controller between items."""
 
 from __future__ import annotations
 

@@ -274,10 +274,8 @@ class PeriodicLogger:
     def fail(self, error: BaseException) -> BaseException:
         """End the run because of an error: report it to the other ranks, and end the MLflow run.
 
-        Not collective: the other ranks may be anywhere.
-
-        Returns:
-            The cause: another rank's failure, if this error is its consequence.
+        Returns the cause: another rank's failure, if this error is its consequence. Not collective: the other ranks may
+        be anywhere.
         """
         if not self._is_open:
             return error

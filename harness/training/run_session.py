@@ -1,4 +1,4 @@
-"""Open a run, observe signals and the other ranks, and end it with its true status.
+"""Manage a run from its directory to its end: journal, signals, failures of other ranks, and final status.
 
 Rank zero alone writes the directory and the journal. On the other ranks the same objects only observe.
 """
@@ -35,7 +35,7 @@ FAILURE_WAIT_S = 20.0
 
 
 class RunSession:
-    """A run from its directory to its end: journal, signals, failures of other ranks, and final status.
+    """Open a run, observe signals and failures of other ranks, and end the run with its true status.
 
     Effects: `open` is collective, the rest is not. Main thread. Leaves the run's directory without its checkpoints.
 
@@ -85,18 +85,11 @@ class RunSession:
     ) -> RunDirectory:
         """Create or reopen the directory and the MLflow run on rank zero; return the directory on all ranks.
 
-        Effects: collective; blocks until the MLflow run's id is on disk.
+        Without `run_name` a name is generated from `run_name_prefix` or the experiment's name. `resume` ``never``
+        refuses an existing run; any other value continues it. A new run uses the MLflow run `given` or, with
+        `uses_given_run`, the one that the user named, if any.
 
-        Args:
-            collectives: of all ranks.
-            device: of this rank.
-            runs_dir: parent directory of the runs.
-            run_name: name of the run; None generates one, see `make_run_directory`.
-            params: nested parameters to log, or None.
-            resume: ``never`` refuses an existing run; any other value continues it.
-            run_name_prefix: first part of a generated name; None for the experiment's name.
-            given: the MLflow run that a new run uses; None: see `uses_given_run`.
-            uses_given_run: whether a new run uses the MLflow run that the user named, if any.
+        Effects: collective; blocks until the MLflow run's id is on disk.
 
         Raises:
             HarnessError: on all ranks, if the directory or the store cannot be used.
@@ -192,10 +185,9 @@ class RunSession:
         self._signals.restore()
 
     def report_failure(self, error: BaseException) -> BaseException:
-        """Report this rank's error to the other ranks. Call `end_failed` afterwards.
+        """Report this rank's error to the other ranks; call `end_failed` afterwards.
 
-        Returns:
-            The cause: another rank's failure, if this error is its consequence.
+        Returns the cause: another rank's failure, if this error is its consequence.
         """
         cause = self._failures.root_cause(error)
         self._failures.report(cause)

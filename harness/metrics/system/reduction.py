@@ -21,7 +21,7 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a figure is reduced over several nodes or GPUs.
+    """Define how a figure is reduced over several nodes or GPUs.
 
     Args:
         reduce: over all that have it.
