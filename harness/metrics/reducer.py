@@ -330,7 +330,6 @@ class Reducer:
 
 
 def _sums_and_weights(names: Sequence[str], window: _Window) -> list[float]:
-    """Return sum and weight of each name in turn; zeros for names that this rank did not log."""
     return [value for name in names for value in (window.sums.get(name, 0.0), window.weights.get(name, 0.0))]
 
 

@@ -310,10 +310,7 @@ class TrainingController:
         return self.state.data.begin(loader, self._resume.begin_loader(loader))
 
     def observe_iteration(self, loader: Any) -> PendingIteration:
-        """Observe an iteration that may turn out to train.
-
-        Call `adopt_iteration` if it does, else `PendingIteration.discard`.
-        """
+        """Observe an iteration until it is adopted (`adopt_iteration`) or discarded (`PendingIteration.discard`)."""
         is_accumulating = not self._accelerator.sync_gradients
         return PendingIteration(loader, self.state.data.wrap_sampler(loader), self._accelerator.device, is_accumulating)
 
@@ -627,10 +624,7 @@ class TrainingController:
         self.flush_metrics(wait=True)
 
     def finish_copy(self) -> None:
-        """Block until the save in flight has copied its tensors, as weights may be written outside a step next.
-
-        Effects: not collective; does not wait for the disk.
-        """
+        """Block until the save in flight has copied its tensors, not until it is on disk. Not collective."""
         self.checkpoints.saver.finish_copy()
 
     def stop_signal_in_evaluation(self) -> int:

@@ -81,10 +81,7 @@ class RankRequests:
         self._uneven.mark_exhausted()
 
     def ask(self, *, is_last: bool) -> StepStatus:
-        """Check whether every rank is at this step, and exchange requests.
-
-        `is_last` reports that this rank has no further batch.
-        """
+        """Check whether every rank is at this step, and exchange requests; `is_last`: no further batch here."""
         # Read the votes of an evaluation within the loader that ended before its last batch.
         self.read()
         status = self._uneven.check_step(self._own_or_known(), is_last=is_last)

@@ -72,10 +72,7 @@ class RegisteredObjects:
                 self._objects[name].load_state_dict(copy.deepcopy(self._saved[name]))
 
     def states(self) -> dict[str, Any]:
-        """Return name -> current state, not copied.
-
-        A lenient object whose state cannot be saved is left out, with one warning.
-        """
+        """Return name -> current state, not copied; omit lenient objects that cannot be saved, with one warning."""
         found: dict[str, Any] = {}
         for name, thing in self._objects.items():
             if name not in self._lenient:
@@ -124,11 +121,6 @@ class RegisteredObjects:
 
 
 def _savable_state(name: str, thing: Any) -> Any:
-    """Return the state of a registered object.
-
-    Raises:
-        CheckpointError: if `state_dict` raises or returns a state that cannot be saved.
-    """
     try:
         state = thing.state_dict()
     except Exception as error:

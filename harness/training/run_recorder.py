@@ -159,10 +159,7 @@ class RunRecorder:
         self._tracker.log_model_spec(values)
 
     def digest_of(self, batch: Any, context: str) -> provenance.BatchDigest | None:
-        """Return the digest of a batch for `describe_dataset`, or None if it needs none.
-
-        Waits once for the device that the batch is on.
-        """
+        """Return a batch's digest for `describe_dataset`, or None if not needed; waits once for its device."""
         if self._tracker is None or not self._config.log_datasets or context in self._known_datasets:
             return None
         return provenance.batch_digest(batch)
